@@ -1,0 +1,66 @@
+"""Every error and warning class of llcompile, in one file.
+
+A message names the user's module and shapes, says what was expected, and says what to do.
+"""
+
+from __future__ import annotations
+
+
+class LLCompileError(Exception):
+    """Base of every error that llcompile raises on purpose."""
+
+
+class OperandError(LLCompileError, ValueError):
+    """An operand of the operator has a wrong shape, dtype, device or value."""
+
+
+class StateError(LLCompileError, ValueError):
+    """A state does not belong to the operator it was handed to."""
+
+
+class OptionError(LLCompileError, ValueError):
+    """An option of the backend is unknown or has a wrong type or value."""
+
+
+class ModelError(LLCompileError, TypeError):
+    """What was handed to convert, inspect or revert is not an nn.Module."""
+
+
+class CaptureError(LLCompileError, RuntimeError):
+    """The model could not be traced: its example inputs do not run, or Dynamo refused it."""
+
+
+class LevelWeightsError(LLCompileError, ValueError):
+    """Level weights have a wrong size or kind for the mixer that owns them."""
+
+
+class CheckpointError(LevelWeightsError):
+    """A checkpoint holds level weights of another kind or size."""
+
+
+class MixerError(LLCompileError, ValueError):
+    """A Mixer node breaks one of its own rules (a bug of a row or of a pass, not of the user)."""
+
+
+class GraphError(LLCompileError, RuntimeError):
+    """A pass left the graph in a state that breaks the pipeline's rules."""
+
+
+class StrictError(LLCompileError, RuntimeError):
+    """`strict=True` and a linear-time mixer stayed unconverted, or nothing was found."""
+
+
+class LLCompileWarning(UserWarning):
+    """Base of every warning that llcompile gives."""
+
+
+class LevelWeightsIgnoredWarning(LLCompileWarning):
+    """A converted model ran without the backend, so its level weights had no effect."""
+
+
+class LateAttachWarning(LLCompileWarning):
+    """Level weights were attached at the first compiled call; optimisers built earlier do not know them."""
+
+
+class OptimizerWarning(LLCompileWarning):
+    """An optimiser stepped a converted model without its level weights."""

@@ -1,0 +1,167 @@
+"""What operands must look like, checked before anything runs, with messages that name the operand and the cure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import OperandError
+
+
+def check_sequence(
+    q: Tensor, k: Tensor, v: Tensor, w: Tensor | None, log_decay: Tensor | None, beta: Tensor | None, scale: float
+) -> None:
+    """Check the operands of a sequence; raises :class:`OperandError`."""
+    _check(q, k, v, w, log_decay, beta, scale, "BT")
+
+
+def check_token(
+    q: Tensor, k: Tensor, v: Tensor, w: Tensor | None, log_decay: Tensor | None, beta: Tensor | None, scale: float
+) -> None:
+    """Check the operands of one decoded token; raises :class:`OperandError`."""
+    _check(q, k, v, w, log_decay, beta, scale, "B")
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor | None,
+    log_decay: Tensor | None,
+    beta: Tensor | None,
+    scale: float,
+    lead: str,
+) -> None:
+    _check_types(q=q, k=k, v=v, level_weights=w, log_decay=log_decay, beta=beta)
+    if not isinstance(scale, (int, float)) or isinstance(scale, bool):
+        raise OperandError(f"scale must be a plain number, got {type(scale).__name__}; multiply q by a tensor instead")
+    _check_rank("q", q, f"{lead}GK")
+    _check_rank("k", k, f"{lead}GK")
+    _check_rank("v", v, f"{lead}HV")
+    if q.shape != k.shape:
+        raise OperandError(f"q has shape {list(q.shape)} and k {list(k.shape)}; both must be {_axes(f'{lead}GK')}")
+    if q.shape[:-2] != v.shape[:-2]:
+        raise OperandError(
+            f"v has shape {list(v.shape)}, whose {_axes(lead)} differ from those of q, {list(q.shape)}; "
+            "all operands share batch and length"
+        )
+    groups, heads = q.shape[-2], v.shape[-2]
+    if groups == 0 or heads % groups:
+        raise OperandError(
+            f"v has {heads} heads and q, k have {groups} groups; the number of heads must be a multiple of the groups "
+            f"(v {list(v.shape)}, q {list(q.shape)})"
+        )
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        raise OperandError(f"q, k and v must share a dtype, got {q.dtype}, {k.dtype} and {v.dtype}; cast them to one")
+    per_head = tuple(v.shape[:-1])
+    _check_per_head("beta", beta, per_head, lead)
+    _check_level_weights(w, per_head, lead)
+    _check_log_decay(log_decay, per_head, q.shape[-1], lead)
+    check_device(v, q=q, k=k, level_weights=w, log_decay=log_decay, beta=beta)
+
+
+def check_device(v: Tensor, **operands: Tensor | None) -> None:
+    """All operands on the device of ``v``."""
+    for name, x in operands.items():
+        if x is not None and x.device != v.device:
+            raise OperandError(f"{name} is on {x.device} and v on {v.device}; move it with .to({str(v.device)!r})")
+
+
+def check_bounds(cu_seqlens: Tensor, v: Tensor) -> None:
+    """``cu_seqlens [N + 1]`` of a packed batch of one row."""
+    if cu_seqlens.dim() != 1 or cu_seqlens.dtype.is_floating_point or cu_seqlens.shape[0] < 1:
+        raise OperandError(
+            f"cu_seqlens has shape {list(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}; expected [N + 1] integers, "
+            "0 first, then the end of each sequence"
+        )
+    if v.shape[0] != 1:
+        raise OperandError(f"cu_seqlens needs sequences packed in a batch of one, but v has shape {list(v.shape)}")
+    check_device(v, cu_seqlens=cu_seqlens)
+    if can_look(cu_seqlens):
+        bounds = cu_seqlens.tolist()
+        if bounds[0] != 0 or bounds[-1] != v.shape[1] or sorted(bounds) != bounds:
+            raise OperandError(f"cu_seqlens must rise from 0 to T={v.shape[1]}, got {_short(bounds)}")
+
+
+def check_mask(mask: Tensor, v: Tensor) -> None:
+    """``attention_mask [B, T]``, real tokens contiguous in each row."""
+    if tuple(mask.shape) != tuple(v.shape[:2]):
+        raise OperandError(
+            f"attention_mask has shape {list(mask.shape)}; expected [B, T] = {list(v.shape[:2])}, 1 at real tokens"
+        )
+    check_device(v, attention_mask=mask)
+    if can_look(mask) and mask.shape[1]:
+        real = (mask != 0).to(torch.int8)
+        starts = (real[:, 1:] > real[:, :-1]).sum(1) + real[:, 0]
+        if bool((starts > 1).any()):
+            row = int((starts > 1).nonzero()[0])
+            raise OperandError(
+                f"attention_mask has a hole in row {row}: real tokens must be contiguous (pad left or right only)"
+            )
+
+
+def can_look(x: Tensor) -> bool:
+    """Whether values may be read here: not while tracing, and not where it would wait for a device."""
+    return not torch.compiler.is_compiling() and x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter)
+
+
+def _check_types(**operands: Tensor | None) -> None:
+    for name, x in operands.items():
+        if x is None and name not in ("q", "k", "v"):
+            continue
+        if not isinstance(x, Tensor):
+            raise OperandError(f"{name} must be a tensor, got {type(x).__name__}")
+        if not x.dtype.is_floating_point:
+            raise OperandError(f"{name} has dtype {x.dtype}; expected a floating one, cast it with .float()")
+
+
+def _check_rank(name: str, x: Tensor, axes: str) -> None:
+    if x.dim() != len(axes):
+        raise OperandError(f"{name} has shape {list(x.shape)} ({x.dim()} axes); expected {_axes(axes)}")
+
+
+def _check_per_head(name: str, x: Tensor | None, want: tuple[int, ...], lead: str) -> None:
+    if x is not None and tuple(x.shape) != want:
+        raise OperandError(f"{name} has shape {list(x.shape)}; expected {_axes(lead + 'H')} = {list(want)}")
+
+
+def _check_level_weights(w: Tensor | None, want: tuple[int, ...], lead: str) -> None:
+    if w is None:
+        return
+    if tuple(w.shape[:-1]) != want or w.dim() != len(want) + 1 or w.shape[-1] == 0:
+        raise OperandError(
+            f"level_weights has shape {list(w.shape)}; expected {_axes(lead + 'HL')} = {[*want, 'L']} with L >= 1 "
+            "(None stands for weights of 1)"
+        )
+
+
+def _check_log_decay(x: Tensor | None, want: tuple[int, ...], key_dim: int, lead: str) -> None:
+    if x is None:
+        return
+    shapes: Sequence[tuple[int, ...]] = (want, (*want, key_dim), want[-1:])
+    if tuple(x.shape) not in shapes:
+        raise OperandError(
+            f"log_decay has shape {list(x.shape)}; expected {_axes(lead + 'H')} = {list(want)}, "
+            f"{_axes(lead + 'HK')} = {[*want, key_dim]} or [H] = {[want[-1]]}"
+        )
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter) or not x.numel():
+        return
+    if can_look(x):
+        largest = float(x.detach().amax())
+        if largest > 0:
+            raise OperandError(
+                f"log_decay must be at most 0, its largest value is {largest:.4g}; it is the logarithm of a factor in "
+                "[0, 1] (pass decay.log() if you hold the factor, -log_decay if you hold a rate)"
+            )
+    elif x.device.type == "cuda":
+        torch._assert_async((x.detach() > 0).any().logical_not(), "log_decay must be at most 0")
+
+
+def _axes(axes: str) -> str:
+    return f"[{', '.join(axes)}]"
+
+
+def _short(values: list[int]) -> str:
+    return str(values) if len(values) <= 12 else f"{values[:6]} ... {values[-3:]}"

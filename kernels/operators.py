@@ -1,0 +1,179 @@
+"""The operators as PyTorch sees them: schemas, shape functions and gradients, in the namespace ``llcompile``.
+
+Shape functions never look at values and never specialise on batch or length, so one compiled graph serves every
+length. Only inputs are saved for the backward pass, which recomputes what it needs. Outputs never alias inputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import engine
+from .state import state_dtype
+from .step import step
+
+
+@torch.library.custom_op("llcompile::loglinear_attention", mutates_args=())
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    level_weights: Tensor | None,
+    log_decay: Tensor | None,
+    beta: Tensor | None,
+    initial_state: Tensor | None,
+    scale: float,
+    return_final_state: bool,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    with torch.no_grad(), torch.autocast(v.device.type, enabled=False):
+        operands = engine.Operands(q, k, v, level_weights, log_decay, beta, initial_state, lengths)
+        return engine.forward(operands, scale, return_final_state)
+
+
+@torch.library.custom_op("llcompile::loglinear_attention_backward", mutates_args=())
+def _attention_backward(
+    grad_o: Tensor,
+    grad_state: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    level_weights: Tensor | None,
+    log_decay: Tensor | None,
+    beta: Tensor | None,
+    initial_state: Tensor | None,
+    scale: float,
+    return_final_state: bool,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    with torch.no_grad(), torch.autocast(v.device.type, enabled=False):
+        operands = engine.Operands(q, k, v, level_weights, log_decay, beta, initial_state, lengths)
+        grads = engine.backward(operands, scale, grad_o, grad_state if return_final_state else None)
+    inputs = (q, k, v, level_weights, log_decay, beta, initial_state)
+    return tuple(_as_input(x, g, q) for x, g in zip(inputs, grads, strict=True))  # type: ignore[return-value]
+
+
+@torch.library.custom_op("llcompile::loglinear_attention_step", mutates_args=())
+def _attention_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    level_weights: Tensor | None,
+    state: Tensor,
+    log_decay: Tensor | None,
+    beta: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    with torch.no_grad(), torch.autocast(v.device.type, enabled=False):
+        return step(q, k, v, level_weights, state, log_decay, beta, scale)
+
+
+def _as_input(x: Tensor | None, grad: Tensor | None, like: Tensor) -> Tensor:
+    """A gradient in shape and dtype of its input, contiguous; an empty tensor where there is no input."""
+    if x is None:
+        return like.new_empty(0)
+    if grad is None:
+        return x.new_zeros(x.shape)
+    return grad.to(x.dtype).reshape(x.shape).contiguous()
+
+
+def _state_shape(q: Tensor, v: Tensor, w: Tensor | None) -> tuple[Any, ...]:
+    levels = () if w is None else (1 + w.shape[-1],)
+    return (v.shape[0], v.shape[-2], *levels, q.shape[-1], v.shape[-1])
+
+
+@_attention.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    level_weights: Tensor | None,
+    log_decay: Tensor | None,
+    beta: Tensor | None,
+    initial_state: Tensor | None,
+    scale: float,
+    return_final_state: bool,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    shape = _state_shape(q, v, level_weights) if return_final_state else (0,)
+    return v.new_empty(v.shape), v.new_empty(shape, dtype=state_dtype(v.dtype))
+
+
+@_attention_backward.register_fake
+def _(
+    grad_o: Tensor,
+    grad_state: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    level_weights: Tensor | None,
+    log_decay: Tensor | None,
+    beta: Tensor | None,
+    initial_state: Tensor | None,
+    scale: float,
+    return_final_state: bool,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    inputs = (q, k, v, level_weights, log_decay, beta, initial_state)
+    return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs)
+
+
+@_attention_step.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    level_weights: Tensor | None,
+    state: Tensor,
+    log_decay: Tensor | None,
+    beta: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    new_state = v.new_empty(_state_shape(q, v, level_weights), dtype=state_dtype(v.dtype))
+    return v.new_empty(v.shape), new_state
+
+
+def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *tensors, scale, return_final_state, lengths = inputs
+    ctx.save_for_backward(*tensors, lengths)
+    ctx.scale, ctx.return_final_state = scale, return_final_state
+
+
+def _attention_gradient(ctx: Any, grad_o: Tensor, grad_state: Tensor) -> tuple[Any, ...]:
+    *tensors, lengths = ctx.saved_tensors
+    grads = torch.ops.llcompile.loglinear_attention_backward(
+        grad_o, grad_state, *tensors, ctx.scale, ctx.return_final_state, lengths
+    )
+    return (*_present(tensors, grads), None, None, None)
+
+
+def _save_step(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *tensors, scale = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.scale = scale
+
+
+def _step_gradient(ctx: Any, grad_o: Tensor, grad_state: Tensor) -> tuple[Any, ...]:
+    """A step is the operator on one token, so its gradient is that operator's."""
+    q, k, v, w, state, g, beta = ctx.saved_tensors
+    per_head = g is not None and g.dim() == 1  # a decay per head alone has no batch axis to put time behind
+    longer = [x if x is None else x.unsqueeze(1) for x in (q, k, v, w, None if per_head else g, beta)]
+    longer[4] = g if per_head else longer[4]
+    grads = torch.ops.llcompile.loglinear_attention_backward(
+        grad_o.unsqueeze(1), grad_state, *longer, state, ctx.scale, True, None
+    )
+    dq, dk, dv, dw, dg, dbeta, dstate = _present([*longer, state], grads)
+    shorter = [x if x is None else x.squeeze(1) for x in (dq, dk, dv, dw, None if per_head else dg, dbeta)]
+    dq, dk, dv, dw, dg_token, dbeta = shorter
+    return dq, dk, dv, dw, dstate, dg if per_head else dg_token, dbeta, None
+
+
+def _present(inputs: Any, grads: Any) -> list[Tensor | None]:
+    return [None if x is None else grad for x, grad in zip(inputs, grads, strict=True)]
+
+
+_attention.register_autograd(_attention_gradient, setup_context=_save_attention)
+_attention_step.register_autograd(_step_gradient, setup_context=_save_step)

@@ -1,0 +1,94 @@
+"""What a state tensor looks like, and how to make, open and describe one.
+
+A state is one plain floating tensor with the batch first, so that caches can store, move and reorder it like any other:
+
+* linear state (no level weights): ``[B, H, K, V]``;
+* level state of ``L`` levels: ``[B, H, 1 + L, K, V]``. Slot 0 of the level axis is a header: element ``[b, h, 0, 0, 0]``
+  holds the position of row ``b`` (tokens absorbed so far), everything else in the header is 0. Slots ``1 .. L`` are the
+  states of levels ``0 .. L - 1`` as the last query saw them. The last level also holds everything that belongs higher.
+
+A tensor of zeros is a valid empty state at position 0. Positions are exact up to 2**24 in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import StateError
+
+
+def state_dtype(operand: torch.dtype) -> torch.dtype:
+    """States are float32, or float64 when the operands are."""
+    return torch.float64 if operand == torch.float64 else torch.float32
+
+
+def empty_state(
+    batch: int,
+    heads: int,
+    key_dim: int,
+    value_dim: int,
+    levels: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """An empty state at position 0: ``[B, H, K, V]``, or ``[B, H, 1 + levels, K, V]`` with level weights."""
+    middle = () if levels is None else (1 + levels,)
+    return torch.zeros(batch, heads, *middle, key_dim, value_dim, dtype=dtype, device=device)
+
+
+def is_level_state(state: Tensor) -> bool:
+    """Whether ``state`` is of the kind with levels (5 axes) rather than a linear state (4 axes)."""
+    return state.dim() == 5
+
+
+def pack_state(levels: Tensor, position: Tensor) -> Tensor:
+    """Join level states ``[B, H, L, K, V]`` and positions ``[B]`` into a state ``[B, H, 1 + L, K, V]``."""
+    batch, heads, _, key_dim, value_dim = levels.shape
+    header = levels.new_zeros(batch, heads, 1, key_dim, value_dim)
+    header[:, :, 0, 0, 0] = position.to(levels.dtype)[:, None]
+    return torch.cat([header, levels], dim=2)
+
+
+def unpack_state(state: Tensor) -> tuple[Tensor, Tensor]:
+    """Split a level state ``[B, H, 1 + L, K, V]`` into level states ``[B, H, L, K, V]`` and positions ``[B]`` (int64)."""
+    return state[:, :, 1:], position_of(state)
+
+
+def position_of(state: Tensor) -> Tensor:
+    """Positions ``[B]`` (int64) of a level state's rows."""
+    return state[:, 0, 0, 0, 0].detach().round().to(torch.int64)
+
+
+def level_states(state: Tensor) -> Tensor:
+    """The states of the levels alone, ``[B, H, L, K, V]``; their sum over ``L`` is the linear state."""
+    return state[:, :, 1:]
+
+
+def linear_state(state: Tensor) -> Tensor:
+    """The linear state ``[B, H, K, V]`` that ``state`` refines: the sum of its levels, or itself if it has none."""
+    return level_states(state).sum(2) if is_level_state(state) else state
+
+
+def check_state(
+    state: Tensor, batch: int, heads: int, key_dim: int, value_dim: int, levels: int | None, name: str = "initial_state"
+) -> None:
+    """Raise :class:`StateError` unless ``state`` can start an operator of these sizes (``levels``: None = linear)."""
+    shape = tuple(state.shape)
+    want = f"[{batch}, {heads}, {key_dim}, {value_dim}]"
+    if state.dim() not in (4, 5):
+        raise StateError(f"{name} has shape {list(shape)}; expected a linear state {want} or a level state with 5 axes")
+    if (*shape[:2], *shape[-2:]) != (batch, heads, key_dim, value_dim):
+        raise StateError(
+            f"{name} has shape {list(shape)}, but these operands need [B, H, (1 + L,) K, V] with "
+            f"B={batch}, H={heads}, K={key_dim}, V={value_dim}; it belongs to another operator or batch"
+        )
+    if state.dim() == 5 and levels is not None and shape[2] != levels + 1:
+        raise StateError(
+            f"{name} has {shape[2] - 1} levels (shape {list(shape)}), but level_weights has {levels}; "
+            "use the level weights the state was made with, or pad them to the same number of levels"
+        )
+    if state.dim() == 5 and shape[2] < 2:
+        raise StateError(f"{name} has shape {list(shape)}: a level state needs a header and at least one level")
+    if not state.dtype.is_floating_point:
+        raise StateError(f"{name} has dtype {state.dtype}; expected float32 or float64")

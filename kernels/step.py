@@ -1,0 +1,85 @@
+"""One decoded token: the recurrence of arXiv 2506.04761 on a batch of states, without a loop and without a sync."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .levels import trailing_zeros
+from .state import is_level_state, linear_state, pack_state, state_dtype, unpack_state
+
+
+def step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor | None,
+    state: Tensor,
+    log_decay: Tensor | None,
+    beta: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Absorb one token and read out.
+
+    Args:
+        q, k: ``[B, G, K]``. v: ``[B, H, V]``. w: ``[B, H, L]`` or None. state: as in :mod:`.state`.
+        log_decay: ``[B, H]``, ``[B, H, K]`` or ``[H]``. beta: ``[B, H]``.
+
+    Returns:
+        ``o [B, H, V]`` in the dtype of ``v`` and the new state, of the kind that ``w`` asks for.
+    """
+    dtype = state_dtype(v.dtype)
+    qf, kf, vf = q.to(dtype), k.to(dtype), v.to(dtype)
+    states, position = _open(state.to(dtype), w)  # [B, H, L, K, V]
+    if position is not None:
+        states = merge(states, position)
+    if log_decay is not None:
+        states = states * _decay(log_decay.to(dtype), v)
+    batch, heads = v.shape[:2]
+    repeat = heads // max(q.shape[1], 1)
+    grouped = (batch, q.shape[1], repeat, *states.shape[2:])  # [B, G, R, L, K, V]: heads by their q, k group
+    k_row, q_row = (x[:, :, None, None, None, :] for x in (kf, qf))
+    write = (kf[:, :, None, :, None] * vf.reshape(batch, -1, repeat, 1, v.shape[-1])).reshape(
+        batch, heads, *states.shape[3:]
+    )
+    if beta is not None:
+        bf = beta.to(dtype)[:, :, None, None]
+        seen = (k_row @ states.reshape(grouped)).reshape(batch, heads, -1, v.shape[-1])  # [B, H, L, V]
+        erase = (bf * seen).reshape(*grouped[:4], 1, v.shape[-1])
+        states = states - (kf[:, :, None, None, :, None] * erase).reshape(states.shape)
+        write = bf * write
+    first = states[:, :, 0] + write
+    states = torch.cat([first[:, :, None], states[:, :, 1:]], 2)
+    read = (q_row @ states.reshape(grouped)).reshape(batch, heads, -1, v.shape[-1])  # [B, H, L, V]
+    o = read[:, :, 0] if w is None else (w.to(dtype)[..., None] * read).sum(2)
+    new_state = states[:, :, 0].contiguous() if position is None else pack_state(states, position + 1)
+    return (o * scale).to(v.dtype, copy=True), new_state
+
+
+def merge(states: Tensor, position: Tensor) -> Tensor:
+    """Make room for the token at ``position [B]``: levels below the one that fills up empty into it."""
+    levels = states.shape[2]
+    index = torch.arange(levels, device=states.device)
+    full = (trailing_zeros(position) + 1).clamp(max=levels - 1)[:, None]  # [B, 1]; 0 at position 0: nothing moves
+    target = torch.where(index < full, full, index)  # [B, L]: where each level goes
+    move = (index[:, None] == target[:, None, :]).to(states.dtype)  # [B, to, from]
+    return (move[:, None] @ states.flatten(3)).reshape(states.shape)
+
+
+def _open(state: Tensor, w: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Level states and positions; a linear operator has one level and no position."""
+    if w is None:
+        return linear_state(state)[:, :, None], None
+    if is_level_state(state):
+        return unpack_state(state)
+    levels = state.new_zeros(*state.shape[:2], w.shape[-1], *state.shape[2:])
+    levels[:, :, -1] = state
+    return levels, torch.zeros(state.shape[0], dtype=torch.int64, device=state.device)
+
+
+def _decay(log_decay: Tensor, v: Tensor) -> Tensor:
+    """The decay as a factor of ``[B, H, L, K, V]``."""
+    decay = log_decay.exp()
+    if decay.dim() == 1:
+        decay = decay.expand(v.shape[:2])
+    return decay.reshape(*v.shape[:2], 1, -1, 1)

@@ -1,0 +1,124 @@
+"""Log-linear attention as functions on tensors (arXiv 2506.04761): a whole sequence, and one decoded token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .errors import OperandError
+from .kernels import operands as _operands
+from .kernels import operators as _operators  # noqa: F401  (registers the torch operators)
+from .kernels.ragged import Rows, from_rows, rows_of_bounds, rows_of_mask, to_rows
+from .kernels.state import check_state
+
+__all__ = ["loglinear_attention", "loglinear_attention_step"]
+
+
+def loglinear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    level_weights: Tensor | None,
+    log_decay: Tensor | None = None,
+    beta: Tensor | None = None,
+    scale: float = 1.0,
+    initial_state: Tensor | None = None,
+    return_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Mix a sequence with (log-)linear attention.
+
+    ``o_t = scale * sum_l w[t, l] q_t^T S_t^(l)``, where ``S_t^(l)`` holds what the tokens ``s`` with
+    ``bit_length(t XOR s) == l`` left in the state ``S_t = decay * S_{t-1} + k_t v_t^T`` (without ``beta``) or
+    ``S_t = (I - beta k k^T) (decay * S_{t-1}) + beta k v^T`` (with it). Head ``h`` uses group ``h // (H // G)``.
+
+    Args:
+        q, k: ``[B, T, G, K]`` of one floating dtype with ``v``; ``H % G == 0``.
+        v: ``[B, T, H, V]``.
+        level_weights: ``[B, T, H, L]``, any floating dtype; the last level serves all higher ones. None means that
+            every weight is 1, the linear operator, at linear cost.
+        log_decay: ``[B, T, H]``, ``[B, T, H, K]`` or ``[H]``, at most 0 (-inf empties the state), any floating dtype.
+        beta: ``[B, T, H]``, turns the delta rule on.
+        scale: a plain number.
+        initial_state: ``[B, H, K, V]`` or ``[B, H, 1 + L, K, V]`` (see ``llcompile.kernels.state``); one row per
+            sequence with ``cu_seqlens``.
+        return_final_state: also return the state after the last token: float32, or float64 with float64 operands;
+            with levels iff ``level_weights`` is given.
+        cu_seqlens: ``[N + 1]`` bounds of N sequences packed in a batch of one.
+        attention_mask: ``[B, T]``, non-zero at real tokens, which must be contiguous in each row. Positions count
+            from the first real token; outputs at padding are 0 and padding leaves the state alone.
+
+    Returns:
+        ``o [B, T, H, V]`` in the dtype of ``v``, and the final state or None.
+
+    Raises:
+        OperandError: an operand's shape, dtype, device or value is wrong.
+        StateError: ``initial_state`` belongs to an operator of another size.
+    """
+    _operands.check_sequence(q, k, v, level_weights, log_decay, beta, scale)
+    rows = _rows(v, cu_seqlens, attention_mask)
+    tensors = (q, k, v, level_weights, log_decay, beta)
+    batch = v.shape[0] if rows is None else rows.lengths.shape[0]
+    if initial_state is not None:
+        levels = None if level_weights is None else level_weights.shape[-1]
+        check_state(initial_state, batch, v.shape[2], q.shape[3], v.shape[3], levels)
+        _operands.check_device(v, initial_state=initial_state)
+    lengths = None
+    if rows is not None:
+        tensors = tuple(to_rows(x, rows) for x in tensors)  # type: ignore[assignment]
+        lengths = rows.lengths
+    o, state = torch.ops.llcompile.loglinear_attention(
+        *tensors, initial_state, float(scale), return_final_state, lengths
+    )
+    return o if rows is None else from_rows(o, rows), state if return_final_state else None
+
+
+def loglinear_attention_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    level_weights: Tensor | None,
+    state: Tensor,
+    log_decay: Tensor | None = None,
+    beta: Tensor | None = None,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Absorb one token: :func:`loglinear_attention` for ``T = 1``, without the axis T.
+
+    Args:
+        q, k: ``[B, G, K]``. v: ``[B, H, V]``. level_weights: ``[B, H, L]`` or None.
+        state: ``[B, H, K, V]`` or ``[B, H, 1 + L, K, V]``; zeros are an empty state. It is not changed.
+        log_decay: ``[B, H]``, ``[B, H, K]`` or ``[H]``. beta: ``[B, H]``. scale: a plain number.
+
+    Returns:
+        ``o [B, H, V]`` in the dtype of ``v``, and the new state, with levels iff ``level_weights`` is given.
+
+    Raises:
+        OperandError: an operand's shape, dtype, device or value is wrong.
+        StateError: ``state`` belongs to an operator of another size.
+    """
+    _operands.check_token(q, k, v, level_weights, log_decay, beta, scale)
+    levels = None if level_weights is None else level_weights.shape[-1]
+    if not isinstance(state, Tensor):
+        raise OperandError(f"state must be a tensor, got {type(state).__name__}; zeros are an empty state")
+    check_state(state, v.shape[0], v.shape[1], q.shape[2], v.shape[2], levels, "state")
+    _operands.check_device(v, state=state)
+    o, new_state = torch.ops.llcompile.loglinear_attention_step(
+        q, k, v, level_weights, state, log_decay, beta, float(scale)
+    )
+    return o, new_state
+
+
+def _rows(v: Tensor, cu_seqlens: Tensor | None, attention_mask: Tensor | None) -> Rows | None:
+    if cu_seqlens is not None and attention_mask is not None:
+        raise OperandError("cu_seqlens and attention_mask both say where sequences are; give one of them")
+    if cu_seqlens is not None:
+        _operands.check_bounds(cu_seqlens, v)
+        return rows_of_bounds(cu_seqlens, v.shape[1])
+    if attention_mask is not None:
+        _operands.check_mask(attention_mask, v)
+        if _operands.can_look(attention_mask) and bool((attention_mask != 0).all()):
+            return None  # nothing is padded: spare the copies
+        return rows_of_mask(attention_mask)
+    return None

@@ -1,0 +1,218 @@
+"""The kinds of level weights: one pure function and one row of tensors each.
+
+A kind is a function ``w = f(x, *tensors)`` made of plain torch calls, without a branch on data or shapes, so that the
+same definition runs eagerly, under Inductor, and on ``fx.Proxy`` objects when a pass writes it into a graph.
+
+Every function is exactly 1.0 at its starting tensors, bit for bit, whoever compiles it. That is why none of them is
+written as ``softplus(z) / softplus(0)``: compilers evaluate softplus differently (log1p of exp, a vector library, a
+folded constant), and two values of softplus(0) that differ by one bit already make 0.99999994. ``elu``, ``expm1``
+and ``log1p`` are 0 at 0 in every implementation, and 1 + 0 is 1.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llcompile.errors import LevelWeightsError
+
+LevelFunction = Callable[..., Tensor]
+
+
+class Sizes(NamedTuple):
+    """The numbers that fix every shape of a kind; 0 where a kind has no use for one."""
+
+    heads: int
+    levels: int
+    in_features: int = 0
+    hidden: int = 0
+
+    @property
+    def outputs(self) -> int:
+        """How many weights one position has: heads * levels."""
+        return self.heads * self.levels
+
+
+@dataclass(frozen=True)
+class TensorRow:
+    """One tensor of a kind: its shape, and the value it starts from (None: random, as in ``nn.Linear``)."""
+
+    name: str
+    shape: Callable[[Sizes], tuple[int, ...]]
+    start: float | None = 0.0
+    learned: bool = True
+
+
+@dataclass(frozen=True)
+class LevelKind:
+    """One row of the table of kinds.
+
+    ``function(x, *tensors, sizes=, dtype=)`` returns w [B, T, H, L]; ``is_one(*tensors, sizes=)`` returns a boolean
+    0-d tensor, true only where those tensors make w exactly 1 for every finite x. ``code`` stands in checkpoints, so it
+    never changes its meaning.
+    """
+
+    name: str
+    code: int
+    needs_input: bool
+    tensors: tuple[TensorRow, ...]
+    function: LevelFunction
+    is_one: Callable[..., Tensor]
+    needs_hidden: bool = False
+
+
+def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """The dtype in which level weights are computed for operands of these dtypes: float32, or float64 if one is."""
+    return functools.reduce(torch.promote_types, dtypes, torch.float32)
+
+
+def _project(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+    # The last cast is for autocast, which hands linear's result back in its own low dtype.
+    return F.linear(x.to(dtype), weight.to(dtype), bias.to(dtype)).to(dtype)
+
+
+def _positive(z: Tensor) -> Tensor:
+    """1 + elu(z): positive, 1 at z = 0 with slope 1 there, and straight above 0 so that large weights stay cheap."""
+    return 1.0 + F.elu(z)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor, *, sizes: Sizes, dtype: torch.dtype) -> Tensor:
+    z = _project(x, weight, bias, dtype)
+    return _positive(z).unflatten(-1, (sizes.heads, sizes.levels))
+
+
+def _static(x: Tensor, logits: Tensor, *, sizes: Sizes, dtype: torch.dtype) -> Tensor:
+    # x only lends its first two sizes. size() and not shape: it is what Dynamo writes for a dynamic size, too.
+    return _positive(logits.to(dtype)).expand(x.size(0), x.size(1), -1, -1)
+
+
+def _mlp(
+    x: Tensor, weight_in: Tensor, bias_in: Tensor, weight: Tensor, bias: Tensor, *, sizes: Sizes, dtype: torch.dtype
+) -> Tensor:
+    hidden = F.silu(_project(x, weight_in, bias_in, dtype))
+    z = _project(hidden, weight, bias, dtype)
+    return _positive(z).unflatten(-1, (sizes.heads, sizes.levels))
+
+
+def _softplus_above_ln2(z: Tensor) -> Tensor:
+    """softplus(z) - ln 2, exactly 0 with slope 1/2 at z = 0, for any z."""
+    half = 0.5 * z
+    size = half.abs()
+    # half + size is relu(z), but with the slope 1/2 at 0 that softplus has there.
+    return (half + size) + torch.log1p(0.5 * torch.expm1(-2.0 * size))
+
+
+def _paper(
+    x: Tensor, weight: Tensor, bias: Tensor, level_scale: Tensor, gain: Tensor, *, sizes: Sizes, dtype: torch.dtype
+) -> Tensor:
+    projected = _project(x, weight, bias, dtype).unflatten(-1, (sizes.heads, sizes.levels))
+    z = level_scale.to(dtype) * projected
+    return gain.to(dtype) * (1.0 + _softplus_above_ln2(z) * (1.0 / math.log(2.0)))
+
+
+def paper_gain(key_dim: int | None = None) -> float:
+    """The ``gain`` that makes kind "paper" compute softplus(z) (None), or softplus(z) / scale with scale = K^-1/2.
+
+    The official gated delta code scales q before it normalises q, so its scale has no effect and its weights are
+    those of an operator with scale 1; ours keeps the mixer's own scale, hence the division.
+    """
+    return math.log(2.0) * (1.0 if key_dim is None else math.sqrt(key_dim))
+
+
+def _all_zero(*tensors: Tensor) -> Tensor:
+    return ~torch.stack([tensor.any() for tensor in tensors]).any()
+
+
+def _linear_is_one(weight: Tensor, bias: Tensor, *, sizes: Sizes) -> Tensor:
+    return _all_zero(weight, bias)
+
+
+def _static_is_one(logits: Tensor, *, sizes: Sizes) -> Tensor:
+    return _all_zero(logits)
+
+
+def _mlp_is_one(weight_in: Tensor, bias_in: Tensor, weight: Tensor, bias: Tensor, *, sizes: Sizes) -> Tensor:
+    return _all_zero(weight, bias)
+
+
+def _paper_is_one(weight: Tensor, bias: Tensor, level_scale: Tensor, gain: Tensor, *, sizes: Sizes) -> Tensor:
+    # A level is silent when its scale is 0, or when nothing is projected into it. NaN is neither.
+    projected = (weight != 0).any(-1) | (bias != 0)
+    silent = (~projected | (level_scale.flatten() == 0)).all() & torch.isfinite(level_scale).all()
+    return silent & (gain == 1)
+
+
+def _outputs_by_inputs(sizes: Sizes) -> tuple[int, ...]:
+    return sizes.outputs, sizes.in_features
+
+
+def _outputs(sizes: Sizes) -> tuple[int, ...]:
+    return (sizes.outputs,)
+
+
+def _heads_by_levels(sizes: Sizes) -> tuple[int, ...]:
+    return sizes.heads, sizes.levels
+
+
+_WEIGHT = TensorRow("weight", _outputs_by_inputs)
+_BIAS = TensorRow("bias", _outputs)
+
+KINDS: dict[str, LevelKind] = {
+    kind.name: kind
+    for kind in (
+        LevelKind("linear", 1, True, (_WEIGHT, _BIAS), _linear, _linear_is_one),
+        LevelKind("static", 2, False, (TensorRow("logits", _heads_by_levels),), _static, _static_is_one),
+        LevelKind(
+            "mlp",
+            3,
+            True,
+            (
+                TensorRow("weight_in", lambda sizes: (sizes.hidden, sizes.in_features), start=None),
+                TensorRow("bias_in", lambda sizes: (sizes.hidden,)),
+                TensorRow("weight", lambda sizes: (sizes.outputs, sizes.hidden)),
+                _BIAS,
+            ),
+            _mlp,
+            _mlp_is_one,
+            needs_hidden=True,
+        ),
+        LevelKind(
+            "paper",
+            4,
+            True,
+            (
+                _WEIGHT,
+                _BIAS,
+                TensorRow("level_scale", _heads_by_levels, start=1.0),
+                TensorRow("gain", lambda sizes: (), start=1.0, learned=False),
+            ),
+            _paper,
+            _paper_is_one,
+        ),
+    )
+}
+
+
+def find_kind(name: str) -> LevelKind:
+    """The row of a kind; LevelWeightsError for an unknown name."""
+    if name not in KINDS:
+        raise LevelWeightsError(f"unknown kind of level weights {name!r}; the kinds are {', '.join(KINDS)}")
+    return KINDS[name]
+
+
+def level_weights_function(kind: str, heads: int, levels: int, dtype: torch.dtype = torch.float32) -> LevelFunction:
+    """The pure function ``f(x, *tensors) -> w`` of a kind, the tensors in the order of ``LevelWeights.tensors()``.
+
+    x is [B, T, D] (kind "static": any tensor that starts with [B, T]), w is [B, T, heads, levels] in ``dtype``, which
+    should be ``compute_dtype(x.dtype, *(t.dtype for t in tensors))``. Runs on tensors as on ``fx.Proxy`` objects.
+
+    Raises LevelWeightsError for an unknown kind.
+    """
+    return functools.partial(find_kind(kind).function, sizes=Sizes(heads, levels), dtype=dtype)

@@ -1,0 +1,301 @@
+"""LevelWeights: the module that gives each head of a mixer its weight for each level, at each position."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llcompile.errors import CheckpointError, LevelWeightsError
+from llcompile.level_kinds import (
+    KINDS,
+    Sizes,
+    compute_dtype,
+    find_kind,
+    level_weights_function,
+    paper_gain,
+)
+
+__all__ = ["KINDS", "LevelWeights", "compute_dtype", "level_weights_function", "paper_gain"]
+
+_LAYOUT_VERSION = 1
+_DEFAULT_HIDDEN = 64
+
+
+class LevelWeights(nn.Module):
+    """Maps a mixer's input x to the weights w of its levels; w is exactly 1.0 at the start.
+
+    Kinds, with their parameters (H heads, L levels, D in_features):
+
+    * ``linear`` (what ``convert`` takes unless told otherwise): w = 1 + elu(x W^T + b), ``weight`` [H*L, D] and
+      ``bias`` [H*L], both 0 at the start.
+    * ``static``: w = 1 + elu(``logits`` [H, L]), the same at all positions; x lends its first two sizes only.
+    * ``mlp``: w = 1 + elu(W silu(W_in x + b_in) + b), ``weight_in`` [hidden, D], ``bias_in``, ``weight``, ``bias``;
+      the last layer is 0 at the start.
+    * ``paper``: w = ``gain`` * softplus(``level_scale`` * (x W^T + b)) / ln 2, ``level_scale`` [H, L] = 1, W = b = 0
+      and a buffer ``gain`` = 1, so that w is 1 when a model is converted. ``from_paper`` loads published weights.
+
+    ``weight`` and ``bias`` number their rows head by head: row h * L + l is level l of head h.
+
+    Args:
+        kind: one of the kinds above.
+        heads, levels: H and L, at least 1 each.
+        in_features: D; needed by every kind except static, which takes none.
+        hidden: width of the hidden layer; kind mlp only (default 64).
+        device, dtype: of the parameters (default float32; w is computed in float32 or float64 in any case).
+
+    Raises:
+        LevelWeightsError: unknown kind, or sizes that the kind does not take.
+    """
+
+    descriptor: Tensor
+
+    def __init__(
+        self,
+        kind: str,
+        heads: int,
+        levels: int,
+        in_features: int | None = None,
+        *,
+        hidden: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.kind = kind
+        self.sizes = _checked_sizes(kind, heads, levels, in_features, hidden)
+        # Raw parameters and not nn.Linear, so that nothing which walks a model and re-initialises, quantises or
+        # adapts its Linear modules finds these.
+        for row in find_kind(kind).tensors:
+            tensor = torch.empty(row.shape(self.sizes), device=device, dtype=dtype)
+            if row.learned:
+                self.register_parameter(row.name, nn.Parameter(tensor))
+            else:
+                self.register_buffer(row.name, tensor)
+        # A tensor and not an "extra state": safetensors holds tensors only.
+        self.register_buffer("descriptor", self._descriptor(device))
+        self._not_one: _Seen | None = None
+        self.reset_parameters()
+
+    @property
+    def heads(self) -> int:
+        """H, the number of heads of w."""
+        return self.sizes.heads
+
+    @property
+    def levels(self) -> int:
+        """L, the number of levels of w."""
+        return self.sizes.levels
+
+    @property
+    def in_features(self) -> int | None:
+        """D, the last size of x; None for kind static."""
+        return self.sizes.in_features or None
+
+    def reset_parameters(self) -> None:
+        """Go back to the start, where w is exactly 1. To be called after ``to_empty``, as for torch's own modules."""
+        with torch.no_grad():
+            for row, tensor in zip(find_kind(self.kind).tensors, self._values(), strict=True):
+                if row.start is None:
+                    _fill_uniform(tensor)
+                else:
+                    tensor.fill_(row.start)
+        self._renew_descriptor()
+
+    def tensors(self) -> list[tuple[str, Tensor]]:
+        """(name, tensor) pairs, in the order in which ``level_weights_function(kind, ...)`` takes them after x."""
+        return [(row.name, getattr(self, row.name)) for row in find_kind(self.kind).tensors]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """w [B, T, H, L] in float32 (float64 if x or a parameter is) for x [B, T, D], or [B, T, ...] if static.
+
+        Raises:
+            LevelWeightsError: x has another last size than ``in_features``, or fewer than two dimensions.
+        """
+        if x.dim() < 2 or (self.in_features is not None and x.shape[-1] != self.in_features):
+            raise LevelWeightsError(
+                f"level weights of kind {self.kind!r} take [B, T, {self.in_features or '...'}], got {list(x.shape)}"
+            )
+        values = self._values()
+        dtype = compute_dtype(x.dtype, *(value.dtype for value in values))
+        return level_weights_function(self.kind, self.heads, self.levels, dtype)(x, *values)
+
+    @torch.no_grad()
+    def is_identity(self) -> bool:
+        """True only if w is exactly 1 for every finite input. Not for use inside compiled code: it reads values.
+
+        False also where the values cannot be read (meta tensors, a CUDA graph being captured), and where only a
+        cancellation inside kind mlp would make w 1.
+
+        A False is remembered until a tensor changes. A True is looked up again at each call, because some optimisers
+        (bitsandbytes, anything that writes to ``.data``) change values without counting a version, and a stale True
+        would let a caller skip trained weights without a word.
+        """
+        values = self._values()
+        if self._not_one is not None and self._not_one.still(values):
+            return False
+        if any(value.is_meta for value in values) or _capturing(values):
+            return False
+        if bool(find_kind(self.kind).is_one(*values, sizes=self.sizes)):
+            self._not_one = None
+            return True
+        self._not_one = _Seen(values)
+        return False
+
+    @classmethod
+    def from_paper(
+        cls, projection: Tensor, level_scale: Tensor, bias: Tensor | None = None, *, key_dim: int | None = None
+    ) -> LevelWeights:
+        """Kind "paper" with the published function softplus(L * (W x)), exactly, from a published checkpoint.
+
+        ============================  ===========================  ==============================================
+        here                          gated delta (official code)  Mamba-2 (official code, FLA's LogLinearMamba2)
+        ============================  ===========================  ==============================================
+        ``projection`` [H*L, D]       ``l_proj.weight``            the last H*L rows of ``in_proj.weight``
+        ``bias`` [H*L] or None        none                         the last H*L entries of ``in_proj.bias``, if any
+        ``level_scale`` [H, L]        ``L``                        ``L``
+        ``key_dim``                   the size of a key head       None
+        ============================  ===========================  ==============================================
+
+        ``key_dim`` divides by the mixer's scale, see ``paper_gain``. Both codes use level 0 for the diagonal and level
+        l for buckets of 2^(l-1) tokens, as we do, and 15 levels; longer sequences reuse the last one.
+
+        Raises:
+            LevelWeightsError: sizes that do not fit together.
+        """
+        if level_scale.dim() != 2 or projection.dim() != 2 or projection.shape[0] != level_scale.numel():
+            raise LevelWeightsError(
+                f"expected a projection [H*L, D] and a level scale [H, L], got {list(projection.shape)} and "
+                f"{list(level_scale.shape)}"
+            )
+        heads, levels = level_scale.shape
+        made = cls("paper", heads, levels, projection.shape[1], device=projection.device, dtype=projection.dtype)
+        own = dict(made.tensors())
+        with torch.no_grad():
+            own["weight"].copy_(projection)
+            own["level_scale"].copy_(level_scale)
+            own["gain"].fill_(paper_gain(key_dim))
+            if bias is not None:
+                own["bias"].copy_(bias)
+        return made
+
+    def extra_repr(self) -> str:
+        """Kind and sizes, for print(model)."""
+        parts = [f"kind={self.kind!r}", f"heads={self.heads}", f"levels={self.levels}"]
+        parts += [f"{name}={size}" for name in ("in_features", "hidden") if (size := getattr(self.sizes, name))]
+        return ", ".join(parts)
+
+    def _values(self) -> list[Tensor]:
+        return [tensor for _, tensor in self.tensors()]
+
+    def _descriptor(self, device: torch.device | str | None) -> Tensor:
+        return torch.tensor([_LAYOUT_VERSION, find_kind(self.kind).code, *self.sizes], device=device)
+
+    def _renew_descriptor(self) -> None:
+        # A new tensor and not a copy into the old one, which may be an inference tensor.
+        self.descriptor = self._descriptor(self.descriptor.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LevelWeights:
+        super()._apply(fn, recurse)
+        # to_empty leaves uninitialised memory, and the descriptor is no parameter that a checkpoint must restore.
+        self._renew_descriptor()
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
+    ) -> None:
+        checked = dict(state_dict)
+        key = prefix + "descriptor"
+        if key in checked:
+            self._check_descriptor(checked[key], prefix)
+            checked[key] = self._descriptor(checked[key].device)  # undoes a cast of the whole checkpoint
+        for name, value in self.tensors():
+            if prefix + name in checked and checked[prefix + name].shape != value.shape:
+                found = list(checked[prefix + name].shape)
+                raise CheckpointError(self._mismatch(prefix, f"{name} {found}", f"{name} {list(value.shape)}"))
+        super()._load_from_state_dict(checked, prefix, local_metadata, *rest)
+
+    def _check_descriptor(self, found: Tensor, prefix: str) -> None:
+        if found.is_meta:
+            return
+        ours = self._descriptor("cpu")
+        # Compared in the dtype found: who casts a checkpoint to bfloat16 rounds these numbers, too.
+        if found.shape != ours.shape or not torch.equal(found.cpu(), ours.to(found.dtype)):
+            raise CheckpointError(self._mismatch(prefix, _in_words(found), self.extra_repr()))
+
+    @staticmethod
+    def _mismatch(prefix: str, found: str, ours: str) -> str:
+        name = prefix.rstrip(".") or "LevelWeights"
+        return (
+            f"{name}: the checkpoint's level weights are {found}, this model's are {ours}. Convert the model with the "
+            f"kind and sizes of the checkpoint before loading it, or leave the entries {prefix}* out of what is loaded."
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_not_one": None}  # weak references neither pickle nor copy
+
+
+class _Seen:
+    """Which values of which tensors were looked at.
+
+    Weak references, so that an id used again is no match; aliases of the data, so that an address used again is none
+    (``p.data = ...`` keeps the tensor object and its version).
+    """
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self._seen = [(weakref.ref(tensor), _version(tensor), tensor.detach()) for tensor in tensors]
+
+    def still(self, tensors: list[Tensor]) -> bool:
+        return all(
+            ref() is tensor and version is not None and version == _version(tensor) and _same_memory(alias, tensor)
+            for tensor, (ref, version, alias) in zip(tensors, self._seen, strict=True)
+        )
+
+
+def _same_memory(alias: Tensor, tensor: Tensor) -> bool:
+    return alias.device == tensor.device and alias.dtype == tensor.dtype and alias.data_ptr() == tensor.data_ptr()
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
+def _capturing(tensors: list[Tensor]) -> bool:
+    return any(tensor.is_cuda for tensor in tensors) and torch.cuda.is_current_stream_capturing()
+
+
+def _checked_sizes(kind: str, heads: int, levels: int, in_features: int | None, hidden: int | None) -> Sizes:
+    row = find_kind(kind)
+    if heads < 1 or levels < 1:
+        raise LevelWeightsError(f"level weights need at least one head and one level, got {heads=} and {levels=}")
+    if row.needs_input and (in_features is None or in_features < 1):
+        raise LevelWeightsError(f"level weights of kind {kind!r} need in_features, the last size of the mixer's input")
+    if not row.needs_input and in_features is not None:
+        raise LevelWeightsError(f"level weights of kind {kind!r} do not look at the input: leave in_features out")
+    if hidden is not None and (not row.needs_hidden or hidden < 1):
+        raise LevelWeightsError(f"hidden={hidden} is not for level weights of kind {kind!r}")
+    return Sizes(heads, levels, in_features or 0, (hidden or _DEFAULT_HIDDEN) if row.needs_hidden else 0)
+
+
+def _fill_uniform(tensor: Tensor) -> None:
+    """Uniform as in nn.Linear, from a stream of its own: converting a model must not shift the user's random numbers,
+    and every rank of a distributed run must draw the same."""
+    if tensor.is_meta:
+        return
+    bound = 1.0 / math.sqrt(tensor.shape[-1])
+    drawn = torch.rand(tensor.shape, generator=torch.Generator().manual_seed(0))
+    tensor.copy_(drawn * (2.0 * bound) - bound)
+
+
+def _in_words(descriptor: Tensor) -> str:
+    numbers = [int(number) for number in descriptor.flatten().tolist()]
+    if len(numbers) != 2 + len(Sizes._fields) or numbers[0] != _LAYOUT_VERSION:
+        return f"of a layout this version does not know ({numbers})"
+    names = {kind.code: kind.name for kind in KINDS.values()}
+    sizes = Sizes(*numbers[2:])
+    parts = [f"kind={names.get(numbers[1], 'unknown')!r}"]
+    return ", ".join(parts + [f"{name}={size}" for name, size in sizes._asdict().items() if size])

@@ -1,0 +1,82 @@
+# Each target makes what it needs by itself: a virtual environment in .venv with llcompile, torch and everything that
+# the demo, the tests and the checks use. A second run finds the stamp and installs nothing.
+#
+#   make demo ARGS="--seeds 3"        arguments for the command behind a target
+#   make test PYTHON=python3.12       another Python (used when .venv is made)
+#   make test VENV=/tmp/venv          another place
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test quick bench lint format clean
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.llcompile-installed
+SOURCES := llcompile kernels passes patterns tests examples benchmarks
+# One torch thread per worker: two workers with two threads each on two cores are slower than one worker alone.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+# pip's own -q shows nothing for minutes; one line for each package shows that something happens.
+PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install
+PIP_LINES := sed -u -n -E -e 's/^ *Collecting ([^ (]+).*/    + \1/p' -e 's/^ *(Downloading .*)/      \1/p' -e '/^Successfully/p'
+
+help:
+	@echo "make demo     converts two models of transformers, then trains one before and after (at most 6 minutes)"
+	@echo "make test     runs all tests"
+	@echo "make quick    runs the tests that take seconds"
+	@echo "make bench    times the operator on this machine's CPU"
+	@echo "make lint     ruff and mypy"
+	@echo "make format   lets ruff rewrite the sources"
+	@echo "make clean    removes .venv and everything that was built"
+
+demo: $(STAMP)
+	@echo "==> llcompile demo $(ARGS)"
+	@$(BIN)/llcompile demo $(ARGS)
+
+test: $(STAMP)
+	@echo "==> all tests"
+	@$(PYTEST) $(ARGS)
+
+quick: $(STAMP)
+	@echo "==> the quick tests"
+	@$(PYTEST) -m "not slow and not wheel" $(ARGS)
+
+bench: $(STAMP)
+	@echo "==> llcompile bench operator --device cpu $(ARGS)"
+	@$(BIN)/llcompile bench operator --device cpu $(ARGS)
+
+lint: $(STAMP)
+	@echo "==> ruff check"
+	@$(BIN)/ruff check .
+	@echo "==> ruff format --check"
+	@$(BIN)/ruff format --check .
+	@echo "==> mypy"
+	@$(BIN)/mypy
+
+format: $(STAMP)
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache demo-output
+	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { echo "error: no '$(PYTHON)' here; install Python 3.10 or later, or say PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1), llcompile needs 3.10 or later; say PYTHON=python3.11, say" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+	  echo "error: $(PYTHON) has no venv module; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	@echo "==> making a virtual environment in $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv --clear $(VENV)
+
+# torch comes first and alone, so that pip takes a CPU build where one is on hand and the rest builds upon it.
+$(STAMP): pyproject.toml | $(BIN)/python
+	@echo "==> installing torch into $(VENV) (a CPU build is enough; once)"
+	@$(PIP) 'torch>=2.11,<2.14' | $(PIP_LINES)
+	@echo "==> installing llcompile and what its demo, tests and checks use"
+	@$(PIP) -e '.[dev]' | $(PIP_LINES)
+	@touch $@

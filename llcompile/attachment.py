@@ -1,0 +1,115 @@
+"""Level weights on a model: registering, finding and removing them, and the warning when they are ignored."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from llcompile.errors import LevelWeightsError, LevelWeightsIgnoredWarning
+from llcompile.level_kinds import compute_dtype, level_weights_function
+from llcompile.level_weights import LevelWeights
+from llcompile.optimizer_watch import watch
+
+
+def make(kind: str, heads: int, levels: int, in_features: int | None, owner: nn.Module) -> LevelWeights:
+    """New level weights in the dtype and on the device of the owner's parameters."""
+    tensor = next((p for p in owner.parameters() if p.is_floating_point()), None)
+    return LevelWeights(
+        kind,
+        heads,
+        levels,
+        None if kind == "static" else in_features,
+        device=None if tensor is None else tensor.device,
+        dtype=None if tensor is None else tensor.dtype,
+    ).train(owner.training)
+
+
+def find(owner: nn.Module, name: str) -> LevelWeights | None:
+    """The level weights that `owner` has under `name`, or None.
+
+    Raises:
+        LevelWeightsError: the name is taken by something else.
+    """
+    held = getattr(owner, name, None)
+    if held is not None and not isinstance(held, LevelWeights):
+        raise LevelWeightsError(
+            f"{type(owner).__name__} has an attribute {name!r} of type {type(held).__name__} already, where its level "
+            "weights would go. Rename it before converting the model."
+        )
+    return held
+
+
+def attach(owner: nn.Module, name: str, weights: nn.Module) -> None:
+    """Registers level weights on the module that owns the mixer, and watches that they are not ignored."""
+    owner.add_module(name, weights)
+    watch(owner)
+    if warn_if_ignored not in owner._forward_hooks.values():
+        owner.register_forward_hook(warn_if_ignored)
+
+
+def attached(model: nn.Module) -> Iterator[tuple[nn.Module, str, LevelWeights]]:
+    """(owner, name, level weights) for everything that was attached below `model`."""
+    for owner in list(model.modules()):
+        for name, child in list(owner.named_children()):
+            if isinstance(child, LevelWeights):
+                yield owner, name, child
+
+
+def detach(model: nn.Module) -> int:
+    """Removes all level weights and hooks below `model`; returns how many level weights there were."""
+    found = list(attached(model))
+    for owner, name, _ in found:
+        detach_one(owner, name)
+    return len(found)
+
+
+def detach_one(owner: nn.Module, name: str) -> None:
+    """Removes the level weights that `owner` has under `name`, and the hook with the last of them."""
+    delattr(owner, name)
+    if not any(isinstance(child, LevelWeights) for child in owner.children()):
+        for key, hook in list(owner._forward_hooks.items()):
+            if hook is warn_if_ignored:
+                del owner._forward_hooks[key]
+
+
+def function(weights: LevelWeights, dtype: torch.dtype) -> Callable[..., Any]:
+    """The pure function (x, *tensors) -> w [B, T, H, L] of these level weights for inputs of `dtype`."""
+    dtypes = (tensor.dtype for _, tensor in weights.tensors())
+    return level_weights_function(weights.kind, weights.heads, weights.levels, compute_dtype(dtype, *dtypes))
+
+
+def warn_if_ignored(owner: nn.Module, arguments: Any, output: Any) -> None:
+    """Forward hook: warns when level weights other than 1 had no part in the output.
+
+    Eagerly it runs after the module's forward and looks whether a compiled graph used the weights since the last time.
+    While Dynamo traces it, it asks which backend is compiling: ours reads the weights, another one does not.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        _note_backend()
+        return
+    for name, weights in owner.named_children():
+        if not isinstance(weights, LevelWeights):
+            continue
+        used, weights.used = getattr(weights, "used", False), False
+        if not used and not weights.is_identity():
+            warnings.warn(_MESSAGE.format(where=f"{type(owner).__name__}.{name}", how="eagerly"), _CATEGORY, stacklevel=2)
+
+
+_CATEGORY = LevelWeightsIgnoredWarning
+_MESSAGE = (
+    "{where} holds level weights that are no longer 1, and the model was run {how}: they had no effect, the output is "
+    "the linear model's. Run it through torch.compile(model, backend='loglinear'), or llcompile.revert(model)."
+)
+
+
+@torch._dynamo.assume_constant_result
+def _note_backend() -> None:
+    from llcompile.backend import is_ours
+
+    if not is_ours():
+        where = "a module of this model"
+        warnings.warn(_MESSAGE.format(where=where, how="by another backend").replace("no longer 1", "to be learned"), _CATEGORY, stacklevel=2)

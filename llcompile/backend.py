@@ -1,0 +1,115 @@
+"""The torch.compile backend `loglinear`: looks, rewrites, and hands the graph to an inner compiler."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import fx
+
+from llcompile import compile_check, compile_run, inner
+from llcompile.errors import LateAttachWarning
+from llcompile.level_weights import LevelWeights
+from llcompile.options import Options
+from llcompile.passes import capture, dynamo, pipeline
+from llcompile.passes.session import Session
+from llcompile.report import Report
+
+log = logging.getLogger("llcompile")
+
+_last_report = Report()
+
+
+def loglinear(
+    module: fx.GraphModule,
+    example_inputs: list[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compiles one Dynamo graph: its linear-time mixers become log-linear, the rest goes to the inner compiler.
+
+    Args:
+        module: the graph, as Dynamo hands it over.
+        example_inputs: its inputs (replaced by those of the rewritten graph, which reads the level weights as well).
+        mode: a mode of Inductor ("max-autotune", ...); expanded to its options.
+        options: see `llcompile.Options`.
+
+    Raises:
+        OptionError: unknown or ill-typed options.
+        StrictError: `strict=True`, and a linear-time mixer stays unconverted or nothing was found.
+        LevelWeightsError: the module owns level weights of another size.
+    """
+    global _last_report
+    parsed = Options.parse(options)
+    session = compile_run.new_session(module, parsed)
+    report = compile_run.look(session)
+    compile_run.check_strict(report, parsed)
+    if session.attached:
+        _warn_late(session)
+        # Traced once more, so that Dynamo itself sees the new modules (their guards, hooks and states).
+        dynamo.restart("level weights were attached")
+    pipeline.change(session)
+    _last_report = report
+    log.info("%s", report)
+    compiled = inner.compile_graph(module, dynamo.example_inputs(module.graph), parsed, mode)
+    return _marking_use(compiled, [s.level_weights for s in session.sites if s.open and s.level_weights is not None])
+
+
+loglinear._llcompile = True  # type: ignore[attr-defined]
+
+
+def last_report() -> Report:
+    """The report on the graph that the backend compiled last in this process."""
+    return _last_report
+
+
+def is_ours() -> bool:
+    """Whether the trace under way ends in one of our backends."""
+    return getattr(dynamo.tracing_backend()[0], "_llcompile", False)
+
+
+def levels_of_trace() -> int | None:
+    """Number of levels of the mixer being traced; None for the linear operator."""
+    _, keywords = dynamo.tracing_backend()
+    if (keywords.get("options") or {}).get("level_weights") == "none":
+        return None
+    owner = dynamo.innermost_module()
+    held = [c for c in owner.children() if isinstance(c, LevelWeights)] if owner is not None else []
+    return held[0].levels if held else None
+
+
+def prepare() -> None:
+    """Makes the known functions of the libraries imported so far leaves; called whenever torch.compile asks for us."""
+    capture.install(is_ours, levels_of_trace)
+
+
+def _warn_late(session: Session) -> None:
+    modules = [s.module for s in session.sites if s.level_weights is not None]
+    warnings.warn(
+        f"level weights were attached to {len(modules)} mixers ({', '.join(modules[:3])}{', ...' * (len(modules) > 3)}) "
+        "at the first compiled call: an optimiser built before it does not know them. "
+        "Call llcompile.convert(model, *example_inputs) before the optimiser is built.",
+        LateAttachWarning,
+        stacklevel=2,
+    )
+
+
+def _marking_use(compiled: Callable[..., Any], weights: list[LevelWeights]) -> Callable[..., Any]:
+    """Notes at each call which level weights had their part in it (see `attachment.warn_if_ignored`)."""
+    if not weights:
+        return compiled
+
+    def run(*args: Any) -> Any:
+        for w in weights:
+            w.used = True  # type: ignore[assignment]
+        return compiled(*args)
+
+    if hasattr(compiled, "_boxed_call"):
+        run._boxed_call = compiled._boxed_call  # type: ignore[attr-defined]
+    return run
+
+
+compile_check.install(loglinear, prepare)

@@ -1,0 +1,89 @@
+"""Runs the passes on one graph for the front door, and turns what they found into a report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx
+
+from llcompile import attachment
+from llcompile.errors import StrictError
+from llcompile.options import Options
+from llcompile.passes import pipeline
+from llcompile.passes.records import Converted, Declined
+from llcompile.passes.session import Session, Settings, Site
+from llcompile.report import Report
+
+
+def new_session(module: fx.GraphModule, options: Options, dry_run: bool = False) -> Session:
+    """A session on the graph with the front door's wishes."""
+    settings = Settings(
+        kind=options.level_weights,
+        levels=options.levels,
+        make=attachment.make,
+        find=attachment.find,
+        attach=attachment.attach,
+        function=attachment.function,
+        dry_run=dry_run,
+    )
+    return Session(module, settings)
+
+
+def look(session: Session) -> Report:
+    """Everything up to the rewrite, as a report."""
+    pipeline.look(session)
+    return report_of(session)
+
+
+def report_of(session: Session) -> Report:
+    """What the session has found, as a report."""
+    return Report(
+        converted=tuple(_converted(site) for site in session.sites if site.open),
+        declined=tuple(
+            Declined(site.module, site.reason, site.where, site.hint) for site in session.sites if not site.open
+        ),
+        untouched=tuple(session.untouched),
+        graphs=1,
+    )
+
+
+def original_code(session: Session) -> Callable[..., Any]:
+    """The graph with every captured call back as the library's own code, to be run as it is."""
+    for site in session.sites:
+        site.decline("the example run of convert and inspect uses the model's own code")
+    pipeline.change(session)
+    return session.module.forward
+
+
+def check_strict(report: Report, options: Options) -> None:
+    """Raises StrictError where `strict` was asked for and something linear-time stays as it is."""
+    if not options.strict:
+        return
+    if report.declined:
+        reasons = "\n".join(f"  {d.module or '(root)'}: {d.reason} ({d.where})" for d in report.declined)
+        raise StrictError(f"strict=True, and {len(report.declined)} linear-time mixers stay unconverted:\n{reasons}")
+    if not report.converted:
+        seen = ", ".join(sorted({u.kind for u in report.untouched})) or "nothing that mixes positions"
+        raise StrictError(f"strict=True, and no linear-time mixer was found in the graph; what was seen: {seen}.")
+
+
+def _converted(site: Site) -> Converted:
+    assert site.mixer is not None
+    assert site.shape is not None
+    assert site.certificate is not None
+    weights = site.level_weights
+    return Converted(
+        module=site.module,
+        family=site.leaf.row.family,
+        decay=site.mixer.decay,
+        correction=site.mixer.correction,
+        origin="function",
+        certificate=site.certificate,
+        parameters=0 if weights is None else sum(p.numel() for p in weights.parameters()),
+        heads=site.shape.heads,
+        key_dim=site.shape.key_dim,
+        value_dim=site.shape.value_dim,
+        level_weights="none" if weights is None else weights.kind,
+        where=site.where,
+    )

@@ -1,0 +1,156 @@
+"""convert, inspect and revert: the eager front door."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from llcompile import attachment, backend, compile_run
+from llcompile.errors import CaptureError, LLCompileError, ModelError
+from llcompile.options import Options
+from llcompile.report import Report
+
+
+def convert(model: nn.Module, *example_args: Any, options: dict[str, Any] | None = None, **example_kwargs: Any) -> Report:
+    """Attaches level weights to every linear-time mixer of `model`, so that an optimiser built next knows them.
+
+    The model computes what it did before: all level weights start at exactly 1. They take effect when the model runs
+    through `torch.compile(model, backend="loglinear")`.
+
+    Args:
+        model: any nn.Module that Dynamo can trace; changed in place (modules named `loglinear` are added).
+        example_args, example_kwargs: inputs that the model runs on; their values do not matter.
+        options: as for the backend; `level_weights`, `levels` and `strict` have a meaning here.
+
+    Returns:
+        What was converted, declined and left untouched.
+
+    Raises:
+        ModelError: `model` is not an nn.Module.
+        CaptureError: the model does not run on the example inputs, or cannot be traced.
+        OptionError, LevelWeightsError, StrictError: see `llcompile.errors`. The model is as it was.
+    """
+    return _captured(model, example_args, example_kwargs, options, dry_run=False)
+
+
+def inspect(model: nn.Module, *example_args: Any, options: dict[str, Any] | None = None, **example_kwargs: Any) -> Report:
+    """What `convert` would do: the same decisions and proofs, nothing attached, nothing changed.
+
+    Args, returns and raises: as for `convert`.
+    """
+    return _captured(model, example_args, example_kwargs, options, dry_run=True)
+
+
+def revert(model: nn.Module) -> int:
+    """Removes all level weights (and their hooks) that were attached below `model`; returns how many there were.
+
+    Raises:
+        ModelError: `model` is not an nn.Module.
+    """
+    _check_model(model, "revert")
+    return attachment.detach(model)
+
+
+def _captured(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[str, Any] | None, dry_run: bool
+) -> Report:
+    options = Options.parse(given)
+    _check_model(model, "inspect" if dry_run else "convert")
+    backend.prepare()
+    before = {id(weights) for _, _, weights in attachment.attached(model)}
+    capture = _Capture(options, dry_run)
+    try:
+        _run(model, capture, args, kwargs)
+        report = _titled(capture.report, model)
+        compile_run.check_strict(report, options)
+    except BaseException as error:
+        _detach_new(model, before)
+        own = _own_error(error)
+        if own is not None:
+            raise own from None
+        if not isinstance(error, Exception):
+            raise
+        raise CaptureError(_capture_message(model, args, kwargs, error)) from error
+    return report
+
+
+class _Capture:
+    """A backend that looks at each graph, keeps the report, and runs the model's own code."""
+
+    _llcompile = True
+    __name__ = "loglinear_capture"
+
+    def __init__(self, options: Options, dry_run: bool) -> None:
+        self.options = options
+        self.dry_run = dry_run
+        self.report = Report()
+        self.kwargs = {"options": {"level_weights": options.level_weights}}
+
+    def __call__(self, module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        session = compile_run.new_session(module, self.options, dry_run=self.dry_run)
+        self.report = self.report.merged(compile_run.look(session))
+        return compile_run.original_code(session)
+
+
+def _run(model: nn.Module, capture: _Capture, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return model(*args, **kwargs)
+
+    # A code object of its own, so that what Dynamo remembers about this run dies with it.
+    fresh = types.FunctionType(run.__code__.replace(), globals(), "convert", None, run.__closure__)
+    with _unchanged(model), torch.no_grad():
+        torch._dynamo.optimize(capture)(fresh)(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Puts buffers and the random state back as they were before the example run."""
+    buffers = {name: value.detach().clone() for name, value in model.named_buffers() if not value.is_meta}
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        yield
+    with torch.no_grad():
+        for name, value in model.named_buffers():
+            if name in buffers and value.shape == buffers[name].shape:
+                value.copy_(buffers[name])
+
+
+def _check_model(model: Any, call: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"llcompile.{call} takes an nn.Module, got {type(model).__name__}.")
+
+
+def _detach_new(model: nn.Module, before: set[int]) -> None:
+    for owner, name, weights in list(attachment.attached(model)):
+        if id(weights) not in before:
+            attachment.detach_one(owner, name)
+
+
+def _own_error(error: BaseException | None) -> LLCompileError | None:
+    """Our own error inside Dynamo's wrapping, if that is what it is."""
+    while error is not None:
+        if isinstance(error, LLCompileError):
+            return error
+        error = getattr(error, "inner_exception", None) or error.__cause__
+    return None
+
+
+def _capture_message(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception) -> str:
+    shown = [_shown(a) for a in args] + [f"{k}={_shown(v)}" for k, v in kwargs.items()]
+    return (
+        f"{type(model).__name__} does not run on the example inputs ({', '.join(shown) or 'none given'}): "
+        f"{type(error).__name__}: {error}. Pass inputs that model(*inputs) takes; nothing was changed."
+    )
+
+
+def _shown(value: Any) -> str:
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)[:60]
+
+
+def _titled(report: Report, model: nn.Module) -> Report:
+    return Report(report.converted, report.declined, report.untouched, report.graphs, type(model).__name__)

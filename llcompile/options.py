@@ -1,0 +1,81 @@
+"""The options of the backend: names, types, defaults and limits, in one table."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from llcompile.errors import OptionError
+from llcompile.level_kinds import KINDS
+
+INNER = ("inductor", "aot_eager", "eager")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `options={...}` of torch.compile may say.
+
+    Args:
+        level_weights: kind of new level weights: "linear", "static", "mlp", "paper"; or "none" for the linear operator.
+        levels: number of levels L of new level weights. Sequences of up to 2^(L-1) tokens have a weight for each of
+            their levels; the last weight serves all levels beyond.
+        strict: raise where a linear-time mixer stays unconverted or nothing is found.
+        inner: the compiler of the rewritten graph: "inductor", "aot_eager" or "eager".
+        inductor: options for Inductor itself, as in `torch.compile(options=...)`.
+    """
+
+    level_weights: str = "linear"
+    levels: int = 17
+    strict: bool = False
+    inner: str = "inductor"
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, kind in _TYPES.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+                raise OptionError(
+                    f"option {name!r} takes {_article(kind)}, got {value!r} of type {type(value).__name__}."
+                )
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise OptionError(
+                    f"option {name!r} is one of {', '.join(map(repr, allowed))}; got {getattr(self, name)!r}"
+                    f"{_nearest(str(getattr(self, name)), allowed)}"
+                )
+        if not 1 <= self.levels <= 64:
+            raise OptionError(f"option 'levels' lies between 1 and 64 (2^(levels-1) tokens), got {self.levels}.")
+
+    @classmethod
+    def parse(cls, given: Mapping[str, Any] | None) -> Options:
+        """Options from a plain dict.
+
+        Raises:
+            OptionError: an unknown name (the nearest known one is named), or a value of a wrong type or range.
+        """
+        if given is not None and not isinstance(given, Mapping):
+            raise OptionError(f"options take a dict, got {type(given).__name__}.")
+        known = tuple(f.name for f in fields(cls))
+        for name in given or {}:
+            if name not in known:
+                raise OptionError(
+                    f"backend 'loglinear' has no option {name!r}{_nearest(str(name), known)}"
+                    f" Known options: {', '.join(known)}. Inductor's own go under options={{'inductor': {{...}}}}."
+                )
+        return cls(**(given or {}))
+
+
+_TYPES: dict[str, Any] = {"level_weights": str, "levels": int, "strict": bool, "inner": str, "inductor": Mapping}
+_CHOICES: dict[str, tuple[str, ...]] = {"level_weights": (*KINDS, "none"), "inner": INNER}
+
+
+def _article(kind: type) -> str:
+    name = {"Mapping": "dict"}.get(kind.__name__, kind.__name__)
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def _nearest(name: str, known: tuple[str, ...]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else "."

@@ -1,0 +1,103 @@
+"""The report: what was converted, what was declined and why, what was left untouched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from llcompile.passes.records import Certificate, Converted, Declined, Untouched
+
+__all__ = ["Certificate", "Converted", "Declined", "Report", "Untouched"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of a model's sequence mixers. `print(report)` shows it as tables.
+
+    Args:
+        converted: mixers that were rewritten, each with its certificate.
+        declined: linear-time mixers that were seen and not rewritten, each with the reason and the user's line.
+        untouched: other mechanisms, by their usual name.
+        graphs: number of graphs that Dynamo made of the model (1 without graph breaks).
+    """
+
+    converted: tuple[Converted, ...] = ()
+    declined: tuple[Declined, ...] = ()
+    untouched: tuple[Untouched, ...] = ()
+    graphs: int = 0
+    title: str = field(default="", compare=False)
+
+    @property
+    def parameters(self) -> int:
+        """How many level-weight parameters the model has."""
+        return sum(c.parameters for c in self.converted)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain dicts, lists and numbers, ready for JSON."""
+        return {k: v for k, v in asdict(self).items() if k != "title"}
+
+    def merged(self, other: Report) -> Report:
+        """Both reports in one; the later one speaks for a module that both name."""
+        return Report(
+            _merge(self.converted, other.converted),
+            _merge(self.declined, other.declined),
+            _merge(self.untouched, other.untouched),
+            self.graphs + other.graphs,
+            self.title or other.title,
+        )
+
+    def __str__(self) -> str:
+        console = Console(width=140, force_terminal=False, color_system=None)
+        with console.capture() as captured:
+            for table in self._tables():
+                console.print(table)
+        return captured.get().rstrip()
+
+    def __rich_console__(self, *_: Any) -> Iterable[Any]:
+        yield from self._tables()
+
+    def _tables(self) -> Iterable[Any]:
+        total = len(self.converted) + len(self.declined)
+        head = f"{self.title or 'model'}: {len(self.converted)} of {total} linear-time mixers are log-linear"
+        yield f"{head}, {self.parameters:,} new parameters" if self.parameters else head
+        if not total:
+            yield "  No linear-time mixer was found."
+        if self.converted:
+            yield _converted_table(self.converted)
+        if self.declined:
+            yield _declined_table(self.declined)
+        if self.untouched:
+            kinds: dict[str, list[str]] = {}
+            for record in self.untouched:
+                kinds.setdefault(record.kind, []).append(record.module)
+            for kind, modules in kinds.items():
+                yield f"left untouched: {', '.join(modules)} ({kind})"
+
+
+def _converted_table(records: tuple[Converted, ...]) -> Table:
+    table = Table(title="converted", title_justify="left", box=None, pad_edge=False)
+    for name in ("module", "family", "heads x K x V", "found as", "proof error", "level weights", "parameters"):
+        table.add_column(name, justify="right" if name in ("proof error", "parameters") else "left")
+    for r in records:
+        sizes = f"{r.heads} x {r.key_dim} x {r.value_dim}"
+        proof = f"{r.certificate.max_error:.1e} {r.certificate.dtype}"
+        table.add_row(r.module or "(root)", r.family, sizes, r.origin, proof, r.level_weights, f"{r.parameters:,}")
+    return table
+
+
+def _declined_table(records: tuple[Declined, ...]) -> Table:
+    table = Table(title="declined", title_justify="left", box=None, pad_edge=False)
+    for name in ("module", "reason", "where", "what to do"):
+        table.add_column(name)
+    for r in records:
+        table.add_row(r.module or "(root)", r.reason, r.where, r.hint)
+    return table
+
+
+def _merge(first: tuple[Any, ...], second: tuple[Any, ...]) -> tuple[Any, ...]:
+    named = {(r.module, getattr(r, "where", "")): r for r in (*first, *second)}
+    return tuple(named.values())

@@ -1,0 +1,21 @@
+"""Check: the rules that a graph keeps between passes; a broken rule names the pass that broke it."""
+
+from __future__ import annotations
+
+from llcompile.errors import GraphError
+from llcompile.passes.session import Session
+
+
+def check(session: Session, after: str) -> None:
+    """Raises GraphError where the graph is malformed, a node that is read has no value, or a rewritten call is still there."""
+    try:
+        session.graph.lint()
+    except RuntimeError as error:
+        raise GraphError(f"the graph is malformed after pass {after!r}: {error}") from error
+    for node in session.graph.nodes:
+        if node.users and node.op in ("call_function", "call_method") and "example_value" not in node.meta:
+            raise GraphError(f"node {node.format_node()} has no example_value after pass {after!r}")
+    present = set(session.graph.nodes)
+    for site in session.sites:
+        if after == "rewrite" and site.node in present:
+            raise GraphError(f"the call at {site.where} is still in the graph after pass {after!r}")

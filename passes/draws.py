@@ -1,0 +1,49 @@
+"""Random inputs for the proofs: small sizes, generic values, the same for the same seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from llcompile.patterns.known import Arguments, KnownFunction, Tensor
+from llcompile.patterns.known.row import Draw
+
+# Values as real models have them: log decays whose sum over a chunk is a few units, gates inside (0, 1).
+DRAWS: dict[Draw, Callable[[torch.Tensor], torch.Tensor]] = {
+    "normal": lambda z: z,
+    "state": lambda z: z,
+    "log_decay": lambda z: -0.2 * F.softplus(z),
+    "unit": torch.sigmoid,
+    "negative": lambda z: -0.2 - F.softplus(z),
+}
+
+
+def small_sizes(sizes: Mapping[str, Any]) -> dict[str, int]:
+    """Sizes for a proof: as in the call where they are small, else cut down, with the ratio of heads to groups kept."""
+    small = {"B": 2}
+    groups = min(int(sizes.get("G", sizes["H"])), 2)
+    ratio = int(sizes["H"]) // int(sizes.get("G", sizes["H"]))
+    small["G"], small["H"] = groups, groups * min(ratio, 3)
+    small["K"], small["V"] = min(int(sizes["K"]), 16), min(int(sizes["V"]), 12)
+    return small
+
+
+def draw_call(row: KnownFunction, call: Arguments, seed: int, length: int) -> dict[str, Any]:
+    """Fresh float64 values for every tensor of the call; constants and absent operands stay as they are."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = {**small_sizes(call.sizes), "T": length}
+    values = dict(call.values)
+    for tensor in row.tensors:
+        if isinstance(call[tensor.name], torch.Tensor):
+            values[tensor.name] = _draw(tensor, sizes, generator)
+    return values
+
+
+def _draw(tensor: Tensor, sizes: Mapping[str, int], generator: torch.Generator) -> torch.Tensor:
+    axes = tensor.axes.split()
+    full = [sizes[axis.lstrip("*")] for axis in axes]
+    drawn = [1 if axis.startswith("*") else size for axis, size in zip(axes, full, strict=True)]
+    return DRAWS[tensor.draw](torch.randn(drawn, generator=generator, dtype=torch.float64)).expand(full)

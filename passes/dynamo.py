@@ -1,0 +1,185 @@
+"""Everything that touches Dynamo's private interfaces, in one place.
+
+Written against torch 2.11 to 2.13; tests/passes/test_dynamo.py exercises each function, so that a torch release that
+moves something fails there and not in a user's model.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import torch
+from torch import fx, nn
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+from torch._dynamo.source import AttrSource, GlobalSource, LocalSource, Source
+from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._dynamo.variables.builder import VariableBuilder
+from torch._subclasses.fake_tensor import FakeTensor
+
+
+def current_translator() -> InstructionTranslator | None:
+    """The frame that Dynamo is tracing at this moment in this thread, or None."""
+    try:
+        return InstructionTranslator.current_tx()
+    except AttributeError:
+        return None
+
+
+def tracing_backend() -> tuple[Any, dict[str, Any]]:
+    """The backend of the trace under way, without Dynamo's wrappers, and the keyword arguments it will be given."""
+    translator = current_translator()
+    function: Any = translator.output.compiler_fn if translator is not None else None
+    keywords: dict[str, Any] = {}
+    for _ in range(8):  # wrappers are nested two or three deep
+        keywords = getattr(function, "kwargs", None) or keywords
+        inner = getattr(function, "_torchdynamo_orig_backend", None) or getattr(function, "compiler_fn", None)
+        if inner is None:
+            break
+        function = inner
+    return function, keywords
+
+
+def innermost_module() -> nn.Module | None:
+    """The nn.Module whose forward is being traced right now, or None."""
+    translator = current_translator()
+    if translator is None:
+        return None
+    frame = translator.output.current_tx
+    stack = list(getattr(frame, "nn_module_stack", {}) or {})
+    return find_module(stack[-1]) if stack else None
+
+
+def find_module(key: str) -> nn.Module | None:
+    """The module that a key of `nn_module_stack` (its id, with "@n" for the nth call) stands for."""
+    found = _modules_by_id().get(int(key.split("@")[0]))
+    return None if found is None else found[0]
+
+
+def restart(reason: str) -> NoReturn:
+    """Has Dynamo trace the frame once more, from a backend that changed a module which the trace had read."""
+    raise TensorifyScalarRestartAnalysis(restart_reason=reason)
+
+
+def fake_mode_of(graph: fx.Graph) -> Any:
+    """The fake mode that the example values of the graph belong to."""
+    values = (node.meta.get("example_value") for node in graph.nodes)
+    return next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
+
+
+@contextmanager
+def tracing_fake_mode(graph: fx.Graph) -> Iterator[None]:
+    """Lets Dynamo's builders make values of the graph's own fake mode.
+
+    Dynamo hands backends a fresh mode; a value of one mode cannot meet a value of another.
+    """
+    context, mode = torch._guards.TracingContext.try_get(), fake_mode_of(graph)
+    if context is None or mode is None:
+        yield
+        return
+    fresh, context.fake_mode = context.fake_mode, mode
+    try:
+        yield
+    finally:
+        context.fake_mode = fresh
+
+
+def add_tensor_input(graph: fx.Graph, owner: nn.Module, path: tuple[str, ...]) -> fx.Node:
+    """Makes the tensor at `owner.<path>` an input of the graph being compiled, which Dynamo fills on each call.
+
+    Dynamo's own builder makes it, so it is guarded, fakeified and reconstructed like any parameter that the traced
+    code had read: `load_state_dict(assign=True)`, `setattr` and regional compilation see the current tensor.
+
+    Raises:
+        LookupError: no object of the traced frame leads to `owner`.
+    """
+    translator = current_translator()
+    located = _modules_by_id().get(id(owner))
+    if translator is None or located is None:
+        raise LookupError(f"no local, closure or global variable of the compiled frame leads to {type(owner).__name__}")
+    _, source, names = located
+    tensor: Any = owner
+    for name in names:
+        source = AttrSource(source, name)
+    for name in path:
+        tensor = getattr(tensor, name)
+        source = AttrSource(source, name)
+    translator = translator.output.root_tx or translator
+    variable = VariableBuilder(translator, source)(tensor)
+    node: fx.Node = variable.as_proxy().node
+    if node.graph is not graph:
+        raise LookupError(f"Dynamo put {source.name} into another graph")
+    node._dynamo_source = node.meta["grapharg"].source
+    return node
+
+
+def example_inputs(graph: fx.Graph) -> list[Any]:
+    """The example inputs that belong to the graph's placeholders, in order."""
+    return [node.meta["grapharg"].example for node in graph.find_nodes(op="placeholder")]
+
+
+def input_value(node: fx.Node) -> Any:
+    """The object that the user's program holds for a placeholder (a Parameter, say), or None."""
+    argument = node.meta.get("grapharg")
+    try:
+        return None if argument is None else argument.example
+    except AssertionError:  # Dynamo has erased the example
+        return None
+
+
+def substitute(function: Callable[..., Any], replacement: Callable[..., Any]) -> None:
+    """Has Dynamo trace `replacement` wherever traced code calls `function`; eager calls are untouched."""
+    torch.compiler.substitute_in_graph(function, skip_signature_check=True)(replacement)  # type: ignore[arg-type]
+
+
+def unsubstituted(function: types.FunctionType) -> types.FunctionType:
+    """A copy of `function` that Dynamo does not know to be substituted."""
+    copy = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    copy.__dict__.update(function.__dict__)
+    copy.__module__, copy.__qualname__ = function.__module__, function.__qualname__
+    return copy
+
+
+def _modules_by_id() -> dict[int, tuple[nn.Module, Source, tuple[str, ...]]]:
+    """Every module that the outermost frame leads to: the module, its root's source, and the names below the root."""
+    translator = current_translator()
+    if translator is None:
+        return {}
+    output: Any = translator.output
+    # Kept for the length of the trace: a lookup per layer must not walk all layers.
+    if not hasattr(output, "_llcompile_modules"):
+        output._llcompile_modules = {
+            id(module): (module, source, tuple(name.split(".")) if name else ())
+            for source, root in reversed(_root_modules())
+            for name, module in root.named_modules()
+        }
+    return output._llcompile_modules  # type: ignore[no-any-return]
+
+
+def _root_modules() -> list[tuple[Source, nn.Module]]:
+    """The modules that the outermost traced frame holds: its locals, closure cells and globals."""
+    translator = current_translator()
+    if translator is None:
+        return []
+    frame = translator.output.root_tx or translator
+    cells = set(frame.f_code.co_freevars) | set(frame.f_code.co_cellvars)
+    found: list[tuple[Source, nn.Module]] = []
+    for name, value in frame.f_locals.items():
+        if isinstance(value, types.CellType):
+            value = value.cell_contents
+        if isinstance(value, nn.Module):
+            source = LocalSource(name, is_input=name not in cells, is_derefed_cell_contents=name in cells)
+            found.append((source, value))
+        owner = getattr(value, "__self__", None)
+        if isinstance(owner, nn.Module):
+            found.append((AttrSource(LocalSource(name), "__self__"), owner))
+    for name in frame.f_code.co_names:
+        value = frame.f_globals.get(name)
+        if isinstance(value, nn.Module):
+            found.append((GlobalSource(name), value))
+    return found

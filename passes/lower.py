@@ -1,0 +1,104 @@
+"""Lowers a known call to the operator: plain torch calls that run on tensors and write themselves on proxies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import llcompile.kernels.operators  # noqa: F401  (registers torch.ops.llcompile)
+from llcompile.patterns.known import Arguments, KnownFunction
+from llcompile.patterns.known.arguments import Mismatch, is_level_state, read_call, state_argument
+from llcompile.patterns.mixer import Mixer
+
+
+def lower_call(
+    row: KnownFunction, function: Callable[..., Any], given: Mapping[str, Any], levels: int | None
+) -> Any:
+    """What the call computes through our operator, with every level weight 1 (or none, for `levels` None)."""
+    arguments = read_call(row, function, given)
+    state = arguments[state_argument(row)]
+    if state is not None and not is_level_state(state):
+        levels = None
+    weights = None
+    if levels is not None:
+        value = arguments[row.tensor_with("V").name]
+        weights = value.new_ones(*value.shape[:-1], levels, dtype=torch.float32)
+    return lower(row, arguments, arguments, weights)
+
+
+def lower(row: KnownFunction, arguments: Arguments, example: Arguments, level_weights: Any) -> Any:
+    """Emits the operator and what the function does around it.
+
+    Args:
+        row: the function's row.
+        arguments: the values to compute on: tensors, or proxies.
+        example: the same call on tensors (real or fake), for everything that depends on shapes.
+        level_weights: [B, T, H, L] (or [B, H, L] for a step), or None for the linear operator.
+    """
+    call = OperatorCall(
+        own_state=is_level_state(example[state_argument(row)]),
+        single=is_single_token(row, example),
+        wants_state=row.wants_state(example),
+    )
+    output, state = call_operator(row.bind(arguments), level_weights, call)
+    if row.writes_state is not None:
+        arguments[row.writes_state].copy_(state)
+    return row.result(arguments, output, state)
+
+
+@dataclass(frozen=True)
+class OperatorCall:
+    """What decides which operator is called: whose state comes in, how many tokens, and whether a state goes out."""
+
+    own_state: bool
+    single: bool
+    wants_state: bool
+
+
+def is_single_token(row: KnownFunction, example: Arguments) -> bool:
+    """Whether the call is a decoding step: one token, known to be one without a guard."""
+    length = example.sizes.get("T", 1)
+    return isinstance(length, int) and length == 1
+
+
+def call_operator(mixer: Mixer, level_weights: Any, call: OperatorCall) -> tuple[Any, Any]:
+    """One call of `llcompile::loglinear_attention` or its step; returns the output and the final state."""
+    state, transposed = mixer.initial_state, mixer.state_layout == "vk"
+    if state is not None and not call.own_state:
+        state = state.float().transpose(-1, -2) if transposed else state.float()
+    if state is not None and call.single:
+        output, final = _call_step(mixer, level_weights, state)
+    else:
+        result = torch.ops.llcompile.loglinear_attention(
+            mixer.query,
+            mixer.key,
+            mixer.value,
+            level_weights,
+            mixer.log_decay,
+            mixer.beta,
+            state,
+            mixer.scale,
+            call.wants_state,
+        )
+        output, final = result[0], result[1]
+    if not call.wants_state:
+        return output, None
+    return output, final.transpose(-1, -2) if level_weights is None and transposed else final
+
+
+def _call_step(mixer: Mixer, level_weights: Any, state: Any) -> tuple[Any, Any]:
+    step = torch.ops.llcompile.loglinear_attention_step
+    operands = (mixer.query, mixer.key, mixer.value, level_weights)
+    gates = (mixer.log_decay, mixer.beta)
+    if mixer.step:
+        result = step(*operands, state, *gates, mixer.scale)
+        return result[0], result[1]
+    operands, gates = ([None if x is None else x.squeeze(1) for x in xs] for xs in (operands, gates))
+    result = step(*operands, state, *gates, mixer.scale)
+    return result[0].unsqueeze(1), result[1]
+
+
+__all__ = ["Mismatch", "call_operator", "is_single_token", "lower", "lower_call"]

@@ -1,0 +1,96 @@
+"""Where a mixer's operands come from: the nearest tensor [B, T, D] that dominates q, k and v and is projected."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import networkx as nx
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from llcompile.passes import dynamo
+from llcompile.passes.session import Site
+
+# Calls that project features: the level weights read what these read.
+_PROJECTIONS = {F.linear, torch._C._nn.linear, torch.matmul, torch.nn.functional.bilinear}
+# Steps between a tensor and its projection that do not change what it is.
+_TRANSPARENT = {"to", "float", "contiguous", "type", "half", "bfloat16"}
+_ROOT, _SINK = "root", "sink"
+
+
+def projection_input(site: Site) -> fx.Node | None:
+    """The node that the site's level weights are computed from, or None where no input dominates its operands.
+
+    The candidates are the common dominators of q, k and v; the nearest one that a projection reads is taken, so that
+    the same tensor is found while prefilling, training and decoding, whatever lies between (convolutions, caches).
+    """
+    batch, length = _batch_and_length(site)
+    candidates = [n for n in _dominators(site) if _is_sequence(n, batch, length)]
+    projected = [n for n in candidates if _is_projected(n)]
+    return next(iter(projected or candidates), None)
+
+
+def _batch_and_length(site: Site) -> tuple[Any, Any]:
+    assert site.call is not None
+    return site.call.sizes["B"], site.call.sizes.get("T", 1)
+
+
+def _operand_nodes(site: Site) -> list[fx.Node]:
+    """The nodes of the call's activations: every tensor argument that has a batch axis, the state apart."""
+    names = [t.name for t in site.leaf.row.tensors if t.axes.startswith("B") and t.draw != "state"]
+    return [n for n in (site.node.kwargs.get(name) for name in names) if isinstance(n, fx.Node)]
+
+
+def _dominators(site: Site) -> list[fx.Node]:
+    """Common dominators of the operands, the nearest first."""
+    operands = _operand_nodes(site)
+    graph: nx.DiGraph[Any] = nx.DiGraph()
+    graph.add_edges_from((operand, _SINK) for operand in operands)
+    pending, seen = list(operands), set(operands)
+    while pending:
+        node = pending.pop()
+        if node.op == "placeholder" and not _is_constant_input(node):
+            graph.add_edge(_ROOT, node)
+        for parent in node.all_input_nodes:
+            graph.add_edge(parent, node)
+            if parent not in seen:
+                seen.add(parent)
+                pending.append(parent)
+    if _ROOT not in graph:
+        return []
+    immediate = nx.immediate_dominators(graph, _ROOT)
+    chain, node = [], immediate.get(_SINK)
+    while isinstance(node, fx.Node):
+        chain.append(node)
+        node = immediate.get(node)
+    return chain
+
+
+def _is_constant_input(node: fx.Node) -> bool:
+    """Parameters and buffers do not depend on the token; a cache's tensors, which the graph writes, are no input."""
+    value = dynamo.input_value(node)
+    if isinstance(value, nn.Parameter) or not isinstance(node.meta.get("example_value"), torch.Tensor):
+        return True
+    return any(u.op == "call_method" and str(u.target).endswith("_") and u.args[0] is node for u in node.users)
+
+
+def _is_sequence(node: fx.Node, batch: Any, length: Any) -> bool:
+    value = node.meta.get("example_value")
+    return (
+        isinstance(value, torch.Tensor)
+        and value.dim() == 3
+        and value.is_floating_point()
+        and statically_known_true(value.shape[0] == batch)
+        and statically_known_true(value.shape[1] == length)
+    )
+
+
+def _is_projected(node: fx.Node) -> bool:
+    for user in node.users:
+        if user.op == "call_function" and user.target in _PROJECTIONS and user.args and user.args[0] is node:
+            return True
+        if user.op == "call_method" and user.target in _TRANSPARENT and _is_projected(user):
+            return True
+    return False

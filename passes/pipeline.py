@@ -1,0 +1,46 @@
+"""The passes, flat and in order, with a check of the graph after each."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from llcompile.passes import dynamo
+from llcompile.passes.attach import attach
+from llcompile.passes.bind import bind
+from llcompile.passes.check import check
+from llcompile.passes.discover import discover
+from llcompile.passes.identify import identify
+from llcompile.passes.prove import prove
+from llcompile.passes.rewrite import rewrite
+from llcompile.passes.session import Session
+
+log = logging.getLogger("llcompile")
+
+Pass = Callable[[Session], int]
+
+# What is there and what it is; nothing is changed.
+LOOK: tuple[Pass, ...] = (discover, identify, bind, prove)
+# What is done about it.
+CHANGE: tuple[Pass, ...] = (rewrite,)
+
+
+def look(session: Session) -> None:
+    """Finds the mixers of a graph, proves them, and finds or makes their level weights."""
+    _run(session, (*LOOK, attach))
+
+
+def change(session: Session) -> None:
+    """Rewrites the graph; `look` has been run on it."""
+    with dynamo.tracing_fake_mode(session.graph):
+        _run(session, CHANGE)
+    session.module.recompile()
+
+
+def _run(session: Session, passes: tuple[Pass, ...]) -> None:
+    for step in passes:
+        start = time.perf_counter()
+        count = step(session)
+        check(session, step.__name__)
+        log.debug("pass %s: %d in %.1f ms", step.__name__, count, 1e3 * (time.perf_counter() - start))

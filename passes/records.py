@@ -1,0 +1,60 @@
+"""What the passes find out about a model, as plain records; the report is made of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llcompile.patterns.families import Correction, Decay
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """The result of a proof: how far the rewritten form was from the original at w = 1.
+
+    Args:
+        max_error: largest absolute difference over all draws, relative to the largest value of the original.
+        dtype: precision in which the two agreed: "float64", or "float32" where the original computes in that inside.
+        draws: number of independent random inputs (each with another length, where the function has one).
+        against: what the operator was compared with, where that is not the function itself.
+    """
+
+    max_error: float
+    dtype: str
+    draws: int
+    against: str = ""
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A mixer that was rewritten. `parameters` counts the new level weights; `origin` is "function" or "graph"."""
+
+    module: str
+    family: str
+    decay: Decay
+    correction: Correction
+    origin: str
+    certificate: Certificate
+    parameters: int
+    heads: int
+    key_dim: int
+    value_dim: int
+    level_weights: str = "none"
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class Declined:
+    """A linear-time mixer that was seen and not rewritten; `where` is the user's file and line."""
+
+    module: str
+    reason: str
+    where: str
+    hint: str = ""
+
+
+@dataclass(frozen=True)
+class Untouched:
+    """Another mechanism, left as it is; `kind` is its usual name."""
+
+    module: str
+    kind: str

@@ -1,0 +1,85 @@
+"""The state that flows through the pipeline: one graph, the mixers found in it, and what became of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from llcompile.passes.capture import Leaf
+from llcompile.passes.records import Certificate, Untouched
+from llcompile.patterns.known import Arguments
+from llcompile.patterns.mixer import Mixer, MixerShape
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the front door wants of the passes.
+
+    Args:
+        kind: kind of the level weights, or "none" for the linear operator.
+        levels: number of levels that new level weights get.
+        make: makes new level weights: (kind, heads, levels, in_features, like) -> module.
+        find: the level weights that a module owns under a name already, or None.
+        attach: registers level weights on a module under a name.
+        function: (level weights, dtype of their input) -> the pure function (input, *tensors) that they compute.
+        dry_run: find out everything and change nothing.
+    """
+
+    kind: str
+    levels: int
+    make: Callable[..., nn.Module]
+    find: Callable[[nn.Module, str], Any]
+    attach: Callable[[nn.Module, str, nn.Module], None]
+    function: Callable[[nn.Module, torch.dtype], Callable[..., Any]]
+    dry_run: bool = False
+
+
+@dataclass
+class Site:
+    """One mixer in the graph, from its discovery to its rewrite."""
+
+    node: fx.Node
+    leaf: Leaf
+    module: str
+    where: str
+    owner: nn.Module | None = None
+    owner_missing: bool = False
+    attribute: str = "loglinear"
+    call: Arguments | None = None
+    mixer: Mixer | None = None
+    shape: MixerShape | None = None
+    certificate: Certificate | None = None
+    source: fx.Node | None = None
+    level_weights: Any = None
+    reason: str = ""
+    hint: str = ""
+
+    @property
+    def open(self) -> bool:
+        """Whether nothing has spoken against the rewrite so far."""
+        return not self.reason
+
+    def decline(self, reason: str, hint: str = "") -> None:
+        """Gives the mixer up, with the reason that the report will show. The first reason stays."""
+        if self.open:
+            self.reason, self.hint = reason, hint
+
+
+@dataclass
+class Session:
+    """One graph on its way through the pipeline."""
+
+    module: fx.GraphModule
+    settings: Settings
+    sites: list[Site] = field(default_factory=list)
+    untouched: list[Untouched] = field(default_factory=list)
+    attached: int = 0
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph under work."""
+        return self.module.graph

@@ -1,0 +1,18 @@
+"""The table of families: one row for each cell of decay x correction (DESIGN section 2)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Decay = Literal["none", "scalar", "channel"]
+Correction = Literal["none", "delta"]
+
+# The name that the field gives to the cell when the code at hand does not say more.
+FAMILIES: dict[tuple[Decay, Correction], str] = {
+    ("none", "none"): "linear attention",
+    ("scalar", "none"): "scalar-decay linear attention",
+    ("channel", "none"): "gated linear attention",
+    ("none", "delta"): "DeltaNet",
+    ("scalar", "delta"): "Gated DeltaNet",
+    ("channel", "delta"): "Kimi Delta Attention",
+}

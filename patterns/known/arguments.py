@@ -1,0 +1,84 @@
+"""Reads one call of a known function: fills in defaults, names the sizes, and says what does not fit the row."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from llcompile.patterns.known.row import Arguments, KnownFunction, Tensor
+
+
+class Mismatch(Exception):
+    """A call of a known function that its row does not cover; the text is the reason in the report."""
+
+
+def read_call(row: KnownFunction, function: Callable[..., Any], given: Mapping[str, Any]) -> Arguments:
+    """The call's arguments with their defaults and sizes.
+
+    Args:
+        row: the function's row.
+        function: the function, for its defaults.
+        given: arguments by name; tensors may be fake.
+
+    Raises:
+        Mismatch: an argument that the row refuses or does not know is set, or a tensor has an unexpected shape.
+    """
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.default is not inspect.Parameter.empty
+    }
+    _check_refused(row, defaults, given)
+    values = {**{n: d for n, d in defaults.items() if n in row.parameters}, **given}
+    sizes: dict[str, int] = {}
+    dtypes: dict[str, torch.dtype] = {}
+    for tensor in row.tensors:
+        value = values.get(tensor.name)
+        if isinstance(value, torch.Tensor):
+            _read_sizes(row, tensor, value, sizes)
+            dtypes[tensor.name] = value.dtype
+    return Arguments(values, sizes, dtypes)
+
+
+def is_level_state(value: Any) -> bool:
+    """Whether a tensor is a state of ours, [B, H, 1 + L, K, V], rather than the function's own linear one."""
+    return isinstance(value, torch.Tensor) and value.dim() == 5
+
+
+def state_argument(row: KnownFunction) -> str:
+    """The name of the row's state argument, or "" where it has none."""
+    return next((t.name for t in row.tensors if t.draw == "state"), "")
+
+
+def _check_refused(row: KnownFunction, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    known = {t.name for t in row.tensors} | set(row.constants)
+    for name, value in given.items():
+        if name in known or value is None:
+            continue
+        default = defaults.get(name)
+        if not isinstance(value, torch.Tensor) and type(value) is type(default) and value == default:
+            continue
+        if name in row.refuses:
+            raise Mismatch(f"argument {name} of {row.function} {row.refuses[name]}")
+        raise Mismatch(f"argument {name} of {row.function} is set, and its meaning is not in the table")
+
+
+def _read_sizes(row: KnownFunction, tensor: Tensor, value: torch.Tensor, sizes: dict[str, Any]) -> None:
+    if tensor.draw == "state" and is_level_state(value):
+        return
+    axes = tensor.axes.split()
+    where = f"argument {tensor.name} of {row.function} has shape {list(value.shape)}"
+    if value.dim() != len(axes):
+        raise Mismatch(f"{where}, expected {len(axes)} axes ({tensor.axes})")
+    for axis, size, stride in zip(axes, value.shape, value.stride(), strict=True):
+        name = axis.lstrip("*")
+        if axis.startswith("*") and stride != 0 and size != 1:
+            raise Mismatch(f"{where} and differs along {name}, where the family has one value per head")
+        # Batch and length may be symbolic: they are not compared, so that no guard is put on them.
+        if name in "BT":
+            sizes.setdefault(name, size)
+        elif sizes.setdefault(name, int(size)) != int(size):
+            raise Mismatch(f"{where}, expected {name} = {sizes[name]} ({tensor.axes})")

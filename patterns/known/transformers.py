@@ -1,0 +1,153 @@
+"""Known functions of transformers >= 5: Mamba-2, the gated delta rule and Kimi delta attention, whole and by step.
+
+Every model of a kind carries the same code under the same name (modular transformers copies it), so that one row
+serves all of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llcompile.patterns.known.binders import delta_rule, output_and_state, time_step
+from llcompile.patterns.known.row import Arguments, KnownFunction, Tensor
+from llcompile.patterns.mixer import Mixer
+
+PACKED = "packs several sequences into one row, which this function's binding does not take apart yet; pass padded rows"
+
+
+def _mamba2(a: Arguments) -> Mixer:
+    dt = time_step(a, a["dt"]).float()  # [B, T, H]
+    return Mixer(
+        decay="scalar",
+        correction="none",
+        query=a["C"].float(),
+        key=a["B"].float(),
+        value=a["hidden_states"].float() * dt.unsqueeze(-1),
+        log_decay=a["A"].float() * dt,
+        initial_state=a["initial_states"],
+        state_layout="vk",
+    )
+
+
+def _mamba2_result(a: Arguments, output: Any, state: Any) -> Any:
+    if a["D"] is not None:
+        output = output + a["D"].unsqueeze(-1) * a["hidden_states"].float()
+    return (output, state) if a["return_final_states"] else output
+
+
+def _mamba2_step(a: Arguments) -> Mixer:
+    # Transformers expands dt, A, D and dt_bias over the head's channels for mamba_ssm's kernel: take one of each.
+    head = a.with_values({**a.values, "dt_bias": None if a["dt_bias"] is None else a["dt_bias"][..., 0]})
+    dt = time_step(head, a["dt"][..., 0]).float()  # [B, H]
+    return Mixer(
+        decay="scalar",
+        correction="none",
+        query=a["C"].float(),
+        key=a["B"].float(),
+        value=a["hidden_states"].float() * dt.unsqueeze(-1),
+        log_decay=a["A"][..., 0, 0].float() * dt,
+        initial_state=a["state"],
+        state_layout="vk",
+        step=True,
+    )
+
+
+def _mamba2_step_result(a: Arguments, output: Any, state: Any) -> Any:
+    if a["D"] is not None:
+        output = output + a["hidden_states"].float() * a["D"].float()
+    return output.to(a.dtypes["hidden_states"])
+
+
+def _gated_delta(a: Arguments) -> Mixer:
+    return delta_rule(a, a["query"], a["key"], a["value"], a["g"].float(), decay="scalar")
+
+
+def _kimi(a: Arguments) -> Mixer:
+    return delta_rule(a, a["query"], a["key"], a["value"], a["g"].float(), decay="channel")
+
+
+def _delta_result(a: Arguments, output: Any, state: Any) -> Any:
+    return output_and_state(a, output, state, like="query")
+
+
+_MAMBA2_TENSORS = (
+    Tensor("hidden_states", "B T H V"),
+    Tensor("dt", "B T H"),
+    Tensor("A", "H", "negative"),
+    Tensor("B", "B T G K"),
+    Tensor("C", "B T G K"),
+    Tensor("D", "H"),
+    Tensor("dt_bias", "H"),
+    Tensor("initial_states", "B H V K", "state"),
+)
+_MAMBA2_STEP_TENSORS = (
+    Tensor("state", "B H V K", "state"),
+    Tensor("hidden_states", "B H V"),
+    Tensor("dt", "B H *V"),
+    Tensor("A", "H *V *K", "negative"),
+    Tensor("B", "B G K"),
+    Tensor("C", "B G K"),
+    Tensor("D", "H *V"),
+    Tensor("dt_bias", "H *V"),
+)
+_DELTA_TENSORS = (
+    Tensor("query", "B T G K"),
+    Tensor("key", "B T G K"),
+    Tensor("value", "B T H V"),
+    Tensor("g", "B T H", "log_decay"),
+    Tensor("beta", "B T H", "unit"),
+    Tensor("initial_state", "B H K V", "state"),
+)
+_KIMI_TENSORS = (*(t for t in _DELTA_TENSORS if t.name != "g"), Tensor("g", "B T H K", "log_decay"))
+_DELTA_CONSTANTS = ("output_final_state", "use_qk_l2norm_in_kernel")
+_DELTA_REFUSES = {"cu_seqlens": PACKED}
+
+
+def _delta_row(function: str, family: str, kimi: bool) -> KnownFunction:
+    return KnownFunction(
+        library="transformers",
+        function=function,
+        family=family,
+        decay="channel" if kimi else "scalar",
+        correction="delta",
+        tensors=_KIMI_TENSORS if kimi else _DELTA_TENSORS,
+        constants=_DELTA_CONSTANTS,
+        refuses=_DELTA_REFUSES,
+        returns_state="output_final_state",
+        bind=_kimi if kimi else _gated_delta,
+        result=_delta_result,
+    )
+
+
+ROWS: tuple[KnownFunction, ...] = (
+    KnownFunction(
+        library="transformers",
+        function="mamba2_chunk_scan",
+        family="Mamba-2 (SSD)",
+        decay="scalar",
+        correction="none",
+        tensors=_MAMBA2_TENSORS,
+        constants=("chunk_size", "dt_softplus", "dt_limit", "return_final_states"),
+        refuses={"seq_idx": PACKED, "z": "gates its output inside the kernel, which the torch form does not do"},
+        bind=_mamba2,
+        returns_state="return_final_states",
+        result=_mamba2_result,
+    ),
+    KnownFunction(
+        library="transformers",
+        function="mamba2_selective_state_update",
+        family="Mamba-2 (SSD)",
+        decay="scalar",
+        correction="none",
+        tensors=_MAMBA2_STEP_TENSORS,
+        constants=("dt_softplus",),
+        refuses={"z": "gates its output inside the kernel; no transformers model asks for that"},
+        bind=_mamba2_step,
+        result=_mamba2_step_result,
+        writes_state="state",
+    ),
+    _delta_row("torch_chunk_gated_delta_rule", "Gated DeltaNet", kimi=False),
+    _delta_row("torch_recurrent_gated_delta_rule", "Gated DeltaNet", kimi=False),
+    _delta_row("chunk_kimi_delta_attention", "Kimi Delta Attention", kimi=True),
+    _delta_row("recurrent_kimi_delta_attention", "Kimi Delta Attention", kimi=True),
+)

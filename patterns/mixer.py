@@ -1,0 +1,100 @@
+"""The Mixer node: what one linear-time mixer is, whatever code it was found in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+
+from llcompile.errors import MixerError
+from llcompile.patterns.families import FAMILIES, Correction, Decay
+
+Value = TypeVar("Value")
+
+# How a linear state lies in the code that the mixer came from: [B, H, K, V] or [B, H, V, K].
+StateLayout = Literal["kv", "vk"]
+
+
+@dataclass(frozen=True)
+class Mixer:
+    """One linear-time mixer, bound to its operands.
+
+    An operand is a tensor while a mixer is proved and an `fx.Proxy` while it is written into a graph; `Any` stands for
+    both. Shapes are the operator's (DESIGN section 4), with T left out for a single step:
+
+    Args:
+        query: [B, T, G, K].
+        key: [B, T, G, K].
+        value: [B, T, H, V], G divides H.
+        log_decay: [B, T, H] for decay "scalar", [B, T, H, K] for "channel", None for "none"; <= 0.
+        beta: [B, T, H] for correction "delta", else None.
+        initial_state: a state of the source code in `state_layout`, or one of ours [B, H, 1 + L, K, V], or None.
+        scale: factor on the query.
+        state_layout: how the source code lays out its linear state.
+        step: True for a single token (no T axis).
+    """
+
+    decay: Decay
+    correction: Correction
+    query: Any
+    key: Any
+    value: Any
+    log_decay: Any = None
+    beta: Any = None
+    initial_state: Any = None
+    scale: float = 1.0
+    state_layout: StateLayout = "kv"
+    step: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.decay, self.correction) not in FAMILIES:
+            raise MixerError(f"no family has decay {self.decay!r} and correction {self.correction!r}; see families.py.")
+        if (self.decay == "none") != (self.log_decay is None):
+            raise MixerError(f"decay {self.decay!r} does not fit log_decay {'absent' if self.log_decay is None else 'given'}.")
+        if (self.correction == "none") != (self.beta is None):
+            raise MixerError(f"correction {self.correction!r} does not fit beta {'absent' if self.beta is None else 'given'}.")
+
+
+@dataclass(frozen=True)
+class MixerShape:
+    """The sizes of a mixer: heads H, groups G, key width K, value width V."""
+
+    heads: int
+    groups: int
+    key_dim: int
+    value_dim: int
+
+
+def validate(mixer: Mixer) -> MixerShape:
+    """Checks the shapes of a mixer whose operands are tensors (fake ones will do) and returns its sizes.
+
+    Raises:
+        MixerError: an operand's rank or size does not fit the others.
+    """
+    time = 0 if mixer.step else 1
+    rank = 3 + time
+    for name in ("query", "key", "value"):
+        _expect_rank(name, getattr(mixer, name), rank)
+    groups, key_dim = (int(n) for n in mixer.query.shape[-2:])
+    heads, value_dim = (int(n) for n in mixer.value.shape[-2:])
+    if tuple(mixer.key.shape[-2:]) != (groups, key_dim):
+        raise MixerError(f"key is {list(mixer.key.shape)}, expected the query's {list(mixer.query.shape)}.")
+    if heads % groups:
+        raise MixerError(f"{heads} value heads are not a multiple of {groups} query/key groups.")
+    if mixer.log_decay is not None:
+        _expect_tail("log_decay", mixer.log_decay, rank, (heads,) if mixer.decay == "scalar" else (heads, key_dim))
+    if mixer.beta is not None:
+        _expect_tail("beta", mixer.beta, rank, (heads,))
+    return MixerShape(heads, groups, key_dim, value_dim)
+
+
+def _expect_rank(name: str, tensor: torch.Tensor, rank: int) -> None:
+    if tensor.dim() != rank:
+        raise MixerError(f"{name} is {list(tensor.shape)}, expected {rank} axes.")
+
+
+def _expect_tail(name: str, tensor: torch.Tensor, rank: int, tail: tuple[int, ...]) -> None:
+    expected_rank = rank - 2 + len(tail)
+    if tensor.dim() != expected_rank or tuple(tensor.shape[-len(tail) :]) != tail:
+        raise MixerError(f"{name} is {list(tensor.shape)}, expected {expected_rank} axes that end in {list(tail)}.")

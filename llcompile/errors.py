@@ -46,6 +46,10 @@ class GraphError(LLCompileError, RuntimeError):
     """A pass left the graph in a state that breaks the pipeline's rules."""
 
 
+class SpecError(LLCompileError, ValueError):
+    """The command line names a model that cannot be found or built."""
+
+
 class StrictError(LLCompileError, RuntimeError):
     """`strict=True` and a linear-time mixer stayed unconverted, or nothing was found."""
 

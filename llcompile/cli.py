@@ -1,0 +1,81 @@
+"""The command line: `llcompile COMMAND ...`. One row a command, each imported only when it is asked for."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llcompile import __version__
+from llcompile.errors import LLCompileError, SpecError
+
+USAGE_ERROR = 2
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: the module that has its `add_parser(subparsers)` and `run(args) -> int`, and its line of help."""
+
+    name: str
+    module: str
+    help: str
+
+
+COMMANDS = (
+    Command("demo", "llcompile.demo", "convert and train small models of transformers, and show what changes"),
+    Command("bench", "llcompile.bench", "time the operator on this machine"),
+    Command("inspect", "llcompile.inspect_command", "say what would become of a model, without changing it"),
+    Command("doctor", "llcompile.doctor", "say what works on this machine and why the rest does not"),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit code: 0, 1 for an error of ours, 2 for a command line that makes no sense."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = _asked_for(arguments)
+    try:
+        module = importlib.import_module(command.module) if command else None
+        args = _parser(command, module).parse_args(arguments)
+        if module is None:
+            _parser(None, None).print_help()
+            return 0
+        return int(module.run(args) or 0)
+    except SystemExit as stop:  # argparse: --help, --version, or its own line about a wrong argument
+        return stop.code if isinstance(stop.code, int) else USAGE_ERROR
+    except LLCompileError as error:
+        print(f"llcompile: {error}", file=sys.stderr)
+        return USAGE_ERROR if isinstance(error, SpecError) else 1
+    except KeyboardInterrupt:
+        print("llcompile: interrupted", file=sys.stderr)
+        return 130
+
+
+def _asked_for(arguments: list[str]) -> Command | None:
+    name = next((argument for argument in arguments if not argument.startswith("-")), None)
+    return next((command for command in COMMANDS if command.name == name), None)
+
+
+def _parser(asked: Command | None, module: Any) -> argparse.ArgumentParser:
+    parser = _OneLineParser(prog="llcompile", description="Log-linear attention for models with linear-time mixers.")
+    parser.add_argument("--version", action="version", version=f"llcompile {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_OneLineParser)
+    for command in COMMANDS:
+        if module is not None and command is asked:
+            module.add_parser(subparsers)
+        else:
+            subparsers.add_parser(command.name, help=command.help, add_help=False)
+    return parser
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, without the usage in front."""
+
+    def error(self, message: str) -> Any:
+        self.exit(USAGE_ERROR, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

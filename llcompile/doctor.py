@@ -1,0 +1,169 @@
+"""`llcompile doctor`: what works on this machine, and why the rest does not."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import os
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: what was looked at, what was found, whether all is well, and what to do if not.
+
+    ``ok`` is None where a thing is merely absent and optional.
+    """
+
+    topic: str
+    found: str
+    ok: bool | None = True
+    advice: str = ""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add this command to the command line."""
+    parser = subparsers.add_parser(
+        "doctor",
+        help="say what works on this machine and why the rest does not",
+        description="Says what works on this machine and why not. Exit code 1 if the backend cannot run.",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print all findings; 1 if one of them keeps the backend from running."""
+    findings = look()
+    if args.json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=2))
+    else:
+        _show(findings)
+    return int(any(finding.ok is False for finding in findings))
+
+
+def look() -> list[Finding]:
+    """All findings, in the order in which they build upon each other."""
+    return [finding for check in CHECKS for finding in check()]
+
+
+def _python() -> Iterator[Finding]:
+    import llcompile
+
+    yield Finding("llcompile", llcompile.__version__)
+    yield Finding("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+
+
+def _torch() -> Iterator[Finding]:
+    import torch
+
+    from llcompile.autoload import LOG_NAME
+
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    known = (2, 11) <= version < (2, 14)
+    yield Finding("torch", torch.__version__, known, "" if known else "llcompile is tested with torch 2.11 to 2.13")
+    named = LOG_NAME in torch._dynamo.list_backends(exclude_tags=())
+    yield Finding(
+        "backend name",
+        "torch.compile knows 'loglinear'" if named else "torch.compile does not know 'loglinear'",
+        named,
+        "" if named else "install llcompile with pip, so that its entry points are registered",
+    )
+    from torch._logging._internal import log_registry
+
+    logs = log_registry.is_log(LOG_NAME)
+    yield Finding(
+        "log name",
+        "TORCH_LOGS=loglinear works" if logs else "TORCH_LOGS does not know loglinear",
+        True if logs else None,
+        "" if logs else "unset TORCH_DEVICE_BACKEND_AUTOLOAD, or use TORCH_LOGS=llcompile",
+    )
+
+
+def _compiler() -> Iterator[Finding]:
+    logging.disable(logging.ERROR)  # Inductor logs what it tries
+    try:
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        yield Finding("C++ compiler", get_cpp_compiler())
+    except Exception as error:
+        yield Finding(
+            "C++ compiler",
+            f"none ({type(error).__name__})",
+            None,
+            "install g++ or clang++, or use options={'inner': 'aot_eager'}: the rewritten graph then runs uncompiled",
+        )
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _devices() -> Iterator[Finding]:
+    import torch
+
+    yield Finding("cpu", f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads, {_isa(torch)}")
+    for index in range(torch.cuda.device_count()):
+        kind = "rocm" if torch.version.hip else "cuda"
+        yield Finding(f"{kind}:{index}", torch.cuda.get_device_name(index))
+    if not torch.cuda.device_count():
+        yield Finding("gpu", "none; everything runs on the CPU", None)
+    triton = importlib.util.find_spec("triton") is not None
+    yield Finding("triton", _version("triton") if triton else "not installed", True if triton else None)
+
+
+def _isa(torch: Any) -> str:
+    return str(torch.backends.cpu.get_cpu_capability())
+
+
+def _libraries() -> Iterator[Finding]:
+    """For each library of known functions, how many rows of the table the installed version fits."""
+    from llcompile.patterns.known import ROWS
+
+    for library in dict.fromkeys(row.library for row in ROWS):
+        rows = [row for row in ROWS if row.library == library]
+        if importlib.util.find_spec(library) is None:
+            yield Finding(library, f"not installed; its {len(rows)} known functions cost nothing", None)
+        else:
+            names = sorted({row.function for row in rows})
+            yield Finding(library, f"{_version(library)}, with rows for {', '.join(names)}")
+
+
+def _extras() -> Iterator[Finding]:
+    for name, what in (("torch_mlir", "MLIR export"), ("matplotlib", "plots")):
+        there = importlib.util.find_spec(name) is not None
+        extra = {"torch_mlir": "mlir", "matplotlib": "plot"}[name]
+        yield Finding(
+            what,
+            f"{name} {_version(name)}" if there else f"{name} is not installed",
+            True if there else None,
+            "" if there else f"pip install 'llcompile[{extra}]'",
+        )
+
+
+CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (_python, _torch, _compiler, _devices, _libraries, _extras)
+
+
+def _version(module: str) -> str:
+    names = importlib.metadata.packages_distributions().get(module, [module])
+    try:
+        return importlib.metadata.version(names[0])
+    except importlib.metadata.PackageNotFoundError:
+        return "of unknown version"
+
+
+def _show(findings: list[Finding]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    marks = {True: "[green]ok[/]", False: "[red]no[/]", None: "[dim]--[/]"}
+    for finding in findings:
+        advice = f"\n[dim]{escape(finding.advice)}[/]" if finding.advice else ""
+        table.add_row(marks[finding.ok], finding.topic, escape(finding.found) + advice)
+    Console().print(table)

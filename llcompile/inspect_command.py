@@ -1,0 +1,146 @@
+"""`llcompile inspect SPEC`: the report of a model that is named on the command line."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from llcompile.errors import SpecError
+
+Example = tuple[Any, tuple[Any, ...]]
+
+SPEC_HELP = """what to look at:
+  a folder with config.json, or such a file   a model of transformers, with random weights
+  a model_type of transformers                such as mamba2; its default sizes unless --set says otherwise
+  package.module:factory                      a function of yours that returns (model, *example_inputs)"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add this command to the command line."""
+    parser = subparsers.add_parser(
+        "inspect",
+        help="say what would become of a model, without changing it",
+        description="Says which mixers of a model become log-linear, which do not and why. Changes nothing.",
+        epilog=SPEC_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("spec", metavar="SPEC", help="a config, a model_type, or module:factory; see below")
+    parser.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="change an entry of the config (VALUE is JSON)"
+    )
+    parser.add_argument("--length", type=int, default=64, help="tokens in the example input (default 64)")
+    parser.add_argument(
+        "--device", default="meta", help="where a transformers model is built (default meta: no memory, no values)"
+    )
+    parser.add_argument(
+        "--strict", action="store_true", help="exit code 1 when a linear-time mixer would stay as it is"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the report as JSON, too; - for standard output")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the report; 1 under --strict when something stays unconverted or nothing is found."""
+    model, example = load(args.spec, args.set, args.length, args.device)
+    import llcompile
+
+    report = llcompile.inspect(model, *example)
+    if args.json == "-":
+        print(json.dumps(report.to_dict(), indent=2, default=str))
+    else:
+        print(report)
+        if args.json:
+            Path(args.json).write_text(json.dumps(report.to_dict(), indent=2, default=str) + "\n")
+    return int(args.strict and (bool(report.declined) or not report.converted))
+
+
+def load(spec: str, changes: list[str], length: int, device: str) -> Example:
+    """The model and example inputs that SPEC names.
+
+    Raises:
+        SpecError: SPEC names nothing that can be found or built.
+    """
+    path = Path(spec)
+    if path.is_dir() or path.suffix == ".json":
+        return _from_config(lambda: _read_config(path), changes, length, device)
+    if ":" in spec:
+        return _from_factory(spec)
+    return _from_config(lambda: _named_config(spec), changes, length, device)
+
+
+def _from_factory(spec: str) -> Example:
+    module_name, _, name = spec.partition(":")
+    sys.path.insert(0, os.getcwd())  # as `python -m` does; a console script does not
+    try:
+        factory = getattr(importlib.import_module(module_name), name)
+    except (ImportError, ValueError) as error:
+        raise SpecError(f"cannot import {module_name!r}: {error}") from error
+    except AttributeError:
+        raise SpecError(f"module {module_name!r} has no {name!r}") from None
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(os.getcwd())
+    made = factory()
+    if not isinstance(made, tuple) or len(made) < 2:
+        raise SpecError(f"{spec} returned {type(made).__name__}; expected a tuple (model, *example_inputs)")
+    return made[0], made[1:]
+
+
+def _from_config(read: Callable[[], Any], changes: list[str], length: int, device: str) -> Example:
+    import torch
+
+    config = read()
+    config.use_cache = False  # one forward pass; a cache would only add to what is traced
+    for change in changes:
+        key, equals, text = change.partition("=")
+        if not equals or not hasattr(config, key):
+            raise SpecError(f"--set {change}: expected KEY=VALUE with a KEY of {type(config).__name__}")
+        with contextlib.suppress(json.JSONDecodeError):
+            text = json.loads(text)
+        setattr(config, key, text)
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    try:
+        with torch.device(device):
+            known = type(config) in AutoModelForCausalLM._model_mapping
+            model = (AutoModelForCausalLM if known else AutoModel).from_config(config).eval()
+            return model, (torch.zeros(1, length, dtype=torch.long),)
+    except Exception as error:
+        raise SpecError(f"cannot build a {type(config).__name__}: {error}") from error
+
+
+def _read_config(path: Path) -> Any:
+    transformers = _transformers()
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        values = json.loads(file.read_text())
+        return transformers.AutoConfig.for_model(**values)
+    except FileNotFoundError:
+        raise SpecError(f"there is no {file}") from None
+    except (ValueError, TypeError) as error:
+        raise SpecError(f"{file} is no config of transformers: {error}") from error
+
+
+def _named_config(name: str) -> Any:
+    transformers = _transformers()
+    known = list(transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES)
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise SpecError(f"{name!r} is no file, no module:factory and no model_type of transformers{hint}")
+    return transformers.AutoConfig.for_model(name)
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise SpecError("this needs transformers: pip install 'llcompile[transformers]'") from None
+    return transformers

@@ -1,0 +1,127 @@
+"""The command line: instant help, one clear line for every mistake, and the report of a model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llcompile import __version__, cli, doctor
+from llcompile.errors import CaptureError
+
+TINY = ["--set", "num_hidden_layers=2", "--set", "hidden_size=32", "--set", "num_heads=4", "--set", "head_dim=16"]
+TINY += ["--set", "state_size=8", "--set", "vocab_size=32", "--set", "n_groups=1", "--set", "chunk_size=16"]
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "Traceback" not in error
+    return error
+
+
+def test_help_imports_no_torch() -> None:
+    code = """import sys
+from llcompile.cli import main
+code = main(["--help"])
+assert "torch" not in sys.modules
+sys.exit(code)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    for command in cli.COMMANDS:
+        assert command.name in done.stdout
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"llcompile {__version__}\n"
+
+
+def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 0
+    assert "inspect" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS, ids=lambda command: command.name)
+def test_every_command_has_help(command: cli.Command, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([command.name, "--help"]) == 0
+    assert f"llcompile {command.name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nonsense"], "invalid choice: 'nonsense'"),
+        (["inspect"], "SPEC"),
+        (["inspect", "--nonsense", "mamba2"], "--nonsense"),
+        (["inspect", "mambo2"], "did you mean 'mamba2'"),
+        (["inspect", "no_such_module:make"], "cannot import 'no_such_module'"),
+        (["inspect", "json:no_such_function"], "has no 'no_such_function'"),
+        (["inspect", "no/such/config.json"], "there is no no/such/config.json"),
+        (["inspect", "mamba2", "--set", "nonsense=1"], "KEY=VALUE"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_mistakes(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(arguments) == cli.USAGE_ERROR
+    assert words in one_line(capsys)
+
+
+def test_an_error_of_ours_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(args: object) -> int:
+        raise CaptureError("the model does not run")
+
+    monkeypatch.setattr(doctor, "run", fail)
+    assert cli.main(["doctor"]) == 1
+    assert one_line(capsys) == "llcompile: the model does not run\n"
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--json"]) in (0, 1)
+    findings = {finding["topic"]: finding for finding in json.loads(capsys.readouterr().out)}
+    assert {"llcompile", "python", "torch", "C++ compiler", "cpu", "transformers", "fla", "mamba_ssm"} <= set(findings)
+    assert all(finding["advice"] for finding in findings.values() if finding["ok"] is False)
+    assert cli.main(["doctor"]) in (0, 1)
+    assert "torch" in capsys.readouterr().out
+
+
+class TestInspect:
+    """On the meta device, from each of the three kinds of SPEC."""
+
+    def test_model_type(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        pytest.importorskip("transformers")
+        file = tmp_path / "report.json"
+        assert cli.main(["inspect", "mamba2", *TINY, "--strict", "--json", str(file)]) == 0
+        assert "2 of 2 linear-time mixers" in capsys.readouterr().out
+        assert [record["origin"] for record in json.loads(file.read_text())["converted"]] == ["function"] * 2
+
+    def test_config_folder(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        pytest.importorskip("transformers")
+        (tmp_path / "config.json").write_text(
+            '{"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,'
+            '"num_key_value_heads": 2, "intermediate_size": 16, "vocab_size": 8}'
+        )
+        for spec in (tmp_path, tmp_path / "config.json"):
+            assert cli.main(["inspect", str(spec), "--json", "-"]) == 0
+            assert json.loads(capsys.readouterr().out)["converted"] == []
+        assert cli.main(["inspect", str(tmp_path), "--strict"]) == 1
+
+    def test_a_file_that_is_no_config(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        pytest.importorskip("transformers")
+        for text in ("{", "{}", "[1]", '{"model_type": "nonsense"}'):
+            (tmp_path / "config.json").write_text(text)
+            assert cli.main(["inspect", str(tmp_path)]) == cli.USAGE_ERROR
+            assert "is no config of transformers" in capsys.readouterr().err
+
+    def test_factory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        (tmp_path / "my_factory_for_a_test.py").write_text(
+            "import torch\ndef make(): return torch.nn.Linear(3, 3), torch.zeros(2, 3)\ndef wrong(): return 3\n"
+        )
+        monkeypatch.chdir(tmp_path)
+        assert cli.main(["inspect", "my_factory_for_a_test:make"]) == 0
+        assert "No linear-time mixer" in capsys.readouterr().out
+        assert cli.main(["inspect", "my_factory_for_a_test:wrong"]) == cli.USAGE_ERROR
+        assert "returned int; expected a tuple" in capsys.readouterr().err

@@ -78,5 +78,6 @@ $(STAMP): pyproject.toml | $(BIN)/python
 	@echo "==> installing torch into $(VENV) (a CPU build is enough; once)"
 	@$(PIP) 'torch>=2.11,<2.14' | $(PIP_LINES)
 	@echo "==> installing llcompile and what its demo, tests and checks use"
+	@rm -rf llcompile.egg-info  # an old one would hide new entry points from programs started in this folder
 	@$(PIP) -e '.[dev]' | $(PIP_LINES)
 	@touch $@

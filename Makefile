@@ -18,7 +18,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.llcompile-installed
 SOURCES := llcompile kernels passes patterns tests examples benchmarks
 # One torch thread per worker: two workers with two threads each on two cores are slower than one worker alone.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 # pip's own -q shows nothing for minutes; one line for each package shows that something happens.
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install
 PIP_LINES := sed -u -n -E -e 's/^ *Collecting ([^ (]+).*/    + \1/p' -e 's/^ *(Downloading .*)/      \1/p' -e '/^Successfully/p'

@@ -231,8 +231,9 @@ class LevelWeights(nn.Module):
     def _mismatch(prefix: str, found: str, ours: str) -> str:
         name = prefix.rstrip(".") or "LevelWeights"
         return (
-            f"{name}: the checkpoint's level weights are {found}, this model's are {ours}. Convert the model with the "
-            f"kind and sizes of the checkpoint before loading it, or leave the entries {prefix}* out of what is loaded."
+            f"{name}: the checkpoint's level weights are {found}, this model's are {ours}. "
+            "Convert the model with the kind and levels of the checkpoint, llcompile.convert(..., "
+            f"options={{'level_weights': KIND, 'levels': L}}), before loading it, or leave its {prefix}* entries out."
         )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch._dynamo.testing import CompileCounter
 
 from llcompile.errors import CheckpointError, LevelWeightsError
 from llcompile.level_kinds import KINDS, compute_dtype, level_weights_function, paper_gain
@@ -129,7 +130,7 @@ class TestFunction:
 
     def test_dynamic_sizes_need_one_graph(self, kind: str, fresh_dynamo: None) -> None:
         weights = randomised(kind)
-        counter = torch._dynamo.testing.CompileCounter()
+        counter = CompileCounter()
         compiled = torch.compile(weights, backend=counter, fullgraph=True, dynamic=True)
         for batch, length in ((2, 7), (3, 9), (5, 33)):
             x = torch.randn(batch, length, WIDTH)

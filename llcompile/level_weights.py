@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from llcompile.errors import CheckpointError, LevelWeightsError
 from llcompile.level_kinds import (
@@ -53,6 +54,8 @@ class LevelWeights(nn.Module):
     """
 
     descriptor: Tensor
+    # Whether a compiled graph read these weights since `attachment.warn_if_ignored` last looked.
+    used: bool = False
 
     def __init__(
         self,
@@ -128,8 +131,8 @@ class LevelWeights(nn.Module):
     def is_identity(self) -> bool:
         """True only if w is exactly 1 for every finite input. Not for use inside compiled code: it reads values.
 
-        False also where the values cannot be read (meta tensors, a CUDA graph being captured), and where only a
-        cancellation inside kind mlp would make w 1.
+        False also where the values cannot be read (meta and fake tensors, a CUDA graph being captured), and where only
+        a cancellation inside kind mlp would make w 1.
 
         A False is remembered until a tensor changes. A True is looked up again at each call, because some optimisers
         (bitsandbytes, anything that writes to ``.data``) change values without counting a version, and a stale True
@@ -138,7 +141,7 @@ class LevelWeights(nn.Module):
         values = self._values()
         if self._not_one is not None and self._not_one.still(values):
             return False
-        if any(value.is_meta for value in values) or _capturing(values):
+        if any(value.is_meta or isinstance(value, FakeTensor) for value in values) or _capturing(values):
             return False
         if bool(find_kind(self.kind).is_one(*values, sizes=self.sizes)):
             self._not_one = None

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses import FakeTensorMode
 
 from llcompile.errors import CheckpointError, LevelWeightsError
 from llcompile.level_kinds import KINDS, compute_dtype, level_weights_function, paper_gain
@@ -184,6 +185,8 @@ class TestIdentity:
         assert not weights.is_identity()
         weights.to_empty(device="cpu").reset_parameters()
         assert weights.is_identity()
+        with FakeTensorMode():
+            assert not build(kind).is_identity()
 
     def test_nan_is_no_identity(self, kind: str) -> None:
         weights = build(kind)

@@ -47,10 +47,12 @@ def loglinear(
     session = compile_run.new_session(module, parsed)
     report = compile_run.look(session)
     compile_run.check_strict(report, parsed)
+    broken = compile_run.give_up_opaque(session)
     if session.attached:
         _warn_late(session)
+    if session.attached or broken:
         # Traced once more, so that Dynamo itself sees the new modules (their guards, hooks and states).
-        dynamo.restart("level weights were attached")
+        dynamo.restart("level weights were attached, or a declined call must run outside of the graph")
     pipeline.change(session)
     _last_report = report
     log.info("%s", report)

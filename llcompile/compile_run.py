@@ -10,7 +10,8 @@ from torch import fx
 from llcompile import attachment
 from llcompile.errors import StrictError
 from llcompile.options import Options
-from llcompile.passes import pipeline
+from llcompile.passes import capture, pipeline
+from llcompile.passes.bind import example_arguments
 from llcompile.passes.records import Converted, Declined
 from llcompile.passes.session import Session, Settings, Site
 from llcompile.report import Report
@@ -40,12 +41,19 @@ def report_of(session: Session) -> Report:
     """What the session has found, as a report."""
     return Report(
         converted=tuple(_converted(site) for site in session.sites if site.open),
-        declined=tuple(
-            Declined(site.module, site.reason, site.where, site.hint) for site in session.sites if not site.open
+        declined=(
+            *(Declined(site.module, site.reason, site.where, site.hint) for site in session.sites if not site.open),
+            *session.refused,
         ),
         untouched=tuple(session.untouched),
         graphs=1,
     )
+
+
+def give_up_opaque(session: Session) -> bool:
+    """Whether the frame must be traced once more, to break the graph at declined calls that no compiler can trace."""
+    declined = [s for s in session.sites if not s.open and s.leaf.row.opaque]
+    return any([capture.give_up(s.leaf, example_arguments(s.node), s.owner, s.reason) for s in declined])
 
 
 def original_code(session: Session) -> Callable[..., Any]:

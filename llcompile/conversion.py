@@ -13,6 +13,7 @@ from torch import fx, nn
 from llcompile import attachment, backend, compile_run
 from llcompile.errors import CaptureError, LLCompileError, ModelError
 from llcompile.options import Options
+from llcompile.passes import discover
 from llcompile.report import Report
 
 
@@ -64,9 +65,11 @@ def _captured(
     backend.prepare()
     before = {id(weights) for _, _, weights in attachment.attached(model)}
     capture = _Capture(options, dry_run)
+    discover.refused_calls()  # what another run has left
     try:
         _run(model, capture, args, kwargs)
-        report = _titled(capture.report, model)
+        broken = Report(declined=tuple(discover.refused_calls()))  # after the last graph
+        report = _titled(capture.report.merged(broken), model)
         compile_run.check_strict(report, options)
     except BaseException as error:
         _detach_new(model, before)

@@ -10,15 +10,19 @@ import importlib
 import inspect
 import sys
 import types
-from collections.abc import Callable, Iterable
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from llcompile.passes import dynamo
 from llcompile.passes.lower import lower_call
 from llcompile.patterns.known import ROWS, KnownFunction
 from llcompile.patterns.known.arguments import Mismatch
+from llcompile.patterns.known.row import Reference
 
 # Modules that re-export or copy a library's functions under another root.
 _ALIASES = {"transformers": ("transformers", "transformers_modules")}
@@ -41,29 +45,72 @@ class Leaf:
         self.names = positional_names(function)
         self.calls = _call_node_target(self)
 
-    def reference(self) -> Callable[..., Any] | None:
-        """The library's own device-independent form of the function, where the row names one that imports."""
-        if self.row.reference is None:
-            return None
-        module, name = self.row.reference.split(":")
-        try:
-            return getattr(importlib.import_module(module), name, None)
-        except ImportError:
-            return None
+    def references(self) -> Iterator[tuple[str, Callable[..., Any]]]:
+        """The library's own device-independent forms of the function that can be imported, each with its name."""
+        for reference in self.row.references:
+            module, name = reference.name.split(":")
+            try:
+                found = getattr(importlib.import_module(module), name)
+            except (ImportError, AttributeError):
+                continue
+            yield reference.name, _as_function(reference, found, self.plain)
 
     def __call__(self, **arguments: Any) -> Any:
         """Runs the linear operator in the function's place (under Dynamo: on fake tensors, for the shapes)."""
-        if self.problem is not None:
-            return self.function(**arguments)
+        reason = self.problem or _given_up.get(call_key(self, arguments))
         try:
-            return lower_call(self.row, self.plain, arguments, levels=_levels_of_trace())
-        except Mismatch:  # the bind pass says why in the report
+            if reason is None:
+                return lower_call(self.row, self.plain, arguments, levels=_levels_of_trace())
+        except Mismatch as mismatch:  # the bind pass says so in the report
+            reason = str(mismatch)
+        if not self.row.opaque:
             return self.function(**arguments)
+        _refused.append(Refused(self.row, reason, dynamo.position()))
+        # Dynamo breaks the graph here: the function runs outside of it, as it does without us.
+        raise NotImplementedError(f"{self.row.function}: {reason}")
 
 
+@dataclass(frozen=True)
+class Refused:
+    """A call of an opaque function that was declined while it was traced; `meta` is what its node would have had."""
+
+    row: KnownFunction
+    reason: str
+    meta: dict[str, Any]
+
+
+# Until the report takes them.
+_refused: list[Refused] = []
+# Calls of opaque functions that were declined after a trace, and why: the next trace breaks the graph there.
+_given_up: dict[Any, str] = {}
 _leaves: dict[int, Leaf] = {}
 _targets: dict[Callable[..., Any], Leaf] = {}
 _levels_of_trace: Callable[[], int | None] = lambda: None  # noqa: E731  (set by `install`)
+
+
+def call_key(leaf: Leaf, arguments: Mapping[str, Any], module: nn.Module | None = None) -> Any:
+    """What tells calls apart whose fate may differ: the module, which operands are given and their rank, constants."""
+    module = module or dynamo.innermost_module()
+    facts = tuple(
+        (name, value.dim() if isinstance(value, torch.Tensor) else repr(value))
+        for name, value in sorted(arguments.items())
+    )
+    return leaf, None if module is None else weakref.ref(module), facts
+
+
+def give_up(leaf: Leaf, arguments: Mapping[str, Any], module: nn.Module | None, reason: str) -> bool:
+    """Has the next trace break the graph at a call that was declined after this one; False where it was to already."""
+    key = call_key(leaf, arguments, module)
+    known = key in _given_up
+    _given_up[key] = reason
+    return not known
+
+
+def take_refused() -> list[Refused]:
+    """The calls that were declined during the trace since this was last asked."""
+    taken = list(_refused)
+    _refused.clear()
+    return taken
 
 
 def leaf_of(target: Any) -> Leaf | None:
@@ -85,6 +132,21 @@ def positional_names(function: Callable[..., Any]) -> tuple[str, ...]:
     """The names that positional arguments bind to."""
     code = plain_form(function).__code__  # type: ignore[attr-defined]
     return code.co_varnames[: code.co_argcount]
+
+
+def _as_function(reference: Reference, found: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    """The reference as something that takes the function's arguments and returns what the function returns."""
+
+    def adapted(**arguments: Any) -> Any:
+        return found(**arguments) if reference.call is None else reference.call(found, arguments)
+
+    if reference.callee is None:
+        return adapted
+    assert isinstance(function, types.FunctionType)
+    names = {**function.__globals__, reference.callee: adapted}
+    copy = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
 
 
 def install(is_ours: Callable[[], bool], levels_of_trace: Callable[[], int | None]) -> int:
@@ -132,6 +194,9 @@ def _call_node_target(leaf: Leaf) -> Callable[..., Any]:
 def _stand_in(leaf: Leaf, is_ours: Callable[[], bool]) -> Callable[..., Any]:
     names, target, function = leaf.names, leaf.calls, leaf.function
     kept = frozenset(leaf.row.parameters) | frozenset(inspect.signature(leaf.plain).parameters)
+    # Transformers hands its functions keywords of the whole model (`use_cache`), which their **kwargs swallow; what
+    # FLA takes through **kwargs has a meaning, so that the row must see it.
+    keeps_all = leaf.row.opaque
     ours = torch._dynamo.assume_constant_result(is_ours)
 
     def stand_in(*args: Any, **kwargs: Any) -> Any:
@@ -139,6 +204,6 @@ def _stand_in(leaf: Leaf, is_ours: Callable[[], bool]) -> Callable[..., Any]:
             return function(*args, **kwargs)
         arguments = dict(zip(names, args, strict=False))
         arguments.update(kwargs)
-        return target(**{name: value for name, value in arguments.items() if name in kept})
+        return target(**{name: value for name, value in arguments.items() if keeps_all or name in kept})
 
     return stand_in

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
-
-from torch import fx
+from typing import Any
 
 from llcompile.passes import dynamo
-from llcompile.passes.capture import leaf_of
+from llcompile.passes.capture import leaf_of, take_refused
+from llcompile.passes.records import Declined
 from llcompile.passes.session import Session, Site
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
@@ -23,21 +24,28 @@ def discover(session: Session) -> int:
         leaf = leaf_of(node.target) if node.op == "call_function" else None
         if leaf is None:
             continue
-        key, name = module_of(node)
+        key, name = module_of(node.meta)
         calls[key] += 1
-        site = Site(node, leaf, name, user_line(node))
+        site = Site(node, leaf, name, user_line(node.meta))
         if key:
             site.owner = dynamo.find_module(key)
             site.owner_missing = site.owner is None
         if calls[key] > 1:
             site.attribute = f"loglinear_{calls[key]}"
         session.sites.append(site)
+    session.refused.extend(refused_calls())
     return len(session.sites)
 
 
-def module_of(node: fx.Node) -> tuple[str, str]:
-    """The key and the dotted name of the innermost module that the node was traced in; ("", "") for none."""
-    stack = node.meta.get("nn_module_stack") or {}
+def refused_calls() -> list[Declined]:
+    """The calls of opaque functions at which the trace has broken the graph since this was last asked."""
+    hint = "the graph breaks there and the library's own code runs, as it does without this backend"
+    return [Declined(module_of(call.meta)[1], call.reason, user_line(call.meta), hint) for call in take_refused()]
+
+
+def module_of(meta: Mapping[str, Any]) -> tuple[str, str]:
+    """The key and the dotted name of the innermost module that a node was traced in; ("", "") for none."""
+    stack = meta.get("nn_module_stack") or {}
     if not stack:
         return "", ""
     key = list(stack)[-1]
@@ -47,8 +55,8 @@ def module_of(node: fx.Node) -> tuple[str, str]:
     return key, name.lstrip(".")
 
 
-def user_line(node: fx.Node) -> str:
-    """`file:line in function` of the user's code that made the node, or ""."""
-    frames = [m.groupdict() for m in _FRAME.finditer(node.meta.get("stack_trace") or "")]
+def user_line(meta: Mapping[str, Any]) -> str:
+    """`file:line in function` of the user's code that made a node, or ""."""
+    frames = [m.groupdict() for m in _FRAME.finditer(meta.get("stack_trace") or "")]
     frames = [f for f in frames if not str(Path(f["file"]).resolve()).startswith(_OURS)]
     return "{file}:{line} in {function}".format(**frames[-1]) if frames else ""

@@ -8,12 +8,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from llcompile.patterns.known import Arguments, KnownFunction, Tensor
+from llcompile.patterns.known import Arguments, KnownFunction
+from llcompile.patterns.known.arguments import axis_size, is_level_state
 from llcompile.patterns.known.row import Draw
 
 # Values as real models have them: log decays whose sum over a chunk is a few units, gates inside (0, 1).
 DRAWS: dict[Draw, Callable[[torch.Tensor], torch.Tensor]] = {
     "normal": lambda z: z,
+    "positive": F.softplus,
+    # Keys of norm 1/2 to 1: a delta rule with longer ones diverges, and with ones of norm 1 a missing l2norm is not seen.
+    "key": lambda z: z / z.norm(dim=-1, keepdim=True) * (0.5 + 0.5 * torch.sigmoid(z[..., :1])),
     "state": lambda z: z,
     "log_decay": lambda z: -0.2 * F.softplus(z),
     "unit": torch.sigmoid,
@@ -37,13 +41,16 @@ def draw_call(row: KnownFunction, call: Arguments, seed: int, length: int) -> di
     sizes = {**small_sizes(call.sizes), "T": length}
     values = dict(call.values)
     for tensor in row.tensors:
-        if isinstance(call[tensor.name], torch.Tensor):
-            values[tensor.name] = _draw(tensor, sizes, generator)
+        given = call[tensor.name]
+        if isinstance(given, torch.Tensor):
+            # A state of ours is drawn as the linear one that it stands for.
+            axes = row.axes(tensor, 4 if is_level_state(given) else given.dim(), call.values)
+            assert axes is not None
+            values[tensor.name] = _draw(tensor.draw, axes, sizes, generator)
     return values
 
 
-def _draw(tensor: Tensor, sizes: Mapping[str, int], generator: torch.Generator) -> torch.Tensor:
-    axes = tensor.axes.split()
-    full = [sizes[axis.lstrip("*")] for axis in axes]
+def _draw(kind: Draw, axes: tuple[str, ...], sizes: Mapping[str, int], generator: torch.Generator) -> torch.Tensor:
+    full = [axis_size(axis.lstrip("*"), sizes) for axis in axes]
     drawn = [1 if axis.startswith("*") else size for axis, size in zip(axes, full, strict=True)]
-    return DRAWS[tensor.draw](torch.randn(drawn, generator=generator, dtype=torch.float64)).expand(full)
+    return DRAWS[kind](torch.randn(drawn, generator=generator, dtype=torch.float64)).expand(full)

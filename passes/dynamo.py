@@ -52,6 +52,16 @@ def innermost_module() -> nn.Module | None:
     return find_module(stack[-1]) if stack else None
 
 
+def position() -> dict[str, Any]:
+    """Where the trace stands, as a node made now would say it: `nn_module_stack` and `stack_trace`."""
+    translator = current_translator()
+    if translator is None:
+        return {}
+    frame = translator.output.current_tx
+    stack = "".join(torch._guards.TracingContext.extract_stack().format())
+    return {"nn_module_stack": dict(getattr(frame, "nn_module_stack", {}) or {}), "stack_trace": stack}
+
+
 def find_module(key: str) -> nn.Module | None:
     """The module that a key of `nn_module_stack` (its id, with "@n" for the nth call) stands for."""
     found = _modules_by_id().get(int(key.split("@")[0]))
@@ -60,6 +70,10 @@ def find_module(key: str) -> nn.Module | None:
 
 def restart(reason: str) -> NoReturn:
     """Has Dynamo trace the frame once more, from a backend that changed a module which the trace had read."""
+    translator = current_translator()
+    if translator is not None:
+        # Dynamo expects a second trace to take the path of the first; after the change it takes another one.
+        translator.speculation_log.clear()
     raise TensorifyScalarRestartAnalysis(restart_reason=reason)
 
 

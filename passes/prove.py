@@ -7,7 +7,8 @@ function, constants and set of operands: the layers of a model are proved once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -54,53 +55,101 @@ def _fingerprint(site: Site) -> Any:
     assert site.call is not None
     facts = []
     for name, value in sorted(site.call.values.items()):
-        facts.append((name, "state" if is_level_state(value) else "tensor" if isinstance(value, torch.Tensor) else repr(value)))
+        facts.append(
+            (name, "state" if is_level_state(value) else "tensor" if isinstance(value, torch.Tensor) else repr(value))
+        )
     return tuple(facts), tuple(sorted(small_sizes(site.call.sizes).items()))
+
+
+@dataclass(frozen=True)
+class Original:
+    """Something that computes what the known function does, and how closely it can be met.
+
+    Args:
+        run: takes the function's arguments.
+        against: what it is, where it is not the function itself.
+        device, dtype: where and on what it is run.
+        budgets: (precision, largest relative difference), the strictest first.
+    """
+
+    run: Callable[..., Any]
+    against: str = ""
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float64
+    budgets: tuple[tuple[str, float], ...] = BUDGETS
 
 
 def _run_proof(site: Site, weighted: bool) -> Certificate | str:
     assert site.call is not None
     row, failures = site.leaf.row, []
-    for against, original in _originals(site):
+    for original in _originals(site):
         try:
             worst = 0.0
             for seed, length in enumerate(LENGTHS):
                 worst = max(worst, _error(row, original, site, weighted, seed, length))
             idle = _idle_operand(row, original, site)
         except Exception as error:
-            failures.append(f"{against or row.function} does not run here ({type(error).__name__}: {error})".split("\n")[0])
+            what = f"{original.against or row.function} ({original.device})"
+            failures.append(f"{what} does not run here: {type(error).__name__}: {error}".split("\n")[0])
             continue
         if idle:
             return f"its result does not depend on {idle}, so that agreement would prove nothing"
-        for dtype, budget in BUDGETS:
+        for dtype, budget in original.budgets:
             if worst <= budget:
-                return Certificate(worst, dtype, len(LENGTHS), against)
-        return f"agrees at w = 1 to {worst:.0e} only, where {BUDGETS[-1][1]:.0e} is the bound"
+                return Certificate(worst, dtype, len(LENGTHS), original.against)
+        against = f" with {original.against}" if original.against else ""
+        return f"agrees{against} at w = 1 to {worst:.0e} only, where {original.budgets[-1][1]:.0e} is the bound"
     return f"it cannot be proved on this machine: {'; '.join(failures)}"
 
 
-def _originals(site: Site) -> list[tuple[str, Callable[..., Any]]]:
-    """What to compare with: the function itself, then the library's reference for machines where it does not run."""
-    originals = [("", site.leaf.plain)]
-    reference = site.leaf.reference()
-    return [*originals, (site.leaf.row.reference or "", reference)] if reference is not None else originals
+def _originals(site: Site) -> Iterator[Original]:
+    """What to compare with, in turn until one runs: the function, the library's references, the function on a GPU."""
+    yield Original(site.leaf.plain)
+    for name, reference in site.leaf.references():
+        yield Original(reference, against=name)
+    if site.leaf.row.opaque and torch.cuda.is_available():
+        # Triton's products of float32 are TF32 by default, and some of these functions take no float32 at all.
+        function = site.leaf.function
+        yield Original(function, device="cuda", dtype=torch.float32, budgets=(("tf32", 5e-3),))
+        yield Original(function, device="cuda", dtype=torch.bfloat16, budgets=(("bfloat16", 2e-2),))
 
 
-def _error(row: KnownFunction, original: Callable[..., Any], site: Site, weighted: bool, seed: int, length: int) -> float:
+def _error(row: KnownFunction, original: Original, site: Site, weighted: bool, seed: int, length: int) -> float:
     assert site.call is not None
-    theirs = draw_call(row, site.call, seed, length)
-    ours = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in theirs.items()}
+    theirs = _draw(row, original, site, seed, length)
+    # The same values, rounded the same way, in float64; copies, because either side may write the state.
+    ours = _moved(theirs, lambda name: ("cpu", torch.float64))
     state_name = state_argument(row)
     if is_level_state(site.call[state_name]):
-        ours[state_name] = _split_over_levels(theirs[state_name], row, seed)
-    expected = _flat(row, original(**theirs), theirs)
+        ours[state_name] = _split_over_levels(ours[state_name], _is_transposed(row, site), seed)
+    expected = _flat(row, original.run(**theirs), theirs)
     call = read_call(row, site.leaf.plain, ours)
     weights = None
     if weighted:
         value = call[row.tensor_with("V").name]
         weights = torch.ones(*value.shape[:-1], LEVELS, dtype=torch.float32)
     actual = _flat(row, lower(row, call, call, weights), ours)
-    return max(_difference(a, _sum_levels(b, row)) for a, b in zip(expected, actual, strict=True))
+    transposed = _is_transposed(row, site)
+    return max(_difference(a.cpu(), _sum_levels(b, transposed)) for a, b in zip(expected, actual, strict=True))
+
+
+def _draw(row: KnownFunction, original: Original, site: Site, seed: int, length: int) -> dict[str, Any]:
+    assert site.call is not None
+    state = state_argument(row)  # kernels insist on float32 for it at least
+    low = original.dtype if original.dtype == torch.float64 else torch.float32
+    place = lambda name: (original.device, low if name == state else original.dtype)  # noqa: E731
+    return _moved(draw_call(row, site.call, seed, length), place)
+
+
+def _moved(values: dict[str, Any], place: Callable[[str], tuple[str, torch.dtype]]) -> dict[str, Any]:
+    """Copies of the tensors on another device and in another dtype; broadcast axes stay broadcast."""
+    moved = dict(values)
+    for name, value in values.items():
+        if isinstance(value, torch.Tensor):
+            once = value[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in value.stride())]
+            device, dtype = place(name)
+            moved[name] = once.to(device, dtype, copy=True).expand(value.shape)
+    return moved
 
 
 def _flat(row: KnownFunction, result: Any, arguments: dict[str, Any]) -> list[torch.Tensor]:
@@ -117,22 +166,25 @@ def _difference(expected: torch.Tensor, actual: torch.Tensor) -> float:
     return float(error) if bool(torch.isfinite(error)) else float("inf")
 
 
-def _sum_levels(state: torch.Tensor, row: KnownFunction) -> torch.Tensor:
+def _sum_levels(state: torch.Tensor, transposed: bool) -> torch.Tensor:
     """A level state as the linear state that the function would return: the sum over its levels."""
     if not is_level_state(state):
         return state
     linear = state[:, :, 1:].sum(2)
-    return linear.transpose(-1, -2) if _is_transposed(row) else linear
+    return linear.transpose(-1, -2) if transposed else linear
 
 
-def _is_transposed(row: KnownFunction) -> bool:
-    axes = next(t.axes for t in row.tensors if t.draw == "state").split()
-    return axes[-2:] == ["V", "K"]
+def _is_transposed(row: KnownFunction, site: Site) -> bool:
+    """Whether the state of this call is [..., V, K]."""
+    assert site.call is not None
+    state = next((t for t in row.tensors if t.draw == "state"), None)
+    axes = row.axes(state, 4, site.call.values) if state is not None else None
+    return axes is not None and axes[-1] == "K"
 
 
-def _split_over_levels(linear: torch.Tensor, row: KnownFunction, seed: int) -> torch.Tensor:
+def _split_over_levels(linear: torch.Tensor, transposed: bool, seed: int) -> torch.Tensor:
     """A level state at a generic position whose levels sum to the given linear state."""
-    state = linear.transpose(-1, -2) if _is_transposed(row) else linear
+    state = linear.transpose(-1, -2) if transposed else linear
     noise = torch.Generator().manual_seed(seed)
     parts = torch.randn(*state.shape[:2], LEVELS, *state.shape[2:], generator=noise, dtype=state.dtype)
     parts[:, :, 0] += state - parts.sum(2)
@@ -141,18 +193,18 @@ def _split_over_levels(linear: torch.Tensor, row: KnownFunction, seed: int) -> t
     return torch.cat([header, parts], dim=2).float()
 
 
-def _idle_operand(row: KnownFunction, original: Callable[..., Any], site: Site) -> str:
+def _idle_operand(row: KnownFunction, original: Original, site: Site) -> str:
     """The first operand that can be drawn anew without changing the result, or ""."""
     assert site.call is not None
     length = LENGTHS[1]
-    base = _output(original, draw_call(row, site.call, 0, length))
-    other = draw_call(row, site.call, 1, length)
+    base = _output(original.run, _draw(row, original, site, 0, length))
+    other = _draw(row, original, site, 1, length)
     for tensor in row.tensors:
-        changed = draw_call(row, site.call, 0, length)
+        changed = _draw(row, original, site, 0, length)
         if not isinstance(changed.get(tensor.name), torch.Tensor):
             continue
         changed[tensor.name] = other[tensor.name]
-        if _difference(base, _output(original, changed)) < 1e-6:
+        if _difference(base, _output(original.run, changed)) < 1e-6:
             return tensor.name
     return ""
 

@@ -10,7 +10,7 @@ from torch import fx
 from torch.fx.proxy import GraphAppendingTracer
 
 from llcompile.passes import dynamo
-from llcompile.passes.lower import lower
+from llcompile.passes.lower import lower, lower_call
 from llcompile.passes.session import Session, Site
 
 
@@ -28,17 +28,25 @@ def rewrite(session: Session) -> int:
 def _restore(graph: fx.Graph, site: Site) -> None:
     """A declined call: the library's function itself, which the inner compiler traces through."""
     with graph.inserting_before(site.node):
-        original = graph.call_function(_plain_call(site.leaf.function), (), dict(site.node.kwargs))
+        original = graph.call_function(_plain_call(site), (), dict(site.node.kwargs))
     original.meta = dict(site.node.meta)
     site.node.replace_all_uses_with(original)
     graph.erase_node(site.node)
 
 
-def _plain_call(function: Callable[..., Any]) -> Callable[..., Any]:
-    def original(**arguments: Any) -> Any:
-        return function(**arguments)
+def _plain_call(site: Site) -> Callable[..., Any]:
+    leaf, proved = site.leaf, site.certificate is not None
 
-    original.__name__ = original.__qualname__ = function.__name__
+    def original(**arguments: Any) -> Any:
+        try:
+            return leaf.function(**arguments)
+        except Exception:
+            # A kernel for another device (the example run of a CUDA-only library on a CPU): the operator is the same.
+            if not (leaf.row.opaque and proved):
+                raise
+            return lower_call(leaf.row, leaf.plain, arguments, levels=None)
+
+    original.__name__ = original.__qualname__ = leaf.function.__name__
     original.__module__ = __name__
     return original
 

@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from llcompile.passes.capture import Leaf
-from llcompile.passes.records import Certificate, Untouched
+from llcompile.passes.records import Certificate, Declined, Untouched
 from llcompile.patterns.known import Arguments
 from llcompile.patterns.mixer import Mixer, MixerShape
 
@@ -76,6 +76,7 @@ class Session:
     module: fx.GraphModule
     settings: Settings
     sites: list[Site] = field(default_factory=list)
+    refused: list[Declined] = field(default_factory=list)
     untouched: list[Untouched] = field(default_factory=list)
     attached: int = 0
 

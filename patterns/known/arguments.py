@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -38,9 +39,13 @@ def read_call(row: KnownFunction, function: Callable[..., Any], given: Mapping[s
     for tensor in row.tensors:
         value = values.get(tensor.name)
         if isinstance(value, torch.Tensor):
-            _read_sizes(row, tensor, value, sizes)
+            _read_sizes(row, tensor, value, values, sizes)
             dtypes[tensor.name] = value.dtype
-    return Arguments(values, sizes, dtypes)
+    arguments = Arguments(values, sizes, dtypes)
+    reason = row.requires(arguments) if row.requires is not None else None
+    if reason is not None:
+        raise Mismatch(f"the call of {row.function} {reason}")
+    return arguments
 
 
 def is_level_state(value: Any) -> bool:
@@ -66,13 +71,15 @@ def _check_refused(row: KnownFunction, defaults: Mapping[str, Any], given: Mappi
         raise Mismatch(f"argument {name} of {row.function} is set, and its meaning is not in the table")
 
 
-def _read_sizes(row: KnownFunction, tensor: Tensor, value: torch.Tensor, sizes: dict[str, Any]) -> None:
+def _read_sizes(
+    row: KnownFunction, tensor: Tensor, value: torch.Tensor, values: Mapping[str, Any], sizes: dict[str, Any]
+) -> None:
     if tensor.draw == "state" and is_level_state(value):
         return
-    axes = tensor.axes.split()
+    axes = row.axes(tensor, value.dim(), values)
     where = f"argument {tensor.name} of {row.function} has shape {list(value.shape)}"
-    if value.dim() != len(axes):
-        raise Mismatch(f"{where}, expected {len(axes)} axes ({tensor.axes})")
+    if axes is None:
+        raise Mismatch(f"{where}, expected {' or '.join(str(len(a)) for a in tensor.layouts())} axes ({tensor.axes})")
     for axis, size, stride in zip(axes, value.shape, value.stride(), strict=True):
         name = axis.lstrip("*")
         if axis.startswith("*") and stride != 0 and size != 1:
@@ -80,5 +87,12 @@ def _read_sizes(row: KnownFunction, tensor: Tensor, value: torch.Tensor, sizes: 
         # Batch and length may be symbolic: they are not compared, so that no guard is put on them.
         if name in "BT":
             sizes.setdefault(name, size)
-        elif sizes.setdefault(name, int(size)) != int(size):
-            raise Mismatch(f"{where}, expected {name} = {sizes[name]} ({tensor.axes})")
+        elif name.isalpha():
+            sizes.setdefault(name, int(size))
+        if name not in "BT" and axis_size(name, sizes) != int(size):
+            raise Mismatch(f"{where}, expected {name} = {axis_size(name, sizes)} ({tensor.axes})")
+
+
+def axis_size(name: str, sizes: Mapping[str, Any]) -> int:
+    """The size of a named axis: "K", "H.K" for two in one, "1" for itself."""
+    return math.prod(int(part) if part.isdigit() else sizes[part] for part in name.split("."))

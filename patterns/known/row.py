@@ -13,7 +13,7 @@ from llcompile.patterns.families import Correction, Decay
 from llcompile.patterns.mixer import Mixer
 
 # How the proof draws an argument: generic values of the magnitude that the argument has in real models.
-Draw = Literal["normal", "log_decay", "unit", "negative", "state"]
+Draw = Literal["normal", "positive", "key", "log_decay", "unit", "negative", "state"]
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,17 @@ class Tensor:
     """A tensor argument: its axes, named (`"B T G K"`), and how the proof draws it.
 
     An axis with a star (`"H *V"`) must be a broadcast one (stride 0): the function accepts values that differ along
-    it, the family does not.
+    it, the family does not. `"H.K"` is one axis that holds two, `1` an axis of size one, and `"H|H V"` two layouts that
+    differ in their number of axes.
     """
 
     name: str
     axes: str
     draw: Draw = "normal"
+
+    def layouts(self) -> list[tuple[str, ...]]:
+        """The layouts that the function accepts, each as its axes."""
+        return [tuple(layout.split()) for layout in self.axes.split("|")]
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,22 @@ class Arguments:
 
 
 @dataclass(frozen=True)
+class Reference:
+    """The library's own torch code for a function, for the proof where the function itself does not run.
+
+    Args:
+        name: `module:function` in the same library.
+        call: (reference, the function's arguments) -> what the function would return; None where the reference takes
+            the same arguments. It raises NotImplementedError for a call that the reference does not cover.
+        callee: the function's own code is run, with the reference in the place of this kernel that it calls.
+    """
+
+    name: str
+    call: Callable[[Callable[..., Any], Mapping[str, Any]], Any] | None = None
+    callee: str | None = None
+
+
+@dataclass(frozen=True)
 class KnownFunction:
     """One library function that is a mixer.
 
@@ -56,13 +77,17 @@ class KnownFunction:
         tensors: its tensor arguments.
         constants: its other arguments that the binding reads.
         refuses: argument -> why a call that sets it is not converted. Setting means: not None and not the default.
+        optional: those of its arguments that some versions lack, or take through **kwargs.
+        defaults: argument -> the default that the binding relies on, where the installed function has the argument.
+        requires: arguments -> why this combination of them is not covered, or None.
         bind: arguments -> Mixer, in plain torch calls without branches on shapes, so that it runs on tensors and on
             `fx.Proxy` objects alike.
         result: (arguments, output, final state) -> what the function returns (its skip connection, casts, tuples).
         returns_state: constant that asks for the final state, if any.
         writes_state: argument that the function overwrites with the final state, if any.
-        reference: `module:function` of the same library that computes the same on any device, for the proof, where
-            the function itself cannot run.
+        value_first: constants that turn the state from [..., K, V] to [..., V, K] when they are set.
+        opaque: the function launches kernels that a compiler cannot trace: a declined call must break the graph.
+        references: for the proof, where the function itself cannot run.
     """
 
     library: str
@@ -75,14 +100,26 @@ class KnownFunction:
     result: Callable[[Arguments, Any, Any], Any]
     constants: tuple[str, ...] = ()
     refuses: Mapping[str, str] = field(default_factory=dict)
+    optional: tuple[str, ...] = ()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    requires: Callable[[Arguments], str | None] | None = None
     returns_state: str | None = None
     writes_state: str | None = None
-    reference: str | None = None
+    value_first: tuple[str, ...] = ()
+    opaque: bool = False
+    references: tuple[Reference, ...] = ()
 
     @property
     def parameters(self) -> tuple[str, ...]:
         """Every argument that the row knows, in no particular order."""
         return (*(t.name for t in self.tensors), *self.constants, *self.refuses)
+
+    def axes(self, tensor: Tensor, rank: int, values: Mapping[str, Any]) -> tuple[str, ...] | None:
+        """The axes of a tensor argument of the given rank in a call with these constants; None for a wrong rank."""
+        axes = next((layout for layout in tensor.layouts() if len(layout) == rank), None)
+        if axes is not None and tensor.draw == "state" and any(values.get(name) for name in self.value_first):
+            return (*axes[:-2], axes[-1], axes[-2])
+        return axes
 
     def wants_state(self, arguments: Arguments) -> bool:
         """Whether this call needs the final state."""
@@ -98,7 +135,12 @@ class KnownFunction:
             known = inspect.signature(function).parameters
         except (TypeError, ValueError):
             return f"{self.function} has no signature that can be read"
-        missing = [n for n in (*(t.name for t in self.tensors), *self.constants) if n not in known]
+        installed = f"{self.function} of the installed {self.library}"
+        required = [n for n in (*(t.name for t in self.tensors), *self.constants) if n not in self.optional]
+        missing = [n for n in required if n not in known]
         if missing:
-            return f"{self.function} of the installed {self.library} has no argument {', '.join(missing)}"
+            return f"{installed} has no argument {', '.join(missing)}"
+        for name, expected in self.defaults.items():
+            if name in known and known[name].default != expected:
+                return f"{installed} has {name}={known[name].default} by default, where the table knows {expected}"
         return None

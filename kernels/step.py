@@ -58,12 +58,24 @@ def step(
 
 def merge(states: Tensor, position: Tensor) -> Tensor:
     """Make room for the token at ``position [B]``: levels below the one that fills up empty into it."""
+    index, full = _filling(states, position)
+    below, at = index < full, index == full
+    moved = torch.where(below, states, 0).sum(2, keepdim=True)
+    return torch.where(below, 0, states) + torch.where(at, moved, 0)
+
+
+def merge_grad(d: Tensor, position: Tensor) -> Tensor:
+    """Adjoint of :func:`merge`."""
+    index, full = _filling(d, position)
+    at_full = torch.where(index == full, d, 0).sum(2, keepdim=True)
+    return torch.where(index < full, at_full, d)
+
+
+def _filling(states: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+    """Level indices, and the level that fills up (0 at position 0: nothing moves), over ``[B, H, L, K, V]``."""
     levels = states.shape[2]
-    index = torch.arange(levels, device=states.device)
-    full = (trailing_zeros(position) + 1).clamp(max=levels - 1)[:, None]  # [B, 1]; 0 at position 0: nothing moves
-    target = torch.where(index < full, full, index)  # [B, L]: where each level goes
-    move = (index[:, None] == target[:, None, :]).to(states.dtype)  # [B, to, from]
-    return (move[:, None] @ states.flatten(3)).reshape(states.shape)
+    full = (trailing_zeros(position) + 1).clamp(max=levels - 1)
+    return torch.arange(levels, device=states.device)[:, None, None], full[:, None, None, None, None]
 
 
 def _open(state: Tensor, w: Tensor | None) -> tuple[Tensor, Tensor | None]:

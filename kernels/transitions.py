@@ -1,0 +1,218 @@
+"""Transitions: what a stretch of tokens does to a state that passes through it, and to a query pulled back over it.
+
+Three kinds, one for each shape that a product of per-token transitions can have. All share one small algebra:
+
+* ``push(p, x)``: a state ``x`` carried through ``p``, and ``push_t`` by its transpose (for gradients);
+* ``compose(right, left)``: first ``left``, then ``right``;
+* ``pull(rows, p)``: queries that read after ``p``, rewritten to read before it;
+* ``read(...)``: queries times states, weighed and added to an output.
+
+Pulling queries back instead of pushing states forward is what keeps the work of the tree in a few large GEMMs: a block
+state is written once and read once. Logarithms of decays are only ever added, so exponents stay at most 0 and a decay
+of 0 (-inf) needs no special case.
+
+Shapes: ``M`` merges batch and group (or head), ``n`` counts blocks, ``r`` rows, ``R`` heads that share q and k.
+States are ``[M, n, K, R * V]``, outputs ``[M, n, r, R, V]``, weights ``[M, n, r, R]``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Transition(Protocol):
+    """The algebra above; ``p`` is whatever the kind stores (None: the identity)."""
+
+    def push(self, p: Any, x: Tensor) -> Tensor: ...
+    def push_t(self, p: Any, x: Tensor) -> Tensor: ...
+    def push_p_grad(self, p: Any, x: Tensor, dy: Tensor) -> Any: ...
+    def compose(self, right: Any, left: Any) -> Any: ...
+    def compose_grad(self, right: Any, left: Any, dp: Any) -> tuple[Any, Any]: ...
+    def pull(self, rows: Any, p: Any) -> Any: ...
+    def pull_grad(self, rows: Any, p: Any, drows: Any) -> tuple[Any, Any]: ...
+    def read(self, o: Tensor, q: Tensor | None, rows: Any, x: Tensor, w: Tensor | None) -> None: ...
+    def read_grad(
+        self, do: Tensor, q: Tensor | None, rows: Any, x: Tensor, w: Tensor | None
+    ) -> tuple[Tensor | None, Any, Tensor, Tensor | None]: ...
+
+
+class ScalarTransition:
+    """A factor per head, stored as its logarithm ``p [M, n, R]``; None stands for 1.
+
+    Queries ``q`` are shared by the heads of a group and stay as they are; what is pulled back is the logarithm of each
+    row's coefficient, ``rows [M, n, r, R]`` (None with ``p``).
+    """
+
+    def __init__(self, repeat: int) -> None:
+        self.repeat = repeat
+
+    def _factor(self, p: Tensor, x: Tensor) -> Tensor:
+        """``exp(p)`` as a factor of the states ``x``."""
+        if self.repeat == 1:
+            return p.exp()[..., None]  # [M, n, 1, 1]
+        return p.exp().repeat_interleave(x.shape[-1] // self.repeat, -1)[..., None, :]  # [M, n, 1, R * V]
+
+    def push(self, p: Tensor | None, x: Tensor) -> Tensor:
+        """``exp(p) x``."""
+        return x if p is None else self._factor(p, x) * x
+
+    push_t = push
+
+    def push_p_grad(self, p: Tensor | None, x: Tensor, dy: Tensor) -> Tensor | None:
+        """Gradient of ``push`` with respect to ``p``."""
+        if p is None:
+            return None
+        return (x * dy).sum(-2).unflatten(-1, (self.repeat, -1)).sum(-1) * p.exp()
+
+    def compose(self, right: Tensor | None, left: Tensor | None) -> Tensor | None:
+        """Logarithms add."""
+        return None if right is None or left is None else right + left
+
+    def compose_grad(self, right: Any, left: Any, dp: Any) -> tuple[Any, Any]:
+        """Each summand gets the gradient of the sum."""
+        return dp, dp
+
+    def pull(self, rows: Tensor | None, p: Tensor | None) -> Tensor | None:
+        """The rows' coefficients take on the factor."""
+        return None if rows is None or p is None else rows + p[:, :, None]
+
+    def pull_grad(self, rows: Any, p: Any, drows: Tensor | None) -> tuple[Any, Any]:
+        """Gradients of ``pull`` with respect to rows and ``p``."""
+        return drows, None if drows is None else drows.sum(2)
+
+    def read(self, o: Tensor, q: Tensor | None, rows: Tensor | None, x: Tensor, w: Tensor | None) -> None:
+        """``o += w exp(rows) (q x)``."""
+        assert q is not None
+        y = (q @ x).unflatten(-1, (self.repeat, -1))
+        factor = _times(None if rows is None else rows.exp(), w)
+        if factor is None:
+            o.add_(y)
+        else:
+            o.addcmul_(y, factor[..., None])
+
+    def read_grad(
+        self, do: Tensor, q: Tensor | None, rows: Tensor | None, x: Tensor, w: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
+        """Gradients of ``read`` with respect to q, rows, x and w."""
+        assert q is not None
+        coefficient = None if rows is None else rows.exp()
+        factor = _times(coefficient, w)
+        weighed = (do if factor is None else do * factor[..., None]).flatten(-2)  # [M, n, r, R * V]
+        dx = q.mT @ weighed
+        if self.repeat == 1 and factor is not None:  # one product serves q and the coefficients
+            u = do.flatten(-2) @ x.mT
+            dot = (q * u).sum(-1, keepdim=True)
+            dq = u.mul_(factor)
+        else:
+            dq = weighed @ x.mT
+            dot = None if factor is None else ((q @ x).unflatten(-1, (self.repeat, -1)) * do).sum(-1)
+        drows = None if coefficient is None or dot is None or factor is None else dot * factor
+        dw = None if w is None or dot is None else dot if coefficient is None else dot * coefficient
+        return dq, drows, dx, dw
+
+
+class _RowTransition:
+    """What kinds with queries of their own per head have in common; ``rows [M, n, r, K]`` are the queries, R is 1."""
+
+    def read(self, o: Tensor, q: Tensor | None, rows: Tensor, x: Tensor, w: Tensor | None) -> None:
+        """``o += w (rows x)``."""
+        y = (rows @ x)[..., None, :]
+        if w is None:
+            o.add_(y)
+        else:
+            o.addcmul_(y, w[..., None])
+
+    def read_grad(
+        self, do: Tensor, q: Tensor | None, rows: Tensor, x: Tensor, w: Tensor | None
+    ) -> tuple[None, Tensor, Tensor, Tensor | None]:
+        """Gradients of ``read`` with respect to q (none), rows, x and w."""
+        do = do.squeeze(-2)
+        drows = do @ x.mT
+        if w is None:
+            return None, drows, rows.mT @ do, None
+        dw = (rows * drows).sum(-1, keepdim=True)
+        return None, drows.mul_(w), (rows * w).mT @ do, dw
+
+
+class DiagonalTransition(_RowTransition):
+    """A factor per key channel, stored as its logarithm ``p [M, n, K]``."""
+
+    def push(self, p: Tensor, x: Tensor) -> Tensor:
+        """``exp(p) x``, channel by channel."""
+        return p.exp()[..., None] * x
+
+    push_t = push
+
+    def push_p_grad(self, p: Tensor, x: Tensor, dy: Tensor) -> Tensor:
+        """Gradient of ``push`` with respect to ``p``."""
+        return (x * dy).sum(-1) * p.exp()
+
+    def compose(self, right: Tensor, left: Tensor) -> Tensor:
+        """Logarithms add."""
+        return right + left
+
+    def compose_grad(self, right: Tensor, left: Tensor, dp: Tensor) -> tuple[Tensor, Tensor]:
+        """Each summand gets the gradient of the sum."""
+        return dp, dp
+
+    def pull(self, rows: Tensor, p: Tensor) -> Tensor:
+        """Queries take on the factor."""
+        return rows * p.exp()[:, :, None]
+
+    def pull_grad(self, rows: Tensor, p: Tensor, drows: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of ``pull`` with respect to rows and ``p``."""
+        d = drows * p.exp()[:, :, None]
+        return d, (d * rows).sum(2)
+
+
+class DenseTransition(_RowTransition):
+    """A matrix ``p [M, n, K, K]`` that acts on states from the left."""
+
+    def push(self, p: Tensor, x: Tensor) -> Tensor:
+        """``p x``."""
+        return p @ x
+
+    def push_t(self, p: Tensor, x: Tensor) -> Tensor:
+        """``p^T x``."""
+        return p.mT @ x
+
+    def push_p_grad(self, p: Tensor, x: Tensor, dy: Tensor) -> Tensor:
+        """Gradient of ``push`` with respect to ``p``."""
+        return dy @ x.mT
+
+    def compose(self, right: Tensor, left: Tensor) -> Tensor:
+        """The product."""
+        return right @ left
+
+    def compose_grad(self, right: Tensor, left: Tensor, dp: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of the product with respect to both factors."""
+        return dp @ left.mT, right.mT @ dp
+
+    def pull(self, rows: Tensor, p: Tensor) -> Tensor:
+        """Queries (rows) times the matrix."""
+        return rows @ p
+
+    def pull_grad(self, rows: Tensor, p: Tensor, drows: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of ``pull`` with respect to rows and ``p``."""
+        return drows @ p.mT, rows.mT @ drows
+
+
+def _times(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return a * b
+
+
+def add_(a: Any, b: Any) -> Any:
+    """``a + b`` in place where there is an ``a``; None counts as 0."""
+    if a is None or b is None:
+        return b if a is None else a
+    return a.add_(b)
+
+
+def zeros_like(p: Any) -> Any:
+    """Zeros for a gradient of ``p``, None for None."""
+    return None if p is None else torch.zeros_like(p)

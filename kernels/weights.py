@@ -1,0 +1,58 @@
+"""Level weights inside a chunk: from one weight per token and level to one per pair of tokens, and back."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .levels import level_table
+
+
+def spread(w: Tensor, size: int) -> Tensor:
+    """``[..., C, log2 C + 1] -> [..., C, C]``: the weight of each pair's level (above the diagonal, anything)."""
+    index, _, _ = _tables(size, w.dtype, w.device)
+    return w.flatten(-2).index_select(-1, index) if w.dim() == 2 else _select(w.flatten(-2), index).unflatten(
+        -1, (size, size)
+    )
+
+
+def gather_back(d: Tensor) -> Tensor:
+    """Adjoint of :func:`spread` for causal ``d``: ``[..., C, C] -> [..., C, log2 C + 1]``.
+
+    A level of a row is an aligned block of columns. The sums of all aligned blocks are one GEMM with a 0/1 table; what
+    then belongs to a row and level is picked out.
+    """
+    size = d.shape[-1]
+    _, blocks, pick = _tables(size, d.dtype, d.device)
+    sums = (d @ blocks).flatten(-2)  # [..., C * blocks]
+    levels = _select(sums, pick).unflatten(-1, (size, -1))  # [..., C, log2 C]
+    return torch.cat([d.diagonal(dim1=-2, dim2=-1)[..., None], levels], -1)
+
+
+def _select(x: Tensor, index: Tensor) -> Tensor:
+    return x.flatten(0, -2).index_select(1, index).view(*x.shape[:-1], -1)
+
+
+@lru_cache(maxsize=16)
+def _tables(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Index of :func:`spread`, block table ``[C, C]`` and index of :func:`gather_back`.
+
+    The left halves of all aligned blocks are ``C - 1`` columns of the table (``C / 2`` of one token, ``C / 4`` of two,
+    ...); its last column is 0 and stands for the buckets that a row does not have.
+    """
+    depth = size.bit_length() - 1
+    token = torch.arange(size, device=device)
+    table = level_table(size, device)
+    index = (token[:, None] * (depth + 1) + table).flatten()
+    blocks = torch.zeros(size, size, dtype=dtype, device=device)
+    pick = torch.full((size, depth), size - 1, dtype=torch.int64, device=device)
+    column = 0
+    for lvl in range(1, depth + 1):
+        half = 1 << (lvl - 1)
+        for start in range(0, size, 2 * half):
+            blocks[start : start + half, column] = 1
+            pick[start + half : start + 2 * half, lvl - 1] = column
+            column += 1
+    return index, blocks, (token[:, None] * size + pick).flatten()

@@ -48,6 +48,7 @@ def attach(owner: nn.Module, name: str, weights: nn.Module) -> None:
     owner.add_module(name, weights)
     watch(owner)
     if warn_if_ignored not in owner._forward_hooks.values():
+        owner.register_forward_pre_hook(expect_use)
         owner.register_forward_hook(warn_if_ignored)
 
 
@@ -71,9 +72,10 @@ def detach_one(owner: nn.Module, name: str) -> None:
     """Removes the level weights that `owner` has under `name`, and the hook with the last of them."""
     delattr(owner, name)
     if not any(isinstance(child, LevelWeights) for child in owner.children()):
-        for key, hook in list(owner._forward_hooks.items()):
-            if hook is warn_if_ignored:
-                del owner._forward_hooks[key]
+        for hooks in (owner._forward_pre_hooks, owner._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if hook in (expect_use, warn_if_ignored):
+                    del hooks[key]
 
 
 def function(weights: LevelWeights, dtype: torch.dtype) -> Callable[..., Any]:
@@ -82,28 +84,28 @@ def function(weights: LevelWeights, dtype: torch.dtype) -> Callable[..., Any]:
     return level_weights_function(weights.kind, weights.heads, weights.levels, compute_dtype(dtype, *dtypes))
 
 
+def expect_use(owner: nn.Module, arguments: Any) -> None:
+    """Forward pre-hook: from here on, a compiled graph that reads the level weights marks them as used."""
+    if not torch.compiler.is_dynamo_compiling():
+        for weights in _held(owner):
+            weights.used = False  # type: ignore[assignment]
+
+
 def warn_if_ignored(owner: nn.Module, arguments: Any, output: Any) -> None:
     """Forward hook: warns when level weights other than 1 had no part in the output.
 
-    Eagerly it runs after the module's forward and looks whether a compiled graph used the weights since the last time.
-    While Dynamo traces it, it asks which backend is compiling: ours reads the weights, another one does not.
+    Eagerly it looks whether a compiled graph used the weights since `expect_use`. While Dynamo traces it, it asks which
+    backend is compiling: ours reads the weights, another one does not.
     """
     if torch.compiler.is_dynamo_compiling():
         _note_backend()
         return
-    for name, weights in owner.named_children():
-        if not isinstance(weights, LevelWeights):
-            continue
-        used, weights.used = getattr(weights, "used", False), False
-        if not used and not weights.is_identity():
-            warnings.warn(_MESSAGE.format(where=f"{type(owner).__name__}.{name}", how="eagerly"), _CATEGORY, stacklevel=2)
+    if any(not getattr(weights, "used", False) and not weights.is_identity() for weights in _held(owner)):
+        _warn(f"the level weights of {type(owner).__name__} are no longer 1, and the model was run eagerly")
 
 
-_CATEGORY = LevelWeightsIgnoredWarning
-_MESSAGE = (
-    "{where} holds level weights that are no longer 1, and the model was run {how}: they had no effect, the output is "
-    "the linear model's. Run it through torch.compile(model, backend='loglinear'), or llcompile.revert(model)."
-)
+def _held(owner: nn.Module) -> list[LevelWeights]:
+    return [child for child in owner.children() if isinstance(child, LevelWeights)]
 
 
 @torch._dynamo.assume_constant_result
@@ -111,5 +113,13 @@ def _note_backend() -> None:
     from llcompile.backend import is_ours
 
     if not is_ours():
-        where = "a module of this model"
-        warnings.warn(_MESSAGE.format(where=where, how="by another backend").replace("no longer 1", "to be learned"), _CATEGORY, stacklevel=2)
+        _warn("this model has level weights, and it is being compiled by another backend")
+
+
+def _warn(situation: str) -> None:
+    warnings.warn(
+        f"{situation}: they have no effect, the output is the linear model's. Run the model through "
+        "torch.compile(model, backend='loglinear'), or remove them with llcompile.revert(model).",
+        LevelWeightsIgnoredWarning,
+        stacklevel=3,
+    )

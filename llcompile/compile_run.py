@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import fx
@@ -17,8 +17,10 @@ from llcompile.passes.session import Session, Settings, Site
 from llcompile.report import Report
 
 
-def new_session(module: fx.GraphModule, options: Options, dry_run: bool = False) -> Session:
-    """A session on the graph with the front door's wishes."""
+def new_session(
+    module: fx.GraphModule, options: Options, names: Mapping[int, str] | None = None, dry_run: bool = False
+) -> Session:
+    """A session on the graph with the front door's wishes; `names` are the modules' names in the whole model."""
     settings = Settings(
         kind=options.level_weights,
         levels=options.levels,
@@ -26,6 +28,7 @@ def new_session(module: fx.GraphModule, options: Options, dry_run: bool = False)
         find=attachment.find,
         attach=attachment.attach,
         function=attachment.function,
+        names=names or {},
         dry_run=dry_run,
     )
     return Session(module, settings)

@@ -64,7 +64,7 @@ def _captured(
     _check_model(model, "inspect" if dry_run else "convert")
     backend.prepare()
     before = {id(weights) for _, _, weights in attachment.attached(model)}
-    capture = _Capture(options, dry_run)
+    capture = _Capture(model, options, dry_run)
     discover.refused_calls()  # what another run has left
     try:
         _run(model, capture, args, kwargs)
@@ -88,14 +88,15 @@ class _Capture:
     _llcompile = True
     __name__ = "loglinear_capture"
 
-    def __init__(self, options: Options, dry_run: bool) -> None:
+    def __init__(self, model: nn.Module, options: Options, dry_run: bool) -> None:
+        self.names = {id(module): name for name, module in model.named_modules()}
         self.options = options
         self.dry_run = dry_run
         self.report = Report()
         self.kwargs = {"options": {"level_weights": options.level_weights}}
 
     def __call__(self, module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        session = compile_run.new_session(module, self.options, dry_run=self.dry_run)
+        session = compile_run.new_session(module, self.options, self.names, self.dry_run)
         self.report = self.report.merged(compile_run.look(session))
         return compile_run.original_code(session)
 

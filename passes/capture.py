@@ -53,7 +53,8 @@ class Leaf:
                 found = getattr(importlib.import_module(module), name)
             except (ImportError, AttributeError):
                 continue
-            yield reference.name, _as_function(reference, found, self.plain)
+            over = "" if reference.callee is None else f"{self.row.function} over "
+            yield over + reference.name, _as_function(reference, found, self.plain)
 
     def __call__(self, **arguments: Any) -> Any:
         """Runs the linear operator in the function's place (under Dynamo: on fake tensors, for the shapes)."""

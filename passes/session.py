@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,8 @@ class Settings:
         find: the level weights that a module owns under a name already, or None.
         attach: registers level weights on a module under a name.
         function: (level weights, dtype of their input) -> the pure function (input, *tensors) that they compute.
+        names: id of a module -> its dotted name in the user's model, where the whole model is known; frames after a
+            graph break only know a part of it.
         dry_run: find out everything and change nothing.
     """
 
@@ -35,6 +37,7 @@ class Settings:
     find: Callable[[nn.Module, str], Any]
     attach: Callable[[nn.Module, str, nn.Module], None]
     function: Callable[[nn.Module, torch.dtype], Callable[..., Any]]
+    names: Mapping[int, str] = field(default_factory=dict)
     dry_run: bool = False
 
 
@@ -79,6 +82,10 @@ class Session:
     refused: list[Declined] = field(default_factory=list)
     untouched: list[Untouched] = field(default_factory=list)
     attached: int = 0
+
+    def name(self, key: str, path: str) -> str:
+        """The name for a module that the report uses: in the user's model, else below the compiled frame's root."""
+        return self.settings.names.get(int(key.split("@")[0]), path) if key else path
 
     @property
     def graph(self) -> fx.Graph:

@@ -41,7 +41,8 @@ def read_call(row: KnownFunction, function: Callable[..., Any], given: Mapping[s
         if isinstance(value, torch.Tensor):
             _read_sizes(row, tensor, value, values, sizes)
             dtypes[tensor.name] = value.dtype
-    arguments = Arguments(values, sizes, dtypes)
+    ranks = {tensor.name: values[tensor.name].dim() for tensor in row.tensors if tensor.name in dtypes}
+    arguments = Arguments(values, sizes, dtypes, ranks)
     reason = row.requires(arguments) if row.requires is not None else None
     if reason is not None:
         raise Mismatch(f"the call of {row.function} {reason}")

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from llcompile.patterns.known.row import Arguments
 from llcompile.patterns.mixer import Mixer
 
+PACKED = "packs several sequences into one row, which this function's binding does not take apart yet; pass padded rows"
+
 
 def l2norm(x: Any) -> Any:
     """x / |x| over the last axis with the epsilon that FLA and transformers share."""
@@ -25,10 +27,22 @@ def inverse_root_width(arguments: Arguments) -> float:
     return float(arguments.sizes["K"]) ** -0.5
 
 
-def time_step(arguments: Arguments, dt: Any) -> Any:
-    """Mamba's step size: dt + bias, softplus, clamp. dt: [B, T, H] or [B, H]."""
+def query_scale(arguments: Arguments) -> float:
+    """The argument `scale`, or the default that most functions have for it."""
+    scale = arguments["scale"]
+    return inverse_root_width(arguments) if scale is None else float(scale)
+
+
+def head_index(value: Any) -> Any:
+    """0, 1, ... H - 1 for the heads of value [B, T, H, V], as float32 [B, T, H]: for decays that the head decides."""
+    return torch.ones_like(value[..., 0], dtype=torch.float32).cumsum(-1) - 1
+
+
+def time_step(arguments: Arguments, dt: Any, dtype: torch.dtype | None = None) -> Any:
+    """Mamba's step size in `dtype` (dt's own by default): dt + bias, softplus, clamp. dt: [B, T, H] or [B, H]."""
+    dt = dt if dtype is None else dt.to(dtype)
     if arguments["dt_bias"] is not None:
-        dt = dt + arguments["dt_bias"].to(arguments.dtypes["dt"])
+        dt = dt + arguments["dt_bias"].to(dtype or arguments.dtypes["dt"])
     if arguments["dt_softplus"]:
         dt = F.softplus(dt)
     low, high = arguments["dt_limit"] or (0.0, float("inf"))
@@ -42,7 +56,6 @@ def delta_rule(arguments: Arguments, q: Any, k: Any, v: Any, log_decay: Any, **s
     q, k = q.float(), k.float()
     if arguments["use_qk_l2norm_in_kernel"]:
         q, k = l2norm(q), l2norm(k)
-    scale = arguments["scale"]
     return Mixer(
         correction="delta",
         query=q,
@@ -51,7 +64,7 @@ def delta_rule(arguments: Arguments, q: Any, k: Any, v: Any, log_decay: Any, **s
         log_decay=log_decay,
         beta=arguments["beta"].float(),
         initial_state=arguments["initial_state"],
-        scale=inverse_root_width(arguments) if scale is None else float(scale),
+        scale=query_scale(arguments),
         **shape,
     )
 

@@ -1,7 +1,165 @@
-"""Known functions of mamba_ssm."""
+"""Known functions of mamba_ssm (read from 2.3.2): the SSD chunk scan and its single step.
+
+Transformers calls them through functions of its own, which its table knows; these rows are for models built on
+mamba_ssm itself. Its `mamba_split_conv1d_scan_combined` (projection split, convolution, scan, norm and output
+projection in one, the training path of its own Mamba2 block) is not in the table: what is wanted there is a mixer
+inside a larger function. Build the block with use_mem_eff_path=False to have the chunk scan called by itself.
+"""
 
 from __future__ import annotations
 
-from llcompile.patterns.known.row import KnownFunction
+from collections.abc import Callable, Mapping
+from typing import Any
 
-ROWS: tuple[KnownFunction, ...] = ()
+import torch
+import torch.nn.functional as F
+
+from llcompile.patterns.known.binders import PACKED, time_step
+from llcompile.patterns.known.row import Arguments, KnownFunction, Reference, Tensor
+from llcompile.patterns.mixer import Mixer
+
+
+def _mixer(a: Arguments, dt: Any, decay_rate: Any, **more: Any) -> Mixer:
+    return Mixer(
+        decay="scalar",
+        correction="none",
+        query=a["C"].float(),
+        key=a["B"].float(),
+        value=a["x"].float() * dt.unsqueeze(-1),
+        log_decay=decay_rate.float() * dt,
+        state_layout="vk",
+        **more,
+    )
+
+
+def _scan(a: Arguments) -> Mixer:
+    return _mixer(a, time_step(a, a["dt"], torch.float32), a["A"], initial_state=a["initial_states"])
+
+
+def _step(a: Arguments) -> Mixer:
+    # One value per head, expanded over its channels for the kernel.
+    head = a.with_values({**a.values, "dt_bias": None if a["dt_bias"] is None else a["dt_bias"][..., 0]})
+    dt = time_step(head, a["dt"][..., 0], torch.float32)
+    return _mixer(a, dt, a["A"][..., 0, 0], initial_state=a["state"], step=True)
+
+
+def _skip_and_gate(a: Arguments, output: Any) -> Any:
+    skip = a["D"]
+    if skip is not None:  # [H] or [H, V]
+        skip = skip.float() if a.ranks["D"] == 2 else skip.float().unsqueeze(-1)
+        output = output + skip * a["x"].float()
+    if a["z"] is not None:
+        output = output * F.silu(a["z"].float())
+    return output.to(a.dtypes["x"])
+
+
+def _scan_result(a: Arguments, output: Any, state: Any) -> Any:
+    output = _skip_and_gate(a, output)
+    return (output, state) if a["return_final_states"] else output
+
+
+def _step_result(a: Arguments, output: Any, state: Any) -> Any:
+    return _skip_and_gate(a, output)
+
+
+def _whole(reference: Callable[..., Any], a: Mapping[str, Any]) -> Any:
+    """The chunked reference; in one chunk, because it takes whole chunks only."""
+    if a["initial_states"] is not None or a["return_final_states"] or tuple(a["dt_limit"]) != (0.0, float("inf")):
+        raise NotImplementedError("it has no states and no dt_limit")
+    names = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "dt_softplus")
+    return reference(**{name: a[name] for name in names}, chunk_size=a["x"].shape[1])
+
+
+def _token_by_token(reference: Callable[..., Any], a: Mapping[str, Any]) -> Any:
+    """The single step's reference, once for each token, for calls with states."""
+    if tuple(a["dt_limit"]) != (0.0, float("inf")):
+        raise NotImplementedError("it has no dt_limit")
+    x, z, state = a["x"], a["z"], a["initial_states"]
+    batch, length, heads, width = x.shape
+    depth = a["B"].shape[-1]
+    state = x.new_zeros(batch, heads, width, depth) if state is None else state.clone()
+    wide = lambda value: None if value is None else value.unsqueeze(-1).expand(*value.shape, width)  # noqa: E731
+    fixed = {
+        "A": wide(a["A"]).unsqueeze(-1).expand(heads, width, depth),
+        "D": a["D"] if a["D"] is None or a["D"].dim() == 2 else wide(a["D"]),
+        "dt_bias": wide(a["dt_bias"]),
+        "dt_softplus": a["dt_softplus"],
+    }
+    dt, key, query = wide(a["dt"]), a["B"], a["C"]
+    outputs = [
+        reference(state, x[:, t], dt[:, t], B=key[:, t], C=query[:, t], z=None if z is None else z[:, t], **fixed)
+        for t in range(length)
+    ]
+    output = torch.stack(outputs, 1)
+    return (output, state) if a["return_final_states"] else output
+
+
+_SCAN_TENSORS = (
+    Tensor("x", "B T H V"),
+    # Positive also without softplus: a negative step would let the state grow.
+    Tensor("dt", "B T H", "positive"),
+    Tensor("A", "H", "negative"),
+    Tensor("B", "B T G K"),
+    Tensor("C", "B T G K"),
+    Tensor("D", "H|H V"),
+    Tensor("z", "B T H V"),
+    Tensor("dt_bias", "H", "unit"),
+    Tensor("initial_states", "B H V K", "state"),
+)
+_STEP_TENSORS = (
+    Tensor("state", "B H V K", "state"),
+    Tensor("x", "B H V"),
+    Tensor("dt", "B H *V", "positive"),
+    Tensor("A", "H *V *K", "negative"),
+    Tensor("B", "B G K"),
+    Tensor("C", "B G K"),
+    Tensor("D", "H V"),
+    Tensor("z", "B H V"),
+    Tensor("dt_bias", "H *V", "unit"),
+)
+_STEP_REFERENCE = "mamba_ssm.ops.triton.selective_state_update:selective_state_update_ref"
+
+ROWS: tuple[KnownFunction, ...] = (
+    KnownFunction(
+        library="mamba_ssm",
+        function="mamba_chunk_scan_combined",
+        family="Mamba-2 (SSD)",
+        decay="scalar",
+        correction="none",
+        tensors=_SCAN_TENSORS,
+        constants=("chunk_size", "dt_softplus", "dt_limit", "return_final_states"),
+        refuses={
+            "seq_idx": PACKED,
+            "cu_seqlens": PACKED,
+            "return_varlen_states": "asks for the states of packed sequences",
+        },
+        bind=_scan,
+        result=_scan_result,
+        returns_state="return_final_states",
+        opaque=True,
+        references=(
+            Reference("mamba_ssm.ops.triton.ssd_combined:ssd_chunk_scan_combined_ref", _whole),
+            Reference(_STEP_REFERENCE, _token_by_token),
+        ),
+    ),
+    KnownFunction(
+        library="mamba_ssm",
+        function="selective_state_update",
+        family="Mamba-2 (SSD)",
+        decay="scalar",
+        correction="none",
+        tensors=_STEP_TENSORS,
+        constants=("dt_softplus",),
+        refuses={"state_batch_indices": "keeps its states in the rows of a larger table"},
+        bind=_step,
+        result=_step_result,
+        writes_state="state",
+        opaque=True,
+        references=(
+            Reference(
+                _STEP_REFERENCE,
+                lambda reference, a: reference(**{n: v for n, v in a.items() if n != "state_batch_indices"}),
+            ),
+        ),
+    ),
+)

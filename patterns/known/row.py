@@ -36,18 +36,25 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Arguments:
-    """The arguments of one call, by the function's own names, with its defaults filled in."""
+    """The arguments of one call, by the function's own names, with its defaults filled in.
+
+    Args:
+        values: tensors (in the proof), proxies (in the rewrite) and constants.
+        sizes: the size of every named axis.
+        dtypes, ranks: of the tensors, since a proxy does not tell.
+    """
 
     values: Mapping[str, Any]
     sizes: Mapping[str, int]
     dtypes: Mapping[str, torch.dtype]
+    ranks: Mapping[str, int]
 
     def __getitem__(self, name: str) -> Any:
         return self.values.get(name)
 
     def with_values(self, values: Mapping[str, Any]) -> Arguments:
         """The same call on other values (proxies in place of tensors, say)."""
-        return Arguments(values, self.sizes, self.dtypes)
+        return Arguments(values, self.sizes, self.dtypes, self.ranks)
 
 
 @dataclass(frozen=True)

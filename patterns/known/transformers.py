@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from llcompile.patterns.known.binders import delta_rule, output_and_state, time_step
+from llcompile.patterns.known.binders import PACKED, delta_rule, output_and_state, time_step
 from llcompile.patterns.known.row import Arguments, KnownFunction, Tensor
 from llcompile.patterns.mixer import Mixer
-
-PACKED = "packs several sequences into one row, which this function's binding does not take apart yet; pass padded rows"
 
 
 def _mamba2(a: Arguments) -> Mixer:

@@ -1,0 +1,94 @@
+"""The rows of mamba_ssm, proved against its own torch code.
+
+Skipped where `mamba_ssm` cannot be imported. It installs with a CUDA compiler only; `LLCOMPILE_STUB_MAMBA=1` lets its
+Python files be imported without the compiled extension (set PYTHONPATH to a folder that has them, einops and triton).
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import types
+
+import pytest
+import torch
+from proofs import SIZES, leaf_of, operands, proof, row_of
+
+from llcompile.passes.capture import Leaf
+from llcompile.passes.records import Certificate
+from llcompile.patterns.known.arguments import Mismatch, read_call
+
+if os.environ.get("LLCOMPILE_STUB_MAMBA"):
+    sys.modules.setdefault("selective_scan_cuda", types.ModuleType("selective_scan_cuda"))
+pytest.importorskip("mamba_ssm", reason="mamba_ssm is not installed (it needs a CUDA compiler)", exc_type=ImportError)
+
+SCAN = ("mamba_chunk_scan_combined", "mamba_ssm.ops.triton.ssd_combined")
+STEP = ("selective_state_update", "mamba_ssm.ops.triton.selective_state_update")
+CHUNKED = "mamba_ssm.ops.triton.ssd_combined:ssd_chunk_scan_combined_ref"
+SINGLE = "mamba_ssm.ops.triton.selective_state_update:selective_state_update_ref"
+ROW = row_of("mamba_ssm", SCAN[0])
+
+
+def leaf(name: str, module: str) -> Leaf:
+    found = leaf_of(row_of("mamba_ssm", name), getattr(importlib.import_module(module), name))
+    assert found.problem is None
+    return found
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("absent", [(), ("z",), ("D", "z"), ("dt_bias",)])
+@pytest.mark.parametrize("dt_softplus", [True, False])
+def test_scan_without_states(absent: tuple[str, ...], dt_softplus: bool, weighted: bool) -> None:
+    arguments = {**operands(ROW, (*absent, "initial_states")), "chunk_size": 64, "dt_softplus": dt_softplus}
+    result = proof(leaf(*SCAN), arguments, weighted)
+    assert isinstance(result, Certificate), result
+    assert result.against == CHUNKED
+
+
+@pytest.mark.parametrize("absent", [(), ("initial_states",), ("D", "z", "dt_bias")])
+def test_scan_with_states(absent: tuple[str, ...]) -> None:
+    arguments = {**operands(ROW, absent), "chunk_size": 64, "dt_softplus": True, "return_final_states": True}
+    result = proof(leaf(*SCAN), arguments)
+    assert isinstance(result, Certificate), result
+    assert result.against == SINGLE
+
+
+def test_skip_per_channel() -> None:
+    arguments = {**operands(ROW, ("initial_states",)), "chunk_size": 64, "dt_softplus": True}
+    arguments["D"] = torch.zeros(SIZES["H"], SIZES["V"])
+    assert isinstance(proof(leaf(*SCAN), arguments), Certificate)
+
+
+def test_time_step_limits_have_no_reference() -> None:
+    arguments = {**operands(ROW), "chunk_size": 64, "dt_softplus": True, "dt_limit": (0.1, 1.0)}
+    result = proof(leaf(*SCAN), arguments)
+    assert isinstance(result, str)
+    assert "cannot be proved on this machine" in result
+    assert "no dt_limit" in result
+
+
+@pytest.mark.parametrize("levels", [None, 8])
+@pytest.mark.parametrize("absent", [(), ("z",), ("D", "z")])
+def test_step(absent: tuple[str, ...], levels: int | None) -> None:
+    arguments = {**operands(row_of("mamba_ssm", STEP[0]), absent), "dt_softplus": True}
+    if levels is not None:
+        arguments["state"] = torch.zeros(SIZES["B"], SIZES["H"], 1 + levels, SIZES["K"], SIZES["V"])
+    result = proof(leaf(*STEP), arguments, weighted=levels is not None)
+    assert isinstance(result, Certificate), result
+    assert result.against == SINGLE
+
+
+@pytest.mark.parametrize("name", ["seq_idx", "cu_seqlens"])
+def test_packed_sequences_are_declined(name: str) -> None:
+    found = leaf(*SCAN)
+    with pytest.raises(Mismatch, match="packs several sequences"):
+        read_call(ROW, found.plain, {**operands(ROW), "chunk_size": 64, name: torch.zeros(2)})
+
+
+def test_a_selective_scan_with_a_decay_per_channel_is_declined() -> None:
+    found = leaf(*STEP)
+    arguments = operands(found.row)
+    arguments["A"] = torch.randn(SIZES["H"], SIZES["V"], SIZES["K"])
+    with pytest.raises(Mismatch, match="differs along V"):
+        read_call(found.row, found.plain, arguments)

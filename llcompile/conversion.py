@@ -65,10 +65,10 @@ def _captured(
     backend.prepare()
     before = {id(weights) for _, _, weights in attachment.attached(model)}
     capture = _Capture(model, options, dry_run)
-    discover.refused_calls()  # what another run has left
+    discover.refused_calls({})  # what another run has left
     try:
         _run(model, capture, args, kwargs)
-        broken = Report(declined=tuple(discover.refused_calls()))  # after the last graph
+        broken = Report(declined=tuple(discover.refused_calls(capture.names)))  # after the last graph
         report = _titled(capture.report.merged(broken), model)
         compile_run.check_strict(report, options)
     except BaseException as error:

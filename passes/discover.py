@@ -11,7 +11,7 @@ from typing import Any
 from llcompile.passes import dynamo
 from llcompile.passes.capture import leaf_of, take_refused
 from llcompile.passes.records import Declined
-from llcompile.passes.session import Session, Site
+from llcompile.passes.session import Session, Site, module_name
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
 _OURS = str(Path(__file__).resolve().parent.parent)
@@ -26,21 +26,24 @@ def discover(session: Session) -> int:
             continue
         key, name = module_of(node.meta)
         calls[key] += 1
-        site = Site(node, leaf, name, user_line(node.meta))
+        site = Site(node, leaf, session.name(key, name), user_line(node.meta))
         if key:
             site.owner = dynamo.find_module(key)
             site.owner_missing = site.owner is None
         if calls[key] > 1:
             site.attribute = f"loglinear_{calls[key]}"
         session.sites.append(site)
-    session.refused.extend(refused_calls())
+    session.refused.extend(refused_calls(session.settings.names))
     return len(session.sites)
 
 
-def refused_calls() -> list[Declined]:
+def refused_calls(names: Mapping[int, str]) -> list[Declined]:
     """The calls of opaque functions at which the trace has broken the graph since this was last asked."""
     hint = "the graph breaks there and the library's own code runs, as it does without this backend"
-    return [Declined(module_of(call.meta)[1], call.reason, user_line(call.meta), hint) for call in take_refused()]
+    return [
+        Declined(module_name(names, *module_of(call.meta)), call.reason, user_line(call.meta), hint)
+        for call in take_refused()
+    ]
 
 
 def module_of(meta: Mapping[str, Any]) -> tuple[str, str]:

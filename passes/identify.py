@@ -27,7 +27,7 @@ def identify(session: Session) -> int:
         key_value = _attended(node)
         if key_value is not None:
             kind = "multi-head latent attention (MLA)" if _shares_latent(*key_value) else "softmax attention"
-            names.setdefault(module_of(node.meta)[1], kind)
+            names.setdefault(session.name(*module_of(node.meta)), kind)
     session.untouched = [Untouched(module, kind) for module, kind in names.items()]
     return len(names)
 

@@ -85,9 +85,14 @@ class Session:
 
     def name(self, key: str, path: str) -> str:
         """The name for a module that the report uses: in the user's model, else below the compiled frame's root."""
-        return self.settings.names.get(int(key.split("@")[0]), path) if key else path
+        return module_name(self.settings.names, key, path)
 
     @property
     def graph(self) -> fx.Graph:
         """The graph under work."""
         return self.module.graph
+
+
+def module_name(names: Mapping[int, str], key: str, path: str) -> str:
+    """The name of the module with a key of `nn_module_stack` (its id, with "@n" for the nth call), else its path."""
+    return names.get(int(key.split("@")[0]), path) if key else path

@@ -1,0 +1,101 @@
+"""The rows of transformers, each proved against the function itself, whole and by step, with and without states."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+from proofs import SIZES, leaf_of, operands, proof, row_of
+
+from llcompile.passes.capture import Leaf
+from llcompile.passes.records import Certificate
+from llcompile.patterns.known.arguments import Mismatch, read_call
+
+pytest.importorskip("transformers")
+
+MAMBA2 = "transformers.models.mamba2.modeling_mamba2"
+QWEN3_NEXT = "transformers.models.qwen3_next.modeling_qwen3_next"
+KIMI = "transformers.models.kimi_linear.modeling_kimi_linear"
+DELTA = {
+    "torch_chunk_gated_delta_rule": QWEN3_NEXT,
+    "torch_recurrent_gated_delta_rule": QWEN3_NEXT,
+    "chunk_kimi_delta_attention": KIMI,
+    "recurrent_kimi_delta_attention": KIMI,
+}
+
+
+def leaf(name: str, module: str) -> Leaf:
+    found = leaf_of(row_of("transformers", name), getattr(importlib.import_module(module), name))
+    assert found.problem is None
+    return found
+
+
+def level_state() -> torch.Tensor:
+    return torch.zeros(SIZES["B"], SIZES["H"], 1 + 8, SIZES["K"], SIZES["V"])
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+@pytest.mark.parametrize(
+    ("state", "weighted"), [("none", True), ("none", False), ("linear", True), ("linear", False), ("levels", True)]
+)
+@pytest.mark.parametrize("name", DELTA)
+def test_delta_rules(name: str, state: str, normalised: bool, weighted: bool) -> None:
+    found = leaf(name, DELTA[name])
+    # Kimi's functions know no groups: each head has a query and a key of its own.
+    sizes = {**SIZES, "G": SIZES["H"]} if "kimi" in name else SIZES
+    arguments: dict[str, Any] = operands(found.row, sizes=sizes)
+    if state == "none":
+        arguments["initial_state"] = None
+    if state == "levels":
+        arguments["initial_state"] = level_state()
+    arguments.update(use_qk_l2norm_in_kernel=normalised, output_final_state=True)
+    result = proof(found, arguments, weighted)
+    assert isinstance(result, Certificate), result
+    assert result.against == ""
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("absent", [("initial_states",), (), ("D", "dt_bias")])
+@pytest.mark.parametrize("limit", [(0.0, float("inf")), (0.1, 1.0)])
+def test_mamba2_scan(absent: tuple[str, ...], limit: tuple[float, float], weighted: bool) -> None:
+    found = leaf("mamba2_chunk_scan", MAMBA2)
+    arguments = operands(found.row, absent)
+    arguments.update(chunk_size=64, dt_softplus=True, dt_limit=limit, return_final_states=True)
+    result = proof(found, arguments, weighted)
+    assert isinstance(result, Certificate), result
+    assert result.against == ""
+
+
+@pytest.mark.parametrize("levels", [False, True])
+@pytest.mark.parametrize("absent", [(), ("D",)])
+def test_mamba2_step(absent: tuple[str, ...], levels: bool) -> None:
+    found = leaf("mamba2_selective_state_update", MAMBA2)
+    arguments = {**operands(found.row, absent), "dt_softplus": True}
+    if levels:
+        arguments["state"] = level_state()
+    result = proof(found, arguments, weighted=levels)
+    assert isinstance(result, Certificate), result
+    assert result.against == ""
+
+
+def test_one_head_and_one_channel() -> None:
+    found = leaf("mamba2_chunk_scan", MAMBA2)
+    arguments = operands(found.row, sizes=dict.fromkeys(SIZES, 1))
+    assert isinstance(proof(found, {**arguments, "chunk_size": 64, "dt_softplus": True}), Certificate)
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "refused"),
+    [
+        ("mamba2_chunk_scan", MAMBA2, "seq_idx"),
+        ("mamba2_chunk_scan", MAMBA2, "z"),
+        ("torch_chunk_gated_delta_rule", QWEN3_NEXT, "cu_seqlens"),
+        ("mamba2_selective_state_update", MAMBA2, "z"),
+    ],
+)
+def test_refused_arguments_have_a_reason(name: str, module: str, refused: str) -> None:
+    found = leaf(name, module)
+    with pytest.raises(Mismatch, match=f"argument {refused} of {name} {found.row.refuses[refused]}"):
+        read_call(found.row, found.plain, {**operands(found.row), refused: torch.zeros(1)})

@@ -90,10 +90,10 @@ def prepare() -> None:
 
 def _warn_late(session: Session) -> None:
     modules = [s.module for s in session.sites if s.level_weights is not None]
+    some = ", ".join(modules[:3]) + ", ..." * (len(modules) > 3)
     warnings.warn(
-        f"level weights were attached to {len(modules)} mixers ({', '.join(modules[:3])}{', ...' * (len(modules) > 3)}) "
-        "at the first compiled call: an optimiser built before it does not know them. "
-        "Call llcompile.convert(model, *example_inputs) before the optimiser is built.",
+        f"level weights were attached to {len(modules)} mixers ({some}) at the first compiled call: an optimiser "
+        "built before it does not know them. Call llcompile.convert(model, *example_inputs) before the optimiser is built.",
         LateAttachWarning,
         stacklevel=2,
     )

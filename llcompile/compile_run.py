@@ -27,7 +27,7 @@ def new_session(
         make=attachment.make,
         find=attachment.find,
         attach=attachment.attach,
-        function=attachment.function,
+        function=attachment.function,  # type: ignore[arg-type]
         names=names or {},
         dry_run=dry_run,
     )

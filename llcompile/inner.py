@@ -16,7 +16,7 @@ def compile_graph(module: fx.GraphModule, inputs: list[Any], options: Options, m
     """The compiled form of a Dynamo graph; `mode` and `options.inductor` only speak to Inductor."""
     # The operator's backward and the rewrite rules are no part of the graph that a compile cache hashes.
     tag = f"{torch.compiler.config.cache_key_tag}:llcompile:{source_tag()}:{options}"
-    with torch.compiler.config.patch(cache_key_tag=tag):
+    with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
         return _INNER[options.inner](module, inputs, options, mode)
 
 

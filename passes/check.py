@@ -7,7 +7,7 @@ from llcompile.passes.session import Session
 
 
 def check(session: Session, after: str) -> None:
-    """Raises GraphError where the graph is malformed, a node that is read has no value, or a rewritten call is still there."""
+    """Raises GraphError where the graph is malformed, a read node has no value, or a rewritten call is still there."""
     try:
         session.graph.lint()
     except RuntimeError as error:

@@ -14,9 +14,10 @@ from typing import Any, NoReturn
 import torch
 from torch import fx, nn
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
-from torch._dynamo.source import AttrSource, GlobalSource, LocalSource, Source
+from torch._dynamo.source import AttrSource, GlobalSource, LocalSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.variables.builder import VariableBuilder
+from torch._guards import Source
 from torch._subclasses.fake_tensor import FakeTensor
 
 
@@ -120,8 +121,7 @@ def add_tensor_input(graph: fx.Graph, owner: nn.Module, path: tuple[str, ...]) -
     for name in path:
         tensor = getattr(tensor, name)
         source = AttrSource(source, name)
-    translator = translator.output.root_tx or translator
-    variable = VariableBuilder(translator, source)(tensor)
+    variable = VariableBuilder(translator.output.root_tx or translator, source)(tensor)  # type: ignore[arg-type]
     node: fx.Node = variable.as_proxy().node
     if node.graph is not graph:
         raise LookupError(f"Dynamo put {source.name} into another graph")

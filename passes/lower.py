@@ -91,14 +91,11 @@ def call_operator(mixer: Mixer, level_weights: Any, call: OperatorCall) -> tuple
 
 def _call_step(mixer: Mixer, level_weights: Any, state: Any) -> tuple[Any, Any]:
     step = torch.ops.llcompile.loglinear_attention_step
-    operands = (mixer.query, mixer.key, mixer.value, level_weights)
-    gates = (mixer.log_decay, mixer.beta)
-    if mixer.step:
-        result = step(*operands, state, *gates, mixer.scale)
-        return result[0], result[1]
-    operands, gates = ([None if x is None else x.squeeze(1) for x in xs] for xs in (operands, gates))
-    result = step(*operands, state, *gates, mixer.scale)
-    return result[0].unsqueeze(1), result[1]
+    operands = [mixer.query, mixer.key, mixer.value, level_weights, mixer.log_decay, mixer.beta]
+    if not mixer.step:
+        operands = [None if x is None else x.squeeze(1) for x in operands]
+    result = step(*operands[:4], state, *operands[4:], mixer.scale)
+    return result[0] if mixer.step else result[0].unsqueeze(1), result[1]
 
 
 __all__ = ["Mismatch", "call_operator", "is_single_token", "lower", "lower_call"]

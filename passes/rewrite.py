@@ -59,7 +59,7 @@ def _write_operator(session: Session, site: Site, inputs: dict[tuple[int, str], 
     tracer = GraphAppendingTracer(graph)
     with graph.inserting_before(site.node):
         as_proxy = lambda node: fx.Proxy(node, tracer)  # noqa: E731
-        values = {**site.call.values, **fx.map_arg(dict(site.node.kwargs), as_proxy)}
+        values = {**site.call.values, **fx.map_arg(dict(site.node.kwargs), as_proxy)}  # type: ignore[arg-type,dict-item]
         weights = _write_weights(session, site, [as_proxy(node) for node in tensors], as_proxy)
         result = lower(site.leaf.row, site.call.with_values(values), site.call, weights)
     new = [node for node in graph.nodes if node not in before]

@@ -50,7 +50,8 @@ def module_of(meta: Mapping[str, Any]) -> tuple[str, str]:
     """The key and the dotted name of the innermost module that a node was traced in; ("", "") for none."""
     stack = meta.get("nn_module_stack") or {}
     if not stack:
-        return "", ""
+        root = dynamo.root_module()
+        return ("", "") if root is None else (str(id(root)), "")
     key = list(stack)[-1]
     path = stack[key][0]
     name = re.sub(r"^L\['?\w+'?\]\.?|^G\['?\w+'?\]\.?", "", path)

@@ -50,7 +50,18 @@ def innermost_module() -> nn.Module | None:
         return None
     frame = translator.output.current_tx
     stack = list(getattr(frame, "nn_module_stack", {}) or {})
-    return find_module(stack[-1]) if stack else None
+    return find_module(stack[-1]) if stack else root_module()
+
+
+def root_module() -> nn.Module | None:
+    """The module whose method the outermost traced frame is; Dynamo names it in no node's `nn_module_stack`."""
+    translator = current_translator()
+    if translator is None:
+        return None
+    frame = translator.output.root_tx or translator
+    names = frame.f_code.co_varnames[:1] if frame.f_code.co_argcount else ()
+    owner = frame.f_locals.get(names[0]) if names else None
+    return owner if isinstance(owner, nn.Module) and hasattr(type(owner), frame.f_code.co_name) else None
 
 
 def position() -> dict[str, Any]:

@@ -54,14 +54,17 @@ def innermost_module() -> nn.Module | None:
 
 
 def root_module() -> nn.Module | None:
-    """The module whose method the outermost traced frame is; Dynamo names it in no node's `nn_module_stack`."""
+    """The module that the outermost traced frame works on, its first argument; no `nn_module_stack` names it.
+
+    That is `self` of a compiled module's forward, under whatever name a decorator gave it.
+    """
     translator = current_translator()
     if translator is None:
         return None
     frame = translator.output.root_tx or translator
     names = frame.f_code.co_varnames[:1] if frame.f_code.co_argcount else ()
     owner = frame.f_locals.get(names[0]) if names else None
-    return owner if isinstance(owner, nn.Module) and hasattr(type(owner), frame.f_code.co_name) else None
+    return owner if isinstance(owner, nn.Module) else None
 
 
 def position() -> dict[str, Any]:

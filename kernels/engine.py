@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .chunk import ChunkGradient, ChunkOperands, ChunkResult, Stage, make_stage
 from .endpoint import EndPoint
-from .grid import Grid, make_grid
+from .grid import CHUNK, SHORT_CHUNK, Grid, make_grid
 from .scan import Scan
 from .state import is_level_state, linear_state, pack_state, position_of, state_dtype
 from .step import merge, merge_grad
@@ -67,10 +67,11 @@ class Call:
         position = None
         if self.levels is not None and x.initial_state is not None and is_level_state(x.initial_state):
             position = position_of(x.initial_state)
-        self.grid: Grid = make_grid(self.tokens, position, x.lengths)
-        self.stage: Stage = make_stage(self._chunk_operands())
         # Heads that share queries are folded into the value axis; elsewhere each head stands alone.
         shared = x.beta is None and (x.log_decay is None or x.log_decay.dim() != 4)
+        chunk = SHORT_CHUNK if shared and self.levels is None else CHUNK
+        self.grid: Grid = make_grid(self.tokens, position, x.lengths, chunk)
+        self.stage: Stage = make_stage(self._chunk_operands())
         self.fold = (x.q.shape[2], self.heads // x.q.shape[2]) if shared else (self.heads, 1)
 
     # -- layouts ------------------------------------------------------------------------------------------------------

@@ -15,7 +15,10 @@ from torch import Tensor
 
 from .levels import bucket_start, level, level_count, trailing_zeros
 
-CHUNK = 64  # near the optimum between work inside chunks (grows with it) and between them (shrinks)
+# Near the optimum between work inside chunks (grows with the size) and between them (shrinks). Without a correction and
+# without levels, what is between chunks is cheapest, so those do best with less inside.
+CHUNK = 64
+SHORT_CHUNK = 32
 
 
 @dataclass(frozen=True)
@@ -119,8 +122,8 @@ class Grid:
         return tuple(torch.where(fixed, count - 1, x.clamp(max=count - 1)) for x in (seen, final))  # type: ignore
 
 
-def make_grid(tokens: int, position: Tensor | None, lengths: Tensor | None) -> Grid:
-    """The grid for rows of ``tokens`` that continue at ``position [B]``."""
+def make_grid(tokens: int, position: Tensor | None, lengths: Tensor | None, chunk: int = CHUNK) -> Grid:
+    """The grid for rows of ``tokens`` that continue at ``position [B]``, in chunks of at most ``chunk``."""
     edge = max(tokens - 1, 0).bit_length()
     offset = None
     size = tokens
@@ -131,5 +134,5 @@ def make_grid(tokens: int, position: Tensor | None, lengths: Tensor | None) -> G
             offset = offset if size > tokens else None
         else:
             size = tokens + (1 << edge) - 1
-    chunk = min(CHUNK, 1 << (max(size, 1) - 1).bit_length())
+    chunk = min(chunk, 1 << (max(size, 1) - 1).bit_length())
     return Grid(tokens, chunk, -(-size // chunk), edge, position, offset, lengths)

@@ -1,0 +1,238 @@
+"""``llcompile bench operator``: how the operator's time and memory grow, and how it compares with transformers' own code.
+
+Every measurement runs in a process of its own, so that peak memory (the resident set above what the operands take) is
+that measurement's alone, and so that a compilation that takes too long can be given up. Times are the smallest of
+several repeats, the usual answer to other work on the same machine; the CPU time next to it tells how much of the
+wall time was ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.util
+import json
+import math
+import platform
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+FAMILIES = [(decay, correction) for correction in ("none", "delta") for decay in ("none", "scalar", "channel")]
+PEERS = {("scalar", "delta"): "torch_chunk_gated_delta_rule", ("scalar", "none"): "mamba2_chunk_scan"}
+LENGTHS = [1024, 2048, 4096, 8192, 16384, 32768, 65536]
+PEER_LENGTHS = [4096, 16384]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One thing to measure."""
+
+    runs: str  # "llcompile", or a peer's function
+    decay: str
+    correction: str
+    weights: bool
+    backward: bool
+    length: int
+    device: str = "cpu"
+    compiled: bool = False
+    heads: int = 4
+    dim: int = 64
+    repeats: int = 5
+
+    @property
+    def title(self) -> str:
+        """One line for people."""
+        kind = "log-linear" if self.weights else "linear"
+        name = f"{kind} {self.decay}/{self.correction}" if self.runs == "llcompile" else self.runs
+        return f"{name}{' (Inductor)' if self.compiled else ''}, {'fwd+bwd' if self.backward else 'fwd'}"
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add ``bench`` to the command line."""
+    parser = subparsers.add_parser("bench", help="measure the operator", description=__doc__)
+    parser.add_argument("what", choices=["operator"], help="what to measure")
+    parser.add_argument("--device", default="cpu", help="device to run on (default: cpu)")
+    parser.add_argument("--quick", action="store_true", help="small sizes, seconds in all: a smoke test, not a result")
+    parser.add_argument("--compile-limit", type=float, default=300.0, help="seconds a peer may compile before it is given up")
+    parser.add_argument("--repeats", type=int, default=5, help="repeats of each measurement; the smallest counts")
+    parser.add_argument("--output", type=Path, help="JSON file (default: benchmarks/results/operator-<device>-<date>.json)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print tables, write JSON."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console()
+    all_series = _series(args)
+    results: list[dict[str, Any]] = []
+    columns = (TextColumn("{task.description:60}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("measuring", total=len(all_series))
+        for series in all_series:
+            progress.update(task, description=series[0].title)
+            results += _measure(series, args.compile_limit)
+            progress.advance(task)
+    record = {**_environment(args.device), "quick": args.quick, "results": results, "exponents": exponents(results)}
+    record["peers"] = comparisons(results)
+    _print(console, record)
+    path = args.output or _results_folder() / f"operator-{args.device}{'-quick' if args.quick else ''}-{record['date'][:10]}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    console.print(f"written to {path}")
+    return 1 if any("error" in r and r["job"]["runs"] == "llcompile" for r in results) else 0
+
+
+def _series(args: argparse.Namespace) -> list[list[Job]]:
+    """Jobs, grouped by the process that runs them: one for all lengths, but one each where something is compiled."""
+    lengths = [256] if args.quick else LENGTHS
+    families = [("scalar", "none"), ("scalar", "delta")] if args.quick else FAMILIES
+    common = {"device": args.device, "repeats": 2 if args.quick else args.repeats}
+    series = [
+        [Job("llcompile", decay, correction, weights, backward, length, **common) for length in lengths]
+        for decay, correction in families
+        for weights in (False, True)
+        for backward in (False, True)
+    ]
+    if importlib.util.find_spec("transformers") is None or args.quick:
+        return series
+    for (decay, correction), name in PEERS.items():
+        for backward in (False, True):
+            eager = [Job(name, decay, correction, False, backward, length, **common) for length in PEER_LENGTHS]
+            series += [eager, *([replace(job, compiled=True)] for job in eager)]
+    return series
+
+
+def _measure(series: list[Job], compile_limit: float) -> list[dict[str, Any]]:
+    """Run jobs in a process of their own; what had no result when it ended gets an error instead."""
+    compiled = series[0].compiled
+    limit = compile_limit + 60 if compiled else 1800.0
+    command = [sys.executable, "-m", "llcompile.bench_worker", json.dumps([asdict(job) for job in series])]
+    with tempfile.TemporaryFile("w+") as errors, tempfile.TemporaryFile("w+") as lines:
+        try:
+            subprocess.run(command, stdout=lines, stderr=errors, timeout=limit, check=True)
+            error = "no result"
+        except subprocess.TimeoutExpired:
+            error = f"compilation given up after {compile_limit:.0f} s" if compiled else f"no result in {limit:.0f} s"
+        except subprocess.CalledProcessError:
+            errors.seek(0)
+            error = (errors.read().strip().splitlines() or ["no message"])[-1]
+        lines.seek(0)
+        found = [json.loads(line) for line in lines if line.startswith("{")]
+    found += [{"error": error}] * (len(series) - len(found))
+    return [{"job": asdict(job), **result} for job, result in zip(series, found, strict=True)]
+
+
+def exponents(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Slope of log time over log length from 4k on, by least squares, for every family."""
+    series: dict[tuple[Any, ...], list[tuple[float, float]]] = {}
+    for r in results:
+        job = r["job"]
+        if job["runs"] == "llcompile" and "seconds" in r and job["length"] >= 4096:
+            key = (job["decay"], job["correction"], job["weights"], job["backward"])
+            series.setdefault(key, []).append((math.log(job["length"]), math.log(r["seconds"])))
+    found = []
+    for (decay, correction, weights, backward), points in series.items():
+        if len(points) < 2:
+            continue
+        mean_x, mean_y = (sum(p[i] for p in points) / len(points) for i in (0, 1))
+        slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points)
+        names = {"decay": decay, "correction": correction, "weights": weights, "backward": backward}
+        found.append({**names, "exponent": round(slope, 3)})
+    return found
+
+
+def comparisons(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Ours against the faster of a peer's eager and compiled forms, on the same operands."""
+    rows = []
+    ours = [r for r in results if r["job"]["runs"] == "llcompile" and "seconds" in r]
+    peers = [r for r in results if r["job"]["runs"] != "llcompile"]
+    for own in ours:
+        job = own["job"]
+        same = [r for r in peers if all(r["job"][x] == job[x] for x in ("decay", "correction", "backward", "length"))]
+        timed = [r for r in same if "seconds" in r]
+        if not timed:
+            continue
+        best = min(timed, key=lambda r: r["seconds"])
+        rows.append({
+            "peer": best["job"]["runs"], "form": "Inductor" if best["job"]["compiled"] else "eager",
+            "weights": job["weights"], "backward": job["backward"], "length": job["length"],
+            "seconds": own["seconds"], "peer_seconds": best["seconds"], "times_faster": round(best["seconds"] / own["seconds"], 2),
+            "cpu_times_less": round(best["cpu_seconds"] / max(own["cpu_seconds"], 1e-9), 2),
+            "peak_mib": own["peak_mib"], "peer_peak_mib": min(r["peak_mib"] for r in timed),
+            "notes": [f"{'Inductor' if r['job']['compiled'] else 'eager'}: {r['error']}" for r in same if "error" in r],
+        })  # fmt: skip
+    return rows
+
+
+def _print(console: Any, record: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    lengths = sorted({r["job"]["length"] for r in record["results"] if r["job"]["runs"] == "llcompile"})
+    table = Table(title="time in ms (peak MiB) by length", caption=f"{record['machine']}, {record['date'][:16]}")
+    for name in ("decay", "correction", "operator", "pass", *map(str, lengths), "exponent"):
+        table.add_column(name, justify="left" if name.isalpha() and name != "exponent" else "right")
+    slopes = {tuple(e[k] for k in ("decay", "correction", "weights", "backward")): e for e in record["exponents"]}
+    cells: dict[tuple[Any, ...], dict[int, str]] = {}
+    for r in record["results"]:
+        job = r["job"]
+        if job["runs"] == "llcompile":
+            key = (job["decay"], job["correction"], job["weights"], job["backward"])
+            text = f"{r['seconds'] * 1e3:.1f} ({r['peak_mib']:.0f})" if "seconds" in r else r["error"][:20]
+            cells.setdefault(key, {})[job["length"]] = text
+    for key, row in cells.items():
+        slope = str(slopes[key]["exponent"]) if key in slopes else "-"
+        words = (key[0], key[1], "log-linear" if key[2] else "linear", "fwd+bwd" if key[3] else "fwd")
+        table.add_row(*words, *(row.get(n, "-") for n in lengths), slope)
+    console.print(table)
+    if record["peers"]:
+        console.print(_peer_table(record["peers"]))
+
+
+def _peer_table(rows: list[dict[str, Any]]) -> Any:
+    from rich.table import Table
+
+    table = Table(title="against transformers' own code, the faster of eager and Inductor")
+    for name in ("peer", "form", "operator", "pass", "T", "ours ms", "peer ms", "times faster", "CPU time", "ours MiB", "peer MiB"):
+        table.add_column(name, justify="left" if name in ("peer", "form", "operator", "pass") else "right")
+    for r in rows:
+        words = (r["peer"], r["form"], "log-linear" if r["weights"] else "linear", "fwd+bwd" if r["backward"] else "fwd")
+        times = (f"{r['seconds'] * 1e3:.1f}", f"{r['peer_seconds'] * 1e3:.1f}", f"{r['times_faster']}", f"{r['cpu_times_less']}")
+        table.add_row(*words, str(r["length"]), *times, f"{r['peak_mib']:.0f}", f"{r['peer_peak_mib']:.0f}")
+    notes = sorted({f"{r['peer']} T={r['length']}: {note}" for r in rows for note in r["notes"]})
+    table.caption = "\n".join(notes)
+    return table
+
+
+def _environment(device: str) -> dict[str, Any]:
+    import os
+
+    import torch
+
+    from . import __version__
+
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine()
+    versions = {"torch": torch.__version__, "python": platform.python_version(), "llcompile": __version__}
+    try:
+        import transformers
+
+        versions["transformers"] = transformers.__version__
+    except ImportError:
+        pass
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "machine": f"{name}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the end",
+        "threads": torch.get_num_threads(),
+        "versions": versions,
+    }
+
+
+def _results_folder() -> Path:
+    root = Path(__file__).resolve().parent.parent
+    return root / "benchmarks" / "results" if (root / "benchmarks").is_dir() else Path.cwd()
+

@@ -26,10 +26,11 @@ from llcompile.patterns.mixer import Mixer
 _VALUE_FIRST = ("state_v_first", "transpose_state_layout")
 # They choose between kernels, or between memory and time, and not what is computed.
 _NUMERICS = ("chunk_size", "safe_gate", "disable_recompute", "use_graph", "max_num_seqs")
+_PACKED = f"{PACKED} (FLA's layers pack when they get an attention mask: leave out one that masks nothing)"
 _REFUSES = {
-    "cu_seqlens": PACKED,
-    "cu_seqlens_cpu": PACKED,
-    "chunk_indices": PACKED,
+    "cu_seqlens": _PACKED,
+    "cu_seqlens_cpu": _PACKED,
+    "chunk_indices": _PACKED,
     "cp_context": "splits a sequence over several processes, which the operator does not do yet",
     "reverse": "mixes from the last token to the first, and levels are counted from the first",
     "head_first": "lays out its operands as [B, H, T, ...], which FLA has given up",

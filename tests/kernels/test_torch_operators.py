@@ -1,0 +1,78 @@
+"""The operators as PyTorch sees them: opcheck, compilation, dtypes, layouts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_cases import NAMES, operands
+
+from llcompile.ops import loglinear_attention, loglinear_attention_step
+
+
+@pytest.mark.parametrize("levels", [None, 4])
+@pytest.mark.parametrize(("decay", "delta"), [("token", False), ("channel", True), (None, False)])
+def test_opcheck(decay, delta, levels):
+    """Schema, autograd registration, shape functions, and dynamic shapes under AOTAutograd."""
+    x = operands(7, decay, delta, levels, "linear")
+    tensors = [x[n] if x[n] is None else x[n].requires_grad_() for n in NAMES]
+    torch.library.opcheck(torch.ops.llcompile.loglinear_attention.default, (*tensors, 0.7, True))
+    q, k, v, w, g, beta = (t if t is None else t[:, 0].detach().requires_grad_() for t in tensors[:6])
+    arguments = (q, k, v, w, tensors[6], g, beta, 0.7)
+    torch.library.opcheck(torch.ops.llcompile.loglinear_attention_step.default, arguments)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_once_for_all_lengths(backend):
+    """Dynamic lengths neither recompile nor break the graph, forward and backward."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    compiled = torch.compile(loglinear_attention, backend=counter, fullgraph=True, dynamic=True)
+    for length in (20, 70, 131):  # none is equal to another size, which torch would take for the same one
+        x = operands(length, "token", True, 9)
+        names = [n for n in NAMES if x[n] is not None]
+        results = []
+        for function in (compiled, loglinear_attention):
+            tensors = {n: x[n].detach().clone().requires_grad_() for n in names}
+            o, state = function(**{**x, **tensors}, return_final_state=True)
+            results.append((o, state, *torch.autograd.grad(o.sum() + state.sum(), list(tensors.values()))))
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b)
+    assert counter.frame_count == 1
+
+
+def test_shapes_without_data():
+    """The meta device, where nothing is computed."""
+    x = {n: t if t is None else t.to("meta") for n, t in operands(70).items()}
+    o, state = loglinear_attention(**x, return_final_state=True)
+    assert (o.shape, state.shape) == (x["v"].shape, (2, 4, 13, 5, 3))
+
+
+def test_autocast_leaves_operands_alone():
+    """Inside autocast the operator computes as outside of it."""
+    x = operands(70, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        o, _ = loglinear_attention(**x)
+    assert torch.equal(o, loglinear_attention(**x)[0])
+
+
+def test_mixed_dtypes_and_layouts():
+    """float32 weights and decays beside bfloat16 operands; gradients like their inputs, contiguous."""
+    x = operands(70, "token", True, dtype=torch.bfloat16)
+    for name in ("level_weights", "log_decay"):
+        x[name] = x[name].float()
+    x["v"] = x["v"].transpose(1, 3).contiguous().transpose(1, 3)
+    tensors = {n: t.requires_grad_() for n, t in x.items() if t is not None}
+    o, state = loglinear_attention(**x, return_final_state=True)
+    assert (o.dtype, state.dtype) == (torch.bfloat16, torch.float32)
+    for t, g in zip(tensors.values(), torch.autograd.grad(o.sum(), list(tensors.values())), strict=True):
+        assert (g.dtype, g.shape, g.is_contiguous()) == (t.dtype, t.shape, True)
+
+
+def test_outputs_are_new():
+    """A state handed in is never changed, nor handed back."""
+    x = operands(1, state="level")
+    state, before = x.pop("initial_state"), None
+    before = state.clone()
+    token = {n: t if t is None else t[:, 0] for n, t in x.items()}
+    _, new = loglinear_attention_step(**token, state=state)
+    assert torch.equal(state, before)
+    assert new.untyped_storage().data_ptr() != state.untyped_storage().data_ptr()

@@ -12,7 +12,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test quick bench lint format clean
+.PHONY: help demo test test-all bench lint format clean
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.llcompile-installed
@@ -25,8 +25,8 @@ PIP_LINES := sed -u -n -E -e 's/^ *Collecting ([^ (]+).*/    + \1/p' -e 's/^ *(D
 
 help:
 	@echo "make demo     converts two models of transformers, then trains one before and after (at most 6 minutes)"
-	@echo "make test     runs all tests"
-	@echo "make quick    runs the tests that take seconds"
+	@echo "make test     runs the tests, the slow ones apart"
+	@echo "make test-all runs the slow ones, too"
 	@echo "make bench    times the operator on this machine's CPU"
 	@echo "make lint     ruff and mypy"
 	@echo "make format   lets ruff rewrite the sources"
@@ -37,12 +37,12 @@ demo: $(STAMP)
 	@$(BIN)/llcompile demo $(ARGS)
 
 test: $(STAMP)
-	@echo "==> all tests"
-	@$(PYTEST) $(ARGS)
+	@echo "==> the tests (the slow ones apart: make test-all)"
+	@$(PYTEST) -m "not slow" $(ARGS)
 
-quick: $(STAMP)
-	@echo "==> the quick tests"
-	@$(PYTEST) -m "not slow and not wheel" $(ARGS)
+test-all: $(STAMP)
+	@echo "==> all tests, the slow ones too"
+	@$(PYTEST) $(ARGS)
 
 bench: $(STAMP)
 	@echo "==> llcompile bench operator --device cpu $(ARGS)"

@@ -1,7 +1,8 @@
 """What happens inside the chunks: their own output, and what the rest of the sequence needs to know of them.
 
 Three stages, one for each structure; all chunks are done at once. Each has ``forward() -> ChunkResult`` and
-``backward(ChunkGradient) -> OperandGradients``. What leaves a chunk:
+``backward(ChunkGradient) -> OperandGradients``, which needs a forward pass before it, if one without ``output`` (then
+``o`` holds anything and must not be written). What leaves a chunk:
 
 * ``o``: the output from tokens of the same chunk, levels ``0 .. log2 C``;
 * ``rows`` (and ``q``, where heads share queries): queries that read the state at the chunk's start;
@@ -73,7 +74,7 @@ class Stage(Protocol):
 
     kind: Transition
 
-    def forward(self) -> ChunkResult: ...
+    def forward(self, output: bool = True) -> ChunkResult: ...
     def backward(self, d: ChunkGradient) -> OperandGradients: ...
 
 
@@ -100,19 +101,19 @@ class SharedStage:
         self.x, self.decay = x, make_decay(x.g)
         self.kind: Transition = ScalarTransition(x.v.shape[2])
 
-    def forward(self) -> ChunkResult:
+    def forward(self, output: bool = True) -> ChunkResult:
         """See the module."""
         x = self.x
         (self.scores,) = self.decay.scores((x.q,), x.k)
         self.spread = None if x.w is None else spread(x.w, x.v.shape[4])
-        o = (self.scores if self.spread is None else self.scores * self.spread) @ x.v
+        o = _output(self.scores, self.spread, x.v) if output else x.v
         self.tail = self.decay.tail(x.v)
         rows = p = None
         if isinstance(self.decay, ScalarDecay):
             rows = _fold_heads(self.decay.from_start[..., None])[..., 0].clone()  # the tree overwrites rows
             p = _nodes(self.decay.total())
         return ChunkResult(
-            _fold_heads(o), rows, x.q.flatten(0, 2), p, x.k.flatten(0, 2), _fold_heads(self.tail).flatten(-2)
+            _fold_heads(o) if output else o, rows, x.q.flatten(0, 2), p, x.k.flatten(0, 2), _fold_heads(self.tail).flatten(-2)
         )
 
     def backward(self, d: ChunkGradient) -> OperandGradients:
@@ -152,12 +153,12 @@ class ChannelStage:
         self.x, self.decay = x, make_decay(x.g)
         self.kind: Transition = DiagonalTransition()
 
-    def forward(self) -> ChunkResult:
+    def forward(self, output: bool = True) -> ChunkResult:
         """See the module."""
         x = self.x
         (self.scores,) = self.decay.scores((x.q,), x.k)
         self.spread = None if x.w is None else spread(x.w, x.v.shape[4])
-        o = (self.scores if self.spread is None else self.scores * self.spread) @ x.v
+        o = _output(self.scores, self.spread, x.v) if output else x.v
         head, self.tail = self.decay.head(x.q), self.decay.tail(x.k)
         total = self.decay.total()
         assert total is not None
@@ -199,7 +200,7 @@ class DeltaStage:
         self.x, self.decay = x, make_decay(x.g)
         self.kind: Transition = DenseTransition()
 
-    def forward(self) -> ChunkResult:
+    def forward(self, output: bool = True) -> ChunkResult:
         """See the module."""
         x = self.x
         assert x.beta is not None
@@ -208,7 +209,7 @@ class DeltaStage:
         self.mix = self.inverse * x.beta[..., None, :]  # B of the docstring
         self.final_scores = self.qk @ self.mix
         self.spread = None if x.w is None else spread(x.w, x.v.shape[4])
-        o = (self.final_scores if self.spread is None else self.final_scores * self.spread) @ x.v
+        o = _output(self.final_scores, self.spread, x.v) if output else x.v
         self.q_head, self.k_head, self.k_tail = self.decay.head(x.q), self.decay.head(x.k), self.decay.tail(x.k)
         rows = self.q_head - self.final_scores @ self.k_head
         self.keys = self.mix.mT @ self.k_tail
@@ -241,7 +242,7 @@ class DeltaStage:
         dfinal = do @ x.v.mT
         dw = None
         if self.spread is not None:
-            dw = gather_back((dfinal * self.final_scores).tril_())
+            dw = gather_back(dfinal * self.final_scores)
             dfinal.mul_(self.spread)
         dfinal -= drows @ self.k_head.mT
         dk_head = -(self.final_scores.mT @ drows) - self.keys @ dp
@@ -272,6 +273,10 @@ class DeltaStage:
         dlower = (self.inverse.mT @ dinverse @ self.inverse.mT).neg_().tril_(-1)
         dbeta += (dlower * self.kk).sum(-1)
         return dlower.mul_(beta[..., None]), dbeta
+
+
+def _output(scores: Tensor, weights: Tensor | None, v: Tensor) -> Tensor:
+    return (scores if weights is None else scores * weights) @ v
 
 
 def _fold_heads(x: Tensor) -> Tensor:

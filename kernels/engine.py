@@ -319,7 +319,7 @@ class Call:
 
     def backward(self, grad_o: Tensor, grad_state: Tensor | None) -> list[Tensor | None]:
         """Gradients of the seven operands."""
-        r = self.stage.forward()
+        r = self.stage.forward(output=False)
         contributions = r.keys.mT @ r.values
         do = self._fold(grad_o).mul_(self.scale)
         if self.levels is None:

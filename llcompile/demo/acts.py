@@ -1,0 +1,87 @@
+"""The two acts of the demo, told on a console."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+from rich.console import Console
+
+import llcompile
+from llcompile.demo import show
+from llcompile.demo.experiment import Bench, Outcome, change
+from llcompile.demo.models import TOUR, tour_model
+from llcompile.demo.progress import Bars
+from llcompile.demo.recall import Task
+from llcompile.demo.training import Plan
+from llcompile.report import Report
+
+
+def tour(console: Console) -> None:
+    """Converts models of transformers; prints their reports and how far their logits moved."""
+    console.rule("1. Models of transformers, unedited, with random weights")
+    for model_type, sizes in TOUR:
+        with Bars(console) as bars:
+            done = bars.stage(f"converting {model_type}")
+            report, moved, seconds = convert_and_compare(model_type, sizes)
+            done()
+        print(report)
+        console.print(
+            f"convert took {seconds:.1f} s; the logits moved by max |difference| / max |logit| = {moved:.1e}\n",
+            soft_wrap=True,
+        )
+
+
+def convert_and_compare(model_type: str, sizes: dict[str, Any]) -> tuple[Report, float, float]:
+    """Converts one model. Returns the report, how far its logits moved, and the seconds that convert took."""
+    model = tour_model(model_type, sizes)
+    tokens = torch.randint(sizes["vocab_size"], (2, 100), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = model(tokens, use_cache=False).logits
+        began = time.perf_counter()
+        report = llcompile.convert(model, tokens, use_cache=False)
+        seconds = time.perf_counter() - began
+        # The rewritten graph runs as it is: for one forward pass, Inductor would compile most of a minute.
+        run = torch.compile(model, backend="loglinear", options={"inner": "eager"})
+        after = run(tokens, use_cache=False).logits
+    return report, change(before, after), seconds
+
+
+def recall(console: Console, args: argparse.Namespace) -> list[Outcome]:
+    """Trains, converts and goes on, for each seed; prints and plots what came of it."""
+    task = Task(distances=args.distances)
+    plan = replace(Plan(), **{name: value for name in ("steps", "more") if (value := getattr(args, name)) is not None})
+    console.rule("2. Associative recall: transformers' Mamba-2 learns, is converted, and goes on learning")
+    console.print(_introduction(task, plan), soft_wrap=True)
+    bench = Bench(task, plan)
+    print(bench.report)
+    with Bars(console) as bars:
+        outcomes = [bench.run(seed, bars) for seed in range(args.seed, args.seed + args.seeds)]
+    moved = max(outcome.moved for outcome in outcomes)
+    console.print(f"At conversion the logits moved by max |difference| / max |logit| = {moved:.1e}\n", soft_wrap=True)
+    console.print(show.accuracies(outcomes, plan))
+    console.print(show.by_distance(outcomes, plan, task))
+    for line in show.verdict(outcomes):
+        console.print(line, soft_wrap=True)
+    written = [show.plot(outcomes, task, plan, args.out), show.save(outcomes, task, plan, args.out)]
+    console.print("written: " + ", ".join(str(path) for path in written if path), soft_wrap=True)
+    if written[0] is None:
+        console.print("There is no plot, for that needs matplotlib: pip install 'llcompile[plot]'", soft_wrap=True)
+    return outcomes
+
+
+def _introduction(task: Task, plan: Plan) -> str:
+    told = {
+        "key": "A key tells how far back its value lies: some keys are asked for soon, others late.",
+        "any": "Nothing tells how far back a value lies.",
+    }[task.distances]
+    return (
+        f"Up to {task.pairs} key-value pairs in {task.length} tokens; each key is asked for once, "
+        f"1 to {2**task.octaves - 1} slots of two tokens later. {told} "
+        "The model has one layer with one head, its state 4 x 32 numbers: too small for so many pairs.\n"
+        f"{plan.steps} steps as a linear model, then {plan.more} more in three ways, "
+        "each from the same checkpoint and on the same batches.\n"
+    )

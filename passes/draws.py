@@ -16,7 +16,7 @@ from llcompile.patterns.known.row import Draw
 DRAWS: dict[Draw, Callable[[torch.Tensor], torch.Tensor]] = {
     "normal": lambda z: z,
     "positive": F.softplus,
-    # Keys of norm 1/2 to 1: a delta rule with longer ones diverges, and with ones of norm 1 a missing l2norm is not seen.
+    # Norms of 1/2 to 1: with longer keys a delta rule diverges, with norms of 1 a missing l2norm goes unseen.
     "key": lambda z: z / z.norm(dim=-1, keepdim=True) * (0.5 + 0.5 * torch.sigmoid(z[..., :1])),
     "state": lambda z: z,
     "log_decay": lambda z: -0.2 * F.softplus(z),

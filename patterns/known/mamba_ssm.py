@@ -78,11 +78,14 @@ def _token_by_token(reference: Callable[..., Any], a: Mapping[str, Any]) -> Any:
     batch, length, heads, width = x.shape
     depth = a["B"].shape[-1]
     state = x.new_zeros(batch, heads, width, depth) if state is None else state.clone()
-    wide = lambda value: None if value is None else value.unsqueeze(-1).expand(*value.shape, width)  # noqa: E731
+
+    def wide(value: torch.Tensor) -> torch.Tensor:
+        return value.unsqueeze(-1).expand(*value.shape, width)
+
     fixed = {
         "A": wide(a["A"]).unsqueeze(-1).expand(heads, width, depth),
         "D": a["D"] if a["D"] is None or a["D"].dim() == 2 else wide(a["D"]),
-        "dt_bias": wide(a["dt_bias"]),
+        "dt_bias": None if a["dt_bias"] is None else wide(a["dt_bias"]),
         "dt_softplus": a["dt_softplus"],
     }
     dt, key, query = wide(a["dt"]), a["B"], a["C"]

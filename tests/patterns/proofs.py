@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -10,7 +11,6 @@ import torch
 from llcompile.passes import dynamo, prove
 from llcompile.passes.capture import Leaf
 from llcompile.passes.records import Certificate
-from llcompile.passes.session import Site
 from llcompile.patterns.known import ROWS, KnownFunction
 from llcompile.patterns.known.arguments import axis_size, read_call
 from llcompile.patterns.mixer import validate
@@ -43,6 +43,6 @@ def proof(leaf: Leaf, arguments: Mapping[str, Any], weighted: bool = True) -> Ce
     """The certificate, or the reason against it."""
     call = read_call(leaf.row, leaf.plain, arguments)
     validate(leaf.row.bind(call))
-    site = Site(node=None, leaf=leaf, module="", where="", call=call)  # type: ignore[arg-type]
+    site: Any = SimpleNamespace(leaf=leaf, call=call)  # what a proof reads of a Site
     with torch.no_grad():
         return prove._run_proof(site, weighted)

@@ -223,7 +223,11 @@ LAYERS: dict[str, tuple[str, dict[str, Any], dict[str, nn.Module]]] = {
         {"g_norm": GatedNorm(), "gate_fn": nn.SiLU()},
     ),
     "DeltaNet": ("delta_net", {"use_short_conv": False}, {"o_norm": GatedNorm()}),
-    "GatedDeltaNet": ("gated_deltanet", {"use_short_conv": False, "head_dim": 8, "num_v_heads": 4}, {"o_norm": GatedNorm()}),
+    "GatedDeltaNet": (
+        "gated_deltanet",
+        {"use_short_conv": False, "head_dim": 8, "num_v_heads": 4},
+        {"o_norm": GatedNorm()},
+    ),
     "KimiDeltaAttention": ("kda", {"use_short_conv": False, "head_dim": 8, "num_v_heads": 4}, {"o_norm": GatedNorm()}),
 }
 
@@ -244,10 +248,10 @@ def make_layer(name: str) -> nn.Module:
 def with_naive_functions(layer: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> Tensor:
     """What the layer computes when FLA's naive functions stand in for its kernels."""
     module = sys.modules[type(layer).__module__]
+    defaults = {"scale": None, "beta": None, "initial_state": None, "output_final_state": False}
     with monkeypatch.context() as patch:
         for name in set(FLA_ROWS) & set(vars(module)):
             _, naive = next(fla_leaf(name).references())
-            defaults = {"scale": None, "beta": None, "initial_state": None, "output_final_state": False}
             patch.setattr(module, name, lambda naive=naive, **given: naive(**{**defaults, **given}))
         return layer(x)[0]
 
@@ -255,9 +259,7 @@ def with_naive_functions(layer: nn.Module, x: Tensor, monkeypatch: pytest.Monkey
 @needs_fla
 @pytest.mark.parametrize("length", [40, 100])  # at most 64 tokens take the recurrent form, more take the chunked one
 @pytest.mark.parametrize("name", LAYERS)
-def test_layers_convert_and_run(
-    name: str, length: int, monkeypatch: pytest.MonkeyPatch, fresh_dynamo: None
-) -> None:
+def test_layers_convert_and_run(name: str, length: int, monkeypatch: pytest.MonkeyPatch, fresh_dynamo: None) -> None:
     layer, x = make_layer(name), torch.randn(2, length, WIDTH)
     report = llcompile.convert(layer, x)
     assert [c.origin for c in report.converted] == ["function"], report
@@ -284,7 +286,7 @@ def test_layers_train(name: str, fresh_dynamo: None) -> None:
 
 @needs_fla
 def test_a_whole_model_is_inspected(fresh_dynamo: None) -> None:
-    """FLA's model around its layer, without its norms and its MLP, which are Triton: the mixer is found in each layer."""
+    """FLA's model around its layer, without its norms and MLP, which are Triton: each layer's mixer is found."""
     models = importlib.import_module("fla.models")
     config = models.LinearAttentionConfig(
         hidden_size=WIDTH, num_heads=2, num_hidden_layers=2, vocab_size=64, fuse_norm=False, fuse_swiglu=False,

@@ -6,7 +6,7 @@ import itertools
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -56,7 +56,9 @@ def gpu_only(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, initia
 
 
 @torch.compiler.disable
-def launches(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, initial_state: Any = None, **kwargs: Any) -> Any:
+def launches(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, initial_state: Any = None, **kwargs: Any
+) -> Any:
     """Runs, but not on fake tensors, as a kernel does; and breaks every graph, as FLA's functions do."""
     q.numpy(force=True)
     return linear_attention(q, k, v, scale, initial_state)
@@ -99,7 +101,7 @@ class Attention(nn.Module):
 
 
 @pytest.fixture
-def make(monkeypatch: pytest.MonkeyPatch, fresh_dynamo: None) -> Iterator[Make]:
+def make(monkeypatch: pytest.MonkeyPatch, fresh_dynamo: None) -> Make:
     """Puts a copy of a function into a library of its own, with a row that claims to know it."""
 
     def build(function: Any, arguments: dict[str, Any] | None = None, **row: Any) -> nn.Module:
@@ -116,7 +118,7 @@ def make(monkeypatch: pytest.MonkeyPatch, fresh_dynamo: None) -> Iterator[Make]:
         monkeypatch.setattr(capture, "ROWS", (*capture.ROWS, row_for(library, plain.__name__, **row)))
         return Attention(copy, **(arguments or {}))
 
-    yield build
+    return build
 
 
 def x(length: int = 9) -> Tensor:
@@ -158,7 +160,9 @@ def test_an_argument_that_some_versions_lack(make: Make) -> None:
 
 
 def test_another_default_than_the_row_relies_on(make: Make) -> None:
-    check_declined(make(linear_attention, defaults={"scale": 1.0}), "has scale=None by default, where the table knows 1.0")
+    check_declined(
+        make(linear_attention, defaults={"scale": 1.0}), "has scale=None by default, where the table knows 1.0"
+    )
 
 
 def test_a_refused_argument(make: Make) -> None:
@@ -172,7 +176,9 @@ def test_a_refused_argument_at_its_default(make: Make) -> None:
 
 
 def test_an_argument_that_the_row_does_not_know(make: Make) -> None:
-    check_declined(make(linear_attention, {"reverse": True}), "argument reverse of linear_attention is set, and its meaning")
+    check_declined(
+        make(linear_attention, {"reverse": True}), "argument reverse of linear_attention is set, and its meaning"
+    )
 
 
 def test_a_combination_that_the_row_does_not_cover(make: Make) -> None:

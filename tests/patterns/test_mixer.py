@@ -82,5 +82,5 @@ def test_shapes_that_do_not_fit_are_refused(change: dict[str, Any], message: str
 
 
 def test_a_step_has_no_time_axis() -> None:
-    with pytest.raises(MixerError, match="query is .* expected 3 axes"):
+    with pytest.raises(MixerError, match=r"query is .* expected 3 axes"):
         validate(Mixer(**{**operands("scalar"), "step": True}))

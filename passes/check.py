@@ -7,15 +7,19 @@ from llcompile.passes.session import Session
 
 
 def check(session: Session, after: str) -> None:
-    """Raises GraphError where the graph is malformed, a read node has no value, or a rewritten call is still there."""
-    try:
-        session.graph.lint()
-    except RuntimeError as error:
-        raise GraphError(f"the graph is malformed after pass {after!r}: {error}") from error
-    for node in session.graph.nodes:
+    """Raises GraphError where the graph is malformed, a new node that is read has no value, or a rewritten call is still there."""
+    for region in session.regions:
+        try:
+            region.graph.lint()
+        except RuntimeError as error:
+            raise GraphError(f"the graph is malformed after pass {after!r}: {error}") from error
+    nodes = [node for region in session.regions for node in region.graph.nodes]
+    for node in nodes:
+        if node in session.given:
+            continue
         if node.users and node.op in ("call_function", "call_method") and "example_value" not in node.meta:
             raise GraphError(f"node {node.format_node()} has no example_value after pass {after!r}")
-    present = set(session.graph.nodes)
+    present = set(nodes)
     for site in session.sites:
         if after == "rewrite" and site.node in present:
             raise GraphError(f"the call at {site.where} is still in the graph after pass {after!r}")

@@ -2,36 +2,44 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import llcompile
+from llcompile import kernels, passes, patterns
 from llcompile.passes import dynamo
 from llcompile.passes.capture import leaf_of, take_refused
 from llcompile.passes.records import Declined
 from llcompile.passes.session import Session, Site, module_name
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
-_OURS = str(Path(__file__).resolve().parent.parent)
+_CLOSED = "move the mixer out of the control flow, or compile the part inside by itself"
+# Not one folder above them all: in a clone of the repository that one holds examples and tests, too.
+_OURS = tuple(str(Path(p.__path__[0]).resolve()) + os.sep for p in (llcompile, passes, patterns, kernels))
 
 
 def discover(session: Session) -> int:
     """Fills `session.sites`; returns how many mixers were found."""
-    calls: Counter[str] = Counter()
-    for node in session.graph.nodes:
-        leaf = leaf_of(node.target) if node.op == "call_function" else None
+    # By path, too: a module that stands in two places of the model is called twice, and has one mixer.
+    calls: Counter[tuple[str, str]] = Counter()
+    captured = [(r, n, leaf_of(n.target)) for r in session.regions for n in r.graph.nodes if n.op == "call_function"]
+    for region, node, leaf in captured:
         if leaf is None:
             continue
         key, name = module_of(node.meta)
-        calls[key] += 1
-        site = Site(node, leaf, session.name(key, name), user_line(node.meta))
+        calls[key, name] += 1
+        site = Site(node, region, leaf, session.name(key, name), user_line(node.meta))
+        if region.closed:
+            site.decline(f"it stands in the body of {region.closed}, which takes no further operands", _CLOSED)
         if key:
             site.owner = dynamo.find_module(key)
             site.owner_missing = site.owner is None
-        if calls[key] > 1:
-            site.attribute = f"loglinear_{calls[key]}"
+        if calls[key, name] > 1:
+            site.attribute = f"loglinear_{calls[key, name]}"
         session.sites.append(site)
     session.refused.extend(refused_calls(session.settings.names))
     return len(session.sites)

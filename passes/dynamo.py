@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import fx, nn
-from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+from torch._dynamo.exc import ShortenTraceback, TensorifyScalarRestartAnalysis
 from torch._dynamo.source import AttrSource, GlobalSource, LocalSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.variables.builder import VariableBuilder
@@ -90,6 +90,17 @@ def restart(reason: str) -> NoReturn:
         # Dynamo expects a second trace to take the path of the first; after the change it takes another one.
         translator.speculation_log.clear()
     raise TensorifyScalarRestartAnalysis(restart_reason=reason)
+
+
+def surfaced(error: Exception) -> Exception:
+    """The error as one that Dynamo hands to the user as it is: `except StrictError` around a compiled call works.
+
+    Anything else that a backend raises reaches the user as a BackendCompilerFailed that quotes it.
+    """
+    kind = type(error)
+    shown = type(kind.__name__, (kind, ShortenTraceback), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+    shown.__qualname__ = kind.__qualname__
+    return shown(*error.args, first_useful_frame=None)  # type: ignore[no-any-return]
 
 
 def fake_mode_of(graph: fx.Graph) -> Any:

@@ -23,7 +23,7 @@ _REACH = 40
 def identify(session: Session) -> int:
     """Fills `session.untouched`; returns how many mechanisms were named."""
     names: dict[str, str] = {}
-    for node in session.graph.nodes:
+    for node in (node for region in session.regions for node in region.graph.nodes):
         key_value = _attended(node)
         if key_value is not None:
             kind = "multi-head latent attention (MLA)" if _shares_latent(*key_value) else "softmax attention"

@@ -14,9 +14,7 @@ from llcompile.patterns.known.arguments import Mismatch, is_level_state, read_ca
 from llcompile.patterns.mixer import Mixer
 
 
-def lower_call(
-    row: KnownFunction, function: Callable[..., Any], given: Mapping[str, Any], levels: int | None
-) -> Any:
+def lower_call(row: KnownFunction, function: Callable[..., Any], given: Mapping[str, Any], levels: int | None) -> Any:
     """What the call computes through our operator, with every level weight 1 (or none, for `levels` None)."""
     arguments = read_call(row, function, given)
     state = arguments[state_argument(row)]

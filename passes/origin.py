@@ -51,7 +51,7 @@ def _dominators(site: Site) -> list[fx.Node]:
     pending, seen = list(operands), set(operands)
     while pending:
         node = pending.pop()
-        if node.op == "placeholder" and not _is_constant_input(node):
+        if node.op == "placeholder" and not _is_constant_input(site.region.outer(node)):
             graph.add_edge(_ROOT, node)
         for parent in node.all_input_nodes:
             graph.add_edge(parent, node)
@@ -70,8 +70,11 @@ def _dominators(site: Site) -> list[fx.Node]:
 
 def _is_constant_input(node: fx.Node) -> bool:
     """Parameters and buffers do not depend on the token; a cache's tensors, which the graph writes, are no input."""
-    value = dynamo.input_value(node)
-    if isinstance(value, nn.Parameter) or not isinstance(node.meta.get("example_value"), torch.Tensor):
+    if not isinstance(node.meta.get("example_value"), torch.Tensor):
+        return True
+    if node.op != "placeholder":  # computed outside of the region that reads it
+        return False
+    if isinstance(dynamo.input_value(node), nn.Parameter):
         return True
     return any(u.op == "call_method" and str(u.target).endswith("_") and u.args[0] is node for u in node.users)
 

@@ -35,7 +35,8 @@ def change(session: Session) -> None:
     """Rewrites the graph; `look` has been run on it."""
     with dynamo.tracing_fake_mode(session.graph):
         _run(session, CHANGE)
-    session.module.recompile()
+    for region in session.regions:
+        region.module.recompile()
 
 
 def _run(session: Session, passes: tuple[Pass, ...]) -> None:

@@ -21,7 +21,7 @@ def rewrite(session: Session) -> int:
         if site.open:
             _write_operator(session, site, inputs)
         else:
-            _restore(session.graph, site)
+            _restore(site.region.graph, site)
     return sum(site.open for site in session.sites)
 
 
@@ -53,8 +53,8 @@ def _plain_call(site: Site) -> Callable[..., Any]:
 
 def _write_operator(session: Session, site: Site, inputs: dict[tuple[int, str], fx.Node]) -> None:
     assert site.call is not None
-    graph = session.graph
-    tensors = _weight_inputs(graph, site, inputs)
+    graph = site.region.graph
+    tensors = _weight_inputs(site, inputs)
     before = set(graph.nodes)
     tracer = GraphAppendingTracer(graph)
     with graph.inserting_before(site.node):
@@ -67,16 +67,16 @@ def _write_operator(session: Session, site: Site, inputs: dict[tuple[int, str], 
     _replace(graph, site.node, result)
 
 
-def _weight_inputs(graph: fx.Graph, site: Site, inputs: dict[tuple[int, str], fx.Node]) -> list[fx.Node]:
-    """The level weights' tensors as inputs of the graph, each made once."""
+def _weight_inputs(site: Site, inputs: dict[tuple[int, str], fx.Node]) -> list[fx.Node]:
+    """The level weights' tensors as inputs of the program, each made once, handed into the site's region."""
     if site.level_weights is None or site.owner is None:
         return []
     nodes = []
     for name, tensor in site.level_weights.tensors():
         key = (id(tensor), name)
         if key not in inputs:
-            inputs[key] = dynamo.add_tensor_input(graph, site.owner, (site.attribute, name))
-        nodes.append(inputs[key])
+            inputs[key] = dynamo.add_tensor_input(site.region.root.graph, site.owner, (site.attribute, name))
+        nodes.append(site.region.lift(inputs[key]))
     return nodes
 
 

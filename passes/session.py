@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from llcompile.passes.capture import Leaf
 from llcompile.passes.records import Certificate, Declined, Untouched
+from llcompile.passes.regions import Region, regions
 from llcompile.patterns.known import Arguments
 from llcompile.patterns.mixer import Mixer, MixerShape
 
@@ -46,6 +47,7 @@ class Site:
     """One mixer in the graph, from its discovery to its rewrite."""
 
     node: fx.Node
+    region: Region
     leaf: Leaf
     module: str
     where: str
@@ -74,7 +76,7 @@ class Site:
 
 @dataclass
 class Session:
-    """One graph on its way through the pipeline."""
+    """One graph, with the bodies of its higher-order calls, on its way through the pipeline."""
 
     module: fx.GraphModule
     settings: Settings
@@ -82,6 +84,11 @@ class Session:
     refused: list[Declined] = field(default_factory=list)
     untouched: list[Untouched] = field(default_factory=list)
     attached: int = 0
+
+    def __post_init__(self) -> None:
+        self.regions = regions(self.module)
+        # What Dynamo made: some of it has no value, the handle of a context manager for example.
+        self.given = frozenset(node for region in self.regions for node in region.graph.nodes)
 
     def name(self, key: str, path: str) -> str:
         """The name for a module that the report uses: in the user's model, else below the compiled frame's root."""

@@ -16,10 +16,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
-from .decay import ChannelDecay, ChunkDecay, NoDecay, ScalarDecay, fold
+from .decay import ChannelDecay, ChunkDecay, NoDecay, ScalarDecay
 from .inverse import unit_lower_inverse
 from .transitions import DenseTransition, DiagonalTransition, ScalarTransition, Transition
 from .weights import gather_back, spread
@@ -74,8 +73,8 @@ class Stage(Protocol):
 
     kind: Transition
 
-    def forward(self, output: bool = True) -> ChunkResult: ...
-    def backward(self, d: ChunkGradient) -> OperandGradients: ...
+    def forward(self, output: bool = True) -> ChunkResult: ...  # noqa: D102
+    def backward(self, d: ChunkGradient) -> OperandGradients: ...  # noqa: D102
 
 
 def make_stage(x: ChunkOperands) -> Stage:
@@ -113,7 +112,12 @@ class SharedStage:
             rows = _fold_heads(self.decay.from_start[..., None])[..., 0].clone()  # the tree overwrites rows
             p = _nodes(self.decay.total())
         return ChunkResult(
-            _fold_heads(o) if output else o, rows, x.q.flatten(0, 2), p, x.k.flatten(0, 2), _fold_heads(self.tail).flatten(-2)
+            _fold_heads(o) if output else o,
+            rows,
+            x.q.flatten(0, 2),
+            p,
+            x.k.flatten(0, 2),
+            _fold_heads(self.tail).flatten(-2),
         )
 
     def backward(self, d: ChunkGradient) -> OperandGradients:

@@ -26,17 +26,17 @@ _LOWEST = -1e30
 class ChunkDecay(Protocol):
     """Decay inside chunks; ``rows`` are queries or keys that look at the keys ``k``."""
 
-    def scores(self, rows: Sequence[Tensor], k: Tensor) -> list[Tensor]: ...
-    def scores_grad(
+    def scores(self, rows: Sequence[Tensor], k: Tensor) -> list[Tensor]: ...  # noqa: D102
+    def scores_grad(  # noqa: D102
         self, rows: Sequence[Tensor], k: Tensor, scores: Sequence[Tensor], dscores: Sequence[Tensor]
     ) -> tuple[list[Tensor], Tensor]: ...
-    def head(self, x: Tensor) -> Tensor: ...
-    def head_grad(self, y: Tensor, dy: Tensor) -> Tensor: ...
-    def tail(self, x: Tensor) -> Tensor: ...
-    def tail_grad(self, y: Tensor, dy: Tensor) -> Tensor: ...
-    def total(self) -> Tensor | None: ...
-    def total_grad(self, dtotal: Tensor) -> None: ...
-    def gradient(self) -> Tensor | None: ...
+    def head(self, x: Tensor) -> Tensor: ...  # noqa: D102
+    def head_grad(self, y: Tensor, dy: Tensor) -> Tensor: ...  # noqa: D102
+    def tail(self, x: Tensor) -> Tensor: ...  # noqa: D102
+    def tail_grad(self, y: Tensor, dy: Tensor) -> Tensor: ...  # noqa: D102
+    def total(self) -> Tensor | None: ...  # noqa: D102
+    def total_grad(self, dtotal: Tensor) -> None: ...  # noqa: D102
+    def gradient(self) -> Tensor | None: ...  # noqa: D102
 
 
 def fold(x: Tensor) -> Tensor:
@@ -89,8 +89,8 @@ class ScalarDecay:
         size = g.shape[-1]
         table, bias = _intervals(size, g.dtype, g.device)
         # The sum over s < u <= t of g[u], for all (t, s) at once, is a GEMM with a 0/1 table; the bias masks s > t.
-        self.factor = torch.addmm(bias, g.reshape(-1, size), table).exp_().unflatten(-1, (size, size)).view(
-            *g.shape, size
+        self.factor = (
+            torch.addmm(bias, g.reshape(-1, size), table).exp_().unflatten(-1, (size, size)).view(*g.shape, size)
         )
         self.from_start = g.cumsum(-1)
         self.to_end = _exclusive_to_end(g)

@@ -39,7 +39,7 @@ class EndPoint:
         x_left = x[self.rows, left][:, None]
         self.pieces.append(self.kind.push(self.e, x_left) * _like(exists, x_left))
         self.trail.append((self.e, p_left, x_left))
-        if p is not None:
+        if self.e is not None:
             self.e = torch.where(_like(exists, self.e), self.kind.compose(self.e, p_left), self.e)
 
     def _left(self, m: int) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from .scan import Scan
 from .state import is_level_state, linear_state, pack_state, position_of, state_dtype
 from .step import merge, merge_grad
 from .transitions import zeros_like
-from .tree import Tree, depth
+from .tree import Tree
 
 
 class Operands(NamedTuple):
@@ -175,7 +175,8 @@ class Call:
 
     def _old_slots(self) -> range:
         """The levels that :meth:`_old_states` holds: all, or the last one alone."""
-        assert self.levels is not None and self.x.initial_state is not None
+        assert self.levels is not None
+        assert self.x.initial_state is not None
         return range(0 if is_level_state(self.x.initial_state) else self.levels - 1, self.levels)
 
     def _old_grad(self, d: Tensor) -> Tensor:
@@ -264,6 +265,7 @@ class Call:
         """Output and final state."""
         r = self.stage.forward()
         contributions = r.keys.mT @ r.values  # [M, N, K, R * V]
+        final: Tensor | None
         if self.levels is None:
             final = self._linear(r, contributions)
         else:
@@ -285,7 +287,7 @@ class Call:
         return self._unfold_state(last)[:, :, 0].contiguous()
 
     def _log_linear(self, r: ChunkResult, contributions: Tensor, return_final_state: bool) -> Tensor | None:
-        tree, end = self._walk(r, contributions, r.o, return_final_state)
+        _, end = self._walk(r, contributions, r.o, return_final_state)
         old = self._old_states()
         if old is not None:
             w = self._old_weights()

@@ -62,8 +62,8 @@ def bucket_start(t: Tensor, lvl: int | Tensor) -> Tensor: ...
 def bucket_start(t: int | Tensor, lvl: int | Tensor) -> int | Tensor:
     """First position of the bucket of level ``lvl`` at query ``t``, where that bucket exists.
 
-    The bucket of level ``l >= 1`` exists iff bit ``l - 1`` of ``t`` is set and holds ``2 ** (l - 1)`` tokens, those that
-    end where the bits of ``t`` below ``l - 1`` begin to count: it starts at ``t`` with its low ``l`` bits cleared.
+    The bucket of level ``l >= 1`` exists iff bit ``l - 1`` of ``t`` is set. It holds ``2 ** (l - 1)`` tokens and starts
+    at ``t`` with its low ``l`` bits cleared.
     """
     return (t >> lvl) << lvl
 

@@ -6,6 +6,8 @@ those of the decode rule of log-linear attention (arXiv 2506.04761): merge, tran
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -44,9 +46,12 @@ def reference_attention(
     out = torch.zeros_like(v, dtype=dtype)
     finals = []
     for number, (row, tokens) in enumerate(_sequences(v, cu_seqlens, attention_mask)):
-        rows = [x if x is None else x[row, tokens] for x in operands]
+        q_row, k_row, v_row, *others = [x if x is None else x[row, tokens] for x in operands]
+        assert q_row is not None
+        assert k_row is not None
+        assert v_row is not None
         start = None if state is None else state[number : number + 1]
-        o, final = _sequence(*rows, scale=scale, initial_state=start)  # type: ignore[arg-type]
+        o, final = _sequence(q_row, k_row, v_row, *others, scale=scale, initial_state=start)
         out = out.index_put((torch.full_like(tokens, row), tokens), o)
         finals.append(final)
     if not return_final_state:
@@ -61,7 +66,7 @@ def _sequences(v: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None) -> lis
     """``(row, token indices)`` of every sequence in the batch."""
     if cu_seqlens is not None:
         bounds = cu_seqlens.tolist()
-        return [(0, torch.arange(a, b, device=v.device)) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        return [(0, torch.arange(a, b, device=v.device)) for a, b in itertools.pairwise(bounds)]
     if mask is not None:
         return [(row, mask[row].nonzero()[:, 0]) for row in range(v.shape[0])]
     return [(row, torch.arange(v.shape[1], device=v.device)) for row in range(v.shape[0])]
@@ -74,6 +79,7 @@ def _sequence(
     w: Tensor | None,
     g: Tensor | None,
     beta: Tensor | None,
+    *,
     scale: float,
     initial_state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:

@@ -3,9 +3,10 @@
 A state is one plain floating tensor with the batch first, so that caches can store, move and reorder it like any other:
 
 * linear state (no level weights): ``[B, H, K, V]``;
-* level state of ``L`` levels: ``[B, H, 1 + L, K, V]``. Slot 0 of the level axis is a header: element ``[b, h, 0, 0, 0]``
-  holds the position of row ``b`` (tokens absorbed so far), everything else in the header is 0. Slots ``1 .. L`` are the
-  states of levels ``0 .. L - 1`` as the last query saw them. The last level also holds everything that belongs higher.
+* level state of ``L`` levels: ``[B, H, 1 + L, K, V]``. Slot 0 of the level axis is a header: its element
+  ``[b, h, 0, 0, 0]`` holds the position of row ``b`` (tokens absorbed so far), everything else in it is 0.
+  Slots ``1 .. L`` are the states of levels ``0 .. L - 1`` as the last query saw them; the last level also holds
+  everything that belongs higher.
 
 A tensor of zeros is a valid empty state at position 0. Positions are exact up to 2**24 in float32.
 """
@@ -51,7 +52,7 @@ def pack_state(levels: Tensor, position: Tensor) -> Tensor:
 
 
 def unpack_state(state: Tensor) -> tuple[Tensor, Tensor]:
-    """Split a level state ``[B, H, 1 + L, K, V]`` into level states ``[B, H, L, K, V]`` and positions ``[B]`` (int64)."""
+    """Split a level state ``[B, H, 1 + L, K, V]`` into its levels ``[B, H, L, K, V]`` and positions ``[B]`` (int64)."""
     return state[:, :, 1:], position_of(state)
 
 

@@ -26,15 +26,15 @@ from torch import Tensor
 class Transition(Protocol):
     """The algebra above; ``p`` is whatever the kind stores (None: the identity)."""
 
-    def push(self, p: Any, x: Tensor) -> Tensor: ...
-    def push_t(self, p: Any, x: Tensor) -> Tensor: ...
-    def push_p_grad(self, p: Any, x: Tensor, dy: Tensor) -> Any: ...
-    def compose(self, right: Any, left: Any) -> Any: ...
-    def compose_grad(self, right: Any, left: Any, dp: Any) -> tuple[Any, Any]: ...
-    def pull(self, rows: Any, p: Any) -> Any: ...
-    def pull_grad(self, rows: Any, p: Any, drows: Any) -> tuple[Any, Any]: ...
-    def read(self, o: Tensor, q: Tensor | None, rows: Any, x: Tensor, w: Tensor | None) -> None: ...
-    def read_grad(
+    def push(self, p: Any, x: Tensor) -> Tensor: ...  # noqa: D102
+    def push_t(self, p: Any, x: Tensor) -> Tensor: ...  # noqa: D102
+    def push_p_grad(self, p: Any, x: Tensor, dy: Tensor) -> Any: ...  # noqa: D102
+    def compose(self, right: Any, left: Any) -> Any: ...  # noqa: D102
+    def compose_grad(self, right: Any, left: Any, dp: Any) -> tuple[Any, Any]: ...  # noqa: D102
+    def pull(self, rows: Any, p: Any) -> Any: ...  # noqa: D102
+    def pull_grad(self, rows: Any, p: Any, drows: Any) -> tuple[Any, Any]: ...  # noqa: D102
+    def read(self, o: Tensor, q: Tensor | None, rows: Any, x: Tensor, w: Tensor | None) -> None: ...  # noqa: D102
+    def read_grad(  # noqa: D102
         self, do: Tensor, q: Tensor | None, rows: Any, x: Tensor, w: Tensor | None
     ) -> tuple[Tensor | None, Any, Tensor, Tensor | None]: ...
 
@@ -102,6 +102,7 @@ class ScalarTransition:
         factor = _times(coefficient, w)
         weighed = (do if factor is None else do * factor[..., None]).flatten(-2)  # [M, n, r, R * V]
         dx = q.mT @ weighed
+        dot: Tensor | None  # gradient of the coefficients' product
         if self.repeat == 1 and factor is not None:  # one product serves q and the coefficients
             u = do.flatten(-2) @ x.mT
             dot = (q * u).sum(-1, keepdim=True)

@@ -62,8 +62,12 @@ def combine(kind: Transition, p: Any, x: Tensor) -> tuple[Any, Tensor]:
     n = x.shape[1]
     even = n - n % 2
     new_x = kind.push(_at(p, 1, even), x[:, 0:even:2])
-    new_x = new_x + x[:, 1:even:2] if new_x is x else new_x.add_(x[:, 1:even:2]) if p is not None else (
-        x[:, 0:even:2] + x[:, 1:even:2]
+    new_x = (
+        new_x + x[:, 1:even:2]
+        if new_x is x
+        else new_x.add_(x[:, 1:even:2])
+        if p is not None
+        else (x[:, 0:even:2] + x[:, 1:even:2])
     )
     new_p = kind.compose(_at(p, 1, even), _at(p, 0, even))
     if n % 2:
@@ -99,9 +103,8 @@ class Tree:
     """One pass through the tree: reads into ``o``, pulls ``rows`` back in place, and can run in reverse.
 
     Args:
-        kind: the algebra of the transitions. o: ``[M, N, C, R, V]``, added to. q: ``[M, N, C, K]`` where the kind shares
-        queries, else None. rows: the kind's rows ``[M, N, C, ...]``, overwritten. w: ``[M, N, C, R, depth]``.
-        p, x: transitions and contributions of the chunks. keep: remember what the reverse pass needs.
+        kind: the algebra of the transitions. q: ``[M, N, C, K]`` where the kind shares queries, else None.
+        w: ``[M, N, C, R, depth]``. keep: remember what the reverse pass needs.
     """
 
     def __init__(self, kind: Transition, q: Tensor | None, w: Tensor, keep: bool) -> None:
@@ -110,7 +113,10 @@ class Tree:
         self.rows: list[list[Any]] = []  # rows as they were read, of each segment of each level
 
     def forward(self, o: Tensor | None, rows: Any, p: Any, x: Tensor) -> Iterator[tuple[Any, Tensor]]:
-        """Walk up the levels, yielding each level's blocks; with ``o`` None nothing is read (a rerun to keep)."""
+        """Walk up the levels, yielding each level's blocks ``p, x``.
+
+        Adds to ``o [M, N, C, R, V]`` (None: read nothing, only keep) and overwrites ``rows [M, N, C, ...]``.
+        """
         chunks = self.w.shape[1]
         for m in range(depth(chunks)):
             if self.keep:
@@ -140,8 +146,8 @@ class Tree:
     ) -> tuple[Any, Tensor | None]:
         """Run in reverse.
 
-        ``drows`` is the gradient of the pulled-back rows and becomes that of the first rows, in place; ``dq`` and ``dw``
-        are added to; ``add_level_grad`` adds what else is known of the gradients of a level's blocks.
+        ``drows`` is the gradient of the pulled-back rows and becomes that of the first rows, in place; ``dq`` and
+        ``dw`` are added to; ``add_level_grad`` adds what else is known of the gradients of a level's blocks.
         Returns the gradients of the chunks' transitions and contributions (None without levels).
         """
         chunks = self.w.shape[1]

@@ -13,8 +13,10 @@ from .levels import level_table
 def spread(w: Tensor, size: int) -> Tensor:
     """``[..., C, log2 C + 1] -> [..., C, C]``: the weight of each pair's level (above the diagonal, anything)."""
     index, _, _ = _tables(size, w.dtype, w.device)
-    return w.flatten(-2).index_select(-1, index) if w.dim() == 2 else _select(w.flatten(-2), index).unflatten(
-        -1, (size, size)
+    return (
+        w.flatten(-2).index_select(-1, index)
+        if w.dim() == 2
+        else _select(w.flatten(-2), index).unflatten(-1, (size, size))
     )
 
 

@@ -1,4 +1,4 @@
-"""``llcompile bench operator``: how the operator's time and memory grow, and how it compares with transformers' own code.
+"""``llcompile bench operator``: how time and memory of the operator grow, and how it compares with transformers' code.
 
 Every measurement runs in a process of its own, so that peak memory (the resident set above what the operands take) is
 that measurement's alone, and so that a compilation that takes too long can be given up. Times are the smallest of
@@ -57,9 +57,13 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("what", choices=["operator"], help="what to measure")
     parser.add_argument("--device", default="cpu", help="device to run on (default: cpu)")
     parser.add_argument("--quick", action="store_true", help="small sizes, seconds in all: a smoke test, not a result")
-    parser.add_argument("--compile-limit", type=float, default=300.0, help="seconds a peer may compile before it is given up")
+    parser.add_argument(
+        "--compile-limit", type=float, default=300.0, help="seconds a peer may compile before it is given up"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="repeats of each measurement; the smallest counts")
-    parser.add_argument("--output", type=Path, help="JSON file (default: benchmarks/results/operator-<device>-<date>.json)")
+    parser.add_argument(
+        "--output", type=Path, help="JSON file (default: benchmarks/results/operator-<device>-<date>.json)"
+    )
     parser.set_defaults(run=run)
 
 
@@ -81,7 +85,10 @@ def run(args: argparse.Namespace) -> int:
     record = {**_environment(args.device), "quick": args.quick, "results": results, "exponents": exponents(results)}
     record["peers"] = comparisons(results)
     _print(console, record)
-    path = args.output or _results_folder() / f"operator-{args.device}{'-quick' if args.quick else ''}-{record['date'][:10]}.json"
+    path = (
+        args.output
+        or _results_folder() / f"operator-{args.device}{'-quick' if args.quick else ''}-{record['date'][:10]}.json"
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
     console.print(f"written to {path}")
@@ -162,7 +169,8 @@ def comparisons(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         rows.append({
             "peer": best["job"]["runs"], "form": "Inductor" if best["job"]["compiled"] else "eager",
             "weights": job["weights"], "backward": job["backward"], "length": job["length"],
-            "seconds": own["seconds"], "peer_seconds": best["seconds"], "times_faster": round(best["seconds"] / own["seconds"], 2),
+            "seconds": own["seconds"], "peer_seconds": best["seconds"],
+            "times_faster": round(best["seconds"] / own["seconds"], 2),
             "cpu_times_less": round(best["cpu_seconds"] / max(own["cpu_seconds"], 1e-9), 2),
             "peak_mib": own["peak_mib"], "peer_peak_mib": min(r["peak_mib"] for r in timed),
             "notes": [f"{'Inductor' if r['job']['compiled'] else 'eager'}: {r['error']}" for r in same if "error" in r],
@@ -198,11 +206,33 @@ def _peer_table(rows: list[dict[str, Any]]) -> Any:
     from rich.table import Table
 
     table = Table(title="against transformers' own code, the faster of eager and Inductor")
-    for name in ("peer", "form", "operator", "pass", "T", "ours ms", "peer ms", "times faster", "CPU time", "ours MiB", "peer MiB"):
+    for name in (
+        "peer",
+        "form",
+        "operator",
+        "pass",
+        "T",
+        "ours ms",
+        "peer ms",
+        "times faster",
+        "CPU time",
+        "ours MiB",
+        "peer MiB",
+    ):
         table.add_column(name, justify="left" if name in ("peer", "form", "operator", "pass") else "right")
     for r in rows:
-        words = (r["peer"], r["form"], "log-linear" if r["weights"] else "linear", "fwd+bwd" if r["backward"] else "fwd")
-        times = (f"{r['seconds'] * 1e3:.1f}", f"{r['peer_seconds'] * 1e3:.1f}", f"{r['times_faster']}", f"{r['cpu_times_less']}")
+        words = (
+            r["peer"],
+            r["form"],
+            "log-linear" if r["weights"] else "linear",
+            "fwd+bwd" if r["backward"] else "fwd",
+        )
+        times = (
+            f"{r['seconds'] * 1e3:.1f}",
+            f"{r['peer_seconds'] * 1e3:.1f}",
+            f"{r['times_faster']}",
+            f"{r['cpu_times_less']}",
+        )
         table.add_row(*words, str(r["length"]), *times, f"{r['peak_mib']:.0f}", f"{r['peer_peak_mib']:.0f}")
     notes = sorted({f"{r['peer']} T={r['length']}: {note}" for r in rows for note in r["notes"]})
     table.caption = "\n".join(notes)
@@ -235,4 +265,3 @@ def _environment(device: str) -> dict[str, Any]:
 def _results_folder() -> Path:
     root = Path(__file__).resolve().parent.parent
     return root / "benchmarks" / "results" if (root / "benchmarks").is_dir() else Path.cwd()
-

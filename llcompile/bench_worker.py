@@ -77,13 +77,12 @@ def _callable(job: dict[str, Any], x: dict[str, Tensor]) -> Callable[[], Tensor]
 def _ours(x: dict[str, Tensor]) -> Callable[[], Tensor]:
     from .ops import loglinear_attention
 
-    optional = {n: x[n] for n in ("log_decay", "beta") if n in x}
     w = x.get("level_weights")
-    return lambda: loglinear_attention(x["q"], x["k"], x["v"], w, **optional)[0]
+    return lambda: loglinear_attention(x["q"], x["k"], x["v"], w, x.get("log_decay"), x.get("beta"))[0]
 
 
 def _mamba2(x: dict[str, Tensor]) -> Callable[[], Tensor]:
-    """The Mamba-2 scan, whose per-token decay is ``A * dt``: A = -1 and dt = -log_decay give ours, values scaled by dt."""
+    """The Mamba-2 scan, its decay being ``A * dt``: A = -1 and dt = -log_decay give ours (with values times dt)."""
     from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 
     scan = getattr(mamba2_chunk_scan, "__wrapped__", mamba2_chunk_scan)

@@ -60,6 +60,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--compile-limit", type=float, default=300.0, help="seconds a peer may compile before it is given up"
     )
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="lengths (default: 1k to 64k)")
+    parser.add_argument("--families", nargs="+", metavar="DECAY/CORRECTION", help="some families only, as scalar/delta")
     parser.add_argument("--repeats", type=int, default=5, help="repeats of each measurement; the smallest counts")
     parser.add_argument(
         "--output", type=Path, help="JSON file (default: benchmarks/results/operator-<device>-<date>.json)"
@@ -76,29 +78,38 @@ def run(args: argparse.Namespace) -> int:
     all_series = _series(args)
     results: list[dict[str, Any]] = []
     columns = (TextColumn("{task.description:60}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    kind = f"{args.device}{'-quick' if args.quick else ''}"
+    path = args.output or _results_folder() / f"operator-{kind}-{datetime.date.today()}.json"
+    record: dict[str, Any] = {}
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("measuring", total=len(all_series))
         for series in all_series:
             progress.update(task, description=series[0].title)
             results += _measure(series, args.compile_limit)
+            record = _record(args, results)
+            _write(path, record)  # after each series: an interrupted run leaves what it has
             progress.advance(task)
-    record = {**_environment(args.device), "quick": args.quick, "results": results, "exponents": exponents(results)}
-    record["peers"] = comparisons(results)
     _print(console, record)
-    path = (
-        args.output
-        or _results_folder() / f"operator-{args.device}{'-quick' if args.quick else ''}-{record['date'][:10]}.json"
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
     console.print(f"written to {path}")
     return 1 if any("error" in r and r["job"]["runs"] == "llcompile" for r in results) else 0
 
 
+def _record(args: argparse.Namespace, results: list[dict[str, Any]]) -> dict[str, Any]:
+    found = {"exponents": exponents(results), "peers": comparisons(results), "results": results}
+    return {**_environment(args.device), "quick": args.quick, **found}
+
+
+def _write(path: Path, record: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
 def _series(args: argparse.Namespace) -> list[list[Job]]:
     """Jobs, grouped by the process that runs them: one for all lengths, but one each where something is compiled."""
-    lengths = [256] if args.quick else LENGTHS
+    lengths = [256] if args.quick else args.lengths
     families = [("scalar", "none"), ("scalar", "delta")] if args.quick else FAMILIES
+    if args.families:
+        families = [f for f in FAMILIES if "/".join(f) in args.families]
     common = {"device": args.device, "repeats": 2 if args.quick else args.repeats}
     series = [
         [Job("llcompile", decay, correction, weights, backward, length, **common) for length in lengths]
@@ -109,8 +120,14 @@ def _series(args: argparse.Namespace) -> list[list[Job]]:
     if importlib.util.find_spec("transformers") is None or args.quick:
         return series
     for (decay, correction), name in PEERS.items():
+        if (decay, correction) not in families:
+            continue
         for backward in (False, True):
-            eager = [Job(name, decay, correction, False, backward, length, **common) for length in PEER_LENGTHS]
+            eager = [
+                Job(name, decay, correction, False, backward, length, **common)
+                for length in PEER_LENGTHS
+                if length in lengths
+            ]
             series += [eager, *([replace(job, compiled=True)] for job in eager)]
     return series
 
@@ -136,22 +153,30 @@ def _measure(series: list[Job], compile_limit: float) -> list[dict[str, Any]]:
 
 
 def exponents(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Slope of log time over log length from 4k on, by least squares, for every family."""
-    series: dict[tuple[Any, ...], list[tuple[float, float]]] = {}
+    """Slope of log time over log length from 4k on, for every family, of wall and of CPU time."""
+    series: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for r in results:
         job = r["job"]
         if job["runs"] == "llcompile" and "seconds" in r and job["length"] >= 4096:
             key = (job["decay"], job["correction"], job["weights"], job["backward"])
-            series.setdefault(key, []).append((math.log(job["length"]), math.log(r["seconds"])))
+            series.setdefault(key, []).append(r)
     found = []
     for (decay, correction, weights, backward), points in series.items():
-        if len(points) < 2:
-            continue
-        mean_x, mean_y = (sum(p[i] for p in points) / len(points) for i in (0, 1))
-        slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points)
-        names = {"decay": decay, "correction": correction, "weights": weights, "backward": backward}
-        found.append({**names, "exponent": round(slope, 3)})
+        if len(points) > 1:
+            names = {"decay": decay, "correction": correction, "weights": weights, "backward": backward}
+            found.append(
+                {**names, "exponent": _slope(points, "seconds"), "cpu_exponent": _slope(points, "cpu_seconds")}
+            )
     return found
+
+
+def _slope(points: list[dict[str, Any]], field: str) -> float:
+    """Least squares on logarithms."""
+    xs = [math.log(r["job"]["length"]) for r in points]
+    ys = [math.log(max(r[field], 1e-9)) for r in points]
+    mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
+    above = sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True))
+    return round(above / sum((x - mean_x) ** 2 for x in xs), 3)
 
 
 def comparisons(results: list[dict[str, Any]]) -> list[dict[str, Any]]:

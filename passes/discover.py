@@ -48,10 +48,9 @@ def discover(session: Session) -> int:
 def refused_calls(names: Mapping[int, str]) -> list[Declined]:
     """The calls of opaque functions at which the trace has broken the graph since this was last asked."""
     hint = "the graph breaks there and the library's own code runs, as it does without this backend"
-    return [
-        Declined(module_name(names, *module_of(call.meta)), call.reason, user_line(call.meta), hint)
-        for call in take_refused()
-    ]
+    calls = take_refused()
+    found = [Declined(module_name(names, *module_of(c.meta)), c.reason, user_line(c.meta), hint) for c in calls]
+    return list(dict.fromkeys(found))  # Dynamo traces up to a break more than once
 
 
 def module_of(meta: Mapping[str, Any]) -> tuple[str, str]:

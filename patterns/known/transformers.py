@@ -68,29 +68,30 @@ def _delta_result(a: Arguments, output: Any, state: Any) -> Any:
     return output_and_state(a, output, state, like="query")
 
 
+# Step sizes are positive also where no softplus makes them so: a negative one would be a decay above 1.
 _MAMBA2_TENSORS = (
     Tensor("hidden_states", "B T H V"),
-    Tensor("dt", "B T H"),
+    Tensor("dt", "B T H", "positive"),
     Tensor("A", "H", "negative"),
     Tensor("B", "B T G K"),
     Tensor("C", "B T G K"),
     Tensor("D", "H"),
-    Tensor("dt_bias", "H"),
+    Tensor("dt_bias", "H", "positive"),
     Tensor("initial_states", "B H V K", "state"),
 )
 _MAMBA2_STEP_TENSORS = (
     Tensor("state", "B H V K", "state"),
     Tensor("hidden_states", "B H V"),
-    Tensor("dt", "B H *V"),
+    Tensor("dt", "B H *V", "positive"),
     Tensor("A", "H *V *K", "negative"),
     Tensor("B", "B G K"),
     Tensor("C", "B G K"),
     Tensor("D", "H *V"),
-    Tensor("dt_bias", "H *V"),
+    Tensor("dt_bias", "H *V", "positive"),
 )
 _DELTA_TENSORS = (
     Tensor("query", "B T G K"),
-    Tensor("key", "B T G K"),
+    Tensor("key", "B T G K", "key"),
     Tensor("value", "B T H V"),
     Tensor("g", "B T H", "log_decay"),
     Tensor("beta", "B T H", "unit"),

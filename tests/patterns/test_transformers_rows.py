@@ -58,7 +58,7 @@ def test_delta_rules(name: str, state: str, normalised: bool, weighted: bool) ->
 
 @pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("absent", [("initial_states",), (), ("D", "dt_bias")])
-@pytest.mark.parametrize("limit", [(0.0, float("inf")), (0.1, 1.0)])
+@pytest.mark.parametrize("limit", [(0.0, float("inf")), (1.5, 2.5)])
 def test_mamba2_scan(absent: tuple[str, ...], limit: tuple[float, float], weighted: bool) -> None:
     found = leaf("mamba2_chunk_scan", MAMBA2)
     arguments = operands(found.row, absent)

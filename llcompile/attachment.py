@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -102,6 +102,14 @@ def warn_if_ignored(owner: nn.Module, arguments: Any, output: Any) -> None:
         return
     if any(not getattr(weights, "used", False) and not weights.is_identity() for weights in _held(owner)):
         _warn(f"the level weights of {type(owner).__name__} are no longer 1, and the model was run eagerly")
+
+
+def warn_if_switched_off(owners: Iterable[nn.Module | None]) -> None:
+    """Warns when one of the modules has level weights other than 1, which `level_weights="none"` leaves out."""
+    held = [(owner, weights) for owner in owners if owner is not None for weights in _held(owner)]
+    named = sorted({type(owner).__name__ for owner, weights in held if not weights.is_identity()})
+    if named:
+        _warn(f"the level weights of {', '.join(named)} are no longer 1, and level_weights='none' switches them off")
 
 
 def _held(owner: nn.Module) -> list[LevelWeights]:

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import fx
 
-from llcompile import compile_check, compile_run, inner
-from llcompile.errors import LateAttachWarning
+from llcompile import attachment, compile_check, compile_run, inner
+from llcompile.errors import LateAttachWarning, LLCompileError
 from llcompile.level_weights import LevelWeights
 from llcompile.options import Options
 from llcompile.passes import capture, dynamo, pipeline
@@ -42,11 +42,24 @@ def loglinear(
         StrictError: `strict=True`, and a linear-time mixer stays unconverted or nothing was found.
         LevelWeightsError: the module owns level weights of another size.
     """
+    try:
+        return _compile(module, Options.parse(options), mode)
+    except LLCompileError as error:
+        raise dynamo.surfaced(error).with_traceback(error.__traceback__) from None
+
+
+def _compile(module: fx.GraphModule, parsed: Options, mode: str | None) -> Callable[..., Any]:
     global _last_report
-    parsed = Options.parse(options)
     session = compile_run.new_session(module, parsed)
-    report = compile_run.look(session)
-    compile_run.check_strict(report, parsed)
+    try:
+        report = compile_run.look(session)
+        compile_run.check_strict(report, parsed)
+    except LLCompileError:
+        for owner, name in session.attached:
+            attachment.detach_one(owner, name)
+        raise
+    if parsed.level_weights == "none":
+        attachment.warn_if_switched_off(site.owner for site in session.sites)
     broken = compile_run.give_up_opaque(session)
     if session.attached:
         _warn_late(session)
@@ -89,10 +102,11 @@ def prepare() -> None:
 
 
 def _warn_late(session: Session) -> None:
-    modules = [s.module for s in session.sites if s.level_weights is not None]
+    new = {(id(owner), name) for owner, name in session.attached}
+    modules = list(dict.fromkeys(s.module for s in session.sites if (id(s.owner), s.attribute) in new))
     some = ", ".join(modules[:3]) + ", ..." * (len(modules) > 3)
     warnings.warn(
-        f"level weights were attached to {len(modules)} mixers ({some}) at the first compiled call: an optimiser "
+        f"level weights were attached to {len(new)} mixers ({some}) at the first compiled call: an optimiser "
         "built before it does not know them. Call llcompile.convert(model, *example_inputs) before the optimiser is built.",
         LateAttachWarning,
         stacklevel=2,

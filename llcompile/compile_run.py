@@ -43,7 +43,7 @@ def look(session: Session) -> Report:
 def report_of(session: Session) -> Report:
     """What the session has found, as a report."""
     return Report(
-        converted=tuple(_converted(site) for site in session.sites if site.open),
+        converted=tuple(_converted(site) for site in _distinct(session.sites)),
         declined=(
             *(Declined(site.module, site.reason, site.where, site.hint) for site in session.sites if not site.open),
             *session.refused,
@@ -51,6 +51,15 @@ def report_of(session: Session) -> Report:
         untouched=tuple(session.untouched),
         graphs=1,
     )
+
+
+def _distinct(sites: list[Site]) -> list[Site]:
+    """The open sites, without further calls of a module that has been called before."""
+    found: dict[Any, Site] = {}
+    for site in sites:
+        if site.open:
+            found.setdefault((id(site.owner), site.attribute, site.where) if site.owner else id(site), site)
+    return list(found.values())
 
 
 def give_up_opaque(session: Session) -> bool:

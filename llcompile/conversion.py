@@ -13,11 +13,13 @@ from torch import fx, nn
 from llcompile import attachment, backend, compile_run
 from llcompile.errors import CaptureError, LLCompileError, ModelError
 from llcompile.options import Options
-from llcompile.passes import discover
+from llcompile.passes import discover, dynamo
 from llcompile.report import Report
 
 
-def convert(model: nn.Module, *example_args: Any, options: dict[str, Any] | None = None, **example_kwargs: Any) -> Report:
+def convert(
+    model: nn.Module, *example_args: Any, options: dict[str, Any] | None = None, **example_kwargs: Any
+) -> Report:
     """Attaches level weights to every linear-time mixer of `model`, so that an optimiser built next knows them.
 
     The model computes what it did before: all level weights start at exactly 1. They take effect when the model runs
@@ -39,7 +41,9 @@ def convert(model: nn.Module, *example_args: Any, options: dict[str, Any] | None
     return _captured(model, example_args, example_kwargs, options, dry_run=False)
 
 
-def inspect(model: nn.Module, *example_args: Any, options: dict[str, Any] | None = None, **example_kwargs: Any) -> Report:
+def inspect(
+    model: nn.Module, *example_args: Any, options: dict[str, Any] | None = None, **example_kwargs: Any
+) -> Report:
     """What `convert` would do: the same decisions and proofs, nothing attached, nothing changed.
 
     Args, returns and raises: as for `convert`.
@@ -79,6 +83,8 @@ def _captured(
         if not isinstance(error, Exception):
             raise
         raise CaptureError(_capture_message(model, args, kwargs, error)) from error
+    if any(id(weights) not in before for _, _, weights in attachment.attached(model)):
+        dynamo.forget_compiled()
     return report
 
 

@@ -99,5 +99,11 @@ def _declined_table(records: tuple[Declined, ...]) -> Table:
 
 
 def _merge(first: tuple[Any, ...], second: tuple[Any, ...]) -> tuple[Any, ...]:
-    named = {(r.module, getattr(r, "where", "")): r for r in (*first, *second)}
-    return tuple(named.values())
+    """Both; a frame that was traced twice is in `second` again. Within one report nothing is merged: a line may run
+    two mixers."""
+    again = {_identity(record) for record in second}
+    return (*(record for record in first if _identity(record) not in again), *second)
+
+
+def _identity(record: Any) -> tuple[str, str]:
+    return record.module, getattr(record, "where", "")

@@ -19,7 +19,7 @@ def attach(session: Session) -> int:
             )
         if site.open and site.owner is not None:
             _attach(session, site)
-    return session.attached
+    return len(session.attached)
 
 
 def _attach(session: Session, site: Site) -> None:
@@ -33,7 +33,7 @@ def _attach(session: Session, site: Site) -> None:
         weights = settings.make(settings.kind if width else "static", shape.heads, settings.levels, width, owner)
         if not settings.dry_run:
             settings.attach(owner, site.attribute, weights)
-            session.attached += 1
+            session.attached.append((owner, site.attribute))
     if weights.heads != shape.heads or (weights.in_features is not None and weights.in_features != width):
         raise LevelWeightsError(
             f"{site.module}.{site.attribute} was made for {weights.heads} heads and an input of width "

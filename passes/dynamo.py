@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch import fx, nn
 from torch._dynamo.exc import ShortenTraceback, TensorifyScalarRestartAnalysis
+from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX
 from torch._dynamo.source import AttrSource, GlobalSource, LocalSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.variables.builder import VariableBuilder
@@ -62,8 +63,13 @@ def root_module() -> nn.Module | None:
     if translator is None:
         return None
     frame = translator.output.root_tx or translator
-    names = frame.f_code.co_varnames[:1] if frame.f_code.co_argcount else ()
-    owner = frame.f_locals.get(names[0]) if names else None
+    arguments = frame.f_code.co_varnames[: frame.f_code.co_argcount]
+    if frame.f_code.co_name.startswith(TORCH_DYNAMO_RESUME_IN_PREFIX):
+        # What follows a graph break takes the values that were on the stack first, then the locals by name.
+        arguments = tuple(sorted(arguments, key=lambda name: name != "self"))
+        modules = [name for name in arguments if isinstance(frame.f_locals.get(name), nn.Module)]
+        arguments = (*modules, *arguments)
+    owner = frame.f_locals.get(arguments[0]) if arguments else None
     return owner if isinstance(owner, nn.Module) else None
 
 
@@ -101,6 +107,14 @@ def surfaced(error: Exception) -> Exception:
     shown = type(kind.__name__, (kind, ShortenTraceback), {"__module__": kind.__module__, "__doc__": kind.__doc__})
     shown.__qualname__ = kind.__qualname__
     return shown(*error.args, first_useful_frame=None)  # type: ignore[no-any-return]
+
+
+def forget_compiled() -> None:
+    """Drops all compiled code, which does not notice a hook that a module gets later (Dynamo guards no hooks).
+
+    Otherwise what another backend compiled before the model was converted would run on and ignore the level weights.
+    """
+    torch._dynamo.reset()
 
 
 def fake_mode_of(graph: fx.Graph) -> Any:

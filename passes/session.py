@@ -83,7 +83,8 @@ class Session:
     sites: list[Site] = field(default_factory=list)
     refused: list[Declined] = field(default_factory=list)
     untouched: list[Untouched] = field(default_factory=list)
-    attached: int = 0
+    # (owner, attribute) of the level weights that this look made.
+    attached: list[tuple[nn.Module, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.regions = regions(self.module)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -58,7 +60,7 @@ def recall(console: Console, args: argparse.Namespace) -> list[Outcome]:
     console.print(_introduction(task, plan), soft_wrap=True)
     bench = Bench(task, plan)
     print(bench.report)
-    with Bars(console) as bars:
+    with _one_thread(), Bars(console) as bars:
         outcomes = [bench.run(seed, bars) for seed in range(args.seed, args.seed + args.seeds)]
     moved = max(outcome.moved for outcome in outcomes)
     console.print(f"At conversion the logits moved by max |difference| / max |logit| = {moved:.1e}\n", soft_wrap=True)
@@ -71,6 +73,17 @@ def recall(console: Console, args: argparse.Namespace) -> list[Outcome]:
     if written[0] is None:
         console.print("There is no plot, for that needs matplotlib: pip install 'llcompile[plot]'", soft_wrap=True)
     return outcomes
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Tensors this small gain nothing from a second thread, and lose much when another program wants its core."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _introduction(task: Task, plan: Plan) -> str:

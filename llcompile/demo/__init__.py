@@ -45,10 +45,10 @@ def run(args: argparse.Namespace) -> int:
     """Run the demo; 0 when it came to its end, whatever the numbers."""
     from rich.console import Console
 
-    from llcompile.demo import acts
-
     began = time.perf_counter()
     console = Console(highlight=False)
+    with console.status("loading torch and llcompile"):
+        from llcompile.demo import acts
     acts.tour(console)
     acts.recall(console, args)
     seconds = time.perf_counter() - began

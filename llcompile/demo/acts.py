@@ -56,12 +56,18 @@ def recall(console: Console, args: argparse.Namespace) -> list[Outcome]:
     """Trains, converts and goes on, for each seed; prints and plots what came of it."""
     task = Task(distances=args.distances)
     plan = replace(Plan(), **{name: value for name in ("steps", "more") if (value := getattr(args, name)) is not None})
-    console.rule("2. Associative recall: transformers' Mamba-2 learns, is converted, and goes on learning")
-    console.print(_introduction(task, plan), soft_wrap=True)
-    bench = Bench(task, plan)
+    console.rule("2. Associative recall: a Mamba-2 of transformers, before and after")
+    with Bars(console) as bars:
+        done = bars.stage("converting the model for part 2")
+        bench = Bench(task, plan)
+        done()
     print(bench.report)
+    console.print("\n" + _introduction(bench), soft_wrap=True)
     with _one_thread(), Bars(console) as bars:
-        outcomes = [bench.run(seed, bars) for seed in range(args.seed, args.seed + args.seeds)]
+        outcomes = []
+        for seed in range(args.seed, args.seed + args.seeds):
+            bars.prefix = f"seed {seed}: " if args.seeds > 1 else ""
+            outcomes.append(bench.run(seed, bars))
     moved = max(outcome.moved for outcome in outcomes)
     console.print(f"At conversion the logits moved by max |difference| / max |logit| = {moved:.1e}\n", soft_wrap=True)
     console.print(show.accuracies(outcomes, plan))
@@ -86,15 +92,17 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _introduction(task: Task, plan: Plan) -> str:
+def _introduction(bench: Bench) -> str:
+    task, plan, mixer = bench.task, bench.plan, bench.report.converted[0]
     told = {
-        "key": "A key tells how far back its value lies: some keys are asked for soon, others late.",
+        "key": "A key tells how far back its value lies: some are asked for soon, others late. (With --distances any "
+        "no key tells, and level weights have little to go by: see docs/recall-experiments.md.)",
         "any": "Nothing tells how far back a value lies.",
     }[task.distances]
     return (
         f"Up to {task.pairs} key-value pairs in {task.length} tokens; each key is asked for once, "
-        f"1 to {2**task.octaves - 1} slots of two tokens later. {told} "
-        "The model has one layer with one head, its state 4 x 32 numbers: too small for so many pairs.\n"
+        f"1 to {2**task.octaves - 1} slots of two tokens later. {told} The model has one layer, its "
+        f"linear state {mixer.heads} x {mixer.key_dim} x {mixer.value_dim} numbers: too small for so many pairs.\n"
         f"{plan.steps} steps as a linear model, then {plan.more} more in three ways, "
         "each from the same checkpoint and on the same batches.\n"
     )

@@ -15,8 +15,9 @@ class Bars:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        columns = (SpinnerColumn(), TextColumn("{task.description:<40}"), BarColumn(), MofNCompleteColumn())
+        columns = (SpinnerColumn(), TextColumn("{task.description:<44}"), BarColumn(), MofNCompleteColumn())
         self.progress = Progress(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal)
+        self.prefix = ""  # stands before the name of each stage
         self.current: tuple[str, float] | None = None
 
     def __enter__(self) -> Bars:
@@ -31,8 +32,8 @@ class Bars:
     def stage(self, text: str, steps: int | None = None) -> Callable[[], None]:
         """Begins a stage of so many steps (None: one, whose length nobody knows); call the result after each step."""
         self._end()
-        self.current = (text, time.perf_counter())
-        task = self.progress.add_task(text, total=steps)
+        self.current = (self.prefix + text, time.perf_counter())
+        task = self.progress.add_task(self.prefix + text, total=steps)
 
         def tick() -> None:
             if steps is None:

@@ -47,8 +47,9 @@ def accuracies(outcomes: Sequence[Outcome], plan: Plan) -> Table:
         cells = [f"{share:.3f}" for share in shares]
         if len(outcomes) > 1:
             cells.append(f"{mean(shares):.3f} ± {stdev(shares):.3f}")
-        gains = [share - outcome.after[CONTROL].overall for share, outcome in zip(shares, outcomes, strict=True)]
-        table.add_row(label, *cells, f"{100 * mean(gains):+.1f} points" if label.startswith(_more(plan)) else "")
+        gain = mean(shares) - mean(outcome.after[CONTROL].overall for outcome in outcomes)
+        compared = label.startswith(_more(plan)) and not label.endswith(CONTROL)
+        table.add_row(label, *cells, f"{100 * gain:+.1f} points" if compared else "")
     return table
 
 

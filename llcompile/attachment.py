@@ -84,11 +84,20 @@ def function(weights: LevelWeights, dtype: torch.dtype) -> Callable[..., Any]:
     return level_weights_function(weights.kind, weights.heads, weights.levels, compute_dtype(dtype, *dtypes))
 
 
+# id of each tensor of level weights that a compiled graph read since `expect_use` last looked at its owner.
+_used: set[int] = set()
+
+
+def mark_used(tensors: Iterable[torch.Tensor]) -> None:
+    """Notes that a compiled graph reads these tensors of level weights."""
+    _used.update(map(id, tensors))
+
+
 def expect_use(owner: nn.Module, arguments: Any) -> None:
     """Forward pre-hook: from here on, a compiled graph that reads the level weights marks them as used."""
     if not torch.compiler.is_dynamo_compiling():
         for weights in _held(owner):
-            weights.used = False  # type: ignore[assignment]
+            _used.difference_update(_ids(weights))
 
 
 def warn_if_ignored(owner: nn.Module, arguments: Any, output: Any) -> None:
@@ -100,7 +109,7 @@ def warn_if_ignored(owner: nn.Module, arguments: Any, output: Any) -> None:
     if torch.compiler.is_dynamo_compiling():
         _note_backend()
         return
-    if any(not getattr(weights, "used", False) and not weights.is_identity() for weights in _held(owner)):
+    if any(_used.isdisjoint(_ids(weights)) and not weights.is_identity() for weights in _held(owner)):
         _warn(f"the level weights of {type(owner).__name__} are no longer 1, and the model was run eagerly")
 
 
@@ -110,6 +119,10 @@ def warn_if_switched_off(owners: Iterable[nn.Module | None]) -> None:
     named = sorted({type(owner).__name__ for owner, weights in held if not weights.is_identity()})
     if named:
         _warn(f"the level weights of {', '.join(named)} are no longer 1, and level_weights='none' switches them off")
+
+
+def _ids(weights: LevelWeights) -> list[int]:
+    return [id(tensor) for _, tensor in weights.tensors()]
 
 
 def _held(owner: nn.Module) -> list[LevelWeights]:

@@ -69,8 +69,9 @@ def _compile(module: fx.GraphModule, parsed: Options, mode: str | None) -> Calla
     pipeline.change(session)
     _last_report = report
     log.info("%s", report)
+    positions = _weight_positions(session)
     compiled = inner.compile_graph(module, dynamo.example_inputs(module.graph), parsed, mode)
-    return _marking_use(compiled, [s.level_weights for s in session.sites if s.open and s.level_weights is not None])
+    return _marking_use(compiled, positions)
 
 
 loglinear._llcompile = True  # type: ignore[attr-defined]
@@ -106,25 +107,35 @@ def _warn_late(session: Session) -> None:
     modules = list(dict.fromkeys(s.module for s in session.sites if (id(s.owner), s.attribute) in new))
     some = ", ".join(modules[:3]) + ", ..." * (len(modules) > 3)
     warnings.warn(
-        f"level weights were attached to {len(new)} mixers ({some}) at the first compiled call: an optimiser "
-        "built before it does not know them. Call llcompile.convert(model, *example_inputs) before the optimiser is built.",
+        f"level weights were attached to {len(new)} mixers ({some}) at the first compiled call: an optimiser built "
+        "before it does not know them. Call llcompile.convert(model, *example_inputs) before the optimiser is built.",
         LateAttachWarning,
         stacklevel=2,
     )
 
 
-def _marking_use(compiled: Callable[..., Any], weights: list[LevelWeights]) -> Callable[..., Any]:
-    """Notes at each call which level weights had their part in it (see `attachment.warn_if_ignored`)."""
-    if not weights:
+def _weight_positions(session: Session) -> list[int]:
+    """Which of the graph's inputs are tensors of level weights."""
+    weights = [s.level_weights for s in session.sites if s.open and s.level_weights is not None]
+    ours = {id(tensor) for w in weights for _, tensor in w.tensors()}
+    return [i for i, value in enumerate(dynamo.example_inputs(session.graph)) if id(value) in ours]
+
+
+def _marking_use(compiled: Callable[..., Any], positions: list[int]) -> Callable[..., Any]:
+    """Notes at each call which level weights had their part in it (see `attachment.warn_if_ignored`).
+
+    By the tensors that come in, because one graph may serve many layers.
+    """
+    if not positions:
         return compiled
 
     def run(*args: Any) -> Any:
-        for w in weights:
-            w.used = True  # type: ignore[assignment]
+        given = args[0] if boxed else args
+        attachment.mark_used(given[i] for i in positions)
         return compiled(*args)
 
-    if hasattr(compiled, "_boxed_call"):
-        run._boxed_call = compiled._boxed_call  # type: ignore[attr-defined]
+    boxed = getattr(compiled, "_boxed_call", False)
+    run._boxed_call = boxed  # type: ignore[attr-defined]
     return run
 
 

@@ -65,7 +65,8 @@ def _distinct(sites: list[Site]) -> list[Site]:
 def give_up_opaque(session: Session) -> bool:
     """Whether the frame must be traced once more, to break the graph at declined calls that no compiler can trace."""
     declined = [s for s in session.sites if not s.open and s.leaf.row.opaque]
-    return any([capture.give_up(s.leaf, example_arguments(s.node), s.owner, s.reason) for s in declined])
+    new = [capture.give_up(s.leaf, example_arguments(s.node), s.owner, s.reason) for s in declined]  # every one of them
+    return any(new)
 
 
 def original_code(session: Session) -> Callable[..., Any]:

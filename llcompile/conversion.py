@@ -122,12 +122,14 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
     """Puts buffers and the random state back as they were before the example run."""
     buffers = {name: value.detach().clone() for name, value in model.named_buffers() if not value.is_meta}
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
-        yield
-    with torch.no_grad():
-        for name, value in model.named_buffers():
-            if name in buffers and value.shape == buffers[name].shape:
-                value.copy_(buffers[name])
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        with torch.no_grad():
+            for name, value in model.named_buffers():
+                if name in buffers and value.shape == buffers[name].shape:
+                    value.copy_(buffers[name])
 
 
 def _check_model(model: Any, call: str) -> None:

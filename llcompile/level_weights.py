@@ -54,8 +54,6 @@ class LevelWeights(nn.Module):
     """
 
     descriptor: Tensor
-    # Whether a compiled graph read these weights since `attachment.warn_if_ignored` last looked.
-    used: bool = False
 
     def __init__(
         self,

@@ -54,7 +54,8 @@ def _trains_without_levels(owner: nn.Module, known: set[int]) -> bool:
     if not fresh or fresh & known or not others & known:
         return False
     # Another optimiser may train them (one for matrices and one for the rest, say).
-    optimizers = [o for o in gc.get_objects() if isinstance(o, torch.optim.Optimizer)]
+    # By type(o): isinstance asks a dead weakref.proxy for its __class__, which raises.
+    optimizers = [o for o in gc.get_objects() if issubclass(type(o), torch.optim.Optimizer)]
     return not any(fresh & _parameters(o) for o in optimizers)
 
 

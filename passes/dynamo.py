@@ -104,7 +104,7 @@ def surfaced(error: Exception) -> Exception:
     Anything else that a backend raises reaches the user as a BackendCompilerFailed that quotes it.
     """
     kind = type(error)
-    shown = type(kind.__name__, (kind, ShortenTraceback), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+    shown = type(kind.__name__, (ShortenTraceback, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
     shown.__qualname__ = kind.__qualname__
     return shown(*error.args, first_useful_frame=None)  # type: ignore[no-any-return]
 

@@ -1,4 +1,4 @@
-"""Known functions of FLA (flash-linear-attention 0.3 to 0.6): one table of its mixers, one row for each form.
+"""Known functions of FLA (flash-linear-attention 0.6): one table of its mixers, one row for each form.
 
 Its kernels run on a GPU only, so the proofs use its own torch code (fla_references.py). What the rows know was read
 from the source of fla-core 0.6.0: the scale is K^-1/2 unless given, operands are [B, T, H, ...], value head h uses

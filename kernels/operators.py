@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import engine
+from . import slabs
+from .engine import Operands
 from .state import state_dtype
 from .step import step
 
@@ -30,8 +31,8 @@ def _attention(
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     with torch.no_grad(), torch.autocast(v.device.type, enabled=False):
-        operands = engine.Operands(q, k, v, level_weights, log_decay, beta, initial_state, lengths)
-        return engine.forward(operands, scale, return_final_state)
+        operands = Operands(q, k, v, level_weights, log_decay, beta, initial_state, lengths)
+        return slabs.forward(operands, scale, return_final_state)
 
 
 @torch.library.custom_op("llcompile::loglinear_attention_backward", mutates_args=())
@@ -50,8 +51,8 @@ def _attention_backward(
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     with torch.no_grad(), torch.autocast(v.device.type, enabled=False):
-        operands = engine.Operands(q, k, v, level_weights, log_decay, beta, initial_state, lengths)
-        grads = engine.backward(operands, scale, grad_o, grad_state if return_final_state else None)
+        operands = Operands(q, k, v, level_weights, log_decay, beta, initial_state, lengths)
+        grads = slabs.backward(operands, scale, grad_o, grad_state if return_final_state else None)
     inputs = (q, k, v, level_weights, log_decay, beta, initial_state)
     return tuple(_as_input(x, g, q) for x, g in zip(inputs, grads, strict=True))  # type: ignore[return-value]
 

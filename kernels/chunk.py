@@ -53,8 +53,8 @@ class ChunkGradient(NamedTuple):
     rows: Any
     q: Tensor | None
     p: Any
-    keys: Tensor
-    values: Tensor
+    keys: Any
+    values: Any
 
 
 class OperandGradients(NamedTuple):

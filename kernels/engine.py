@@ -16,7 +16,7 @@ from .grid import CHUNK, SHORT_CHUNK, Grid, make_grid
 from .scan import Scan
 from .state import is_level_state, linear_state, pack_state, position_of, state_dtype
 from .step import merge, merge_grad
-from .transitions import zeros_like
+from .transitions import add_, zeros_like
 from .tree import Tree
 
 
@@ -328,8 +328,9 @@ class Call:
             d, d_contributions, dw, d_old = self._linear_grad(r, contributions, do, grad_state)
         else:
             d, d_contributions, dw, d_old = self._log_linear_grad(r, contributions, do, grad_state)
-        d.keys.add_(r.values @ d_contributions.mT)
-        d.values.add_(r.keys @ d_contributions)
+        d = d._replace(
+            keys=add_(d.keys, r.values @ d_contributions.mT), values=add_(d.values, r.keys @ d_contributions)
+        )
         del r, contributions, d_contributions
         grads = self.stage.backward(d)
         skipped = None
@@ -375,7 +376,7 @@ class Call:
         d_old = None
         if old is not None:
             d_old = dstates[:, :1] + kind.push_t(None if r.p is None else r.p[:, :1], later[:, :1])
-        d = ChunkGradient(do, drows, dq, dp, torch.zeros_like(r.keys), torch.zeros_like(r.values))
+        d = ChunkGradient(do, drows, dq, dp, None, None)
         return d, later, None, d_old
 
     def _log_linear_grad(
@@ -383,7 +384,8 @@ class Call:
     ) -> tuple[ChunkGradient, Tensor, Tensor, Tensor | None]:
         tree, end = self._walk(r, contributions, None, grad_state is not None)
         dq = None if r.q is None else torch.zeros_like(r.q)
-        drows, dkeys, dvalues = zeros_like(r.rows), torch.zeros_like(r.keys), torch.zeros_like(r.values)
+        drows = zeros_like(r.rows)
+        dkeys = dvalues = None
         old = self._old_states()
         d_old = self._old_read_grad(r, old, do, dq, drows)
         if end is not None and grad_state is not None:
@@ -396,6 +398,7 @@ class Call:
         dp = zeros_like(r.p) if dp is None else dp
         dx = torch.zeros_like(contributions) if dx is None else dx
         if end is not None:
+            dkeys, dvalues = torch.zeros_like(r.keys), torch.zeros_like(r.values)
             end.add_chunk_grad(dp, dkeys, dvalues)
         return ChunkGradient(do, drows, dq, dp, dkeys, dvalues), dx, dw, d_old
 

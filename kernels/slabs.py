@@ -34,7 +34,9 @@ class Slab(NamedTuple):
             x.q[self.rows, :, self.groups],
             x.k[self.rows, :, self.groups],
             x.v[self.rows, :, self.heads],
-            *(self.per_head(t) for t in (x.level_weights, x.log_decay, x.beta)),
+            self.per_head(x.level_weights),
+            self.per_head(x.log_decay),
+            self.per_head(x.beta),
             None if x.initial_state is None else x.initial_state[self.rows, self.heads],
             None if x.lengths is None else x.lengths[self.rows],
         )
@@ -95,18 +97,24 @@ def backward(x: Operands, scale: float, grad_o: Tensor, grad_state: Tensor | Non
     parts = slabs(x)
     if len(parts) == 1:
         return engine.backward(x, scale, grad_o, grad_state)
-    grads = [None if t is None else torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in x[:7]]
+    grads = [None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in x[:7]]
     per_head = x.log_decay is not None and x.log_decay.dim() == 1
     if per_head and x.log_decay is not None:  # summed over slabs, so not rounded before
         grads[4] = torch.zeros(x.log_decay.shape, dtype=state_dtype(x.v.dtype), device=x.v.device)
     for part in parts:
         state = None if grad_state is None else grad_state[part.rows, part.heads]
         found = engine.backward(part.of(x), scale, grad_o[part.rows, :, part.heads], state)
-        targets = part.of(Operands(*grads, None))[:7]  # type: ignore[arg-type]
+        q, k, v, w, g, beta, start = grads
+        assert q is not None
+        assert k is not None
+        assert v is not None
+        targets = part.of(Operands(q, k, v, w, g, beta, start, None))[:7]
         for i, (target, grad) in enumerate(zip(targets, found, strict=True)):
-            if target is None or grad is None:
+            if target is None:
                 continue
-            if i == 4 and per_head:
+            if grad is None:
+                target.zero_()
+            elif i == 4 and per_head:
                 target.add_(grad)
             else:
                 target.copy_(grad)

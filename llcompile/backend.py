@@ -130,12 +130,13 @@ def _marking_use(compiled: Callable[..., Any], positions: list[int]) -> Callable
         return compiled
 
     def run(*args: Any) -> Any:
-        given = args[0] if boxed else args
+        # A compiled function with `_boxed_call` takes one list of its inputs, and the inputs one by one as well.
+        given = args[0] if len(args) == 1 and isinstance(args[0], list) else args
         attachment.mark_used(given[i] for i in positions)
         return compiled(*args)
 
-    boxed = getattr(compiled, "_boxed_call", False)
-    run._boxed_call = boxed  # type: ignore[attr-defined]
+    if hasattr(compiled, "_boxed_call"):
+        run._boxed_call = compiled._boxed_call  # type: ignore[attr-defined]
     return run
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from llcompile.passes import dynamo
 from llcompile.passes.discover import module_of
 from llcompile.passes.records import Untouched
 from llcompile.passes.session import Session
@@ -26,8 +27,10 @@ def identify(session: Session) -> int:
     for node in (node for region in session.regions for node in region.graph.nodes):
         key_value = _attended(node)
         if key_value is not None:
-            kind = "multi-head latent attention (MLA)" if _shares_latent(*key_value) else "softmax attention"
-            names.setdefault(session.name(*module_of(node.meta)), kind)
+            key, name = module_of(node.meta)
+            latent = _shares_latent(*key_value) or _declares_latent(key)
+            kind = "multi-head latent attention (MLA)" if latent else "softmax attention"
+            names.setdefault(session.name(key, name), kind)
     session.untouched = [Untouched(module, kind) for module, kind in names.items()]
     return len(names)
 
@@ -44,6 +47,12 @@ def _attended(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     if scores is None or mixed is None or len(scores.all_input_nodes) < 2 or len(mixed.all_input_nodes) < 2:
         return None
     return scores.all_input_nodes[1], mixed.all_input_nodes[1]
+
+
+def _declares_latent(key: str) -> bool:
+    """Whether the module itself names the rank of its latent: after a graph break the projections are out of sight."""
+    owner = dynamo.find_module(key) if key else None
+    return isinstance(getattr(owner, "kv_lora_rank", None), int)
 
 
 def _shares_latent(key: fx.Node, value: fx.Node) -> bool:

@@ -51,9 +51,13 @@ class Mixer:
         if (self.decay, self.correction) not in FAMILIES:
             raise MixerError(f"no family has decay {self.decay!r} and correction {self.correction!r}; see families.py.")
         if (self.decay == "none") != (self.log_decay is None):
-            raise MixerError(f"decay {self.decay!r} does not fit log_decay {'absent' if self.log_decay is None else 'given'}.")
+            raise MixerError(f"decay {self.decay!r} does not fit a log_decay that is {_given(self.log_decay)}.")
         if (self.correction == "none") != (self.beta is None):
-            raise MixerError(f"correction {self.correction!r} does not fit beta {'absent' if self.beta is None else 'given'}.")
+            raise MixerError(f"correction {self.correction!r} does not fit a beta that is {_given(self.beta)}.")
+
+
+def _given(operand: Any) -> str:
+    return "absent" if operand is None else "given"
 
 
 @dataclass(frozen=True)

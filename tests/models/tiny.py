@@ -24,7 +24,12 @@ _DELTA = {
     "linear_value_head_dim": 16,
     "head_dim": 16,
 }
-_QWEN_MOE = {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
+_QWEN_MOE = {
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+}
 _MLA = {"kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8, "v_head_dim": 16, "qk_nope_head_dim": 16}
 _HYBRID = ["linear_attention", "full_attention", "linear_attention"]
 
@@ -164,7 +169,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 # How many mixers each of them has; every one of them must convert.
-MIXERS = {name: 2 for name in CONFIGS} | {"zamba2": 3}
+MIXERS = dict.fromkeys(CONFIGS, 2) | {"zamba2": 3}
 
 
 def build(name: str, seed: int = 0, **changes: Any) -> Any:

@@ -49,10 +49,10 @@ def test_it_is_frozen() -> None:
     ("family", "change", "message"),
     [
         (("rotary", "none"), {}, "no family has decay 'rotary'"),
-        (("scalar", "none"), {"log_decay": None}, "decay 'scalar' does not fit log_decay absent"),
-        (("none", "none"), {"log_decay": torch.zeros(B, T, H)}, "decay 'none' does not fit log_decay given"),
-        (("none", "delta"), {"beta": None}, "correction 'delta' does not fit beta absent"),
-        (("none", "none"), {"beta": torch.zeros(B, T, H)}, "correction 'none' does not fit beta given"),
+        (("scalar", "none"), {"log_decay": None}, "decay 'scalar' does not fit a log_decay that is absent"),
+        (("none", "none"), {"log_decay": torch.zeros(B, T, H)}, "decay 'none' does not fit a log_decay that is given"),
+        (("none", "delta"), {"beta": None}, "correction 'delta' does not fit a beta that is absent"),
+        (("none", "none"), {"beta": torch.zeros(B, T, H)}, "correction 'none' does not fit a beta that is given"),
     ],
 )
 def test_what_contradicts_itself_is_not_made(family: tuple[str, str], change: dict[str, Any], message: str) -> None:

@@ -18,38 +18,35 @@ from llcompile.demo.training import ARMS, Plan
 CONTROL = "staying linear"
 # Wong's palette, told apart by most kinds of colour blindness: control, level weights alone, all weights.
 COLOURS = dict(zip((arm.name for arm in ARMS), ("#666666", "#E69F00", "#0072B2"), strict=True))
-Row = tuple[str, Callable[[Outcome], Accuracy]]
+Stage = tuple[str, Callable[[Outcome], Accuracy]]
 
 
-def rows(plan: Plan) -> list[Row]:
-    """The lines of the tables: a label, and which accuracy stands there."""
-    said: list[Row] = [
+def stages(plan: Plan) -> list[Stage]:
+    """What is compared: a label, and which accuracy it stands for."""
+    said: list[Stage] = [
         (f"linear model, {plan.steps} steps", lambda outcome: outcome.before),
         ("converted, level weights 1", lambda outcome: outcome.converted),
     ]
     return said + [
-        (f"{_more(plan)}{arm.name}", lambda outcome, name=arm.name: outcome.after[name])  # type: ignore[misc]
+        (f"+{plan.more} steps: {arm.name}", lambda outcome, name=arm.name: outcome.after[name])  # type: ignore[misc]
         for arm in ARMS
     ]
 
 
 def accuracies(outcomes: Sequence[Outcome], plan: Plan) -> Table:
-    """Accuracy side by side; with several seeds each seed, the mean and the spread."""
-    table = Table(title=_title("accuracy on held-out sequences", outcomes), title_justify="left")
+    """Accuracy side by side: a row for each seed, the mean and the spread."""
+    title = f"accuracy on held-out sequences ({outcomes[0].before.queries:,} queries)"
+    table = Table(title=title, title_justify="left")
     table.add_column("", no_wrap=True)
-    for outcome in outcomes:
-        table.add_column(f"seed {outcome.seed}", justify="right")
+    columns = [[accuracy(outcome).overall for outcome in outcomes] for _, accuracy in stages(plan)]
+    for label, _ in stages(plan):
+        table.add_column(label, justify="right", min_width=8)
+    for number, outcome in enumerate(outcomes):
+        table.add_row(f"seed {outcome.seed}", *(f"{column[number]:.3f}" for column in columns))
     if len(outcomes) > 1:
-        table.add_column("mean ± deviation", justify="right", no_wrap=True)
-    table.add_column("against linear", justify="right", no_wrap=True)
-    for label, accuracy in rows(plan):
-        shares = [accuracy(outcome).overall for outcome in outcomes]
-        cells = [f"{share:.3f}" for share in shares]
-        if len(outcomes) > 1:
-            cells.append(f"{mean(shares):.3f} ± {stdev(shares):.3f}")
-        gain = mean(shares) - mean(outcome.after[CONTROL].overall for outcome in outcomes)
-        compared = label.startswith(_more(plan)) and not label.endswith(CONTROL)
-        table.add_row(label, *cells, f"{100 * gain:+.1f} points" if compared else "")
+        table.add_section()
+        table.add_row("mean", *(f"{mean(column):.3f}" for column in columns))
+        table.add_row("deviation", *(f"{stdev(column):.3f}" for column in columns))
     return table
 
 
@@ -59,7 +56,7 @@ def by_distance(outcomes: Sequence[Outcome], plan: Plan, task: Task) -> Table:
     table.add_column("", no_wrap=True)
     for label in octave_labels(task):
         table.add_column(label, justify="right")
-    for label, accuracy in rows(plan):
+    for label, accuracy in stages(plan):
         table.add_row(label, *(f"{share:.3f}" for share in _octaves(outcomes, accuracy)))
     return table
 
@@ -137,11 +134,3 @@ def _plot_octaves(axes: Any, outcomes: Sequence[Outcome], task: Task) -> None:
 
 def _octaves(outcomes: Sequence[Outcome], accuracy: Callable[[Outcome], Accuracy]) -> list[float]:
     return [mean(shares) for shares in zip(*(accuracy(outcome).by_octave for outcome in outcomes), strict=True)]
-
-
-def _more(plan: Plan) -> str:
-    return f"+{plan.more} steps: "
-
-
-def _title(text: str, outcomes: Sequence[Outcome]) -> str:
-    return f"{text} ({outcomes[0].before.queries:,} queries)"

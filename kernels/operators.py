@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import slabs
-from .engine import Operands
+from .layout import Operands
 from .state import state_dtype
 from .step import step
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import engine
-from .engine import Operands
+from .layout import Operands
 from .state import state_dtype
 
 # Elements of q or v in one slab: enough to share a slab among threads, few enough for its temporaries to be small.

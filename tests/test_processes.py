@@ -1,0 +1,161 @@
+"""What only shows in a process of its own: the first look-up of the backend, logs, other backends, compile caches."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import llcompile
+
+PACKAGE = Path(llcompile.__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def python(code: str, path: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs the code with `path` in front of everything else."""
+    return subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(path)!r})\n{code}"],
+        cwd=path,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+FIRST_LOOK_UP = """
+import torch
+assert not [name for name in sys.modules if name.startswith("llcompile.backend")]
+try:
+    torch.compile(torch.nn.Linear(1, 1), backend="loglinear", options={"level_weigths": "linear"})
+except Exception as error:
+    print(type(error).__module__, type(error).__name__, error)
+else:
+    print("no error")
+"""
+
+
+def test_wrong_options_in_a_fresh_process() -> None:
+    """Known at the call of torch.compile that imports us, without an import of llcompile before it."""
+    done = python(FIRST_LOOK_UP)
+    assert done.returncode == 0, done.stderr
+    assert "OptionError" in done.stdout
+    assert "did you mean 'level_weights'" in done.stdout
+
+
+LOGGED = """
+import torch, warnings
+warnings.simplefilter("ignore")
+from tests import small
+torch.compile(small.model(), backend="loglinear", options={"inner": "eager"})(small.ids())
+"""
+
+
+@pytest.mark.parametrize(("level", "autoload"), [("loglinear", "1"), ("+loglinear", "1"), ("loglinear", "0")])
+def test_logs(level: str, autoload: str) -> None:
+    # Without the autoload nobody can know the name in time, so it cannot be asked for; all else works.
+    asked = {"TORCH_LOGS": level} if autoload == "1" else {}
+    done = python(LOGGED, TORCH_DEVICE_BACKEND_AUTOLOAD=autoload, **asked)
+    assert done.returncode == 0, done.stderr
+    assert ("2 of 2 linear-time mixers are log-linear" in done.stderr) == (autoload == "1")
+    assert ("pass prove" in done.stderr) == level.startswith("+")
+
+
+SEEN_BY_OTHERS = """
+import hashlib, torch, warnings
+warnings.simplefilter("ignore")
+from tests import small
+if USE:
+    torch.compile(small.model(seed=4), backend="loglinear", options={"inner": "eager"})(small.ids())
+    torch._dynamo.reset()
+model, ids, graphs = small.model(), small.ids(), []
+def keep(graph, inputs):
+    graphs.append("".join(str((n.op, str(n.target).split(" at 0x")[0], len(n.args))) for n in graph.graph.nodes))
+    return graph.forward
+results = [torch.compile(model, backend=name, fullgraph=True)(ids) for name in (keep, *OTHERS)]
+small.loss(results[1], ids).backward()
+results += [p.grad for p in model.parameters()]
+assert USE == ("llcompile.backend" in sys.modules)
+print(hashlib.sha256("".join(graphs).encode()).hexdigest(), len(graphs))
+print(hashlib.sha256(b"".join(r.detach().numpy().tobytes() for r in results)).hexdigest())
+"""
+
+
+@pytest.mark.parametrize("others", [("aot_eager",), pytest.param(("inductor",), marks=pytest.mark.slow)])
+def test_other_backends_see_what_they_saw_without_us(others: tuple[str, ...]) -> None:
+    """The same graph and the same bits, whether or not our backend has been at work in the process."""
+    cache = {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}  # what the first has compiled must not serve the second
+    code = f"OTHERS = {others}\n{SEEN_BY_OTHERS}"
+    without = python("USE = False\n" + code, TORCH_DEVICE_BACKEND_AUTOLOAD="0", **cache)
+    beside = python("USE = True\n" + code, **cache)
+    assert without.returncode == 0, without.stderr
+    assert beside.returncode == 0, beside.stderr
+    assert without.stdout == beside.stdout
+    assert without.stdout.split()[1] == "1"
+
+
+CACHED = """
+import torch, warnings
+warnings.simplefilter("ignore")
+torch.manual_seed(0)
+import llcompile
+from pathlib import Path
+assert Path(llcompile.__file__).is_relative_to(Path.cwd()), llcompile.__file__
+from tests import small
+from torch._dynamo.utils import counters
+model, ids = small.Model([small.DeltaMixer()]), small.ids()
+llcompile.convert(model, ids)
+run = torch.compile(model, backend="loglinear")
+small.loss(run(ids), ids).backward()
+gradient = model.layers[0].loglinear.weight.grad
+print("gradient", float(gradient.abs().sum()), float(model.layers[0].qkv.weight.grad.abs().sum()))
+print("hits", counters["aot_autograd"]["autograd_cache_hit"], counters["inductor"]["fxgraph_cache_hit"])
+"""
+
+
+def _copy_of_the_package(folder: Path) -> Path:
+    shutil.copytree(PACKAGE, folder / "llcompile", ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "tests").mkdir()
+    (folder / "tests" / "__init__.py").touch()
+    shutil.copy(ROOT / "tests" / "small.py", folder / "tests" / "small.py")
+    return folder
+
+
+def _numbers(done: subprocess.CompletedProcess[str], line: str) -> list[float]:
+    assert done.returncode == 0, done.stderr
+    return [float(n) for row in done.stdout.splitlines() if row.startswith(line) for n in row.split()[1:]]
+
+
+def test_an_edited_formula_is_not_served_from_a_cache(tmp_path: Path) -> None:
+    """The backward pass of the operator is no part of the graph that a compile cache hashes; our key covers it."""
+    folder = _copy_of_the_package(tmp_path)
+    cache = {
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
+        "TORCHINDUCTOR_FX_GRAPH_CACHE": "1",
+        "TORCHINDUCTOR_AUTOGRAD_CACHE": "1",
+        "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0",  # they would be compiled anew for the fresh folder
+    }
+    first = python(CACHED, folder, **cache)
+    again = python(CACHED, folder, **cache)
+    operators = folder / "llcompile" / "kernels" / "operators.py"
+    source = operators.read_text()
+    edited = source.replace(
+        "    grads = torch.ops.llcompile.loglinear_attention_backward(\n        grad_o,",
+        "    grads = torch.ops.llcompile.loglinear_attention_backward(\n        2.0 * grad_o,",
+    )
+    assert edited != source
+    operators.write_text(edited)
+    third = python(CACHED, folder, **cache)
+    assert _numbers(first, "hits") == [0, 0]
+    assert max(_numbers(again, "hits")) > 0, "equal sources are served from the cache"
+    assert _numbers(again, "gradient") == _numbers(first, "gradient")
+    assert _numbers(third, "hits") == [0, 0]
+    before, after = _numbers(first, "gradient"), _numbers(third, "gradient")
+    assert after[0] == pytest.approx(2.0 * before[0], rel=0.2)
+    assert after[1] != pytest.approx(before[1], rel=1e-3)

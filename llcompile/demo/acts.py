@@ -83,7 +83,7 @@ def recall(console: Console, args: argparse.Namespace) -> list[Outcome]:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Tensors this small gain nothing from a second thread, and lose much when another program wants its core."""
+    """These tensors are small, and threads that wait for each other lose much when another program wants a core."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -22,6 +22,10 @@ DRAWS: dict[Draw, Callable[[torch.Tensor], torch.Tensor]] = {
     "log_decay": lambda z: -0.2 * F.softplus(z),
     "unit": torch.sigmoid,
     "negative": lambda z: -0.2 - F.softplus(z),
+    # Step sizes from 0.001 to 10: whatever limits the call clamps them to, some lie inside. The bias lies below them.
+    "step": lambda z: torch.exp(1.5 * z - 2.0),
+    "step_before_softplus": lambda z: torch.log(torch.expm1(torch.exp(1.5 * z - 2.0))),
+    "step_bias": lambda z: 0.05 * torch.sigmoid(z),
 }
 
 
@@ -46,7 +50,8 @@ def draw_call(row: KnownFunction, call: Arguments, seed: int, length: int) -> di
             # A state of ours is drawn as the linear one that it stands for.
             axes = row.axes(tensor, 4 if is_level_state(given) else given.dim(), call.values)
             assert axes is not None
-            values[tensor.name] = _draw(tensor.draw, axes, sizes, generator)
+            kind = "step_before_softplus" if tensor.draw == "step" and call["dt_softplus"] else tensor.draw
+            values[tensor.name] = _draw(kind, axes, sizes, generator)
     return values
 
 

@@ -100,25 +100,25 @@ def _token_by_token(reference: Callable[..., Any], a: Mapping[str, Any]) -> Any:
 _SCAN_TENSORS = (
     Tensor("x", "B T H V"),
     # Positive also without softplus: a negative step would let the state grow.
-    Tensor("dt", "B T H", "positive"),
+    Tensor("dt", "B T H", "step"),
     Tensor("A", "H", "negative"),
     Tensor("B", "B T G K"),
     Tensor("C", "B T G K"),
     Tensor("D", "H|H V"),
     Tensor("z", "B T H V"),
-    Tensor("dt_bias", "H", "unit"),
+    Tensor("dt_bias", "H", "step_bias"),
     Tensor("initial_states", "B H V K", "state"),
 )
 _STEP_TENSORS = (
     Tensor("state", "B H V K", "state"),
     Tensor("x", "B H V"),
-    Tensor("dt", "B H *V", "positive"),
+    Tensor("dt", "B H *V", "step"),
     Tensor("A", "H *V *K", "negative"),
     Tensor("B", "B G K"),
     Tensor("C", "B G K"),
     Tensor("D", "H V"),
     Tensor("z", "B H V"),
-    Tensor("dt_bias", "H *V", "unit"),
+    Tensor("dt_bias", "H *V", "step_bias"),
 )
 _STEP_REFERENCE = "mamba_ssm.ops.triton.selective_state_update:selective_state_update_ref"
 

@@ -13,7 +13,9 @@ from llcompile.patterns.families import Correction, Decay
 from llcompile.patterns.mixer import Mixer
 
 # How the proof draws an argument: generic values of the magnitude that the argument has in real models.
-Draw = Literal["normal", "positive", "key", "log_decay", "unit", "negative", "state"]
+Draw = Literal[
+    "normal", "positive", "key", "log_decay", "unit", "negative", "state", "step", "step_before_softplus", "step_bias"
+]
 
 
 @dataclass(frozen=True)

@@ -71,23 +71,23 @@ def _delta_result(a: Arguments, output: Any, state: Any) -> Any:
 # Step sizes are positive also where no softplus makes them so: a negative one would be a decay above 1.
 _MAMBA2_TENSORS = (
     Tensor("hidden_states", "B T H V"),
-    Tensor("dt", "B T H", "positive"),
+    Tensor("dt", "B T H", "step"),
     Tensor("A", "H", "negative"),
     Tensor("B", "B T G K"),
     Tensor("C", "B T G K"),
     Tensor("D", "H"),
-    Tensor("dt_bias", "H", "positive"),
+    Tensor("dt_bias", "H", "step_bias"),
     Tensor("initial_states", "B H V K", "state"),
 )
 _MAMBA2_STEP_TENSORS = (
     Tensor("state", "B H V K", "state"),
     Tensor("hidden_states", "B H V"),
-    Tensor("dt", "B H *V", "positive"),
+    Tensor("dt", "B H *V", "step"),
     Tensor("A", "H *V *K", "negative"),
     Tensor("B", "B G K"),
     Tensor("C", "B G K"),
     Tensor("D", "H *V"),
-    Tensor("dt_bias", "H *V", "positive"),
+    Tensor("dt_bias", "H *V", "step_bias"),
 )
 _DELTA_TENSORS = (
     Tensor("query", "B T G K"),

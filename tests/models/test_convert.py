@@ -60,7 +60,7 @@ def lively(model: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() >= 2 and "embed" not in name and "conv" not in name:
+            if parameter.dim() >= 2 and not any(part in name for part in ("embed", "conv", "loglinear")):
                 parameter.normal_(0.0, parameter.shape[-1] ** -0.5, generator=generator)
             elif name.endswith("dt_bias"):
                 parameter.uniform_(-1.5, 0.0, generator=generator)
@@ -365,7 +365,7 @@ ALL_DRAWS = [
 def test_other_sizes(name: str, seed: int) -> None:
     draw = random.Random(f"{name} {seed}")
     config = DRAWS[name](draw)
-    model = build(name, seed=seed, **config)
+    model = tiny.build(name, seed=seed, **config)
     shapes = [(1, 1), (draw.choice((1, 2)), draw.choice((2, 3, 7))), (1, draw.choice((64, 65, 130)))]
     before = [eager(model, tiny.tokens(*shape, seed=seed)) for shape in shapes]
     report = llcompile.convert(model, tiny.tokens(*draw.choice(shapes)))
@@ -375,3 +375,10 @@ def test_other_sizes(name: str, seed: int) -> None:
         for shape, expected in zip(shapes, before, strict=True):
             after = tiny.logits(run(tiny.tokens(*shape, seed=seed)))
             assert difference(after, expected) < 1e-5, (config, shape)
+        # With larger weights the library's own rounding shows (gated delta, 130 tokens, heads of 4: it is 2.0e-5 from
+        # the result in float64, and ours is 2.0e-6).
+        lively(model)
+        for shape in shapes:
+            ids = tiny.tokens(*shape, seed=seed)
+            after = tiny.logits(run(ids))
+            assert difference(after, tiny.logits(model(ids))) < 5e-5, (config, shape)

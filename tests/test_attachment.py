@@ -200,8 +200,11 @@ def _set_data(model: Any, state: dict[str, Tensor]) -> None:
         parameter.data = state[name].clone()
 
 
-@pytest.mark.parametrize("change", [_load, _load_assign, _set_parameter, _set_module, _set_data])
-@pytest.mark.parametrize("regional", [False, True])
+CHANGES = (_load, _load_assign, _set_parameter, _set_module, _set_data)
+REGIONAL = [pytest.param(change, True, marks=[] if change is _load_assign else pytest.mark.slow) for change in CHANGES]
+
+
+@pytest.mark.parametrize(("change", "regional"), [*((change, False) for change in CHANGES), *REGIONAL])
 def test_new_values_take_effect(change: Callable[[Any, dict[str, Tensor]], None], regional: bool) -> None:
     model, ids = small.model(), small.ids()
     llcompile.convert(model, ids)

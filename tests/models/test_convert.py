@@ -43,9 +43,9 @@ UNTOUCHED: dict[str, dict[str, str]] = {
 }
 # These break in their sparse attention's indexer also without us.
 BREAKING = {"qwen4_exp_text", "glm5_next_text"}
-# The quick suite compiles one of each family with Inductor, and trains one of each and the two that stock torch cannot.
+# The quick suite compiles one of each family with Inductor, and trains Mamba-2 and the two that stock torch cannot.
 INDUCTOR = ("mamba2", "qwen3_5_text", "kimi_linear")
-TRAINED = ("mamba2", "nemotron_h", "qwen3_5_text", "olmo_hybrid", "kimi_linear")
+TRAINED = ("mamba2", "qwen3_5_text", "olmo_hybrid")
 SLOW = pytest.mark.slow
 
 
@@ -151,7 +151,7 @@ def test_trains(name: str) -> None:
     assert len(set(losses)) == 3
 
 
-@pytest.mark.parametrize("name", some(("mamba2", "qwen3_5_text")))
+@pytest.mark.parametrize("name", some(("mamba2",)))
 def test_gradients_of_the_model(name: str) -> None:
     """At conversion the model's own parameters get the gradients that they got before."""
     model, ids = build(name), tiny.tokens(2, 37)
@@ -182,8 +182,16 @@ def steps(model: Any, name: str, ids: Tensor, prefill: int) -> Iterator[Tensor]:
         yield tiny.logits(out)
 
 
-@pytest.mark.parametrize("name", some(("mamba2", "qwen3_5_text", "kimi_linear")))
-@pytest.mark.parametrize("level_weights", ["linear", "none"])
+DECODES = [
+    (name, kind)
+    if (name in INDUCTOR and kind == "linear") or name == "mamba2"
+    else pytest.param(name, kind, marks=SLOW)
+    for name in tiny.CONFIGS
+    for kind in ("linear", "none")
+]
+
+
+@pytest.mark.parametrize(("name", "level_weights"), DECODES)
 def test_prefill_and_decode(name: str, level_weights: str) -> None:
     """With random level weights, decoding keeps the levels of the past; without any it computes the linear model."""
     model, ids = build(name), tiny.tokens(2, 24)
@@ -353,7 +361,7 @@ DRAWS = {
     "kimi_linear": _draw_kimi,
     "glm5_next_text": _draw_kimi,
 }
-QUICK_DRAWS = (("mamba2", 0), ("mamba2", 1), ("qwen3_5_text", 0), ("kimi_linear", 0))
+QUICK_DRAWS = (("mamba2", 0), ("mamba2", 1), ("qwen3_5_text", 0))
 ALL_DRAWS = [
     (name, seed) if (name, seed) in QUICK_DRAWS else pytest.param(name, seed, marks=SLOW)
     for name in DRAWS

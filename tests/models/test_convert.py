@@ -186,8 +186,6 @@ DECODES = [
     (name, kind)
     if name == "mamba2" or (name in INDUCTOR and kind == "linear")
     else pytest.param(name, kind, marks=SLOW)
-    if (name in INDUCTOR and kind == "linear") or name == "mamba2"
-    else pytest.param(name, kind, marks=SLOW)
     for name in tiny.CONFIGS
     for kind in ("linear", "none")
 ]

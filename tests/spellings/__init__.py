@@ -1,0 +1,11 @@
+"""The corpus: mixers as people write them, and near misses that must be left alone.
+
+A file for each kind of spelling; a layer says in its decorator what it is and which changes make it something else.
+What mathematics would call a mixer of the family, but with operands that stand nowhere in the code (a gate that
+becomes another one divided by it, say), is in neither table.
+"""
+
+from tests.spellings import loops, others, quadratic  # noqa: F401  (each fills the two tables)
+from tests.spellings.registry import NEGATIVE, POSITIVE, Mixer, NearMiss, Spelling
+
+__all__ = ["NEGATIVE", "POSITIVE", "Mixer", "NearMiss", "Spelling"]

@@ -1,0 +1,71 @@
+"""python -m tests.spellings [-k NAME] [--positive | --negative]: what `llcompile.inspect` says of each entry."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+
+import llcompile
+from tests.spellings import NEGATIVE, POSITIVE, NearMiss, Spelling
+
+
+@dataclass(frozen=True)
+class Line:
+    """The verdict on one entry: "ok", "missed", "WRONG" or "failed", and what was found or said."""
+
+    verdict: str
+    found: str
+
+
+def judge(entry: Spelling | NearMiss) -> Line:
+    """Looks at one entry through the public face."""
+    torch._dynamo.reset()
+    try:
+        report = llcompile.inspect(entry.make(), *entry.example())
+    except Exception as error:
+        return Line("failed", f"{type(error).__name__}: {error}".splitlines()[0][:200])
+    found = [f"{c.decay}/{c.correction} ({c.origin}, {c.certificate.max_error:.0e})" for c in report.converted]
+    said = [f"declined: {d.reason}" for d in report.declined] + [f"untouched: {u.kind}" for u in report.untouched]
+    everything = "; ".join(found + said)
+    if isinstance(entry, NearMiss):
+        return Line("WRONG" if found else "ok", everything)
+    cells = [(c.decay, c.correction, c.origin) for c in report.converted]
+    if cells == [(entry.decay, entry.correction, "graph")]:
+        return Line("ok", everything)
+    return Line("WRONG" if cells else "missed", everything or "nothing said")
+
+
+def main() -> None:
+    """Prints one line an entry, then totals."""
+    parser = argparse.ArgumentParser(prog="python -m tests.spellings", description=__doc__)
+    parser.add_argument("-k", default="", help="only entries whose name has this in it")
+    parser.add_argument("--positive", action="store_true", help="only spellings")
+    parser.add_argument("--negative", action="store_true", help="only near misses")
+    parser.add_argument("--list", action="store_true", help="names and what they are, without a look")
+    args = parser.parse_args()
+    totals: Counter[tuple[str, str]] = Counter()
+    for kind, table, wanted in (
+        ("positive", POSITIVE, not args.negative),
+        ("negative", NEGATIVE, not args.positive),
+    ):
+        for name, entry in table.items():
+            if not wanted or args.k.lower() not in name.lower():
+                continue
+            label = f"{entry.decay}/{entry.correction}" if isinstance(entry, Spelling) else entry.property
+            if args.list:
+                print(f"{kind}  {name}  [{label}]")
+                continue
+            start = time.perf_counter()
+            line = judge(entry)
+            totals[kind, line.verdict] += 1
+            seconds = time.perf_counter() - start
+            print(f"{line.verdict:7}{seconds:6.1f}s  {name}  [{label}]  {line.found}", flush=True)
+    for (kind, verdict), count in sorted(totals.items()):
+        print(f"{kind}: {count} {verdict}")
+
+
+main()

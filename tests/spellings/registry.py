@@ -1,0 +1,159 @@
+"""The corpus' two tables, POSITIVE and NEGATIVE, and how an entry gets into them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from llcompile.patterns.families import Correction, Decay
+
+Operands = dict[str, Any]
+WIDTH = 20
+
+
+class Mixer(nn.Module):
+    """A layer with one mixer in it, and what a test has to know about it.
+
+    `forward` is written in any style. `miss` names the one change that turns a layer into something else; the layer's
+    code looks at it in one place.
+    """
+
+    layout = "btd"  # of the input: any order of b, t and d, b may be absent
+    mixed_at = "out"  # the submodule whose input is the mixer's output
+
+    def __init__(self, miss: str = "") -> None:
+        super().__init__()
+        self.miss = miss
+
+    def operands(self, *inputs: Tensor) -> Operands:
+        """What the mixer is made of: q, k [B, T, G, K], v [B, T, H, V] and, where it has them, log_decay, beta, scale
+        and normaliser (a function of the denominator [B, T, H, 1], which is the mixer of ones)."""
+        raise NotImplementedError
+
+    def heads_last(self, mixed: Tensor) -> Tensor:
+        """The mixer's output as it lies in the code -> [B, T, H, V] (H and V may be merged)."""
+        return mixed
+
+    def mixed(self, *inputs: Tensor) -> Tensor:
+        """The mixer's own output, [B, T, H * V]."""
+        return self.heads_last(fed(self, self.mixed_at, *inputs)).flatten(2)
+
+    def example(self, length: int, batch: int = 2, seed: int = 0) -> tuple[Tensor, ...]:
+        """Inputs of `forward`."""
+        generator = torch.Generator().manual_seed(seed)
+        sizes = {"b": batch, "t": length, "d": WIDTH}
+        return (torch.randn([sizes[axis] for axis in self.layout], generator=generator),)
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """A layer that is a mixer of the family (decay, correction).
+
+    `length` is the usual one, and the only one if `fixed`. `tolerance` is how near float64 it comes to the family.
+    `unusual` says why a recogniser may be forgiven for not seeing it.
+    """
+
+    name: str
+    make: Callable[[], Mixer]
+    decay: Decay
+    correction: Correction
+    length: int = 24
+    fixed: bool = False
+    tolerance: float = 1e-9
+    unusual: str = ""
+
+    def example(self, length: int | None = None, batch: int = 2, seed: int = 0) -> tuple[Tensor, ...]:
+        """Inputs of the layer."""
+        return self.make().example(length or self.length, batch, seed)
+
+
+@dataclass(frozen=True)
+class NearMiss:
+    """A layer that is no such mixer because `property` fails; `twin_of` names the spelling it was made from."""
+
+    name: str
+    make: Callable[[], nn.Module]
+    inputs: Callable[[int, int, int], tuple[Tensor, ...]]
+    property: str
+    twin_of: str = ""
+    length: int = 24
+
+    def example(self, length: int | None = None, batch: int = 2, seed: int = 0) -> tuple[Tensor, ...]:
+        """Inputs of the layer."""
+        return self.inputs(length or self.length, batch, seed)
+
+
+POSITIVE: dict[str, Spelling] = {}
+NEGATIVE: dict[str, NearMiss] = {}
+M = TypeVar("M", bound=type[Mixer])
+N = TypeVar("N", bound=type[nn.Module])
+
+
+def positive(
+    name: str,
+    decay: Decay = "none",
+    correction: Correction = "none",
+    twins: dict[str, str] | None = None,
+    length: int = 24,
+    fixed: bool = False,
+    tolerance: float = 1e-9,
+    unusual: str = "",
+    **sizes: Any,
+) -> Callable[[M], M]:
+    """Registers a layer and its twins (`miss` -> the property that fails); `sizes` go to its constructor."""
+
+    def register(cls: M) -> M:
+        assert name not in POSITIVE, name
+        make = seeded(cls, **sizes)
+        POSITIVE[name] = Spelling(name, make, decay, correction, length, fixed, tolerance, unusual)
+        for miss, failing in (twins or {}).items():
+            twin = f"{name}, {miss}"
+            NEGATIVE[twin] = NearMiss(twin, seeded(cls, miss=miss, **sizes), make().example, failing, name, length)
+        return cls
+
+    return register
+
+
+def negative(name: str, failing: str, length: int = 24, layout: str = "btd", **sizes: Any) -> Callable[[N], N]:
+    """Registers another mechanism, with the property that it has not."""
+
+    def register(cls: N) -> N:
+        assert name not in NEGATIVE, name
+
+        def inputs(length: int, batch: int, seed: int) -> tuple[Tensor, ...]:
+            generator = torch.Generator().manual_seed(seed)
+            shape = {"b": batch, "t": length, "d": WIDTH}
+            return (torch.randn([shape[axis] for axis in layout], generator=generator),)
+
+        own = getattr(cls, "example", None)
+        NEGATIVE[name] = NearMiss(name, seeded(cls, **sizes), own if callable(own) else inputs, failing, length=length)
+        return cls
+
+    return register
+
+
+def seeded(cls: Callable[..., Any], **arguments: Any) -> Callable[[], Any]:
+    """A constructor that makes the same layer each time, without touching the random stream of the caller."""
+
+    def make() -> Any:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return cls(**arguments)
+
+    return make
+
+
+def fed(module: nn.Module, name: str, *inputs: Tensor) -> Tensor:
+    """What the submodule `name` is called with when the module runs."""
+    seen: list[Tensor] = []
+    handle = module.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    try:
+        module(*inputs)
+    finally:
+        handle.remove()
+    assert len(seen) == 1, f"{name} is called {len(seen)} times"
+    return seen[0]

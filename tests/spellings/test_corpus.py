@@ -1,0 +1,56 @@
+"""Every spelling is the mixer that it says it is, and every twin of it is not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.small import difference
+from tests.spellings import NEGATIVE, POSITIVE
+from tests.spellings.family import expected
+
+TWINS = [name for name, entry in NEGATIVE.items() if entry.twin_of]
+
+
+@pytest.mark.parametrize("name", POSITIVE)
+def test_spelling_is_of_its_family(name: str) -> None:
+    spelling = POSITIVE[name]
+    layer = spelling.make().double()
+    inputs = tuple(x.double() for x in spelling.example())
+    with torch.no_grad():
+        operands = layer.operands(*inputs)
+        mixed = layer.mixed(*inputs)
+        assert mixed.shape[1] == spelling.length
+        assert difference(mixed, expected(operands)) < spelling.tolerance
+    decay = operands.get("log_decay")
+    kinds = {None: "none", 1: "scalar", 3: "scalar", 4: "channel"}
+    assert kinds[None if decay is None else decay.dim()] == spelling.decay
+    assert ("beta" in operands) == (spelling.correction == "delta")
+    if decay is not None:
+        assert -4 < decay.mean() < -0.005, "neither saturated nor absent"
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_twin_differs(name: str) -> None:
+    twin = NEGATIVE[name]
+    model, original = twin.make(), POSITIVE[twin.twin_of].make()
+    original.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        outputs = [m(*twin.example()) for m in (model, original)]
+    assert outputs[0].isfinite().all()
+    assert difference(*outputs) > 1e-3
+
+
+@pytest.mark.parametrize("name", [name for name in NEGATIVE if name not in TWINS])
+def test_other_mechanism_runs(name: str) -> None:
+    other = NEGATIVE[name]
+    assert other.property
+    with torch.no_grad():
+        assert other.make()(*other.example()).isfinite().all()
+
+
+def test_corpus_is_large_enough() -> None:
+    cells = {(s.decay, s.correction) for s in POSITIVE.values()}
+    assert len(cells) == 6
+    assert len(POSITIVE) >= 60
+    assert len(NEGATIVE) >= 60

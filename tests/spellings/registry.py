@@ -54,7 +54,7 @@ class Spelling:
     """A layer that is a mixer of the family (decay, correction).
 
     `length` is the usual one, and the only one if `fixed`. `tolerance` is how near float64 it comes to the family.
-    `unusual` says why a recogniser may be forgiven for not seeing it.
+    `also` are other families that it is as well, with other operands that stand in the code.
     """
 
     name: str
@@ -64,7 +64,12 @@ class Spelling:
     length: int = 24
     fixed: bool = False
     tolerance: float = 1e-9
-    unusual: str = ""
+    also: tuple[tuple[Decay, Correction], ...] = ()
+
+    @property
+    def cells(self) -> tuple[tuple[Decay, Correction], ...]:
+        """The families that it may be found to be."""
+        return ((self.decay, self.correction), *self.also)
 
     def example(self, length: int | None = None, batch: int = 2, seed: int = 0) -> tuple[Tensor, ...]:
         """Inputs of the layer."""
@@ -101,7 +106,7 @@ def positive(
     length: int = 24,
     fixed: bool = False,
     tolerance: float = 1e-9,
-    unusual: str = "",
+    also: tuple[tuple[Decay, Correction], ...] = (),
     **sizes: Any,
 ) -> Callable[[M], M]:
     """Registers a layer and its twins (`miss` -> the property that fails); `sizes` go to its constructor."""
@@ -109,7 +114,7 @@ def positive(
     def register(cls: M) -> M:
         assert name not in POSITIVE, name
         make = seeded(cls, **sizes)
-        POSITIVE[name] = Spelling(name, make, decay, correction, length, fixed, tolerance, unusual)
+        POSITIVE[name] = Spelling(name, make, decay, correction, length, fixed, tolerance, also)
         for miss, failing in (twins or {}).items():
             twin = f"{name}, {miss}"
             NEGATIVE[twin] = NearMiss(twin, seeded(cls, miss=miss, **sizes), make().example, failing, name, length)

@@ -12,7 +12,7 @@ from tests.spellings.registry import WIDTH, Mixer, Operands, positive
 @positive(
     "delta by a triangular solve",
     correction="delta",
-    twins={"no identity": "corrected twice: the solve is of the squared system", "upper": "not causal: solves upwards"},
+    twins={"squared": "corrected twice: the solve is of the squared system", "upper": "not causal: solves upwards"},
 )
 @positive("delta by a triangular solve, sizes equal", correction="delta", length=12, heads=1, size=12)
 class TriangularSolve(Mixer):
@@ -38,7 +38,7 @@ class TriangularSolve(Mixer):
         A = torch.tril(kb @ k.mT, diagonal=-1)
         if self.miss == "upper":
             A = A.mT
-        if self.miss == "no identity":
+        if self.miss == "squared":
             A = A @ A + 2 * A
         system = A + torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
         u = torch.linalg.solve_triangular(system, vb, upper=self.miss == "upper")
@@ -56,12 +56,7 @@ class Inverse(Mixer):
 
     def __init__(self, miss: str = "") -> None:
         super().__init__(miss)
-        self.q, self.k, self.v, self.b = (
-            nn.Linear(WIDTH, 7),
-            nn.Linear(WIDTH, 7),
-            nn.Linear(WIDTH, 9),
-            nn.Linear(WIDTH, 1),
-        )
+        self.q, self.k, self.v, self.b = (nn.Linear(WIDTH, n) for n in (7, 7, 9, 1))
         self.out = nn.Linear(9, WIDTH)
 
     def operands(self, x: Tensor) -> Operands:
@@ -75,11 +70,8 @@ class Inverse(Mixer):
         rows = q if self.miss == "keys of queries" else k
         strict = torch.ones(t, t).to(x).tril(-1)
         T = torch.linalg.inv(torch.eye(t).to(x) + beta * (rows @ k.transpose(1, 2)) * strict)
-        w = (q @ k.transpose(1, 2)).masked_fill(torch.ones(t, t, dtype=torch.bool).triu(1), 0) @ T
-        return x + 0.4 * self.out(w @ (beta * v)) if self.miss == "" else x + 0.4 * self.out(w @ (beta * v))
-
-    def mixed(self, x: Tensor) -> Tensor:
-        return 0.4 * super().mixed(x)
+        w = 0.4 * (q @ k.transpose(1, 2)).masked_fill(torch.ones(t, t, dtype=torch.bool).triu(1), 0) @ T
+        return x + self.out(w @ (beta * v))
 
 
 @positive(

@@ -54,7 +54,8 @@ class Spelling:
     """A layer that is a mixer of the family (decay, correction).
 
     `length` is the usual one, and the only one if `fixed`. `tolerance` is how near float64 it comes to the family.
-    `also` are other families that it is as well, with other operands that stand in the code.
+    `differentiable`: the layer itself has a backward. `also` are other families that it is as well, with other
+    operands that stand in the code.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Spelling:
     length: int = 24
     fixed: bool = False
     tolerance: float = 1e-9
+    differentiable: bool = True
     also: tuple[tuple[Decay, Correction], ...] = ()
 
     @property
@@ -106,6 +108,7 @@ def positive(
     length: int = 24,
     fixed: bool = False,
     tolerance: float = 1e-9,
+    differentiable: bool = True,
     also: tuple[tuple[Decay, Correction], ...] = (),
     **sizes: Any,
 ) -> Callable[[M], M]:
@@ -114,7 +117,7 @@ def positive(
     def register(cls: M) -> M:
         assert name not in POSITIVE, name
         make = seeded(cls, **sizes)
-        POSITIVE[name] = Spelling(name, make, decay, correction, length, fixed, tolerance, also)
+        POSITIVE[name] = Spelling(name, make, decay, correction, length, fixed, tolerance, differentiable, also)
         for miss, failing in (twins or {}).items():
             twin = f"{name}, {miss}"
             NEGATIVE[twin] = NearMiss(twin, seeded(cls, miss=miss, **sizes), make().example, failing, name, length)

@@ -85,7 +85,7 @@ class SegsumSsd(Mixer):
 
     def __init__(self, miss: str = "") -> None:
         super().__init__(miss)
-        self.inner, self.n, self.groups, self.heads = 24, 6, 2, 4
+        self.inner, self.n, self.groups, self.heads = 28, 6, 2, 4
         self.channels = self.inner + 2 * self.groups * self.n
         self.in_proj = nn.Linear(WIDTH, self.inner + self.channels + self.heads, bias=False)
         self.conv1d = nn.Conv1d(self.channels, self.channels, 4, groups=self.channels, padding=3)

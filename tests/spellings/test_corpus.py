@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
 
 from tests.small import difference
 from tests.spellings import NEGATIVE, POSITIVE
+from tests.spellings.composed import Composed, Recipe, recipes
 from tests.spellings.family import expected
+from tests.spellings.registry import seeded
 
 TWINS = [name for name, entry in NEGATIVE.items() if entry.twin_of]
 
@@ -54,3 +57,12 @@ def test_corpus_is_large_enough() -> None:
     assert len(cells) == 6
     assert len(POSITIVE) >= 60
     assert len(NEGATIVE) >= 60
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(recipes())
+def test_composed_layers_are_of_their_family(recipe: Recipe) -> None:
+    layer = seeded(Composed, recipe=recipe)().double()
+    inputs = tuple(x.double() for x in layer.example(recipe.length))
+    with torch.no_grad():
+        assert difference(layer.mixed(*inputs), expected(layer.operands(*inputs))) < 1e-9

@@ -1,0 +1,235 @@
+"""Mixers as people write them are found, proved and rewritten; near misses are left alone (see tests/spellings)."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from torch import Tensor, fx, nn
+
+import llcompile
+from llcompile import inner
+from llcompile.report import Converted
+from tests import small
+from tests.small import difference
+from tests.spellings import NEGATIVE, POSITIVE
+from tests.spellings.composed import Composed, Recipe, recipes
+from tests.spellings.family import expected
+from tests.spellings.registry import WIDTH, Mixer, seeded
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+TWINS = [name for name, entry in NEGATIVE.items() if entry.twin_of]
+
+
+@functools.cache
+def look(name: str) -> llcompile.Report:
+    """What is said about an entry of the corpus."""
+    entry = POSITIVE.get(name) or NEGATIVE[name]
+    return llcompile.inspect(entry.make(), *entry.example())
+
+
+def compiled(model: nn.Module, **given: Any) -> Any:
+    return torch.compile(model, backend="loglinear", options={"inner": "eager"}, **given)
+
+
+def one(report: llcompile.Report) -> Converted:
+    assert len(report.converted) == 1, report
+    assert report.declined == ()
+    assert report.converted[0].origin == "graph"
+    return report.converted[0]
+
+
+@pytest.mark.parametrize("name", POSITIVE)
+def test_recognised(name: str) -> None:
+    spelling = POSITIVE[name]
+    found = one(look(name))
+    assert (found.decay, found.correction) in spelling.cells
+    assert found.certificate.max_error <= {"float64": 1e-8, "float32": 1e-4}[found.certificate.dtype]
+    assert found.certificate.draws >= 3
+    assert "spellings" in found.where
+    with torch.no_grad():
+        operands = spelling.make().operands(*spelling.example())
+    if found.key_dim == operands["k"].shape[-1]:  # a factored form may have its sizes in another order
+        assert (found.heads, found.value_dim) == tuple(operands["v"].shape[2:])
+
+
+# -- what the rewritten layer computes
+
+
+class Recorded:
+    """The graphs that reach the inner compiler."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.graphs: list[fx.GraphModule] = []
+        compile_graph = inner.compile_graph
+
+        def record(module: fx.GraphModule, *args: Any) -> Any:
+            self.graphs.append(module)
+            return compile_graph(module, *args)
+
+        monkeypatch.setattr(inner, "compile_graph", record)
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
+    return Recorded(monkeypatch)
+
+
+def gradients(run: Any, model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    y = run(*inputs)
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(5))
+    (y * weights).sum().backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None and "loglinear" not in n}
+    return y.detach(), grads
+
+
+def check_gone(graph: fx.GraphModule, length: int, own_sizes: set[int]) -> None:
+    """No value that is T by T, no unrolled loop."""
+    assert len(graph.graph.nodes) < 100
+    if length in own_sizes:
+        return
+    for node in graph.graph.nodes:
+        value = node.meta.get("example_value")
+        if isinstance(value, torch.Tensor):
+            assert [int(size) for size in value.shape].count(length) < 2, node.format_node()
+
+
+def own_sizes(operands: dict[str, Any]) -> set[int]:
+    """Sizes that are not lengths."""
+    k, v = operands["k"].shape[2:], operands["v"].shape[2:]
+    return {WIDTH, *k, *v, k.numel(), v.numel(), v[0] * k[1]}
+
+
+@pytest.mark.parametrize("name", POSITIVE)
+def test_rewritten(name: str, recorded: Recorded) -> None:
+    """Outputs and gradients are what they were, the region is gone, and level weights have a part in the result."""
+    spelling = POSITIVE[name]
+    model, inputs = spelling.make(), spelling.example(seed=1)
+    before = gradients(model, model, inputs) if spelling.differentiable else (model(*inputs).detach(), {})
+    one(llcompile.convert(model, *spelling.example(seed=2)))
+    run = compiled(model, fullgraph=True)
+    after = gradients(run, model, inputs)
+    assert difference(after[0], before[0]) < 1e-4
+    scale = max((float(g.abs().max()) for g in before[1].values()), default=0.0)
+    for parameter, gradient in before[1].items():
+        worst = float((after[1][parameter] - gradient).abs().max())
+        assert worst <= 1e-4 * float(gradient.abs().max()) + 1e-5 * scale, parameter
+    with torch.no_grad():
+        check_gone(recorded.graphs[-1], spelling.length, own_sizes(model.operands(*inputs)))
+        small.perturb(model)
+        assert difference(run(*inputs), before[0]) > 1e-4
+
+
+WEIGHTED = (
+    "tril of scores",
+    "normalised by the sum of scores",
+    "causal linear transformer",
+    "ratio of cumulative products",
+    "loop of GLA",
+    "GLA in chunks",
+    "delta by a triangular solve",
+    "gated delta loop, [V, K] state",
+    "KDA loop",
+    "scan",
+)
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_level_weights(name: str) -> None:
+    """With random level weights: the layer whose mixer is replaced by the definition in float64."""
+    spelling = POSITIVE[name]
+    model, (x,) = spelling.make(), spelling.example(seed=1)
+    one(llcompile.convert(model, x))
+    small.perturb(model)
+    (weights,) = (m for m in model.modules() if isinstance(m, llcompile.LevelWeights))
+    with torch.no_grad():
+        mixed = expected(model.operands(x), weights(x))
+        assert difference(compiled(model)(x), with_mixed(model, mixed, x)) < 1e-4
+        assert difference(model(x), with_mixed(model, mixed, x)) > 1e-3, "the weights must matter"
+
+
+def with_mixed(model: Mixer, mixed: Tensor, x: Tensor) -> Tensor:
+    """The layer's output if its mixer's output were `mixed` [B, T, H * V]."""
+    with torch.no_grad():
+        handle = model.get_submodule(model.mixed_at).register_forward_pre_hook(
+            lambda _, args: mixed.reshape(args[0].shape).to(args[0].dtype)
+        )
+        try:
+            return model(x)
+        finally:
+            handle.remove()
+
+
+LENGTHS = {
+    "tril of scores": (7, 31, 64),
+    "where over an arange mask": (11, 33),
+    "SSD by segsum": (9, 40),
+    "GLA by cumulative sums": (9, 40),
+    "delta by a triangular solve": (5, 37),
+    "chunks by reshape, exclusive cumsum": (16, 80),
+    "SSD minimal, chunked": (32, 64),
+    "scan": (9, 20),
+    "chunk loop with an uneven end": (16, 45),
+    "delta loop": (5, 9),
+}
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_other_lengths(name: str) -> None:
+    spelling = POSITIVE[name]
+    model = spelling.make()
+    one(llcompile.convert(model, *spelling.example()))
+    run = compiled(model)
+    with torch.no_grad():
+        for length in (*LENGTHS[name], spelling.length):
+            inputs = spelling.example(length, batch=3)
+            assert difference(run(*inputs), model(*inputs)) < 1e-4
+
+
+# -- what is no mixer
+
+
+@pytest.mark.parametrize("name", NEGATIVE)
+def test_left_alone(name: str) -> None:
+    entry = NEGATIVE[name]
+    assert look(name).converted == ()
+    model, inputs = entry.make(), entry.example(seed=1)
+    with torch.no_grad():
+        assert torch.equal(compiled(model)(*inputs), model(*inputs))
+    assert not any("loglinear" in parameter for parameter, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_twin_is_reported(name: str) -> None:
+    """What looks like a mixer and is none is declined at the user's line, or named as what it is."""
+    report = look(name)
+    assert report.declined or report.untouched
+    for declined in report.declined:
+        assert "spellings" in declined.where
+        assert declined.reason
+
+
+@pytest.mark.parametrize("name", [name for name, entry in NEGATIVE.items() if "softmax" in entry.property])
+def test_softmax_attention_is_named(name: str) -> None:
+    assert any("attention" in untouched.kind for untouched in look(name).untouched)
+
+
+# -- any layout
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(recipes())
+def test_any_layout(recipe: Recipe) -> None:
+    torch._dynamo.reset()
+    model = seeded(Composed, recipe=recipe)()
+    inputs = model.example(recipe.length)
+    found = one(llcompile.convert(model, *inputs))
+    assert (found.decay, found.correction) == (recipe.decay, recipe.correction)
+    assert (found.heads, found.key_dim, found.value_dim) == (recipe.heads, recipe.key_dim, recipe.value_dim)
+    with torch.no_grad():
+        assert difference(compiled(model)(*inputs), model(*inputs)) < 1e-4

@@ -5,7 +5,22 @@ What mathematics would call a mixer of the family, but with operands that stand 
 becomes another one divided by it, say), is in neither table.
 """
 
-from tests.spellings import channels, chunked, cumulative, decayed, delta, higher_order, loops, others, quadratic  # noqa: F401  (each fills the two tables)
+# ruff: noqa: F401  (each file fills the two tables)
+
+from tests.spellings import (
+    channels,
+    chunked,
+    cumulative,
+    decayed,
+    delta,
+    fast_weights,
+    higher_order,
+    loops,
+    notebooks,
+    others,
+    quadratic,
+    recurrences,
+)
 from tests.spellings.registry import NEGATIVE, POSITIVE, Mixer, NearMiss, Spelling
 
 __all__ = ["NEGATIVE", "POSITIVE", "Mixer", "NearMiss", "Spelling"]

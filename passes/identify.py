@@ -2,109 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-import torch
-import torch.nn.functional as F
 from torch import fx
 
-from llcompile.passes import dynamo
-from llcompile.passes.discover import module_of
+from llcompile.passes.discover import module_of, user_line
+from llcompile.passes.mechanisms import attention, convolutions, loops, scans, time_mixing
+from llcompile.passes.mechanisms.axes import TimeAxes
+from llcompile.passes.mechanisms.facts import Facts
+from llcompile.passes.mechanisms.found import Found
+from llcompile.passes.mechanisms.vocabulary import PROJECTIONS
 from llcompile.passes.records import Untouched
 from llcompile.passes.session import Session
 
-_FUSED_ATTENTION = {F.scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attention}
-_SOFTMAX = {F.softmax, torch.softmax, "softmax"}
-_PRODUCTS = {torch.matmul, torch.bmm, torch.einsum, "matmul", "bmm"}
-_LINEAR = {F.linear, torch._C._nn.linear}
-# A latent is recognised at most this many nodes above the keys (norms, splits, views, rotations lie between).
-_REACH = 40
+Finder = Callable[[Facts, TimeAxes], Iterator[Found]]
+
+# What mixes positions by itself.
+MIXERS: tuple[Finder, ...] = (attention.find, scans.find, loops.find)
+# What may also stand before a mixer and belong to it: then it is no mechanism of its own.
+HELPERS: tuple[Finder, ...] = (convolutions.find, time_mixing.find)
 
 
 def identify(session: Session) -> int:
     """Fills `session.untouched`; returns how many mechanisms were named."""
-    names: dict[str, str] = {}
-    for node in (node for region in session.regions for node in region.graph.nodes):
-        key_value = _attended(node)
-        if key_value is not None:
-            key, name = module_of(node.meta)
-            latent = _shares_latent(*key_value) or _declares_latent(key)
-            kind = "multi-head latent attention (MLA)" if latent else "softmax attention"
-            names.setdefault(session.name(key, name), kind)
-    session.untouched = [Untouched(module, kind) for module, kind in names.items()]
-    return len(names)
+    records: dict[tuple[str, str], Untouched] = {}
+    for region in session.regions:
+        facts = Facts(region)
+        axes = TimeAxes(facts)
+        sites = [site.node for site in session.sites if site.node in facts.position]
+        for found in _found(facts, axes, sites):
+            key, path = module_of(found.node.meta)
+            module, where = session.name(key, path), user_line(found.node.meta)
+            if not _is_site(session, found, module, where):
+                record = Untouched(module, found.kind, where, found.heads, found.groups)
+                records.setdefault((module, found.kind), record)
+    session.untouched = list(records.values())
+    return len(records)
 
 
-def _attended(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """The keys and values of softmax attention, if the node is one: the fused call, or softmax between two products."""
-    if node.target in _FUSED_ATTENTION:
-        key, value = (node.args[i] if len(node.args) > i else node.kwargs.get(n) for i, n in ((1, "key"), (2, "value")))
-        return (key, value) if isinstance(key, fx.Node) and isinstance(value, fx.Node) else None
-    if node.target not in _SOFTMAX:
-        return None
-    scores = next((n for n in _above(node) if n.target in _PRODUCTS), None)
-    mixed = next((n for n in _below(node) if n.target in _PRODUCTS), None)
-    if scores is None or mixed is None or len(scores.all_input_nodes) < 2 or len(mixed.all_input_nodes) < 2:
-        return None
-    return scores.all_input_nodes[1], mixed.all_input_nodes[1]
+def _found(facts: Facts, axes: TimeAxes, sites: list[fx.Node]) -> Iterator[Found]:
+    mixers = [found for find in MIXERS for found in find(facts, axes)]
+    yield from mixers
+    fed = _feeding(facts, {*sites, *(node for found in mixers for node in found.inside)})
+    yield from (found for find in HELPERS for found in find(facts, axes) if found.node not in fed)
 
 
-def _declares_latent(key: str) -> bool:
-    """Whether the module itself names the rank of its latent: after a graph break the projections are out of sight."""
-    owner = dynamo.find_module(key) if key else None
-    return isinstance(getattr(owner, "kv_lora_rank", None), int)
+def _feeding(facts: Facts, mixers: set[fx.Node]) -> set[fx.Node]:
+    """Every node from which a way leads to a mixer and no projection is on it."""
+    found: set[fx.Node] = set()
+    for node in reversed(list(facts.nodes)):
+        if any(u in mixers or (u in found and facts.names[u] not in PROJECTIONS) for u in facts.users[node]):
+            found.add(node)
+    return found
 
 
-def _shares_latent(key: fx.Node, value: fx.Node) -> bool:
-    """Whether keys and values are widened from one narrow projection of the input: latent attention."""
-    widened = _first_linear(value)
-    if widened is None or widened not in set(_above(key)):
-        return False
-    source, weight = widened.args[0], widened.args[1]
-    narrows = isinstance(weight, fx.Node) and _out_features(weight) > _in_features(weight)
-    return narrows and isinstance(source, fx.Node) and _is_projected_through_norm(source)
-
-
-def _is_projected_through_norm(node: fx.Node) -> bool:
-    """Whether the first projection above the node comes before any residual sum of two activations."""
-    first = _first_linear(node)
-    if first is None:
-        return False
-    between = [n for n in _above(node) if n in set(_below(first))]
-    return not any(_is_residual(n) for n in between)
-
-
-def _is_residual(node: fx.Node) -> bool:
-    return getattr(node.target, "__name__", node.target) in ("add", "iadd") and len(node.all_input_nodes) == 2
-
-
-def _first_linear(node: fx.Node) -> fx.Node | None:
-    return next((n for n in _above(node) if n.target in _LINEAR), None)
-
-
-def _out_features(weight: fx.Node) -> int:
-    return int(weight.meta["example_value"].shape[0])
-
-
-def _in_features(weight: fx.Node) -> int:
-    return int(weight.meta["example_value"].shape[-1])
-
-
-def _above(node: fx.Node) -> Iterator[fx.Node]:
-    yield from _walk(node, lambda n: n.all_input_nodes)
-
-
-def _below(node: fx.Node) -> Iterator[fx.Node]:
-    yield from _walk(node, lambda n: list(n.users))
-
-
-def _walk(node: fx.Node, step) -> Iterator[fx.Node]:  # type: ignore[no-untyped-def]
-    """Breadth first from the node, itself included, at most `_REACH` nodes."""
-    queue, seen = [node], {node}
-    while queue and len(seen) <= _REACH:
-        current = queue.pop(0)
-        yield current
-        for other in step(current):
-            if other not in seen:
-                seen.add(other)
-                queue.append(other)
+def _is_site(session: Session, found: Found, module: str, where: str) -> bool:
+    """Whether it is a linear-time mixer that the report has already, or a convolution before one."""
+    if (module, where) in {(s.module, s.where) for s in session.sites}:
+        return True
+    return "convolution" in found.kind and any(
+        module == s.module or (s.module and module.startswith(s.module + ".")) for s in session.sites
+    )

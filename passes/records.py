@@ -54,7 +54,18 @@ class Declined:
 
 @dataclass(frozen=True)
 class Untouched:
-    """Another mechanism, left as it is; `kind` is its usual name."""
+    """Another mechanism, left as it is.
+
+    Args:
+        module: the module that has it.
+        kind: its usual name, and what the graph tells about it: "softmax attention (GQA, 4 heads over 2 groups)".
+        where: the user's file and line.
+        heads: how many heads an attention has, where the graph tells.
+        groups: how many sets of keys and values its heads share (as many as heads: none are shared).
+    """
 
     module: str
     kind: str
+    where: str = ""
+    heads: int | None = None
+    groups: int | None = None

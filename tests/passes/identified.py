@@ -1,0 +1,52 @@
+"""What `identify` says about a module: the module is traced by Dynamo and looked at, nothing more."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from llcompile.passes.identify import identify
+from llcompile.passes.records import Untouched
+from llcompile.passes.session import Session, Settings
+
+
+def _unused(*_: Any, **__: Any) -> Any:
+    raise AssertionError("identify attaches nothing")
+
+
+SETTINGS = Settings(kind="linear", levels=8, make=_unused, find=_unused, attach=_unused, function=_unused)
+
+
+class Watch:
+    """A backend that runs `identify` on each graph and keeps what it said, how long it took and how much it read."""
+
+    def __init__(self) -> None:
+        self.records: list[Untouched] = []
+        self.seconds = 0.0
+        self.nodes = 0
+
+    def __call__(self, module: fx.GraphModule, inputs: list[Any]) -> Any:
+        session = Session(module, SETTINGS)
+        start = time.perf_counter()
+        identify(session)
+        self.seconds += time.perf_counter() - start
+        self.nodes += len(module.graph.nodes)
+        self.records.extend(session.untouched)
+        return module.forward
+
+
+def watched(module: nn.Module, *inputs: Any, **named: Any) -> Watch:
+    """The module run once under such a backend."""
+    watch = Watch()
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(module, backend=watch, dynamic=named.pop("dynamic", None))(*inputs, **named)
+    return watch
+
+
+def kinds(module: nn.Module, *inputs: Any, **named: Any) -> list[str]:
+    """The kinds that were named, in order."""
+    return [record.kind for record in watched(module, *inputs, **named).records]

@@ -80,11 +80,14 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
 
 
 def gradients(run: Any, model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The output, and the gradients of the model's own parameters and of the inputs."""
     model.zero_grad()
+    inputs = tuple(x.clone().requires_grad_() for x in inputs)
     y = run(*inputs)
     weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(5))
     (y * weights).sum().backward()
     grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None and "loglinear" not in n}
+    grads |= {f"input {i}": x.grad for i, x in enumerate(inputs) if x.grad is not None}
     return y.detach(), grads
 
 
@@ -219,7 +222,31 @@ def test_softmax_attention_is_named(name: str) -> None:
     assert any("attention" in untouched.kind for untouched in look(name).untouched)
 
 
-# -- any layout
+# -- any layout, any model
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(recipes(misses=True))
+def test_any_layout_left_alone(recipe: Recipe) -> None:
+    torch._dynamo.reset()
+    model = seeded(Composed, recipe=recipe)()
+    assert llcompile.inspect(model, *model.example(recipe.length)).converted == ()
+
+
+def test_layers_of_a_model() -> None:
+    """Each layer on its own, in the order of the model, with softmax attention between them."""
+    layers = ("tril of scores", "loop of GLA", "scaled_dot_product_attention", "delta by a triangular solve")
+    model = nn.Sequential(*((POSITIVE.get(name) or NEGATIVE[name]).make() for name in layers))
+    inputs = POSITIVE["loop of GLA"].example()
+    report = llcompile.convert(model, *inputs)
+    assert [(c.module, c.decay, c.correction) for c in report.converted] == [
+        ("0", "none", "none"),
+        ("1", "channel", "none"),
+        ("3", "none", "delta"),
+    ]
+    assert [(u.module, u.kind) for u in report.untouched] == [("2", "softmax attention")]
+    with torch.no_grad():
+        assert difference(compiled(model)(*inputs), model(*inputs)) < 1e-4
 
 
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("-k", default="", help="only entries whose name has this in it")
     parser.add_argument("--positive", action="store_true", help="only spellings")
     parser.add_argument("--negative", action="store_true", help="only near misses")
+    parser.add_argument("-q", action="store_true", help="print only those that are not ok")
     parser.add_argument("--list", action="store_true", help="names and what they are, without a look")
     args = parser.parse_args()
     totals: Counter[tuple[str, str]] = Counter()
@@ -63,6 +64,8 @@ def main() -> None:
             line = judge(entry)
             totals[kind, line.verdict] += 1
             seconds = time.perf_counter() - start
+            if line.verdict == "ok" and args.q:
+                continue
             print(f"{line.verdict:7}{seconds:6.1f}s  {name}  [{label}]  {line.found}", flush=True)
     for (kind, verdict), count in sorted(totals.items()):
         print(f"{kind}: {count} {verdict}")

@@ -14,14 +14,15 @@ from tests.spellings.registry import WIDTH, Mixer, Operands, positive
     decay="channel",
     twins={"decay of the query": "the decay depends on the query", "max": "the largest channel in place of the sum"},
 )
+@positive("GLA, all pairs with their channels, sizes equal", decay="channel", length=10, key=10, value=10)
 class PairsAndChannels(Mixer):
     """[B, H, T, T, K] in memory, nothing factored."""
 
-    def __init__(self, miss: str = "") -> None:
+    def __init__(self, miss: str = "", key: int = 5, value: int = 7) -> None:
         super().__init__(miss)
-        self.q, self.k, self.v = nn.Linear(WIDTH, 10), nn.Linear(WIDTH, 10), nn.Linear(WIDTH, 14)
-        self.gk = nn.Sequential(nn.Linear(WIDTH, 4, bias=False), nn.Linear(4, 10))
-        self.out = nn.Linear(14, WIDTH)
+        self.q, self.k, self.v = nn.Linear(WIDTH, 2 * key), nn.Linear(WIDTH, 2 * key), nn.Linear(WIDTH, 2 * value)
+        self.gk = nn.Sequential(nn.Linear(WIDTH, 4, bias=False), nn.Linear(4, 2 * key))
+        self.out = nn.Linear(2 * value, WIDTH)
 
     def operands(self, x: Tensor) -> Operands:
         q, k, v, g = (f(x).unflatten(-1, (2, -1)) for f in (self.q, self.k, self.v, self.gk))
@@ -39,7 +40,7 @@ class PairsAndChannels(Mixer):
         rel = rel.masked_fill(torch.ones(t, t, dtype=torch.bool).triu(1)[..., None], float("-inf"))
         terms = q[:, :, :, None] * k[:, :, None] * rel.exp()
         A = (terms.max(-1).values if self.miss == "max" else terms.sum(-1)) * 5**-0.5
-        return x + self.out((A @ v).transpose(1, 2).reshape(b, t, 14))
+        return x + self.out((A @ v).transpose(1, 2).reshape(b, t, -1))
 
 
 @positive(

@@ -16,13 +16,22 @@ from tests.spellings.registry import WIDTH, Mixer, Operands
 Kind = Literal["pairs", "cumsum", "loop"]
 
 
+# Changes of one place that work for each kind and family.
+MISSES: dict[Kind, tuple[str, ...]] = {
+    "pairs": ("relu", "cubed", "one ahead", "window"),
+    "cumsum": ("backwards", "tanh", "window"),
+    "loop": ("tanh", "relu"),
+}
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What a layer is made by.
 
     `outer` is the order of the input's axes (b may be absent); `inner` that of an operand's (b absent with it; h
     absent only with one head); `merged` flattens b and h where they are neighbours; `state` is "kv" or "vk";
-    `scaled` says what the scale is multiplied to; `fused` makes all operands by one projection.
+    `scaled` says what the scale is multiplied to; `fused` makes all operands by one projection. `miss` is a change that
+    makes it something else, one of `MISSES`.
     """
 
     decay: Decay
@@ -38,21 +47,22 @@ class Recipe:
     key_dim: int
     value_dim: int
     length: int
+    miss: str = ""
 
 
 @st.composite
-def recipes(draw: st.DrawFn) -> Recipe:
-    """Any recipe whose parts fit together."""
+def recipes(draw: st.DrawFn, misses: bool = False) -> Recipe:
+    """Any recipe whose parts fit together; with `misses` one that makes something else."""
     decay, correction = draw(st.sampled_from(sorted(FAMILIES)))
-    kinds = ("pairs", "loop") if correction == "delta" else ("pairs", "cumsum", "loop")
+    kinds: tuple[Kind, ...] = ("pairs", "loop") if correction == "delta" else ("pairs", "cumsum", "loop")
     batched = draw(st.booleans())
     heads = draw(st.integers(1, 3))
     axes = ("b" if batched else "") + ("h" if heads > 1 or draw(st.booleans()) else "") + "tf"
-    kind = draw(st.sampled_from(kinds))
+    kind: Kind = draw(st.sampled_from(kinds))
     return Recipe(
         decay=decay,
         correction=correction,
-        kind=kind,  # type: ignore[arg-type]
+        kind=kind,
         outer="".join(draw(st.permutations("btd" if batched else "td"))),
         inner="".join(draw(st.permutations(axes))),
         merged=draw(st.booleans()),
@@ -63,6 +73,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
         key_dim=draw(st.integers(3, 7)),
         value_dim=draw(st.integers(3, 7)),
         length=draw(st.integers(7, 10 if kind == "loop" else 19)),
+        miss=draw(st.sampled_from(MISSES[kind])) if misses else "",
     )
 
 
@@ -74,6 +85,7 @@ class Composed(Mixer):
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
         self.recipe = r = recipe
+        self.miss = r.miss
         self.layout = r.outer
         sizes = {"q": r.key_dim, "k": r.key_dim, "v": r.value_dim}
         sizes |= {"g": 1 if r.decay == "scalar" else r.key_dim} if r.decay != "none" else {}
@@ -158,7 +170,9 @@ class Composed(Mixer):
         lead = q.replace("t", "").replace("k", "")
         s, v = q.replace("t", "s"), q.replace("t", "s").replace("k", "v")
         t = named["q"].shape[q.index("t")]
-        mask = torch.ones(t, t, dtype=torch.bool).tril()
+        mask = torch.ones(t, t, dtype=torch.bool).tril(1 if self.miss == "one ahead" else 0)
+        if self.miss == "window":
+            mask = mask.triu(-4)
         if self.recipe.decay == "channel":
             c = named["g"].cumsum(q.index("t")).permute([q.index(a) for a in lead + "tk"])
             rel = (c.unsqueeze(-2) - c.unsqueeze(-3)).masked_fill(~mask[..., None], -torch.inf).exp()
@@ -173,6 +187,8 @@ class Composed(Mixer):
                 c = c.permute([q.replace("k", "").index(a) for a in lead + "t"]).cumsum(-1)
                 rel = (c.unsqueeze(-1) - c.unsqueeze(-2)).masked_fill(~mask, -torch.inf).exp()
             scores, gram = scores * rel, gram * rel
+        if self.miss in ("relu", "cubed"):
+            scores = scores.relu() if self.miss == "relu" else scores**3
         values = named["v"]
         if "beta" in named:
             beta = named["beta"].permute([q.index(a) for a in lead + "tk"])
@@ -193,7 +209,15 @@ class Composed(Mixer):
             k, query = k * (-c).exp(), named["q"] * c.exp()
         else:
             query = named["q"]
-        states = torch.einsum(f"{q},{v}->{state}", k, named["v"]).cumsum(lead.index("t"))
+        time = lead.index("t")
+        states = torch.einsum(f"{q},{v}->{state}", k, named["v"])
+        states = states.flip(time).cumsum(time).flip(time) if self.miss == "backwards" else states.cumsum(time)
+        if self.miss == "tanh":
+            states = states.tanh()
+        if self.miss == "window":
+            end = states.shape[time]
+            old = states.narrow(time, 0, end - 4)
+            states = states - torch.cat([torch.zeros_like(states.narrow(time, 0, 4)), old], time)
         return torch.einsum(f"{q},{state}->{v}", query, states)
 
     def loop(self, named: dict[str, Tensor]) -> Tensor:
@@ -212,8 +236,12 @@ class Composed(Mixer):
                 decay = decay.expand_as(now["k"]) if self.recipe.decay == "scalar" else decay
                 S = torch.einsum(f"{state},{q}->{state}", S, decay)
             value = now["v"]
+            if self.miss == "relu":
+                S = S.relu()
             if "beta" in now:
                 value = now["beta"] * (value - torch.einsum(f"{state},{q}->{v}", S, now["k"]))
             S = S + torch.einsum(f"{q},{v}->{state}", now["k"], value)
+            if self.miss == "tanh":
+                S = S.tanh()
             outs.append(torch.einsum(f"{state},{q}->{v}", S, now["q"]))
         return torch.stack(outs, time)

@@ -19,18 +19,21 @@ from tests.spellings.registry import WIDTH, Mixer, Operands, positive
         "windowed": "forgets at once what lies more than 12 tokens back",
     },
 )
+@positive("cumsum of outer products, all sizes equal", heads=8, key=8, value=8, length=8)
+@positive("cumsum of outer products, as many heads as rows", heads=2, key=2, value=3, length=20)
 class OuterCumsum(Mixer):
-    def __init__(self, miss: str = "") -> None:
+    def __init__(self, miss: str = "", heads: int = 2, key: int = 6, value: int = 7) -> None:
         super().__init__(miss)
-        self.qkv = nn.Linear(WIDTH, 2 * (6 + 6 + 7), bias=False)
-        self.out = nn.Linear(14, WIDTH)
+        self.heads, self.sizes = heads, (key, key, value)
+        self.qkv = nn.Linear(WIDTH, heads * sum(self.sizes), bias=False)
+        self.out = nn.Linear(heads * value, WIDTH)
 
     def operands(self, x: Tensor) -> Operands:
-        q, k, v = self.qkv(x).unflatten(-1, (2, 19)).split([6, 6, 7], -1)
+        q, k, v = self.qkv(x).unflatten(-1, (self.heads, -1)).split(self.sizes, -1)
         return {"q": q, "k": k, "v": v}
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (2, 19)).split([6, 6, 7], -1)
+        q, k, v = self.qkv(x).unflatten(-1, (self.heads, -1)).split(self.sizes, -1)
         kv = torch.einsum("bthk,bthv->bthkv", k, v)
         if self.miss == "flipped":
             kv = kv.flip(1).cumsum(1).flip(1)

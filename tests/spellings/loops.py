@@ -40,26 +40,28 @@ class AppendedOutputs(Mixer):
     length=16,
     twins={"read first": "strictly causal: the state is read before the token is written"},
 )
+@positive("loop with decay, sizes equal", decay="scalar", fixed=True, length=9, heads=1, size=9)
 class InPlaceOutputs(Mixer):
     """State as [V, K], outputs into a tensor made beforehand, decay not in log space."""
 
-    def __init__(self, miss: str = "") -> None:
+    def __init__(self, miss: str = "", heads: int = 3, size: int = 6) -> None:
         super().__init__(miss)
-        self.qkv = nn.Linear(WIDTH, 3 * 18)
-        self.gate = nn.Linear(WIDTH, 3)
-        self.o_proj = nn.Linear(18, WIDTH, bias=False)
+        self.h, self.d = heads, size
+        self.qkv = nn.Linear(WIDTH, 3 * heads * size)
+        self.gate = nn.Linear(WIDTH, heads)
+        self.o_proj = nn.Linear(heads * size, WIDTH, bias=False)
 
     mixed_at = "o_proj"
 
     def operands(self, x: Tensor) -> Operands:
-        q, k, v = self.qkv(x).unflatten(-1, (3, 3, 6)).unbind(2)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.h, self.d)).unbind(2)
         return {"q": q, "k": k, "v": v, "log_decay": F.logsigmoid(self.gate(x) + 2)}
 
     def forward(self, x: Tensor) -> Tensor:
         b, t, _ = x.shape
-        q, k, v = self.qkv(x).view(b, t, 3, 3, 6).unbind(dim=2)
+        q, k, v = self.qkv(x).view(b, t, 3, self.h, self.d).unbind(dim=2)
         a = torch.sigmoid(self.gate(x) + 2)
-        s = x.new_zeros(b, 3, 6, 6)
+        s = x.new_zeros(b, self.h, self.d, self.d)
         o = torch.zeros_like(v)
         for i in range(t):
             if self.miss == "read first":
@@ -75,13 +77,14 @@ class InPlaceOutputs(Mixer):
     decay="channel",
     fixed=True,
     length=16,
+    tolerance=1e-5,
     twins={
         "decay of the value": "decays along the value's channels, by gates of the keys",
         "reset": "the state starts anew every five tokens",
     },
 )
 class GatedLoop(Mixer):
-    """FLA's naive recurrent GLA: everything in float32, [B, H, T, K]."""
+    """FLA's naive recurrent GLA: everything in float32, [B, H, T, K]; the result goes back to the type it came in."""
 
     def __init__(self, miss: str = "") -> None:
         super().__init__(miss)
@@ -94,7 +97,8 @@ class GatedLoop(Mixer):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v, g = (f(x).view(*x.shape[:2], 2, 7).transpose(1, 2) for f in (self.q, self.k, self.v, self.g))
-        gk = F.logsigmoid(g) / 16
+        dtype = v.dtype
+        q, k, v, gk = (y.float() for y in (q, k, v, F.logsigmoid(g) / 16))
         b, h, t, d = q.shape
         scale = d**-0.5
         o = torch.zeros_like(v)
@@ -108,7 +112,7 @@ class GatedLoop(Mixer):
             kv_i = k_i[..., None] * v_i[..., None, :]
             hidden = hidden * (gate[..., None, :] if self.miss == "decay of the value" else gate[..., None]) + kv_i
             o[:, :, i] = (q_i[..., None] * hidden).sum(-2)
-        return self.out(o.transpose(1, 2).flatten(2))
+        return self.out(o.transpose(1, 2).flatten(2).to(dtype))
 
 
 @positive(

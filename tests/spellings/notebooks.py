@@ -393,3 +393,31 @@ class FiveAxes(Mixer):
         D = torch.where(lower, (c[..., :, None] - c[..., None, :]).clamp(max=0).exp(), torch.zeros(()).to(x))
         scores = torch.matmul(q, k.transpose(-2, -1)) * self.temperature * D
         return x + self.out(torch.matmul(scores, v).permute(0, 3, 1, 2, 4).reshape(b, t, 20))
+
+
+@positive("padding mask", twins={"argmax": "scores other than the largest are halved: not linear in the query"})
+class PaddingMask(Mixer):
+    """A second input says which tokens are real; keys and values of the others are zeroed."""
+
+    def __init__(self, miss: str = "") -> None:
+        super().__init__(miss)
+        self.query, self.key, self.value = (nn.Linear(WIDTH, 16) for _ in range(3))
+        self.out = nn.Linear(16, WIDTH)
+
+    def example(self, length: int, batch: int = 2, seed: int = 0) -> tuple[Tensor, ...]:
+        real = torch.arange(length)[None] < torch.tensor([length, *[2 * length // 3] * (batch - 1)])[:, None]
+        return *super().example(length, batch, seed), real.float()
+
+    def operands(self, x: Tensor, real: Tensor) -> Operands:
+        q, k, v = (f(x).unflatten(-1, (2, 8)) for f in (self.query, self.key, self.value))
+        return {"q": q, "k": k.sigmoid() * real[..., None, None], "v": v * real[..., None, None], "scale": 8**-0.5}
+
+    def forward(self, x: Tensor, real: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        q, k, v = (f(x).view(b, t, 2, 8).transpose(1, 2) for f in (self.query, self.key, self.value))
+        k, v = k.sigmoid() * real[:, None, :, None], v * real[:, None, :, None]
+        scores = torch.matmul(q, k.transpose(-1, -2)) / math.sqrt(8)
+        scores = scores * torch.ones(t, t, dtype=torch.bool, device=x.device).tril()
+        if self.miss == "argmax":
+            scores = torch.where(scores == scores.amax(-1, keepdim=True), scores, scores / 2)
+        return x + self.out(torch.matmul(scores, v).transpose(1, 2).reshape(b, t, 16))

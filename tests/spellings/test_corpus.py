@@ -66,3 +66,12 @@ def test_composed_layers_are_of_their_family(recipe: Recipe) -> None:
     inputs = tuple(x.double() for x in layer.example(recipe.length))
     with torch.no_grad():
         assert difference(layer.mixed(*inputs), expected(layer.operands(*inputs))) < 1e-9
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(recipes(misses=True))
+def test_composed_near_misses_are_not(recipe: Recipe) -> None:
+    layer = seeded(Composed, recipe=recipe)().double()
+    inputs = tuple(x.double() for x in layer.example(recipe.length))
+    with torch.no_grad():
+        assert difference(layer.mixed(*inputs), expected(layer.operands(*inputs))) > 1e-4

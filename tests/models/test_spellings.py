@@ -15,7 +15,7 @@ from llcompile import inner
 from llcompile.report import Converted
 from tests import small
 from tests.small import difference
-from tests.spellings import NEGATIVE, POSITIVE
+from tests.spellings import EITHER, NEGATIVE, POSITIVE
 from tests.spellings.composed import Composed, Recipe, recipes
 from tests.spellings.family import expected
 from tests.spellings.registry import WIDTH, Mixer, seeded
@@ -220,6 +220,16 @@ def test_twin_is_reported(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name, entry in NEGATIVE.items() if "softmax" in entry.property])
 def test_softmax_attention_is_named(name: str) -> None:
     assert any("attention" in untouched.kind for untouched in look(name).untouched)
+
+
+@pytest.mark.parametrize("name", EITHER)
+def test_disguised(name: str) -> None:
+    """Found or not, the model computes what it did."""
+    entry = EITHER[name]
+    model, inputs = entry.make(), entry.example(seed=1)
+    llcompile.convert(model, *entry.example())
+    with torch.no_grad():
+        assert difference(compiled(model)(*inputs), model(*inputs)) < 1e-4
 
 
 # -- any layout, any model

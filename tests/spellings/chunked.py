@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -85,6 +87,11 @@ class Lightning(Mixer):
     """transformers' minimax: slopes of ALiBi as decays, query, key and diagonal decays, uneven last block, silu."""
 
     block = 16
+
+    slope_rate: Tensor
+    query_decay: Tensor
+    key_decay: Tensor
+    diagonal_decay: Tensor
 
     def __init__(self, miss: str = "") -> None:
         super().__init__(miss)
@@ -264,7 +271,7 @@ class ChunkThenCumsum(Mixer):
         return {"q": q, "k": k.relu(), "v": v}
 
     def forward(self, x: Tensor) -> Tensor:
-        cache: dict[str, Tensor | int] = {"state": 0, "seen": 0}
+        cache: dict[str, Any] = {"state": 0, "seen": 0}
         outs = []
         for block in x.chunk(x.shape[1] // 8, dim=1):
             q, k, v = self.proj(block).unflatten(-1, (2, 14)).split([5, 5, 4], dim=-1)

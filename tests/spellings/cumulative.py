@@ -116,6 +116,8 @@ class CausalTransformer(Mixer):
 class Performer(Mixer):
     """FAVOR+: positive random features in a buffer; numerator and denominator by cumulative sums."""
 
+    projection_matrix: Tensor
+
     def __init__(self, miss: str = "") -> None:
         super().__init__(miss)
         self.to_q, self.to_k, self.to_v = (nn.Linear(WIDTH, 2 * 5, bias=False) for _ in range(3))

@@ -21,6 +21,8 @@ from tests.spellings.registry import WIDTH, Mixer, Operands, positive
 class Retention(Mixer):
     """Constant decays 1 - 2^(-5-h), group norm, swish gate (syncdoth/RetNet)."""
 
+    gamma: Tensor
+
     def __init__(self, miss: str = "") -> None:
         super().__init__(miss)
         self.heads = 3
@@ -268,6 +270,9 @@ class MatrixLstm(Mixer):
 class DecayBuffer(Mixer):
     """A mask of lightning slopes for one length, made in the constructor."""
 
+    slopes: Tensor
+    mask: Tensor
+
     def __init__(self, miss: str = "", length: int = 24) -> None:
         super().__init__(miss)
         self.q, self.k, self.v = (nn.Linear(WIDTH, 4 * 5) for _ in range(3))
@@ -321,6 +326,9 @@ class OnesMatrixCumsum(Mixer):
 )
 class RotatedRetention(Mixer):
     """RetNet with its rotation: queries and keys turn with the position before they meet."""
+
+    angle: Tensor
+    decay: Tensor
 
     def __init__(self, miss: str = "") -> None:
         super().__init__(miss)

@@ -345,6 +345,8 @@ class StableChunks(Mixer):
 class SharedQueryKey(Mixer):
     """q = k, softplus features, mask as a float buffer with batch and head axes, scale on the values."""
 
+    keep: Tensor
+
     def __init__(self, miss: str = "") -> None:
         super().__init__(miss)
         self.register_buffer("keep", torch.ones(1, 1, 80, 80).tril())

@@ -44,6 +44,8 @@ class TrilOfScores(Mixer):
 class MaskedFill(Mixer):
     """nanoGPT's attention with the softmax taken out."""
 
+    bias: Tensor
+
     def __init__(self, miss: str = "") -> None:
         super().__init__(miss)
         self.n_head, self.block = 2, 64

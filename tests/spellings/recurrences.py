@@ -148,6 +148,8 @@ class SlotAttention(Heads):
 
 @negative("log-linear attention by hand", "weights by level: it is log-linear already")
 class FenwickMask(Heads):
+    levels: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.level = nn.Linear(WIDTH, 2 * 6)

@@ -1,4 +1,4 @@
-"""The corpus' two tables, POSITIVE and NEGATIVE, and how an entry gets into them."""
+"""The corpus' tables, POSITIVE, NEGATIVE and EITHER, and how an entry gets into them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Mixer(nn.Module):
         super().__init__()
         self.miss = miss
 
-    def operands(self, *inputs: Tensor) -> Operands:
+    def operands(self, *inputs: Any, **_: Any) -> Operands:
         """What the mixer is made of: q, k [B, T, G, K], v [B, T, H, V] and, where it has them, log_decay, beta, scale
         and normaliser (a function of the denominator [B, T, H, 1], which is the mixer of ones)."""
         raise NotImplementedError
@@ -38,7 +38,7 @@ class Mixer(nn.Module):
         """The mixer's output as it lies in the code -> [B, T, H, V] (H and V may be merged)."""
         return mixed
 
-    def mixed(self, *inputs: Tensor) -> Tensor:
+    def mixed(self, *inputs: Any, **_: Any) -> Tensor:
         """The mixer's own output, [B, T, H * V]."""
         return self.heads_last(fed(self, self.mixed_at, *inputs)).flatten(2)
 
@@ -96,6 +96,8 @@ class NearMiss:
 
 POSITIVE: dict[str, Spelling] = {}
 NEGATIVE: dict[str, NearMiss] = {}
+# Members in disguise: `property` says as what. Neither finding one nor leaving it is a mistake.
+EITHER: dict[str, NearMiss] = {}
 M = TypeVar("M", bound=type[Mixer])
 N = TypeVar("N", bound=type[nn.Module])
 
@@ -126,22 +128,27 @@ def positive(
     return register
 
 
-def negative(name: str, failing: str, length: int = 24, layout: str = "btd", **sizes: Any) -> Callable[[N], N]:
+def negative(name: str, failing: str, length: int = 24) -> Callable[[N], N]:
     """Registers another mechanism, with the property that it has not."""
+    return _mechanism(NEGATIVE, name, failing, length)
 
+
+def either(name: str, disguise: str, length: int = 24) -> Callable[[N], N]:
+    """Registers a member in disguise, with what would have to be found."""
+    return _mechanism(EITHER, name, disguise, length)
+
+
+def _mechanism(table: dict[str, NearMiss], name: str, about: str, length: int) -> Callable[[N], N]:
     def register(cls: N) -> N:
-        assert name not in NEGATIVE, name
-
-        def inputs(length: int, batch: int, seed: int) -> tuple[Tensor, ...]:
-            generator = torch.Generator().manual_seed(seed)
-            shape = {"b": batch, "t": length, "d": WIDTH}
-            return (torch.randn([shape[axis] for axis in layout], generator=generator),)
-
-        own = getattr(cls, "example", None)
-        NEGATIVE[name] = NearMiss(name, seeded(cls, **sizes), own if callable(own) else inputs, failing, length=length)
+        assert name not in table, name
+        table[name] = NearMiss(name, seeded(cls), _plain_input, about, length=length)
         return cls
 
     return register
+
+
+def _plain_input(length: int, batch: int, seed: int) -> tuple[Tensor, ...]:
+    return (torch.randn(batch, length, WIDTH, generator=torch.Generator().manual_seed(seed)),)
 
 
 def seeded(cls: Callable[..., Any], **arguments: Any) -> Callable[[], Any]:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 
 from tests.small import difference
-from tests.spellings import NEGATIVE, POSITIVE
+from tests.spellings import EITHER, NEGATIVE, POSITIVE
 from tests.spellings.composed import Composed, Recipe, recipes
 from tests.spellings.family import expected
 from tests.spellings.registry import seeded
@@ -44,9 +44,9 @@ def test_twin_differs(name: str) -> None:
     assert difference(*outputs) > 1e-3
 
 
-@pytest.mark.parametrize("name", [name for name in NEGATIVE if name not in TWINS])
+@pytest.mark.parametrize("name", [*EITHER, *(name for name in NEGATIVE if name not in TWINS)])
 def test_other_mechanism_runs(name: str) -> None:
-    other = NEGATIVE[name]
+    other = EITHER.get(name) or NEGATIVE[name]
     assert other.property
     with torch.no_grad():
         assert other.make()(*other.example()).isfinite().all()

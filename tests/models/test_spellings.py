@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from typing import Any
 
 import pytest
@@ -270,3 +271,30 @@ def test_any_layout(recipe: Recipe) -> None:
     assert (found.heads, found.key_dim, found.value_dim) == (recipe.heads, recipe.key_dim, recipe.value_dim)
     with torch.no_grad():
         assert difference(compiled(model)(*inputs), model(*inputs)) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["tril of scores", "ratio of cumulative products", "delta loop"])
+def test_half_precision(name: str) -> None:
+    spelling = POSITIVE[name]
+    model = spelling.make().bfloat16()
+    inputs = tuple(x.bfloat16() for x in spelling.example())
+    found = one(llcompile.convert(model, *inputs))
+    assert (found.decay, found.correction) == (spelling.decay, spelling.correction)
+    with torch.no_grad():
+        run = compiled(model)(*inputs)
+        assert run.dtype == torch.bfloat16
+        assert difference(run, spelling.make()(*spelling.example())) < 5e-2
+
+
+@pytest.mark.slow
+def test_long_loop_is_recognised_in_seconds() -> None:
+    """256 tokens, unrolled: at most 10 s on top of what Dynamo takes to trace it."""
+    spelling = POSITIVE["loop with appended outputs"]
+    inputs = spelling.example(256)
+    start = time.perf_counter()
+    with torch.no_grad():
+        torch.compile(spelling.make(), backend="eager")(*inputs)
+    traced = time.perf_counter()
+    torch._dynamo.reset()
+    one(llcompile.inspect(spelling.make(), *inputs))
+    assert time.perf_counter() - traced < 10 + (traced - start)

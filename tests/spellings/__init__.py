@@ -16,6 +16,7 @@ from tests.spellings import (
     either,
     fast_weights,
     higher_order,
+    idioms,
     loops,
     notebooks,
     others,

@@ -41,9 +41,14 @@ def identify(session: Session) -> int:
 
 
 def _found(facts: Facts, axes: TimeAxes, sites: list[fx.Node]) -> Iterator[Found]:
-    mixers = [found for find in MIXERS for found in find(facts, axes)]
+    mixers: list[Found] = []
+    taken: set[fx.Node] = set()
+    for found in (found for find in MIXERS for found in find(facts, axes)):
+        if taken.isdisjoint(found.inside):  # the levels of a tree look like the steps of a loop
+            mixers.append(found)
+            taken |= found.inside
     yield from mixers
-    fed = _feeding(facts, {*sites, *(node for found in mixers for node in found.inside)})
+    fed = _feeding(facts, {*sites, *taken})
     yield from (found for find in HELPERS for found in find(facts, axes) if found.node not in fed)
 
 
@@ -57,9 +62,16 @@ def _feeding(facts: Facts, mixers: set[fx.Node]) -> set[fx.Node]:
 
 
 def _is_site(session: Session, found: Found, module: str, where: str) -> bool:
-    """Whether it is a linear-time mixer that the report has already, or a convolution before one."""
-    if (module, where) in {(s.module, s.where) for s in session.sites}:
-        return True
-    return "convolution" in found.kind and any(
-        module == s.module or (s.module and module.startswith(s.module + ".")) for s in session.sites
-    )
+    """Whether it is a linear-time mixer that the report has already, its denominator, or a convolution before it."""
+    sites = [site for site in session.sites if module == site.module or module.startswith(site.module + ".")]
+    if "convolution" in found.kind:
+        return bool(sites)
+    if found.heads is not None or "attention" in found.kind:
+        return any((module, where) == (s.module, s.where) for s in sites)
+    return any(_function(where) == _function(s.where) for s in sites if module == s.module)
+
+
+def _function(where: str) -> tuple[str, str]:
+    """The file and the function of `file:line in function`: a loop has many lines."""
+    place, _, function = where.partition(" in ")
+    return place.rpartition(":")[0], function

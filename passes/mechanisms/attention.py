@@ -14,7 +14,7 @@ from llcompile.passes.mechanisms.facts import Facts
 from llcompile.passes.mechanisms.found import Found
 from llcompile.passes.mechanisms.heads import Heads, heads_of
 from llcompile.passes.mechanisms.masks import Masks
-from llcompile.passes.mechanisms.vocabulary import EXPONENTIALS, PROJECTIONS, SOFTMAX
+from llcompile.passes.mechanisms.vocabulary import EXPONENTIALS, PROJECTIONS, SIGMOIDS, SOFTMAX
 
 # Calls that are all of it. Opaque ones of libraries are known by a part of their name and tell nothing more.
 _FUSED = {"scaled_dot_product_attention", "flex_attention"}
@@ -60,7 +60,7 @@ def find(facts: Facts, axes: TimeAxes) -> Iterator[Found]:
         if facts.names[node] in _LAYERS:
             yield _layer(masks, node, _LAYERS[facts.names[node]])
             continue
-        attention = _fused(facts, node) or _spelled(facts, axes, node)
+        attention = _fused(facts, node) or _spelled(facts, node)
         if attention is not None and attention.scores not in seen:
             seen.add(attention.scores)
             yield _named(facts, axes, masks, attention)
@@ -86,12 +86,10 @@ def _fused(facts: Facts, node: fx.Node) -> Attention | None:
     return Attention(node, node, node, query, key, value, weights=node)
 
 
-def _spelled(facts: Facts, axes: TimeAxes, node: fx.Node) -> Attention | None:
+def _spelled(facts: Facts, node: fx.Node) -> Attention | None:
     """Two products with a normalisation between them."""
     name = facts.names[node]
-    if node not in facts.activations or name not in SOFTMAX | EXPONENTIALS:
-        return None
-    if name in SOFTMAX and not _over_time(facts, axes, node):
+    if node not in facts.activations or name not in SOFTMAX | EXPONENTIALS | SIGMOIDS:
         return None
     stop = partial(_ends, facts)
     scores = next((n for n in facts.above(node, stop) if n is not node and facts.factors(n)), None)
@@ -100,6 +98,8 @@ def _spelled(facts: Facts, axes: TimeAxes, node: fx.Node) -> Attention | None:
     below = list(facts.below(node, stop))
     mixed = next((n for n in below if n is not node and n is not scores and facts.factors(n)), None)
     if mixed is None:
+        return None
+    if name in SIGMOIDS and facts.shapes[node] != facts.shapes[scores]:
         return None
     if name in EXPONENTIALS and not _sums_to_one(facts, node, scores, below):
         return None
@@ -113,13 +113,6 @@ def _spelled(facts: Facts, axes: TimeAxes, node: fx.Node) -> Attention | None:
 def _ends(facts: Facts, node: fx.Node) -> bool:
     """Where a mechanism's inside ends: a projection, or a product of two activations."""
     return facts.names[node] in PROJECTIONS or facts.factors(node) is not None
-
-
-def _over_time(facts: Facts, axes: TimeAxes, node: fx.Node) -> bool:
-    """Not over features, as linear attention's feature maps are; True where time is unknown."""
-    known, rank = axes.known(node.args[0]), len(facts.shapes.get(node, ()))
-    dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
-    return not known or not rank or not isinstance(dim, int) or dim % rank - rank in known
 
 
 def _sums_to_one(facts: Facts, node: fx.Node, scores: fx.Node, below: list[fx.Node]) -> bool:
@@ -223,6 +216,8 @@ def _is_low_rank(facts: Facts, axes: TimeAxes, attention: Attention) -> bool:
 
 # What an attention may be besides plain; the first that holds names it.
 KINDS: tuple[tuple[str, Callable[[Facts, TimeAxes, Attention], bool]], ...] = (
+    # Each score is squashed by itself.
+    ("sigmoid attention", lambda facts, axes, attention: facts.names[attention.node] in SIGMOIDS),
     # Keys and values are widened from one narrow projection.
     (LATENT, _is_latent),
     # One softmax map is subtracted from another.

@@ -15,8 +15,11 @@ import torch
 from torch import fx
 
 from llcompile.passes.mechanisms.facts import Facts, Shape
+from llcompile.passes.mechanisms.vocabulary import PROJECTIONS
 
 Axes = frozenset[int]
+# What acts on the last axis.
+_FEATURES = {"linear", "layer_norm", "rms_norm"}
 NONE: Axes = frozenset()
 
 
@@ -55,7 +58,23 @@ def _root(node: fx.Node, facts: Facts) -> Axes:
     value, rank = node.meta["example_value"], len(facts.shapes.get(node, ()))
     if rank == 2 and not value.is_floating_point():
         return frozenset({-1})
-    return frozenset({-2}) if rank == 3 and value.is_floating_point() else NONE
+    return _by_use(node, facts) if rank == 3 and value.is_floating_point() else NONE
+
+
+def _by_use(node: fx.Node, facts: Facts) -> Axes:
+    """The axis before the features, which are what the first layer maps or normalises."""
+    shape = facts.shapes[node]
+    for n in facts.below(node, lambda n: facts.shapes.get(n) != shape or facts.names[n] in _FEATURES | PROJECTIONS):
+        if n is not node and facts.shapes.get(_source(n)) == shape:
+            if facts.names[n] in _FEATURES:
+                return frozenset({-2})
+            if facts.names[n] == "conv1d":
+                return frozenset({-1})
+    return NONE
+
+
+def _source(node: fx.Node) -> Any:
+    return node.args[0] if node.args else node.kwargs.get("input")
 
 
 def _pointwise(axes: TimeAxes, node: fx.Node) -> Axes:
@@ -101,9 +120,10 @@ def _einsum(axes: TimeAxes, node: fx.Node) -> Axes:
         operands = list(operands[0])
     inputs, output = str(equation).replace(" ", "").split("->")
     labels = inputs.split(",")
+    one = sum(n in axes.facts.activations for n in operands) == 1  # else the weights depend on the data, too
     time = {term[a] for term, n in zip(labels, operands, strict=True) for a in axes.known(n)}
     for term, operand in zip(labels, operands, strict=True):
-        if operand in axes.facts.learned and any(label in time and label not in output for label in term):
+        if one and operand in axes.facts.learned and any(label in time and label not in output for label in term):
             axes.mixed.append(node)
     return frozenset(output.index(label) - len(output) for label in time if label in output)
 
@@ -248,6 +268,13 @@ def _convolved(axes: TimeAxes, node: fx.Node) -> Axes:
     return given & {-1}
 
 
+def _unknown(axes: TimeAxes, node: fx.Node) -> Axes:
+    return NONE
+
+
+# Results of which the shape does not tell where the axes went.
+_SOLVERS = ("linalg_solve_triangular", "linalg_solve", "linalg_inv", "inverse", "triangular_solve")
+_CHOICES = ("gather", "topk", "index_select", "take_along_dim", "scatter", "sort", "cdist", "outer", "unfold")
 _REDUCTIONS = ("sum", "mean", "amax", "amin", "logsumexp", "prod", "norm", "var", "std", "any", "all", "argmax")
 
 # What each operation does to the axes; all others are pointwise, or keep their axes as if they were.
@@ -267,6 +294,7 @@ RULES: dict[str, Callable[[TimeAxes, fx.Node], Axes]] = {
     "getattr": _attribute,
     "unsqueeze": _unsqueezed,
     **dict.fromkeys((*_REDUCTIONS, "squeeze", "select"), _reduced),
+    **dict.fromkeys((*_SOLVERS, *_CHOICES), _unknown),
     "unbind": _unbound,
     **dict.fromkeys(("chunk", "split", "tensor_split"), _divided),
     "stack": _stacked,

@@ -39,7 +39,7 @@ def _of_kernel(facts: Facts, axes: TimeAxes, node: fx.Node) -> str:
     if source is None or weight is None or source not in facts.activations or weight not in facts.shapes:
         return ""
     kernel, known = facts.shapes[weight][-1], axes.known(source)
-    if kernel <= 1 or (known and -1 not in known):  # a linear map, or along what is not time
+    if kernel <= 1 or (-2 in known and -1 not in known):  # a linear map, or along the features
         return ""
     length = min(facts.shapes[source][-1], facts.shapes.get(node, facts.shapes[source])[-1])
     if kernel >= _LONG or kernel >= max(length, _SPANNING):

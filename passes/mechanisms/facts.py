@@ -28,6 +28,7 @@ class Facts:
         shapes: of each node that is a tensor; unknown sizes by the value that they had while the graph was traced.
         inputs: what each node reads; for a tensor that was written to in between, the write.
         users: the other way round.
+        outer: for a placeholder of a scan's body, what it is a part of in the graph around.
         activations: nodes that depend on what the model is given.
         learned: nodes that depend on parameters and on nothing that the model is given.
     """
@@ -38,6 +39,7 @@ class Facts:
     shapes: dict[fx.Node, Shape] = field(default_factory=dict)
     inputs: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
     users: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
+    outer: dict[fx.Node, tuple[Facts, fx.Node]] = field(default_factory=dict)
     activations: set[fx.Node] = field(default_factory=set)
     learned: set[fx.Node] = field(default_factory=set)
 

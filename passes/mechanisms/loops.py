@@ -37,7 +37,7 @@ def find(facts: Facts, axes: TimeAxes) -> Iterator[Found]:
             continue
         first, second = (_between(facts, steps[i], steps[i + 1]) for i in (0, 1))
         covered.update(steps, first, second)
-        if not _reads_on(facts, (steps[0], first), (steps[1], second)):
+        if not _reads_on(facts, steps, (first, second)):
             continue
         outside = tuple(n for n in first if any(u not in first and u not in second for u in facts.users[n]))
         step = Recurrence(steps[0], steps[1], first, outside, emitted=bool(outside))
@@ -92,23 +92,30 @@ def _between(facts: Facts, first: fx.Node, second: fx.Node) -> frozenset[fx.Node
     return frozenset(reached - {first})
 
 
-def _reads_on(facts: Facts, *steps: tuple[fx.Node, frozenset[fx.Node]]) -> bool:
-    """Whether both steps read the same tensors, and the second one at other places of them."""
-    first, second = (_reads(facts, *step) for step in steps)
+def _reads_on(facts: Facts, steps: Sequence[fx.Node], carried: Sequence[frozenset[fx.Node]]) -> bool:
+    """Whether both steps read a tensor from before the loop, and the second one at other places of it."""
+    first, second = (_reads(facts, steps, i, inner) for i, inner in enumerate(carried))
     return any(second.get(key, places) != places for key, places in first.items())
 
 
-def _reads(facts: Facts, state: fx.Node, carried: frozenset[fx.Node]) -> dict[Any, Any]:
+def _reads(facts: Facts, steps: Sequence[fx.Node], number: int, carried: frozenset[fx.Node]) -> dict[Any, set[Any]]:
     """What is read at fixed places on the way into a step: (tensor, kind of reading) -> places."""
-    inner = carried | {state}
-    found: dict[Any, Any] = {}
-    inputs = {n for node in carried for n in facts.inputs[node] if n not in inner and n in facts.activations}
-    for node in inputs:
-        for n in facts.above(node, inner.__contains__, _REACH):
-            if _is_read(facts, n) and isinstance(n.args[0], fx.Node):
+    start, after = facts.position[steps[0]], facts.position[steps[number]]
+    body = facts.position[steps[1]] - start
+
+    def earlier(node: fx.Node) -> bool:  # of a step before this one
+        return start - body < facts.position[node] <= after
+
+    found: dict[Any, set[Any]] = {}
+    inputs = {n for node in carried for n in facts.inputs[node] if n not in carried and n is not steps[number]}
+    for node in inputs & facts.activations:
+        if earlier(node) and not _is_read(facts, node):
+            continue
+        for n in facts.above(node, lambda n: n in carried or earlier(n), _REACH):
+            if _is_read(facts, n) and isinstance(n.args[0], fx.Node) and facts.position[n.args[0]] < start:
                 kind, places = _places(n)
                 if places:
-                    found.setdefault((n.args[0], kind), places)
+                    found.setdefault((n.args[0], kind), set()).add(places)
     return found
 
 

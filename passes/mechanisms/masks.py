@@ -108,7 +108,7 @@ class Masks:
         if name == "getitem" and isinstance(args[0], Tensor):
             args = (args[0], _inside(args[1], args[0], stride))
         if name == "diff" and _is_long(args[0]):  # packed sequences are told apart by positions that do not follow
-            return torch.diff(*args, **kwargs) // stride
+            return node.target(*args, **kwargs) // stride  # type: ignore[operator]
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         return node.target(*args, **kwargs)  # type: ignore[operator]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from llcompile.passes.mechanisms.facts import Facts, Shape
-from llcompile.passes.mechanisms.vocabulary import PRODUCTS, PROJECTIONS, SPREADING
+from llcompile.passes.mechanisms.vocabulary import PRODUCTS, PROJECTIONS
 
 SELECTIVE_SCAN = "selective scan (Mamba-1)"
 STATE_SPACE = "state space scan (S4)"
@@ -103,8 +103,7 @@ def _is_contracted(facts: Facts, step: Recurrence) -> bool:
 
     inside = _readers(facts, (n for n in step.carried), step.carried, ends(facts))
     outside = _readers(known, step.reads, step.carried, ends(known))
-    size = facts.size(step.next)
-    return any(_sums(facts, n, size) for n in inside) or any(_sums(known, n, size) for n in outside)
+    return any(contracts(facts, n) for n in inside) or any(contracts(known, n) for n in outside)
 
 
 def _readers(
@@ -115,13 +114,16 @@ def _readers(
             yield from (n for n in facts.below(start, stop, 24) if n is not start and n not in inner)
 
 
-def _sums(facts: Facts, node: fx.Node, size: int) -> bool:
-    """A sum over an axis of something as large as the state, with another activation."""
+def contracts(facts: Facts, node: fx.Node) -> bool:
+    """Whether the node sums over an axis, with another activation or plainly."""
     if facts.names[node] == "sum":
-        source = node.args[0]
-        return isinstance(source, fx.Node) and facts.size(node) < facts.size(source)
-    factors = facts.factors(node)
-    return factors is not None and facts.size(node) < max(map(facts.size, factors))
+        return isinstance(node.args[0], fx.Node) and facts.size(node) < facts.size(node.args[0])
+    if facts.factors(node) is None:
+        return False
+    if facts.names[node] != "einsum":
+        return True
+    inputs, _, output = str(node.args[0]).replace(" ", "").partition("->")
+    return bool(set(inputs) - set(output) - {","})
 
 
 def _is_full(facts: Facts, step: Recurrence) -> bool:
@@ -131,23 +133,45 @@ def _is_full(facts: Facts, step: Recurrence) -> bool:
 
 
 def serves_one(facts: Facts, decay: fx.Node, state: Shape) -> bool:
-    """Whether a decay is not copied along the last two axes of the state, here or on the way."""
-    if _is_copied(facts.shapes.get(decay, ()), state):
+    """Whether a decay is not copied along one of the last two axes of the state, here or on the way."""
+    if _copied(facts.shapes.get(decay, ()), state):
         return False
     for _ in range(8):
-        sources = [n for n in facts.inputs[decay] if n in facts.shapes]
+        sources = [n for n in facts.inputs[decay] if n in facts.activations | facts.learned and n in facts.shapes]
         if not sources:
-            break
-        source = max(sources, key=facts.size)
-        if facts.names[decay] in SPREADING and _is_copied(facts.shapes[source], facts.shapes[decay]):
+            around, whole = facts.outer.get(decay, (None, None))
+            return around is None or whole is None or serves_one(around, whole, around.shapes[whole])
+        shape = facts.shapes[decay]
+        if set.intersection(*(_copied(facts.shapes[n], shape) for n in sources)):
             return False
-        decay = source
+        decay = max(sources, key=facts.size)
     return True
 
 
-def _is_copied(source: Shape, target: Shape) -> bool:
-    given = (1, 1, *source)
-    return any(given[a] == 1 != target[a] for a in (-1, -2) if len(target) >= -a)
+def _copied(source: Shape, target: Shape) -> set[int]:
+    """Along which of the last two axes a tensor is copied to become another one; along none if that is not all."""
+    given = (*((1,) * (len(target) - len(source))), *source)
+    if len(given) != len(target) or any(g not in (1, t) for g, t in zip(given, target, strict=True)):
+        return set()
+    return {a for a in (-1, -2) if len(target) >= -a and given[a] == 1 != target[a]}
+
+
+def is_outer(facts: Facts, node: fx.Node) -> bool:
+    """Whether a tensor is a product of smaller ones: of a value and a key, say."""
+    for n in facts.above(node, lambda n: facts.names[n] in PROJECTIONS, 24):
+        if n in facts.outer and is_outer(*facts.outer[n]):
+            return True
+        if facts.names[n] in PRODUCTS | {"mul"}:
+            sizes = [facts.size(o) for o in facts.inputs[n] if o in facts.activations or o in facts.learned]
+            if len(sizes) > 1 and max(sizes) < facts.size(n):
+                return True
+    return False
+
+
+def _is_fed_by_products(facts: Facts, step: Recurrence) -> bool:
+    ours = step.carried | {step.state}
+    sums = (n for n in step.carried if facts.names[n] in ("add", "addcmul", "lerp", "sub"))
+    return any(is_outer(facts, o) for n in sums for o in facts.inputs[n] if o not in ours)
 
 
 def _is_data_dependent(facts: Facts, step: Recurrence) -> bool:
@@ -160,12 +184,15 @@ def _is_linear_and_apart(facts: Facts, step: Recurrence) -> bool:
 
 
 def _is_elementwise(facts: Facts, step: Recurrence) -> bool:
-    return _is_linear_and_apart(facts, step) and not _is_contracted(facts, step)
+    names = [facts.names[n] for n in step.carried]
+    solves = "sub" in names and sum(name in _SCALES for name in names) > 1  # x_i = b_i (y_i - c_i x_j): substitution
+    return _is_linear_and_apart(facts, step) and not solves and not _is_contracted(facts, step)
 
 
 def _is_wide(facts: Facts, step: Recurrence) -> bool:
     """A state that is read with weights, and a decay for each of its numbers: no key that all of a row share."""
-    return _is_linear_and_apart(facts, step) and _is_full(facts, step) and _is_contracted(facts, step)
+    apart = _is_linear_and_apart(facts, step) and _is_fed_by_products(facts, step)
+    return apart and _is_full(facts, step) and _is_contracted(facts, step)
 
 
 # From what happens in a step to a name; the first that holds. Wide states with a shared decay are linear attention.

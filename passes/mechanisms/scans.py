@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from itertools import permutations
 
 from torch import fx
+from torch.utils._pytree import tree_leaves
 
 from llcompile.passes.mechanisms.axes import TimeAxes
 from llcompile.passes.mechanisms.facts import Facts
@@ -18,10 +19,12 @@ from llcompile.passes.mechanisms.recurrences import (
     STATE_SPACE,
     WHOLE,
     Recurrence,
+    contracts,
+    is_outer,
     name_of,
     serves_one,
 )
-from llcompile.passes.mechanisms.vocabulary import PRODUCTS, PROJECTIONS, READS
+from llcompile.passes.mechanisms.vocabulary import EXPONENTIALS, PRODUCTS, PROJECTIONS, READS
 from llcompile.passes.regions import Region
 
 # What only takes parts of a tensor, moves or joins them: between a tree's products, and between it and what it scans.
@@ -38,6 +41,7 @@ _MOVES |= {
     "squeeze",
 }
 
+_SCALED = {"mul", "div"}
 # A tree has fewer nodes than this below any of its products.
 _TREE = 4000
 
@@ -55,6 +59,8 @@ def find(facts: Facts, axes: TimeAxes) -> Iterator[Found]:
             yield from _of_body(facts, node)
         elif name == "associative_scan":
             yield from _associative(facts, node)
+        elif name in ("cumsum", "logcumsumexp") and node in facts.activations:
+            yield from _accumulated(facts, node)
         elif name == "add" and node in facts.activations:
             parts = _composed(facts, node)
             if parts is not None:
@@ -73,6 +79,8 @@ def _of_body(facts: Facts, node: fx.Node) -> Iterator[Found]:
     inner = Facts(Region(module))
     given = list(module.graph.find_nodes(op="placeholder"))
     inner.activations.update(n for n in given if n not in inner.learned)
+    operands = [n for n in tree_leaves((node.args[1:], node.kwargs)) if isinstance(n, fx.Node) and n in facts.shapes]
+    inner.outer.update((n, (facts, operand)) for n, operand in zip(given, operands, strict=False))
     made = fx.node.map_arg(next(iter(module.graph.find_nodes(op="output"))).args[0], lambda n: n)
     for state, after in zip(given, made, strict=False):
         if (
@@ -126,7 +134,8 @@ def _tree(facts: Facts, compositions: list[tuple[fx.Node, fx.Node, fx.Node]]) ->
     node, decay, state = compositions[0]
     kind = _kind(facts, _origin(facts, decay), _origin(facts, state), compositions[-1][0])
     if kind:
-        yield Found(node, kind, inside=frozenset(n for n, _, _ in compositions))
+        products = (n for _, a, _ in compositions for n in facts.users[a] if facts.names[n] == "mul")
+        yield Found(node, kind, inside=frozenset((*products, *(n for n, _, _ in compositions))))
 
 
 def _composed(facts: Facts, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
@@ -153,19 +162,29 @@ def _origin(facts: Facts, node: fx.Node) -> fx.Node:
     return node
 
 
+def _accumulated(facts: Facts, node: fx.Node) -> Iterator[Found]:
+    """`h = exp(c) * cumsum(u * exp(-c))`, where `c` is a sum of log decays, or the same with logarithms all through."""
+    if facts.names[node] == "logcumsumexp":
+        readers = facts.below(node, lambda n: facts.names[n] in PROJECTIONS | PRODUCTS | {"sum"})
+        if not any(contracts(facts, n) for n in readers):
+            yield Found(node, GATED, inside=frozenset((node,)))
+        return
+    scaled = node.args[0] if node.args else None
+    if not isinstance(scaled, fx.Node) or facts.names[scaled] not in _SCALED:
+        return
+    undone = [n for u in facts.users[node] if facts.names[u] in _SCALED for n in facts.inputs[u] if n is not node]
+    before = [n for n in facts.inputs[scaled] if facts.names[n] in EXPONENTIALS]
+    if not before or not any(facts.names[n] in EXPONENTIALS for n in undone):
+        return
+    kind = _kind(facts, before[0], scaled, node)
+    if kind:
+        yield Found(node, kind, inside=frozenset((node,)))
+
+
 def _kind(facts: Facts, decay: fx.Node, state: fx.Node, last: fx.Node) -> str:
-    size, ends = facts.size(state), PROJECTIONS | PRODUCTS | {"sum"}
-    readers = facts.below(last, lambda n: facts.names[n] in ends, _TREE)
-    if not any(_sums(facts, n, size) for n in readers):
+    readers = facts.below(last, lambda n: facts.names[n] in PROJECTIONS | PRODUCTS | {"sum"}, _TREE)
+    if not any(contracts(facts, n) for n in readers):
         return GATED if decay in facts.activations else FIXED
-    if not serves_one(facts, decay, facts.shapes[state]):
-        return ""  # one decay for a row of the state: linear attention
+    if not serves_one(facts, decay, facts.shapes[state]) or not is_outer(facts, state):
+        return ""  # one decay for a row of the state is linear attention; no products, its denominator
     return SELECTIVE_SCAN if decay in facts.activations else STATE_SPACE
-
-
-def _sums(facts: Facts, node: fx.Node, size: int) -> bool:
-    """A sum, with another activation or plainly, over an axis that the state has."""
-    if facts.names[node] == "sum":
-        return isinstance(node.args[0], fx.Node) and facts.size(node) < facts.size(node.args[0])
-    factors = facts.factors(node)
-    return factors is not None and facts.size(node) < min(size, max(map(facts.size, factors)))

@@ -32,12 +32,13 @@ PROJECTIONS = frozenset({"linear", "conv1d", "conv2d", "embedding", "addmm", "bi
 CONVOLUTIONS = frozenset({"conv1d"})
 ATTENTION = frozenset({"scaled_dot_product_attention", "flex_attention"})
 SOFTMAX = frozenset({"softmax"})
+SIGMOIDS = frozenset({"sigmoid"})
 EXPONENTIALS = frozenset({"exp", "exp2"})
 # Copies of the same numbers along an axis.
 SPREADING = frozenset({"expand", "expand_as", "repeat", "repeat_interleave", "broadcast_to", "tile"})
 READS = frozenset({"getitem", "select", "narrow", "slice"})
 # Only the first argument's numbers are taken; of these, not even those.
-SHAPED = frozenset({"expand_as", "view_as", "reshape_as", "type_as"})
+SHAPED = frozenset({"expand_as", "view_as", "reshape_as", "type_as", "to"})
 MADE = frozenset(f"{kind}_like" for kind in ("zeros", "ones", "full", "empty", "rand", "randn"))
 MADE |= frozenset(f"new_{kind}" for kind in ("zeros", "ones", "full", "empty", "tensor")) | {"size"}
 

@@ -324,6 +324,37 @@ class Indexed(Attention):
         return super().forward(x)
 
 
+def squashed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.sigmoid(q @ k.mT - 2.0).tril() @ v
+
+
+def test_sigmoid_attention() -> None:
+    assert kinds(Attention(squashed, 4, 4), torch.randn(B, T, D)) == ["sigmoid attention (MHA, 4 heads)"]
+
+
+def pooled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k, v = (F.avg_pool1d(t.flatten(0, 1).mT, 4).mT.unflatten(0, t.shape[:2]) for t in (k, v))
+    return (q @ k.mT).softmax(-1) @ v
+
+
+def test_keys_that_are_fewer_than_queries() -> None:
+    assert kinds(Attention(pooled), torch.randn(B, T, D)) == ["softmax attention (MHA, 4 heads)"]
+
+
+def test_time_first() -> None:
+    """No layout is taken for granted."""
+
+    class First(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            q = self.q(x).unflatten(-1, (self.heads, -1)).permute(1, 2, 0, 3)
+            k, v = (t.unflatten(-1, (self.groups, -1)).permute(1, 2, 0, 3) for t in self.kv(x).chunk(2, -1))
+            return x + self.out(self.attend(q, k, v).permute(2, 0, 1, 3).flatten(2))
+
+    for attend in SPELLINGS:
+        said = kinds(First(attend, 4, 2), torch.randn(T, B, D))
+        assert said == ["softmax attention (GQA, 4 heads over 2 groups)"]
+
+
 @pytest.mark.parametrize("model", [Attention(largest), Indexed()])
 def test_sparse_attention(model: nn.Module) -> None:
     assert kinds(model, torch.randn(B, T, D)) == ["sparse attention (top-k, MHA, 4 heads)"]

@@ -100,7 +100,13 @@ def sequential(a: Tensor, u: Tensor) -> Tensor:
     return scan(step, torch.zeros_like(u[:, 0]), (a, u), dim=1)[1]
 
 
-SCANS = (loop, unbound, in_place, backwards, doubling, associative, sequential)
+def accumulated(a: Tensor, u: Tensor) -> Tensor:
+    """The decays' logarithms added up, and undone before the sum."""
+    c = a.log().cumsum(1)
+    return c.exp() * (u * (-c).exp()).cumsum(1)
+
+
+SCANS = (accumulated, loop, unbound, in_place, backwards, doubling, associative, sequential)
 
 
 @pytest.mark.parametrize("scan_of", SCANS)
@@ -161,7 +167,23 @@ def blended(a: Tensor, u: Tensor) -> Tensor:
     return torch.stack(states, 1)
 
 
+def in_logarithms(a: Tensor, u: Tensor) -> Tensor:
+    """minGRU's parallel form."""
+    c = a.log().cumsum(1)
+    return torch.exp(c + torch.logcumsumexp(F.softplus(u).log() - c, dim=1))
+
+
+def step_towards(a: Tensor, u: Tensor) -> Tensor:
+    h, states = torch.zeros_like(u[:, 0]), []
+    for t in range(u.shape[1]):
+        h = h + a[:, t] * (u[:, t] - h)
+        states.append(h)
+    return torch.stack(states, 1)
+
+
 def test_other_spellings_of_a_gate() -> None:
+    for scan_of in (in_logarithms, step_towards):
+        assert kinds(Gated(scan_of), torch.randn(B, T, D)) == [RG_LRU]
     assert kinds(Gated(blended), torch.randn(B, T, D)) == [RG_LRU]
 
 
@@ -258,7 +280,8 @@ def test_layers_of_torch_in_the_graph(layer: Callable[..., nn.Module]) -> None:
 
 
 class Matrix(nn.Module):
-    """Linear attention and its like: a state [K, V], with a decay for each head, each key, or none; the delta rule."""
+    """Linear attention and its like: a state [K, V], with a decay for each head, each key, or none; the delta rule; a
+    denominator, which has the keys' decays."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -268,7 +291,7 @@ class Matrix(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).chunk(3, -1)
         g = self.gate(x).sigmoid()
-        state, out = x.new_zeros(x.shape[0], D, D), []
+        state, total, out = x.new_zeros(x.shape[0], D, D), x.new_zeros(x.shape[0], D), []
         for t in range(x.shape[1]):
             if self.kind == "head":
                 state = state * g[:, t, :1, None]
@@ -278,8 +301,21 @@ class Matrix(nn.Module):
             if self.kind == "delta":
                 new = new - torch.einsum("bk,bkv->bv", k[:, t], state)
             state = state + k[:, t, :, None] * new[:, None]
-            out.append(torch.einsum("bk,bkv->bv", q[:, t], state))
+            read = torch.einsum("bk,bkv->bv", q[:, t], state)
+            if self.kind == "normalised":
+                total = g[:, t] * total + k[:, t]
+                read = read / (q[:, t] * total).sum(-1, keepdim=True)
+            out.append(read)
         return self.out(torch.stack(out, 1))
+
+
+def in_chunks(a: Tensor, u: Tensor) -> Tensor:
+    """A state for each chunk that is read by a product of the shapes that chunks have."""
+    state, out = torch.zeros(u.shape[0], D, D), []
+    for t in range(0, u.shape[1], 3):
+        out.append(u[:, t : t + 3] @ state)
+        state = a[:, t + 2, :1, None] * state + u[:, t : t + 3].mT @ u[:, t : t + 3]
+    return torch.cat(out, 1)
 
 
 class SharedLayers(nn.Module):
@@ -332,11 +368,12 @@ def running_sum(a: Tensor, u: Tensor) -> Tensor:
 
 
 NOTHING: list[nn.Module] = [
-    *(Matrix(kind) for kind in ("none", "head", "key", "delta")),
+    *(Matrix(kind) for kind in ("none", "head", "key", "delta", "normalised")),
     SharedLayers(),
     Mixture(),
     Balanced(),
     Gated(running_sum),
+    Gated(in_chunks),
 ]
 
 

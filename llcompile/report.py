@@ -75,7 +75,7 @@ class Report:
             for record in self.untouched:
                 kinds.setdefault(record.kind, []).append(record.module)
             for kind, modules in kinds.items():
-                yield f"left untouched: {', '.join(modules)} ({kind})"
+                yield f"left untouched, {kind}: {', '.join(m or '(root)' for m in modules)}"
 
 
 def _converted_table(records: tuple[Converted, ...]) -> Table:

@@ -130,8 +130,8 @@ def test_many_layers_on_no_device() -> None:
 def test_the_report_shows_it() -> None:
     report = llcompile.inspect(build("lfm2"), tokens(24))
     text = str(report)
-    assert "short convolution (kernel 3)" in text
-    assert ATTENTION in text
+    assert "left untouched, short convolution (kernel 3): model.layers.0.conv, model.layers.2.conv" in text
+    assert f"left untouched, {ATTENTION}: model.layers.1.self_attn" in text
     shown = next(u for u in report.to_dict()["untouched"] if u["module"] == "model.layers.1.self_attn")
     assert (shown["kind"], shown["heads"], shown["groups"]) == (ATTENTION, 4, 2)
     assert ":" in shown["where"]

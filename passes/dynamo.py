@@ -182,6 +182,20 @@ def input_value(node: fx.Node) -> Any:
         return None
 
 
+def module_tensors() -> frozenset[int]:
+    """Ids of the tensors that the frame's modules hold and do not train: buffers, and tensors that are plain attributes."""
+    modules = [root for _, root in _root_modules()]
+    held = (t for root in modules for m in root.modules() for t in (*m._buffers.values(), *vars(m).values()))
+    return frozenset(id(t) for t in held if isinstance(t, torch.Tensor) and not isinstance(t, nn.Parameter))
+
+
+def hint(size: Any) -> Any:
+    """The number that a symbolic size had in the example, or None where it depends on data."""
+    if isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return size.node.hint if size.node.has_hint() else None
+    return size
+
+
 def substitute(function: Callable[..., Any], replacement: Callable[..., Any]) -> None:
     """Has Dynamo trace `replacement` wherever traced code calls `function`; eager calls are untouched."""
     torch.compiler.substitute_in_graph(function, skip_signature_check=True)(replacement)  # type: ignore[arg-type]

@@ -1,0 +1,165 @@
+"""Axes: follows every axis through the program, so that it is known which one is time, a head, a feature.
+
+An axis of a value is a row of atoms, outermost first: `[B*T, H*K]` has the axes `(b, t)` and `(h, k)`. Operations that
+pair axes element by element make their atoms the same; a reshape that cuts an axis splits its atom, for all values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(eq=False)
+class Atom:
+    """An axis that is not made of others, or was not when it came up.
+
+    Args:
+        size: how many positions.
+        parent: the atom that this one was found to be the same as.
+        parts: the two atoms, outer and inner, that it was split into.
+        pinned: operations speak of positions along it by number (slices, constants), so it has no other size.
+        weight: a parameter of the model has it: a feature, or a head.
+    """
+
+    size: int
+    parent: Atom | None = None
+    parts: tuple[Atom, Atom] | None = None
+    whole: Atom | None = None
+    pinned: bool = False
+    weight: bool = False
+    number: int = 0
+
+    def __repr__(self) -> str:
+        return f"a{self.number}:{self.size}"
+
+
+Axis = tuple[Atom, ...]  # () for an axis of size one
+Axes = tuple[Axis, ...]
+
+
+@dataclass
+class Atoms:
+    """All atoms of a program."""
+
+    made: list[Atom] = field(default_factory=list)
+    slices: dict[tuple[tuple[Atom, ...], int, int, int], Atom] = field(default_factory=dict)
+
+    def new(self, size: int) -> Axis:
+        """A new axis of the given size."""
+        if size == 1:
+            return ()
+        atom = Atom(size, number=len(self.made))
+        self.made.append(atom)
+        return (atom,)
+
+    def find(self, atom: Atom) -> Atom:
+        """The atom that stands for all those that are the same as this one."""
+        while atom.parent is not None:
+            if atom.parent.parent is not None:
+                atom.parent = atom.parent.parent
+            atom = atom.parent
+        return atom
+
+    def leaves(self, axis: Axis) -> Axis:
+        """The axis as atoms that were never split."""
+        return tuple(leaf for atom in axis for leaf in self._leaves(self.find(atom)))
+
+    def _leaves(self, atom: Atom) -> Iterator[Atom]:
+        if atom.parts is None:
+            yield atom
+        else:
+            for part in atom.parts:
+                yield from self._leaves(self.find(part))
+
+    def root(self, atom: Atom) -> Atom:
+        """The atom that this one was split from."""
+        atom = self.find(atom)
+        while atom.whole is not None:
+            atom = self.find(atom.whole)
+        return atom
+
+    def same(self, first: Axis, second: Axis) -> bool:
+        """Notes that two axes pair element by element; False where their sizes do not allow it."""
+        one, two = list(self.leaves(first)), list(self.leaves(second))
+        while one and two:
+            a, b = self.find(one.pop(0)), self.find(two.pop(0))
+            if a is b:
+                continue
+            if a.size == b.size:
+                self._join(a, b)
+                continue
+            small, large = (a, b) if a.size < b.size else (b, a)
+            if large.size % small.size or not self.split(large, small.size):
+                return False
+            assert large.parts is not None
+            rest = list(self.leaves(large.parts[1:]))
+            (two if large is b else one)[:0] = rest
+            outer = self.leaves(large.parts[:1])
+            if len(outer) != 1 or not self._join_sized(small, outer[0]):
+                return False
+        return not one and not two
+
+    def _join_sized(self, a: Atom, b: Atom) -> bool:
+        a, b = self.find(a), self.find(b)
+        if a is not b and a.size == b.size:
+            self._join(a, b)
+        return a.size == b.size
+
+    def _join(self, a: Atom, b: Atom) -> None:
+        if a.whole is None and b.whole is not None:
+            a, b = b, a  # the one that is a part of something stays
+        b.parent = a
+        a.pinned |= b.pinned
+        a.weight |= b.weight
+
+    def split(self, atom: Atom, outer: int) -> bool:
+        """Splits an atom that has no parts into an outer one of the given size and the rest."""
+        atom = self.find(atom)
+        if atom.parts is not None or atom.size % outer or outer in (1, atom.size):
+            return False
+        parts = self.new(outer) + self.new(atom.size // outer)
+        for part in parts:
+            part.whole, part.weight, part.pinned = atom, atom.weight, atom.pinned
+        atom.parts = (parts[0], parts[1])
+        return True
+
+    def regroup(self, axes: Axes, sizes: Sequence[int]) -> Axes | None:
+        """The axes of a reshape to the given sizes, or None where they cut across atoms."""
+        leaves = [leaf for axis in axes for leaf in self.leaves(axis)]
+        made = []
+        for size in sizes:
+            taken: list[Atom] = []
+            room = size
+            while room > 1:
+                if not leaves:
+                    return None
+                leaf = self.find(leaves.pop(0))
+                if leaf.parts is not None:
+                    leaves[:0] = self.leaves((leaf,))
+                    continue
+                if leaf.size > room:
+                    if leaf.size % room or not self.split(leaf, room):
+                        return None
+                    leaves[:0] = self.leaves((leaf,))
+                    continue
+                if room % leaf.size:
+                    return None
+                taken.append(leaf)
+                room //= leaf.size
+            made.append(tuple(taken))
+        return tuple(made)
+
+    def part(self, axis: Axis, start: int, stop: int, step: int) -> Axis:
+        """The axis of a slice: the same one wherever the same slice is taken."""
+        leaves = self.leaves(axis)
+        size = max(0, -(-(stop - start) // step))
+        if size == 1:
+            return ()
+        for leaf in leaves:
+            leaf.pinned = True
+        key = (leaves, start, stop, step)
+        if key not in self.slices:
+            self.slices[key] = self.new(size)[0]
+            self.slices[key].weight = any(leaf.weight for leaf in leaves)
+        return (self.slices[key],)

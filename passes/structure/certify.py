@@ -1,0 +1,109 @@
+"""Certify: the proof. The part and the operator, on fresh draws, at several lengths, in float64 where memory allows.
+
+The last draw has the length of the graph, whatever it is: what only shows at that length (a window) is seen. All other
+axes are cut down, where the code names no position along them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from llcompile.passes.records import Certificate
+from llcompile.passes.structure.classify import Miss
+from llcompile.passes.structure.cut import Part, Source
+from llcompile.passes.structure.frame import Frame, Row
+from llcompile.passes.structure.probe import Probe, difference
+from llcompile.passes.structure.ranges import Range
+from llcompile.passes.structure.reading import Reading
+from llcompile.passes.structure.sizing import Sizing, small
+from llcompile.passes.structure.suppose import output_of
+
+# float64 throughout agrees to rounding; a part whose constants are float32 numbers, to float32's.
+BUDGETS = (("float64", 1e-10), ("float32", 2e-5))
+_LARGE = 1 << 28  # numbers in the largest tensor of a proof, above which it is done in float32
+
+
+def certify(part: Part, reading: Reading, tried: Probe) -> tuple[Reading, Certificate]:
+    """The reading with its scale as it is at the graph's length, and its certificate.
+
+    Args:
+        part: the part.
+        reading: what it is supposed to be.
+        tried: the probe that the reading was found with; where that could not run at other sizes, the proof does not.
+
+    Raises:
+        Miss: a draw on which the two differ.
+    """
+    worst, draws = 0.0, 0
+    for number, sizing in enumerate(_sizings(part, tried)):
+        probe = _probe(part, reading, sizing, tried.ranges, seed=100 + number)
+        theirs = probe.by_time(probe.run())
+        ours = output_of(probe, reading)
+        error = difference(theirs, ours)
+        if number == 0 and error > BUDGETS[-1][1]:
+            reading, error = _rescaled(reading, probe, theirs, ours)
+        worst, draws = max(worst, error), draws + 1
+        if worst > BUDGETS[-1][1]:
+            length = probe.length
+            raise Miss(
+                f"agrees at w = 1 to {worst:.0e} only (at length {length})", 3, "see docs/recognition.md for the proof"
+            )
+    precision = next(name for name, budget in BUDGETS if worst <= budget)
+    return reading, Certificate(worst, precision, draws)
+
+
+def _sizings(part: Part, tried: Probe) -> list[Sizing]:
+    """The graph's own length first (the scale is that of it), then others where the code allows them."""
+    times = tried.sizing.times
+    if not tried.sizing.sizes:
+        return [tried.sizing] * 2
+    own = small(times, part, keep_time=True)
+    found = [own]
+    for variant in (1, 2):
+        other = small(times, part, keep_time=False, variant=variant)
+        if other.length != own.length:
+            found.append(other)
+    if len(found) == 1:
+        found.append(small(times, part, keep_time=True, variant=1))
+    return found
+
+
+def _rescaled(reading: Reading, probe: Probe, theirs: Tensor, ours: Tensor) -> tuple[Reading, float]:
+    """A scale that hangs on the length (a mean, say) is that of the graph's."""
+    plain = [s for s, how in reading.post if how == "plus"]
+    if plain or reading.normaliser is not None:
+        return reading, difference(theirs, ours)
+    factor = float((theirs * ours).sum() / (ours * ours).sum().clamp_min(1e-300))
+    return reading.scaled(reading.scale * factor), difference(theirs, ours * factor)
+
+
+def _probe(
+    part: Part, reading: Reading, sizing: Sizing, ranges: Mapping[Source, Range], seed: int
+) -> Probe:
+    """A draw of which every operand is as in a real model, so that the far past still counts at any length."""
+    largest = max((_count(sizing, v) for op in part.ops for v in op.outputs), default=0)
+    dtype = torch.float32 if largest > _LARGE else torch.float64
+    rows: Mapping[Source, tuple[Row, ...]] = reading.rows
+    probe = Probe(part, rows, reading.result, sizing, ranges, seed, dtype)
+    if reading.decay is not None and reading.transform is not None:
+        z = torch.randn(probe.shape(reading.decay), generator=probe.generator, dtype=torch.float64)
+        log_decay = -(4.0 / probe.length) * (0.2 + torch.nn.functional.softplus(z))
+        probe.values[reading.decay] = reading.transform.inverse(log_decay).to(dtype)
+    if reading.beta is not None:
+        # Keys of norm 1/2 to 1: with longer ones a delta rule diverges.
+        key = probe.values[reading.key].double()
+        held = {id(a) for a in reading.axes.key}
+        dims = [i for i, row in enumerate(rows[reading.key]) if any(id(a) in held for a in row)]
+        norm = key.square().sum(dims, keepdim=True).sqrt()
+        probe.values[reading.key] = (key / norm * (0.5 + 0.5 * torch.sigmoid(norm))).to(dtype)
+    return probe
+
+
+def _count(sizing: Sizing, value: object) -> int:
+    made = 1
+    for n in sizing.shape(value):  # type: ignore[arg-type]
+        made *= n
+    return made

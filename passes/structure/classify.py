@@ -1,0 +1,215 @@
+"""Classify: tells what each source of a part is, by what the part is as a function of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from llcompile.passes.structure.axes import Atom
+from llcompile.passes.structure.cut import Source
+from llcompile.passes.structure.probe import SAME, Probe, difference
+from llcompile.passes.structure.frame import Row
+from llcompile.passes.structure.sizing import CannotArrange, arrange
+
+
+class Miss(Exception):
+    """The part is no mixer of ours; the first property that failed.
+
+    Args:
+        reason: that property, in words.
+        near: whether the part looks like a mixer otherwise, so that a person wants to read of it.
+        hint: what to do about it.
+    """
+
+    def __init__(self, reason: str, near: int = 0, hint: str = "") -> None:
+        super().__init__(reason)
+        self.reason, self.near, self.hint = reason, near, hint
+
+
+@dataclass
+class Roles:
+    """What is known of the sources before the operands are tried.
+
+    Args:
+        query: linear, each position by itself, contracted.
+        keyed: sources with the query's contracted atoms, that later positions depend on.
+        value: linear, causal, its atoms pass through.
+        scalars: the other causal sources.
+        timeless: sources without time that are not `post`.
+        strict: those which only later positions depend on.
+        degree: source -> 1 linear, 0 scale-free, -1 inverse, None otherwise.
+        post: what is done to the output.
+        scale_free: the result does not change with the query's size (a denominator inside).
+    """
+
+    query: Source
+    keyed: list[Source]
+    value: Source | None
+    scalars: list[Source]
+    timeless: list[Source]
+    strict: set[Source]
+    degree: dict[Source, int | None]
+    post: list[tuple[Source, str]] = field(default_factory=list)
+    linear_query: bool = True
+
+
+def classify(probe: Probe) -> Roles:
+    """The roles of the part's sources.
+
+    Raises:
+        Miss: with the first property that does not hold.
+    """
+    return _Classifier(probe).roles()
+
+
+class _Classifier:
+    def __init__(self, probe: Probe) -> None:
+        self.probe = probe
+        self.base = probe.by_time(probe.run())
+        if not bool(torch.isfinite(self.base).all()):
+            raise Miss("it has no finite result on generic numbers")
+        self.kept = {id(atom) for row in probe.result for atom in row}
+        self.atoms = {s: {id(a) for row in probe.rows[s] for a in row} for s in probe.part.sources}
+        self.post: list[tuple[Source, str]] = []
+        self.degree: dict[Source, int | None] = {}
+        self.reach: dict[Source, str] = {}
+
+    def roles(self) -> Roles:
+        probe = self.probe
+        sources = [s for s in probe.part.sources if probe.values[s].is_floating_point()]
+        if len(sources) < len(probe.part.sources):
+            raise Miss("it depends on whole numbers or masks of the input")
+        timed = [s for s in sources if probe.is_timed(s)]
+        if len(timed) < 2:
+            raise Miss("it has fewer than two sequences to mix")
+        self._reaches(timed)
+        contracted = [s for s in timed if self.reach[s] == "own" and self.atoms[s] - self.kept]
+        if not contracted:
+            raise Miss(*self._no_query(timed))
+        if len(contracted) > 1:
+            raise Miss("two sources act as queries")
+        query = contracted[0]
+        for source in [s for s in sources if s is not query and self._is_outer(s)]:
+            self._take_post(source)
+        for source in sources:
+            if source not in self.degree:
+                self.degree[source] = self._degree(source)
+        return self._sort(query, sources)
+
+    def _is_outer(self, source: Source) -> bool:
+        return self.reach.get(source, "own") == "own" and not self.atoms[source] - self.kept
+
+    def _reaches(self, timed: list[Source]) -> None:
+        """Which positions of the result depend on one position of each source."""
+        probe, middle = self.probe, self.probe.length // 2
+        noncausal = None
+        for source in timed:
+            other = probe.by_time(probe.run({source: probe.at_one_time(source, middle)}))
+            size = self.base.abs().amax().clamp_min(1e-300)
+            rows = ((other - self.base).abs().amax(1) > 1e-11 * size).nonzero().flatten().tolist()
+            if not rows:
+                self.reach[source] = "none"
+            elif rows == [middle]:
+                self.reach[source] = "own"
+            elif rows[0] < middle:
+                self.reach[source] = "before"
+                noncausal = noncausal or f"not causal: output {rows[0]} depends on input {middle}"
+            else:
+                self.reach[source] = "later" if rows[0] > middle else "from"
+                if rows[-1] < probe.length - 1:
+                    self.reach[source] = "window"
+        self.noncausal = noncausal
+
+    def _no_query(self, timed: list[Source]) -> tuple[str, int]:
+        if self.noncausal:
+            return self.noncausal, 1 if len(timed) > 2 else 0
+        return "no source is a query: linear, and contracted with the state at its own position", 0
+
+    def _degree(self, source: Source) -> int | None:
+        """How the result grows with the source: 1 where twice the source gives twice the result."""
+        twice = self.probe.by_time(self.probe.run({source: 2 * self.probe.values[source]}))
+        for degree in (1, 0, -1, 2):
+            if difference(twice, self.base * 2.0**degree) < SAME:
+                return degree
+        return None
+
+    def _take_post(self, source: Source) -> None:
+        """A source that is added to the output, or that the output is multiplied with or divided by."""
+        probe = self.probe
+        x = probe.values[source]
+        other = probe.draw(source)
+        changed = probe.by_time(probe.run({source: other}))
+        try:
+            one, two = (self._spread(source, t) for t in (x, other))
+        except CannotArrange:
+            return
+        if difference(changed - self.base, two - one) < 1e-6 and difference(changed, self.base + two - one) < SAME:
+            self.post.append((source, "plus"))
+            probe.values[source] = torch.zeros_like(x)
+            self.base = probe.by_time(probe.run())
+        elif difference(changed * one, self.base * two) < SAME:
+            self.post.append((source, "times"))
+        elif difference(changed * two, self.base * one) < SAME:
+            self.post.append((source, "over"))
+        else:
+            return
+        self.degree[source] = 1
+
+    def _spread(self, source: Source, x: Tensor) -> Tensor:
+        probe = self.probe
+        full = arrange(x, probe.rows[source], probe.result, probe.sizing.of)
+        return probe.by_time(full)
+
+    def _sort(self, query: Source, sources: list[Source]) -> Roles:
+        taken = {id(s) for s, _ in self.post} | {id(query)}
+        left = [s for s in sources if id(s) not in taken]
+        idle = [s for s in left if self.reach.get(s) == "none"]
+        if idle:
+            raise Miss("its result does not depend on one of its sources")
+        contracted = self.atoms[query] - self.kept
+        timed = [s for s in left if s in self.reach]
+        values = [s for s in timed if self.degree[s] == 1 and not self.atoms[s] & contracted]
+        values = [s for s in values if self.reach[s] != "own"]
+        inner = self.atoms[query].union(*(self.atoms[s] for s in timed if s not in values))
+        # The value's own atoms pass through to the result; those of scores do not have them.
+        values.sort(key=lambda s: -len((self.atoms[s] & self.kept) - inner))
+        near = 2 if values or self.degree[query] == 1 else 0
+        if self.noncausal:
+            raise Miss(self.noncausal, near, "log-linear attention looks back only")
+        stray = [s for s in timed if self.reach[s] == "own"]
+        if stray:
+            raise Miss("a source acts on single outputs in a way that is not a factor or a sum", near)
+        if self.degree[query] != 1 and not values:
+            raise Miss("not linear in the query, nor in a value")
+        keyed = [s for s in timed if self.atoms[s] & contracted]
+        if not keyed:
+            raise Miss("no key meets the query")
+        value = values[0] if values and (self.atoms[values[0]] & self.kept) - inner else None
+        if value is None and self._has_value_atoms(query, keyed):
+            raise Miss("not linear in the value", 2, "the rule applies to outputs that are sums of values")
+        scalars = [s for s in timed if s is not value and s not in keyed]
+        strict = {s for s in timed if self.reach[s] == "later"}
+        windowed = [s for s in timed if self.reach[s] == "window"]
+        if windowed and value in windowed:
+            raise Miss("its reach ends: a sliding window or a reset", near, "log-linear attention sees the whole past")
+        if value in strict:
+            raise Miss("strictly causal: a token does not see itself", near, "include the diagonal")
+        timeless = [s for s in left if s not in self.reach]
+        return Roles(
+            query, keyed, value, scalars, timeless, strict, self.degree, self.post, linear_query=self.degree[query] == 1
+        )
+
+    def _has_value_atoms(self, query: Source, keyed: list[Source]) -> bool:
+        """Whether the result has atoms that neither queries nor keys have, and which no other source brings linearly."""
+        return bool(self.kept - self.atoms[query].union(*(self.atoms[s] for s in keyed)) - self._plain_atoms())
+
+    def _plain_atoms(self) -> set[int]:
+        return {id(a) for s, how in self.post for row in self.probe.rows[s] for a in row}
+
+
+def atoms_of(rows: Mapping[Source, tuple[Row, ...]], source: Source) -> list[Atom]:
+    """The atoms of a source, in order."""
+    return [atom for row in rows[source] for atom in row]

@@ -1,0 +1,144 @@
+"""Facts: for one axis taken as time, what each value is in time, computed forward through the program."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from llcompile.passes.structure.axes import Atom
+from llcompile.passes.structure.follow import Followed
+from llcompile.passes.structure.frame import Frame
+from llcompile.passes.structure.program import Op, Program, Value
+
+# "sequence": it has all of time, once, as one axis or in chunks. "timeless": the same at all times. "pieces": anything else.
+Form = Literal["timeless", "sequence", "pieces"]
+
+_CUTS = frozenset("select slice split split_with_sizes unbind".split())
+WEIGHTED = frozenset("mm bmm addmm baddbmm mv addmv convolution embedding".split())
+
+
+@dataclass
+class Fact:
+    """What one value is.
+
+    Args:
+        data: it depends on the model's input (and not only on parameters and numbers).
+        weight: it depends on a parameter.
+        form: see `Form`.
+        mixed: it joins several positions, and no projection came after.
+        place: the position that pieces were taken from; None for no single one.
+    """
+
+    data: bool = False
+    weight: bool = False
+    form: Form = "timeless"
+    mixed: bool = False
+    place: tuple[int, ...] | None = None
+
+
+class Times(Frame):
+    """The facts of a program for one choice of the time axis."""
+
+    def __init__(self, program: Program, followed: Followed, time: Atom) -> None:
+        super().__init__(followed, time)
+        self.program = program
+        self.facts: dict[Value, Fact] = {value: self._of_input(value) for value in program.inputs if value in followed.axes}
+
+    def _of_input(self, value: Value) -> Fact:
+        given = value.node is not None and value.node.op == "placeholder" and value.data is None
+        return Fact(data=given and not value.parameter, weight=value.parameter, form=self._form(value, True))
+
+    def _form(self, value: Value, timeless: bool) -> Form:
+        axes = [self.axis_leaves(axis) for axis in self.followed.axes[value]]
+        found = [id(leaf) for axis in axes for leaf in axis if self.is_time(leaf)]
+        if not found:
+            return "timeless" if timeless else "pieces"
+        # Whole, though perhaps cut into chunks: [B, N, C, ...].
+        return "sequence" if sorted(found) == sorted(id(leaf) for leaf in self.leaves) else "pieces"
+
+    def mixes_time(self, op: Op) -> bool:
+        """Whether the operation mixes positions of time."""
+        axes = self.followed.mixed[op]
+        return any(self.is_time(leaf) for axis in axes for leaf in self.axis_leaves(axis))
+
+    def step(self, op: Op) -> None:
+        """Adds the facts of an operation's results; its operands' facts are there."""
+        given = [self.facts.setdefault(v, Fact()) for v in op.inputs]
+        mixes = self.mixes_time(op)
+        timeless = not mixes and all(f.form == "timeless" for f in given)
+        data, weight = any(f.data for f in given), any(f.weight for f in given)
+        for value in op.outputs:
+            form = self._form(value, timeless)
+            place, joins = self._place(op, given)
+            mixed = data and (any(f.mixed for f in given) or joins)
+            mixed = mixed or (data and mixes and op.name not in _CUTS)
+            mixed = mixed or (form == "pieces" and self._crosses(op, value))
+            if mixed and op.name in WEIGHTED and self._is_projection(op):
+                mixed = form != "sequence" and op.name != "convolution"
+            self.facts[value] = Fact(data, weight, form, mixed, place if form == "pieces" else None)
+
+    def _place(self, op: Op, given: list[Fact]) -> tuple[tuple[int, ...] | None, bool]:
+        """The position that the result belongs to, and whether the operation joins several."""
+        if op.name in _CUTS and self.mixes_time(op):
+            numbers = tuple(a for a in op.args[1:] if isinstance(a, int))
+            return (*(given[0].place or ()), *numbers), False
+        pieces = [f for f in given if f.data and f.form != "timeless"]
+        places = {f.place for f in pieces}
+        if any(f.form == "sequence" for f in pieces) and any(f.form == "pieces" and f.place for f in pieces):
+            return None, True
+        return (next(iter(places)), False) if len(places) == 1 else (None, len(places) > 1)
+
+    def _crosses(self, op: Op, value: Value) -> bool:
+        """Whether times of two operands stand across from each other in the result (scores)."""
+        data = [v for v in op.inputs if self.facts[v].data and self.facts[v].form != "timeless"]
+        if len(data) < 2:
+            return False
+        count = lambda v: sum(self.is_time(x) for a in self.followed.axes[v] for x in self.axis_leaves(a))  # noqa: E731
+        return count(value) > max(count(v) for v in data)
+
+    def _is_projection(self, op: Op) -> bool:
+        """Whether one operand is the same at all times and does not come from the input: a weight."""
+        others = [self.facts[v] for v in op.inputs]
+        return any(f.form == "timeless" and not f.data for f in others)
+
+
+def time_axes(program: Program, followed: Followed) -> list[Atom]:
+    """The axes that may be time, the likeliest first: operations mix them, and the model's input has them."""
+    data: dict[Value, bool] = {
+        v: v.data is None and not v.parameter and v.node is not None and v.node.op == "placeholder"
+        for v in program.inputs
+    }
+    found: dict[int, tuple[Atom, int]] = {}
+    for op in program.ops:
+        is_data = any(data.get(v, False) for v in op.inputs)
+        for value in op.outputs:
+            data[value] = is_data
+        if not is_data:
+            continue
+        for axis in followed.mixed[op]:
+            for leaf in followed.atoms.leaves(axis):
+                root = followed.atoms.root(leaf)
+                if not root.weight:
+                    found[id(root)] = (root, found.get(id(root), (root, 0))[1] + 1)
+    present = {
+        id(followed.atoms.root(leaf))
+        for v in program.inputs
+        if data.get(v) and v in followed.axes
+        for axis in followed.axes[v]
+        for leaf in followed.atoms.leaves(axis)
+    }
+    present |= {id(followed.atoms.root(cut)) for cut in _shortened(followed, present)}
+    ordered = sorted((pair for key, pair in found.items() if key in present), key=lambda pair: -pair[1])
+    return [root for root, _ in ordered]
+
+
+def _shortened(followed: Followed, present: set[int]) -> list[Atom]:
+    """Axes that are most of an axis of the input (all tokens but the last)."""
+    return [
+        cut
+        for (leaves, start, stop, step), cut in followed.atoms.slices.items()
+        if len(leaves) == 1
+        and id(followed.atoms.root(leaves[0])) in present
+        and step == 1
+        and 4 * (stop - start) > 3 * leaves[0].size
+    ]

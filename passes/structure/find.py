@@ -1,0 +1,269 @@
+"""Find: goes through a graph and tries, at every value that mixes times, whether it is a mixer."""
+
+from __future__ import annotations
+
+import logging
+import time as clock
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from llcompile.passes.records import Certificate
+from llcompile.passes.regions import Region
+from llcompile.passes.structure.certify import certify
+from llcompile.passes.structure.classify import Miss, classify
+from llcompile.passes.structure.cut import MOVES, SHAPES, Cutter, Lifted, Part, Source
+from llcompile.passes.structure.facts import WEIGHTED, Times, time_axes
+from llcompile.passes.structure.follow import Followed, follow_program
+from llcompile.passes.structure.frame import Frame, Row
+from llcompile.passes.structure.probe import Probe
+from llcompile.passes.structure.program import Op, Program, Value
+from llcompile.passes.structure.ranges import Range, ranges
+from llcompile.passes.structure.reading import Reading
+from llcompile.passes.structure.record import record
+from llcompile.passes.structure.sizing import CannotArrange, Sizing, small
+from llcompile.passes.structure.suppose import suppose
+
+log = logging.getLogger("llcompile")
+
+_NORMS = ("native_layer_norm", "native_group_norm", "_fused_rms_norm", "rms_norm", "mean", "_softmax")
+_SCATTERS = ("select_scatter", "slice_scatter", "index_put")
+_TIMES = 3  # axes that are tried as time
+_SOURCES = 16  # a mixer has fewer operands
+_WIDENINGS = 12  # how often a cut is moved up
+
+
+@dataclass(eq=False)
+class Found:
+    """A mixer in a graph."""
+
+    part: Part
+    reading: Reading
+    certificate: Certificate
+    frame: Frame
+
+
+@dataclass(eq=False)
+class Missed:
+    """A value that looked like a mixer's output and is not."""
+
+    value: Value
+    miss: Miss
+    part: Part
+
+
+@dataclass
+class Findings:
+    """What was found in one graph.
+
+    Args:
+        program: the graph as a program.
+        found: the mixers.
+        missed: the near misses, the nearest of each cluster.
+        counts: uses of each axis rule, and of each step here.
+    """
+
+    program: Program
+    found: list[Found] = field(default_factory=list)
+    missed: list[Missed] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+
+
+def find(region: Region) -> Findings:
+    """All hand-written mixers of a region."""
+    start = clock.perf_counter()
+    program = record(region)
+    followed = follow_program(program)
+    findings = Findings(program, counts=Counter(followed.counts))
+    taken: set[Value] = set()
+    with _disable_current_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
+        for atom in time_axes(program, followed)[:_TIMES]:
+            _Search(findings, followed, Times(program, followed, atom), taken).run()
+    log.debug("structure: %d operations, %.0f ms", len(program.ops), 1e3 * (clock.perf_counter() - start))
+    return findings
+
+
+class _Search:
+    """The search with one choice of the time axis."""
+
+    def __init__(self, findings: Findings, followed: Followed, times: Times, taken: set[Value]) -> None:
+        self.findings, self.followed, self.times, self.taken = findings, followed, times, taken
+        self.cutter = Cutter(times)
+        self.ranges = ranges(findings.program)
+        self.tried: set[Value] = set()
+
+    def run(self) -> None:
+        """Goes through the program in order."""
+        for op in self.findings.program.ops:
+            self.times.step(op)
+            for value in op.outputs:
+                if value in self.taken:
+                    self.times.facts[value].mixed = False
+                elif self._is_candidate(op, value):
+                    self._try(value)
+
+    def _is_candidate(self, op: Op, value: Value) -> bool:
+        fact = self.times.facts[value]
+        if not (fact.mixed and fact.data and fact.form == "sequence") or not value.dtype.is_floating_point:
+            return False
+        if any(user.name in _SCATTERS and user.inputs[0] is value for user in value.users):
+            return False  # a result that is still being written
+        if not self._may_complete(op):
+            return False
+        if op.name in SHAPES and op.inputs and op.inputs[0] in self.tried:
+            self.tried.add(value)
+            return False
+        return value.node is not None or self._is_read(value)
+
+    def _may_complete(self, op: Op) -> bool:
+        """Whether a mixer can end here: something is summed or put together, or two mixed values meet."""
+        if op.name in SHAPES:
+            return True
+        if op.name in _NORMS:
+            return False
+        return bool(self.followed.mixed[op]) or sum(self.times.facts[v].mixed for v in op.inputs) > 1
+
+    def _is_read(self, value: Value) -> bool:
+        if not hasattr(self, "_reads"):
+            self._reads = set(self.findings.program.reads.values())
+        return value in self._reads
+
+    def _try(self, value: Value) -> None:
+        self.tried.add(value)
+        best: Miss | None = None
+        best_part: Part | None = None
+        for part in self._parts(value):
+            self.findings.counts["cuts"] += 1
+            try:
+                found = self._read(part)
+            except Miss as miss:
+                log.debug("structure: %s of %s from %s: %s", value, value.op and value.op.name, part.sources, miss.reason)
+                if best is None or miss.near > best.near:
+                    best, best_part = miss, part
+                continue
+            self.findings.found.append(found)
+            self.taken.add(value)
+            self.times.facts[value].mixed = False
+            return
+        if best is not None and best.near > 0 and best_part is not None:
+            self.findings.missed.append(Missed(value, best, best_part))
+
+    def _parts(self, value: Value) -> Iterator[Part]:
+        """The cuts to try: the latest that is not inside of a product, then the one behind shared factors."""
+        passed: set[Source] = set()
+        for rule in (self._inside, self._derived):
+            part, moved = self.cutter.cut(value, passed), rule == self._inside
+            for _ in range(_WIDENINGS):
+                further = set() if part is None else rule(part) | self._inside(part)
+                if not further:
+                    break
+                passed, moved = passed | further, True
+                part = self.cutter.cut(value, passed)
+            if part is None or len(part.sources) > _SOURCES:
+                return
+            if moved:
+                yield part
+
+    def _inside(self, part: Part) -> set[Source]:
+        """Sources that belong to the mixer: outer products of its operands, and what few tokens have."""
+        rare = {s for s, taps in part.taps.items() if 2 * len(taps) < self.cutter.length}
+        return rare | {s for s in part.sources if self._is_product(s)}
+
+    def _is_product(self, source: Source) -> bool:
+        """Whether it is larger than all it is made of (k v^T), or computed from such a thing element by element."""
+        op, inner = source.op, [p for p in self._inner(source) if self._is_data(p)]
+        if op is None or not inner or self._is_projection(op):
+            return False
+        size, largest = _count(_shape(source)), max(_count(_shape(p)) for p in inner)
+        if op.name not in MOVES and size > largest:
+            return True
+        return any(_count(_shape(p)) == size and self._is_product(p) for p in inner)
+
+    def _is_projection(self, op: Op) -> bool:
+        return op.name in WEIGHTED and any(self.times.facts[v].weight for v in op.inputs if not self.times.facts[v].data)
+
+    def _is_data(self, source: Source) -> bool:
+        if isinstance(source, Lifted):
+            return True
+        fact = self.times.facts[source]
+        return fact.data and not fact.mixed
+
+    def _inner(self, source: Source) -> list[Source]:
+        if isinstance(source, Lifted):
+            return [a for a in source.args if isinstance(a, (Lifted, Value))]
+        return list(source.op.inputs) if source.op is not None else []
+
+    def _derived(self, part: Part) -> set[Source]:
+        """Sources that are computed from other sources (k * beta beside k)."""
+        others = set(map(id, part.sources))
+        return {s for s in part.sources if self._has_ancestor(s, others - {id(s)})}
+
+    def _has_ancestor(self, source: Source, others: set[int]) -> bool:
+        pending, seen = list(self.cutter.parents(source)), 0
+        while pending and seen < 60:
+            current = pending.pop()
+            seen += 1
+            if id(current) in others:
+                return True
+            if isinstance(current, Value) and not self._is_data(current):
+                continue
+            pending.extend(self.cutter.parents(current))
+        return False
+
+    def _read(self, part: Part) -> Found:
+        data = [s for s in part.sources if isinstance(s, Lifted) or self.times.facts[s].data]
+        if len(data) < 2:
+            raise Miss("it has fewer than two sequences to mix")
+        frame, axes = self.cutter.frame(part)
+        result = frame.rows(frame.followed.axes[part.result])
+        self._expect_contraction(frame, axes, result)
+        bounds = {s: self._range(s) for s in part.sources}
+        try:
+            probe = self._probe(frame, part, axes, result, bounds)
+            reading = suppose(probe, classify(probe))
+            reading, certificate = certify(part, reading, probe)
+        except (CannotArrange, RuntimeError, IndexError, AssertionError, TypeError, ValueError) as error:
+            raise Miss(f"it does not run by itself: {type(error).__name__}: {error}".split("\n")[0]) from error
+        return Found(part, reading, certificate, frame)
+
+    def _expect_contraction(
+        self, frame: Frame, axes: Mapping[Source, tuple[Row, ...]], result: tuple[Row, ...]
+    ) -> None:
+        """Queries and keys have axes that the output does not have; without numbers, so that most values cost little."""
+        kept = {id(atom) for row in result for atom in row}
+        timed = [{id(a) for row in rows for a in row} for rows in axes.values()]
+        times = {id(leaf) for leaf in frame.leaves}
+        if sum(bool(atoms & times) and bool(atoms - kept) for atoms in timed) < 2:
+            raise Miss("no query and key: nothing is contracted")
+
+    def _probe(self, frame, part, axes, result, bounds) -> Probe:  # type: ignore[no-untyped-def]
+        for sizing in (small(frame, part, keep_time=False), Sizing(frame)):
+            probe = Probe(part, axes, result, sizing, bounds)
+            try:
+                probe.run()
+            except (RuntimeError, IndexError, AssertionError, TypeError, ValueError) as error:
+                log.debug("structure: %s does not run at %s: %s", part.result, sizing.shape(part.result), error)
+                continue
+            return probe
+        raise Miss("it does not run by itself")
+
+    def _range(self, source: Source) -> Range:
+        value = source.sample if isinstance(source, Lifted) else source
+        assert value is not None
+        return self.ranges.get(value, (-float("inf"), float("inf")))
+
+
+def _shape(source: Source) -> tuple[int, ...]:
+    value = source.sample if isinstance(source, Lifted) else source
+    assert value is not None
+    return value.shape
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    made = 1
+    for n in shape:
+        made *= n
+    return made

@@ -1,0 +1,88 @@
+"""Follow: runs the axis rules over a program."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from llcompile.passes.structure.axes import Atoms, Axes, Axis
+from llcompile.passes.structure.axis_rules import Call, opaque, rule_for
+from llcompile.passes.structure.program import Op, Program, Value
+
+_KEEP = 8  # cut axes that a value remembers
+
+
+@dataclass
+class Followed:
+    """A program with its axes.
+
+    Args:
+        atoms: all atoms.
+        axes: value -> its axes; `atoms.leaves` resolves each to what it is by the end.
+        mixed: operation -> the axes that it mixes.
+        counts: how often each rule was used, by its name.
+    """
+
+    atoms: Atoms
+    axes: dict[Value, Axes]
+    mixed: dict[Op, list[Axis]] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
+
+
+def follow(ops: Iterable[Op], inputs: Mapping[Value, Axes], atoms: Atoms, taken: Mapping[Value, Axis]) -> Followed:
+    """The axes of every value.
+
+    Args:
+        ops: the operations, in order.
+        inputs: the axes of values that none of them computes; the others start with new ones.
+        atoms: what the inputs' axes are made of.
+        taken: value -> the axis that it is one position of.
+    """
+    found = Followed(atoms, dict(inputs))
+    lost: dict[Value, tuple[Axis, ...]] = {value: (axis,) for value, axis in taken.items()}
+    for op in ops:
+        for value in op.inputs:
+            if value not in found.axes:
+                _start(found, value)
+        _step(found, op, lost)
+    return found
+
+
+def follow_program(program: Program) -> Followed:
+    """The axes of every value of a program."""
+    return follow(program.ops, {}, Atoms(), {})
+
+
+def _start(found: Followed, value: Value) -> None:
+    axes = tuple(found.atoms.new(n) for n in value.shape)
+    found.axes[value] = axes
+    for axis in axes:
+        for atom in axis:
+            atom.weight = value.parameter
+            atom.pinned = value.data is not None
+
+
+
+
+def _step(found: Followed, op: Op, lost: dict[Value, tuple[Axis, ...]]) -> None:
+    rule = rule_for(op) or opaque
+    call = Call(op, found.atoms, found.axes, lost)
+    try:
+        results = rule(call)
+    except (ValueError, IndexError, TypeError, KeyError, AttributeError):
+        rule = opaque
+        results = opaque(call)
+    found.counts[rule.__name__.strip("_")] += 1
+    found.mixed[op] = call.mixed
+    gone = [axis for value in op.inputs for axis in lost.get(value, ())] + call.mixed
+    kept: dict[tuple[int, ...], Axis] = {}
+    for axis in reversed(gone):
+        kept.setdefault(tuple(id(leaf) for leaf in found.atoms.leaves(axis)), axis)
+        if len(kept) == _KEEP:
+            break
+    for value, axes in zip(op.outputs, results, strict=True):
+        if value in found.axes:  # a source of the part, which is not computed here
+            continue
+        found.axes[value] = axes
+        lost[value] = tuple(kept.values())

@@ -1,0 +1,131 @@
+"""Probe: runs a part on random numbers and sees what its result depends on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from llcompile.passes.structure.cut import Part, Source
+from llcompile.passes.structure.execute import run
+from llcompile.passes.structure.program import Value
+from llcompile.passes.structure.ranges import Range
+from llcompile.passes.structure.frame import Row
+from llcompile.passes.structure.sizing import Sizing, arrange
+
+SAME = 1e-8  # relative difference up to which two float64 results are the same
+
+
+class Probe:
+    """A part at one choice of sizes, with one draw of its sources.
+
+    Args:
+        part: the part.
+        rows: source -> its axes.
+        result: the axes of its result.
+        sizing: the sizes.
+        ranges: source -> the range of its numbers.
+        seed: of the draw.
+    """
+
+    def __init__(
+        self,
+        part: Part,
+        rows: Mapping[Source, tuple[Row, ...]],
+        result: tuple[Row, ...],
+        sizing: Sizing,
+        ranges: Mapping[Source, Range],
+        seed: int = 0,
+        dtype: torch.dtype = torch.float64,
+    ) -> None:
+        self.part, self.rows, self.result, self.sizing, self.ranges = part, rows, result, sizing, ranges
+        self.dtype = dtype
+        self.generator = torch.Generator().manual_seed(seed)
+        self.values = {source: self.draw(source) for source in part.sources}
+        # With all numbers as traced, the arguments stand as they are.
+        self.resizes = any(sizing.of(leaf) != leaf.size for leaf in self._leaves())
+        self.last = {value: i for i, op in enumerate(part.ops) for value in op.inputs}
+        self.runs = 0
+
+    def _leaves(self) -> list:  # type: ignore[type-arg]
+        times = self.sizing.times
+        values = dict.fromkeys(v for op in self.part.ops for v in (*op.inputs, *op.outputs))
+        return [leaf for v in values for axis in times.followed.axes[v] for leaf in times.axis_leaves(axis)]
+
+    @property
+    def length(self) -> int:
+        """The number of positions."""
+        return self.sizing.length
+
+    def shape(self, source: Source) -> tuple[int, ...]:
+        """The shape of a source at these sizes."""
+        if isinstance(source, Value):
+            return self.sizing.shape(source)
+        assert source.sample is not None
+        return (self.length, *self.sizing.shape(source.sample))
+
+    def draw(self, source: Source) -> Tensor:
+        """Generic numbers in the source's range."""
+        dtype = source.dtype if isinstance(source, Value) else source.sample.dtype  # type: ignore[union-attr]
+        shape = self.shape(source)
+        if not dtype.is_floating_point:
+            whole = torch.randint(0, 2, shape, generator=self.generator)
+            return whole.to(dtype)
+        z = torch.randn(shape, generator=self.generator, dtype=torch.float64)
+        return within(z, self.ranges[source]).to(self.dtype)
+
+    def run(self, changed: Mapping[Source, Tensor] | None = None) -> Tensor:
+        """The result, with some sources changed."""
+        self.runs += 1
+        env: dict[Value, Tensor] = {}
+        for source, x in {**self.values, **(changed or {})}.items():
+            if isinstance(source, Value):
+                env[source] = x
+            else:
+                env.update((value, x[position]) for value, position in self.part.taps[source].items())
+        last = {v: i for v, i in self.last.items() if v is not self.part.result}
+        run(self.part.ops, env, self.sizing.shape if self.resizes else None, self.dtype, last)
+        return env[self.part.result].to(self.dtype)
+
+    def by_time(self, x: Tensor) -> Tensor:
+        """A result as [T, everything else]."""
+        times = self.sizing.times
+        rest = tuple(atom for row in self.result for atom in row if not times.is_time(atom))
+        return arrange(x, self.result, (times.leaves, rest), self.sizing.of)
+
+    def is_timed(self, source: Source) -> bool:
+        """Whether a source has time."""
+        return any(self.sizing.times.is_time(atom) for row in self.rows[source] for atom in row)
+
+    def at_one_time(self, source: Source, position: int) -> Tensor:
+        """The source with other numbers at one position."""
+        times = self.sizing.times
+        atoms = tuple(atom for row in self.rows[source] for atom in row)
+        mask = torch.zeros(self.length, dtype=torch.bool)
+        mask[position] = True
+        where = arrange(mask, (times.leaves,), tuple((a,) for a in atoms), self.sizing.of)
+        where = where.reshape(self.values[source].shape)
+        return torch.where(where, self.draw(source), self.values[source])
+
+
+def within(z: Tensor, bounds: Range) -> Tensor:
+    """Standard normal numbers as generic numbers in a range, away from its ends."""
+    low, high = bounds
+    if math.isinf(low) and math.isinf(high):
+        return z
+    unit = torch.sigmoid(1.3 * z)
+    if math.isinf(high):
+        return low + 0.1 + torch.nn.functional.softplus(z)
+    if math.isinf(low):
+        return high - 0.03 - 0.4 * torch.nn.functional.softplus(z)
+    return low + (high - low) * (0.1 + 0.8 * unit)
+
+
+def difference(one: Tensor, two: Tensor) -> float:
+    """The largest difference of two results [T, N], each row relative to its own size."""
+    size = torch.maximum(one.abs().amax(1), two.abs().amax(1))
+    whole = size.max().clamp_min(1e-300)
+    error = ((one - two).abs().amax(1) / size.clamp_min(1e-6 * whole)).max()
+    return float(error) if bool(torch.isfinite(error)) else math.inf

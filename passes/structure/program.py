@@ -1,0 +1,80 @@
+"""Program: a graph as ATen operations on values, functional, one spelling per operation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+
+@dataclass(eq=False)
+class Value:
+    """One tensor of the program.
+
+    Args:
+        shape, dtype: of the tensor (symbolic sizes stand as their hints).
+        op: what computes it; None for an input.
+        index: its place among the results of `op`.
+        node: the graph's node that it is the result of, where there is one.
+        data: its numbers, where they are known: constants, and buffers of the model.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    op: Op | None = None
+    index: int = 0
+    node: fx.Node | None = None
+    data: torch.Tensor | None = None
+    parameter: bool = False
+    number: int = 0
+    users: list[Op] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        return f"%{self.number}{list(self.shape)}"
+
+
+@dataclass(eq=False)
+class Op:
+    """One ATen call. `args` and `kwargs` hold values where the call takes tensors; `node` is where it comes from."""
+
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    node: fx.Node
+    number: int = 0
+    inputs: list[Value] = field(default_factory=list)
+    outputs: list[Value] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The operation's name without overload: "bmm"."""
+        return self.target._schema.name.split("::")[-1] if isinstance(self.target, torch._ops.OpOverload) else "opaque"
+
+    def __repr__(self) -> str:
+        return f"{self.outputs} = {self.name}{self.args}"
+
+
+@dataclass(eq=False)
+class Program:
+    """The operations in order, and how they lie in the graph they were read from.
+
+    Args:
+        ops: every operation.
+        inputs: values of placeholders and constants.
+        results: node -> the value that it returns.
+        reads: (user, node) -> the value that `user` sees of `node`; another one than `results` after a mutation.
+    """
+
+    ops: list[Op] = field(default_factory=list)
+    inputs: list[Value] = field(default_factory=list)
+    results: dict[fx.Node, Value] = field(default_factory=dict)
+    reads: dict[tuple[fx.Node, fx.Node], Value] = field(default_factory=dict)
+
+    def values(self) -> Iterator[Value]:
+        """Inputs first, then results in the order of the operations."""
+        yield from self.inputs
+        for op in self.ops:
+            yield from op.outputs

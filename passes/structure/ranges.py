@@ -1,0 +1,198 @@
+"""Ranges: bounds on the numbers of each value, so that proofs draw what the code can meet (a decay in (0, 1), say)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from llcompile.passes.structure.program import Op, Program, Value
+
+Range = tuple[float, float]
+REALS: Range = (-math.inf, math.inf)
+_INF = math.inf
+
+
+def ranges(program: Program) -> dict[Value, Range]:
+    """The range of every value; all reals where nothing is known."""
+    found: dict[Value, Range] = {}
+    for value in program.inputs:
+        found[value] = _of_data(value)
+    for op in program.ops:
+        given = [_given(a, found) for a in op.args]
+        rule = None if "alpha" in op.kwargs else _RULES.get(op.name)
+        made = rule(op, [g for g in given if g is not None]) if rule is not None else REALS
+        for value in op.outputs:
+            found[value] = made if not any(map(math.isnan, made)) else REALS
+    return found
+
+
+def _of_data(value: Value) -> Range:
+    if value.data is None or value.data.numel() == 0 or not value.data.is_floating_point():
+        return REALS
+    return float(value.data.min()), float(value.data.max())
+
+
+def _given(argument: object, found: dict[Value, Range]) -> Range | None:
+    if isinstance(argument, Value):
+        return found.get(argument, REALS)
+    if isinstance(argument, (list, tuple)) and any(isinstance(a, Value) for a in argument):
+        parts = [found.get(a, REALS) for a in argument if isinstance(a, Value)]
+        return min(p[0] for p in parts), max(p[1] for p in parts)
+    if isinstance(argument, (int, float)) and not isinstance(argument, bool):
+        return float(argument), float(argument)
+    return None
+
+
+def _times(a: float, b: float) -> float:
+    return 0.0 if a == 0 or b == 0 else a * b
+
+
+def _add(op: Op, r: list[Range]) -> Range:
+    return r[0][0] + r[1][0], r[0][1] + r[1][1]
+
+
+def _sub(op: Op, r: list[Range]) -> Range:
+    return r[0][0] - r[1][1], r[0][1] - r[1][0]
+
+
+def _rsub(op: Op, r: list[Range]) -> Range:
+    return _sub(op, [r[1], r[0]])
+
+
+def _mul(op: Op, r: list[Range]) -> Range:
+    products = [_times(a, b) for a in r[0] for b in r[1]]
+    if len(op.inputs) == 2 and op.inputs[0] is op.inputs[1]:
+        return 0.0, max(products)
+    return min(products), max(products)
+
+
+def _div(op: Op, r: list[Range]) -> Range:
+    low, high = r[1]
+    if low <= 0 <= high:
+        positive = low >= 0 and r[0][0] >= 0
+        return (0.0, _INF) if positive else REALS
+    return _mul(op, [r[0], (1 / high if high != _INF else 0.0, 1 / low if low != -_INF else 0.0)])
+
+
+def _monotone(function: Callable[[float], float]) -> Callable[[Op, list[Range]], Range]:
+    return lambda op, r: (function(r[0][0]), function(r[0][1]))
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if x < 700 else _INF
+
+
+def _log(x: float) -> float:
+    return math.log(x) if 0 < x < _INF else -_INF if x <= 0 else _INF
+
+
+def _softplus(x: float) -> float:
+    return x if x > 30 else math.log1p(_exp(x))
+
+
+def _sigmoid(x: float) -> float:
+    return 1 / (1 + _exp(-x))
+
+
+def _abs(op: Op, r: list[Range]) -> Range:
+    low, high = r[0]
+    return (0.0 if low <= 0 <= high else min(abs(low), abs(high))), max(abs(low), abs(high))
+
+
+def _pow(op: Op, r: list[Range]) -> Range:
+    base, exponent = r[0], r[1] if len(r) > 1 else REALS
+    if exponent[0] == exponent[1] and exponent[0] % 2 == 0:
+        return _mul_self(base)
+    if base[0] > 0 and base[1] <= 1 and exponent[0] >= 0:
+        return 0.0, 1.0
+    return (0.0, _INF) if base[0] >= 0 else REALS
+
+
+def _mul_self(r: Range) -> Range:
+    squares = [_times(x, x) for x in r]
+    return (0.0 if r[0] <= 0 <= r[1] else min(squares)), max(squares)
+
+
+def _clamp(op: Op, r: list[Range]) -> Range:
+    low = op.args[1] if len(op.args) > 1 else op.kwargs.get("min")
+    high = op.args[2] if len(op.args) > 2 else op.kwargs.get("max")
+    bounds = [-_INF if not isinstance(low, (int, float)) else low, _INF if not isinstance(high, (int, float)) else high]
+    return max(r[0][0], bounds[0]), min(max(r[0][1], bounds[0]), bounds[1])
+
+
+def _clamp_min(op: Op, r: list[Range]) -> Range:
+    return max(r[0][0], r[1][0]), max(r[0][1], r[1][0])
+
+
+def _clamp_max(op: Op, r: list[Range]) -> Range:
+    return min(r[0][0], r[1][1]), min(r[0][1], r[1][1])
+
+
+def _fixed(low: float, high: float) -> Callable[[Op, list[Range]], Range]:
+    return lambda op, r: (low, high)
+
+
+def _same(op: Op, r: list[Range]) -> Range:
+    return r[0]
+
+
+def _neg(op: Op, r: list[Range]) -> Range:
+    return -r[0][1], -r[0][0]
+
+
+def _where(op: Op, r: list[Range]) -> Range:
+    return min(r[1][0], r[2][0]), max(r[1][1], r[2][1])
+
+
+def _full(op: Op, r: list[Range]) -> Range:
+    value = op.args[1] if len(op.args) > 1 else 0.0
+    return (float(value), float(value)) if isinstance(value, (int, float)) else REALS
+
+
+def _sum(op: Op, r: list[Range]) -> Range:
+    return (0.0, _INF) if r[0][0] >= 0 else (-_INF, 0.0) if r[0][1] <= 0 else REALS
+
+
+_SHAPES = (
+    "view _unsafe_view reshape permute transpose t unsqueeze squeeze expand clone contiguous _to_copy select slice "
+    "unbind split split_with_sizes repeat cat stack index index_select flip roll mean amax amin lift_fresh_copy diagonal"
+)
+_RULES: dict[str, Callable[[Op, list[Range]], Range]] = {
+    **dict.fromkeys(_SHAPES.split(), _same),
+    "add": _add,
+    "sub": _sub,
+    "rsub": _rsub,
+    "mul": _mul,
+    "div": _div,
+    "neg": _neg,
+    "exp": _monotone(_exp),
+    "exp2": _monotone(lambda x: _exp(x * math.log(2))),
+    "log": _monotone(_log),
+    "softplus": _monotone(_softplus),
+    "sigmoid": _monotone(_sigmoid),
+    "log_sigmoid_forward": _monotone(lambda x: -_softplus(-x)),
+    "tanh": _monotone(math.tanh),
+    "relu": _monotone(lambda x: max(x, 0.0)),
+    "sqrt": _monotone(lambda x: math.sqrt(max(x, 0.0))),
+    "abs": _abs,
+    "pow": _pow,
+    "square": lambda op, r: _mul_self(r[0]),
+    "clamp": _clamp,
+    "clamp_min": _clamp_min,
+    "clamp_max": _clamp_max,
+    "rsqrt": _fixed(0.0, _INF),
+    "_softmax": _fixed(0.0, 1.0),
+    "elu": _monotone(lambda x: x if x > 0 else _exp(x) - 1),
+    "expm1": _monotone(lambda x: _exp(x) - 1),
+    "log1p": _monotone(lambda x: _log(1 + x)),
+    "hardsigmoid": _fixed(0.0, 1.0),
+    "linalg_vector_norm": _fixed(0.0, _INF),
+    "where": _where,
+    "full": _full,
+    "ones": _fixed(1.0, 1.0),
+    "ones_like": _fixed(1.0, 1.0),
+    "zeros": _fixed(0.0, 0.0),
+    "zeros_like": _fixed(0.0, 0.0),
+    "sum": _sum,
+    "cumsum": _sum,
+}

@@ -1,0 +1,169 @@
+"""Reading: a part of a program understood as a mixer: which source is which operand, and on which axes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from llcompile.passes.structure.axes import Atom
+from llcompile.passes.structure.cut import Source
+from llcompile.passes.structure.frame import Row
+from llcompile.passes.structure.sizing import arrange
+from llcompile.passes.structure.transforms import Transform
+from llcompile.patterns.families import Correction, Decay
+from llcompile.patterns.mixer import Mixer
+
+Size = Callable[[Atom], Any]
+
+# What may stand in the denominator d of normalised linear attention, with e the epsilon.
+NORMALISERS: dict[str, Callable[[Any, float], Any]] = {
+    "d + e": lambda d, e: d + e,
+    "max(d, e)": lambda d, e: torch.clamp_min(d, e),
+    "|d| + e": lambda d, e: torch.abs(d) + e,
+    "max(|d|, e)": lambda d, e: torch.clamp_min(torch.abs(d), e),
+}
+
+
+@dataclass(frozen=True)
+class Axes4:
+    """The atoms of the operator's axes. `groups` are the heads that queries and keys have, `rest` those they share."""
+
+    batch: Row
+    time: Row
+    groups: Row
+    rest: Row
+    key: Row
+    value: Row
+
+    @property
+    def heads(self) -> Row:
+        """All heads, the groups outermost."""
+        return (*self.groups, *self.rest)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Which source is which operand.
+
+    Args:
+        rows: source -> its axes.
+        result: the axes of what the part computes.
+        axes: the operator's axes.
+        value: None where the part sums scores alone (a denominator).
+        factors: sources [B, T, H] that multiply a token's key (or value), "as it is" or as its "exp".
+        decay: the source of the decay, with its transform; `shifted` where a token's decay acts after it was read.
+        constant: the log decay of each head where it is a number of the code.
+        full_step: a delta rule whose beta is one throughout.
+        post: sources that the output is multiplied with ("times"), divided by ("over"), or that are added ("plus").
+        normaliser: (form, epsilon) where the output is divided by the same operator on ones.
+        scale: factor on the query.
+    """
+
+    rows: Mapping[Source, tuple[Row, ...]]
+    result: tuple[Row, ...]
+    axes: Axes4
+    query: Source
+    key: Source
+    value: Source | None
+    factors: tuple[tuple[Source, str], ...] = ()
+    decay: Source | None = None
+    transform: Transform | None = None
+    shifted: bool = False
+    constant: tuple[float, ...] | None = None
+    beta: Source | None = None
+    full_step: bool = False
+    post: tuple[tuple[Source, str], ...] = ()
+    normaliser: tuple[str, float] | None = None
+    scale: float = 1.0
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def family(self) -> tuple[Decay, Correction]:
+        """The cell of the table of families."""
+        correction: Correction = "delta" if self.full_step or self.beta is not None else "none"
+        if self.decay is None:
+            return ("none" if self.constant is None else "scalar"), correction
+        keyed = any(atom in self.axes.key for row in self.rows[self.decay] for atom in row)
+        return ("channel" if keyed else "scalar"), correction
+
+    @property
+    def operands(self) -> list[Source]:
+        """Every source that is a part of the operator's operands."""
+        found = [self.query, self.key, self.value, *(s for s, _ in self.factors), self.decay, self.beta]
+        return [s for s in dict.fromkeys(found) if s is not None]
+
+    def scaled(self, scale: float) -> Reading:
+        """The same with another scale."""
+        return replace(self, scale=scale)
+
+    def mixer(self, values: Mapping[Source, Any], size: Size) -> Mixer:
+        """The operands in the operator's layout, from tensors or proxies."""
+        a = self.axes
+        put = lambda source, *groups: arrange(values[source], self.rows[source], groups, size)  # noqa: E731
+        key = put(self.key, a.batch, a.time, a.groups, a.key)
+        if self.value is not None:
+            value = put(self.value, a.batch, a.time, a.heads, a.value)
+        else:
+            row = torch.ones_like(key[..., :1])
+            value = arrange(row, (a.batch, a.time, a.groups, ()), (a.batch, a.time, a.heads, ()), size)
+        if self.normaliser is not None:
+            value = torch.cat([value, torch.ones_like(value[..., :1])], dim=-1)
+        for factor, form in self.factors:
+            row = put(factor, a.batch, a.time, a.heads, ())
+            value = value * (torch.exp(row) if form == "exp" else row)
+        decay, correction = self.family
+        return Mixer(
+            decay=decay,
+            correction=correction,
+            query=put(self.query, a.batch, a.time, a.groups, a.key),
+            key=key,
+            value=value,
+            log_decay=self._log_decay(values, size, value),
+            beta=torch.ones_like(value[..., 0]) if self.full_step else self._beta(put),
+            scale=self.scale,
+        )
+
+    def _beta(self, put: Callable[..., Any]) -> Any:
+        a = self.axes
+        return None if self.beta is None else put(self.beta, a.batch, a.time, a.heads)
+
+    def _log_decay(self, values: Mapping[Source, Any], size: Size, like: Any) -> Any:
+        a = self.axes
+        if self.decay is None:
+            if self.constant is None:
+                return None
+            heads = len(self.constant)
+            row = torch.cat([torch.full_like(like[0, 0, :1, 0], number) for number in self.constant])
+            return row if heads > 1 else row.expand([_product_size(a.heads, size)])
+        assert self.transform is not None
+        z = self.transform.log_decay(values[self.decay])
+        held = {id(atom) for row in self.rows[self.decay] for atom in row}
+        keyed = [a.key] if self.family[0] == "channel" else []
+        if not keyed and not held & {id(x) for x in (*a.batch, *a.time)}:
+            return arrange(z, self.rows[self.decay], (a.heads,), size)
+        z = arrange(z, self.rows[self.decay], (a.batch, a.time, a.heads, *keyed), size)
+        if self.shifted:
+            z = torch.cat([torch.zeros_like(z[:, :1]), z[:, :-1]], dim=1)
+        return z
+
+    def finish(self, output: Any, values: Mapping[Source, Any], size: Size) -> Any:
+        """What the part computes, from the operator's output [B, T, H, V]."""
+        a = self.axes
+        if self.normaliser is not None:
+            form, epsilon = self.normaliser
+            output = output[..., :-1] / NORMALISERS[form](output[..., -1:], epsilon)
+        output = arrange(output, (a.batch, a.time, a.heads, a.value), self.result, size)
+        for source, how in self.post:
+            other = arrange(values[source], self.rows[source], self.result, size, broadcast=True)
+            output = output * other if how == "times" else output / other if how == "over" else output + other
+        return output
+
+
+def _product_size(row: Row, size: Size) -> Any:
+    made: Any = 1
+    for atom in row:
+        made = made * size(atom)
+    return made

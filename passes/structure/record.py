@@ -1,0 +1,287 @@
+"""Record: reads a Dynamo graph as a Program by running it on meta tensors, functionalised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._C._functorch import _unwrap_functional_tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map
+
+from llcompile.passes import dynamo
+from llcompile.passes.regions import Region
+from llcompile.passes.structure.program import Op, Program, Value
+
+aten = torch.ops.aten
+# Results of these are their first argument, as far as numbers go.
+_SAME = {aten.alias.default, aten.detach.default}
+_CONSTANTS = {aten.lift_fresh.default, aten.lift_fresh_copy.default}
+
+
+_FILLS = {
+    "zeros_like": 0,
+    "ones_like": 1,
+    "empty_like": 0,
+    "full_like": None,
+    "new_zeros": 0,
+    "new_ones": 1,
+    "new_empty": 0,
+    "new_full": None,
+}
+
+
+class _Unknown:
+    """Stands for what cannot be had without numbers (`item()`, `nonzero`), and for all that follows from it."""
+
+
+def record(region: Region) -> Program:
+    """The region's graph as a program. Nodes that do not run on meta tensors are opaque operations in it."""
+    recorder = _Recorder(region)
+    grad = torch.is_grad_enabled()
+    try:
+        with _disable_current_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False), recorder.mode:
+            torch.func.functionalize(recorder.run)()
+    finally:
+        torch.set_grad_enabled(grad)
+    return recorder.program
+
+
+class _Mode(TorchDispatchMode):
+    """Notes every ATen call below functionalisation."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.recorder.note(func, args, dict(kwargs or {}))
+
+
+class _Recorder:
+    def __init__(self, region: Region) -> None:
+        self.region = region
+        self.mode = _Mode(self)
+        self.program = Program()
+        self.node: fx.Node | None = None
+        self.pending: Value | None = None  # the value that the next `empty_strided` stands for
+        self.known: dict[int, Value] = {}
+        self.twins: dict[Any, Op] = {}
+        self.alive: list[Tensor] = []  # an id must not come up twice
+
+    def run(self) -> tuple[()]:
+        """Runs the graph node by node."""
+        results: dict[fx.Node, Any] = {}
+        module_tensors = dynamo.module_tensors()
+        for node in self.region.graph.nodes:
+            self.node = node
+            if node.op == "output":
+                self._read(node, results)
+                continue
+            self._read(node, results)
+            results[node] = self._result(node, results, module_tensors)
+            value = self._value(results[node])
+            if value is not None:
+                value.node = value.node or node
+                self.program.results[node] = value
+        return ()
+
+    def _read(self, node: fx.Node, results: Mapping[fx.Node, Any]) -> None:
+        for source in node.all_input_nodes:
+            value = self._value(results.get(source))
+            if value is not None:
+                self.program.reads[node, source] = value
+
+    def _result(self, node: fx.Node, results: Mapping[fx.Node, Any], module_tensors: frozenset[int]) -> Any:
+        if node.op == "placeholder":
+            return self._input(node, module_tensors)
+        if node.op == "get_attr":
+            return self._attribute(node)
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: results[n])  # type: ignore[misc]
+        if any(isinstance(a, _Unknown) for a in tree_leaves((args, kwargs))):
+            return self._opaque(node, args, kwargs)
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            return self._opaque(node, args, kwargs)
+        try:
+            if node.op == "call_method":
+                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            if node.op == "call_module":
+                return self._opaque(node, args, kwargs)
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+        except Exception:
+            return self._opaque(node, args, kwargs)
+
+    def _input(self, node: fx.Node, module_tensors: frozenset[int]) -> Any:
+        example = node.meta.get("example_value")
+        if not isinstance(example, Tensor):
+            return _concrete(example)
+        held = dynamo.input_value(self.region.outer(node))
+        value = Value(_sizes(example.shape), example.dtype, node=node)
+        value.parameter = isinstance(held, nn.Parameter)
+        if isinstance(held, Tensor) and not value.parameter and id(held) in module_tensors and not held.is_meta:
+            value.data = held
+        return self._make(value, example)
+
+    def _attribute(self, node: fx.Node) -> Any:
+        held: Any = self.region.module
+        for name in str(node.target).split("."):
+            held = getattr(held, name)
+        if not isinstance(held, Tensor):
+            return held
+        data = None if held.is_meta else held
+        return self._make(
+            Value(_sizes(held.shape), held.dtype, node=node, data=data, parameter=isinstance(held, nn.Parameter)), held
+        )
+
+    def _opaque(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        """One operation for the whole node; its results have the shapes that Dynamo knows."""
+        example = node.meta.get("example_value")
+        plain = tree_map(lambda a: self._value(a) if isinstance(a, Tensor) else a, (args, kwargs))
+        op = Op(_runner(node), tuple(plain[0]), dict(plain[1]), node, number=len(self.program.ops))
+        op.inputs = [v for v in tree_leaves(plain) if isinstance(v, Value)]
+        for value in op.inputs:
+            value.users.append(op)
+        self.program.ops.append(op)
+
+        def made(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor) or any(not _is_hinted(n) for n in leaf.shape):
+                return _Unknown()
+            value = Value(_sizes(leaf.shape), leaf.dtype, op=op, index=len(op.outputs))
+            op.outputs.append(value)
+            return self._make(value, leaf)
+
+        return _Unknown() if example is None else tree_map(made, example)
+
+    def _make(self, value: Value, like: Tensor) -> Tensor:
+        """A meta tensor that stands for a value which no recorded operation computes."""
+        self.pending = value
+        if value.op is None:
+            value.number = len(self.program.inputs)
+            self.program.inputs.append(value)
+        strides = [_concrete(s) for s in like.stride()] if like.layout == torch.strided else None
+        if strides is None:
+            return torch.empty(value.shape, dtype=value.dtype, device="meta")
+        return torch.empty_strided(value.shape, strides, dtype=value.dtype, device="meta")
+
+    def note(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Runs one ATen call on meta tensors and records it."""
+        if self.pending is not None:
+            result, value, self.pending = func(*args, **kwargs), self.pending, None
+            self._know(result, value)
+            return result
+        if func in _CONSTANTS and isinstance(args[0], Tensor) and not args[0].is_meta:
+            return self._constant(args[0])
+        args, kwargs = tree_map(self._meta, (args, kwargs))
+        run = dict(kwargs)
+        if run.get("device") is not None:
+            run["device"] = torch.device("meta")
+        result = func(*args, **run)
+        if func in _SAME:
+            self._know(result, self.known[id(args[0])])
+            return result
+        if func is aten.copy.default:
+            self._know(result, self._copied(args[0], args[1]))
+        else:
+            self._append(*_plain_fill(func, args, kwargs, result), result)
+        return result
+
+    def _copied(self, destination: Tensor, source: Tensor) -> Value:
+        """What lands in a destination: the source in its shape and dtype; what was there before does not matter."""
+        value = self.known[id(source)]
+        if source.dtype != destination.dtype:
+            source = aten._to_copy.default(source, dtype=destination.dtype)
+            value = self._append(aten._to_copy.default, (value,), {"dtype": destination.dtype}, source)
+        if source.shape != destination.shape:
+            source = aten.expand.default(source, list(destination.shape))
+            value = self._append(aten.expand.default, (value, list(destination.shape)), {}, source)
+        return value
+
+    def _append(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> Value:
+        assert self.node is not None
+        plain = tree_map(lambda a: self.known[id(a)] if isinstance(a, Tensor) else a, (args, dict(kwargs)))
+        key = (func, repr(plain), tuple(id(v) for v in tree_leaves(plain) if isinstance(v, Value)))
+        if key in self.twins and torch.Tag.nondeterministic_seeded not in func.tags:
+            # Functionalisation makes a view anew whenever it is read.
+            made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+            for tensor, value in zip(made, self.twins[key].outputs, strict=True):
+                self._know(tensor, value)
+            return self.twins[key].outputs[0]
+        op = Op(func, tuple(plain[0]), plain[1], self.node, number=len(self.program.ops))
+        self.twins[key] = op
+        op.inputs = [v for v in tree_leaves(plain) if isinstance(v, Value)]
+        for value in dict.fromkeys(op.inputs):
+            value.users.append(op)
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                value = Value(tuple(tensor.shape), tensor.dtype, op=op, index=len(op.outputs), number=op.number)
+                op.outputs.append(value)
+                self._know(tensor, value)
+        self.program.ops.append(op)
+        self.twins[key] = op
+        return op.outputs[0] if op.outputs else Value((), torch.float32)
+
+    def _meta(self, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or id(leaf) in self.known:
+            return leaf
+        return self._constant(leaf)
+
+    def _constant(self, tensor: Tensor) -> Tensor:
+        """A tensor of numbers that the graph holds (`torch.tensor([...])`)."""
+        value = Value(tuple(tensor.shape), tensor.dtype, data=None if tensor.is_meta else tensor)
+        value.number = len(self.program.inputs)
+        self.program.inputs.append(value)
+        made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+        self._know(made, value)
+        return made
+
+    def _know(self, tensor: Tensor, value: Value) -> None:
+        self.known[id(tensor)] = value
+        self.alive.append(tensor)
+
+    def _value(self, result: Any) -> Value | None:
+        """The value that a tensor of the run stands for at this moment (after the mutations so far)."""
+        if not isinstance(result, Tensor):
+            return None
+        if torch._is_functional_tensor(result):
+            torch._sync(result)  # type: ignore[no-untyped-call]
+            result = _unwrap_functional_tensor(result, False)
+        return self.known.get(id(result))
+
+
+def _plain_fill(
+    func: Any, args: Any, kwargs: dict[str, Any], result: Any
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """`zeros_like(x)` and its kin as `full(shape)`: they do not depend on x."""
+    name = func._schema.name.split("::")[-1]
+    if name not in _FILLS or not isinstance(result, Tensor):
+        return func, args, kwargs
+    number = _FILLS[name]
+    if number is None:
+        number = args[2] if name == "new_full" else args[1]
+    return aten.full.default, (list(result.shape), number), {"dtype": result.dtype}
+
+
+def _runner(node: fx.Node) -> Callable[..., Any]:
+    if node.op == "call_method":
+        name = str(node.target)
+        return lambda first, *args, **kwargs: getattr(first, name)(*args, **kwargs)
+    return node.target  # type: ignore[return-value]
+
+
+def _is_hinted(size: Any) -> bool:
+    return isinstance(size, int) or dynamo.hint(size) is not None
+
+
+def _concrete(size: Any) -> Any:
+    """A number for a symbolic one: its hint."""
+    if isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        found = dynamo.hint(size)
+        return _Unknown() if found is None else found
+    return size
+
+
+def _sizes(shape: Any) -> tuple[int, ...]:
+    return tuple(int(_concrete(n)) for n in shape)
+

@@ -1,0 +1,217 @@
+"""Suppose: tries the operands that the roles leave open, until the operator agrees with the part."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+import llcompile.kernels.operators  # noqa: F401  (registers torch.ops.llcompile)
+from llcompile.passes.structure.axes import Atom
+from llcompile.passes.structure.classify import Miss, Roles
+from llcompile.passes.structure.cut import Source
+from llcompile.passes.structure.probe import Probe, difference
+from llcompile.passes.structure.reading import NORMALISERS, Axes4, Reading
+from llcompile.passes.structure.sizing import CannotArrange, arrange
+from llcompile.passes.structure.transforms import TRANSFORMS
+
+AGREES = 2e-6  # a guess is taken to the proof where it agrees this well (buffers are float32)
+_DECAY, _BETA, _FACTOR, _EXP = "decay", "beta", "factor", "exponent"
+
+
+def suppose(probe: Probe, roles: Roles) -> Reading:
+    """The reading of the part that agrees with it on the probe's draw.
+
+    Raises:
+        Miss: none does; with how close the best one came.
+    """
+    base = probe.by_time(probe.run())
+    closest = math.inf
+    for reading in _readings(probe, roles):
+        try:
+            found, error = _fit(probe, reading, roles, base)
+        except (CannotArrange, RuntimeError):
+            continue
+        if error < AGREES:
+            return found
+        closest = min(closest, error)
+    if not roles.linear_query:
+        raise Miss("not linear in the query", 2, "scores must enter as they are: no square, exponential or softmax")
+    how = f"agrees at w = 1 to {closest:.0e} only" if closest < 1 else "its scores are not those of a known family"
+    raise Miss(how, 2, "see docs/recognition.md for the families")
+
+
+def _readings(probe: Probe, roles: Roles) -> Iterator[Reading]:
+    """Every way to read the sources, the plainest first."""
+    for key in roles.keyed:
+        others = [s for s in (*roles.keyed, *roles.scalars, *roles.timeless) if s is not key]
+        choices = [_choices(probe, roles, s, key) for s in others]
+        for picked in sorted(itertools.product(*choices), key=lambda p: sum(r in (_DECAY, _BETA) for r in p)):
+            if picked.count(_DECAY) > 1 or picked.count(_BETA) > 1:
+                continue
+            named = list(zip(others, picked, strict=True))
+            yield from _with_transforms(probe, roles, key, named)
+
+
+def _choices(probe: Probe, roles: Roles, source: Source, key: Source) -> list[str]:
+    if source in roles.keyed:
+        return [_DECAY]
+    found = []
+    timeless = source in roles.timeless
+    if roles.degree[source] == 1:
+        return [_FACTOR] if not timeless else ["times"]
+    if not timeless and source not in roles.strict:
+        found += [_BETA, _EXP]
+    return [*found, _DECAY]
+
+
+def _with_transforms(probe: Probe, roles: Roles, key: Source, named: list[tuple[Source, str]]) -> Iterator[Reading]:
+    one = lambda role: next((s for s, r in named if r == role), None)  # noqa: E731
+    decay = one(_DECAY)
+    factors = tuple((s, "exp" if r == _EXP else "as it is") for s, r in named if r in (_FACTOR, _EXP))
+    post = (*roles.post, *((s, r) for s, r in named if r == "times"))
+    axes = _axes(probe, roles, key, [s for s in (*(f for f, _ in factors), decay, one(_BETA)) if s is not None])
+    base = Reading(
+        probe.rows, probe.result, axes, roles.query, key, roles.value, factors, beta=one(_BETA), post=post
+    )
+    bases = [base]
+    if base.beta is None and roles.degree[key] != 1 and roles.linear_query:
+        bases.append(replace(base, full_step=True))
+    for one_base in bases:
+        if decay is None:
+            yield one_base
+            continue
+        for transform in TRANSFORMS:
+            if transform.fits(probe.ranges[decay]):
+                yield replace(one_base, decay=decay, transform=transform, shifted=decay in roles.strict)
+
+
+def _axes(probe: Probe, roles: Roles, key: Source, scalars: list[Source]) -> Axes4:
+    """The operator's axes, from whose atoms are whose."""
+    rows, times = probe.rows, probe.sizing.times
+    atoms = lambda s: {id(a) for row in rows[s] for a in row}  # noqa: E731
+    result = [a for row in probe.result for a in row if not times.is_time(a)]
+    kept = {id(a) for a in result}
+    contracted = tuple(a for row in rows[roles.query] for a in row if id(a) not in kept and not times.is_time(a))
+    scored = atoms(roles.query) | atoms(key)
+    inner = scored.union(*(atoms(s) for s in scalars)) if scalars else scored
+    own = atoms(roles.value) - inner if roles.value is not None else set()
+    value = tuple(a for a in result if id(a) in own)
+    rest = [a for a in result if id(a) not in own]
+    batch = _batch(rest)
+    heads = [a for a in rest if a not in batch]
+    groups = tuple(a for a in heads if id(a) in scored)
+    shared = tuple(a for a in heads if id(a) not in scored)
+    return Axes4(tuple(batch), times.leaves, groups, shared, contracted, value)
+
+
+def _batch(atoms: list[Atom]) -> list[Atom]:
+    """Those of the axes that no parameter has; without parameters, the first."""
+    free = [a for a in atoms if not a.weight]
+    if len(free) == len(atoms):
+        return free[:1]
+    return free
+
+
+def _fit(probe: Probe, reading: Reading, roles: Roles, base: Tensor) -> tuple[Reading, float]:
+    """The reading with its numbers (scale, constant decay, epsilon) found, and how far it is from the part."""
+    if not roles.linear_query:
+        return _fit_normaliser(probe, reading, base)
+    ours = output_of(probe, reading)
+    found, error = _scaled(reading, ours, base)
+    if error >= AGREES and reading.decay is None:
+        decayed = _constant_decay(probe, reading, ours, base)
+        if decayed is not None:
+            found, error = _scaled(decayed, output_of(probe, decayed), base)
+    return found, error
+
+
+def output_of(probe: Probe, reading: Reading) -> Tensor:
+    """What the reading computes on the probe's draw, as [T, everything else]."""
+    size = probe.sizing.of
+    m = reading.mixer(probe.values, size)
+    g = None if m.log_decay is None else m.log_decay
+    output = torch.ops.llcompile.loglinear_attention(
+        m.query, m.key, m.value, None, g, m.beta, None, m.scale, False
+    )[0]
+    return probe.by_time(reading.finish(output, probe.values, size))
+
+
+def _scaled(reading: Reading, ours: Tensor, base: Tensor) -> tuple[Reading, float]:
+    scale = float((ours * base).sum() / (ours * ours).sum().clamp_min(1e-300))
+    return reading.scaled(reading.scale * scale), difference(ours * scale, base)
+
+
+def _constant_decay(probe: Probe, reading: Reading, ours: Tensor, base: Tensor) -> Reading | None:
+    """The decay that the code holds as numbers, from how an impulse at the start dies away."""
+    value = reading.value if reading.value is not None else reading.key
+    start = probe.at_one_time(value, 0)
+    theirs = base - probe.by_time(probe.run({value: start}))
+    changed = dict(probe.values)
+    kept, probe.values = probe.values, {**changed, value: start}
+    own = ours - output_of(probe, reading)
+    probe.values = kept
+    heads = _by_head(probe, reading, theirs), _by_head(probe, reading, own)
+    ratio = (heads[0] * heads[1]).sum(-1) / (heads[1] * heads[1]).sum(-1).clamp_min(1e-300)  # [T, H]
+    ratio = ratio / ratio[:1]
+    if not bool((ratio > 0).all()) or ratio.shape[0] < 3:
+        return None
+    # From the last position at which the impulse is still strong: the further, the more exact.
+    strong = int((ratio.amin(1) > 1e-3).nonzero().flatten()[-1])
+    if strong == 0:
+        return None
+    log_decay = torch.log(ratio[strong]) / strong  # [H]
+    expected = torch.exp(log_decay * torch.arange(strong + 1)[:, None])
+    if float(((ratio[: strong + 1] - expected) / expected).abs().max()) > 1e-4:
+        return None
+    if bool((log_decay > 1e-9).any()) or float(log_decay.abs().max()) < 1e-9:
+        return None
+    return replace(reading, constant=tuple(float(x) for x in log_decay))
+
+
+def _by_head(probe: Probe, reading: Reading, x: Tensor) -> Tensor:
+    """A result [T, N] as [T, H, N / H]."""
+    times = probe.sizing.times
+    rest = tuple(atom for row in probe.result for atom in row if not times.is_time(atom))
+    heads = reading.axes.heads
+    others = tuple(a for a in rest if not any(a is h for h in heads))
+    return arrange(x, (times.leaves, rest), (times.leaves, heads, others), probe.sizing.of)
+
+
+def _fit_normaliser(probe: Probe, reading: Reading, base: Tensor) -> tuple[Reading, float]:
+    """The denominator inside: the operator on ones, and what the code does to it."""
+    best: tuple[Reading, float] = (reading, math.inf)
+    epsilon = _epsilon(probe, reading)
+    for form in NORMALISERS:
+        found = replace(reading, normaliser=(form, epsilon))
+        error = difference(output_of(probe, found), base)
+        if epsilon and error < AGREES:
+            # Where the denominator is about as large as the epsilon, a sum and a maximum differ.
+            with _queries_times(probe, reading, epsilon):
+                error = max(error, difference(output_of(probe, found), probe.by_time(probe.run())))
+        best = min(best, (found, error), key=lambda pair: pair[1])
+    return best
+
+
+def _epsilon(probe: Probe, reading: Reading) -> float:
+    """What remains of the denominator when the queries are tiny."""
+    with _queries_times(probe, reading, 1e-30):
+        theirs = probe.by_time(probe.run())
+        numerator = output_of(probe, replace(reading, normaliser=None))
+    epsilon = float((numerator * numerator).sum() / (numerator * theirs).sum())
+    return epsilon if math.isfinite(epsilon) and epsilon > 1e-25 else 0.0
+
+
+@contextmanager
+def _queries_times(probe: Probe, reading: Reading, factor: float) -> Iterator[None]:
+    kept = probe.values
+    probe.values = {**kept, reading.query: kept[reading.query] * factor}
+    try:
+        yield
+    finally:
+        probe.values = kept

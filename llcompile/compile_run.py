@@ -64,8 +64,8 @@ def _distinct(sites: list[Site]) -> list[Site]:
 
 def give_up_opaque(session: Session) -> bool:
     """Whether the frame must be traced once more, to break the graph at declined calls that no compiler can trace."""
-    declined = [s for s in session.sites if not s.open and s.leaf.row.opaque]
-    new = [capture.give_up(s.leaf, example_arguments(s.node), s.owner, s.reason) for s in declined]  # every one of them
+    declined = [s for s in session.sites if not s.open and s.leaf is not None and s.leaf.row.opaque]
+    new = [capture.give_up(s.known, example_arguments(s.node), s.owner, s.reason) for s in declined]  # every one of them
     return any(new)
 
 
@@ -90,16 +90,16 @@ def check_strict(report: Report, options: Options) -> None:
 
 
 def _converted(site: Site) -> Converted:
-    assert site.mixer is not None
+    assert site.cell is not None
     assert site.shape is not None
     assert site.certificate is not None
     weights = site.level_weights
     return Converted(
         module=site.module,
-        family=site.leaf.row.family,
-        decay=site.mixer.decay,
-        correction=site.mixer.correction,
-        origin="function",
+        family=site.family,
+        decay=site.cell[0],
+        correction=site.cell[1],
+        origin=site.origin,
         certificate=site.certificate,
         parameters=0 if weights is None else sum(p.numel() for p in weights.parameters()),
         heads=site.shape.heads,

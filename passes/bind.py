@@ -19,7 +19,8 @@ _STALE_STATE = "its state was made by a model without level weights, so the leve
 def bind(session: Session) -> int:
     """Gives every site its call, mixer and sizes; returns how many were bound."""
     for site in session.sites:
-        _bind(site, session.settings.kind)
+        if site.leaf is not None:
+            _bind(site, session.settings.kind)
     return sum(site.open for site in session.sites)
 
 
@@ -29,7 +30,7 @@ def example_arguments(node: fx.Node) -> dict[str, Any]:
 
 
 def _bind(site: Site, kind: str) -> None:
-    row, leaf = site.leaf.row, site.leaf
+    row, leaf = site.known.row, site.known
     if leaf.problem is not None:
         return site.decline(leaf.problem, "the installed version is not one that the table knows; please report it")
     given = example_arguments(site.node)
@@ -39,8 +40,8 @@ def _bind(site: Site, kind: str) -> None:
         return site.decline(str(mismatch), "the call runs the library's own code")
     try:
         with dynamo.fake_mode_of(site.node.graph), torch.no_grad():
-            site.mixer = row.bind(site.call)
-            site.shape = validate(site.mixer)
+            mixer = row.bind(site.call)
+            site.cell, site.shape = (mixer.decay, mixer.correction), validate(mixer)
     except MixerError as error:
         return site.decline(str(error), "the call runs the library's own code")
     state = site.call[state_argument(row)]

@@ -13,6 +13,7 @@ from llcompile.passes.check import check
 from llcompile.passes.discover import discover
 from llcompile.passes.identify import identify
 from llcompile.passes.prove import prove
+from llcompile.passes.recognise import recognise
 from llcompile.passes.rewrite import rewrite
 from llcompile.passes.session import Session
 
@@ -21,7 +22,7 @@ log = logging.getLogger("llcompile")
 Pass = Callable[[Session], int]
 
 # What is there and what it is; nothing is changed.
-LOOK: tuple[Pass, ...] = (discover, identify, bind, prove)
+LOOK: tuple[Pass, ...] = (discover, recognise, identify, bind, prove)
 # What is done about it.
 CHANGE: tuple[Pass, ...] = (rewrite,)
 

@@ -32,14 +32,14 @@ _proofs: dict[Any, Certificate | str] = {}
 def prove(session: Session) -> int:
     """Gives every open site its certificate or declines it; returns how many were proved."""
     for site in session.sites:
-        if site.open:
+        if site.open and site.leaf is not None:
             _prove(site, session.settings.kind != "none")
     return sum(site.open for site in session.sites)
 
 
 def _prove(site: Site, weighted: bool) -> None:
     assert site.call is not None
-    key = (site.leaf.function, weighted, _fingerprint(site))
+    key = (site.known.function, weighted, _fingerprint(site))
     if key not in _proofs:
         with _disable_current_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
             _proofs[key] = torch._dynamo.disable(_run_proof)(site, weighted)
@@ -81,7 +81,7 @@ class Original:
 
 def _run_proof(site: Site, weighted: bool) -> Certificate | str:
     assert site.call is not None
-    row, failures = site.leaf.row, []
+    row, failures = site.known.row, []
     for original in _originals(site):
         try:
             worst = 0.0
@@ -104,12 +104,12 @@ def _run_proof(site: Site, weighted: bool) -> Certificate | str:
 
 def _originals(site: Site) -> Iterator[Original]:
     """What to compare with, in turn until one runs: the function, the library's references, the function on a GPU."""
-    yield Original(site.leaf.plain)
-    for name, reference in site.leaf.references():
+    yield Original(site.known.plain)
+    for name, reference in site.known.references():
         yield Original(reference, against=name)
-    if site.leaf.row.opaque and torch.cuda.is_available():
+    if site.known.row.opaque and torch.cuda.is_available():
         # Triton's products of float32 are TF32 by default, and some of these functions take no float32 at all.
-        function = site.leaf.function
+        function = site.known.function
         yield Original(function, device="cuda", dtype=torch.float32, budgets=(("tf32", 5e-3),))
         yield Original(function, device="cuda", dtype=torch.bfloat16, budgets=(("bfloat16", 2e-2),))
 
@@ -123,7 +123,7 @@ def _error(row: KnownFunction, original: Original, site: Site, weighted: bool, s
     if is_level_state(site.call[state_name]):
         ours[state_name] = _split_over_levels(ours[state_name], _is_transposed(row, site), seed)
     expected = _flat(row, original.run(**theirs), theirs)
-    call = read_call(row, site.leaf.plain, ours)
+    call = read_call(row, site.known.plain, ours)
     weights = None
     if weighted:
         value = call[row.tensor_with("V").name]

@@ -9,8 +9,9 @@ from typing import Any
 from torch import fx
 from torch.fx.proxy import GraphAppendingTracer
 
-from llcompile.passes import dynamo
+from llcompile.passes.emit import infer_values, weight_inputs
 from llcompile.passes.lower import lower, lower_call
+from llcompile.passes.rewrite_part import write_part
 from llcompile.passes.session import Session, Site
 
 
@@ -18,7 +19,10 @@ def rewrite(session: Session) -> int:
     """Replaces every captured call; returns how many were rewritten as our operator."""
     inputs: dict[tuple[int, str], fx.Node] = {}
     for site in session.sites:
-        if site.open:
+        if site.leaf is None:
+            if site.open:
+                write_part(session, site, inputs)
+        elif site.open:
             _write_operator(session, site, inputs)
         else:
             _restore(site.region.graph, site)
@@ -35,7 +39,7 @@ def _restore(graph: fx.Graph, site: Site) -> None:
 
 
 def _plain_call(site: Site) -> Callable[..., Any]:
-    leaf, proved = site.leaf, site.certificate is not None
+    leaf, proved = site.known, site.certificate is not None
 
     def original(**arguments: Any) -> Any:
         try:
@@ -54,30 +58,17 @@ def _plain_call(site: Site) -> Callable[..., Any]:
 def _write_operator(session: Session, site: Site, inputs: dict[tuple[int, str], fx.Node]) -> None:
     assert site.call is not None
     graph = site.region.graph
-    tensors = _weight_inputs(site, inputs)
+    tensors = weight_inputs(site, inputs)
     before = set(graph.nodes)
     tracer = GraphAppendingTracer(graph)
     with graph.inserting_before(site.node):
         as_proxy = lambda node: fx.Proxy(node, tracer)  # noqa: E731
         values = {**site.call.values, **fx.map_arg(dict(site.node.kwargs), as_proxy)}  # type: ignore[arg-type,dict-item]
         weights = _write_weights(session, site, [as_proxy(node) for node in tensors], as_proxy)
-        result = lower(site.leaf.row, site.call.with_values(values), site.call, weights)
+        result = lower(site.known.row, site.call.with_values(values), site.call, weights)
     new = [node for node in graph.nodes if node not in before]
-    _infer_values(new, site)
+    infer_values(new, site.node)
     _replace(graph, site.node, result)
-
-
-def _weight_inputs(site: Site, inputs: dict[tuple[int, str], fx.Node]) -> list[fx.Node]:
-    """The level weights' tensors as inputs of the program, each made once, handed into the site's region."""
-    if site.level_weights is None or site.owner is None:
-        return []
-    nodes = []
-    for name, tensor in site.level_weights.tensors():
-        key = (id(tensor), name)
-        if key not in inputs:
-            inputs[key] = dynamo.add_tensor_input(site.region.root.graph, site.owner, (site.attribute, name))
-        nodes.append(site.region.lift(inputs[key]))
-    return nodes
 
 
 def _write_weights(
@@ -88,7 +79,7 @@ def _write_weights(
         return None
     assert site.call is not None
     has_time = "T" in site.call.sizes
-    value = site.node.kwargs[site.leaf.row.tensor_with("V").name]
+    value = site.node.kwargs[site.known.row.tensor_with("V").name]
     assert isinstance(value, fx.Node)
     like = as_proxy(value) if has_time else as_proxy(value).unsqueeze(1)
     source = site.source if site.level_weights.in_features is not None else None
@@ -96,21 +87,6 @@ def _write_weights(
     function = session.settings.function(site.level_weights, dtype)
     weights = function(like if source is None else as_proxy(source), *tensors)
     return weights if has_time else weights.squeeze(1)
-
-
-def _infer_values(nodes: list[fx.Node], site: Site) -> None:
-    """Gives new nodes what Dynamo gives its own: a fake value, the module and the line that they stand for."""
-    mode = dynamo.fake_mode_of(site.node.graph)
-    for node in nodes:
-        for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
-            if key in site.node.meta:
-                node.meta[key] = site.node.meta[key]
-        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["example_value"])  # type: ignore[misc]
-        with mode:
-            if node.op == "call_method":
-                node.meta["example_value"] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            else:
-                node.meta["example_value"] = node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _replace(graph: fx.Graph, node: fx.Node, result: Any) -> None:

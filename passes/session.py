@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,8 +13,10 @@ from torch import fx, nn
 from llcompile.passes.capture import Leaf
 from llcompile.passes.records import Certificate, Declined, Untouched
 from llcompile.passes.regions import Region, regions
+from llcompile.passes.structure.find import Found
+from llcompile.patterns.families import FAMILIES, Correction, Decay
 from llcompile.patterns.known import Arguments
-from llcompile.patterns.mixer import Mixer, MixerShape
+from llcompile.patterns.mixer import MixerShape
 
 
 @dataclass(frozen=True)
@@ -44,24 +47,49 @@ class Settings:
 
 @dataclass
 class Site:
-    """One mixer in the graph, from its discovery to its rewrite."""
+    """One mixer in the graph, from its discovery to its rewrite.
+
+    It is either the call of a known function (`leaf`), or a part of the graph that was recognised by what it computes
+    (`found`), with the denominators that go with it.
+    """
 
     node: fx.Node
     region: Region
-    leaf: Leaf
+    leaf: Leaf | None
     module: str
     where: str
+    found: Found | None = None
+    denominators: list[Found] = field(default_factory=list)
     owner: nn.Module | None = None
     owner_missing: bool = False
     attribute: str = "loglinear"
     call: Arguments | None = None
-    mixer: Mixer | None = None
+    cell: tuple[Decay, Correction] | None = None
     shape: MixerShape | None = None
     certificate: Certificate | None = None
     source: fx.Node | None = None
     level_weights: Any = None
     reason: str = ""
     hint: str = ""
+
+    @property
+    def known(self) -> Leaf:
+        """The known function of a site that is a call."""
+        assert self.leaf is not None
+        return self.leaf
+
+    @property
+    def origin(self) -> str:
+        """How the mixer was found: "function" or "graph"."""
+        return "graph" if self.leaf is None else "function"
+
+    @property
+    def family(self) -> str:
+        """What the field calls it."""
+        if self.leaf is not None:
+            return self.leaf.row.family
+        assert self.found is not None
+        return FAMILIES[self.found.reading.family]
 
     @property
     def open(self) -> bool:
@@ -83,6 +111,8 @@ class Session:
     sites: list[Site] = field(default_factory=list)
     refused: list[Declined] = field(default_factory=list)
     untouched: list[Untouched] = field(default_factory=list)
+    # How often each rule of the structural recogniser was used.
+    structure_counts: Counter[str] = field(default_factory=Counter)
     # (owner, attribute) of the level weights that this look made.
     attached: list[tuple[nn.Module, str]] = field(default_factory=list)
 

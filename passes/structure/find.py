@@ -9,8 +9,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
+from torch import fx
 from torch.utils._python_dispatch import _disable_current_modes
 
+from llcompile.passes.capture import leaf_of
 from llcompile.passes.records import Certificate
 from llcompile.passes.regions import Region
 from llcompile.passes.structure.certify import certify
@@ -44,6 +46,51 @@ class Found:
     reading: Reading
     certificate: Certificate
     frame: Frame
+    times: Times
+    program: Program
+
+    @property
+    def anchor(self) -> fx.Node:
+        """The node that makes the part's result."""
+        return anchor(self.part.result)
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Heads, groups, key width, value width."""
+        axes = self.reading.axes
+        count = lambda row: _count(tuple(leaf.size for leaf in row))  # noqa: E731
+        return count(axes.heads), count(axes.groups), count(axes.key), count(axes.value)
+
+
+    def activations(self) -> list[fx.Node]:
+        """The nodes of the operands that depend on the model's input."""
+        found: list[fx.Node] = []
+        pending = list(self.reading.operands)
+        while pending:
+            source = pending.pop()
+            if isinstance(source, Lifted):
+                bases = [a for a in source.args if isinstance(a, (Lifted, Value))]
+                pending.extend([source.base[0]] if source.base is not None else bases)
+            elif self.times.facts[source].data and source.node is not None:
+                found.append(source.node)
+        return list(dict.fromkeys(found))
+
+    def batch_first(self, node: fx.Node) -> tuple[int, int] | None:
+        """(batch, time) dimensions of a node [B, T, D] or [T, B, D]; batch is -1 for [T, D]; None for others."""
+        value = self.program.results.get(node)
+        if value is None or value not in self.times.facts or not value.dtype.is_floating_point:
+            return None
+        fact = self.times.facts[value]
+        rows = self.times.rows(self.times.followed.axes[value])
+        inside = [i for i, row in enumerate(rows) if any(self.times.is_time(leaf) for leaf in row)]
+        if fact.form != "sequence" or not fact.data or len(inside) != 1 or len(rows[inside[0]]) != len(self.times.leaves):
+            return None
+        batch = _count(tuple(leaf.size for leaf in self.reading.axes.batch))
+        if len(rows) == 2 and inside == [0] and batch == 1:
+            return -1, 0
+        if len(rows) == 3 and inside[0] < 2 and value.shape[1 - inside[0]] == batch:
+            return 1 - inside[0], inside[0]
+        return None
 
 
 @dataclass(eq=False)
@@ -52,7 +99,11 @@ class Missed:
 
     value: Value
     miss: Miss
-    part: Part
+
+    @property
+    def anchor(self) -> fx.Node:
+        """The node that makes the value."""
+        return anchor(self.value)
 
 
 @dataclass
@@ -62,6 +113,7 @@ class Findings:
     Args:
         program: the graph as a program.
         found: the mixers.
+        denominators: id of a mixer -> the parts that sum its scores alone, for a normalisation in the code.
         missed: the near misses, the nearest of each cluster.
         counts: uses of each axis rule, and of each step here.
     """
@@ -69,6 +121,7 @@ class Findings:
     program: Program
     found: list[Found] = field(default_factory=list)
     missed: list[Missed] = field(default_factory=list)
+    denominators: dict[int, list[Found]] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
 
 
@@ -82,8 +135,28 @@ def find(region: Region) -> Findings:
     with _disable_current_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
         for atom in time_axes(program, followed)[:_TIMES]:
             _Search(findings, followed, Times(program, followed, atom), taken).run()
+    _pair_denominators(findings)
     log.debug("structure: %d operations, %.0f ms", len(program.ops), 1e3 * (clock.perf_counter() - start))
     return findings
+
+
+def anchor(value: Value) -> fx.Node:
+    """The node that makes a value."""
+    node = value.node if value.node is not None else value.op.node if value.op is not None else None
+    assert node is not None
+    return node
+
+
+def _pair_denominators(findings: Findings) -> None:
+    """Sums of scores alone are mixers only as the denominators of others, whose level weights they share."""
+    whole = [f for f in findings.found if f.reading.value is not None]
+    for found in findings.found:
+        if found.reading.value is None:
+            for other in whole:
+                if (other.reading.query, other.reading.key) == (found.reading.query, found.reading.key):
+                    findings.denominators.setdefault(id(other), []).append(found)
+                    break
+    findings.found = whole
 
 
 class _Search:
@@ -94,13 +167,14 @@ class _Search:
         self.cutter = Cutter(times)
         self.ranges = ranges(findings.program)
         self.tried: set[Value] = set()
+        self.captured = {op.node for op in findings.program.ops if leaf_of(op.node.target) is not None}
 
     def run(self) -> None:
         """Goes through the program in order."""
         for op in self.findings.program.ops:
             self.times.step(op)
             for value in op.outputs:
-                if value in self.taken:
+                if value in self.taken or op.node in self.captured:
                     self.times.facts[value].mixed = False
                 elif self._is_candidate(op, value):
                     self._try(value)
@@ -134,7 +208,6 @@ class _Search:
     def _try(self, value: Value) -> None:
         self.tried.add(value)
         best: Miss | None = None
-        best_part: Part | None = None
         for part in self._parts(value):
             self.findings.counts["cuts"] += 1
             try:
@@ -142,14 +215,14 @@ class _Search:
             except Miss as miss:
                 log.debug("structure: %s of %s from %s: %s", value, value.op and value.op.name, part.sources, miss.reason)
                 if best is None or miss.near > best.near:
-                    best, best_part = miss, part
+                    best = miss
                 continue
             self.findings.found.append(found)
             self.taken.add(value)
             self.times.facts[value].mixed = False
             return
-        if best is not None and best.near > 0 and best_part is not None:
-            self.findings.missed.append(Missed(value, best, best_part))
+        if best is not None and best.near > 0:
+            self.findings.missed.append(Missed(value, best))
 
     def _parts(self, value: Value) -> Iterator[Part]:
         """The cuts to try: the latest that is not inside of a product, then the one behind shared factors."""
@@ -227,7 +300,7 @@ class _Search:
             reading, certificate = certify(part, reading, probe)
         except (CannotArrange, RuntimeError, IndexError, AssertionError, TypeError, ValueError) as error:
             raise Miss(f"it does not run by itself: {type(error).__name__}: {error}".split("\n")[0]) from error
-        return Found(part, reading, certificate, frame)
+        return Found(part, reading, certificate, frame, self.times, self.findings.program)
 
     def _expect_contraction(
         self, frame: Frame, axes: Mapping[Source, tuple[Row, ...]], result: tuple[Row, ...]

@@ -99,8 +99,10 @@ class Reading:
         """The same with another scale."""
         return replace(self, scale=scale)
 
-    def mixer(self, values: Mapping[Source, Any], size: Size) -> Mixer:
-        """The operands in the operator's layout, from tensors or proxies."""
+    def mixer(
+        self, values: Mapping[Source, Any], size: Size, precision: torch.dtype = torch.float32
+    ) -> Mixer:
+        """The operands in the operator's layout, from tensors or proxies; decays that are numbers in `precision`."""
         a = self.axes
         put = lambda source, *groups: arrange(values[source], self.rows[source], groups, size)  # noqa: E731
         key = put(self.key, a.batch, a.time, a.groups, a.key)
@@ -121,7 +123,7 @@ class Reading:
             query=put(self.query, a.batch, a.time, a.groups, a.key),
             key=key,
             value=value,
-            log_decay=self._log_decay(values, size, value),
+            log_decay=self._log_decay(values, size, value, precision),
             beta=torch.ones_like(value[..., 0]) if self.full_step else self._beta(put),
             scale=self.scale,
         )
@@ -130,14 +132,15 @@ class Reading:
         a = self.axes
         return None if self.beta is None else put(self.beta, a.batch, a.time, a.heads)
 
-    def _log_decay(self, values: Mapping[Source, Any], size: Size, like: Any) -> Any:
+    def _log_decay(
+        self, values: Mapping[Source, Any], size: Size, like: Any, precision: torch.dtype
+    ) -> Any:
         a = self.axes
         if self.decay is None:
             if self.constant is None:
                 return None
-            heads = len(self.constant)
-            row = torch.cat([torch.full_like(like[0, 0, :1, 0], number) for number in self.constant])
-            return row if heads > 1 else row.expand([_product_size(a.heads, size)])
+            numbers = like.new_tensor(list(self.constant), dtype=torch.float64)
+            return numbers.to(precision)
         assert self.transform is not None
         z = self.transform.log_decay(values[self.decay])
         held = {id(atom) for row in self.rows[self.decay] for atom in row}
@@ -160,10 +163,3 @@ class Reading:
             other = arrange(values[source], self.rows[source], self.result, size, broadcast=True)
             output = output * other if how == "times" else output / other if how == "over" else output + other
         return output
-
-
-def _product_size(row: Row, size: Size) -> Any:
-    made: Any = 1
-    for atom in row:
-        made = made * size(atom)
-    return made

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map
 
 from llcompile.passes import dynamo
+from llcompile.passes.capture import leaf_of
 from llcompile.passes.regions import Region
 from llcompile.passes.structure.program import Op, Program, Value
 
@@ -102,7 +103,7 @@ class _Recorder:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: results[n])  # type: ignore[misc]
         if any(isinstance(a, _Unknown) for a in tree_leaves((args, kwargs))):
             return self._opaque(node, args, kwargs)
-        if isinstance(node.target, torch._ops.HigherOrderOperator):
+        if isinstance(node.target, torch._ops.HigherOrderOperator) or leaf_of(node.target) is not None:
             return self._opaque(node, args, kwargs)
         try:
             if node.op == "call_method":

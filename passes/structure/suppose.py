@@ -134,7 +134,7 @@ def _fit(probe: Probe, reading: Reading, roles: Roles, base: Tensor) -> tuple[Re
 def output_of(probe: Probe, reading: Reading) -> Tensor:
     """What the reading computes on the probe's draw, as [T, everything else]."""
     size = probe.sizing.of
-    m = reading.mixer(probe.values, size)
+    m = reading.mixer(probe.values, size, probe.dtype)
     g = None if m.log_decay is None else m.log_decay
     output = torch.ops.llcompile.loglinear_attention(
         m.query, m.key, m.value, None, g, m.beta, None, m.scale, False

@@ -1,0 +1,52 @@
+"""Recognise: finds the mixers that are written out in the graph, by what they compute."""
+
+from __future__ import annotations
+
+from llcompile.passes import dynamo
+from llcompile.passes.discover import module_of, user_line
+from llcompile.passes.records import Declined
+from llcompile.passes.regions import Region
+from llcompile.passes.session import Session, Site
+from llcompile.passes.structure.find import Found, Missed, find
+from llcompile.patterns.mixer import MixerShape
+
+_CLOSED = "move the mixer out of the control flow, or compile the part inside by itself"
+_LEFT = "the code runs as it is"
+
+
+def recognise(session: Session) -> int:
+    """Adds a site for each hand-written mixer, and a record for each near miss; returns how many mixers there are."""
+    before = len(session.sites)
+    taken: dict[tuple[str, str], int] = {}
+    for site in session.sites:
+        taken[str(id(site.owner)), ""] = taken.get((str(id(site.owner)), ""), 0) + 1
+    for region in session.regions:
+        if region.closed:
+            continue
+        findings = find(region)
+        session.structure_counts.update(findings.counts)
+        for found in findings.found:
+            _add_site(session, region, found, findings.denominators.get(id(found), []), taken)
+        session.refused.extend(_declined(session, missed) for missed in findings.missed)
+    return len(session.sites) - before
+
+
+def _add_site(
+    session: Session, region: Region, found: Found, denominators: list[Found], taken: dict[tuple[str, str], int]
+) -> None:
+    node = found.anchor
+    key, name = module_of(node.meta)
+    owner = dynamo.find_module(key) if key else None
+    site = Site(node, region, None, session.name(key, name), user_line(node.meta), found, denominators)
+    site.owner, site.owner_missing = owner, bool(key) and owner is None
+    number = taken[str(id(owner)), ""] = taken.get((str(id(owner)), ""), 0) + 1
+    if number > 1:
+        site.attribute = f"loglinear_{number}"
+    site.cell, site.certificate = found.reading.family, found.certificate
+    site.shape = MixerShape(*found.sizes)
+    session.sites.append(site)
+
+
+def _declined(session: Session, missed: Missed) -> Declined:
+    key, name = module_of(missed.anchor.meta)
+    return Declined(session.name(key, name), missed.miss.reason, user_line(missed.anchor.meta), missed.miss.hint or _LEFT)

@@ -1,0 +1,99 @@
+"""Lift: a token's computation as one function of whole sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from llcompile.passes.structure.cut import Lifted
+from llcompile.passes.structure.program import Value
+
+
+def lifted_function(source: Lifted) -> tuple[Callable[..., Tensor], list[Value]]:
+    """A function that computes the source [T, ...] from the values it reads, and those values."""
+    bases: dict[Value, None] = {}
+    _collect(source, bases)
+    values = list(bases)
+
+    def lifted(*tensors: Tensor) -> Tensor:
+        return _evaluate(source, dict(zip(values, tensors, strict=True)), {})
+
+    return lifted, values
+
+
+def _collect(source: Lifted, bases: dict[Value, None]) -> None:
+    if source.base is not None:
+        bases.setdefault(source.base[0])
+        return
+    for leaf in tree_leaves((source.args, source.kwargs)):
+        if isinstance(leaf, Lifted):
+            _collect(leaf, bases)
+        elif isinstance(leaf, Value):
+            _collect_value(leaf, bases)
+
+
+def _collect_value(value: Value, bases: dict[Value, None]) -> None:
+    """A value that is the same for all tokens: a node's, or computed inside of one (a transposed weight)."""
+    if value.node is not None or value.op is None:
+        bases.setdefault(value)
+        return
+    for parent in value.op.inputs:
+        _collect_value(parent, bases)
+
+
+def _number_of(value: Value, env: dict[Value, Tensor]) -> Tensor:
+    if value not in env:
+        assert value.op is not None
+        args, kwargs = tree_map(
+            lambda a: _number_of(a, env) if isinstance(a, Value) else a, (value.op.args, value.op.kwargs)
+        )
+        made = [leaf for leaf in tree_leaves(value.op.target(*args, **kwargs)) if isinstance(leaf, Tensor)]
+        env.update(zip(value.op.outputs, made, strict=True))
+    return env[value]
+
+
+def _evaluate(source: Lifted, env: dict[Value, Tensor], done: dict[Lifted, Tensor]) -> Tensor:
+    """The source over all tokens, time first."""
+    if source in done:
+        return done[source]
+    if source.base is not None:
+        base, dim, keeps = source.base
+        made = env[base].movedim(dim, 0)
+        made = made.unsqueeze(dim + 1) if keeps else made
+    else:
+        assert source.op is not None
+        leaves: list[Any] = []
+        axes: list[int | None] = []
+
+        def number(leaf: Any) -> Any:
+            if isinstance(leaf, Lifted):
+                leaves.append(_evaluate(leaf, env, done))
+                axes.append(0)
+            elif isinstance(leaf, Value):
+                leaves.append(_number_of(leaf, env))
+                axes.append(None)
+            else:
+                return leaf
+            return _Slot(len(leaves) - 1)
+
+        args, kwargs = tree_map(number, (source.args, source.kwargs or {}))
+        target = source.op.target
+
+        def one(*tensors: Tensor) -> Tensor:
+            filled = tree_map(lambda a: tensors[a.number] if isinstance(a, _Slot) else a, (args, kwargs))
+            return target(*filled[0], **filled[1])  # type: ignore[no-any-return]
+
+        made = torch.vmap(one, in_dims=tuple(axes))(*leaves)
+    done[source] = made
+    return made
+
+
+class _Slot:
+    """The place of a tensor among a call's arguments."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number

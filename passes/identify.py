@@ -12,7 +12,7 @@ from llcompile.passes.mechanisms.axes import TimeAxes
 from llcompile.passes.mechanisms.facts import Facts
 from llcompile.passes.mechanisms.found import Found
 from llcompile.passes.mechanisms.vocabulary import PROJECTIONS
-from llcompile.passes.records import Untouched
+from llcompile.passes.records import Declined, Untouched
 from llcompile.passes.session import Session
 
 Finder = Callable[[Facts, TimeAxes], Iterator[Found]]
@@ -37,6 +37,12 @@ def identify(session: Session) -> int:
                 record = Untouched(module, found.kind, where, found.heads, found.groups)
                 records.setdefault((module, found.kind), record)
     session.untouched = list(records.values())
+    named = {record.module for record in session.untouched}
+    nearest: dict[str, Declined] = {}
+    for missed in session.near_misses:
+        if missed.module not in named:
+            nearest.setdefault(missed.module, missed)
+    session.refused.extend(nearest.values())
     return len(records)
 
 

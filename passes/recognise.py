@@ -27,7 +27,7 @@ def recognise(session: Session) -> int:
         session.structure_counts.update(findings.counts)
         for found in findings.found:
             _add_site(session, region, found, findings.denominators.get(id(found), []), taken)
-        session.refused.extend(_declined(session, missed) for missed in findings.missed)
+        session.near_misses.extend(_declined(session, missed) for missed in findings.missed)
     return len(session.sites) - before
 
 

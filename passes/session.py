@@ -111,6 +111,8 @@ class Session:
     sites: list[Site] = field(default_factory=list)
     refused: list[Declined] = field(default_factory=list)
     untouched: list[Untouched] = field(default_factory=list)
+    # Parts that looked like mixers; those that have another name are left out of the report.
+    near_misses: list[Declined] = field(default_factory=list)
     # How often each rule of the structural recogniser was used.
     structure_counts: Counter[str] = field(default_factory=Counter)
     # (owner, attribute) of the level weights that this look made.

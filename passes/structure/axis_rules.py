@@ -267,6 +267,12 @@ def _scan(c: Call) -> list[Axes]:
     return [axes] * len(c.op.outputs)
 
 
+def _topk(c: Call) -> list[Axes]:
+    axes, d = c.axes[c.first], c.dim()
+    c.mix(axes[d])
+    return [(*axes[:d], c.atoms.new(v.shape[d]), *axes[d + 1 :]) for v in c.op.outputs]
+
+
 def _triangle(c: Call) -> list[Axes]:
     return [c.axes[c.first]]
 
@@ -473,6 +479,7 @@ _ROWS: tuple[tuple[Rule, str], ...] = (
     (_scatter, "select_scatter slice_scatter"),
     (_reduce, "sum mean prod amax amin max min any all var std norm linalg_vector_norm logsumexp argmax argmin"),
     (_scan, "cumsum cumprod cummax logcumsumexp _softmax _log_softmax softmax flip roll sort _safe_softmax"),
+    (_topk, "topk"),
     (_triangle, "tril triu"),
     (_diagonal, "diagonal"),
     (_diag_embed, "diag_embed"),

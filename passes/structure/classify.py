@@ -125,7 +125,7 @@ class _Classifier:
 
     def _no_query(self, timed: list[Source]) -> tuple[str, int]:
         if self.noncausal:
-            return self.noncausal, 1 if len(timed) > 2 else 0
+            return self.noncausal, 0
         return "no source is a query: linear, and contracted with the state at its own position", 0
 
     def _degree(self, source: Source) -> int | None:

@@ -136,7 +136,7 @@ class Cutter:
             sources[source] = (time, *token)
             for value in (source.sample, *part.taps[source]):
                 axes[value], taken[value] = token, time
-        frame = Frame(follow(part.ops, axes, atoms, taken), time[0])
+        frame = Frame(follow(part.ops, axes, atoms, taken), time)
         return frame, {source: frame.rows(found) for source, found in sources.items()}
 
     def _renewed(self, atoms: Atoms, time: Axis, axes: Axes) -> Axes:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
-from llcompile.passes.structure.axes import Atom
+from llcompile.passes.structure.axes import Axis
 from llcompile.passes.structure.follow import Followed
 from llcompile.passes.structure.frame import Frame
 from llcompile.passes.structure.program import Op, Program, Value
@@ -39,7 +41,7 @@ class Fact:
 class Times(Frame):
     """The facts of a program for one choice of the time axis."""
 
-    def __init__(self, program: Program, followed: Followed, time: Atom) -> None:
+    def __init__(self, program: Program, followed: Followed, time: Axis) -> None:
         super().__init__(followed, time)
         self.program = program
         self.facts: dict[Value, Fact] = {value: self._of_input(value) for value in program.inputs if value in followed.axes}
@@ -102,43 +104,30 @@ class Times(Frame):
         return any(f.form == "timeless" and not f.data for f in others)
 
 
-def time_axes(program: Program, followed: Followed) -> list[Atom]:
-    """The axes that may be time, the likeliest first: operations mix them, and the model's input has them."""
-    data: dict[Value, bool] = {
-        v: v.data is None and not v.parameter and v.node is not None and v.node.op == "placeholder"
-        for v in program.inputs
-    }
-    found: dict[int, tuple[Atom, int]] = {}
+def time_axes(program: Program, followed: Followed) -> list[Axis]:
+    """The axes of the model's input that may be time, those first that most operations mix."""
+    atoms = followed.atoms
+    data = {v for v in program.inputs if v.data is None and not v.parameter and v in followed.axes}
+    present = {atoms.leaves(axis) for v in data for axis in followed.axes[v]}
+    present |= _shortened(followed, present)
+    counts: Counter[int] = Counter()
     for op in program.ops:
-        is_data = any(data.get(v, False) for v in op.inputs)
-        for value in op.outputs:
-            data[value] = is_data
-        if not is_data:
-            continue
-        for axis in followed.mixed[op]:
-            for leaf in followed.atoms.leaves(axis):
-                root = followed.atoms.root(leaf)
-                if not root.weight:
-                    found[id(root)] = (root, found.get(id(root), (root, 0))[1] + 1)
-    present = {
-        id(followed.atoms.root(leaf))
-        for v in program.inputs
-        if data.get(v) and v in followed.axes
-        for axis in followed.axes[v]
-        for leaf in followed.atoms.leaves(axis)
-    }
-    present |= {id(followed.atoms.root(cut)) for cut in _shortened(followed, present)}
-    ordered = sorted((pair for key, pair in found.items() if key in present), key=lambda pair: -pair[1])
-    return [root for root, _ in ordered]
+        if any(v in data for v in op.inputs):
+            data.update(op.outputs)
+            counts.update({id(leaf) for axis in followed.mixed[op] for leaf in atoms.leaves(axis)})
+    mixed = {axis: max((counts[id(leaf)] for leaf in axis), default=0) for axis in present}
+    free = [axis for axis in present if mixed[axis] and not any(leaf.weight for leaf in axis)]
+    return sorted(free, key=lambda axis: (-mixed[axis], axis[0].number))
 
 
-def _shortened(followed: Followed, present: set[int]) -> list[Atom]:
+def _shortened(followed: Followed, present: set[Axis]) -> set[Axis]:
     """Axes that are most of an axis of the input (all tokens but the last)."""
-    return [
-        cut
+    return {
+        followed.atoms.leaves((cut,))
         for (leaves, start, stop, step), cut in followed.atoms.slices.items()
-        if len(leaves) == 1
-        and id(followed.atoms.root(leaves[0])) in present
-        and step == 1
-        and 4 * (stop - start) > 3 * leaves[0].size
-    ]
+        if followed.atoms.leaves(leaves) in present and step == 1 and 4 * (stop - start) > 3 * _length(leaves)
+    }
+
+
+def _length(axis: Axis) -> int:
+    return math.prod(leaf.size for leaf in axis)

@@ -21,6 +21,7 @@ from llcompile.passes.structure.cut import MOVES, SHAPES, Cutter, Lifted, Part, 
 from llcompile.passes.structure.facts import WEIGHTED, Times, time_axes
 from llcompile.passes.structure.follow import Followed, follow_program
 from llcompile.passes.structure.frame import Frame, Row
+from llcompile.passes.structure.memo import fingerprint, recall, remember
 from llcompile.passes.structure.probe import Probe
 from llcompile.passes.structure.program import Op, Program, Value
 from llcompile.passes.structure.ranges import Range, ranges
@@ -32,6 +33,7 @@ from llcompile.passes.structure.suppose import suppose
 log = logging.getLogger("llcompile")
 
 _NORMS = ("native_layer_norm", "native_group_norm", "_fused_rms_norm", "rms_norm", "mean", "_softmax")
+_SOFTMAXES = ("_softmax", "_safe_softmax", "_log_softmax")
 _SCATTERS = ("select_scatter", "slice_scatter", "index_put")
 _TIMES = 3  # axes that are tried as time
 _SOURCES = 16  # a mixer has fewer operands
@@ -133,8 +135,8 @@ def find(region: Region) -> Findings:
     findings = Findings(program, counts=Counter(followed.counts))
     taken: set[Value] = set()
     with _disable_current_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
-        for atom in time_axes(program, followed)[:_TIMES]:
-            _Search(findings, followed, Times(program, followed, atom), taken).run()
+        for axis in time_axes(program, followed)[:_TIMES]:
+            _Search(findings, followed, Times(program, followed, axis), taken).run()
     _pair_denominators(findings)
     log.debug("structure: %d operations, %.0f ms", len(program.ops), 1e3 * (clock.perf_counter() - start))
     return findings
@@ -287,20 +289,48 @@ class _Search:
         return False
 
     def _read(self, part: Part) -> Found:
-        data = [s for s in part.sources if isinstance(s, Lifted) or self.times.facts[s].data]
-        if len(data) < 2:
-            raise Miss("it has fewer than two sequences to mix")
+        self._expect_sequences(part)
         frame, axes = self.cutter.frame(part)
         result = frame.rows(frame.followed.axes[part.result])
         self._expect_contraction(frame, axes, result)
         bounds = {s: self._range(s) for s in part.sources}
+        key = fingerprint(part, axes, result, bounds)
+        known = recall(key, part, axes, result)
+        if known is None:
+            self.findings.counts["proofs"] += 1
+            try:
+                known = self._prove(frame, part, axes, result, bounds)
+            except Miss as miss:
+                remember(key, part, axes, result, miss)
+                raise
+            remember(key, part, axes, result, known)
+        return Found(part, *known, frame, self.times, self.findings.program)
+
+    def _prove(
+        self,
+        frame: Frame,
+        part: Part,
+        axes: Mapping[Source, tuple[Row, ...]],
+        result: tuple[Row, ...],
+        bounds: Mapping[Source, Range],
+    ) -> tuple[Reading, Certificate]:
         try:
             probe = self._probe(frame, part, axes, result, bounds)
-            reading = suppose(probe, classify(probe))
-            reading, certificate = certify(part, reading, probe)
+            return certify(part, suppose(probe, classify(probe)), probe)
         except (CannotArrange, RuntimeError, IndexError, AssertionError, TypeError, ValueError) as error:
             raise Miss(f"it does not run by itself: {type(error).__name__}: {error}".split("\n")[0]) from error
-        return Found(part, reading, certificate, frame, self.times, self.findings.program)
+
+    def _expect_sequences(self, part: Part) -> None:
+        """What can be told without numbers, so that most values cost little."""
+        facts = self.times.facts
+        if sum(isinstance(s, Lifted) or facts[s].data for s in part.sources) < 2:
+            raise Miss("it has fewer than two sequences to mix")
+        for op in part.ops:
+            if op.name in _SOFTMAXES and self.times.mixes_time(op):
+                raise Miss("not linear in the query: scores pass through a softmax", 1)
+            chosen = any(v.users and not v.dtype.is_floating_point for v in op.outputs)
+            if chosen and any(v.dtype.is_floating_point and facts[v].data for v in op.inputs):
+                raise Miss("what it does depends on comparisons of values")
 
     def _expect_contraction(
         self, frame: Frame, axes: Mapping[Source, tuple[Row, ...]], result: tuple[Row, ...]

@@ -10,7 +10,7 @@ from llcompile.passes.structure.axes import Atoms, Axes, Axis
 from llcompile.passes.structure.axis_rules import Call, opaque, rule_for
 from llcompile.passes.structure.program import Op, Program, Value
 
-_KEEP = 8  # cut axes that a value remembers
+_KEEP = 24  # cut axes that a value remembers
 
 
 @dataclass

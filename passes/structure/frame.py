@@ -13,9 +13,9 @@ Row = tuple[Atom, ...]  # an axis as unsplit atoms
 class Frame:
     """Followed axes, and which of them is time."""
 
-    def __init__(self, followed: Followed, time: Atom) -> None:
-        self.followed, self.time = followed, time
-        self.leaves = followed.atoms.leaves((time,))
+    def __init__(self, followed: Followed, time: Axis) -> None:
+        self.followed = followed
+        self.leaves = followed.atoms.leaves(time)
         self._in_time = {id(leaf) for leaf in self.leaves}
 
     def axis_leaves(self, axis: Axis) -> Axis:

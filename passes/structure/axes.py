@@ -20,6 +20,7 @@ class Atom:
         parts: the two atoms, outer and inner, that it was split into.
         pinned: operations speak of positions along it by number (slices, constants), so it has no other size.
         weight: a parameter of the model has it: a feature, or a head.
+        row: it was put together from pieces.
     """
 
     size: int
@@ -28,6 +29,7 @@ class Atom:
     whole: Atom | None = None
     pinned: bool = False
     weight: bool = False
+    row: bool = False
     number: int = 0
 
     def __repr__(self) -> str:

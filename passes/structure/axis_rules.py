@@ -75,6 +75,8 @@ class Call:
     def assembled(self, size: int, pieces: Sequence[Value]) -> Axis:
         """A new axis put together from pieces; the one they were cut from, where its size says so."""
         made = self.atoms.new(size)
+        for atom in made:
+            atom.row = True
         found = [a for piece in pieces for a in self.lost.get(piece, ()) if _size(self.atoms, a) == size]
         if found and all(self.atoms.leaves(a) == self.atoms.leaves(found[0]) for a in found):
             self.atoms.same(made, found[0])
@@ -109,7 +111,20 @@ def _copy(c: Call) -> list[Axes]:
 
 
 def _view(c: Call) -> list[Axes]:
-    return [c.atoms.regroup(c.axes[c.first], c.op.outputs[0].shape) or _cut_across(c)]
+    made = c.atoms.regroup(c.axes[c.first], c.op.outputs[0].shape)
+    return [tuple(_interleaved(c, axis) for axis in made) if made is not None else _cut_across(c)]
+
+
+def _interleaved(c: Call, axis: Axis) -> Axis:
+    """Rows of pieces laid side by side (evens and odds in the tree of a parallel scan) are the axis they came from."""
+    leaves = c.atoms.leaves(axis)
+    if len(leaves) < 2 or not any(leaf.row for leaf in leaves):
+        return axis
+    size = _size(c.atoms, axis)
+    if not any(_size(c.atoms, a) == size and c.atoms.leaves(a) != leaves for a in c.lost.get(c.first, ())):
+        return axis
+    c.mix(axis)
+    return c.assembled(size, [c.first])
 
 
 def _cut_across(c: Call) -> Axes:
@@ -322,7 +337,8 @@ def _added_matmul(c: Call) -> list[Axes]:
 
 
 def _solve(c: Call) -> list[Axes]:
-    matrix, right = c.of("A"), c.of("B")
+    operands = (c.arg("A") if c.arg("A") is not None else c.arg("self"), c.arg("B"))
+    matrix, right = (c.axes[value] for value in operands)
     c.atoms.same(matrix[-1], matrix[-2])
     c.pair(matrix[-1], right[-2])
     for a, b in zip(matrix[:-2], right[:-2], strict=False):
@@ -452,7 +468,10 @@ def opaque(c: Call) -> list[Axes]:
     for value in c.op.outputs:
         axes = [next(iter(known[n])) if n > 1 and len(known.get(n, ())) == 1 else c.atoms.new(n) for n in value.shape]
         twice = {a for a in axes if a and axes.count(a) > 1}
-        made.append(tuple(c.atoms.new(n) if a in twice else a for a, n in zip(axes, value.shape, strict=True)))
+        axes = [c.atoms.new(n) if a in twice else a for a, n in zip(axes, value.shape, strict=True)]
+        for axis in axes:
+            _pin(c, axis)
+        made.append(tuple(axes))
     return made
 
 

@@ -76,6 +76,7 @@ class Cutter:
 
     def __init__(self, times: Times) -> None:
         self.times = times
+        self.views = False
         self._lifted: dict[Any, Lifted] = {}
         self._places: dict[Value, tuple[Lifted, int] | None] = {}
 
@@ -84,11 +85,15 @@ class Cutter:
         """The number of positions."""
         return math.prod(leaf.size for leaf in self.times.leaves)
 
-    def cut(self, result: Value, passed: Iterable[Source] = (), limit: int = 200_000) -> Part | None:
+    def cut(
+        self, result: Value, passed: Iterable[Source] = (), views: bool = False, limit: int = 200_000
+    ) -> Part | None:
         """The part that makes `result`; None for more operations than `limit`.
 
-        Values in `passed` are not cut at, but what they are made of.
+        Values in `passed` are not cut at, but what they are made of. With `views`, two views of one tensor are two
+        sources: queries that are the keys as well.
         """
+        self.views = views
         through = set(passed)
         sources: dict[Source, None] = {}
         ops: dict[Op, None] = {}
@@ -176,7 +181,7 @@ class Cutter:
                 return None
             taps.setdefault(lifted[0], {})[value] = lifted[1]
             return lifted[0]
-        if value.node is None or value in through or self._only_moves(value):
+        if value.node is None or value in through or (not self.views and self._only_moves(value)):
             return None
         return value if fact.data or (fact.weight and fact.form == "timeless") else None
 

@@ -33,6 +33,7 @@ from llcompile.passes.structure.suppose import suppose
 log = logging.getLogger("llcompile")
 
 _NORMS = ("native_layer_norm", "native_group_norm", "_fused_rms_norm", "rms_norm", "mean", "_softmax")
+_JOINS = MOVES | {"cat", "stack", "repeat", "constant_pad_nd"}
 _SOFTMAXES = ("_softmax", "_safe_softmax", "_log_softmax")
 _SCATTERS = ("select_scatter", "slice_scatter", "index_put")
 _TIMES = 3  # axes that are tried as time
@@ -229,6 +230,7 @@ class _Search:
     def _parts(self, value: Value) -> Iterator[Part]:
         """The cuts to try: the latest that is not inside of a product, then the one behind shared factors."""
         passed: set[Source] = set()
+        part: Part | None = None
         for rule in (self._inside, self._derived):
             part, moved = self.cutter.cut(value, passed), rule == self._inside
             for _ in range(_WIDENINGS):
@@ -241,6 +243,10 @@ class _Search:
                 return
             if moved:
                 yield part
+        if part is not None and len(part.sources) < 4:
+            apart = self.cutter.cut(value, views=True)
+            if apart is not None and len(part.sources) < len(apart.sources) <= _SOURCES:
+                yield apart
 
     def _inside(self, part: Part) -> set[Source]:
         """Sources that belong to the mixer: outer products of its operands, and what few tokens have."""
@@ -253,12 +259,13 @@ class _Search:
         if op is None or not inner or self._is_projection(op):
             return False
         size, largest = _count(_shape(source)), max(_count(_shape(p)) for p in inner)
-        if op.name not in MOVES and size > largest:
+        if op.name not in _JOINS and size > largest:
             return True
         return any(_count(_shape(p)) == size and self._is_product(p) for p in inner)
 
     def _is_projection(self, op: Op) -> bool:
-        return op.name in WEIGHTED and any(self.times.facts[v].weight for v in op.inputs if not self.times.facts[v].data)
+        facts = [self.times.facts[v] for v in op.inputs]
+        return op.name in WEIGHTED and any(f.form == "timeless" and not f.data for f in facts)
 
     def _is_data(self, source: Source) -> bool:
         if isinstance(source, Lifted):
@@ -325,10 +332,11 @@ class _Search:
         facts = self.times.facts
         if sum(isinstance(s, Lifted) or facts[s].data for s in part.sources) < 2:
             raise Miss("it has fewer than two sequences to mix")
+        own = set(part.ops)
         for op in part.ops:
             if op.name in _SOFTMAXES and self.times.mixes_time(op):
                 raise Miss("not linear in the query: scores pass through a softmax", 1)
-            chosen = any(v.users and not v.dtype.is_floating_point for v in op.outputs)
+            chosen = any(not v.dtype.is_floating_point and own.intersection(v.users) for v in op.outputs)
             if chosen and any(v.dtype.is_floating_point and facts[v].data for v in op.inputs):
                 raise Miss("what it does depends on comparisons of values")
 

@@ -103,6 +103,11 @@ class _Recorder:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: results[n])  # type: ignore[misc]
         if any(isinstance(a, _Unknown) for a in tree_leaves((args, kwargs))):
             return self._opaque(node, args, kwargs)
+        if node.target is torch.ops.higher_order.scan:
+            try:
+                return _unrolled_scan(*args)
+            except Exception:
+                return self._opaque(node, args, kwargs)
         if isinstance(node.target, torch._ops.HigherOrderOperator) or leaf_of(node.target) is not None:
             return self._opaque(node, args, kwargs)
         try:
@@ -249,6 +254,16 @@ class _Recorder:
             torch._sync(result)  # type: ignore[no-untyped-call]
             result = _unwrap_functional_tensor(result, False)
         return self.known.get(id(result))
+
+
+def _unrolled_scan(body: Any, init: Any, xs: Any, additional: Any = ()) -> list[Any]:
+    """A scan as the loop that it stands for: one spelling for both."""
+    carry, rows = list(init), []
+    for position in range(xs[0].shape[0]):
+        made = list(body(*carry, *(x[position] for x in xs), *additional))
+        carry, row = made[: len(carry)], made[len(carry) :]
+        rows.append(row)
+    return [*carry, *(torch.stack(column) for column in zip(*rows, strict=True))]
 
 
 def _plain_fill(

@@ -34,6 +34,13 @@ _FILLS = {
 }
 
 
+_TURNS = 1 << 14  # a longer loop is left alone
+
+
+class _DependsOnData(Exception):
+    """A loop that ends when the data say so."""
+
+
 class _Unknown:
     """Stands for what cannot be had without numbers (`item()`, `nonzero`), and for all that follows from it."""
 
@@ -69,6 +76,7 @@ class _Recorder:
         self.node: fx.Node | None = None
         self.pending: Value | None = None  # the value that the next `empty_strided` stands for
         self.known: dict[int, Value] = {}
+        self.folds = False  # numbers of counters are computed, not recorded
         self.twins: dict[Any, Op] = {}
         self.alive: list[Tensor] = []  # an id must not come up twice
 
@@ -108,8 +116,14 @@ class _Recorder:
                 return _unrolled_scan(*args)
             except Exception:
                 return self._opaque(node, args, kwargs)
+        if node.target is torch.ops.higher_order.while_loop:
+            try:
+                return self._unrolled_while(*args)
+            except _DependsOnData:
+                return self._opaque(node, args, kwargs)
         if isinstance(node.target, torch._ops.HigherOrderOperator) or leaf_of(node.target) is not None:
             return self._opaque(node, args, kwargs)
+        args = _below_functionalisation(node, args)
         try:
             if node.op == "call_method":
                 return getattr(args[0], str(node.target))(*args[1:], **kwargs)
@@ -160,6 +174,42 @@ class _Recorder:
 
         return _Unknown() if example is None else tree_map(made, example)
 
+    def _unrolled_while(self, condition: Any, body: Any, carried: Any, additional: Any = ()) -> Any:
+        """A while loop over a counter as the loop that it stands for; its counters are kept as numbers.
+
+        Raises:
+            _DependsOnData: the condition is not one of counters alone.
+        """
+        self.folds = True
+        try:
+            state = [self._folded(x) for x in carried]
+            for _ in range(_TURNS):
+                going = _unwrapped(condition(*state, *additional))
+                if isinstance(going, Tensor) and going.is_meta:
+                    raise _DependsOnData
+                if not bool(going):
+                    return tuple(state)
+                state = list(body(*state, *additional))
+            raise _DependsOnData
+        finally:
+            self.folds = False
+
+    def _folded(self, x: Any) -> Any:
+        """A counter as its number; anything else as it is."""
+        if not isinstance(x, Tensor) or x.is_floating_point() or x.numel() > 1:
+            return x
+        value = self._value(x)
+        if value is not None and value.data is not None:
+            return value.data.detach().clone()
+        filled = value is not None and value.op is not None and value.op.name in ("full", "zeros", "scalar_tensor")
+        if not filled:
+            raise _DependsOnData
+        assert value is not None
+        assert value.op is not None
+        numbers = [a for a in value.op.args if isinstance(a, (int, float))]
+        with _disable_current_modes():
+            return torch.full(value.shape, numbers[-1] if numbers else 0, dtype=value.dtype, device="cpu")
+
     def _make(self, value: Value, like: Tensor) -> Tensor:
         """A meta tensor that stands for a value which no recorded operation computes."""
         self.pending = value
@@ -177,6 +227,11 @@ class _Recorder:
             result, value, self.pending = func(*args, **kwargs), self.pending, None
             self._know(result, value)
             return result
+        if self.folds:
+            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            if tensors and not any(t.is_meta or id(t) in self.known for t in tensors):
+                return func(*args, **kwargs)
+        func, args = _at_number(func, args)
         if func in _CONSTANTS and isinstance(args[0], Tensor) and not args[0].is_meta:
             return self._constant(args[0])
         args, kwargs = tree_map(self._meta, (args, kwargs))
@@ -248,12 +303,36 @@ class _Recorder:
 
     def _value(self, result: Any) -> Value | None:
         """The value that a tensor of the run stands for at this moment (after the mutations so far)."""
-        if not isinstance(result, Tensor):
-            return None
-        if torch._is_functional_tensor(result):
-            torch._sync(result)  # type: ignore[no-untyped-call]
-            result = _unwrap_functional_tensor(result, False)
-        return self.known.get(id(result))
+        return self.known.get(id(_unwrapped(result))) if isinstance(result, Tensor) else None
+
+
+def _unwrapped(result: Any) -> Any:
+    """The tensor below functionalisation, with all writes done."""
+    if isinstance(result, Tensor) and torch._is_functional_tensor(result):
+        torch._sync(result)  # type: ignore[no-untyped-call]
+        return _unwrap_functional_tensor(result, False)
+    return result
+
+
+def _at_number(func: Any, args: Any) -> tuple[Any, Any]:
+    """Reads and writes at a position that is a number, as slices."""
+    if func is aten.index_select.default and not args[2].is_meta and args[2].numel() == 1:
+        start = int(args[2])
+        return aten.slice.Tensor, (args[0], args[1], start, start + 1)
+    if func is aten.index_copy.default and not args[2].is_meta and args[2].numel() == 1:
+        start = int(args[2])
+        return aten.slice_scatter.default, (args[0], args[3], args[1], start, start + 1)
+    return func, args
+
+
+def _below_functionalisation(node: fx.Node, args: Any) -> Any:
+    """The graph's vmap levels are one higher here: functionalisation is a level, too."""
+    name = getattr(node.target, "__name__", "")
+    if name == "_add_batch_dim":
+        return (*args[:2], args[2] + 1)
+    if name == "_remove_batch_dim":
+        return (args[0], args[1] + 1, *args[2:])
+    return args
 
 
 def _unrolled_scan(body: Any, init: Any, xs: Any, additional: Any = ()) -> list[Any]:

@@ -183,17 +183,33 @@ def input_value(node: fx.Node) -> Any:
 
 
 def module_tensors() -> frozenset[int]:
-    """Ids of the tensors that the frame's modules hold and do not train: buffers, and tensors that are plain attributes."""
+    """Ids of the tensors that the frame's modules hold and do not train: buffers, and plain attributes."""
     modules = [root for _, root in _root_modules()]
     held = (t for root in modules for m in root.modules() for t in (*m._buffers.values(), *vars(m).values()))
     return frozenset(id(t) for t in held if isinstance(t, torch.Tensor) and not isinstance(t, nn.Parameter))
 
 
-def hint(size: Any) -> Any:
-    """The number that a symbolic size had in the example, or None where it depends on data."""
-    if isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-        return size.node.hint if size.node.has_hint() else None
-    return size
+def hint(size: Any, factor: int = 1) -> Any:
+    """The number that a symbolic size had in the example, or None where it depends on data.
+
+    With a `factor`, the number that it would have if all sizes that may vary were that many times as large.
+    """
+    if not isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return size
+    if not size.node.has_hint():
+        return None
+    if factor == 1:
+        return size.node.hint
+    values = size.node.shape_env.backed_var_to_val
+    found = size.node.expr.subs({symbol: value * factor for symbol, value in values.items()})
+    return int(found) if found.is_Integer else size.node.hint
+
+
+def is_symbolic(graph: fx.Graph) -> bool:
+    """Whether some size of the graph's inputs may vary from call to call."""
+    inputs = [node.meta.get("example_value") for node in graph.find_nodes(op="placeholder")]
+    sizes = [size for x in inputs for size in (x.shape if isinstance(x, torch.Tensor) else (x,))]
+    return any(isinstance(size, torch.SymInt) for size in sizes)
 
 
 def substitute(function: Callable[..., Any], replacement: Callable[..., Any]) -> None:

@@ -49,4 +49,6 @@ def _add_site(
 
 def _declined(session: Session, missed: Missed) -> Declined:
     key, name = module_of(missed.anchor.meta)
-    return Declined(session.name(key, name), missed.miss.reason, user_line(missed.anchor.meta), missed.miss.hint or _LEFT)
+    return Declined(
+        session.name(key, name), missed.miss.reason, user_line(missed.anchor.meta), missed.miss.hint or _LEFT
+    )

@@ -111,9 +111,9 @@ def _put(site: Site, found: Found, result: fx.Node, new: set[fx.Node]) -> None:
     own = {op.node for op in found.part.ops}
     position = {node: i for i, node in enumerate(site.region.graph.nodes)}
     for (user, node), value in found.program.reads.items():
-        if value is found.part.result and user in position and user not in new and position[user] > position[result]:
-            if user not in own or not _writes(user, node):
-                user.replace_input_with(node, result)
+        reads = value is found.part.result and user in position and user not in new
+        if reads and position[user] > position[result] and not (user in own and _writes(user, node)):
+            user.replace_input_with(node, result)
 
 
 def _writes(user: fx.Node, node: fx.Node) -> bool:

@@ -1,4 +1,4 @@
-"""Axis rules: what each ATen operation does to axes. One row an operation; an unknown one starts new axes and mixes all.
+"""Axis rules: what each ATen operation does to axes. An unknown one starts new axes and mixes all.
 
 A rule gives the axes of the results and notes which axes it *mixes*: those along which a result depends on more than
 the same position of its operands.
@@ -225,7 +225,9 @@ def _cat(c: Call) -> list[Axes]:
     d = c.dim(rank=rank)
     axes: list[Axis] = [()] * rank
     for value in tensors:
-        axes = [c.pair(old, new) if i != d else () for i, (old, new) in enumerate(zip(axes, c.axes[value], strict=True))]
+        axes = [
+            c.pair(old, new) if i != d else () for i, (old, new) in enumerate(zip(axes, c.axes[value], strict=True))
+        ]
     if len(tensors) == 1:
         return [c.axes[tensors[0]]]
     axes[d] = c.assembled(c.op.outputs[0].shape[d], tensors)

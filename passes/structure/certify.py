@@ -14,7 +14,7 @@ from torch import Tensor
 from llcompile.passes.records import Certificate
 from llcompile.passes.structure.classify import Miss
 from llcompile.passes.structure.cut import Part, Source
-from llcompile.passes.structure.frame import Frame, Row
+from llcompile.passes.structure.frame import Row
 from llcompile.passes.structure.probe import Probe, difference
 from llcompile.passes.structure.ranges import Range
 from llcompile.passes.structure.reading import Reading
@@ -80,9 +80,7 @@ def _rescaled(reading: Reading, probe: Probe, theirs: Tensor, ours: Tensor) -> t
     return reading.scaled(reading.scale * factor), difference(theirs, ours * factor)
 
 
-def _probe(
-    part: Part, reading: Reading, sizing: Sizing, ranges: Mapping[Source, Range], seed: int
-) -> Probe:
+def _probe(part: Part, reading: Reading, sizing: Sizing, ranges: Mapping[Source, Range], seed: int) -> Probe:
     """A draw of which every operand is as in a real model, so that the far past still counts at any length."""
     largest = max((_count(sizing, v) for op in part.ops for v in op.outputs), default=0)
     dtype = torch.float32 if largest > _LARGE else torch.float64
@@ -91,7 +89,7 @@ def _probe(
     if reading.decay is not None and reading.transform is not None:
         z = torch.randn(probe.shape(reading.decay), generator=probe.generator, dtype=torch.float64)
         log_decay = -(4.0 / probe.length) * (0.2 + torch.nn.functional.softplus(z))
-        probe.values[reading.decay] = reading.transform.inverse(log_decay).to(dtype)
+        probe.values[reading.decay] = reading.transform.inverse(log_decay / reading.rate).to(dtype)
     if reading.beta is not None:
         # Keys of norm 1/2 to 1: with longer ones a delta rule diverges.
         key = probe.values[reading.key].double()

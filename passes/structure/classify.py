@@ -10,8 +10,8 @@ from torch import Tensor
 
 from llcompile.passes.structure.axes import Atom
 from llcompile.passes.structure.cut import Source
-from llcompile.passes.structure.probe import SAME, Probe, difference
 from llcompile.passes.structure.frame import Row
+from llcompile.passes.structure.probe import SAME, Probe, difference
 from llcompile.passes.structure.sizing import CannotArrange, arrange
 
 
@@ -203,7 +203,7 @@ class _Classifier:
         )
 
     def _has_value_atoms(self, query: Source, keyed: list[Source]) -> bool:
-        """Whether the result has atoms that neither queries nor keys have, and which no other source brings linearly."""
+        """Whether the result has atoms that neither queries nor keys have, and no other source brings linearly."""
         return bool(self.kept - self.atoms[query].union(*(self.atoms[s] for s in keyed)) - self._plain_atoms())
 
     def _plain_atoms(self) -> set[int]:

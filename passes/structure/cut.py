@@ -16,11 +16,10 @@ from llcompile.passes.structure.frame import Frame, Row
 from llcompile.passes.structure.program import Op, Value
 
 # Operations that keep all numbers as they are.
-MOVES = frozenset(
-    "view _unsafe_view reshape permute transpose t unsqueeze squeeze expand clone contiguous _to_copy alias".split()
-)
+_MOVES = "view _unsafe_view reshape permute transpose t unsqueeze squeeze expand clone contiguous _to_copy alias"
+MOVES = frozenset(_MOVES.split())
 # Those and the ones that keep some.
-SHAPES = MOVES | frozenset("slice select unbind split split_with_sizes".split())
+SHAPES = MOVES | frozenset(["slice", "select", "unbind", "split", "split_with_sizes"])
 
 
 @dataclass(eq=False)
@@ -155,7 +154,13 @@ class Cutter:
             for leaf in row:
                 if id(leaf) in places:
                     inner = atoms.leaves(time)
-                    axis.extend([inner[places[id(leaf)]]] if len(inner) == len(places) else inner if not places[id(leaf)] else [])
+                    axis.extend(
+                        [inner[places[id(leaf)]]]
+                        if len(inner) == len(places)
+                        else inner
+                        if not places[id(leaf)]
+                        else []
+                    )
                     continue
                 new = atoms.new(leaf.size)[0]
                 new.weight = leaf.weight
@@ -166,12 +171,14 @@ class Cutter:
     def parents(self, source: Source) -> list[Source]:
         """What a source is computed from, if it can be cut there."""
         if isinstance(source, Lifted):
-            return [a.base[0] if isinstance(a, Lifted) and a.base else a for a in source.args if isinstance(a, (Lifted, Value))]
+            return [
+                a.base[0] if isinstance(a, Lifted) and a.base else a
+                for a in source.args
+                if isinstance(a, (Lifted, Value))
+            ]
         return list(source.op.inputs) if source.op is not None else []
 
-    def _source(
-        self, value: Value, through: set[Source], taps: dict[Lifted, dict[Value, int]]
-    ) -> Source | None:
+    def _source(self, value: Value, through: set[Source], taps: dict[Lifted, dict[Value, int]]) -> Source | None:
         fact = self.times.facts[value]
         if value.data is not None or fact.mixed:
             return None
@@ -219,7 +226,9 @@ class Cutter:
         positions = {position for _, position in places.values()}
         if len(positions) != 1 or len(op.outputs) != 1:
             return None
-        args, kwargs = tree_map(lambda a: places[a][0] if isinstance(a, Value) and a in places else a, (op.args, op.kwargs))
+        args, kwargs = tree_map(
+            lambda a: places[a][0] if isinstance(a, Value) and a in places else a, (op.args, op.kwargs)
+        )
         key = (op.target, repr(tree_map(lambda a: id(a) if isinstance(a, (Value, Lifted)) else a, (args, kwargs))))
         if key not in self._lifted:
             self._lifted[key] = Lifted(op, args, kwargs, sample=value)

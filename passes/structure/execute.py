@@ -13,8 +13,8 @@ from llcompile.passes.structure.axes import Axis
 from llcompile.passes.structure.program import Op, Value
 
 # Argument that holds the sizes of the result.
-_SIZES = dict.fromkeys("view _unsafe_view reshape expand zeros ones full empty rand randn".split(), "size")
-_SIZES |= dict.fromkeys("new_zeros new_ones new_full new_empty".split(), "size")
+_SHAPED = "view _unsafe_view reshape expand zeros ones full empty rand randn new_zeros new_ones new_full new_empty"
+_SIZES = dict.fromkeys(_SHAPED.split(), "size")
 _FLOATS = {torch.float16, torch.bfloat16, torch.float32}
 
 SizeOf = Callable[[Axis], int]

@@ -12,11 +12,12 @@ from llcompile.passes.structure.follow import Followed
 from llcompile.passes.structure.frame import Frame
 from llcompile.passes.structure.program import Op, Program, Value
 
-# "sequence": it has all of time, once, as one axis or in chunks. "timeless": the same at all times. "pieces": anything else.
+# "sequence": it has all of time, once, as one axis or in chunks. "timeless": the same at all times.
+# "pieces": anything else.
 Form = Literal["timeless", "sequence", "pieces"]
 
-_CUTS = frozenset("select slice split split_with_sizes unbind".split())
-WEIGHTED = frozenset("mm bmm addmm baddbmm mv addmv convolution embedding".split())
+_CUTS = frozenset(["select", "slice", "split", "split_with_sizes", "unbind"])
+WEIGHTED = frozenset(["mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "convolution", "embedding"])
 
 
 @dataclass
@@ -44,7 +45,9 @@ class Times(Frame):
     def __init__(self, program: Program, followed: Followed, time: Axis) -> None:
         super().__init__(followed, time)
         self.program = program
-        self.facts: dict[Value, Fact] = {value: self._of_input(value) for value in program.inputs if value in followed.axes}
+        self.facts: dict[Value, Fact] = {
+            value: self._of_input(value) for value in program.inputs if value in followed.axes
+        }
 
     def _of_input(self, value: Value) -> Fact:
         given = value.node is not None and value.node.op == "placeholder" and value.data is None

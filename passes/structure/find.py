@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time as clock
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -12,6 +13,7 @@ import torch
 from torch import fx
 from torch.utils._python_dispatch import _disable_current_modes
 
+from llcompile.passes import dynamo
 from llcompile.passes.capture import leaf_of
 from llcompile.passes.records import Certificate
 from llcompile.passes.regions import Region
@@ -33,6 +35,10 @@ from llcompile.passes.structure.suppose import suppose
 log = logging.getLogger("llcompile")
 
 _NORMS = ("native_layer_norm", "native_group_norm", "_fused_rms_norm", "rms_norm", "mean", "_softmax")
+_COMPARISONS = frozenset(
+    ["lt", "le", "gt", "ge", "eq", "ne", "sub", "add", "clamp", "clamp_max", "clamp_min", "tril", "triu"]
+)
+_LONGEST = 4096  # a window wider than this is not looked for
 _JOINS = MOVES | {"cat", "stack", "repeat", "constant_pad_nd"}
 _SOFTMAXES = ("_softmax", "_safe_softmax", "_log_softmax")
 _SCATTERS = ("select_scatter", "slice_scatter", "index_put")
@@ -64,7 +70,6 @@ class Found:
         count = lambda row: _count(tuple(leaf.size for leaf in row))  # noqa: E731
         return count(axes.heads), count(axes.groups), count(axes.key), count(axes.value)
 
-
     def activations(self) -> list[fx.Node]:
         """The nodes of the operands that depend on the model's input."""
         found: list[fx.Node] = []
@@ -86,7 +91,12 @@ class Found:
         fact = self.times.facts[value]
         rows = self.times.rows(self.times.followed.axes[value])
         inside = [i for i, row in enumerate(rows) if any(self.times.is_time(leaf) for leaf in row)]
-        if fact.form != "sequence" or not fact.data or len(inside) != 1 or len(rows[inside[0]]) != len(self.times.leaves):
+        if (
+            fact.form != "sequence"
+            or not fact.data
+            or len(inside) != 1
+            or len(rows[inside[0]]) != len(self.times.leaves)
+        ):
             return None
         batch = _count(tuple(leaf.size for leaf in self.reading.axes.batch))
         if len(rows) == 2 and inside == [0] and batch == 1:
@@ -131,16 +141,50 @@ class Findings:
 def find(region: Region) -> Findings:
     """All hand-written mixers of a region."""
     start = clock.perf_counter()
-    program = record(region)
+    findings = _find(region, 1)
+    if findings.found and dynamo.is_symbolic(region.graph):
+        _expect_elsewhere(region, findings)
+    log.debug("structure: %d operations, %.0f ms", len(findings.program.ops), 1e3 * (clock.perf_counter() - start))
+    return findings
+
+
+def _find(region: Region, factor: int) -> Findings:
+    program = record(region, factor)
     followed = follow_program(program)
     findings = Findings(program, counts=Counter(followed.counts))
     taken: set[Value] = set()
     with _disable_current_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
         for axis in time_axes(program, followed)[:_TIMES]:
             _Search(findings, followed, Times(program, followed, axis), taken).run()
+            if findings.found:
+                break
     _pair_denominators(findings)
-    log.debug("structure: %d operations, %.0f ms", len(program.ops), 1e3 * (clock.perf_counter() - start))
     return findings
+
+
+def _expect_elsewhere(region: Region, findings: Findings) -> None:
+    """A graph for many lengths is one program for each: only what is a mixer at another length, too, is taken.
+
+    The other length is beyond any number that the code compares with (the width of a window, say).
+    """
+    length = max(math.prod(leaf.size for leaf in found.times.leaves) for found in findings.found)
+    factor = 2 + max((int(n) for n in _compared(findings.program) if n < _LONGEST), default=0) // length
+    seen = {_signature(f) for f in _find(region, factor).found}
+    for found in [f for f in findings.found if _signature(f) not in seen]:
+        findings.found.remove(found)
+        reason = f"it is a mixer at length {length}, not at {factor * length}, and the graph serves both"
+        findings.missed.append(Missed(found.part.result, Miss(reason, 3, "compile it with dynamic=False")))
+
+
+def _compared(program: Program) -> list[float]:
+    """Numbers that the code compares positions with."""
+    ops = [op for op in program.ops if op.name in _COMPARISONS]
+    return [abs(a) for op in ops for a in op.args if isinstance(a, (int, float)) and math.isfinite(a)]
+
+
+def _signature(found: Found) -> tuple[object, ...]:
+    """What is the same for one mixer at all lengths."""
+    return found.anchor, found.reading.family, tuple(s.node for s in found.reading.operands if isinstance(s, Value))
 
 
 def anchor(value: Value) -> fx.Node:
@@ -216,7 +260,7 @@ class _Search:
             try:
                 found = self._read(part)
             except Miss as miss:
-                log.debug("structure: %s of %s from %s: %s", value, value.op and value.op.name, part.sources, miss.reason)
+                log.debug("structure: %s from %s: %s", value.op, part.sources, miss.reason)
                 if best is None or miss.near > best.near:
                     best = miss
                 continue
@@ -343,7 +387,7 @@ class _Search:
     def _expect_contraction(
         self, frame: Frame, axes: Mapping[Source, tuple[Row, ...]], result: tuple[Row, ...]
     ) -> None:
-        """Queries and keys have axes that the output does not have; without numbers, so that most values cost little."""
+        """Queries and keys have axes that the output does not have; told without numbers, as most values fail here."""
         kept = {id(atom) for row in result for atom in row}
         timed = [{id(a) for row in rows for a in row} for rows in axes.values()]
         times = {id(leaf) for leaf in frame.leaves}

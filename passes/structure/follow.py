@@ -63,8 +63,6 @@ def _start(found: Followed, value: Value) -> None:
             atom.pinned = value.data is not None
 
 
-
-
 def _step(found: Followed, op: Op, lost: dict[Value, tuple[Axis, ...]]) -> None:
     rule = rule_for(op) or opaque
     call = Call(op, found.atoms, found.axes, lost)

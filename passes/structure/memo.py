@@ -50,7 +50,11 @@ def fingerprint(part: Part, rows: Rows, result: tuple[Row, ...], ranges: Mapping
             names.setdefault(value, ("step", number, i))
     atoms = _numbers(part.sources, rows, result)
     shapes = tuple(
-        (str(_sample(s).dtype), tuple(tuple((atoms[id(a)], a.size, a.weight) for a in row) for row in rows[s]), ranges[s])
+        (
+            str(_sample(s).dtype),
+            tuple(tuple((atoms[id(a)], a.size, a.weight) for a in row) for row in rows[s]),
+            ranges[s],
+        )
         for s in part.sources
     )
     final = tuple(tuple(atoms[id(a)] for a in row) for row in result)

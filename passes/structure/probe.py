@@ -10,9 +10,9 @@ from torch import Tensor
 
 from llcompile.passes.structure.cut import Part, Source
 from llcompile.passes.structure.execute import run
+from llcompile.passes.structure.frame import Row
 from llcompile.passes.structure.program import Value
 from llcompile.passes.structure.ranges import Range
-from llcompile.passes.structure.frame import Row
 from llcompile.passes.structure.sizing import Sizing, arrange
 
 SAME = 1e-8  # relative difference up to which two float64 results are the same

@@ -54,7 +54,8 @@ class Reading:
         axes: the operator's axes.
         value: None where the part sums scores alone (a denominator).
         factors: sources [B, T, H] that multiply a token's key (or value), "as it is" or as its "exp".
-        decay: the source of the decay, with its transform; `shifted` where a token's decay acts after it was read.
+        decay: the source of the decay, with its transform; `rate` a factor on the log decay; `shifted`
+            where a token's decay acts after it was read.
         constant: the log decay of each head where it is a number of the code.
         full_step: a delta rule whose beta is one throughout.
         post: sources that the output is multiplied with ("times"), divided by ("over"), or that are added ("plus").
@@ -71,6 +72,7 @@ class Reading:
     factors: tuple[tuple[Source, str], ...] = ()
     decay: Source | None = None
     transform: Transform | None = None
+    rate: float = 1.0
     shifted: bool = False
     constant: tuple[float, ...] | None = None
     beta: Source | None = None
@@ -99,9 +101,7 @@ class Reading:
         """The same with another scale."""
         return replace(self, scale=scale)
 
-    def mixer(
-        self, values: Mapping[Source, Any], size: Size, precision: torch.dtype = torch.float32
-    ) -> Mixer:
+    def mixer(self, values: Mapping[Source, Any], size: Size, precision: torch.dtype = torch.float32) -> Mixer:
         """The operands in the operator's layout, from tensors or proxies; decays that are numbers in `precision`."""
         a = self.axes
         put = lambda source, *groups: arrange(values[source], self.rows[source], groups, size)  # noqa: E731
@@ -132,9 +132,7 @@ class Reading:
         a = self.axes
         return None if self.beta is None else put(self.beta, a.batch, a.time, a.heads)
 
-    def _log_decay(
-        self, values: Mapping[Source, Any], size: Size, like: Any, precision: torch.dtype
-    ) -> Any:
+    def _log_decay(self, values: Mapping[Source, Any], size: Size, like: Any, precision: torch.dtype) -> Any:
         a = self.axes
         if self.decay is None:
             if self.constant is None:
@@ -143,6 +141,7 @@ class Reading:
             return numbers.to(precision)
         assert self.transform is not None
         z = self.transform.log_decay(values[self.decay])
+        z = z if self.rate == 1.0 else z * self.rate
         held = {id(atom) for row in self.rows[self.decay] for atom in row}
         keyed = [a.key] if self.family[0] == "channel" else []
         if not keyed and not held & {id(x) for x in (*a.batch, *a.time)}:

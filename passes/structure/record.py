@@ -45,9 +45,14 @@ class _Unknown:
     """Stands for what cannot be had without numbers (`item()`, `nonzero`), and for all that follows from it."""
 
 
-def record(region: Region) -> Program:
-    """The region's graph as a program. Nodes that do not run on meta tensors are opaque operations in it."""
-    recorder = _Recorder(region)
+def record(region: Region, factor: int = 1) -> Program:
+    """The region's graph as a program. Nodes that do not run on meta tensors are opaque operations in it.
+
+    Args:
+        region: the graph.
+        factor: symbolic sizes are this many times what they were in the example.
+    """
+    recorder = _Recorder(region, factor)
     grad = torch.is_grad_enabled()
     try:
         with _disable_current_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False), recorder.mode:
@@ -69,8 +74,8 @@ class _Mode(TorchDispatchMode):
 
 
 class _Recorder:
-    def __init__(self, region: Region) -> None:
-        self.region = region
+    def __init__(self, region: Region, factor: int = 1) -> None:
+        self.region, self.factor = region, factor
         self.mode = _Mode(self)
         self.program = Program()
         self.node: fx.Node | None = None
@@ -136,9 +141,9 @@ class _Recorder:
     def _input(self, node: fx.Node, module_tensors: frozenset[int]) -> Any:
         example = node.meta.get("example_value")
         if not isinstance(example, Tensor):
-            return _concrete(example)
+            return self._concrete(example)
         held = dynamo.input_value(self.region.outer(node))
-        value = Value(_sizes(example.shape), example.dtype, node=node)
+        value = Value(self._sizes(example.shape), example.dtype, node=node)
         value.parameter = isinstance(held, nn.Parameter)
         if isinstance(held, Tensor) and not value.parameter and id(held) in module_tensors and not held.is_meta:
             value.data = held
@@ -151,9 +156,9 @@ class _Recorder:
         if not isinstance(held, Tensor):
             return held
         data = None if held.is_meta else held
-        return self._make(
-            Value(_sizes(held.shape), held.dtype, node=node, data=data, parameter=isinstance(held, nn.Parameter)), held
-        )
+        value = Value(self._sizes(held.shape), held.dtype, node=node, data=data)
+        value.parameter = isinstance(held, nn.Parameter)
+        return self._make(value, held)
 
     def _opaque(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         """One operation for the whole node; its results have the shapes that Dynamo knows."""
@@ -168,7 +173,7 @@ class _Recorder:
         def made(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor) or any(not _is_hinted(n) for n in leaf.shape):
                 return _Unknown()
-            value = Value(_sizes(leaf.shape), leaf.dtype, op=op, index=len(op.outputs))
+            value = Value(self._sizes(leaf.shape), leaf.dtype, op=op, index=len(op.outputs))
             op.outputs.append(value)
             return self._make(value, leaf)
 
@@ -210,13 +215,23 @@ class _Recorder:
         with _disable_current_modes():
             return torch.full(value.shape, numbers[-1] if numbers else 0, dtype=value.dtype, device="cpu")
 
+    def _concrete(self, size: Any) -> Any:
+        """A number for a symbolic one."""
+        if isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            found = dynamo.hint(size, self.factor)
+            return _Unknown() if found is None else found
+        return size
+
+    def _sizes(self, shape: Any) -> tuple[int, ...]:
+        return tuple(int(self._concrete(n)) for n in shape)
+
     def _make(self, value: Value, like: Tensor) -> Tensor:
         """A meta tensor that stands for a value which no recorded operation computes."""
         self.pending = value
         if value.op is None:
             value.number = len(self.program.inputs)
             self.program.inputs.append(value)
-        strides = [_concrete(s) for s in like.stride()] if like.layout == torch.strided else None
+        strides = [self._concrete(s) for s in like.stride()] if like.layout == torch.strided else None
         if strides is None:
             return torch.empty(value.shape, dtype=value.dtype, device="meta")
         return torch.empty_strided(value.shape, strides, dtype=value.dtype, device="meta")
@@ -309,7 +324,7 @@ class _Recorder:
 def _unwrapped(result: Any) -> Any:
     """The tensor below functionalisation, with all writes done."""
     if isinstance(result, Tensor) and torch._is_functional_tensor(result):
-        torch._sync(result)  # type: ignore[no-untyped-call]
+        torch._sync(result)  # type: ignore[attr-defined,no-untyped-call]
         return _unwrap_functional_tensor(result, False)
     return result
 
@@ -367,16 +382,3 @@ def _runner(node: fx.Node) -> Callable[..., Any]:
 
 def _is_hinted(size: Any) -> bool:
     return isinstance(size, int) or dynamo.hint(size) is not None
-
-
-def _concrete(size: Any) -> Any:
-    """A number for a symbolic one: its hint."""
-    if isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-        found = dynamo.hint(size)
-        return _Unknown() if found is None else found
-    return size
-
-
-def _sizes(shape: Any) -> tuple[int, ...]:
-    return tuple(int(_concrete(n)) for n in shape)
-

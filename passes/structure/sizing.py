@@ -111,4 +111,3 @@ def _product(factors: list[Any]) -> Any:
     for factor in factors:
         made = factor if isinstance(made, int) and made == 1 else made * factor
     return made
-

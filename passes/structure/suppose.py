@@ -21,6 +21,7 @@ from llcompile.passes.structure.sizing import CannotArrange, arrange
 from llcompile.passes.structure.transforms import TRANSFORMS
 
 AGREES = 2e-6  # a guess is taken to the proof where it agrees this well (buffers are float32)
+_STEADY = -0.1
 _DECAY, _BETA, _FACTOR, _EXP = "decay", "beta", "factor", "exponent"
 
 
@@ -76,9 +77,7 @@ def _with_transforms(probe: Probe, roles: Roles, key: Source, named: list[tuple[
     factors = tuple((s, "exp" if r == _EXP else "as it is") for s, r in named if r in (_FACTOR, _EXP))
     post = (*roles.post, *((s, r) for s, r in named if r == "times"))
     axes = _axes(probe, roles, key, [s for s in (*(f for f, _ in factors), decay, one(_BETA)) if s is not None])
-    base = Reading(
-        probe.rows, probe.result, axes, roles.query, key, roles.value, factors, beta=one(_BETA), post=post
-    )
+    base = Reading(probe.rows, probe.result, axes, roles.query, key, roles.value, factors, beta=one(_BETA), post=post)
     bases = [base]
     if base.beta is None and roles.degree[key] != 1 and roles.linear_query:
         bases.append(replace(base, full_step=True))
@@ -89,6 +88,26 @@ def _with_transforms(probe: Probe, roles: Roles, key: Source, named: list[tuple[
         for transform in TRANSFORMS:
             if transform.fits(probe.ranges[decay]):
                 yield replace(one_base, decay=decay, transform=transform, shifted=decay in roles.strict)
+        rate = _rate(probe, one_base, decay)
+        if rate is not None:
+            yield replace(one_base, decay=decay, transform=TRANSFORMS[0], rate=rate, shifted=decay in roles.strict)
+
+
+def _rate(probe: Probe, reading: Reading, decay: Source) -> float | None:
+    """The factor between a source and the log decay, where the code multiplies after summing; from a constant decay."""
+    kept = probe.values
+    probe.values = {**kept, decay: torch.full_like(kept[decay], _STEADY)}
+    try:
+        base = probe.by_time(probe.run())
+        steady = _constant_decay(probe, reading, output_of(probe, reading), base)
+    except (CannotArrange, RuntimeError):
+        return None
+    finally:
+        probe.values = kept
+    if steady is None or steady.constant is None:
+        return None
+    rates = [number / _STEADY for number in steady.constant]
+    return sum(rates) / len(rates) if max(rates) - min(rates) < 1e-6 * max(rates) else None
 
 
 def _axes(probe: Probe, roles: Roles, key: Source, scalars: list[Source]) -> Axes4:
@@ -136,9 +155,7 @@ def output_of(probe: Probe, reading: Reading) -> Tensor:
     size = probe.sizing.of
     m = reading.mixer(probe.values, size, probe.dtype)
     g = None if m.log_decay is None else m.log_decay
-    output = torch.ops.llcompile.loglinear_attention(
-        m.query, m.key, m.value, None, g, m.beta, None, m.scale, False
-    )[0]
+    output = torch.ops.llcompile.loglinear_attention(m.query, m.key, m.value, None, g, m.beta, None, m.scale, False)[0]
     return probe.by_time(reading.finish(output, probe.values, size))
 
 

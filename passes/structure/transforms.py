@@ -1,4 +1,4 @@
-"""Transforms: how code may hold a decay, each as a function to the log decay, with its inverse for the proof's draws."""
+"""Transforms: how code may hold a decay, each as a function to the log decay, with its inverse for the draws."""
 
 from __future__ import annotations
 

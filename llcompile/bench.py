@@ -1,4 +1,5 @@
-"""``llcompile bench operator``: how time and memory of the operator grow, and how it compares with transformers' code.
+"""``llcompile bench``: measurements on this machine. ``operator`` is here: how its time and memory grow, and how it
+compares with transformers' code. ``rewrite`` and ``recognition`` have files of their own.
 
 Every measurement runs in a process of its own, so that peak memory (the resident set above what the operands take) is
 that measurement's alone, and so that a compilation that takes too long can be given up. Times are the smallest of
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib
 import importlib.util
 import json
 import math
@@ -25,6 +27,8 @@ FAMILIES = [(decay, correction) for correction in ("none", "delta") for decay in
 PEERS = {("scalar", "delta"): "torch_chunk_gated_delta_rule", ("scalar", "none"): "mamba2_chunk_scan"}
 LENGTHS = [1024, 2048, 4096, 8192, 16384, 32768, 65536]
 PEER_LENGTHS = [4096, 16384]
+# What else can be measured: the module with its `add_parser(subparsers)` and `run(args) -> int`.
+OTHERS = ("llcompile.bench_rewrite", "llcompile.bench_recognition")
 
 
 @dataclass(frozen=True)
@@ -53,8 +57,11 @@ class Job:
 
 def add_parser(subparsers: Any) -> None:
     """Add ``bench`` to the command line."""
-    parser = subparsers.add_parser("bench", help="measure the operator", description=__doc__)
-    parser.add_argument("what", choices=["operator"], help="what to measure")
+    bench = subparsers.add_parser("bench", help="measure on this machine", description=__doc__)
+    kinds = bench.add_subparsers(dest="what", metavar="WHAT", required=True)
+    for name in OTHERS:
+        importlib.import_module(name).add_parser(kinds)
+    parser = kinds.add_parser("operator", help="the operator, against transformers' own code")
     parser.add_argument("--device", default="cpu", help="device to run on (default: cpu)")
     parser.add_argument("--quick", action="store_true", help="small sizes, seconds in all: a smoke test, not a result")
     parser.add_argument(
@@ -66,10 +73,15 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--output", type=Path, help="JSON file (default: benchmarks/results/operator-<device>-<date>.json)"
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(measure=_run_operator)
 
 
 def run(args: argparse.Namespace) -> int:
+    """Measure what was asked for."""
+    return int(args.measure(args))
+
+
+def _run_operator(args: argparse.Namespace) -> int:
     """Measure, print tables, write JSON."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -79,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     results: list[dict[str, Any]] = []
     columns = (TextColumn("{task.description:60}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     kind = f"{args.device}{'-quick' if args.quick else ''}"
-    path = args.output or _results_folder() / f"operator-{kind}-{datetime.date.today()}.json"
+    path = args.output or results_file(f"operator-{kind}")
     record: dict[str, Any] = {}
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("measuring", total=len(all_series))
@@ -87,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
             progress.update(task, description=series[0].title)
             results += _measure(series, args.compile_limit)
             record = _record(args, results)
-            _write(path, record)  # after each series: an interrupted run leaves what it has
+            write(path, record)  # after each series: an interrupted run leaves what it has
             progress.advance(task)
     _print(console, record)
     console.print(f"written to {path}")
@@ -96,10 +108,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _record(args: argparse.Namespace, results: list[dict[str, Any]]) -> dict[str, Any]:
     found = {"exponents": exponents(results), "peers": comparisons(results), "results": results}
-    return {**_environment(args.device), "quick": args.quick, **found}
+    return {**environment(args.device), "quick": args.quick, **found}
 
 
-def _write(path: Path, record: dict[str, Any]) -> None:
+def write(path: Path, record: dict[str, Any]) -> None:
+    """Write what was measured, as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
 
@@ -136,20 +149,29 @@ def _measure(series: list[Job], compile_limit: float) -> list[dict[str, Any]]:
     """Run jobs in a process of their own; what had no result when it ended gets an error instead."""
     compiled = series[0].compiled
     limit = compile_limit + 60 if compiled else 1800.0
-    command = [sys.executable, "-m", "llcompile.bench_worker", json.dumps([asdict(job) for job in series])]
+    late = f"compilation given up after {compile_limit:.0f} s" if compiled else f"no result in {limit:.0f} s"
+    return in_process("llcompile.bench_worker", [asdict(job) for job in series], limit, late)
+
+
+def in_process(worker: str, jobs: list[dict[str, Any]], limit: float, late: str) -> list[dict[str, Any]]:
+    """Run jobs in a new process of `worker`, a module that prints one line of JSON for each.
+
+    A job without a result gets an error instead: `late` after `limit` seconds, else the last line of the process.
+    """
+    command = [sys.executable, "-m", worker, json.dumps(jobs)]
     with tempfile.TemporaryFile("w+") as errors, tempfile.TemporaryFile("w+") as lines:
         try:
             subprocess.run(command, stdout=lines, stderr=errors, timeout=limit, check=True)
             error = "no result"
         except subprocess.TimeoutExpired:
-            error = f"compilation given up after {compile_limit:.0f} s" if compiled else f"no result in {limit:.0f} s"
+            error = late
         except subprocess.CalledProcessError:
             errors.seek(0)
             error = (errors.read().strip().splitlines() or ["no message"])[-1]
         lines.seek(0)
         found = [json.loads(line) for line in lines if line.startswith("{")]
-    found += [{"error": error}] * (len(series) - len(found))
-    return [{"job": asdict(job), **result} for job, result in zip(series, found, strict=True)]
+    found += [{"error": error}] * (len(jobs) - len(found))
+    return [{"job": job, **result} for job, result in zip(jobs, found, strict=True)]
 
 
 def exponents(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -164,14 +186,12 @@ def exponents(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for (decay, correction, weights, backward), points in series.items():
         if len(points) > 1:
             names = {"decay": decay, "correction": correction, "weights": weights, "backward": backward}
-            found.append(
-                {**names, "exponent": _slope(points, "seconds"), "cpu_exponent": _slope(points, "cpu_seconds")}
-            )
+            found.append({**names, "exponent": slope(points, "seconds"), "cpu_exponent": slope(points, "cpu_seconds")})
     return found
 
 
-def _slope(points: list[dict[str, Any]], field: str) -> float:
-    """Least squares on logarithms."""
+def slope(points: list[dict[str, Any]], field: str) -> float:
+    """The exponent of a field's growth with the length, by least squares on logarithms."""
     xs = [math.log(r["job"]["length"]) for r in points]
     ys = [math.log(max(r[field], 1e-9)) for r in points]
     mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
@@ -264,7 +284,8 @@ def _peer_table(rows: list[dict[str, Any]]) -> Any:
     return table
 
 
-def _environment(device: str) -> dict[str, Any]:
+def environment(device: str) -> dict[str, Any]:
+    """Where and when it was measured."""
     import os
 
     import torch
@@ -287,6 +308,8 @@ def _environment(device: str) -> dict[str, Any]:
     }
 
 
-def _results_folder() -> Path:
+def results_file(kind: str) -> Path:
+    """Where results go by default: among the repository's, else into the working directory."""
     root = Path(__file__).resolve().parent.parent
-    return root / "benchmarks" / "results" if (root / "benchmarks").is_dir() else Path.cwd()
+    folder = root / "benchmarks" / "results" if (root / "benchmarks").is_dir() else Path.cwd()
+    return folder / f"{kind}-{datetime.date.today()}.json"

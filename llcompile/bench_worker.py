@@ -34,12 +34,12 @@ def measure(job: dict[str, Any]) -> dict[str, float]:
     if job["compiled"]:  # compiling takes memory of its own, which is not what is asked here
         run()
     first = time.perf_counter() - started
-    before = _resident()
-    _reset_peak()
+    before = resident()
+    reset_peak()
     run()
-    peak = max(_peak() - before, 0)
-    wall, cpu = _repeat(run, job["repeats"])
-    return {"seconds": wall, "cpu_seconds": cpu, "compile_seconds": first, "peak_mib": peak / 2**20}
+    most = max(peak() - before, 0)
+    wall, cpu = repeat(run, job["repeats"])
+    return {"seconds": wall, "cpu_seconds": cpu, "compile_seconds": first, "peak_mib": most / 2**20}
 
 
 def _operands(job: dict[str, Any]) -> dict[str, Tensor]:
@@ -102,7 +102,7 @@ def _backward(call: Callable[[], Tensor], x: dict[str, Tensor]) -> Callable[[], 
     return lambda: torch.autograd.grad(call(), leaves, x["grad"])
 
 
-def _repeat(run: Callable[[], object], repeats: int) -> tuple[float, float]:
+def repeat(run: Callable[[], object], repeats: int) -> tuple[float, float]:
     """Smallest wall and CPU seconds of at least ``repeats`` runs (more of quick ones, fewer of very slow ones)."""
     wall, cpu, spent, done = [], [], 0.0, 0
     while done < repeats or (spent < 0.5 and done < 10 * repeats):
@@ -123,7 +123,8 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def _resident() -> int:
+def resident() -> int:
+    """Bytes in use now."""
     gc.collect()
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated()
@@ -132,14 +133,16 @@ def _resident() -> int:
     return _status("VmRSS")
 
 
-def _reset_peak() -> None:
+def reset_peak() -> None:
+    """Has `peak` start again."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     elif Path("/proc/self/clear_refs").exists():
         Path("/proc/self/clear_refs").write_text("5")  # makes VmHWM start again from the present size
 
 
-def _peak() -> int:
+def peak() -> int:
+    """The most bytes in use since `reset_peak`."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return _status("VmHWM")

@@ -1,0 +1,108 @@
+"""The measurements of hand-written mixers: the workers run, the figures add up, mistakes are one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llcompile import bench, bench_recognition, bench_rewrite, cli
+from llcompile.bench_mixers import Quadratic, TokenLoop
+
+REWRITE = {"decay": "scalar", "heads": 1, "dim": 8, "repeats": 1, "threads": 1, "length": 96}
+RECOGNITION = {"form": "loglinear", "threads": 1, "config": None}
+
+
+def one(job: dict[str, Any]) -> dict[str, Any]:
+    return bench.in_process("llcompile.bench_rewrite_worker", [job], 300, "late")[0]
+
+
+def test_the_two_mixers_agree() -> None:
+    quadratic, loop = Quadratic(12, 3, decay=True).double(), TokenLoop(12, 3).double()
+    loop.load_state_dict(quadratic.state_dict())
+    x = torch.randn(2, 9, 12, dtype=torch.float64)
+    torch.testing.assert_close(loop(x) * 4**-0.5, quadratic(x))
+
+
+def test_as_written() -> None:
+    found = one({**REWRITE, "form": "eager", "backward": True})
+    assert found["seconds"] > 0
+    assert "recognition_seconds" not in found
+
+
+@pytest.mark.slow
+def test_rewritten() -> None:
+    found = one({**REWRITE, "form": "loglinear", "backward": True})
+    assert found["seconds"] > 0
+    assert 0 < found["recognition_seconds"] < found["compile_seconds"]
+    assert found["proof_error"] < 1e-4
+
+
+def test_what_fails_says_why() -> None:
+    found = one({**REWRITE, "form": "nonsense", "backward": True})
+    assert "nonsense" in found["error"]
+
+
+@pytest.mark.parametrize("model", bench_recognition.OWN)
+def test_recognition(model: str) -> None:
+    found = one({**RECOGNITION, "model": model, "length": 12})
+    assert found["recognition_seconds"] > 0
+    assert (found["converted"], found["declined"]) == (1, 0)
+
+
+def made_up(worker: str, jobs: list[dict[str, Any]], limit: float, late: str) -> list[dict[str, Any]]:
+    """Quadratic as written, linear after; the largest does not fit."""
+    job = jobs[0]
+    if job.get("form") == "eager" and job["length"] == 16384:
+        return [{"job": job, "error": "does not fit"}]
+    seconds = 1e-6 * job["length"] ** (2 if job["form"] == "eager" else 1)
+    found = {"seconds": seconds, "cpu_seconds": seconds, "peak_mib": 1.0}
+    found |= {} if job["form"] == "eager" else {"compile_seconds": 2.0, "compile_peak_mib": 3.0}
+    if "loglinear" in job["form"]:
+        found |= {"recognition_seconds": 0.5, "converted": 1, "declined": 0, "untouched": 2}
+    return [{"job": job, **found}]
+
+
+def test_rewrite_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(bench_rewrite, "in_process", made_up)
+    file = tmp_path / "rewrite.json"
+    assert cli.main(["bench", "rewrite", "--json", str(file), "--threads", "3", "--inductor"]) == 0
+    record = json.loads(file.read_text())
+    slopes = {(e["form"], e["backward"]): e["exponent"] for e in record["exponents"] if e["decay"] == "scalar"}
+    assert slopes["eager", True] == 2
+    assert slopes["loglinear", True] == slopes["loglinear:none", False] == 1
+    assert len(record["results"]) == 2 * len(bench_rewrite.FORMS) * 2 * len(bench_rewrite.LENGTHS)
+    assert record["threads"] == 3
+    shown = capsys.readouterr().out
+    assert "2.00" in shown
+    assert "1.00" in shown
+
+
+def test_recognition_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(bench_recognition, "in_process", made_up)
+    (tmp_path / "models.json").write_text('{"mamba2": {"class": "AutoModelForCausalLM", "kwargs": {}}}')
+    file = tmp_path / "found.json"
+    assert cli.main(["bench", "recognition", "--models", str(tmp_path / "models.json"), "--json", str(file)]) == 0
+    rows = {row["model"]: row for row in json.loads(file.read_text())["summary"]}
+    assert set(rows) == {*bench_recognition.OWN, "mamba2"}
+    assert rows["mamba2"]["ratio"] == pytest.approx(0.25, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "WHAT"),
+        (["nonsense"], "nonsense"),
+        (["rewrite", "--decays", "odd"], "odd"),
+        (["recognition", "--only", "odd"], "expected some of"),
+        (["recognition", "--models", "no/such/file"], "no/such/file"),
+    ],
+)
+def test_mistakes(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", *arguments]) == cli.USAGE_ERROR
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1

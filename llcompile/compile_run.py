@@ -65,7 +65,9 @@ def _distinct(sites: list[Site]) -> list[Site]:
 def give_up_opaque(session: Session) -> bool:
     """Whether the frame must be traced once more, to break the graph at declined calls that no compiler can trace."""
     declined = [s for s in session.sites if not s.open and s.leaf is not None and s.leaf.row.opaque]
-    new = [capture.give_up(s.known, example_arguments(s.node), s.owner, s.reason) for s in declined]  # every one of them
+    new = [
+        capture.give_up(s.known, example_arguments(s.node), s.owner, s.reason) for s in declined
+    ]  # every one of them
     return any(new)
 
 
@@ -107,4 +109,5 @@ def _converted(site: Site) -> Converted:
         value_dim=site.shape.value_dim,
         level_weights="none" if weights is None else weights.kind,
         where=site.where,
+        notes=() if site.found is None else site.found.notes(),
     )

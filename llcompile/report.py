@@ -68,6 +68,7 @@ class Report:
             yield "  No linear-time mixer was found."
         if self.converted:
             yield _converted_table(self.converted)
+            yield from (f"  {r.module or '(root)'}: {note}" for r in self.converted for note in r.notes)
         if self.declined:
             yield _declined_table(self.declined)
         if self.untouched:

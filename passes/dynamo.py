@@ -205,6 +205,12 @@ def hint(size: Any, factor: int = 1) -> Any:
     return int(found) if found.is_Integer else size.node.hint
 
 
+def dims_by_stride(x: torch.Tensor) -> list[int] | None:
+    """The dimensions from the outermost in memory to the innermost; None where the tensor is not dense."""
+    order = sorted(range(x.dim()), key=lambda dim: (-int(hint(x.stride(dim)) or 0), dim))
+    return order if x.permute(order).is_contiguous() else None
+
+
 def is_symbolic(graph: fx.Graph) -> bool:
     """Whether some size of the graph's inputs may vary from call to call."""
     inputs = [node.meta.get("example_value") for node in graph.find_nodes(op="placeholder")]

@@ -26,7 +26,10 @@ class Certificate:
 
 @dataclass(frozen=True)
 class Converted:
-    """A mixer that was rewritten. `parameters` counts the new level weights; `origin` is "function" or "graph"."""
+    """A mixer that was rewritten. `parameters` counts the new level weights; `origin` is "function" or "graph".
+
+    `notes` say what holds for this graph only: a length that its code is written out for, numbers read when compiled.
+    """
 
     module: str
     family: str
@@ -40,6 +43,7 @@ class Converted:
     value_dim: int
     level_weights: str = "none"
     where: str = ""
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 from torch.fx.proxy import GraphAppendingTracer
 
+from llcompile.passes import dynamo
 from llcompile.passes.emit import infer_values, weight_inputs
 from llcompile.passes.lower import OperatorCall, call_operator
 from llcompile.passes.session import Session, Site
@@ -46,10 +47,30 @@ def _write(session: Session, site: Site, found: Found, tensors: list[fx.Node]) -
         result = found.reading.finish(output, values, size)
         if found.part.result.dtype != _dtype(found):
             result = result.to(found.part.result.dtype)
+        result = _laid_out(result, _example(found, anchor))
     new = [node for node in graph.nodes if node not in before]
     infer_values(new, anchor)
     _put(site, found, result.node, set(new))
     _remove(graph, found)
+
+
+def _example(found: Found, anchor: fx.Node) -> Any:
+    """The result as the graph had it."""
+    readers = (node for (_, node), value in found.program.reads.items() if value is found.part.result)
+    return (found.part.result.node or next(readers, anchor)).meta.get("example_value")
+
+
+def _laid_out(result: Any, example: Any) -> Any:
+    """The result in the memory layout that it had, because code after it may take a view that needs it."""
+    if not isinstance(example, torch.Tensor):
+        return result
+    if example.is_contiguous():
+        return result.contiguous()
+    order = dynamo.dims_by_stride(example)
+    if order is None:
+        return result
+    back = [order.index(dim) for dim in range(len(order))]
+    return result.permute(order).contiguous().permute(back)
 
 
 def _dtype(found: Found) -> torch.dtype | None:

@@ -600,7 +600,7 @@ def test_nothing_to_convert_under_strict() -> None:
         llcompile.convert(model, small.ids(), options={"strict": True})
     assert_same(snapshot(model), before)
     report = llcompile.convert(model, small.ids())
-    assert [(u.module, u.kind) for u in report.untouched] == [("layers.0", "softmax attention")]
+    assert [(u.module, u.kind) for u in report.untouched] == [("layers.0", "softmax attention (1 head)")]
     assert_same(snapshot(model), before)
 
 

@@ -291,7 +291,10 @@ def _topk(c: Call) -> list[Axes]:
 
 
 def _triangle(c: Call) -> list[Axes]:
-    return [c.axes[c.first]]
+    axes = c.axes[c.first]
+    if len(axes) > 1 and c.first.shape[-1] == c.first.shape[-2]:
+        c.pair(axes[-1], axes[-2])  # what is above a diagonal tells before from after: both are the same axis
+    return [axes]
 
 
 def _diagonal(c: Call) -> list[Axes]:

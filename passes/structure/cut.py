@@ -29,6 +29,7 @@ class Lifted:
     Args:
         op: the operation of the first token; `args` are its arguments, tokens' values as what they were lifted to.
         base: instead of an operation, the sequence that the tokens were taken from, and its time dimension.
+        index: which of the operation's results it is.
         sample: the value of the first token seen.
     """
 
@@ -36,6 +37,7 @@ class Lifted:
     args: Any = ()
     kwargs: Any = None
     base: tuple[Value, int, bool] | None = None
+    index: int = 0
     sample: Value | None = None
 
     def __repr__(self) -> str:
@@ -186,6 +188,8 @@ class Cutter:
             lifted = self._place(value) if fact.data else None
             if lifted is None or lifted[0].is_plain or lifted[0] in through:
                 return None
+            if not self.views and lifted[0].op is not None and lifted[0].op.name in MOVES:
+                return None
             taps.setdefault(lifted[0], {})[value] = lifted[1]
             return lifted[0]
         if value.node is None or value in through or (not self.views and self._only_moves(value)):
@@ -224,14 +228,15 @@ class Cutter:
                 return None
             places[parent] = found
         positions = {position for _, position in places.values()}
-        if len(positions) != 1 or len(op.outputs) != 1:
+        if len(positions) != 1:
             return None
         args, kwargs = tree_map(
             lambda a: places[a][0] if isinstance(a, Value) and a in places else a, (op.args, op.kwargs)
         )
-        key = (op.target, repr(tree_map(lambda a: id(a) if isinstance(a, (Value, Lifted)) else a, (args, kwargs))))
+        shape = tree_map(lambda a: id(a) if isinstance(a, (Value, Lifted)) else a, (args, kwargs))
+        key = (op.target, value.index, repr(shape))
         if key not in self._lifted:
-            self._lifted[key] = Lifted(op, args, kwargs, sample=value)
+            self._lifted[key] = Lifted(op, args, kwargs, index=value.index, sample=value)
         return self._lifted[key], next(iter(positions))
 
     def _taken(self, value: Value, op: Op) -> tuple[Lifted, int] | None:

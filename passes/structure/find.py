@@ -70,6 +70,27 @@ class Found:
         count = lambda row: _count(tuple(leaf.size for leaf in row))  # noqa: E731
         return count(axes.heads), count(axes.groups), count(axes.key), count(axes.value)
 
+    def notes(self) -> tuple[str, ...]:
+        """What holds for this graph only, in words."""
+        own = set(self.part.ops)
+        made = [v for op in self.part.ops for v in op.outputs if v is not self.part.result]
+        found = []
+        if any(leaf.pinned for leaf in self.frame.leaves):
+            found.append(f"its code is written out for length {_count(tuple(x.size for x in self.frame.leaves))}")
+        if self.reading.constant is not None:
+            found.append("its decay was read from the code's numbers when it was compiled")
+        if any(self._leaves(value, own) for value in made):
+            found.append("a state that it hands on stays the linear one: what is decoded from it sees no levels")
+        return tuple(found)
+
+    def _leaves(self, value: Value, own: set[Op]) -> bool:
+        """Whether a value of the part that joins several positions is used outside of it."""
+        if not self.times.facts[value].mixed or not value.dtype.is_floating_point:
+            return False
+        outside = any(user not in own for user in value.users)
+        nodes = {node for node, held in self.program.results.items() if held is value}
+        return outside or any(user.op == "output" for node in nodes for user in node.users)
+
     def activations(self) -> list[fx.Node]:
         """The nodes of the operands that depend on the model's input."""
         found: list[fx.Node] = []
@@ -203,7 +224,28 @@ def _pair_denominators(findings: Findings) -> None:
                 if (other.reading.query, other.reading.key) == (found.reading.query, found.reading.key):
                     findings.denominators.setdefault(id(other), []).append(found)
                     break
-    findings.found = whole
+    findings.found = [f for f in whole if not _is_divided(findings, f)]
+    inside = {value for f in findings.found for op in f.part.ops for value in op.outputs}
+    findings.missed = [m for m in findings.missed if m.value not in inside]
+
+
+def _is_divided(findings: Findings, found: Found) -> bool:
+    """Whether the code divides the result by something else that joins positions: the level weights would not be in
+    both."""
+    pending, seen = [found.part.result], 0
+    while pending and seen < 20:
+        value = pending.pop()
+        seen += 1
+        for user in value.users:
+            if user.name in MOVES:
+                pending.extend(user.outputs)
+            elif user.name == "div" and len(user.inputs) == 2 and user.inputs[0] is value:
+                fact = found.times.facts.get(user.inputs[1])
+                if fact is not None and fact.mixed:
+                    reason = "its denominator is not the sum of its scores"
+                    findings.missed.append(Missed(found.part.result, Miss(reason, 3, "normalise by the same scores")))
+                    return True
+    return False
 
 
 class _Search:

@@ -51,7 +51,23 @@ def follow(ops: Iterable[Op], inputs: Mapping[Value, Axes], atoms: Atoms, taken:
 
 def follow_program(program: Program) -> Followed:
     """The axes of every value of a program."""
-    return follow(program.ops, {}, Atoms(), {})
+    atoms = Atoms()
+    return follow(program.ops, _like_axes(program, atoms), atoms, {})
+
+
+def _like_axes(program: Program, atoms: Atoms) -> dict[Value, Axes]:
+    """Axes of the model's inputs: those of one size at one place are taken to be the same (queries, keys and values
+    that come from outside). Only time is read off them; a part has axes of its own."""
+    shared: dict[tuple[int, int, int], Axis] = {}
+    axes = {}
+    for value in program.inputs:
+        given = value.node is not None and value.node.op == "placeholder" and not value.parameter
+        if given and value.data is None and value.dtype.is_floating_point:
+            rank = len(value.shape)
+            axes[value] = tuple(
+                shared.setdefault((rank, dim, size), atoms.new(size)) for dim, size in enumerate(value.shape)
+            )
+    return axes
 
 
 def _start(found: Followed, value: Value) -> None:
@@ -61,6 +77,16 @@ def _start(found: Followed, value: Value) -> None:
         for atom in axis:
             atom.weight = value.parameter
             atom.pinned = value.data is not None
+    if _is_triangle(value):
+        found.atoms.same(axes[-1], axes[-2])
+
+
+def _is_triangle(value: Value) -> bool:
+    """Whether it is a mask that tells before from after."""
+    data = value.data
+    if data is None or data.dim() < 2 or data.shape[-1] != data.shape[-2] or data.shape[-1] == 1:
+        return False
+    return not bool(data.triu(1).any()) or not bool(data.tril(-1).any())
 
 
 def _step(found: Followed, op: Op, lost: dict[Value, tuple[Axis, ...]]) -> None:

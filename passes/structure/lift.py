@@ -85,7 +85,8 @@ def _evaluate(source: Lifted, env: dict[Value, Tensor], done: dict[Lifted, Tenso
 
         def one(*tensors: Tensor) -> Tensor:
             filled = tree_map(lambda a: tensors[a.number] if isinstance(a, _Slot) else a, (args, kwargs))
-            return target(*filled[0], **filled[1])  # type: ignore[no-any-return]
+            result = target(*filled[0], **filled[1])
+            return result if isinstance(result, Tensor) else result[source.index]  # type: ignore[no-any-return]
 
         made = torch.vmap(one, in_dims=tuple(axes))(*leaves)
     done[source] = made

@@ -67,7 +67,8 @@ def _choices(probe: Probe, roles: Roles, source: Source, key: Source) -> list[st
     if roles.degree[source] == 1:
         return [_FACTOR] if not timeless else ["times"]
     if not timeless and source not in roles.strict:
-        found += [_BETA, _EXP]
+        # With a denominator inside, nothing is linear in a factor on the keys.
+        found += [_BETA, _EXP] if roles.linear_query else [_FACTOR, _EXP]
     return [*found, _DECAY]
 
 

@@ -109,8 +109,11 @@ def _lines(results: list[dict[str, Any]]) -> dict[tuple[str, str, bool], list[di
 def tables(record: dict[str, Any]) -> list[Any]:
     """Times with peak memory, then what the first call takes."""
     lengths = sorted({r["job"]["length"] for r in record["results"]})
-    slopes = {(e["decay"], e["form"], e["backward"]): f"{e['exponent']:.2f}" for e in record["exponents"]}
-    warm = _table("ms (peak MiB) by length", lengths, f"{record['machine']}, {record['date'][:16]}", "exponent")
+    slopes = {
+        (e["decay"], e["form"], e["backward"]): f"{e['exponent']:.2f} ({e['cpu_exponent']:.2f})"
+        for e in record["exponents"]
+    }
+    warm = _table("ms (peak MiB) by length", lengths, f"{record['machine']}, {record['date'][:16]}", "exponent (CPU)")
     cold = _table("first call: s, of them recognition (peak MiB) by length", lengths, "")
     for key, points in _lines(record["results"]).items():
         names = (key[0], FORMS[key[1]], "fwd+bwd" if key[2] else "fwd")

@@ -28,7 +28,7 @@ def test_the_example_prints_what_the_page_shows(tmp_path: Path) -> None:
 
 
 def messages() -> list[str]:
-    told = PAGE[PAGE.index("## What is declined") : PAGE.index("`options={")]
+    told = PAGE[PAGE.index("| note |") : PAGE.index("`options={")]
     quoted = re.findall(r"^\| `([^`]+)` \|", told, re.MULTILINE)
     rest = told[told.index("Other messages") :]
     return quoted + [" ".join(m.split()) for m in re.findall(r"`([^`]+)`", rest) if "=" not in m]

@@ -23,6 +23,7 @@ from llcompile.passes.structure.suppose import output_of
 
 # float64 throughout agrees to rounding; a part whose constants are float32 numbers, to float32's.
 BUDGETS = (("float64", 1e-10), ("float32", 2e-5))
+DRAWS = 3  # at least
 _LARGE = 1 << 28  # numbers in the largest tensor of a proof, above which it is done in float32
 
 
@@ -37,7 +38,7 @@ def certify(part: Part, reading: Reading, tried: Probe) -> tuple[Reading, Certif
     Raises:
         Miss: a draw on which the two differ.
     """
-    worst, draws, budget = 0.0, 0, _budget(part)
+    worst, draws, budget = 0.0, 0, _budget(reading)
     for number, sizing in enumerate(_sizings(part, tried)):
         probe = _probe(part, reading, sizing, tried.ranges, seed=100 + number)
         theirs = probe.by_time(probe.run())
@@ -55,26 +56,23 @@ def certify(part: Part, reading: Reading, tried: Probe) -> tuple[Reading, Certif
     return reading, Certificate(worst, precision, draws)
 
 
-def _budget(part: Part) -> float:
-    """The largest error that is rounding: numbers that the code holds are float32, all others float64."""
-    held = (v.data for op in part.ops for v in op.inputs if v.data is not None)
-    rounded = any(x.is_floating_point() and x.dtype != torch.float64 for x in held)
-    return BUDGETS[-1][1] if rounded else BUDGETS[0][1]
+def _budget(reading: Reading) -> float:
+    """The largest error that is rounding: code may hold numbers in float32. An epsilon that was fitted must be exact."""
+    return BUDGETS[-1][1] if reading.normaliser is None else BUDGETS[0][1]
 
 
 def _sizings(part: Part, tried: Probe) -> list[Sizing]:
     """The graph's own length first (the scale is that of it), then others where the code allows them."""
     times = tried.sizing.times
     if not tried.sizing.sizes:
-        return [tried.sizing] * 2
+        return [tried.sizing] * DRAWS
     own = small(times, part, keep_time=True)
     found = [own]
     for variant in (1, 2):
         other = small(times, part, keep_time=False, variant=variant)
         if other.length != own.length:
             found.append(other)
-    if len(found) == 1:
-        found.append(small(times, part, keep_time=True, variant=1))
+    found += [small(times, part, keep_time=True, variant=v) for v in range(1, 1 + DRAWS - len(found))]
     return found
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.spellings.others import Heads, causal
-from tests.spellings.registry import WIDTH, negative
+from tests.spellings.registry import either, WIDTH, negative
 
 
 @negative("minGRU", "each channel is a state of its own: no keys, no queries")
@@ -136,7 +136,7 @@ class Longhorn(Heads):
         return torch.stack(ys, 2)
 
 
-@negative("gated slot attention", "a softmax between two linear passes")
+@either("gated slot attention", "two linear mixers with a softmax between them")
 class SlotAttention(Heads):
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         slots = k.softmax(-1)

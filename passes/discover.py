@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import llcompile
 from llcompile import kernels, passes, patterns
 from llcompile.passes import dynamo
@@ -19,7 +21,8 @@ from llcompile.passes.session import Session, Site, module_name
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
 _CLOSED = "move the mixer out of the control flow, or compile the part inside by itself"
 # Not one folder above them all: in a clone of the repository that one holds examples and tests, too.
-_OURS = tuple(str(Path(p.__path__[0]).resolve()) + os.sep for p in (llcompile, passes, patterns, kernels))
+# PyTorch's own frames (vmap, a scan) stand below the user's line, too.
+_OURS = tuple(str(Path(p.__path__[0]).resolve()) + os.sep for p in (llcompile, passes, patterns, kernels, torch))
 
 
 def discover(session: Session) -> int:

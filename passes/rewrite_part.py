@@ -148,7 +148,9 @@ def _writes(user: fx.Node, node: fx.Node) -> bool:
 
 def _remove(graph: fx.Graph, found: Found) -> None:
     """Erases the nodes of the part that nothing reads any more, with their writes into tensors of the part."""
-    own = {op.node for op in found.part.ops}
+    ops = set(found.part.ops)
+    # Nodes that compute the same have one operation between them.
+    own = {op.node for op in ops} | {node for node, value in found.program.results.items() if value.op in ops}
     writes: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
         if node in own and node.args and isinstance(node.args[0], fx.Node) and _writes(node, node.args[0]):

@@ -57,7 +57,7 @@ def certify(part: Part, reading: Reading, tried: Probe) -> tuple[Reading, Certif
 
 
 def _budget(reading: Reading) -> float:
-    """The largest error that is rounding: code may hold numbers in float32. An epsilon that was fitted must be exact."""
+    """The largest error that is rounding: code may hold float32 numbers. A fitted epsilon must be exact."""
     return BUDGETS[-1][1] if reading.normaliser is None else BUDGETS[0][1]
 
 

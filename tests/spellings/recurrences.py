@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.spellings.others import Heads, causal
-from tests.spellings.registry import either, WIDTH, negative
+from tests.spellings.registry import WIDTH, either, negative
 
 
 @negative("minGRU", "each channel is a state of its own: no keys, no queries")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,11 +15,12 @@ from llcompile.passes import dynamo
 from llcompile.passes.emit import infer_values, weight_inputs
 from llcompile.passes.lower import OperatorCall, call_operator
 from llcompile.passes.session import Session, Site
-from llcompile.passes.structure.axes import Atom
-from llcompile.passes.structure.cut import Lifted, Source
+from llcompile.passes.structure.axes import Atom, Axis
 from llcompile.passes.structure.find import Found
 from llcompile.passes.structure.lift import lifted_function
+from llcompile.passes.structure.lifted import Lifted, Source
 from llcompile.passes.structure.program import Value
+from llcompile.passes.structure.tail import Tail
 
 _CALL = OperatorCall(own_state=False, single=False, wants_state=False)
 
@@ -37,7 +39,7 @@ def _write(session: Session, site: Site, found: Found, tensors: list[fx.Node]) -
     tracer = GraphAppendingTracer(graph)
     as_proxy = lambda node: fx.Proxy(node, tracer)  # noqa: E731
     # A result that was written piece by piece is whole after the last piece.
-    written = found.part.result.node is None
+    written = found.output.node is None
     with graph.inserting_before(anchor.next if written else anchor):
         values = {source: _as_operand(graph, source, as_proxy) for source in found.reading.rows}
         size = _sizes(found, values)
@@ -47,6 +49,8 @@ def _write(session: Session, site: Site, found: Found, tensors: list[fx.Node]) -
         result = found.reading.finish(output, values, size)
         if found.part.result.dtype != _dtype(found):
             result = result.to(found.part.result.dtype)
+        if found.tail is not None:
+            result = _with_tail(graph, found.tail, result, as_proxy)
         result = _laid_out(result, _example(found, anchor))
     new = [node for node in graph.nodes if node not in before]
     infer_values(new, anchor)
@@ -56,8 +60,8 @@ def _write(session: Session, site: Site, found: Found, tensors: list[fx.Node]) -
 
 def _example(found: Found, anchor: fx.Node) -> Any:
     """The result as the graph had it."""
-    readers = (node for (_, node), value in found.program.reads.items() if value is found.part.result)
-    return (found.part.result.node or next(readers, anchor)).meta.get("example_value")
+    readers = (node for (_, node), value in found.program.reads.items() if value is found.output)
+    return (found.output.node or next(readers, anchor)).meta.get("example_value")
 
 
 def _laid_out(result: Any, example: Any) -> Any:
@@ -85,6 +89,13 @@ def _as_operand(graph: fx.Graph, source: Source, as_proxy: Callable[[fx.Node], f
         return as_proxy(source.node)
     function, bases = lifted_function(source)
     return as_proxy(graph.call_function(function, tuple(base.node for base in bases)))
+
+
+def _with_tail(graph: fx.Graph, tail: Tail, joined: fx.Proxy, as_proxy: Callable[[fx.Node], fx.Proxy]) -> fx.Proxy:
+    """What the code does with each piece of the mixer's output, done to all of them."""
+    function, bases = lifted_function(tail.root, tail.assembled)
+    nodes = (joined.node if base is tail.joined else base.node for base in bases)
+    return as_proxy(graph.call_function(function, tuple(nodes)))
 
 
 def _sizes(found: Found, values: Mapping[Source, fx.Proxy]) -> Callable[[Atom], Any]:
@@ -115,7 +126,15 @@ def _weights(
     source = site.source if weights.in_features is not None else None
     like = value if source is None else _batch_first(found, source, as_proxy(source))
     dtype = found.part.result.dtype if source is None else source.meta["example_value"].dtype
-    return session.settings.function(weights, dtype)(like, *tensors)
+    made = session.settings.function(weights, dtype)(like, *tensors)  # [B, T, H, L]
+    missing = _count(found.times.leaves) - _count(found.times.shorter)
+    if source is None or not missing or not found.is_shorter(source):
+        return made
+    return torch.nn.functional.pad(made, (0, 0, 0, 0, 0, missing), value=1.0)  # positions that are cut off again
+
+
+def _count(axis: Axis) -> int:
+    return math.prod(leaf.size for leaf in axis)
 
 
 def _batch_first(found: Found, node: fx.Node, x: fx.Proxy) -> Any:
@@ -129,10 +148,10 @@ def _batch_first(found: Found, node: fx.Node, x: fx.Proxy) -> Any:
 
 def _put(site: Site, found: Found, result: fx.Node, new: set[fx.Node]) -> None:
     """Has every node that read the part's result read the new one."""
-    own = {op.node for op in found.part.ops}
+    own = {op.node for op in found.ops}
     position = {node: i for i, node in enumerate(site.region.graph.nodes)}
     for (user, node), value in found.program.reads.items():
-        reads = value is found.part.result and user in position and user not in new
+        reads = value is found.output and user in position and user not in new
         if reads and position[user] > position[result] and not (user in own and _writes(user, node)):
             user.replace_input_with(node, result)
 
@@ -148,7 +167,7 @@ def _writes(user: fx.Node, node: fx.Node) -> bool:
 
 def _remove(graph: fx.Graph, found: Found) -> None:
     """Erases the nodes of the part that nothing reads any more, with their writes into tensors of the part."""
-    ops = set(found.part.ops)
+    ops = set(found.ops)
     # Nodes that compute the same have one operation between them.
     own = {op.node for op in ops} | {node for node, value in found.program.results.items() if value.op in ops}
     writes: dict[fx.Node, list[fx.Node]] = {}
@@ -173,7 +192,7 @@ def _remove(graph: fx.Graph, found: Found) -> None:
 
 def _sweep(graph: fx.Graph, found: Found) -> None:
     """Erases what only the removed operations read: masks, sizes, views of operands."""
-    made = {value.node for op in found.part.ops for value in op.inputs if value.node is not None}
+    made = {value.node for op in found.ops for value in op.inputs if value.node is not None}
     for node in reversed(list(graph.nodes)):
         pure = node.op in ("call_function", "call_method") and not node.is_impure()
         if pure and not node.users and (node in made or not _is_tensor(node)):

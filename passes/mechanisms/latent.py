@@ -38,9 +38,9 @@ def _widens(facts: Facts, linear: fx.Node) -> bool:
 
 
 def _is_projected_through_norm(facts: Facts, node: fx.Node) -> bool:
-    """Whether the first projection above the node comes before any residual sum of two activations."""
+    """Whether the first projection above the node narrows, and comes before any residual sum of two activations."""
     first = _first_linear(facts, node)
-    if first is None:
+    if first is None or _widens(facts, first):
         return False
     below = set(_below(facts, first))
     return not any(_is_residual(facts, n) for n in _above(facts, node) if n in below)

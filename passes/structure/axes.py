@@ -46,6 +46,7 @@ class Atoms:
 
     made: list[Atom] = field(default_factory=list)
     slices: dict[tuple[tuple[Atom, ...], int, int, int], Atom] = field(default_factory=dict)
+    pads: dict[tuple[tuple[Atom, ...], int], Atom] = field(default_factory=dict)
 
     def new(self, size: int) -> Axis:
         """A new axis of the given size."""
@@ -165,3 +166,10 @@ class Atoms:
             self.slices[key] = self.new(size)[0]
             self.slices[key].weight = any(leaf.weight for leaf in leaves)
         return (self.slices[key],)
+
+    def longer(self, axis: Axis, size: int) -> Axis:
+        """The axis with positions added at its end: the same one wherever it is made as long as this."""
+        key = (self.leaves(axis), size)
+        if key not in self.pads:
+            self.pads[key] = self.new(size)[0]
+        return (self.pads[key],)

@@ -90,6 +90,9 @@ def _size(atoms: Atoms, axis: Axis) -> int:
     return size
 
 
+_FILLED = frozenset(["zeros", "ones", "full", "new_zeros", "new_ones", "new_full"])
+
+
 def _pointwise(c: Call) -> list[Axes]:
     rank = len(c.op.outputs[0].shape)
     axes: list[Axis] = [()] * rank
@@ -230,12 +233,19 @@ def _cat(c: Call) -> list[Axes]:
         ]
     if len(tensors) == 1:
         return [c.axes[tensors[0]]]
-    axes[d] = c.assembled(c.op.outputs[0].shape[d], tensors)
+    size, whole = c.op.outputs[0].shape[d], c.axes[tensors[0]][d]
+    filled = all(_is_filled(value) for value in tensors[1:]) and 2 * tensors[0].shape[d] > size
+    axes[d] = c.atoms.longer(whole, size) if filled and whole else c.assembled(size, tensors)
     c.mix(axes[d], *(c.axes[v][d] for v in tensors))
     for value in tensors:
         _pin(c, c.axes[value][d])
     _pin(c, axes[d])
     return [tuple(axes)]
+
+
+def _is_filled(value: Value) -> bool:
+    """Whether it is a tensor of one number, for padding."""
+    return value.op is not None and not value.op.inputs and value.op.name in _FILLED
 
 
 def _stack(c: Call) -> list[Axes]:
@@ -409,8 +419,10 @@ def _pad(c: Call) -> list[Axes]:
         if before or after:
             c.mix(axes[d])
             _pin(c, axes[d])
-            # A shift: padded at one end and cut at the other.
-            axes[d] = c.assembled(shape[d], [c.first]) if before + after else axes[d]
+            if before == 0 and after > 0 and axes[d]:
+                axes[d] = c.atoms.longer(axes[d], shape[d])
+            elif before + after:  # else a shift: padded at one end and cut at the other
+                axes[d] = c.assembled(shape[d], [c.first])
     return [tuple(axes)]
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from llcompile.passes.records import Certificate
 from llcompile.passes.structure.classify import Miss
-from llcompile.passes.structure.cut import Part, Source
+from llcompile.passes.structure.cut import Part
 from llcompile.passes.structure.frame import Row
+from llcompile.passes.structure.lifted import Source
 from llcompile.passes.structure.probe import Probe, difference
 from llcompile.passes.structure.ranges import Range
 from llcompile.passes.structure.reading import Reading

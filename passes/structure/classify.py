@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from llcompile.passes.structure.axes import Atom
-from llcompile.passes.structure.cut import Source
 from llcompile.passes.structure.frame import Row
+from llcompile.passes.structure.lifted import Source
 from llcompile.passes.structure.probe import SAME, Probe, difference
 from llcompile.passes.structure.sizing import CannotArrange, arrange
 

@@ -3,56 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
-from typing import Any
-
-from torch.utils._pytree import tree_map
 
 from llcompile.passes.structure.axes import Atom, Atoms, Axes, Axis
 from llcompile.passes.structure.facts import Times
 from llcompile.passes.structure.follow import follow
 from llcompile.passes.structure.frame import Frame, Row
+from llcompile.passes.structure.lifted import MOVES, Lifted, Lifter, Source, sample_of
 from llcompile.passes.structure.program import Op, Value
-
-# Operations that keep all numbers as they are.
-_MOVES = "view _unsafe_view reshape permute transpose t unsqueeze squeeze expand clone contiguous _to_copy alias"
-MOVES = frozenset(_MOVES.split())
-# Those and the ones that keep some.
-SHAPES = MOVES | frozenset(["slice", "select", "unbind", "split", "split_with_sizes"])
-
-
-@dataclass(eq=False)
-class Lifted:
-    """What code in a token loop computes from one token, for all tokens at once: [T, *shape of one token's].
-
-    Args:
-        op: the operation of the first token; `args` are its arguments, tokens' values as what they were lifted to.
-        base: instead of an operation, the sequence that the tokens were taken from, and its time dimension.
-        index: which of the operation's results it is.
-        sample: the value of the first token seen.
-    """
-
-    op: Op | None
-    args: Any = ()
-    kwargs: Any = None
-    base: tuple[Value, int, bool] | None = None
-    index: int = 0
-    sample: Value | None = None
-
-    def __repr__(self) -> str:
-        return f"[T]x{self.sample}"
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether it only moves the numbers of a sequence."""
-        if self.op is None:
-            return True
-        parents = [a for a in self.args if isinstance(a, Lifted)]
-        return self.op.name in SHAPES and all(p.is_plain for p in parents)
-
-
-Source = Value | Lifted
 
 
 @dataclass
@@ -63,7 +22,7 @@ class Part:
         result: the value.
         sources: the cut: what comes in.
         ops: the operations, in order.
-        taps: lifted source -> the values of single tokens that it stands for, with their positions.
+        taps: lifted source -> the values of single pieces that it stands for, with their positions.
     """
 
     result: Value
@@ -73,13 +32,17 @@ class Part:
 
 
 class Cutter:
-    """Cuts parts out of a program, as close to where times are mixed as it is allowed to."""
+    """Cuts parts out of a program, as close to where times are mixed as it is allowed to.
 
-    def __init__(self, times: Times) -> None:
-        self.times = times
+    Args:
+        times: the facts.
+        zeros: values that are zero whatever comes in (an empty state times a decay): never cut at.
+    """
+
+    def __init__(self, times: Times, zeros: Container[Value] = ()) -> None:
+        self.times, self.zeros = times, zeros
         self.views = False
-        self._lifted: dict[Any, Lifted] = {}
-        self._places: dict[Value, tuple[Lifted, int] | None] = {}
+        self.lifter = Lifter(times)
 
     @property
     def length(self) -> int:
@@ -127,46 +90,54 @@ class Cutter:
         New ones: in the whole program two axes can be the same only because they were cut from one tensor (the keys and
         values of a fused projection).
         """
-        atoms = Atoms()
-        times = self.times
+        atoms, times = Atoms(), self.times
         time = atoms.new(math.prod(leaf.size for leaf in times.leaves))
+        for sizes in self._chunkings(part):
+            atoms.regroup((time,), sizes)
         axes: dict[Value, Axes] = {}
-        taken: dict[Value, Axis] = {}
+        taken: dict[Value, tuple[Axis, ...]] = {}
         sources: dict[Source, Axes] = {}
         for source in part.sources:
+            piece = self._renewed(atoms, time, times.followed.axes[sample_of(source)])
             if isinstance(source, Value):
-                axes[source] = sources[source] = self._renewed(atoms, time, times.followed.axes[source])
+                axes[source] = sources[source] = piece
                 continue
-            assert source.sample is not None
-            token = self._renewed(atoms, time, times.followed.axes[source.sample])
-            sources[source] = (time, *token)
-            for value in (source.sample, *part.taps[source]):
-                axes[value], taken[value] = token, time
+            outer, _ = _divided(atoms, time, source.count)
+            sources[source] = (outer, *piece)
+            for value in (sample_of(source), *part.taps[source]):
+                axes[value], taken[value] = piece, (outer, time)
         frame = Frame(follow(part.ops, axes, atoms, taken), time)
         return frame, {source: frame.rows(found) for source, found in sources.items()}
 
+    def _chunkings(self, part: Part) -> list[tuple[int, ...]]:
+        """The ways in which the sources have time in chunks."""
+        times, found = self.times, []
+        whole = {id(leaf) for leaf in times.leaves}
+        for source in part.sources:
+            rows = times.rows(times.followed.axes[sample_of(source)])
+            if any(0 < sum(id(leaf) in whole for leaf in row) < len(whole) for row in rows):
+                found.append(tuple(leaf.size for leaf in times.leaves))
+            if isinstance(source, Lifted) and source.count < self.length:
+                found.append((source.count, self.length // source.count))
+        return list(dict.fromkeys(found))
+
     def _renewed(self, atoms: Atoms, time: Axis, axes: Axes) -> Axes:
         """New axes for a source. Time is shared; where the source has it in chunks, the part's time is split alike."""
-        places = {id(leaf): i for i, leaf in enumerate(self.times.leaves)}
-        if any(0 < sum(id(leaf) in places for leaf in row) < len(places) for row in self.times.rows(axes)):
-            atoms.regroup((time,), [leaf.size for leaf in self.times.leaves])
+        times, inner = self.times, atoms.leaves(time)
+        places = {id(leaf): i for i, leaf in enumerate(times.leaves)}
         made = []
-        for row in self.times.rows(axes):
+        for row in times.rows(axes):
             axis: list[Atom] = []
             for leaf in row:
                 if id(leaf) in places:
-                    inner = atoms.leaves(time)
-                    axis.extend(
-                        [inner[places[id(leaf)]]]
-                        if len(inner) == len(places)
-                        else inner
-                        if not places[id(leaf)]
-                        else []
-                    )
-                    continue
-                new = atoms.new(leaf.size)[0]
-                new.weight = leaf.weight
-                axis.append(new)
+                    whole = inner if not places[id(leaf)] else ()
+                    axis.extend([inner[places[id(leaf)]]] if len(inner) == len(places) else whole)
+                elif id(leaf) in times.chunks:
+                    axis.extend(_divided(atoms, time, self.length // leaf.size)[1])
+                else:
+                    new = atoms.new(leaf.size)[0]
+                    new.weight = leaf.weight
+                    axis.append(new)
             made.append(tuple(axis))
         return tuple(made)
 
@@ -182,10 +153,10 @@ class Cutter:
 
     def _source(self, value: Value, through: set[Source], taps: dict[Lifted, dict[Value, int]]) -> Source | None:
         fact = self.times.facts[value]
-        if value.data is not None or fact.mixed:
+        if value.data is not None or fact.mixed or value in self.zeros:
             return None
         if fact.form == "pieces":
-            lifted = self._place(value) if fact.data else None
+            lifted = self.lifter.place(value) if fact.data else None
             if lifted is None or lifted[0].is_plain or lifted[0] in through:
                 return None
             if not self.views and lifted[0].op is not None and lifted[0].op.name in MOVES:
@@ -207,52 +178,12 @@ class Cutter:
             return False
         return base.node is not None or self._only_moves(base)
 
-    def _place(self, value: Value) -> tuple[Lifted, int] | None:
-        """A token's value as what it was lifted to and its position; None where it is more than one token's."""
-        if value not in self._places:
-            self._places[value] = self._find_place(value)
-        return self._places[value]
 
-    def _find_place(self, value: Value) -> tuple[Lifted, int] | None:
-        op, facts = value.op, self.times.facts
-        if op is None or facts[value].mixed:
-            return None
-        if op.name in ("select", "unbind", "slice") and facts[op.inputs[0]].form == "sequence":
-            return self._taken(value, op)
-        places = {}
-        for parent in op.inputs:
-            if facts[parent].form == "timeless" and not facts[parent].data:
-                continue
-            found = self._place(parent)
-            if found is None:
-                return None
-            places[parent] = found
-        positions = {position for _, position in places.values()}
-        if len(positions) != 1:
-            return None
-        args, kwargs = tree_map(
-            lambda a: places[a][0] if isinstance(a, Value) and a in places else a, (op.args, op.kwargs)
-        )
-        shape = tree_map(lambda a: id(a) if isinstance(a, (Value, Lifted)) else a, (args, kwargs))
-        key = (op.target, value.index, repr(shape))
-        if key not in self._lifted:
-            self._lifted[key] = Lifted(op, args, kwargs, index=value.index, sample=value)
-        return self._lifted[key], next(iter(positions))
-
-    def _taken(self, value: Value, op: Op) -> tuple[Lifted, int] | None:
-        """A token taken out of a sequence."""
-        base = op.inputs[0]
-        dim = int(op.args[1] if len(op.args) > 1 else 0) % len(base.shape)
-        if not any(self.times.is_time(leaf) for leaf in self.times.axis_leaves(self.times.followed.axes[base][dim])):
-            return None
-        if tuple(self.times.axis_leaves(self.times.followed.axes[base][dim])) != self.times.leaves:
-            return None
-        if op.name == "slice" and value.shape[dim] != 1:
-            return None
-        position = value.index if op.name == "unbind" else int(op.args[2] if len(op.args) > 2 else 0)
-        if self.times.facts[base].mixed:
-            return None
-        key = (base, dim, op.name == "slice")
-        if key not in self._lifted:
-            self._lifted[key] = Lifted(None, base=key, sample=value)
-        return self._lifted[key], position % base.shape[dim]
+def _divided(atoms: Atoms, time: Axis, count: int) -> tuple[Axis, Axis]:
+    """Time as the axis of its first `count` parts, and the rest."""
+    leaves, size = atoms.leaves(time), 1
+    for i, leaf in enumerate(leaves):
+        if size == count:
+            return leaves[:i], leaves[i:]
+        size *= leaf.size
+    return leaves, ()

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
-from llcompile.passes.structure.axes import Axis
+from llcompile.passes.structure.axes import Atom, Axis
 from llcompile.passes.structure.follow import Followed
 from llcompile.passes.structure.frame import Frame
 from llcompile.passes.structure.program import Op, Program, Value
@@ -40,14 +40,27 @@ class Fact:
 
 
 class Times(Frame):
-    """The facts of a program for one choice of the time axis."""
+    """The facts of a program for one choice of the time axis; `shorter` is that axis before it was padded."""
 
-    def __init__(self, program: Program, followed: Followed, time: Axis) -> None:
+    def __init__(self, program: Program, followed: Followed, time: Axis, shorter: Axis | None = None) -> None:
         super().__init__(followed, time)
         self.program = program
+        self.shorter = self.leaves if shorter is None else followed.atoms.leaves(shorter)
+        self.chunks = self._chunks()
         self.facts: dict[Value, Fact] = {
             value: self._of_input(value) for value in program.inputs if value in followed.axes
         }
+
+    def _chunks(self) -> set[int]:
+        """The axes of chunks of equal width that the code cuts out of time."""
+        atoms, length = self.followed.atoms, _length(self.leaves)
+        return {
+            id(leaf)
+            for (leaves, start, stop, step), cut in atoms.slices.items()
+            if step == 1 and stop - start > 1 and length % (stop - start) == 0 == start % (stop - start)
+            if atoms.leaves(leaves) == self.leaves
+            for leaf in atoms.leaves((cut,))
+        } - {id(leaf) for leaf in self.leaves}
 
     def _of_input(self, value: Value) -> Fact:
         given = value.node is not None and value.node.op == "placeholder" and value.data is None
@@ -64,7 +77,11 @@ class Times(Frame):
     def mixes_time(self, op: Op) -> bool:
         """Whether the operation mixes positions of time."""
         axes = self.followed.mixed[op]
-        return any(self.is_time(leaf) for axis in axes for leaf in self.axis_leaves(axis))
+        return any(self._in_order(leaf) for axis in axes for leaf in self.axis_leaves(axis))
+
+    def _in_order(self, leaf: Atom) -> bool:
+        """Whether positions along it are positions in time: of all of it, or within a chunk."""
+        return self.is_time(leaf) or id(leaf) in self.chunks
 
     def step(self, op: Op) -> None:
         """Adds the facts of an operation's results; its operands' facts are there."""
@@ -98,7 +115,7 @@ class Times(Frame):
         data = [v for v in op.inputs if self.facts[v].data and self.facts[v].form != "timeless"]
         if len(data) < 2:
             return False
-        count = lambda v: sum(self.is_time(x) for a in self.followed.axes[v] for x in self.axis_leaves(a))  # noqa: E731
+        count = lambda v: sum(self._in_order(x) for a in self.followed.axes[v] for x in self.axis_leaves(a))  # noqa: E731
         return count(value) > max(count(v) for v in data)
 
     def _is_projection(self, op: Op) -> bool:
@@ -121,6 +138,17 @@ def time_axes(program: Program, followed: Followed) -> list[Axis]:
     mixed = {axis: max((counts[id(leaf)] for leaf in axis), default=0) for axis in present}
     free = [axis for axis in present if mixed[axis] and not any(leaf.weight for leaf in axis)]
     return sorted(free, key=lambda axis: (-mixed[axis], axis[0].number))
+
+
+def lengthened(followed: Followed, time: Axis) -> list[Axis]:
+    """Time with positions added at its end, as code does that works in whole chunks."""
+    atoms, length = followed.atoms, _length(time)
+    found = {
+        atoms.leaves((axis,)): size
+        for (leaves, size), axis in atoms.pads.items()
+        if atoms.leaves(leaves) == time and size < 2 * length
+    }
+    return list(found)
 
 
 def _shortened(followed: Followed, present: set[Axis]) -> set[Axis]:

@@ -19,10 +19,11 @@ from llcompile.passes.records import Certificate
 from llcompile.passes.regions import Region
 from llcompile.passes.structure.certify import certify
 from llcompile.passes.structure.classify import Miss, classify
-from llcompile.passes.structure.cut import MOVES, SHAPES, Cutter, Lifted, Part, Source
-from llcompile.passes.structure.facts import WEIGHTED, Times, time_axes
+from llcompile.passes.structure.cut import Cutter, Part
+from llcompile.passes.structure.facts import WEIGHTED, Times, lengthened, time_axes
 from llcompile.passes.structure.follow import Followed, follow_program
 from llcompile.passes.structure.frame import Frame, Row
+from llcompile.passes.structure.lifted import MOVES, SHAPES, Lifted, Source, sample_of
 from llcompile.passes.structure.memo import fingerprint, recall, remember
 from llcompile.passes.structure.probe import Probe
 from llcompile.passes.structure.program import Op, Program, Value
@@ -31,6 +32,7 @@ from llcompile.passes.structure.reading import Reading
 from llcompile.passes.structure.record import record
 from llcompile.passes.structure.sizing import CannotArrange, Sizing, small
 from llcompile.passes.structure.suppose import suppose
+from llcompile.passes.structure.tail import Tail, tails
 
 log = logging.getLogger("llcompile")
 
@@ -57,11 +59,22 @@ class Found:
     frame: Frame
     times: Times
     program: Program
+    tail: Tail | None = None
+
+    @property
+    def output(self) -> Value:
+        """The value of the program that is the part's result, or is computed from it piece by piece."""
+        return self.part.result if self.tail is None else self.tail.output
+
+    @property
+    def ops(self) -> list[Op]:
+        """The operations that the mixer stands for."""
+        return [*self.part.ops, *(self.tail.ops if self.tail is not None else ())]
 
     @property
     def anchor(self) -> fx.Node:
-        """The node that makes the part's result."""
-        return anchor(self.part.result)
+        """The node that makes the output."""
+        return anchor(self.output)
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -72,24 +85,27 @@ class Found:
 
     def notes(self) -> tuple[str, ...]:
         """What holds for this graph only, in words."""
-        own = set(self.part.ops)
-        made = [v for op in self.part.ops for v in op.outputs if v is not self.part.result]
         found = []
         if any(leaf.pinned for leaf in self.frame.leaves):
             found.append(f"its code is written out for length {_count(tuple(x.size for x in self.frame.leaves))}")
         if self.reading.constant is not None:
             found.append("its decay was read from the code's numbers when it was compiled")
-        if any(self._leaves(value, own) for value in made):
+        if self._hands_on():
             found.append("a state that it hands on stays the linear one: what is decoded from it sees no levels")
         return tuple(found)
 
-    def _leaves(self, value: Value, own: set[Op]) -> bool:
-        """Whether a value of the part that joins several positions is used outside of it."""
-        if not self.times.facts[value].mixed or not value.dtype.is_floating_point:
-            return False
-        outside = any(user not in own for user in value.users)
-        nodes = {node for node, held in self.program.results.items() if held is value}
-        return outside or any(user.op == "output" for node in nodes for user in node.users)
+    def _hands_on(self) -> bool:
+        """Whether the graph returns a value of the part that joins several positions, or writes it to an input."""
+        own = {v for op in self.part.ops for v in op.outputs} - {self.part.result}
+        states = {v for v in own if self.times.facts[v].mixed and v.dtype.is_floating_point}
+        pending = list(states)
+        while pending:
+            moved = [v for user in pending.pop().users if user.name in MOVES for v in user.outputs if v not in own]
+            pending.extend(v for v in moved if v not in states)
+            states.update(moved)
+        states.discard(self.output)
+        nodes = (node for node, held in self.program.results.items() if held in states)
+        return any(user.op == "output" or user.target == "copy_" for node in nodes for user in node.users)
 
     def activations(self) -> list[fx.Node]:
         """The nodes of the operands that depend on the model's input."""
@@ -111,13 +127,8 @@ class Found:
             return None
         fact = self.times.facts[value]
         rows = self.times.rows(self.times.followed.axes[value])
-        inside = [i for i, row in enumerate(rows) if any(self.times.is_time(leaf) for leaf in row)]
-        if (
-            fact.form != "sequence"
-            or not fact.data
-            or len(inside) != 1
-            or len(rows[inside[0]]) != len(self.times.leaves)
-        ):
+        inside = [i for i, row in enumerate(rows) if row in (self.times.leaves, self.times.shorter)]
+        if (fact.form != "sequence" and self.times.shorter not in rows) or not fact.data or len(inside) != 1:
             return None
         batch = _count(tuple(leaf.size for leaf in self.reading.axes.batch))
         if len(rows) == 2 and inside == [0] and batch == 1:
@@ -126,13 +137,19 @@ class Found:
             return 1 - inside[0], inside[0]
         return None
 
+    def is_shorter(self, node: fx.Node) -> bool:
+        """Whether a node has time as it was before it was padded."""
+        rows = self.times.rows(self.times.followed.axes[self.program.results[node]])
+        return self.times.shorter != self.times.leaves and self.times.shorter in rows
+
 
 @dataclass(eq=False)
 class Missed:
-    """A value that looked like a mixer's output and is not."""
+    """A value that looked like a mixer's output and is not; `part` is what was tried, the last time."""
 
     value: Value
     miss: Miss
+    part: Part | None = None
 
     @property
     def anchor(self) -> fx.Node:
@@ -176,7 +193,8 @@ def _find(region: Region, factor: int) -> Findings:
     taken: set[Value] = set()
     with _disable_current_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
         for axis in time_axes(program, followed)[:_TIMES]:
-            _Search(findings, followed, Times(program, followed, axis), taken).run()
+            for time in (axis, *lengthened(followed, axis)):
+                _Search(findings, followed, Times(program, followed, time, shorter=axis), taken).run()
             if findings.found:
                 break
     _pair_denominators(findings)
@@ -194,7 +212,7 @@ def _expect_elsewhere(region: Region, findings: Findings) -> None:
     for found in [f for f in findings.found if _signature(f) not in seen]:
         findings.found.remove(found)
         reason = f"it is a mixer at length {length}, not at {factor * length}, and the graph serves both"
-        findings.missed.append(Missed(found.part.result, Miss(reason, 3, "compile it with dynamic=False")))
+        findings.missed.append(Missed(found.output, Miss(reason, 3, "compile it with dynamic=False")))
 
 
 def _compared(program: Program) -> list[float]:
@@ -225,14 +243,19 @@ def _pair_denominators(findings: Findings) -> None:
                     findings.denominators.setdefault(id(other), []).append(found)
                     break
     findings.found = [f for f in whole if not _is_divided(findings, f)]
-    inside = {value for f in findings.found for op in f.part.ops for value in op.outputs}
-    findings.missed = [m for m in findings.missed if m.value not in inside]
+    inside = {value for f in findings.found for op in f.ops for value in op.outputs}
+    outputs = {f.output for f in findings.found}
+    findings.missed = [
+        m
+        for m in findings.missed
+        if m.value not in inside and not (m.part is not None and outputs & {v for op in m.part.ops for v in op.outputs})
+    ]
 
 
 def _is_divided(findings: Findings, found: Found) -> bool:
     """Whether the code divides the result by something else that joins positions: the level weights would not be in
     both."""
-    pending, seen = [found.part.result], 0
+    pending, seen = [found.output], 0
     while pending and seen < 20:
         value = pending.pop()
         seen += 1
@@ -243,7 +266,7 @@ def _is_divided(findings: Findings, found: Found) -> bool:
                 fact = found.times.facts.get(user.inputs[1])
                 if fact is not None and fact.mixed:
                     reason = "its denominator is not the sum of its scores"
-                    findings.missed.append(Missed(found.part.result, Miss(reason, 3, "normalise by the same scores")))
+                    findings.missed.append(Missed(found.output, Miss(reason, 3, "normalise by the same scores")))
                     return True
     return False
 
@@ -253,8 +276,8 @@ class _Search:
 
     def __init__(self, findings: Findings, followed: Followed, times: Times, taken: set[Value]) -> None:
         self.findings, self.followed, self.times, self.taken = findings, followed, times, taken
-        self.cutter = Cutter(times)
         self.ranges = ranges(findings.program)
+        self.cutter = Cutter(times, {v for v, bounds in self.ranges.items() if bounds == (0, 0) and v.op is not None})
         self.tried: set[Value] = set()
         self.captured = {op.node for op in findings.program.ops if leaf_of(op.node.target) is not None}
 
@@ -272,6 +295,8 @@ class _Search:
         fact = self.times.facts[value]
         if not (fact.mixed and fact.data and fact.form == "sequence") or not value.dtype.is_floating_point:
             return False
+        if any(op in found.ops for found in self.findings.found if found.times is not self.times):
+            return False  # it was found before, with time as it was before it was padded
         if any(user.name in _SCATTERS and user.inputs[0] is value for user in value.users):
             return False  # a result that is still being written
         if not self._may_complete(op):
@@ -297,12 +322,13 @@ class _Search:
     def _try(self, value: Value) -> None:
         self.tried.add(value)
         best: Miss | None = None
-        for part in self._parts(value):
+        part: Part | None = None
+        for part, tail in self._cuts(value):
             self.findings.counts["cuts"] += 1
             try:
-                found = self._read(part)
+                found = self._read(part, tail)
             except Miss as miss:
-                log.debug("structure: %s from %s: %s", value.op, part.sources, miss.reason)
+                log.debug("structure: %s %s from %s: %s", _made_by(part.result), part.result, part.sources, miss.reason)
                 if best is None or miss.near > best.near:
                     best = miss
                 continue
@@ -311,7 +337,15 @@ class _Search:
             self.times.facts[value].mixed = False
             return
         if best is not None and best.near > 0:
-            self.findings.missed.append(Missed(value, best))
+            self.findings.missed.append(Missed(value, best, part))
+
+    def _cuts(self, value: Value) -> Iterator[tuple[Part, Tail | None]]:
+        """The parts to try: of the value, then of what it may be computed from piece by piece."""
+        for part in self._parts(value):
+            yield part, None
+        for tail in tails(value, self.times, self.cutter.lifter):
+            for part in self._parts(tail.joined):
+                yield part, tail
 
     def _parts(self, value: Value) -> Iterator[Part]:
         """The cuts to try: the latest that is not inside of a product, then the one behind shared factors."""
@@ -336,7 +370,7 @@ class _Search:
 
     def _inside(self, part: Part) -> set[Source]:
         """Sources that belong to the mixer: outer products of its operands, and what few tokens have."""
-        rare = {s for s, taps in part.taps.items() if 2 * len(taps) < self.cutter.length}
+        rare = {s for s, taps in part.taps.items() if 2 * len(taps) < s.count}
         return rare | {s for s in part.sources if self._is_product(s)}
 
     def _is_product(self, source: Source) -> bool:
@@ -344,10 +378,10 @@ class _Search:
         op, inner = source.op, [p for p in self._inner(source) if self._is_data(p)]
         if op is None or not inner or self._is_projection(op):
             return False
-        size, largest = _count(_shape(source)), max(_count(_shape(p)) for p in inner)
+        size, largest = _count(sample_of(source).shape), max(_count(sample_of(p).shape) for p in inner)
         if op.name not in _JOINS and size > largest:
             return True
-        return any(_count(_shape(p)) == size and self._is_product(p) for p in inner)
+        return any(_count(sample_of(p).shape) == size and self._is_product(p) for p in inner)
 
     def _is_projection(self, op: Op) -> bool:
         facts = [self.times.facts[v] for v in op.inputs]
@@ -381,7 +415,7 @@ class _Search:
             pending.extend(self.cutter.parents(current))
         return False
 
-    def _read(self, part: Part) -> Found:
+    def _read(self, part: Part, tail: Tail | None) -> Found:
         self._expect_sequences(part)
         frame, axes = self.cutter.frame(part)
         result = frame.rows(frame.followed.axes[part.result])
@@ -397,7 +431,7 @@ class _Search:
                 remember(key, part, axes, result, miss)
                 raise
             remember(key, part, axes, result, known)
-        return Found(part, *known, frame, self.times, self.findings.program)
+        return Found(part, *known, frame, self.times, self.findings.program, tail)
 
     def _prove(
         self,
@@ -448,15 +482,11 @@ class _Search:
         raise Miss("it does not run by itself")
 
     def _range(self, source: Source) -> Range:
-        value = source.sample if isinstance(source, Lifted) else source
-        assert value is not None
-        return self.ranges.get(value, (-float("inf"), float("inf")))
+        return self.ranges.get(sample_of(source), (-float("inf"), float("inf")))
 
 
-def _shape(source: Source) -> tuple[int, ...]:
-    value = source.sample if isinstance(source, Lifted) else source
-    assert value is not None
-    return value.shape
+def _made_by(value: Value) -> str:
+    return value.op.name if value.op is not None else "input"
 
 
 def _count(shape: tuple[int, ...]) -> int:

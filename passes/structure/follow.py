@@ -11,6 +11,28 @@ from llcompile.passes.structure.axis_rules import Call, opaque, rule_for
 from llcompile.passes.structure.program import Op, Program, Value
 
 _KEEP = 24  # cut axes that a value remembers
+_CUTS = frozenset(
+    [
+        "select",
+        "slice",
+        "split",
+        "split_with_sizes",
+        "unbind",
+        "cat",
+        "stack",
+        "select_scatter",
+        "slice_scatter",
+        "constant_pad_nd",
+        "index",
+        "index_put",
+        "index_select",
+        "gather",
+        "view",
+        "_unsafe_view",
+        "reshape",
+        "repeat",
+    ]
+)
 
 
 @dataclass
@@ -30,17 +52,19 @@ class Followed:
     counts: Counter[str] = field(default_factory=Counter)
 
 
-def follow(ops: Iterable[Op], inputs: Mapping[Value, Axes], atoms: Atoms, taken: Mapping[Value, Axis]) -> Followed:
+def follow(
+    ops: Iterable[Op], inputs: Mapping[Value, Axes], atoms: Atoms, taken: Mapping[Value, tuple[Axis, ...]]
+) -> Followed:
     """The axes of every value.
 
     Args:
         ops: the operations, in order.
         inputs: the axes of values that none of them computes; the others start with new ones.
         atoms: what the inputs' axes are made of.
-        taken: value -> the axis that it is one position of.
+        taken: value -> the axes that it is one position of.
     """
     found = Followed(atoms, dict(inputs))
-    lost: dict[Value, tuple[Axis, ...]] = {value: (axis,) for value, axis in taken.items()}
+    lost: dict[Value, tuple[Axis, ...]] = dict(taken)
     for op in ops:
         for value in op.inputs:
             if value not in found.axes:
@@ -99,7 +123,9 @@ def _step(found: Followed, op: Op, lost: dict[Value, tuple[Axis, ...]]) -> None:
         results = opaque(call)
     found.counts[rule.__name__.strip("_")] += 1
     found.mixed[op] = call.mixed
-    gone = [axis for value in op.inputs for axis in lost.get(value, ())] + call.mixed
+    # Features that were summed are gone for good; of a sequence that was cut, the pieces may come together again.
+    cut = call.mixed if op.name in _CUTS or rule is opaque else []
+    gone = [axis for value in op.inputs for axis in lost.get(value, ())] + cut
     kept: dict[tuple[int, ...], Axis] = {}
     for axis in reversed(gone):
         kept.setdefault(tuple(id(leaf) for leaf in found.atoms.leaves(axis)), axis)

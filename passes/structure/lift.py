@@ -9,18 +9,25 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from llcompile.passes.structure.cut import Lifted
+from llcompile.passes.structure.lifted import Lifted
 from llcompile.passes.structure.program import Value
 
 
-def lifted_function(source: Lifted) -> tuple[Callable[..., Tensor], list[Value]]:
-    """A function that computes the source [T, ...] from the values it reads, and those values."""
+def lifted_function(
+    source: Lifted, finish: Callable[[Tensor], Tensor] = lambda x: x
+) -> tuple[Callable[..., Tensor], list[Value]]:
+    """A function that computes the source [N, ...] from the values it reads, and those values.
+
+    Args:
+        source: what to compute.
+        finish: what to do with it in the end.
+    """
     bases: dict[Value, None] = {}
     _collect(source, bases)
     values = list(bases)
 
     def lifted(*tensors: Tensor) -> Tensor:
-        return _evaluate(source, dict(zip(values, tensors, strict=True)), {})
+        return finish(_evaluate(source, dict(zip(values, tensors, strict=True)), {}))
 
     return lifted, values
 
@@ -61,9 +68,9 @@ def _evaluate(source: Lifted, env: dict[Value, Tensor], done: dict[Lifted, Tenso
     if source in done:
         return done[source]
     if source.base is not None:
-        base, dim, keeps = source.base
-        made = env[base].movedim(dim, 0)
-        made = made.unsqueeze(dim + 1) if keeps else made
+        base, dim, width = source.base
+        made = env[base].unflatten(dim, (source.count, width)) if width else env[base]
+        made = made.movedim(dim, 0)
     else:
         assert source.op is not None
         leaves: list[Any] = []

@@ -13,8 +13,9 @@ from torch.utils._pytree import tree_map
 from llcompile.passes.records import Certificate
 from llcompile.passes.structure.axes import Atom
 from llcompile.passes.structure.classify import Miss
-from llcompile.passes.structure.cut import Lifted, Part, Source
+from llcompile.passes.structure.cut import Part
 from llcompile.passes.structure.frame import Row
+from llcompile.passes.structure.lifted import Source, sample_of
 from llcompile.passes.structure.program import Value
 from llcompile.passes.structure.ranges import Range
 from llcompile.passes.structure.reading import Reading
@@ -51,7 +52,7 @@ def fingerprint(part: Part, rows: Rows, result: tuple[Row, ...], ranges: Mapping
     atoms = _numbers(part.sources, rows, result)
     shapes = tuple(
         (
-            str(_sample(s).dtype),
+            str(sample_of(s).dtype),
             tuple(tuple((atoms[id(a)], a.size, a.weight) for a in row) for row in rows[s]),
             ranges[s],
         )
@@ -121,12 +122,6 @@ def _atoms(sources: list[Source], rows: Rows, result: tuple[Row, ...]) -> list[t
 
 def _numbers(sources: list[Source], rows: Rows, result: tuple[Row, ...]) -> dict[int, int]:
     return {id(atom): number for atom, number in _atoms(sources, rows, result)}
-
-
-def _sample(source: Source) -> Value:
-    value = source.sample if isinstance(source, Lifted) else source
-    assert value is not None
-    return value
 
 
 def _named(value: Value, names: dict[Value, Any]) -> Any:

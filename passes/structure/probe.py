@@ -8,9 +8,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from llcompile.passes.structure.cut import Part, Source
+from llcompile.passes.structure.cut import Part
 from llcompile.passes.structure.execute import run
 from llcompile.passes.structure.frame import Row
+from llcompile.passes.structure.lifted import Source, sample_of
 from llcompile.passes.structure.program import Value
 from llcompile.passes.structure.ranges import Range
 from llcompile.passes.structure.sizing import Sizing, arrange
@@ -61,14 +62,12 @@ class Probe:
 
     def shape(self, source: Source) -> tuple[int, ...]:
         """The shape of a source at these sizes."""
-        if isinstance(source, Value):
-            return self.sizing.shape(source)
-        assert source.sample is not None
-        return (self.length, *self.sizing.shape(source.sample))
+        of = self.sizing.of
+        return tuple(math.prod(of(leaf) for leaf in row) for row in self.rows[source])
 
     def draw(self, source: Source) -> Tensor:
         """Generic numbers in the source's range."""
-        dtype = source.dtype if isinstance(source, Value) else source.sample.dtype  # type: ignore[union-attr]
+        dtype = sample_of(source).dtype
         shape = self.shape(source)
         if not dtype.is_floating_point:
             whole = torch.randint(0, 2, shape, generator=self.generator)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from llcompile.passes.structure.axes import Atom
-from llcompile.passes.structure.cut import Source
 from llcompile.passes.structure.frame import Row
+from llcompile.passes.structure.lifted import Source
 from llcompile.passes.structure.sizing import arrange
 from llcompile.passes.structure.transforms import Transform
 from llcompile.patterns.families import Correction, Decay

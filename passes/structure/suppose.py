@@ -14,7 +14,7 @@ from torch import Tensor
 import llcompile.kernels.operators  # noqa: F401  (registers torch.ops.llcompile)
 from llcompile.passes.structure.axes import Atom
 from llcompile.passes.structure.classify import Miss, Roles
-from llcompile.passes.structure.cut import Source
+from llcompile.passes.structure.lifted import Source
 from llcompile.passes.structure.probe import Probe, difference
 from llcompile.passes.structure.reading import NORMALISERS, Axes4, Reading
 from llcompile.passes.structure.sizing import CannotArrange, arrange

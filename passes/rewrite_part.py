@@ -167,6 +167,7 @@ def _writes(user: fx.Node, node: fx.Node) -> bool:
 
 def _remove(graph: fx.Graph, found: Found) -> None:
     """Erases the nodes of the part that nothing reads any more, with their writes into tensors of the part."""
+    _erase_unread(graph)
     ops = set(found.ops)
     # Nodes that compute the same have one operation between them.
     own = {op.node for op in ops} | {node for node, value in found.program.results.items() if value.op in ops}
@@ -190,13 +191,48 @@ def _remove(graph: fx.Graph, found: Found) -> None:
     _sweep(graph, found)
 
 
+def _erase_unread(graph: fx.Graph) -> None:
+    """Erases tensors that the code computes and never reads: they would keep the part alive that they read."""
+    for node in reversed(list(graph.nodes)):
+        pure = node.op in ("call_function", "call_method") and not node.is_impure()
+        written = pure and bool(node.args) and isinstance(node.args[0], fx.Node) and _writes(node, node.args[0])
+        if pure and not written and not node.users and _is_tensor(node):
+            graph.erase_node(node)
+
+
 def _sweep(graph: fx.Graph, found: Found) -> None:
     """Erases what only the removed operations read: masks, sizes, views of operands."""
     made = {value.node for op in found.ops for value in op.inputs if value.node is not None}
     for node in reversed(list(graph.nodes)):
-        pure = node.op in ("call_function", "call_method") and not node.is_impure()
+        pure = node.op in ("call_function", "call_method") and not node.is_impure() and not _is_bracket(node)
         if pure and not node.users and (node in made or not _is_tensor(node)):
             graph.erase_node(node)
+    _erase_empty_brackets(graph)
+
+
+# What Dynamo writes around the operations of a vmap.
+_OPENS, _CLOSES, _LOADS = "_vmap_increment_nesting", "_vmap_decrement_nesting", "lazy_load_decompositions"
+
+
+def _is_bracket(node: fx.Node) -> bool:
+    return _name(node) in (_OPENS, _CLOSES, _LOADS)
+
+
+def _name(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", ""))
+
+
+def _erase_empty_brackets(graph: fx.Graph) -> None:
+    """Erases each vmap that no operation is left of."""
+    opened: list[fx.Node] = []
+    for node in list(graph.nodes):
+        if _name(node) == _OPENS:
+            opened.append(node)
+        elif _name(node) == _CLOSES and opened:
+            start = opened.pop()
+            if start.next is node:
+                graph.erase_node(node)
+                graph.erase_node(start)
 
 
 def _is_tensor(node: fx.Node) -> bool:

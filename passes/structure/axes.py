@@ -66,6 +66,8 @@ class Atoms:
 
     def leaves(self, axis: Axis) -> Axis:
         """The axis as atoms that were never split."""
+        if all(atom.parent is None and atom.parts is None for atom in axis):
+            return axis
         return tuple(leaf for atom in axis for leaf in self._leaves(self.find(atom)))
 
     def _leaves(self, atom: Atom) -> Iterator[Atom]:

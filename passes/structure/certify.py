@@ -73,8 +73,7 @@ def _sizings(part: Part, tried: Probe) -> list[Sizing]:
         other = small(times, part, keep_time=False, variant=variant)
         if other.length != own.length:
             found.append(other)
-    found += [small(times, part, keep_time=True, variant=v) for v in range(1, 1 + DRAWS - len(found))]
-    return found
+    return found + [own] * (DRAWS - len(found))
 
 
 def _rescaled(reading: Reading, probe: Probe, theirs: Tensor, ours: Tensor) -> tuple[Reading, float]:

@@ -193,7 +193,7 @@ class _Classifier:
         scalars = [s for s in timed if s is not value and s not in keyed]
         strict = {s for s in timed if self.reach[s] == "later"}
         windowed = [s for s in timed if self.reach[s] == "window"]
-        if windowed and value in windowed:
+        if value in windowed and self._really_ends(value):
             raise Miss("its reach ends: a sliding window or a reset", near, "log-linear attention sees the whole past")
         if value in strict:
             raise Miss("strictly causal: a token does not see itself", near, "include the diagonal")
@@ -201,6 +201,14 @@ class _Classifier:
         return Roles(
             query, keyed, value, scalars, timeless, strict, self.degree, self.post, linear_query=self.degree[query] == 1
         )
+
+    def _really_ends(self, value: Source) -> bool:
+        """Whether a value's reach ends, and is not only lost to rounding under a strong decay."""
+        probe, middle = self.probe, self.probe.length // 2
+        # In proportion to the value, however large it is; what is left of it at the end is no less than this.
+        changed = probe.values[value] + 1e200 * (probe.at_one_time(value, middle) - probe.values[value])
+        last = probe.by_time(probe.run({value: changed}))[-1]
+        return float((last - self.base[-1]).abs().amax()) < 1e-9 * float(self.base[-1].abs().amax())
 
     def _has_value_atoms(self, query: Source, keyed: list[Source]) -> bool:
         """Whether the result has atoms that neither queries nor keys have, and no other source brings linearly."""

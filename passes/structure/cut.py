@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
 
 from llcompile.passes.structure.axes import Atom, Atoms, Axes, Axis
 from llcompile.passes.structure.facts import Times
@@ -23,12 +26,14 @@ class Part:
         sources: the cut: what comes in.
         ops: the operations, in order.
         taps: lifted source -> the values of single pieces that it stands for, with their positions.
+        functions: sizes and dtype -> the part as a function, once it was written out.
     """
 
     result: Value
     sources: list[Source]
     ops: list[Op]
     taps: dict[Lifted, dict[Value, int]] = field(default_factory=dict)
+    functions: dict[Any, Callable[..., Tensor]] = field(default_factory=dict)
 
 
 class Cutter:

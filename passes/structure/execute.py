@@ -1,4 +1,8 @@
-"""Execute: runs a part of a program on numbers, in float64 and, where its axes allow it, at other sizes."""
+"""Execute: a part of a program as a function of numbers, in float64 and, where its axes allow it, at other sizes.
+
+A part is run a hundred times before it is proved, and an unrolled loop has thousands of operations: so the function is
+written out as Python, once, with the arguments of every call settled.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 from llcompile.passes.structure.axes import Axis
+from llcompile.passes.structure.nested import leaves
 from llcompile.passes.structure.program import Op, Value
 
 # Argument that holds the sizes of the result.
@@ -18,40 +22,94 @@ _SIZES = dict.fromkeys(_SHAPED.split(), "size")
 _FLOATS = {torch.float16, torch.bfloat16, torch.float32}
 
 SizeOf = Callable[[Axis], int]
+Sizes = Callable[[Value], tuple[int, ...]]
 
 
-def run(
-    ops: Sequence[Op],
-    env: dict[Value, Tensor],
-    sizes: Callable[[Value], tuple[int, ...]] | None = None,
-    dtype: torch.dtype = torch.float64,
-    last: Mapping[Value, int] | None = None,
-) -> None:
-    """Runs the operations in order, filling `env`.
+def function_of(
+    ops: Sequence[Op], inputs: Sequence[Value], result: Value, sizes: Sizes | None, dtype: torch.dtype
+) -> Callable[..., Tensor]:
+    """The function from the numbers of `inputs` to those of `result`.
 
     Args:
         ops: in order.
-        env: value -> its numbers; inputs are there.
+        inputs: what no operation computes, or what is to be given although one does.
+        result: what is returned.
         sizes: the shape that a value is to have, where that is not the program's.
         dtype: of all floating-point numbers.
-        last: value -> the position of the last operation that reads it, so that it can be dropped after.
     """
-    for position, op in enumerate(ops):
-        args, kwargs = tree_map(lambda a: _number(a, env, dtype), (op.args, op.kwargs))
-        args, kwargs = _retyped(args, dtype), {k: _retyped_one(k, v, dtype) for k, v in kwargs.items()}
+    return _Writer(inputs, result, sizes, dtype).write(ops)
+
+
+class _Writer:
+    def __init__(self, inputs: Sequence[Value], result: Value, sizes: Sizes | None, dtype: torch.dtype) -> None:
+        self.inputs, self.result, self.sizes, self.dtype = inputs, result, sizes, dtype
+        self.names: dict[Value, str] = {value: f"x{i}" for i, value in enumerate(inputs)}
+        self.known: dict[str, Any] = {"leaves": _tensors}
+
+    def write(self, ops: Sequence[Op]) -> Callable[..., Tensor]:
+        last = {value: i for i, op in enumerate(ops) for value in op.inputs}
+        given = set(self.inputs)
+        lines = [f"def part({', '.join(self.names[value] for value in self.inputs)}):"]
+        for position, op in enumerate(ops):
+            call = self._call(op)
+            targets = []
+            for value in op.outputs:
+                self.names.setdefault(value, f"v{len(self.names)}")
+                # A value that is given stays what was given.
+                targets.append("_" if value in given else self.names[value])
+            lines.append(f"    {', '.join(targets)}{'' if _is_single(op) else ','} = {call}")
+            gone = [v for v in op.inputs if last[v] == position and v is not self.result and v.data is None]
+            gone += [v for v in op.outputs if v not in last and v is not self.result]
+            if gone:
+                lines.append(f"    {' = '.join(dict.fromkeys(self.names[v] for v in gone))} = None")
+        lines.append(f"    return {self.names[self.result]}")
+        exec(compile("\n".join(lines), "<part>", "exec"), self.known)
+        return self.known["part"]  # type: ignore[no-any-return]
+
+    def _call(self, op: Op) -> str:
+        args, kwargs = _retyped(op.args, self.dtype), {k: _retyped_one(k, v, self.dtype) for k, v in op.kwargs.items()}
         if "dtype" in _argument_names(op) and op.outputs[0].dtype in _FLOATS and not _has_dtype(args, kwargs):
-            kwargs["dtype"] = dtype  # torch.zeros(n) without one is float32
-        if sizes is not None:
-            args, kwargs = _resized(op, list(args), kwargs, sizes)
+            kwargs["dtype"] = self.dtype  # torch.zeros(n) without one is float32
+        if self.sizes is not None:
+            args, kwargs = _resized(op, list(args), kwargs, self.sizes)
         # The strides of the draws are not those of the trace.
         target = torch.ops.aten.reshape.default if op.name in ("view", "_unsafe_view") else op.target
-        result = target(*args, **kwargs)
-        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        env.update(zip(op.outputs, made, strict=True))
-        if last is not None:
-            for value in op.inputs:
-                if last.get(value) == position:
-                    env.pop(value, None)
+        written = [*map(self._text, args), *(f"{k}={self._text(v)}" for k, v in kwargs.items())]
+        call = f"{self._constant(target)}({', '.join(written)})"
+        return call if _is_single(op) else f"leaves({call})"
+
+    def _text(self, argument: Any) -> str:
+        if isinstance(argument, Value):
+            return self._number(argument)
+        if type(argument) in (list, tuple):
+            return f"[{', '.join(map(self._text, argument))}]"
+        if argument is None or type(argument) in (bool, int, str):
+            return repr(argument)
+        return self._constant(argument)
+
+    def _number(self, value: Value) -> str:
+        if value not in self.names:
+            assert value.data is not None, f"{value} has no numbers"
+            data = value.data.detach().cpu()
+            self.names[value] = self._constant(data.to(self.dtype) if data.is_floating_point() else data)
+        return self.names[value]
+
+    def _constant(self, thing: Any) -> str:
+        name = f"c{id(thing)}"
+        self.known[name] = thing  # keeps it, so that no other thing gets its number
+        return name
+
+
+def _is_single(op: Op) -> bool:
+    """Whether the call returns one tensor, and not a list of them."""
+    if not isinstance(op.target, torch._ops.OpOverload):
+        return False
+    returns = op.target._schema.returns
+    return len(returns) == 1 and str(returns[0].type) == "Tensor"
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    return [leaf for leaf in leaves(result) if isinstance(leaf, Tensor)]
 
 
 def _argument_names(op: Op) -> tuple[str, ...]:
@@ -62,16 +120,6 @@ def _argument_names(op: Op) -> tuple[str, ...]:
 
 def _has_dtype(args: Any, kwargs: Mapping[str, Any]) -> bool:
     return kwargs.get("dtype") is not None or any(isinstance(a, torch.dtype) for a in args)
-
-
-def _number(leaf: Any, env: dict[Value, Tensor], dtype: torch.dtype) -> Any:
-    if not isinstance(leaf, Value):
-        return leaf
-    if leaf not in env:
-        assert leaf.data is not None, f"{leaf} has no numbers"
-        data = leaf.data.detach().cpu()
-        env[leaf] = data.to(dtype) if data.is_floating_point() else data
-    return env[leaf]
 
 
 def _retyped(args: Any, dtype: torch.dtype) -> list[Any]:

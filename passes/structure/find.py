@@ -191,7 +191,9 @@ def _find(region: Region, factor: int) -> Findings:
     followed = follow_program(program)
     findings = Findings(program, counts=Counter(followed.counts))
     taken: set[Value] = set()
-    with _disable_current_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
+    # Not in the user's modes: a default device, say.
+    modes = _disable_current_modes(), torch._C.DisableTorchFunction()
+    with modes[0], modes[1], torch.no_grad(), torch.autocast("cpu", enabled=False):
         for axis in time_axes(program, followed)[:_TIMES]:
             for time in (axis, *lengthened(followed, axis)):
                 _Search(findings, followed, Times(program, followed, time, shorter=axis), taken).run()
@@ -351,7 +353,7 @@ class _Search:
         """The cuts to try: the latest that is not inside of a product, then the one behind shared factors."""
         passed: set[Source] = set()
         part: Part | None = None
-        for rule in (self._inside, self._derived):
+        for rule in (self._inside, self._combined, self._derived):
             part, moved = self.cutter.cut(value, passed), rule == self._inside
             for _ in range(_WIDENINGS):
                 further = set() if part is None else rule(part) | self._inside(part)
@@ -398,22 +400,33 @@ class _Search:
             return [a for a in source.args if isinstance(a, (Lifted, Value))]
         return list(source.op.inputs) if source.op is not None else []
 
-    def _derived(self, part: Part) -> set[Source]:
-        """Sources that are computed from other sources (k * beta beside k)."""
-        others = set(map(id, part.sources))
-        return {s for s in part.sources if self._has_ancestor(s, others - {id(s)})}
+    def _combined(self, part: Part) -> set[Source]:
+        """Sources that are computed from another source and something else (k * beta beside k)."""
+        return {s for s, (above, alone) in self._origins(part).items() if len(above) > 1 or (above and not alone)}
 
-    def _has_ancestor(self, source: Source, others: set[int]) -> bool:
-        pending, seen = list(self.cutter.parents(source)), 0
+    def _derived(self, part: Part) -> set[Source]:
+        """Sources that are computed from other sources (1 - f beside f, too)."""
+        return {s for s, (above, _) in self._origins(part).items() if above}
+
+    def _origins(self, part: Part) -> dict[Source, tuple[set[int], bool]]:
+        """Source -> the other sources that it is computed from, and whether it is computed from nothing else."""
+        others = set(map(id, part.sources))
+        return {s: self._above(s, others - {id(s)}) for s in part.sources}
+
+    def _above(self, source: Source, others: set[int]) -> tuple[set[int], bool]:
+        pending, seen, found, alone = list(self.cutter.parents(source)), 0, set(), True
         while pending and seen < 60:
             current = pending.pop()
             seen += 1
             if id(current) in others:
-                return True
-            if isinstance(current, Value) and not self._is_data(current):
+                found.add(id(current))
                 continue
-            pending.extend(self.cutter.parents(current))
-        return False
+            if not self._is_data(current):
+                continue
+            above = self.cutter.parents(current)
+            alone = alone and bool(above)
+            pending.extend(above)
+        return found, alone
 
     def _read(self, part: Part, tail: Tail | None) -> Found:
         self._expect_sequences(part)

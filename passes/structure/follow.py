@@ -11,28 +11,9 @@ from llcompile.passes.structure.axis_rules import Call, opaque, rule_for
 from llcompile.passes.structure.program import Op, Program, Value
 
 _KEEP = 24  # cut axes that a value remembers
-_CUTS = frozenset(
-    [
-        "select",
-        "slice",
-        "split",
-        "split_with_sizes",
-        "unbind",
-        "cat",
-        "stack",
-        "select_scatter",
-        "slice_scatter",
-        "constant_pad_nd",
-        "index",
-        "index_put",
-        "index_select",
-        "gather",
-        "view",
-        "_unsafe_view",
-        "reshape",
-        "repeat",
-    ]
-)
+_TAKEN = "select slice split split_with_sizes unbind index index_select gather constant_pad_nd convolution"
+_JOINED = "cat stack select_scatter slice_scatter index_put view _unsafe_view reshape repeat"
+_CUTS = frozenset(f"{_TAKEN} {_JOINED}".split())
 
 
 @dataclass

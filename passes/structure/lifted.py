@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from torch.utils._pytree import tree_map
-
 from llcompile.passes.structure.facts import Times
+from llcompile.passes.structure.nested import mapped
 from llcompile.passes.structure.program import Op, Value
 
 # Operations that keep all numbers as they are.
@@ -57,7 +57,7 @@ class Lifted:
     def __repr__(self) -> str:
         return f"[{self.count}]x{self.sample}"
 
-    @property
+    @functools.cached_property
     def is_plain(self) -> bool:
         """Whether it only moves the numbers of a sequence."""
         if self.op is None:
@@ -107,10 +107,10 @@ class Lifter:
         found_at = {(lifted.count, position) for lifted, position in places.values()}
         if len(found_at) != 1:
             return None
-        args, kwargs = tree_map(
+        args, kwargs = mapped(
             lambda a: places[a][0] if isinstance(a, Value) and a in places else a, (op.args, op.kwargs)
         )
-        shape = tree_map(lambda a: id(a) if isinstance(a, (Value, Lifted)) else a, (args, kwargs))
+        shape = mapped(lambda a: id(a) if isinstance(a, (Value, Lifted)) else a, (args, kwargs))
         count, position = next(iter(found_at))
         key = (op.target, value.index, repr(shape))
         if key not in self._lifted:
@@ -125,7 +125,8 @@ class Lifter:
         if not row or self.times.facts[base].mixed or row != leaves[: len(row)]:
             return None
         if op.name in _PICKS:
-            width, start = 0, value.index if op.name == "unbind" else _number(op, 2) % base.shape[dim]
+            width = 0
+            start: int | None = value.index if op.name == "unbind" else _number(op, 2) % base.shape[dim]
         else:
             width, start = value.shape[dim], _start(op, value, base.shape[dim])
             # Chunks of what is in chunks already are no pieces that time is made of in order.
@@ -135,7 +136,7 @@ class Lifter:
         if key not in self._lifted:
             count = math.prod(leaf.size for leaf in row) // max(1, width)
             self._lifted[key] = Lifted(None, base=key, sample=value, count=count)
-        return self._lifted[key], start // max(1, width)
+        return self._lifted[key], (start or 0) // max(1, width)
 
 
 def _dim(op: Op, base: Value) -> int:

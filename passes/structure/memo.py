@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
 
 from llcompile.passes.records import Certificate
 from llcompile.passes.structure.axes import Atom
@@ -16,6 +15,7 @@ from llcompile.passes.structure.classify import Miss
 from llcompile.passes.structure.cut import Part
 from llcompile.passes.structure.frame import Row
 from llcompile.passes.structure.lifted import Source, sample_of
+from llcompile.passes.structure.nested import mapped
 from llcompile.passes.structure.program import Value
 from llcompile.passes.structure.ranges import Range
 from llcompile.passes.structure.reading import Reading
@@ -45,7 +45,7 @@ def fingerprint(part: Part, rows: Rows, result: tuple[Row, ...], ranges: Mapping
             names.update((value, ("source", i, position)) for value, position in part.taps[source].items())
     steps = []
     for number, op in enumerate(part.ops):
-        args = tree_map(lambda a: _named(a, names) if isinstance(a, Value) else a, (op.args, op.kwargs))
+        args = mapped(lambda a: _named(a, names) if isinstance(a, Value) else a, (op.args, op.kwargs))
         steps.append((str(op.target), repr(args)))
         for i, value in enumerate(op.outputs):
             names.setdefault(value, ("step", number, i))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from llcompile.passes.structure.cut import Part
-from llcompile.passes.structure.execute import run
+from llcompile.passes.structure.execute import function_of
 from llcompile.passes.structure.frame import Row
 from llcompile.passes.structure.lifted import Source, sample_of
 from llcompile.passes.structure.program import Value
@@ -47,7 +48,6 @@ class Probe:
         self.values = {source: self.draw(source) for source in part.sources}
         # With all numbers as traced, the arguments stand as they are.
         self.resizes = any(sizing.of(leaf) != leaf.size for leaf in self._leaves())
-        self.last = {value: i for i, op in enumerate(part.ops) for value in op.inputs}
         self.runs = 0
 
     def _leaves(self) -> list:  # type: ignore[type-arg]
@@ -78,15 +78,26 @@ class Probe:
     def run(self, changed: Mapping[Source, Tensor] | None = None) -> Tensor:
         """The result, with some sources changed."""
         self.runs += 1
-        env: dict[Value, Tensor] = {}
-        for source, x in {**self.values, **(changed or {})}.items():
+        function, read = self._function
+        numbers = {**self.values, **(changed or {})}
+        given = [numbers[s] if isinstance(s, Value) else numbers[s][position] for s, position in read]
+        return function(*given).to(self.dtype)
+
+    @functools.cached_property
+    def _function(self) -> tuple[Callable[..., Tensor], list[tuple[Source, int]]]:
+        """The part as a function, and which source, at which position, each of its arguments is."""
+        inputs: dict[Value, tuple[Source, int]] = {}
+        for source in self.part.sources:
             if isinstance(source, Value):
-                env[source] = x
+                inputs[source] = (source, 0)
             else:
-                env.update((value, x[position]) for value, position in self.part.taps[source].items())
-        last = {v: i for v, i in self.last.items() if v is not self.part.result}
-        run(self.part.ops, env, self.sizing.shape if self.resizes else None, self.dtype, last)
-        return env[self.part.result].to(self.dtype)
+                inputs.update((value, (source, position)) for value, position in self.part.taps[source].items())
+        sizes = self.sizing.shape if self.resizes else None
+        key = (self.dtype, self.resizes and frozenset(self.sizing.sizes.items()))
+        known = self.part.functions
+        if key not in known:
+            known[key] = function_of(self.part.ops, list(inputs), self.part.result, sizes, self.dtype)
+        return known[key], list(inputs.values())
 
     def by_time(self, x: Tensor) -> Tensor:
         """A result as [T, everything else]."""

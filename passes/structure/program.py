@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,7 +49,7 @@ class Op:
     inputs: list[Value] = field(default_factory=list)
     outputs: list[Value] = field(default_factory=list)
 
-    @property
+    @functools.cached_property
     def name(self) -> str:
         """The operation's name without overload: "bmm"."""
         return self.target._schema.name.split("::")[-1] if isinstance(self.target, torch._ops.OpOverload) else "opaque"

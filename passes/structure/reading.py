@@ -18,12 +18,14 @@ from llcompile.patterns.mixer import Mixer
 
 Size = Callable[[Atom], Any]
 
-# What may stand in the denominator d of normalised linear attention, with e the epsilon.
-NORMALISERS: dict[str, Callable[[Any, float], Any]] = {
-    "d + e": lambda d, e: d + e,
-    "max(d, e)": lambda d, e: torch.clamp_min(d, e),
-    "|d| + e": lambda d, e: torch.abs(d) + e,
-    "max(|d|, e)": lambda d, e: torch.clamp_min(torch.abs(d), e),
+# What may stand in the denominator d of normalised linear attention, with e the epsilon, and s() the sum of the query's
+# features: q . (sum of keys + e) is d + e s.
+NORMALISERS: dict[str, Callable[[Any, float, Callable[[], Any]], Any]] = {
+    "d + e": lambda d, e, s: d + e,
+    "max(d, e)": lambda d, e, s: torch.clamp_min(d, e),
+    "|d| + e": lambda d, e, s: torch.abs(d) + e,
+    "max(|d|, e)": lambda d, e, s: torch.clamp_min(torch.abs(d), e),
+    "d + e s": lambda d, e, s: d + e * s(),
 }
 
 
@@ -156,9 +158,17 @@ class Reading:
         a = self.axes
         if self.normaliser is not None:
             form, epsilon = self.normaliser
-            output = output[..., :-1] / NORMALISERS[form](output[..., -1:], epsilon)
+            features = lambda: self._query_sum(values, size)  # noqa: E731
+            output = output[..., :-1] / NORMALISERS[form](output[..., -1:], epsilon, features)
         output = arrange(output, (a.batch, a.time, a.heads, a.value), self.result, size)
         for source, how in self.post:
             other = arrange(values[source], self.rows[source], self.result, size, broadcast=True)
             output = output * other if how == "times" else output / other if how == "over" else output + other
         return output
+
+    def _query_sum(self, values: Mapping[Source, Any], size: Size) -> Any:
+        """The sum of the query's features, [B, T, H, 1]."""
+        a = self.axes
+        query = arrange(values[self.query], self.rows[self.query], (a.batch, a.time, a.groups, a.key), size)
+        row = query.sum(-1, keepdim=True)
+        return arrange(row, (a.batch, a.time, a.groups, ()), (a.batch, a.time, a.heads, ()), size)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch._C._functorch import _unwrap_functional_tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map
 
 from llcompile.passes import dynamo
 from llcompile.passes.capture import leaf_of
 from llcompile.passes.regions import Region
+from llcompile.passes.structure.nested import leaves, mapped
 from llcompile.passes.structure.program import Op, Program, Value
 
 aten = torch.ops.aten
@@ -114,7 +114,7 @@ class _Recorder:
         if node.op == "get_attr":
             return self._attribute(node)
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: results[n])  # type: ignore[misc]
-        if any(isinstance(a, _Unknown) for a in tree_leaves((args, kwargs))):
+        if any(isinstance(a, _Unknown) for a in leaves((args, kwargs))):
             return self._opaque(node, args, kwargs)
         if node.target is torch.ops.higher_order.scan:
             try:
@@ -163,9 +163,9 @@ class _Recorder:
     def _opaque(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         """One operation for the whole node; its results have the shapes that Dynamo knows."""
         example = node.meta.get("example_value")
-        plain = tree_map(lambda a: self._value(a) if isinstance(a, Tensor) else a, (args, kwargs))
+        plain = mapped(lambda a: self._value(a) if isinstance(a, Tensor) else a, (args, kwargs))
         op = Op(_runner(node), tuple(plain[0]), dict(plain[1]), node, number=len(self.program.ops))
-        op.inputs = [v for v in tree_leaves(plain) if isinstance(v, Value)]
+        op.inputs = [v for v in leaves(plain) if isinstance(v, Value)]
         for value in op.inputs:
             value.users.append(op)
         self.program.ops.append(op)
@@ -177,7 +177,7 @@ class _Recorder:
             op.outputs.append(value)
             return self._make(value, leaf)
 
-        return _Unknown() if example is None else tree_map(made, example)
+        return _Unknown() if example is None else mapped(made, example)
 
     def _unrolled_while(self, condition: Any, body: Any, carried: Any, additional: Any = ()) -> Any:
         """A while loop over a counter as the loop that it stands for; its counters are kept as numbers.
@@ -243,13 +243,13 @@ class _Recorder:
             self._know(result, value)
             return result
         if self.folds:
-            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            tensors = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             if tensors and not any(t.is_meta or id(t) in self.known for t in tensors):
                 return func(*args, **kwargs)
         func, args = _at_number(func, args)
         if func in _CONSTANTS and isinstance(args[0], Tensor) and not args[0].is_meta:
             return self._constant(args[0])
-        args, kwargs = tree_map(self._meta, (args, kwargs))
+        args, kwargs = mapped(self._meta, (args, kwargs))
         run = dict(kwargs)
         if run.get("device") is not None:
             run["device"] = torch.device("meta")
@@ -276,20 +276,20 @@ class _Recorder:
 
     def _append(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> Value:
         assert self.node is not None
-        plain = tree_map(lambda a: self.known[id(a)] if isinstance(a, Tensor) else a, (args, dict(kwargs)))
-        key = (func, repr(plain), tuple(id(v) for v in tree_leaves(plain) if isinstance(v, Value)))
+        plain = mapped(lambda a: self.known[id(a)] if isinstance(a, Tensor) else a, (args, dict(kwargs)))
+        key = (func, repr(plain), tuple(id(v) for v in leaves(plain) if isinstance(v, Value)))
         if key in self.twins and torch.Tag.nondeterministic_seeded not in func.tags:
             # Functionalisation makes a view anew whenever it is read.
-            made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+            made = [leaf for leaf in leaves(result) if isinstance(leaf, Tensor)]
             for tensor, value in zip(made, self.twins[key].outputs, strict=True):
                 self._know(tensor, value)
             return self.twins[key].outputs[0]
         op = Op(func, tuple(plain[0]), plain[1], self.node, number=len(self.program.ops))
         self.twins[key] = op
-        op.inputs = [v for v in tree_leaves(plain) if isinstance(v, Value)]
+        op.inputs = [v for v in leaves(plain) if isinstance(v, Value)]
         for value in dict.fromkeys(op.inputs):
             value.users.append(op)
-        for tensor in tree_leaves(result):
+        for tensor in leaves(result):
             if isinstance(tensor, Tensor):
                 value = Value(tuple(tensor.shape), tensor.dtype, op=op, index=len(op.outputs), number=op.number)
                 op.outputs.append(value)

@@ -206,7 +206,8 @@ def _fit_normaliser(probe: Probe, reading: Reading, base: Tensor) -> tuple[Readi
     best: tuple[Reading, float] = (reading, math.inf)
     epsilon = _epsilon(probe, reading)
     for form in NORMALISERS:
-        found = replace(reading, normaliser=(form, epsilon))
+        own = _slope(probe, reading, base) if form == "d + e s" else epsilon
+        found = replace(reading, normaliser=(form, own))
         error = difference(output_of(probe, found), base)
         if epsilon and error < AGREES:
             # Where the denominator is about as large as the epsilon, a sum and a maximum differ.
@@ -223,6 +224,15 @@ def _epsilon(probe: Probe, reading: Reading) -> float:
         numerator = output_of(probe, replace(reading, normaliser=None))
     epsilon = float((numerator * numerator).sum() / (numerator * theirs).sum())
     return epsilon if math.isfinite(epsilon) and epsilon > 1e-25 else 0.0
+
+
+def _slope(probe: Probe, reading: Reading, base: Tensor) -> float:
+    """What is added to the sum of the keys, from how far the denominator is off: n / base = d + e s."""
+    plain = output_of(probe, replace(reading, normaliser=("d + e", 0.0)))  # n / d
+    large = 1e30
+    only = large * output_of(probe, replace(reading, normaliser=("d + e s", large)))  # n / s
+    slope = float((only / base - only / plain).median())
+    return slope if math.isfinite(slope) and slope > 1e-12 else 0.0
 
 
 @contextmanager

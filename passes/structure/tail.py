@@ -170,7 +170,8 @@ def _listed(op: Op) -> Join | None:
 
 def _flattened(op: Op, dim: int) -> tuple[list[Value], list[Op]]:
     """The pieces of a tensor that grew by one piece at a time."""
-    pending, pieces, ops = [op], [], [op]
+    pieces: list[Value] = []
+    pending, ops = [op], [op]
     while pending:
         head, *rest = pending.pop().args[0]
         pieces[:0] = rest

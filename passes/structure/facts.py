@@ -95,6 +95,9 @@ class Times(Frame):
             mixed = data and (any(f.mixed for f in given) or joins)
             mixed = mixed or (data and mixes and op.name not in _CUTS)
             mixed = mixed or (form == "pieces" and self._crosses(op, value))
+            # A part of the sequence, made as long as it again: a shift.
+            shift = form == "sequence" and op.name not in _CUTS and any(f.data and f.form == "pieces" for f in given)
+            mixed = mixed or shift
             if mixed and op.name in WEIGHTED and self._is_projection(op):
                 mixed = form != "sequence" and op.name != "convolution"
             self.facts[value] = Fact(data, weight, form, mixed, place if form == "pieces" else None)

@@ -279,7 +279,7 @@ class _Search:
     def __init__(self, findings: Findings, followed: Followed, times: Times, taken: set[Value]) -> None:
         self.findings, self.followed, self.times, self.taken = findings, followed, times, taken
         self.ranges = ranges(findings.program)
-        self.cutter = Cutter(times, {v for v, bounds in self.ranges.items() if bounds == (0, 0) and v.op is not None})
+        self.cutter = Cutter(times, {v for v, bounds in self.ranges.items() if v.op is not None and bounds == (0.0, 0.0)})
         self.tried: set[Value] = set()
         self.captured = {op.node for op in findings.program.ops if leaf_of(op.node.target) is not None}
 
@@ -378,6 +378,8 @@ class _Search:
     def _is_product(self, source: Source) -> bool:
         """Whether it is larger than all it is made of (k v^T), or computed from such a thing element by element."""
         op, inner = source.op, [p for p in self._inner(source) if self._is_data(p)]
+        if not inner:  # powers of a learned decay for the positions of a chunk
+            inner = [p for p in self._inner(source) if isinstance(p, Value) and self.times.facts[p].weight]
         if op is None or not inner or self._is_projection(op):
             return False
         size, largest = _count(sample_of(source).shape), max(_count(sample_of(p).shape) for p in inner)
@@ -421,7 +423,7 @@ class _Search:
             if id(current) in others:
                 found.add(id(current))
                 continue
-            if not self._is_data(current):
+            if self._is_data(source) and not self._is_data(current):
                 continue
             above = self.cutter.parents(current)
             alone = alone and bool(above)

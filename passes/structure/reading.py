@@ -59,6 +59,7 @@ class Reading:
         decay: the source of the decay, with its transform; `rate` a factor on the log decay; `shifted`
             where a token's decay acts after it was read.
         constant: the log decay of each head where it is a number of the code.
+        complement: what is written is multiplied with one minus the decay (a step from the state towards it).
         full_step: a delta rule whose beta is one throughout.
         post: sources that the output is multiplied with ("times"), divided by ("over"), or that are added ("plus").
         normaliser: (form, epsilon) where the output is divided by the same operator on ones.
@@ -77,6 +78,7 @@ class Reading:
     rate: float = 1.0
     shifted: bool = False
     constant: tuple[float, ...] | None = None
+    complement: bool = False
     beta: Source | None = None
     full_step: bool = False
     post: tuple[tuple[Source, str], ...] = ()
@@ -119,13 +121,17 @@ class Reading:
             row = put(factor, a.batch, a.time, a.heads, ())
             value = value * (torch.exp(row) if form == "exp" else row)
         decay, correction = self.family
+        log_decay = self._log_decay(values, size, value, precision)
+        if self.complement:
+            written = -torch.expm1(log_decay)
+            key, value = (key * written, value) if decay == "channel" else (key, value * written[..., None])
         return Mixer(
             decay=decay,
             correction=correction,
             query=put(self.query, a.batch, a.time, a.groups, a.key),
             key=key,
             value=value,
-            log_decay=self._log_decay(values, size, value, precision),
+            log_decay=log_decay,
             beta=torch.ones_like(value[..., 0]) if self.full_step else self._beta(put),
             scale=self.scale,
         )

@@ -88,7 +88,10 @@ def _with_transforms(probe: Probe, roles: Roles, key: Source, named: list[tuple[
             continue
         for transform in TRANSFORMS:
             if transform.fits(probe.ranges[decay]):
-                yield replace(one_base, decay=decay, transform=transform, shifted=decay in roles.strict)
+                found = replace(one_base, decay=decay, transform=transform, shifted=decay in roles.strict)
+                yield found
+                if decay not in roles.timeless and decay not in roles.strict:
+                    yield replace(found, complement=True)
         rate = _rate(probe, one_base, decay)
         if rate is not None:
             yield replace(one_base, decay=decay, transform=TRANSFORMS[0], rate=rate, shifted=decay in roles.strict)

@@ -279,7 +279,8 @@ class _Search:
     def __init__(self, findings: Findings, followed: Followed, times: Times, taken: set[Value]) -> None:
         self.findings, self.followed, self.times, self.taken = findings, followed, times, taken
         self.ranges = ranges(findings.program)
-        self.cutter = Cutter(times, {v for v, bounds in self.ranges.items() if v.op is not None and bounds == (0.0, 0.0)})
+        zeros = {v for v, bounds in self.ranges.items() if v.op is not None and bounds == (0.0, 0.0)}
+        self.cutter = Cutter(times, zeros)
         self.tried: set[Value] = set()
         self.captured = {op.node for op in findings.program.ops if leaf_of(op.node.target) is not None}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from llcompile.passes import dynamo
 from llcompile.passes.discover import module_of, user_line
 from llcompile.passes.records import Declined
@@ -9,6 +11,8 @@ from llcompile.passes.regions import Region
 from llcompile.passes.session import Session, Site
 from llcompile.passes.structure.find import Found, Missed, find
 from llcompile.patterns.mixer import MixerShape
+
+log = logging.getLogger("llcompile")
 
 _CLOSED = "move the mixer out of the control flow, or compile the part inside by itself"
 _LEFT = "the code runs as it is"
@@ -25,6 +29,7 @@ def recognise(session: Session) -> int:
             continue
         findings = find(region)
         session.structure_counts.update(findings.counts)
+        log.debug("recognise: %s", ", ".join(f"{rule} {n}" for rule, n in sorted(findings.counts.items())))
         for found in findings.found:
             _add_site(session, region, found, findings.denominators.get(id(found), []), taken)
         session.near_misses.extend(_declined(session, missed) for missed in findings.missed)

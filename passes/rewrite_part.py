@@ -42,6 +42,7 @@ def _write(session: Session, site: Site, found: Found, tensors: list[fx.Node]) -
     written = found.output.node is None
     with graph.inserting_before(anchor.next if written else anchor):
         values = {source: _as_operand(graph, source, as_proxy) for source in found.reading.rows}
+        _guard(site, found, values)
         size = _sizes(found, values)
         mixer = found.reading.mixer(values, size)
         weights = _weights(session, site, found, mixer.value, [as_proxy(node) for node in tensors], as_proxy)
@@ -56,6 +57,14 @@ def _write(session: Session, site: Site, found: Found, tensors: list[fx.Node]) -
     infer_values(new, anchor)
     _put(site, found, result.node, set(new))
     _remove(graph, found)
+
+
+def _guard(site: Site, found: Found, values: Mapping[Source, Any]) -> None:
+    """A check in the graph of what the proof could not know: the range of a decay that is a parameter."""
+    if found.reading.assumed and found.reading.decay is not None:
+        decay = values[found.reading.decay]
+        inside = torch.logical_and(decay > 0, decay <= 1).all()
+        torch._assert_async(inside, f"{site.module or 'the model'}: its decay must lie in (0, 1] (see the report)")
 
 
 def _example(found: Found, anchor: fx.Node) -> Any:

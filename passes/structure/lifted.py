@@ -130,7 +130,7 @@ class Lifter:
         else:
             width, start = value.shape[dim], _start(op, value, base.shape[dim])
             # Chunks of what is in chunks already are no pieces that time is made of in order.
-            if start is None or start % width or base.shape[dim] % width or row != leaves:
+            if start is None or not width or start % width or base.shape[dim] % width or row != leaves:
                 return None
         key = Taken(base, dim, width)
         if key not in self._lifted:

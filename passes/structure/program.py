@@ -21,6 +21,7 @@ class Value:
         index: its place among the results of `op`.
         node: the graph's node that it is the result of, where there is one.
         data: its numbers, where they are known: constants, and buffers of the model.
+        parameter, held: whether it is a parameter of the model, and that.
     """
 
     shape: tuple[int, ...]
@@ -30,6 +31,7 @@ class Value:
     node: fx.Node | None = None
     data: torch.Tensor | None = None
     parameter: bool = False
+    held: torch.Tensor | None = None
     number: int = 0
     users: list[Op] = field(default_factory=list)
 

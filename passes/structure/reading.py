@@ -58,6 +58,7 @@ class Reading:
         factors: sources [B, T, H] that multiply a token's key (or value), "as it is" or as its "exp".
         decay: the source of the decay, with its transform; `rate` a factor on the log decay; `shifted`
             where a token's decay acts after it was read.
+        assumed: the decay is a parameter taken as it is, which must lie in (0, 1].
         constant: the log decay of each head where it is a number of the code.
         complement: what is written is multiplied with one minus the decay (a step from the state towards it).
         full_step: a delta rule whose beta is one throughout.
@@ -77,6 +78,7 @@ class Reading:
     transform: Transform | None = None
     rate: float = 1.0
     shifted: bool = False
+    assumed: bool = False
     constant: tuple[float, ...] | None = None
     complement: bool = False
     beta: Source | None = None

@@ -144,7 +144,7 @@ class _Recorder:
             return self._concrete(example)
         held = dynamo.input_value(self.region.outer(node))
         value = Value(self._sizes(example.shape), example.dtype, node=node)
-        value.parameter = isinstance(held, nn.Parameter)
+        value.parameter, value.held = isinstance(held, nn.Parameter), held if isinstance(held, nn.Parameter) else None
         if isinstance(held, Tensor) and not value.parameter and id(held) in module_tensors and not held.is_meta:
             value.data = held
         return self._make(value, example)
@@ -157,7 +157,7 @@ class _Recorder:
             return held
         data = None if held.is_meta else held
         value = Value(self._sizes(held.shape), held.dtype, node=node, data=data)
-        value.parameter = isinstance(held, nn.Parameter)
+        value.parameter, value.held = isinstance(held, nn.Parameter), held if isinstance(held, nn.Parameter) else None
         return self._make(value, held)
 
     def _opaque(self, node: fx.Node, args: Any, kwargs: Any) -> Any:

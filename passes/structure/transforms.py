@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -49,7 +48,7 @@ TRANSFORMS: tuple[Transform, ...] = (
     # S = exp(g) S + ...: the decay is held as its logarithm.
     Transform("log decay", lambda z: z, lambda g: g, lambda r: r[0] < 0),
     # S = a S + ...
-    Transform("decay", _log, torch.exp, lambda r: r[0] >= -1e-6 or r == (-math.inf, math.inf)),
+    Transform("decay", _log, torch.exp, lambda r: r[0] >= -1e-6),
     # S = (1 - f) S + ...: a forget gate.
     Transform("forget gate", _log_complement, lambda g: 1 - torch.exp(g), _UNIT),
     # exp(-z), z positive: a rate.

@@ -22,6 +22,9 @@ from tests.spellings import (
     others,
     quadratic,
     recurrences,
+    shifts,
+    tails,
+    twofold,
 )
 from tests.spellings.registry import EITHER, NEGATIVE, POSITIVE, Mixer, NearMiss, Spelling
 

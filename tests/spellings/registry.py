@@ -164,11 +164,16 @@ def seeded(cls: Callable[..., Any], **arguments: Any) -> Callable[[], Any]:
 
 def fed(module: nn.Module, name: str, *inputs: Tensor) -> Tensor:
     """What the submodule `name` is called with when the module runs."""
+    (seen,) = calls(module, name, *inputs)
+    return seen
+
+
+def calls(module: nn.Module, name: str, *inputs: Tensor) -> list[Tensor]:
+    """What the submodule `name` is called with, call after call."""
     seen: list[Tensor] = []
     handle = module.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     try:
         module(*inputs)
     finally:
         handle.remove()
-    assert len(seen) == 1, f"{name} is called {len(seen)} times"
-    return seen[0]
+    return seen

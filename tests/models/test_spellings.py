@@ -176,6 +176,10 @@ WEIGHTED = (
     "gated delta loop, [V, K] state",
     "KDA loop",
     "scan",
+    "token loop with its projections",
+    "delta cell, rows written in place",
+    "chunk loop with its projections",
+    "gated random features",
 )
 
 
@@ -194,11 +198,16 @@ def test_level_weights(name: str) -> None:
 
 
 def with_mixed(model: Mixer, mixed: Tensor, x: Tensor) -> Tensor:
-    """The layer's output if its mixer's output were `mixed` [B, T, H * V]."""
+    """The layer's output if its mixer's output were `mixed` [B, T, H * V], which is taken a call's tokens at a time."""
+    rest = mixed
+
+    def swap(_: nn.Module, args: tuple[Tensor]) -> Tensor:
+        nonlocal rest
+        piece, rest = rest.tensor_split([args[0].numel() // rest[:, 0].numel()], dim=1)
+        return piece.reshape(args[0].shape).to(args[0].dtype)
+
     with torch.no_grad():
-        handle = model.get_submodule(model.mixed_at).register_forward_pre_hook(
-            lambda _, args: mixed.reshape(args[0].shape).to(args[0].dtype)
-        )
+        handle = model.get_submodule(model.mixed_at).register_forward_pre_hook(swap)
         try:
             return model(x)
         finally:
@@ -216,6 +225,8 @@ LENGTHS = {
     "scan": (9, 20),
     "chunk loop with an uneven end": (16, 45),
     "delta loop": (5, 9),
+    "padded chunks, the layer ends before the cut": (8, 45),
+    "doubling shifts": (9, 16),
 }
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.nn.functional as F
+
 from llcompile.patterns.known.binders import PACKED, delta_rule, output_and_state, time_step
 from llcompile.patterns.known.row import Arguments, KnownFunction, Tensor
 from llcompile.patterns.mixer import Mixer
@@ -53,6 +55,8 @@ def _mamba2_step(a: Arguments) -> Mixer:
 def _mamba2_step_result(a: Arguments, output: Any, state: Any) -> Any:
     if a["D"] is not None:
         output = output + a["hidden_states"].float() * a["D"].float()
+    if a["z"] is not None:
+        output = output * F.silu(a["z"].float())
     return output.to(a.dtypes["hidden_states"])
 
 
@@ -87,6 +91,7 @@ _MAMBA2_STEP_TENSORS = (
     Tensor("B", "B G K"),
     Tensor("C", "B G K"),
     Tensor("D", "H *V"),
+    Tensor("z", "B H V"),
     Tensor("dt_bias", "H *V", "step_bias"),
 )
 _DELTA_TENSORS = (
@@ -140,7 +145,6 @@ ROWS: tuple[KnownFunction, ...] = (
         correction="none",
         tensors=_MAMBA2_STEP_TENSORS,
         constants=("dt_softplus",),
-        refuses={"z": "gates its output inside the kernel; no transformers model asks for that"},
         bind=_mamba2_step,
         result=_mamba2_step_result,
         writes_state="state",

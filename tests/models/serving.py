@@ -1,0 +1,47 @@
+"""What the tests of generation share: converted models with random level weights, and loops over full forward passes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+import llcompile
+from tests import small
+from tests.models import tiny
+from tests.models.test_convert import lively
+
+
+def serving(name: str, **changes: Any) -> Any:
+    """A tiny model, converted, with random level weights, compiled in place."""
+    model = lively(tiny.build(name, **changes))
+    llcompile.convert(model, tiny.tokens())
+    small.perturb(model)
+    model.compile(backend="loglinear", options={"inner": "eager"})
+    return model
+
+
+def in_parts(model: Any, name: str, ids: Tensor, sizes: Sequence[int], **given: Any) -> Iterator[Tensor]:
+    """The logits of ids, so many tokens at a time, through the model's own cache."""
+    key = "cache_params" if name == "mamba2" else "past_key_values"
+    cache: dict[str, Any] = {}
+    for part in ids.split(list(sizes), dim=1):
+        out = model(part, use_cache=True, **cache, **given)
+        cache = {key: out[key]}
+        yield tiny.logits(out)
+
+
+def greedy(model: Any, ids: Tensor, count: int, **given: Any) -> Tensor:
+    """The reference: `count` tokens, each from one full forward pass without a cache."""
+    for _ in range(count):
+        logits = tiny.logits(model(ids, use_cache=False, **given))
+        ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
+    return ids
+
+
+def graphs() -> int:
+    """How many graphs Dynamo has compiled in this process since it was reset."""
+    return int(counters["stats"]["unique_graphs"])

@@ -1,0 +1,49 @@
+"""Generation through the models' own library: their caches, `generate()`, and what is stored between two calls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.models import tiny
+from tests.models.serving import graphs, greedy, in_parts, serving
+from tests.small import difference
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+QUICK = ("mamba2", "qwen3_next", "kimi_linear")
+# Text towers without a head: they have caches, and no `generate()`.
+HEADLESS = ("qwen3_5_text", "qwen3_5_moe_text", "qwen4_exp_text", "glm5_next_text")
+CAUSAL = tuple(name for name in tiny.CONFIGS if name not in HEADLESS)
+GRAPHS = 6  # a prefill, a first step, steps of any length; a break doubles them
+
+
+def some(names: tuple[str, ...], quick: tuple[str, ...] = QUICK) -> list[Any]:
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", some(tuple(tiny.CONFIGS)))
+def test_prefill_and_decode_in_parts(name: str) -> None:
+    """Token by token and in chunks of any size, across powers of two: the logits of one full forward pass."""
+    model, ids = serving(name), tiny.tokens(2, 70)
+    with torch.no_grad():
+        whole = tiny.logits(model(ids, use_cache=False))
+        for sizes in ((1,) * 9, (13, 1, 1, 1, 1, 16, 5, 1, 31), (33, 30, 1, 1, 1, 1, 3)):
+            length = sum(sizes)
+            parts = torch.cat(list(in_parts(model, name, ids[:, :length], sizes)), dim=1)
+            assert difference(parts, whole[:, :length]) < 1e-5, sizes
+
+
+@pytest.mark.parametrize("name", some(CAUSAL))
+def test_greedy(name: str) -> None:
+    """`generate()` writes what a loop over full forward passes writes, with a handful of graphs for all tokens."""
+    model, ids = serving(name), tiny.tokens(2, 13)
+    with torch.no_grad():
+        expected = greedy(model, ids, 24)
+        torch._dynamo.reset()
+        before = graphs()
+        written = model.generate(ids, max_new_tokens=24, do_sample=False, eos_token_id=None)
+    assert torch.equal(written, expected)
+    assert graphs() - before <= GRAPHS

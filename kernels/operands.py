@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -80,9 +81,42 @@ def check_bounds(cu_seqlens: Tensor, v: Tensor) -> None:
         raise OperandError(f"cu_seqlens needs sequences packed in a batch of one, but v has shape {list(v.shape)}")
     check_device(v, cu_seqlens=cu_seqlens)
     if can_look(cu_seqlens):
-        bounds = cu_seqlens.tolist()
-        if bounds[0] != 0 or bounds[-1] != v.shape[1] or sorted(bounds) != bounds:
-            raise OperandError(f"cu_seqlens must rise from 0 to T={v.shape[1]}, got {_short(bounds)}")
+        _check_bounds(cu_seqlens.tolist(), v.shape[1])
+
+
+def _check_bounds(bounds: list[int], tokens: int) -> None:
+    wrong = ""
+    if bounds[0] != 0:
+        wrong = f"starts at {bounds[0]}, not at 0"
+    elif bounds[-1] != tokens:
+        wrong = f"ends at {bounds[-1]}, not at T={tokens}"
+    elif sorted(bounds) != bounds:
+        at = next(i for i, (a, b) in enumerate(itertools.pairwise(bounds)) if b < a)
+        wrong = f"decreases from {bounds[at]} to {bounds[at + 1]} (entries {at} and {at + 1})"
+    if wrong:
+        raise OperandError(
+            f"cu_seqlens {wrong}: it must rise from 0 to T={tokens}, 0 first, then the end of each sequence; "
+            f"got {_short(bounds)}"
+        )
+
+
+def check_indices(seq_idx: Tensor, v: Tensor) -> None:
+    """``seq_idx [B, T]``, the sequence that each token belongs to; the tokens of one sequence are neighbours."""
+    if tuple(seq_idx.shape) != tuple(v.shape[:2]) or seq_idx.dtype.is_floating_point:
+        raise OperandError(
+            f"seq_idx has shape {list(seq_idx.shape)} and dtype {seq_idx.dtype}; expected integers "
+            f"[B, T] = {list(v.shape[:2])}, the sequence that each token belongs to"
+        )
+    check_device(v, seq_idx=seq_idx)
+    if can_look(seq_idx):
+        for row, indices in enumerate(seq_idx.tolist()):
+            runs = [index for index, _ in itertools.groupby(indices)]
+            if len(set(runs)) != len(runs):
+                again = next(index for index in runs if runs.count(index) > 1)
+                raise OperandError(
+                    f"seq_idx comes back to sequence {again} in row {row} after another one; got {_short(indices)}. "
+                    "The tokens of a sequence must be neighbours"
+                )
 
 
 def check_mask(mask: Tensor, v: Tensor) -> None:
@@ -98,7 +132,8 @@ def check_mask(mask: Tensor, v: Tensor) -> None:
         if bool((starts > 1).any()):
             row = int((starts > 1).nonzero()[0])
             raise OperandError(
-                f"attention_mask has a hole in row {row}: real tokens must be contiguous (pad left or right only)"
+                f"attention_mask has a hole in row {row}: it is {_short(mask[row].to(torch.int64).tolist())}, and real "
+                "tokens must be contiguous in it (pad on the left or on the right only)"
             )
 
 

@@ -49,6 +49,15 @@ def rows_of_bounds(cu_seqlens: Tensor, tokens: int) -> Rows:
     return Rows(gather.flatten(), scatter, real[None], lengths, width)
 
 
+def rows_of_indices(seq_idx: Tensor) -> Rows:
+    """Rows of sequences packed in each row of a batch, from the sequence ``[B, T]`` that each token belongs to."""
+    first = torch.ones_like(seq_idx, dtype=torch.bool)
+    first[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
+    tokens = seq_idx.numel()
+    starts = first.flatten().nonzero()[:, 0]
+    return rows_of_bounds(torch.cat([starts, starts.new_tensor([tokens])]), tokens)
+
+
 def to_rows(x: Tensor | None, rows: Rows) -> Tensor | None:
     """Tokens ``[B, T, ...]`` to rows ``[rows, width, ...]``; places past a row's length hold any tokens."""
     if x is None or x.dim() < 3:

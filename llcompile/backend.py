@@ -10,11 +10,11 @@ from typing import Any
 from torch import fx
 
 from llcompile import attachment, compile_check, compile_run, inner
-from llcompile.errors import LateAttachWarning, LLCompileError
+from llcompile.errors import LateAttachWarning, LLCompileError, StateAdoptedWarning
 from llcompile.level_weights import LevelWeights
 from llcompile.options import Options
-from llcompile.passes import capture, dynamo, pipeline
-from llcompile.passes.session import Session
+from llcompile.passes import capture, dynamo, pipeline, states
+from llcompile.passes.session import Session, Site
 from llcompile.report import Report
 
 log = logging.getLogger("llcompile")
@@ -61,11 +61,14 @@ def _compile(module: fx.GraphModule, parsed: Options, mode: str | None) -> Calla
     if parsed.level_weights == "none":
         attachment.warn_if_switched_off(site.owner for site in session.sites)
     broken = compile_run.give_up_opaque(session)
+    adopted = states.adopt(session)
     if session.attached:
         _warn_late(session)
-    if session.attached or broken:
+    if adopted:
+        _warn_adopted(adopted)
+    if session.attached or broken or adopted:
         # Traced once more, so that Dynamo itself sees the new modules (their guards, hooks and states).
-        dynamo.restart("level weights were attached, or a declined call must run outside of the graph")
+        dynamo.restart("level weights were attached, states got levels, or a declined call must run by itself")
     pipeline.change(session)
     _last_report = report
     log.info("%s", report)
@@ -110,6 +113,18 @@ def _warn_late(session: Session) -> None:
         f"level weights were attached to {len(new)} mixers ({some}) at the first compiled call: an optimiser built "
         "before it does not know them. Call llcompile.convert(model, *example_inputs) before the optimiser is built.",
         LateAttachWarning,
+        stacklevel=2,
+    )
+
+
+def _warn_adopted(sites: list[Site]) -> None:
+    modules = list(dict.fromkeys(site.module for site in sites))
+    some = ", ".join(modules[:3]) + ", ..." * (len(modules) > 3)
+    warnings.warn(
+        f"the states of {len(modules)} mixers ({some}) were made by a model without levels. What they hold was taken "
+        "up as their last level, and positions count from here. To have the levels of the past, prefill again through "
+        "the compiled model.",
+        StateAdoptedWarning,
         stacklevel=2,
     )
 

@@ -11,7 +11,6 @@ from llcompile import attachment
 from llcompile.errors import StrictError
 from llcompile.options import Options
 from llcompile.passes import capture, pipeline
-from llcompile.passes.bind import example_arguments
 from llcompile.passes.records import Converted, Declined
 from llcompile.passes.session import Session, Settings, Site
 from llcompile.report import Report
@@ -65,9 +64,7 @@ def _distinct(sites: list[Site]) -> list[Site]:
 def give_up_opaque(session: Session) -> bool:
     """Whether the frame must be traced once more, to break the graph at declined calls that no compiler can trace."""
     declined = [s for s in session.sites if not s.open and s.leaf is not None and s.leaf.row.opaque]
-    new = [
-        capture.give_up(s.known, example_arguments(s.node), s.owner, s.reason) for s in declined
-    ]  # every one of them
+    new = [capture.give_up(s.known, s.arguments, s.owner, s.reason) for s in declined]  # every one of them
     return any(new)
 
 
@@ -109,5 +106,5 @@ def _converted(site: Site) -> Converted:
         value_dim=site.shape.value_dim,
         level_weights="none" if weights is None else weights.kind,
         where=site.where,
-        notes=() if site.found is None else site.found.notes(),
+        notes=(*site.notes, *(() if site.found is None else site.found.notes())),
     )

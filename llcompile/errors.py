@@ -66,5 +66,9 @@ class LateAttachWarning(LLCompileWarning):
     """Level weights were attached at the first compiled call; optimisers built earlier do not know them."""
 
 
+class StateAdoptedWarning(LLCompileWarning):
+    """A state without levels, of an unconverted model, was taken up as one level."""
+
+
 class OptimizerWarning(LLCompileWarning):
     """An optimiser stepped a converted model without its level weights."""

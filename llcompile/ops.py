@@ -8,7 +8,7 @@ from torch import Tensor
 from .errors import OperandError
 from .kernels import operands as _operands
 from .kernels import operators as _operators  # noqa: F401  (registers the torch operators)
-from .kernels.ragged import Rows, from_rows, rows_of_bounds, rows_of_mask, to_rows
+from .kernels import sequences as _sequences  # noqa: F401  (one more of them)
 from .kernels.state import check_state
 
 __all__ = ["loglinear_attention", "loglinear_attention_step"]
@@ -57,21 +57,24 @@ def loglinear_attention(
         StateError: ``initial_state`` belongs to an operator of another size.
     """
     _operands.check_sequence(q, k, v, level_weights, log_decay, beta, scale)
-    rows = _rows(v, cu_seqlens, attention_mask)
-    tensors = (q, k, v, level_weights, log_decay, beta)
-    batch = v.shape[0] if rows is None else rows.lengths.shape[0]
+    if cu_seqlens is not None and attention_mask is not None:
+        raise OperandError("cu_seqlens and attention_mask both say where sequences are; give one of them")
+    batch = v.shape[0]
+    if cu_seqlens is not None:
+        _operands.check_bounds(cu_seqlens, v)
+        batch = cu_seqlens.shape[0] - 1
+    if attention_mask is not None:
+        _operands.check_mask(attention_mask, v)
     if initial_state is not None:
         levels = None if level_weights is None else level_weights.shape[-1]
         check_state(initial_state, batch, v.shape[2], q.shape[3], v.shape[3], levels)
         _operands.check_device(v, initial_state=initial_state)
-    lengths = None
-    if rows is not None:
-        tensors = tuple(to_rows(x, rows) for x in tensors)  # type: ignore[assignment]
-        lengths = rows.lengths
-    o, state = torch.ops.llcompile.loglinear_attention(
-        *tensors, initial_state, float(scale), return_final_state, lengths
-    )
-    return o if rows is None else from_rows(o, rows), state if return_final_state else None
+    given = (q, k, v, level_weights, log_decay, beta, initial_state, float(scale), return_final_state)
+    if cu_seqlens is None and attention_mask is None:
+        o, state = torch.ops.llcompile.loglinear_attention(*given)
+    else:
+        o, state = torch.ops.llcompile.loglinear_attention_ragged(*given, cu_seqlens, attention_mask, None)
+    return o, state if return_final_state else None
 
 
 def loglinear_attention_step(
@@ -108,17 +111,3 @@ def loglinear_attention_step(
         q, k, v, level_weights, state, log_decay, beta, float(scale)
     )
     return o, new_state
-
-
-def _rows(v: Tensor, cu_seqlens: Tensor | None, attention_mask: Tensor | None) -> Rows | None:
-    if cu_seqlens is not None and attention_mask is not None:
-        raise OperandError("cu_seqlens and attention_mask both say where sequences are; give one of them")
-    if cu_seqlens is not None:
-        _operands.check_bounds(cu_seqlens, v)
-        return rows_of_bounds(cu_seqlens, v.shape[1])
-    if attention_mask is not None:
-        _operands.check_mask(attention_mask, v)
-        if _operands.can_look(attention_mask) and bool((attention_mask != 0).all()):
-            return None  # nothing is padded: spare the copies
-        return rows_of_mask(attention_mask)
-    return None

@@ -21,8 +21,9 @@ from torch import nn
 from llcompile.passes import dynamo
 from llcompile.passes.lower import lower_call
 from llcompile.patterns.known import ROWS, KnownFunction
-from llcompile.patterns.known.arguments import Mismatch
+from llcompile.patterns.known.arguments import Mismatch, axis_size
 from llcompile.patterns.known.row import Reference
+from llcompile.patterns.known.states import state_problem, state_sizes
 
 # Modules that re-export or copy a library's functions under another root.
 _ALIASES = {"transformers": ("transformers", "transformers_modules")}
@@ -59,16 +60,29 @@ class Leaf:
     def __call__(self, **arguments: Any) -> Any:
         """Runs the linear operator in the function's place (under Dynamo: on fake tensors, for the shapes)."""
         reason = self.problem or _given_up.get(call_key(self, arguments))
+        levels = _levels_of_trace()
+        arguments = self._with_own_state(arguments, levels, lowered=reason is None)
         try:
             if reason is None:
-                return lower_call(self.row, self.plain, arguments, levels=_levels_of_trace())
+                return lower_call(self.row, self.plain, arguments, levels=levels)
         except Mismatch as mismatch:  # the bind pass says so in the report
             reason = str(mismatch)
         if not self.row.opaque:
-            return self.function(**arguments)
+            return self.function(**self._with_own_state(arguments, levels, lowered=False))
         _refused.append(Refused(self.row, reason, dynamo.position()))
         # Dynamo breaks the graph here: the function runs outside of it, as it does without us.
         raise NotImplementedError(f"{self.row.function}: {reason}")
+
+    def _with_own_state(self, arguments: dict[str, Any], levels: int | None, lowered: bool) -> dict[str, Any]:
+        """The call with an empty state in the place of one that it cannot take: the pass `states` raises an error."""
+        if state_problem(self.row, arguments, levels, weighted=lowered and levels is not None) is None:
+            return arguments
+        tensor = next(t for t in self.row.tensors if t.draw == "state")
+        state, axes = arguments[tensor.name], self.row.axes(tensor, 4, arguments)
+        assert axes is not None
+        sizes = state_sizes(self.row, arguments)
+        own = state.new_zeros(state.shape[0], *(axis_size(axis, sizes) for axis in axes[1:]))
+        return {**arguments, tensor.name: own}
 
 
 @dataclass(frozen=True)

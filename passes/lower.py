@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-import llcompile.kernels.operators  # noqa: F401  (registers torch.ops.llcompile)
+import llcompile.kernels.sequences  # noqa: F401  (registers torch.ops.llcompile)
 from llcompile.patterns.known import Arguments, KnownFunction
 from llcompile.patterns.known.arguments import Mismatch, is_level_state, read_call, state_argument
 from llcompile.patterns.mixer import Mixer
@@ -27,7 +27,7 @@ def lower_call(row: KnownFunction, function: Callable[..., Any], given: Mapping[
     return lower(row, arguments, arguments, weights)
 
 
-def lower(row: KnownFunction, arguments: Arguments, example: Arguments, level_weights: Any) -> Any:
+def lower(row: KnownFunction, arguments: Arguments, example: Arguments, level_weights: Any, mask: Any = None) -> Any:
     """Emits the operator and what the function does around it.
 
     Args:
@@ -35,16 +35,37 @@ def lower(row: KnownFunction, arguments: Arguments, example: Arguments, level_we
         arguments: the values to compute on: tensors, or proxies.
         example: the same call on tensors (real or fake), for everything that depends on shapes.
         level_weights: [B, T, H, L] (or [B, H, L] for a step), or None for the linear operator.
+        mask: [B, T], non-zero at tokens that are no padding, or None.
     """
+    sequences = sequences_of(row, arguments, mask)
     call = OperatorCall(
         own_state=is_level_state(example[state_argument(row)]),
-        single=is_single_token(row, example),
+        single=is_single_token(row, example) and sequences is None,
         wants_state=row.wants_state(example),
     )
-    output, state = call_operator(row.bind(arguments), level_weights, call)
+    output, state = call_operator(row.bind(arguments), level_weights, call, sequences)
     if row.writes_state is not None:
         arguments[row.writes_state].copy_(state)
     return row.result(arguments, output, state)
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """What says where the sequences are in their rows; one of the three, by the operator's own names."""
+
+    cu_seqlens: Any = None
+    attention_mask: Any = None
+    seq_idx: Any = None
+
+
+def sequences_of(row: KnownFunction, arguments: Arguments, mask: Any) -> Sequences | None:
+    """How the call packs or pads its sequences; None where each fills its row. Bounds say more than indices."""
+    bounds, indices = row.packed_by(arguments, "bounds"), row.packed_by(arguments, "indices")
+    if bounds is not None:
+        return Sequences(cu_seqlens=bounds)
+    if indices is not None:
+        return Sequences(seq_idx=indices)
+    return None if mask is None else Sequences(attention_mask=mask)
 
 
 @dataclass(frozen=True)
@@ -62,25 +83,23 @@ def is_single_token(row: KnownFunction, example: Arguments) -> bool:
     return isinstance(length, int) and length == 1
 
 
-def call_operator(mixer: Mixer, level_weights: Any, call: OperatorCall) -> tuple[Any, Any]:
-    """One call of `llcompile::loglinear_attention` or its step; returns the output and the final state."""
+def call_operator(
+    mixer: Mixer, level_weights: Any, call: OperatorCall, sequences: Sequences | None = None
+) -> tuple[Any, Any]:
+    """One call of `llcompile::loglinear_attention`, its ragged form or its step; the output and the final state."""
     state, transposed = mixer.initial_state, mixer.state_layout == "vk"
     if state is not None and not call.own_state:
         state = state.float().transpose(-1, -2) if transposed else state.float()
     if state is not None and call.single:
         output, final = _call_step(mixer, level_weights, state)
     else:
-        result = torch.ops.llcompile.loglinear_attention(
-            mixer.query,
-            mixer.key,
-            mixer.value,
-            level_weights,
-            mixer.log_decay,
-            mixer.beta,
-            state,
-            mixer.scale,
-            call.wants_state,
-        )
+        operands = (mixer.query, mixer.key, mixer.value, level_weights, mixer.log_decay, mixer.beta)
+        rest = (state, mixer.scale, call.wants_state)
+        if sequences is None:
+            result = torch.ops.llcompile.loglinear_attention(*operands, *rest)
+        else:
+            where = (sequences.cu_seqlens, sequences.attention_mask, sequences.seq_idx)
+            result = torch.ops.llcompile.loglinear_attention_ragged(*operands, *rest, *where)
         output, final = result[0], result[1]
     if not call.wants_state:
         return output, None
@@ -96,4 +115,4 @@ def _call_step(mixer: Mixer, level_weights: Any, state: Any) -> tuple[Any, Any]:
     return result[0] if mixer.step else result[0].unsqueeze(1), result[1]
 
 
-__all__ = ["Mismatch", "call_operator", "is_single_token", "lower", "lower_call"]
+__all__ = ["Mismatch", "Sequences", "call_operator", "is_single_token", "lower", "lower_call"]

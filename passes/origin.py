@@ -40,7 +40,7 @@ def _batch_and_length(site: Site) -> tuple[Any, Any]:
     return site.call.sizes["B"], site.call.sizes.get("T", 1)
 
 
-def _operand_nodes(site: Site) -> list[fx.Node]:
+def operand_nodes(site: Site) -> list[fx.Node]:
     """The nodes of the call's activations: every tensor argument that has a batch axis, the state apart."""
     if site.found is not None:
         return site.found.activations()
@@ -48,17 +48,25 @@ def _operand_nodes(site: Site) -> list[fx.Node]:
     return [n for n in (site.node.kwargs.get(name) for name in names) if isinstance(n, fx.Node)]
 
 
+def data_inputs(node: fx.Node) -> list[fx.Node]:
+    """The nodes that a node reads for their values: not those that only say how large something is."""
+    sizes = (int, torch.SymInt, torch.Size)
+    return [n for n in node.all_input_nodes if not isinstance(n.meta.get("example_value"), sizes)]
+
+
 def _dominators(site: Site) -> list[fx.Node]:
     """Common dominators of the operands, the nearest first."""
-    operands = _operand_nodes(site)
+    operands = operand_nodes(site)
     graph: nx.DiGraph[Any] = nx.DiGraph()
     graph.add_edges_from((operand, _SINK) for operand in operands)
     pending, seen = list(operands), set(operands)
     while pending:
         node = pending.pop()
-        if node.op == "placeholder" and not _is_constant_input(site.region.outer(node)):
+        if node.op == "placeholder" and not is_constant_input(site.region.outer(node)):
             graph.add_edge(_ROOT, node)
-        for parent in node.all_input_nodes:
+        for parent in data_inputs(node):
+            if parent in site.masks:  # says which tokens there are, and nothing about them
+                continue
             graph.add_edge(parent, node)
             if parent not in seen:
                 seen.add(parent)
@@ -73,7 +81,7 @@ def _dominators(site: Site) -> list[fx.Node]:
     return chain
 
 
-def _is_constant_input(node: fx.Node) -> bool:
+def is_constant_input(node: fx.Node) -> bool:
     """Parameters and buffers do not depend on the token; a cache's tensors, which the graph writes, are no input."""
     if not isinstance(node.meta.get("example_value"), torch.Tensor):
         return True

@@ -12,17 +12,19 @@ from llcompile.passes.bind import bind
 from llcompile.passes.check import check
 from llcompile.passes.discover import discover
 from llcompile.passes.identify import identify
+from llcompile.passes.padding import padding
 from llcompile.passes.prove import prove
 from llcompile.passes.recognise import recognise
 from llcompile.passes.rewrite import rewrite
 from llcompile.passes.session import Session
+from llcompile.passes.states import states
 
 log = logging.getLogger("llcompile")
 
 Pass = Callable[[Session], int]
 
 # What is there and what it is; nothing is changed.
-LOOK: tuple[Pass, ...] = (discover, recognise, identify, bind, prove)
+LOOK: tuple[Pass, ...] = (discover, recognise, identify, bind, states, prove, padding)
 # What is done about it.
 CHANGE: tuple[Pass, ...] = (rewrite,)
 

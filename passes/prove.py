@@ -55,6 +55,8 @@ def _fingerprint(site: Site) -> Any:
     assert site.call is not None
     facts = []
     for name, value in sorted(site.call.values.items()):
+        if name in site.known.row.packing:
+            continue
         facts.append(
             (name, "state" if is_level_state(value) else "tensor" if isinstance(value, torch.Tensor) else repr(value))
         )

@@ -65,7 +65,9 @@ def _write_operator(session: Session, site: Site, inputs: dict[tuple[int, str], 
         as_proxy = lambda node: fx.Proxy(node, tracer)  # noqa: E731
         values = {**site.call.values, **fx.map_arg(dict(site.node.kwargs), as_proxy)}  # type: ignore[arg-type,dict-item]
         weights = _write_weights(session, site, [as_proxy(node) for node in tensors], as_proxy)
-        result = lower(site.known.row, site.call.with_values(values), site.call, weights)
+        mask = None if site.mask is None else as_proxy(site.mask)
+        mask = mask.eq(0) if site.mask_inverted and mask is not None else mask
+        result = lower(site.known.row, site.call.with_values(values), site.call, weights, mask)
     new = [node for node in graph.nodes if node not in before]
     infer_values(new, site.node)
     _replace(graph, site.node, result)

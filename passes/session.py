@@ -69,6 +69,12 @@ class Site:
     certificate: Certificate | None = None
     source: fx.Node | None = None
     level_weights: Any = None
+    # [B, T] in the graph, non-zero at tokens that are no padding (`mask_inverted`: at padding).
+    mask: fx.Node | None = None
+    # Every padding mask above its operands, whether or not it covers them all.
+    masks: frozenset[fx.Node] = frozenset()
+    mask_inverted: bool = False
+    notes: list[str] = field(default_factory=list)
     reason: str = ""
     hint: str = ""
 
@@ -77,6 +83,22 @@ class Site:
         """The known function of a site that is a call."""
         assert self.leaf is not None
         return self.leaf
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The call's arguments as Dynamo knows them: fake tensors and constants."""
+        return fx.map_arg(dict(self.node.kwargs), lambda n: n.meta["example_value"])  # type: ignore[return-value]
+
+    @property
+    def has_time(self) -> bool:
+        """Whether it works on a sequence, and not on a single token."""
+        return self.leaf is None or (self.call is not None and "T" in self.call.sizes)
+
+    @property
+    def packed(self) -> bool:
+        """Whether the call says itself where its sequences are."""
+        row = None if self.leaf is None else self.leaf.row
+        return row is not None and self.call is not None and any(self.call[name] is not None for name in row.packing)
 
     @property
     def origin(self) -> str:

@@ -43,10 +43,19 @@ def read_call(row: KnownFunction, function: Callable[..., Any], given: Mapping[s
             dtypes[tensor.name] = value.dtype
     ranks = {tensor.name: values[tensor.name].dim() for tensor in row.tensors if tensor.name in dtypes}
     arguments = Arguments(values, sizes, dtypes, ranks)
-    reason = row.requires(arguments) if row.requires is not None else None
+    reason = (row.requires(arguments) if row.requires is not None else None) or _packing_problem(row, arguments)
     if reason is not None:
         raise Mismatch(f"the call of {row.function} {reason}")
     return arguments
+
+
+def _packing_problem(row: KnownFunction, arguments: Arguments) -> str | None:
+    """Why this way of packing is not covered, or None."""
+    if row.packed_by(arguments, "indices") is None or row.packed_by(arguments, "bounds") is not None:
+        return None
+    if arguments[state_argument(row)] is not None or row.wants_state(arguments):
+        return "packs sequences by seq_idx and hands states on, of which there would be one for each; use cu_seqlens"
+    return None
 
 
 def is_level_state(value: Any) -> bool:
@@ -60,7 +69,7 @@ def state_argument(row: KnownFunction) -> str:
 
 
 def _check_refused(row: KnownFunction, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    known = {t.name for t in row.tensors} | set(row.constants)
+    known = {t.name for t in row.tensors} | set(row.constants) | set(row.packing)
     for name, value in given.items():
         if name in known or value is None:
             continue

@@ -14,8 +14,6 @@ import torch.nn.functional as F
 from llcompile.patterns.known.row import Arguments
 from llcompile.patterns.mixer import Mixer
 
-PACKED = "packs several sequences into one row, which this function's binding does not take apart yet; pass padded rows"
-
 
 def l2norm(x: Any) -> Any:
     """x / |x| over the last axis with the epsilon that FLA and transformers share."""

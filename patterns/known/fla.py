@@ -18,19 +18,17 @@ import torch
 import torch.nn.functional as F
 
 from llcompile.patterns.families import Correction, Decay
-from llcompile.patterns.known.binders import PACKED, head_index, l2norm, output_and_state, query_scale
+from llcompile.patterns.known.binders import head_index, l2norm, output_and_state, query_scale
 from llcompile.patterns.known.fla_references import delta, gated, gla, kda, linear, simple_gla
-from llcompile.patterns.known.row import Arguments, KnownFunction, Reference, Tensor
+from llcompile.patterns.known.row import Arguments, KnownFunction, Packing, Reference, Tensor
 from llcompile.patterns.mixer import Mixer
 
 _VALUE_FIRST = ("state_v_first", "transpose_state_layout")
 # They choose between kernels, or between memory and time, and not what is computed.
 _NUMERICS = ("chunk_size", "safe_gate", "disable_recompute", "use_graph", "max_num_seqs")
-_PACKED = f"{PACKED} (FLA's layers pack when they get an attention mask: leave out one that masks nothing)"
+# FLA's layers pack when they get an attention mask.
+_PACKING: dict[str, Packing] = {"cu_seqlens": "bounds", "cu_seqlens_cpu": "derived", "chunk_indices": "derived"}
 _REFUSES = {
-    "cu_seqlens": _PACKED,
-    "cu_seqlens_cpu": _PACKED,
-    "chunk_indices": _PACKED,
     "cp_context": "splits a sequence over several processes, which the operator does not do yet",
     "reverse": "mixes from the last token to the first, and levels are counted from the first",
     "head_first": "lays out its operands as [B, H, T, ...], which FLA has given up",
@@ -209,6 +207,7 @@ def _row(
         correction=correction,
         tensors=(*tensors, _STATE) if stateful else tensors,
         constants=("scale", *constants, *(("output_final_state",) if stateful else ()), *_NUMERICS, *_VALUE_FIRST),
+        packing=_PACKING,
         optional=lacking,
         refuses={name: why for name, why in _REFUSES.items() if name not in {t.name for t in tensors}},
         defaults={"scale": None, "head_first": False, "reverse": False, **dict.fromkeys(_VALUE_FIRST, False)},

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from llcompile.patterns.known.binders import PACKED, time_step
+from llcompile.patterns.known.binders import time_step
 from llcompile.patterns.known.row import Arguments, KnownFunction, Reference, Tensor
 from llcompile.patterns.mixer import Mixer
 
@@ -131,9 +131,8 @@ ROWS: tuple[KnownFunction, ...] = (
         correction="none",
         tensors=_SCAN_TENSORS,
         constants=("chunk_size", "dt_softplus", "dt_limit", "return_final_states"),
+        packing={"seq_idx": "indices", "cu_seqlens": "bounds"},
         refuses={
-            "seq_idx": PACKED,
-            "cu_seqlens": PACKED,
             "return_varlen_states": "asks for the states of packed sequences",
         },
         bind=_scan,

@@ -12,6 +12,10 @@ import torch
 from llcompile.patterns.families import Correction, Decay
 from llcompile.patterns.mixer import Mixer
 
+# What an argument tells about sequences packed in one row: the bounds [N + 1] of N sequences, the sequence [B, T] that
+# each token belongs to, or something that is computed from these for a kernel's sake.
+Packing = Literal["bounds", "indices", "derived"]
+
 # How the proof draws an argument: generic values of the magnitude that the argument has in real models.
 Draw = Literal[
     "normal", "positive", "key", "log_decay", "unit", "negative", "state", "step", "step_before_softplus", "step_bias"
@@ -86,6 +90,8 @@ class KnownFunction:
         tensors: its tensor arguments.
         constants: its other arguments that the binding reads.
         refuses: argument -> why a call that sets it is not converted. Setting means: not None and not the default.
+        packing: arguments that say where packed sequences are. The proofs leave them out: a packed call is what the
+            function computes on each sequence by itself.
         optional: those of its arguments that some versions lack, or take through **kwargs.
         defaults: argument -> the default that the binding relies on, where the installed function has the argument.
         requires: arguments -> why this combination of them is not covered, or None.
@@ -109,6 +115,7 @@ class KnownFunction:
     result: Callable[[Arguments, Any, Any], Any]
     constants: tuple[str, ...] = ()
     refuses: Mapping[str, str] = field(default_factory=dict)
+    packing: Mapping[str, Packing] = field(default_factory=dict)
     optional: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
     requires: Callable[[Arguments], str | None] | None = None
@@ -121,7 +128,7 @@ class KnownFunction:
     @property
     def parameters(self) -> tuple[str, ...]:
         """Every argument that the row knows, in no particular order."""
-        return (*(t.name for t in self.tensors), *self.constants, *self.refuses)
+        return (*(t.name for t in self.tensors), *self.constants, *self.packing, *self.refuses)
 
     def axes(self, tensor: Tensor, rank: int, values: Mapping[str, Any]) -> tuple[str, ...] | None:
         """The axes of a tensor argument of the given rank in a call with these constants; None for a wrong rank."""
@@ -133,6 +140,10 @@ class KnownFunction:
     def wants_state(self, arguments: Arguments) -> bool:
         """Whether this call needs the final state."""
         return self.writes_state is not None or bool(self.returns_state and arguments[self.returns_state])
+
+    def packed_by(self, arguments: Arguments, role: Packing) -> Any:
+        """The call's argument of this role, or None."""
+        return next((arguments[n] for n, r in self.packing.items() if r == role and arguments[n] is not None), None)
 
     def tensor_with(self, axis: str) -> Tensor:
         """The first tensor that has the given axis last (its value, for "V")."""

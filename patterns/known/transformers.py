@@ -10,8 +10,8 @@ from typing import Any
 
 import torch.nn.functional as F
 
-from llcompile.patterns.known.binders import PACKED, delta_rule, output_and_state, time_step
-from llcompile.patterns.known.row import Arguments, KnownFunction, Tensor
+from llcompile.patterns.known.binders import delta_rule, output_and_state, time_step
+from llcompile.patterns.known.row import Arguments, KnownFunction, Packing, Tensor
 from llcompile.patterns.mixer import Mixer
 
 
@@ -104,7 +104,8 @@ _DELTA_TENSORS = (
 )
 _KIMI_TENSORS = (*(t for t in _DELTA_TENSORS if t.name != "g"), Tensor("g", "B T H K", "log_decay"))
 _DELTA_CONSTANTS = ("output_final_state", "use_qk_l2norm_in_kernel")
-_DELTA_REFUSES = {"cu_seqlens": PACKED}
+# Transformers hands them on to the kernels that it may have installed; its torch code takes no notice of them.
+_PACKING: dict[str, Packing] = {"cu_seqlens": "bounds", "cu_seq_lens_q": "bounds", "seq_idx": "indices"}
 
 
 def _delta_row(function: str, family: str, kimi: bool) -> KnownFunction:
@@ -116,7 +117,7 @@ def _delta_row(function: str, family: str, kimi: bool) -> KnownFunction:
         correction="delta",
         tensors=_KIMI_TENSORS if kimi else _DELTA_TENSORS,
         constants=_DELTA_CONSTANTS,
-        refuses=_DELTA_REFUSES,
+        packing=_PACKING,
         returns_state="output_final_state",
         bind=_kimi if kimi else _gated_delta,
         result=_delta_result,
@@ -132,7 +133,8 @@ ROWS: tuple[KnownFunction, ...] = (
         correction="none",
         tensors=_MAMBA2_TENSORS,
         constants=("chunk_size", "dt_softplus", "dt_limit", "return_final_states"),
-        refuses={"seq_idx": PACKED, "z": "gates its output inside the kernel, which the torch form does not do"},
+        packing=_PACKING,
+        refuses={"z": "gates its output inside the kernel, which the torch form does not do"},
         bind=_mamba2,
         returns_state="return_final_states",
         result=_mamba2_result,

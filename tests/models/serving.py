@@ -1,4 +1,4 @@
-"""What the tests of generation share: converted models with random level weights, and loops over full forward passes."""
+"""What the tests of generation share: converted models with random level weights, and loops over full passes."""
 
 from __future__ import annotations
 

@@ -1,0 +1,160 @@
+"""Padding: finds the mask by which the model's own code keeps padded tokens out of a mixer.
+
+Libraries hand a mixer's kernel no mask: they multiply what it reads by one. So a mask is looked for in the graph, and
+taken only where the graph shows that it is one: it is made of the model's whole numbers alone (no activation has a part
+in it), it has a value for each token, and no path leads from the model's input to an operand of the mixer that does not
+pass a multiplication by it. A token at which it is zero then cannot be told from any other such token: it is padding.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from llcompile.passes import dynamo
+from llcompile.passes.origin import data_inputs, is_constant_input, operand_nodes
+from llcompile.passes.session import Session, Site
+
+_UNFOLLOWED = (
+    "a padding mask is applied inside it, and it does not cover every operand: levels count from the start of a row"
+)
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A mask [B, T] in the graph; `inverted`: it is non-zero at padding."""
+
+    node: fx.Node
+    inverted: bool = False
+
+
+# Spellings of "zero where masked": target -> (features, mask, whether the mask is non-zero at padding).
+_Rule = Callable[[fx.Node], tuple[Any, Any, bool] | None]
+
+
+def _product(node: fx.Node) -> tuple[Any, Any, bool] | None:
+    left, right = node.args[:2]
+    return (left, right, False) if _rank(left) >= _rank(right) and not _is_whole(left) else (right, left, False)
+
+
+def _filled(node: fx.Node) -> tuple[Any, Any, bool] | None:
+    x, mask, value = (*node.args, *node.kwargs.values())[:3]
+    return (x, mask, True) if value == 0 else None
+
+
+def _chosen(node: fx.Node) -> tuple[Any, Any, bool] | None:
+    mask, x, value = node.args[:3]
+    return (x, mask, False) if isinstance(value, (int, float)) and value == 0 else None
+
+
+_RULES: dict[Any, _Rule] = {
+    **dict.fromkeys((operator.mul, operator.imul, torch.mul, "mul", "mul_"), _product),
+    **dict.fromkeys((torch.masked_fill, "masked_fill", "masked_fill_"), _filled),
+    torch.where: _chosen,
+}
+# Steps from a mask [B, T] to what is multiplied, and those that turn it over.
+_KEEPS = {operator.getitem, torch.unsqueeze, "unsqueeze", "to", "type", "type_as", "float", "bool", "int", "long"}
+_KEEPS |= {"contiguous", "expand", "view", "reshape", "half", "bfloat16", torch.ne, "ne", operator.ne}
+_TURNS = {operator.invert, torch.logical_not, "logical_not", torch.bitwise_not, torch.eq, "eq", operator.eq}
+_COMPARES = {torch.ne, "ne", operator.ne, torch.eq, "eq", operator.eq}
+
+
+def padding(session: Session) -> int:
+    """Gives sites their padding mask where the graph has one; returns how many have."""
+    for site in session.sites:
+        if site.open and site.has_time and not site.packed:
+            _find(site)
+    return sum(site.mask is not None for site in session.sites)
+
+
+def _find(site: Site) -> None:
+    operands = operand_nodes(site)
+    masked: dict[Mask, set[fx.Node]] = {}
+    for node in _ancestors(operands):
+        mask = _mask_of(node)
+        if mask is not None:
+            masked.setdefault(mask, set()).add(node)
+    site.masks = frozenset(mask.node for mask in masked)
+    covering = [mask for mask, nodes in masked.items() if not _reached(site, operands, nodes)]
+    if covering:
+        site.mask, site.mask_inverted = covering[0].node, covering[0].inverted
+    elif masked:
+        site.notes.append(_UNFOLLOWED)
+
+
+def _ancestors(nodes: list[fx.Node]) -> Iterator[fx.Node]:
+    """The nodes and everything above them, the nearest first."""
+    pending, seen = list(nodes), set(nodes)
+    for node in pending:
+        yield node
+        new = [n for n in data_inputs(node) if n not in seen]
+        seen.update(new)
+        pending.extend(new)
+
+
+def _mask_of(node: fx.Node) -> Mask | None:
+    """The mask by which a node zeroes features [B, T, ...], if it is such a node."""
+    rule = _RULES.get(node.target)
+    found = rule(node) if rule is not None and len(node.args) >= 2 else None
+    if found is None:
+        return None
+    features, factor, inverted = found
+    if not isinstance(factor, fx.Node) or not isinstance(features, fx.Node) or _rank(factor) != _rank(features):
+        return None
+    while _rank(factor) > 2 or not _is_whole(factor):
+        turned = factor.target in _TURNS
+        if not (turned or factor.target in _KEEPS) or not _is_against_zero(factor):
+            return None
+        inverted ^= turned
+        factor = factor.args[0]
+        if not isinstance(factor, fx.Node):
+            return None
+    same = _rank(factor) == 2 and _sizes(factor) == _sizes(features)[:2]
+    return Mask(factor, inverted) if same and _is_input(factor) else None
+
+
+def _is_against_zero(node: fx.Node) -> bool:
+    return node.target not in _COMPARES or bool(len(node.args) > 1 and str(node.args[1]) in ("0", "False"))
+
+
+def _is_input(mask: fx.Node) -> bool:
+    """Whether a mask is made of whole numbers that the model is given, and of nothing that it computes."""
+    above = [node for node in _ancestors([mask]) if isinstance(_value(node), torch.Tensor)]
+    return all(_is_whole(node) for node in above) and any(node.op == "placeholder" for node in above)
+
+
+def _reached(site: Site, operands: list[fx.Node], masked: set[fx.Node]) -> bool:
+    """Whether an operand depends on the model's input by a way that no masked node lies on."""
+    pending = [node for node in operands if node not in masked]
+    seen = set(pending)
+    for node in pending:
+        if node.op == "placeholder" and not is_constant_input(site.region.outer(node)):
+            return True
+        new = [n for n in data_inputs(node) if n not in seen and n not in masked]
+        seen.update(new)
+        pending.extend(new)
+    return False
+
+
+def _value(node: Any) -> Any:
+    return node.meta.get("example_value") if isinstance(node, fx.Node) else None
+
+
+def _rank(node: Any) -> int:
+    value = _value(node)
+    return value.dim() if isinstance(value, torch.Tensor) else -1
+
+
+def _is_whole(node: Any) -> bool:
+    """Whether a node is a tensor of whole numbers or truth values."""
+    value = _value(node)
+    return isinstance(value, torch.Tensor) and not value.is_floating_point() and not value.is_complex()
+
+
+def _sizes(node: fx.Node) -> list[Any]:
+    return [dynamo.hint(size) for size in _value(node).shape]

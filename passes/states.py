@@ -1,0 +1,98 @@
+"""States: a state that comes in must belong to its mixer; one without levels is taken up as one level."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from llcompile.errors import StateError
+from llcompile.passes import dynamo
+from llcompile.passes.session import Session, Site
+from llcompile.patterns.known.arguments import is_level_state, state_argument
+from llcompile.patterns.known.states import state_problem
+
+_NO_PLACE = "its state has no levels and is computed by the model, so that there is no place to keep levels in"
+
+
+def states(session: Session) -> int:
+    """Checks the state of every known call; returns how many come in.
+
+    Raises:
+        StateError: it was made by another model, for other sizes, or of another kind.
+    """
+    held = [site for site in session.sites if site.leaf is not None and _state_node(site) is not None]
+    for site in held:
+        levels = _levels(session, site)
+        problem = state_problem(site.known.row, site.arguments, levels, session.settings.kind != "none")
+        if problem is None and not site.open and is_level_state(_state(site)):
+            problem = f"it has levels, and this call has to run the library's own code, because {site.reason}"
+        if problem is not None:
+            raise StateError(
+                f"{site.module or 'the model'} ({site.where}) was handed a state that is not its own: {problem}"
+            )
+        linear = session.settings.kind != "none" and not is_level_state(_state(site))
+        if site.open and linear and _tensor(site) is None and site.known.row.wants_state(_call(site)):
+            site.decline(_NO_PLACE, "prefill through the compiled model, without a state")
+    return len(held)
+
+
+def adopt(session: Session) -> list[Site]:
+    """Turns linear states of the program's inputs into level states, in place; returns the sites that have one.
+
+    All that such a state holds goes to the last level, and positions count from here. The tensor object stays the one
+    that the user's cache holds, so that the next call finds the levels in it.
+    """
+    adopted = []
+    for site in session.sites:
+        tensor = _tensor(site) if site.open and site.leaf is not None and site.level_weights is not None else None
+        if tensor is None or tensor.dim() != 4:
+            continue
+        linear = tensor.detach().float()
+        turned = _call(site) is not None and _value_first(site)
+        linear = linear.transpose(-1, -2) if turned else linear
+        levels = site.level_weights.levels
+        state = linear.new_zeros(*linear.shape[:2], 1 + levels, *linear.shape[2:])
+        state[:, :, -1] = linear
+        tensor.data = state
+        adopted.append(site)
+    return adopted
+
+
+def _value_first(site: Site) -> bool:
+    """Whether the linear state of this call is [..., V, K]."""
+    row = site.known.row
+    tensor = next(t for t in row.tensors if t.draw == "state")
+    axes = row.axes(tensor, 4, _call(site).values)
+    return axes is not None and axes[-1] == "K"
+
+
+def _call(site: Site) -> Any:
+    assert site.call is not None
+    return site.call
+
+
+def _levels(session: Session, site: Site) -> int:
+    weights = None if site.owner is None else session.settings.find(site.owner, site.attribute)
+    return int(weights.levels) if weights is not None else session.settings.levels
+
+
+def _state_node(site: Site) -> fx.Node | None:
+    node = site.node.kwargs.get(state_argument(site.known.row))
+    return node if isinstance(node, fx.Node) else None
+
+
+def _state(site: Site) -> Any:
+    node = _state_node(site)
+    return None if node is None else node.meta["example_value"]
+
+
+def _tensor(site: Site) -> torch.Tensor | None:
+    """The tensor of the user's program that holds the state; None where the graph computes it, or it is trained."""
+    node = _state_node(site)
+    if node is None:
+        return None
+    outer = site.region.outer(node)
+    held = dynamo.input_value(outer) if outer.op == "placeholder" else None
+    return held if isinstance(held, torch.Tensor) and not isinstance(held, nn.Parameter) else None

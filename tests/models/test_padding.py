@@ -1,0 +1,102 @@
+"""Padding: a sequence gives the same logits alone and padded on either side; rows decode from their own places."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import llcompile
+from tests import small
+from tests.models import tiny
+from tests.models.serving import greedy, serving
+from tests.models.test_convert import compiled, lively
+from tests.models.test_generate import CAUSAL, some
+from tests.small import difference
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+LENGTHS = (21, 9)
+
+
+def padded(side: str, lengths: tuple[int, ...] = LENGTHS) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Token ids and mask [B, T], and the sequences by themselves."""
+    rows = [tiny.tokens(1, length, seed=length) for length in lengths]
+    ids, mask = torch.zeros(len(rows), max(lengths), dtype=torch.long), torch.zeros(len(rows), max(lengths)).long()
+    for row, sequence in enumerate(rows):
+        place = slice(max(lengths) - sequence.shape[1], None) if side == "left" else slice(sequence.shape[1])
+        ids[row, place], mask[row, place] = sequence[0], 1
+    return ids, mask, rows
+
+
+@pytest.mark.parametrize("name", some(tuple(tiny.CONFIGS)))
+def test_padded_rows(name: str) -> None:
+    model = serving(name)
+    with torch.no_grad():
+        alone = [tiny.logits(model(row, use_cache=False))[0] for row in padded("left")[2]]
+        for side in ("left", "right"):
+            ids, mask, _ = padded(side)
+            logits = tiny.logits(model(ids, attention_mask=mask, use_cache=False))
+            for row, expected in enumerate(alone):
+                assert difference(logits[row][mask[row] == 1], expected) < 1e-5, (side, row)
+
+
+@pytest.mark.parametrize("name", some(("mamba2", "qwen3_next", "kimi_linear", "bamba"), quick=("mamba2",)))
+def test_at_conversion_padding_is_what_it_was(name: str) -> None:
+    """With level weights of 1, left-padded rows get the logits that the library gives them."""
+    model = lively(tiny.build(name))
+    ids, mask, _ = padded("left")
+    with torch.no_grad():
+        before = tiny.logits(model(ids, attention_mask=mask))
+        llcompile.convert(model, ids, attention_mask=mask)
+        after = tiny.logits(compiled(model)(ids, attention_mask=mask))
+    assert difference(after[mask == 1], before[mask == 1]) < 1e-5
+
+
+@pytest.mark.parametrize("name", some(CAUSAL))
+def test_generate_from_left_padded_rows(name: str) -> None:
+    """Each row goes on at its own position: what it writes is what it writes alone, in full forward passes."""
+    model = serving(name)
+    ids, mask, rows = padded("left")
+    with torch.no_grad():
+        expected = [greedy(model, row, 12)[0, row.shape[1] :] for row in rows]
+        written = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False, eos_token_id=None)
+    assert torch.equal(written[:, ids.shape[1] :], torch.stack(expected))
+
+
+def test_a_hole_in_a_mask_is_an_error() -> None:
+    model, ids = serving("mamba2"), tiny.tokens(2, 9)
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[1, 3:5] = 0
+    with torch.no_grad(), pytest.raises(llcompile.LLCompileError, match=r"hole in row 1: it is \[1, 1, 1, 0, 0, 1"):
+        model(ids, attention_mask=mask)
+
+
+def test_a_gate_is_no_mask() -> None:
+    """Features that are multiplied by something the model computes, or by a mask that spares an operand."""
+
+    class Gated(small.DeltaMixer):
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            assert mask is not None
+            return x + super().forward(x * mask[:, :, None])
+
+    class Half(small.DeltaMixer):
+        def operands(self, x: Tensor) -> tuple[Tensor, ...]:
+            mask = self.mask
+            q, k, v, g, beta = super().operands(x)
+            return q, k, v * mask[:, :, None, None], g, beta
+
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            self.mask = mask
+            return super().forward(x)
+
+    x, mask = torch.randn(2, 9, 16), (torch.arange(9) >= torch.tensor([[0], [4]])).long()
+    for mixer, given, notes in ((Gated(), mask, 0), (Gated(), mask.float(), 0), (Half(), mask, 1)):
+        report = llcompile.convert(mixer, x, mask=given)
+        assert len(report.converted[0].notes) == notes
+        small.perturb(mixer)
+        torch._dynamo.reset()
+        alone = compiled(mixer)(x[1:, 4:], mask=given[1:, 4:])
+        row = compiled(mixer)(x, mask=given)[1:, 4:]
+        followed = given is mask and isinstance(mixer, Gated)
+        assert (difference(row, alone) < 1e-5) == followed

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import slabs
 from .layout import Operands
-from .state import state_dtype
+from .state import check_positions, check_state, state_dtype
 from .step import step
 
 
@@ -30,6 +30,7 @@ def _attention(
     return_final_state: bool,
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    _check_state(initial_state, q, v, level_weights, v.shape[1], "initial_state")
     with torch.no_grad(), torch.autocast(v.device.type, enabled=False):
         operands = Operands(q, k, v, level_weights, log_decay, beta, initial_state, lengths)
         return slabs.forward(operands, scale, return_final_state)
@@ -68,8 +69,17 @@ def _attention_step(
     beta: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
+    _check_state(state, q, v, level_weights, 1, "state")
     with torch.no_grad(), torch.autocast(v.device.type, enabled=False):
         return step(q, k, v, level_weights, state, log_decay, beta, scale)
+
+
+def _check_state(state: Tensor | None, q: Tensor, v: Tensor, w: Tensor | None, tokens: int, name: str) -> None:
+    """A compiled graph learns of a state of another batch only here: its shape function must not compare sizes."""
+    if state is not None:
+        levels = None if w is None else w.shape[-1]
+        check_state(state, v.shape[0], v.shape[-2], q.shape[-1], v.shape[-1], levels, name)
+        check_positions(state, tokens, name)
 
 
 def _as_input(x: Tensor | None, grad: Tensor | None, like: Tensor) -> Tensor:

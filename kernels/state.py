@@ -8,7 +8,8 @@ A state is one plain floating tensor with the batch first, so that caches can st
   Slots ``1 .. L`` are the states of levels ``0 .. L - 1`` as the last query saw them; the last level also holds
   everything that belongs higher.
 
-A tensor of zeros is a valid empty state at position 0. Positions are exact up to 2**24 in float32.
+A tensor of zeros is a valid empty state at position 0. Positions are exact up to 2**24 in float32 (2**53 in float64),
+and a state that would count further is an error where its values are at hand.
 """
 
 from __future__ import annotations
@@ -93,3 +94,19 @@ def check_state(
         raise StateError(f"{name} has shape {list(shape)}: a level state needs a header and at least one level")
     if not state.dtype.is_floating_point:
         raise StateError(f"{name} has dtype {state.dtype}; expected float32 or float64")
+
+
+def check_positions(state: Tensor, tokens: int, name: str = "initial_state") -> None:
+    """Raise :class:`StateError` where a level state cannot count ``tokens`` more; on a CPU only, others would wait."""
+    if not is_level_state(state) or state.device.type != "cpu" or state.shape[0] == 0 or state.shape[1] == 0:
+        return
+    largest = 2 ** (53 if state.dtype == torch.float64 else 24)
+    position = state[:, 0, 0, 0, 0].detach()
+    wrong = ~((position >= 0) & (position + tokens <= largest) & (position == position.round()))
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        raise StateError(
+            f"{name} stands at position {float(position[row]):.10g} in row {row} and {tokens} more tokens come in, but "
+            f"a {state.dtype} state counts whole tokens from 0 to {largest}; start from an empty state, or keep it in "
+            "float64"
+        )

@@ -28,7 +28,7 @@ PEERS = {("scalar", "delta"): "torch_chunk_gated_delta_rule", ("scalar", "none")
 LENGTHS = [1024, 2048, 4096, 8192, 16384, 32768, 65536]
 PEER_LENGTHS = [4096, 16384]
 # What else can be measured: the module with its `add_parser(subparsers)` and `run(args) -> int`.
-OTHERS = ("llcompile.bench_rewrite", "llcompile.bench_recognition")
+OTHERS = ("llcompile.bench_rewrite", "llcompile.bench_recognition", "llcompile.bench_decode")
 
 
 @dataclass(frozen=True)

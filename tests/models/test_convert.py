@@ -228,22 +228,6 @@ def test_linear_state_is_the_librarys_own(name: str) -> None:
                 assert difference(tiny.logits(out), expected[t - 12]) < 2e-5
 
 
-def test_a_linear_state_cannot_be_carried_on_with_levels() -> None:
-    """The levels of an eager prefill are not known: the decode step says so, and computes the linear model."""
-    model, ids = build("mamba2"), tiny.tokens(2, 20)
-    with torch.no_grad():
-        llcompile.convert(model, ids)
-        expected = list(steps(model, "mamba2", ids, 13))
-        cache = model(ids[:, :13], use_cache=True)["cache_params"]
-        run = compiled(model)
-        out = run(ids[:, 13:14], use_cache=True, cache_params=cache)
-        from llcompile.backend import last_report
-
-        assert all("made by a model without level weights" in d.reason for d in last_report().declined)
-        assert len(last_report().declined) == 2
-        assert difference(tiny.logits(out), expected[1]) < 1e-5
-
-
 # -- whole models in other settings
 
 

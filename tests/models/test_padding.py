@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import llcompile
+from llcompile.errors import LLCompileError
 from tests import small
 from tests.models import tiny
 from tests.models.serving import greedy, serving
@@ -68,7 +69,7 @@ def test_a_hole_in_a_mask_is_an_error() -> None:
     model, ids = serving("mamba2"), tiny.tokens(2, 9)
     mask = torch.ones(2, 9, dtype=torch.long)
     mask[1, 3:5] = 0
-    with torch.no_grad(), pytest.raises(llcompile.LLCompileError, match=r"hole in row 1: it is \[1, 1, 1, 0, 0, 1"):
+    with torch.no_grad(), pytest.raises(LLCompileError, match=r"hole in row 1: it is \[1, 1, 1, 0, 0, 1"):
         model(ids, attention_mask=mask)
 
 

@@ -50,7 +50,7 @@ def loglinear(
 
 def _compile(module: fx.GraphModule, parsed: Options, mode: str | None) -> Callable[..., Any]:
     global _last_report
-    session = compile_run.new_session(module, parsed)
+    session = compile_run.new_session(module, parsed, compiles=True)
     try:
         report = compile_run.look(session)
         compile_run.check_strict(report, parsed)
@@ -60,6 +60,10 @@ def _compile(module: fx.GraphModule, parsed: Options, mode: str | None) -> Calla
         raise
     if parsed.level_weights == "none":
         attachment.warn_if_switched_off(site.owner for site in session.sites)
+    else:
+        attachment.warn_if_declined(
+            (site.owner, site.attribute, site.reason) for site in session.sites if not site.open
+        )
     broken = compile_run.give_up_opaque(session)
     adopted = states.adopt(session)
     if session.attached:

@@ -17,7 +17,11 @@ from llcompile.report import Report
 
 
 def new_session(
-    module: fx.GraphModule, options: Options, names: Mapping[int, str] | None = None, dry_run: bool = False
+    module: fx.GraphModule,
+    options: Options,
+    names: Mapping[int, str] | None = None,
+    dry_run: bool = False,
+    compiles: bool = False,
 ) -> Session:
     """A session on the graph with the front door's wishes; `names` are the modules' names in the whole model."""
     settings = Settings(
@@ -29,6 +33,7 @@ def new_session(
         function=attachment.function,  # type: ignore[arg-type]
         names=names or {},
         dry_run=dry_run,
+        compiles=compiles,
     )
     return Session(module, settings)
 

@@ -80,6 +80,10 @@ def _find(site: Site) -> None:
         if mask is not None:
             masked.setdefault(mask, set()).add(node)
     site.masks = frozenset(mask.node for mask in masked)
+    if site.found is not None:
+        masked = {
+            mask: nodes for mask, nodes in masked.items() if site.found.batch_and_time == tuple(_sizes(mask.node))
+        }
     covering = [mask for mask, nodes in masked.items() if not _reached(site, operands, nodes)]
     if covering:
         site.mask, site.mask_inverted = covering[0].node, covering[0].inverted

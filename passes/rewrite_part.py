@@ -13,7 +13,7 @@ from torch.fx.proxy import GraphAppendingTracer
 
 from llcompile.passes import dynamo
 from llcompile.passes.emit import infer_values, weight_inputs
-from llcompile.passes.lower import OperatorCall, call_operator
+from llcompile.passes.lower import OperatorCall, Sequences, call_operator
 from llcompile.passes.session import Session, Site
 from llcompile.passes.structure.axes import Atom, Axis
 from llcompile.passes.structure.find import Found
@@ -46,7 +46,7 @@ def _write(session: Session, site: Site, found: Found, tensors: list[fx.Node]) -
         size = _sizes(found, values)
         mixer = found.reading.mixer(values, size)
         weights = _weights(session, site, found, mixer.value, [as_proxy(node) for node in tensors], as_proxy)
-        output, _ = call_operator(mixer, weights, _CALL)
+        output, _ = call_operator(mixer, weights, _CALL, _sequences(site, as_proxy))
         result = found.reading.finish(output, values, size)
         if found.part.result.dtype != _dtype(found):
             result = result.to(found.part.result.dtype)
@@ -65,6 +65,13 @@ def _guard(site: Site, found: Found, values: Mapping[Source, Any]) -> None:
         decay = values[found.reading.decay]
         inside = torch.logical_and(decay > 0, decay <= 1).all()
         torch._assert_async(inside, f"{site.module or 'the model'}: its decay must lie in (0, 1] (see the report)")
+
+
+def _sequences(site: Site, as_proxy: Callable[[fx.Node], fx.Proxy]) -> Sequences | None:
+    if site.mask is None:
+        return None
+    mask = as_proxy(site.mask)
+    return Sequences(attention_mask=mask.eq(0) if site.mask_inverted else mask)
 
 
 def _example(found: Found, anchor: fx.Node) -> Any:

@@ -33,6 +33,7 @@ class Settings:
         names: id of a module -> its dotted name in the user's model, where the whole model is known; frames after a
             graph break only know a part of it.
         dry_run: find out everything and change nothing.
+        compiles: the rewritten graph is what will run (and not the model's own code, as in convert and inspect).
     """
 
     kind: str
@@ -43,6 +44,7 @@ class Settings:
     function: Callable[[nn.Module, torch.dtype], Callable[..., Any]]
     names: Mapping[int, str] = field(default_factory=dict)
     dry_run: bool = False
+    compiles: bool = False
 
 
 @dataclass

@@ -77,6 +77,14 @@ class Found:
         return anchor(self.output)
 
     @property
+    def batch_and_time(self) -> tuple[int, int] | None:
+        """How many rows and tokens it has; None where the code pads or cuts its time."""
+        if self.times.shorter != self.times.leaves:
+            return None
+        batch, time = self.reading.axes.batch, self.times.leaves
+        return _count(tuple(leaf.size for leaf in batch)), _count(tuple(leaf.size for leaf in time))
+
+    @property
     def sizes(self) -> tuple[int, int, int, int]:
         """Heads, groups, key width, value width."""
         axes = self.reading.axes
@@ -90,11 +98,13 @@ class Found:
             found.append(f"its code is written out for length {_count(tuple(x.size for x in self.frame.leaves))}")
         if self.reading.constant is not None:
             found.append("its decay was read from the code's numbers when it was compiled")
-        if self._hands_on():
-            found.append("a state that it hands on stays the linear one: what is decoded from it sees no levels")
+        if self.hands_on():
+            found.append(
+                "it hands on a linear state: evaluated with a cache it stays linear, without one it has levels"
+            )
         return tuple(found)
 
-    def _hands_on(self) -> bool:
+    def hands_on(self) -> bool:
         """Whether the graph returns a value of the part that joins several positions, or writes it to an input."""
         own = {v for op in self.part.ops for v in op.outputs} - {self.part.result}
         states = {v for v in own if self.times.facts[v].mixed and v.dtype.is_floating_point}

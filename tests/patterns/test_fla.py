@@ -103,12 +103,13 @@ class TestEveryRow:
     def test_with_a_scale(self, name: str) -> None:
         prove_variant(name, (*usual(name), "initial_state"), scale=0.3)
 
-    def test_packed_sequences_are_declined(self, name: str) -> None:
+    def test_packed_sequences_are_read(self, name: str) -> None:
         if "cu_seqlens" not in fla_leaf(name).plain.__code__.co_varnames:
             pytest.skip("this form has none")
         given = arguments_of(name, usual(name), cu_seqlens=torch.tensor([0, 3, 70]))
-        with pytest.raises(Mismatch, match="packs several sequences"):
-            read_call(FLA_ROWS[name], fla_leaf(name).plain, given)
+        call = read_call(FLA_ROWS[name], fla_leaf(name).plain, given)
+        assert FLA_ROWS[name].packed_by(call, "bounds") is given["cu_seqlens"]
+        assert isinstance(proof(fla_leaf(name), given), Certificate)
 
 
 @needs_fla

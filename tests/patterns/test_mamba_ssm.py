@@ -79,11 +79,12 @@ def test_step(absent: tuple[str, ...], levels: int | None) -> None:
     assert result.against == SINGLE
 
 
-@pytest.mark.parametrize("name", ["seq_idx", "cu_seqlens"])
-def test_packed_sequences_are_declined(name: str) -> None:
+def test_states_of_sequences_packed_by_index_are_declined() -> None:
     found = leaf(*SCAN)
-    with pytest.raises(Mismatch, match="packs several sequences"):
-        read_call(ROW, found.plain, {**operands(ROW), "chunk_size": 64, name: torch.zeros(2)})
+    given = {**operands(ROW, ("initial_states",)), "chunk_size": 64, "seq_idx": torch.zeros(2, 70, dtype=torch.int32)}
+    assert isinstance(proof(found, given), Certificate)
+    with pytest.raises(Mismatch, match="packs sequences by seq_idx and hands states on"):
+        read_call(ROW, found.plain, {**given, "return_final_states": True})
 
 
 def test_a_selective_scan_with_a_decay_per_channel_is_declined() -> None:

@@ -101,7 +101,7 @@ def check_positions(state: Tensor, tokens: int, name: str = "initial_state") -> 
     if not is_level_state(state) or state.device.type != "cpu" or state.shape[0] == 0 or state.shape[1] == 0:
         return
     largest = 2 ** (53 if state.dtype == torch.float64 else 24)
-    position = state[:, 0, 0, 0, 0].detach()
+    position = state[:, 0, 0, 0, 0].detach().double()
     wrong = ~((position >= 0) & (position + tokens <= largest) & (position == position.round()))
     if bool(wrong.any()):
         row = int(wrong.nonzero()[0])

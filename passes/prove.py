@@ -122,7 +122,9 @@ def _error(row: KnownFunction, original: Original, site: Site, weighted: bool, s
     # The same values, rounded the same way, in float64; copies, because either side may write the state.
     ours = _moved(theirs, lambda name: ("cpu", torch.float64))
     state_name = state_argument(row)
-    if is_level_state(site.call[state_name]):
+    # A state without levels that the function writes gets levels first (the pass `states`).
+    gets_levels = weighted and row.writes_state is not None
+    if is_level_state(site.call[state_name]) or gets_levels:
         ours[state_name] = _split_over_levels(ours[state_name], _is_transposed(row, site), seed)
     expected = _flat(row, original.run(**theirs), theirs)
     call = read_call(row, site.known.plain, ours)

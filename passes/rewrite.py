@@ -45,8 +45,9 @@ def _plain_call(site: Site) -> Callable[..., Any]:
         try:
             return leaf.function(**arguments)
         except Exception:
-            # A kernel for another device (the example run of a CUDA-only library on a CPU): the operator is the same.
-            if not (leaf.row.opaque and proved):
+            # A kernel for another device (the example run of a CUDA-only library on a CPU), or one that is not
+            # installed and that packed sequences need: the operator is the same.
+            if not (proved and (leaf.row.opaque or site.packed)):
                 raise
             return lower_call(leaf.row, leaf.plain, arguments, levels=None)
 

@@ -105,15 +105,19 @@ class Found:
         return tuple(found)
 
     def hands_on(self) -> bool:
-        """Whether the graph returns a value of the part that joins several positions, or writes it to an input."""
-        own = {v for op in self.part.ops for v in op.outputs} - {self.part.result}
-        states = {v for v in own if self.times.facts[v].mixed and v.dtype.is_floating_point}
-        pending = list(states)
+        """Whether the graph returns, or writes to an input, a state: what else the operands become, joined over time."""
+        operands = [value for source in self.reading.operands for value in _values(source)]
+        seen = {self.part.result, self.output, *operands}
+        pending = operands
+        states: set[Value] = set()
         while pending:
-            moved = [v for user in pending.pop().users if user.name in MOVES for v in user.outputs if v not in own]
-            pending.extend(v for v in moved if v not in states)
-            states.update(moved)
-        states.discard(self.output)
+            for user in pending.pop().users:
+                if user.name in WEIGHTED and any(not self.times.facts[v].data for v in user.inputs):
+                    continue  # features again
+                new = [value for value in user.outputs if value not in seen]
+                seen.update(new)
+                pending.extend(new)
+                states.update(v for v in new if self.times.facts[v].mixed and v.dtype.is_floating_point)
         nodes = (node for node, held in self.program.results.items() if held in states)
         return any(user.op == "output" or user.target == "copy_" for node in nodes for user in node.users)
 
@@ -509,6 +513,14 @@ class _Search:
 
     def _range(self, source: Source) -> Range:
         return self.ranges.get(sample_of(source), (-float("inf"), float("inf")))
+
+
+def _values(source: Source) -> list[Value]:
+    """The values that a source is, or is assembled from."""
+    if not isinstance(source, Lifted):
+        return [source]
+    inner = [*(a for a in source.args if isinstance(a, (Lifted, Value))), *(source.base or ())[:1]]
+    return [value for part in inner for value in _values(part)]
 
 
 def _made_by(value: Value) -> str:

@@ -1,0 +1,73 @@
+"""A model whose decode step is written out in its own code: it keeps its levels, or it is declined at prefill."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import llcompile
+from llcompile.backend import last_report
+from llcompile.errors import LevelWeightsIgnoredWarning
+from tests import small
+from tests.models import tiny
+from tests.models.serving import greedy
+from tests.models.test_convert import lively
+from tests.models.test_padding import padded
+from tests.small import difference
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 48,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "num_local_experts": 2,
+    "block_size": 16,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+
+
+@pytest.fixture
+def minimax() -> Any:
+    """Lightning attention, whole and by step, in the model's own code."""
+    config = transformers.AutoConfig.for_model("minimax", **SIZES, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    torch.manual_seed(0)
+    model = lively(transformers.AutoModelForCausalLM.from_config(config).eval())
+    report = llcompile.convert(model, tiny.tokens(2, 21))
+    assert [c.origin for c in report.converted] == ["graph"]
+    assert "without one it has levels" in report.converted[0].notes[-1]
+    small.perturb(model)
+    model.compile(backend="loglinear", options={"inner": "eager"})
+    return model
+
+
+def test_prefill_with_a_cache_is_declined(minimax: Any) -> None:
+    ids = tiny.tokens(2, 21)
+    with torch.no_grad(), pytest.warns(LevelWeightsIgnoredWarning, match="would forget the levels between two calls"):
+        minimax(ids, use_cache=True)
+    assert [d.module.split(".")[-1] for d in last_report().declined] == ["self_attn"]
+    assert "use_cache=False" in last_report().declined[0].hint
+
+
+def test_generate_without_a_cache_has_levels(minimax: Any) -> None:
+    ids = tiny.tokens(1, 9)
+    with torch.no_grad():
+        written = minimax.generate(ids, max_new_tokens=3, do_sample=False, use_cache=False, eos_token_id=None)
+        assert torch.equal(written, greedy(minimax, ids, 3))
+    assert [c.origin for c in last_report().converted] == ["graph"]
+
+
+def test_padding_reaches_it(minimax: Any) -> None:
+    ids, mask, rows = padded("left")
+    with torch.no_grad():
+        for row, sequence in enumerate(rows):
+            alone = minimax(sequence, use_cache=False).logits[0]
+            logits = minimax(ids, attention_mask=mask, use_cache=False).logits[row]
+            assert difference(logits[mask[row] == 1], alone) < 1e-5

@@ -105,7 +105,7 @@ class Found:
         return tuple(found)
 
     def hands_on(self) -> bool:
-        """Whether the graph returns, or writes to an input, a state: what else the operands become, joined over time."""
+        """Whether the graph returns a state (what else the operands become, joined over time), or writes it away."""
         operands = [value for source in self.reading.operands for value in _values(source)]
         seen = {self.part.result, self.output, *operands}
         pending = operands

@@ -1,4 +1,4 @@
-"""docs/recognition.md does not lie: its code prints what it shows, and the messages are those of the code."""
+"""The pages of docs/ do not lie: their code runs and prints what they show, and the messages are those of the code."""
 
 from __future__ import annotations
 
@@ -52,3 +52,13 @@ def test_transforms_are_those_of_the_table() -> None:
 
     table = PAGE[PAGE.index("| held as |") : PAGE.index("A normalised form")]
     assert len(re.findall(r"^\| (?!held|-)", table, re.MULTILINE)) == len(TRANSFORMS)
+
+
+def test_the_example_of_generation_runs(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "generation.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    (tmp_path / "example.py").write_text(code)
+    done = subprocess.run(
+        [sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stderr

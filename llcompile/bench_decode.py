@@ -164,7 +164,7 @@ def table(record: dict[str, Any]) -> Any:
     sizes = record["sizes"]
     title = "one layer, {heads} heads, K = {key_dim}, V = {value_dim}, float32: KiB per sequence, us per token"
     shown = Table(title=title.format(**sizes), caption=f"{record['machine']}, {record['date'][:16]}")
-    shown.add_column("context", justify="right")
+    shown.add_column("context", justify="right", no_wrap=True)
     for form in FORMS:
         shown.add_column(f"{form}, KiB", justify="right")
         shown.add_column("us", justify="right")

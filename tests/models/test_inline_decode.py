@@ -58,7 +58,7 @@ def test_prefill_with_a_cache_is_declined(minimax: Any) -> None:
 
 
 def test_generate_without_a_cache_has_levels(minimax: Any) -> None:
-    ids = tiny.tokens(1, 9)
+    ids = tiny.tokens(1, 8)
     with torch.no_grad():
         written = minimax.generate(ids, max_new_tokens=3, do_sample=False, use_cache=False, eos_token_id=None)
         assert torch.equal(written, greedy(minimax, ids, 3))

@@ -1,0 +1,65 @@
+"""What people run to serve and to measure serving: `llcompile bench decode` and examples/generate.py."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llcompile import bench_decode, cli
+from tests.models import tiny
+
+ROOT = Path(__file__).parent.parent
+SIZES = bench_decode.Sizes(batch=2, heads=2, key_dim=4, value_dim=8)
+
+
+def test_bytes_grow_with_the_logarithm() -> None:
+    """A doubled context is one more level; the linear state stays, and the softmax cache doubles."""
+    contexts = [1 << 10, 1 << 11, 1 << 12]
+    found = [bench_decode.measure(f, c, SIZES, "cpu", 1) for c in contexts for f in bench_decode.FORMS]
+    held = {form: [r["bytes"] for r in found if r["form"] == form] for form in bench_decode.FORMS}
+    state = 4 * 2 * 4 * 8
+    assert held["linear"] == [state] * 3
+    # A header, and ceil(log2(context + 1)) + 1 levels.
+    assert held["log-linear"] == [state * (1 + 12), state * (1 + 13), state * (1 + 14)]
+    assert held["softmax"] == [4 * 2 * (4 + 8) * context for context in contexts]
+    growth = bench_decode.growth(found)
+    assert growth["log-linear"]["bytes_per_doubling"] == pytest.approx(state)
+    assert growth["linear"]["bytes_per_doubling"] == 0
+
+
+def test_the_command_writes_what_it_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "decode.json"
+    assert cli.main(["bench", "decode", "--quick", "--heads", "2", "--output", str(file)]) == 0
+    record = json.loads(file.read_text())
+    assert {r["form"] for r in record["results"]} == set(bench_decode.FORMS)
+    assert "per doubling" in capsys.readouterr().out
+    assert file.with_suffix(".png").is_file()
+
+
+def generate(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "examples" / "generate.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, check=False, cwd=ROOT)
+
+
+def test_the_example_streams(tmp_path: Path) -> None:
+    zoo = tmp_path / "zoo.json"
+    common = {"pad_token_id": 0, "vocab_size": 96, "hidden_size": 48}
+    zoo.write_text(json.dumps({"mamba2": {"kwargs": {**common, **tiny.CONFIGS["mamba2"]}}}))
+    done = generate("mamba2", "--zoo", str(zoo), "--tokens", "5", "--prompt-length", "20", "--inner", "eager")
+    assert done.returncode == 0, done.stderr
+    assert "2 of 2 linear-time mixers are log-linear" in done.stdout
+    assert "[B, H, 1 + levels, K, V]" in done.stdout
+    assert "[5/5 tokens" in done.stderr
+
+
+def test_the_example_names_what_it_knows(tmp_path: Path) -> None:
+    zoo = tmp_path / "zoo.json"
+    zoo.write_text(json.dumps({"mamba2": {"kwargs": {}}}))
+    done = generate("mamba3", "--zoo", str(zoo))
+    assert done.returncode == 1
+    assert "'mamba3' is not in" in done.stderr
+    assert "mamba2" in done.stderr

@@ -126,15 +126,18 @@ def check_mask(mask: Tensor, v: Tensor) -> None:
             f"attention_mask has shape {list(mask.shape)}; expected [B, T] = {list(v.shape[:2])}, 1 at real tokens"
         )
     check_device(v, attention_mask=mask)
-    if can_look(mask) and mask.shape[1]:
-        real = (mask != 0).to(torch.int8)
-        starts = (real[:, 1:] > real[:, :-1]).sum(1) + real[:, 0]
-        if bool((starts > 1).any()):
-            row = int((starts > 1).nonzero()[0])
-            raise OperandError(
-                f"attention_mask has a hole in row {row}: it is {_short(mask[row].to(torch.int64).tolist())}, and real "
-                "tokens must be contiguous in it (pad on the left or on the right only)"
-            )
+    if torch.compiler.is_compiling() or not mask.shape[1]:
+        return
+    real = (mask != 0).to(torch.int8)
+    starts = (real[:, 1:] > real[:, :-1]).sum(1) + real[:, 0]
+    if mask.device.type == "cuda":
+        torch._assert_async((starts <= 1).all(), "attention_mask has a hole: pad on the left or on the right only")
+    if can_look(mask) and bool((starts > 1).any()):
+        row = int((starts > 1).nonzero()[0])
+        raise OperandError(
+            f"attention_mask has a hole in row {row}: it is {_short(mask[row].to(torch.int64).tolist())}, and real "
+            "tokens must be contiguous in it (pad on the left or on the right only)"
+        )
 
 
 def can_look(x: Tensor) -> bool:

@@ -129,6 +129,14 @@ def warn_if_declined(mixers: Iterable[tuple[nn.Module | None, str, str]]) -> Non
             _warn(f"the level weights of {type(owner).__name__} are no longer 1, and its mixer runs as it is: {reason}")
 
 
+def warn_if_missed(modules: Iterable[nn.Module], mixers: Iterable[nn.Module | None]) -> None:
+    """Warns when modules with level weights other than 1 ran, and no mixer of theirs is among those that were found."""
+    found = {id(owner) for owner in mixers}
+    for module in modules:
+        if id(module) not in found and any(not weights.is_identity() for weights in _held(module)):
+            _warn(f"the level weights of {type(module).__name__} are no longer 1, and no mixer of it is in this graph")
+
+
 def _ids(weights: LevelWeights) -> list[int]:
     return [id(tensor) for _, tensor in weights.tensors()]
 

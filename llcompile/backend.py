@@ -64,6 +64,7 @@ def _compile(module: fx.GraphModule, parsed: Options, mode: str | None) -> Calla
         attachment.warn_if_declined(
             (site.owner, site.attribute, site.reason) for site in session.sites if not site.open
         )
+        _warn_missed(session)
     broken = compile_run.give_up_opaque(session)
     adopted = states.adopt(session)
     if session.attached:
@@ -119,6 +120,13 @@ def _warn_late(session: Session) -> None:
         LateAttachWarning,
         stacklevel=2,
     )
+
+
+def _warn_missed(session: Session) -> None:
+    """A part of a module's forward may have no mixer in it; the whole of it has."""
+    if dynamo.is_whole_frame():
+        modules = [module for region in session.regions for module in dynamo.modules_in(region.graph)]
+        attachment.warn_if_missed(modules, [site.owner for site in session.sites])
 
 
 def _warn_adopted(sites: list[Site]) -> None:

@@ -83,6 +83,23 @@ def position() -> dict[str, Any]:
     return {"nn_module_stack": dict(getattr(frame, "nn_module_stack", {}) or {}), "stack_trace": stack}
 
 
+def is_whole_frame() -> bool:
+    """Whether the graph being compiled is all of a call: no break cut it off, and it is not what follows one."""
+    translator = current_translator()
+    if translator is None:
+        return False
+    frame, reason = translator.output.root_tx or translator, translator.output.compile_subgraph_reason
+    after_break = frame.f_code.co_name.startswith(TORCH_DYNAMO_RESUME_IN_PREFIX)
+    return reason is not None and not reason.graph_break and not after_break
+
+
+def modules_in(graph: fx.Graph) -> list[nn.Module]:
+    """The modules that some node of the graph was traced in."""
+    keys = {key.split("@")[0]: None for node in graph.nodes for key in node.meta.get("nn_module_stack") or ()}
+    found = (find_module(key) for key in keys)
+    return [module for module in found if module is not None]
+
+
 def find_module(key: str) -> nn.Module | None:
     """The module that a key of `nn_module_stack` (its id, with "@n" for the nth call) stands for."""
     found = _modules_by_id().get(int(key.split("@")[0]))

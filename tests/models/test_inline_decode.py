@@ -52,9 +52,11 @@ def minimax() -> Any:
 def test_prefill_with_a_cache_is_declined(minimax: Any) -> None:
     ids = tiny.tokens(2, 21)
     with torch.no_grad(), pytest.warns(LevelWeightsIgnoredWarning, match="would forget the levels between two calls"):
-        minimax(ids, use_cache=True)
+        cache = minimax(ids, use_cache=True).past_key_values
     assert [d.module.split(".")[-1] for d in last_report().declined] == ["self_attn"]
     assert "use_cache=False" in last_report().declined[0].hint
+    with torch.no_grad(), pytest.warns(LevelWeightsIgnoredWarning, match="no mixer of it is in this graph"):
+        minimax(ids[:, :1], past_key_values=cache, use_cache=True)
 
 
 def test_generate_without_a_cache_has_levels(minimax: Any) -> None:

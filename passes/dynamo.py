@@ -96,7 +96,7 @@ def is_whole_frame() -> bool:
 def modules_in(graph: fx.Graph) -> list[nn.Module]:
     """The modules that some node of the graph was traced in."""
     keys = {key.split("@")[0]: None for node in graph.nodes for key in node.meta.get("nn_module_stack") or ()}
-    found = (find_module(key) for key in keys)
+    found = (find_module(key) for key in keys if key.isdigit())
     return [module for module in found if module is not None]
 
 

@@ -201,9 +201,16 @@ def input_value(node: fx.Node) -> Any:
 
 def module_tensors() -> frozenset[int]:
     """Ids of the tensors that the frame's modules hold and do not train: buffers, and plain attributes."""
-    modules = [root for _, root in _root_modules()]
-    held = (t for root in modules for m in root.modules() for t in (*m._buffers.values(), *vars(m).values()))
-    return frozenset(id(t) for t in held if isinstance(t, torch.Tensor) and not isinstance(t, nn.Parameter))
+    translator = current_translator()
+    if translator is None:
+        return frozenset()
+    output: Any = translator.output
+    if not hasattr(output, "_llcompile_tensors"):  # kept for the length of the trace
+        modules = [root for _, root in _root_modules()]
+        held = (t for root in modules for m in root.modules() for t in (*m._buffers.values(), *vars(m).values()))
+        tensors = (t for t in held if isinstance(t, torch.Tensor) and not isinstance(t, nn.Parameter))
+        output._llcompile_tensors = frozenset(map(id, tensors))
+    return output._llcompile_tensors  # type: ignore[no-any-return]
 
 
 def hint(size: Any, factor: int = 1) -> Any:

@@ -87,7 +87,8 @@ def is_constant_input(node: fx.Node) -> bool:
         return True
     if node.op != "placeholder":  # computed outside of the region that reads it
         return False
-    if isinstance(dynamo.input_value(node), nn.Parameter):
+    held = dynamo.input_value(node)
+    if isinstance(held, nn.Parameter) or (held is not None and id(held) in dynamo.module_tensors()):
         return True
     return any(u.op == "call_method" and str(u.target).endswith("_") and u.args[0] is node for u in node.users)
 

@@ -25,11 +25,16 @@ def serving(name: str, **changes: Any) -> Any:
 
 
 def in_parts(model: Any, name: str, ids: Tensor, sizes: Sequence[int], **given: Any) -> Iterator[Tensor]:
-    """The logits of ids, so many tokens at a time, through the model's own cache."""
+    """The logits of ids, so many tokens at a time, through the model's own cache.
+
+    With positions, as `generate()` passes them: Bamba does not count them itself.
+    """
     key = "cache_params" if name == "mamba2" else "past_key_values"
     cache: dict[str, Any] = {}
-    for part in ids.split(list(sizes), dim=1):
-        out = model(part, use_cache=True, **cache, **given)
+    positions = torch.arange(ids.shape[1]).expand_as(ids).split(list(sizes), dim=1)
+    for part, place in zip(ids.split(list(sizes), dim=1), positions, strict=True):
+        where = {} if name == "mamba2" else {"position_ids": place}
+        out = model(part, use_cache=True, **cache, **where, **given)
         cache = {key: out[key]}
         yield tiny.logits(out)
 

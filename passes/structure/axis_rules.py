@@ -223,9 +223,9 @@ def _unbind(c: Call) -> list[Axes]:
 
 
 def _cat(c: Call) -> list[Axes]:
-    tensors = [v for v in c.op.inputs if v.shape != (0,)]
     rank = len(c.op.outputs[0].shape)
     d = c.dim(rank=rank)
+    tensors = [v for v in c.op.inputs if v.shape != (0,) and v.shape[d] > 0]
     axes: list[Axis] = [()] * rank
     for value in tensors:
         axes = [
@@ -235,8 +235,9 @@ def _cat(c: Call) -> list[Axes]:
         return [c.axes[tensors[0]]]
     size, whole = c.op.outputs[0].shape[d], c.axes[tensors[0]][d]
     filled = all(_is_filled(value) for value in tensors[1:]) and 2 * tensors[0].shape[d] > size
-    axes[d] = c.atoms.longer(whole, size) if filled and whole else c.assembled(size, tensors)
-    c.mix(axes[d], *(c.axes[v][d] for v in tensors))
+    padded = filled and bool(whole)
+    axes[d] = c.atoms.longer(whole, size) if padded else c.assembled(size, tensors)
+    c.mix(*(() if padded else (axes[d],)), *(c.axes[v][d] for v in tensors))
     for value in tensors:
         _pin(c, c.axes[value][d])
     _pin(c, axes[d])

@@ -52,6 +52,8 @@ _SOFTMAXES = ("_softmax", "_safe_softmax", "_log_softmax")
 _NOT_RUN = (CannotArrange, RuntimeError, IndexError, AssertionError, TypeError, ValueError)
 _SCATTERS = ("select_scatter", "slice_scatter", "index_put")
 _CHOSEN = "a top-k, a threshold or buckets leave tokens out; log-linear attention sees the whole past"
+# What code does to a denominator before it divides.
+_AROUND = MOVES | {"add", "abs", "clamp", "clamp_min", "maximum", "mul"}
 _ASKED = 8000  # operations of a part that is run again and again to say why it is no mixer
 _TIMES = 3  # axes that are tried as time
 _SOURCES = 16  # a mixer has fewer operands
@@ -283,7 +285,7 @@ def _pair_denominators(findings: Findings) -> None:
     for found in findings.found:
         if found.reading.value is None:
             for other in whole:
-                if (other.reading.query, other.reading.key) == (found.reading.query, found.reading.key):
+                if _scores(other.reading) == _scores(found.reading):
                     findings.denominators.setdefault(id(other), []).append(found)
                     break
     findings.found = [f for f in whole if not _is_divided(findings, f)]
@@ -296,6 +298,11 @@ def _pair_denominators(findings: Findings) -> None:
     ]
 
 
+def _scores(reading: Reading) -> tuple[object, ...]:
+    """What the scores are made of."""
+    return reading.query, reading.key, reading.decay, reading.transform, reading.constant
+
+
 def _is_divided(findings: Findings, found: Found) -> bool:
     """Whether the code divides the result by something else that joins positions: the level weights would not be in
     both."""
@@ -306,12 +313,40 @@ def _is_divided(findings: Findings, found: Found) -> bool:
         for user in value.users:
             if user.name in MOVES:
                 pending.extend(user.outputs)
-            elif user.name == "div" and len(user.inputs) == 2 and user.inputs[0] is value:
-                fact = found.times.facts.get(user.inputs[1])
-                if fact is not None and fact.mixed:
-                    reason = "its denominator is not the sum of its scores"
-                    findings.missed.append(Missed(found.output, Miss(reason, 3, "normalise by the same scores")))
-                    return True
+            elif any(_joins_others(findings, found, d) for d in _divisors(user, value)):
+                reason = "its denominator is not the sum of its scores"
+                findings.missed.append(Missed(found.output, Miss(reason, 3, "normalise by the same scores")))
+                return True
+    return False
+
+
+def _divisors(user: Op, value: Value) -> list[Value]:
+    """What an operation divides the value by."""
+    if user.name == "div":
+        return [v for v in user.inputs[1:] if user.inputs[0] is value]
+    if user.name != "mul":
+        return []
+    others = [v.op for v in user.inputs if v is not value and v.op is not None]
+    return [v for op in others if op.name == "reciprocal" for v in op.inputs]
+
+
+def _joins_others(findings: Findings, found: Found, divisor: Value) -> bool:
+    """Whether a denominator joins positions in another way than the mixer's own does."""
+    sums = {f.output: f for f in findings.found if f.reading.value is None}
+    own = findings.denominators.get(id(found), [])
+    pending, seen = [divisor], 0
+    while pending and seen < 20:
+        value = pending.pop()
+        seen += 1
+        if value in sums:
+            if not any(sums[value] is f for f in own):
+                return True
+            continue
+        fact = found.times.facts.get(value)
+        if fact is not None and fact.mixed:
+            return True
+        if value.op is not None and value.op.name in _AROUND:
+            pending.extend(value.op.inputs)
     return False
 
 

@@ -1,0 +1,165 @@
+"""One call of the operator by Triton kernels: buffers, arguments and launches. The passes are in :mod:`.engine`."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..grid import Grid, make_grid
+from ..layout import Operands
+from ..state import is_level_state, linear_state, position_of
+from ..step import merge
+from ..tree import depth
+from . import cache
+from .description import Description, describe
+from .source import generate
+from .tuning import tuning
+
+
+@lru_cache(maxsize=512)
+def module_of(d: Description) -> ModuleType:
+    """The imported file with the kernels of ``d``; raises KernelCacheError if it cannot be written."""
+    family = f"{d.decay}_{d.correction}_{'log_linear' if d.weighted else 'linear'}"
+    return cache.load(cache.file_of(generate(d), family))
+
+
+@lru_cache(maxsize=4096)
+def _parameters(module: ModuleType, kernel: str) -> tuple[str, ...]:
+    return tuple(inspect.signature(getattr(module, kernel).fn).parameters)
+
+
+class Call:
+    """The operands of one call as the kernels see them.
+
+    ``values`` holds an argument for every parameter name that any kernel has; a launch picks its own by name.
+    """
+
+    def __init__(self, x: Operands, scale: float, final_state: bool) -> None:
+        self.x, self.scale = x, scale
+        self.d = describe(x, final_state)
+        self.batch, self.tokens, self.heads, self.value_dim = x.v.shape
+        self.key_dim, self.lanes = x.q.shape[3], self.batch * self.heads
+        self.empty = x.v.numel() == 0 or x.q.numel() == 0
+        if self.empty:
+            return
+        self.module = module_of(self.d)
+        self.grid = self._make_grid()
+        self.chunks = self.grid.chunks
+        self.depth = depth(self.chunks)
+        self.values: dict[str, Any] = {
+            "scale": scale,
+            "heads": self.heads,
+            "tokens": self.tokens,
+            "chunks": self.chunks,
+            "lanes": self.lanes,
+        }
+        self._add_operands()
+        self._add_geometry()
+        self._add_old()
+
+    # -- arguments ----------------------------------------------------------------------------------------------------
+
+    def _make_grid(self) -> Grid:
+        position = None
+        if self.d.continued:
+            assert self.x.initial_state is not None
+            position = position_of(self.x.initial_state)
+        grid = make_grid(self.tokens, position, self.x.lengths, self.d.chunk)
+        offset = grid.offset
+        if position is not None and offset is None:
+            offset = torch.zeros_like(position)
+        return dataclasses.replace(
+            grid, chunk=self.d.chunk, chunks=-(-grid.size // self.d.chunk), offset=offset
+        )
+
+    def operand(self, name: str, x: Tensor | None) -> None:
+        """Arguments of an operand ``[B, T, H, ...]`` (``[H]`` counts as the same for all tokens)."""
+        if x is None:
+            return
+        if x.dim() == 1:
+            x = x.expand(self.batch, self.tokens, self.heads)
+        elif x.dim() == 4 and x.stride(3) != 1 and x.shape[3] > 1:
+            x = x.contiguous()
+        self.values |= {
+            f"{name}_ptr": x,
+            f"{name}_row": x.stride(0),
+            f"{name}_token": x.stride(1),
+            f"{name}_head": x.stride(2),
+        }
+
+    def _add_operands(self) -> None:
+        x = self.x
+        self.operand("query", x.q)
+        self.operand("key", x.k)
+        self.operand("value", x.v)
+        self.operand("weight", x.level_weights)
+        self.operand("decay", x.log_decay)
+        self.operand("beta", x.beta)
+
+    def _add_geometry(self) -> None:
+        grid = self.grid
+        if self.d.padded:
+            assert grid.lengths is not None
+            self.values["lengths"] = grid.lengths.to(torch.int32)
+        if self.d.continued:
+            assert grid.offset is not None
+            assert self.d.levels is not None
+            served = grid.true_levels(self.batch, self.x.v.device).clamp(max=self.d.levels - 1)
+            self.values |= {
+                "offsets": grid.offset.to(torch.int32),
+                "served_levels": served.to(torch.int32).contiguous(),
+                "grid_levels": served.shape[1],
+            }
+
+    def _add_old(self) -> None:
+        """The initial state: as it is for the linear operator, else level by level as the first token sees it."""
+        s = self.x.initial_state
+        if s is None:
+            return
+        if not self.d.weighted:
+            self.values["initial_states"] = linear_state(s).float().contiguous()
+            return
+        assert self.d.levels is not None
+        seen, final = self.grid.old_levels(self.batch, s.device, self.d.levels)
+        if is_level_state(s):
+            assert self.grid.position is not None
+            old = merge(s[:, :, 1:].float(), self.grid.position)
+        else:  # a linear state is one bucket of the last level
+            old, seen, final = s.float()[:, :, None], seen[..., -1:], final[..., -1:]
+        self.values |= {
+            "old_states": old.contiguous(),
+            "old_seen": seen.to(torch.int32).contiguous(),
+            "old_final": final.to(torch.int32).contiguous(),
+            "old_slots": old.shape[2],
+        }
+
+    # -- buffers ------------------------------------------------------------------------------------------------------
+
+    def buffer(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Room for what a kernel writes, known to later kernels by ``name``."""
+        x = torch.empty(shape, dtype=dtype, device=self.x.v.device)
+        self.values[name] = x
+        return x
+
+    def zeros(self, name: str, *shape: int) -> Tensor:
+        """As :meth:`buffer`, filled with 0, fp32."""
+        return self.buffer(name, *shape).zero_()
+
+    # -- launches -----------------------------------------------------------------------------------------------------
+
+    def launch(self, kernel: str, programs: int, tiled: bool = False, **values: Any) -> None:
+        """Run ``programs`` programs of ``kernel`` (times its value tiles), with ``values`` beside those of the call."""
+        chosen = tuning(kernel, self.d)
+        known = {**self.values, **values, "VALUE_TILE": chosen.value_tile}
+        arguments = [known[name] for name in _parameters(self.module, kernel)]
+        tiles = -(-self.value_dim // chosen.value_tile) if tiled else 1
+        if programs:
+            getattr(self.module, kernel)[(programs, tiles)](
+                *arguments, num_warps=chosen.warps, num_stages=chosen.stages
+            )

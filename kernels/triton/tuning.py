@@ -1,0 +1,32 @@
+"""How each kernel is launched: the width of its value tile, its warps and its pipeline stages."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from .description import Description, tile
+
+
+class Tuning(NamedTuple):
+    """Launch parameters of one kernel."""
+
+    value_tile: int
+    warps: int
+    stages: int
+
+
+# Kernel: widest value tile, warps, stages. Chosen so that nothing spills at K, V <= 128 (see check.py).
+_DEFAULT = {
+    "chunk_scores": (128, 4, 1),
+    "chunk_mix": (128, 4, 1),
+    "chunk_state": (128, 8, 1),
+    "tree_up": (32, 4, 1),
+    "state_scan": (16, 4, 2),
+    "output": (128, 8, 1),
+}
+
+
+def tuning(kernel: str, d: Description) -> Tuning:
+    """Launch parameters of ``kernel`` for ``d``."""
+    widest, warps, stages = _DEFAULT[kernel]
+    return Tuning(min(widest, tile(d.value_dim)), warps, stages)

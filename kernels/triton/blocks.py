@@ -135,7 +135,7 @@ decay_between = interval_decays(log_decay, position)  # [C, C]
 <<scores query>>
 <<from_start>>
 #if delta
-mix = load_square(mixes + (lane * chunks + chunk) * CHUNK * CHUNK, position)  # [C, C]
+<<mix>>
 scores = dot(query_scores, mix)  # [C, C]
 <<decay_rows decayed_key key from_start>>
 <<decay_rows decayed_query query from_start>>
@@ -148,12 +148,19 @@ scores = query_scores
     "writer": """
 <<to_end>>
 #if delta
-mix = load_square(mixes + (lane * chunks + chunk) * CHUNK * CHUNK, position)  # [C, C]
+<<mix>>
 <<decay_rows tail_key key to_end>>
 writer = dot(tl.trans(mix), tail_key)  # [C, K]
 #else
 <<decay_rows writer key to_end>>
 #end
+""",
+    # ``mix`` [C, C]: what turns a chunk's values into what the delta rule writes for them.
+    "beta_column": "beta = load_column(beta_ptr + row * beta_row + head * beta_head, token, beta_token, real)  # [C]",
+    "mix": """
+<<beta_column>>
+inverse = load_square(inverses + (lane * chunks + chunk) * CHUNK * CHUNK, position)  # [C, C]
+mix = inverse * beta[None, :]
 """,
     # -- the tree ------------------------------------------------------------------------------------------------------
     # ``bits`` holds the chunk's index with the bits of lower levels cleared: the block that this level reads ends there.

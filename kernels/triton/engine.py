@@ -35,8 +35,8 @@ def chunk_stage(call: Call) -> None:
             call.buffer("key_squares", *square)
         call.launch("chunk_scores", lanes * chunks)
     if d.delta:
-        call.buffer("mixes", *square)
-        call.launch("chunk_mix", lanes * chunks)
+        call.buffer("inverses", *square)
+        call.launch("chunk_inverse", lanes * chunks)
         call.buffer("transitions", 2, lanes, chunks, d.key_dim, d.key_dim)
     if d.decay != "none":
         call.buffer("totals", 2, lanes, chunks, *((d.key_dim,) if d.decay == "channel" else ()))
@@ -56,3 +56,96 @@ def scan(call: Call) -> None:
     if call.d.final_state:
         call.buffer("final_states", call.batch, call.heads, call.key_dim, call.value_dim)
     call.launch("state_scan", call.lanes, tiled=True)
+
+
+def backward(x: Operands, scale: float, grad_o: Tensor, grad_state: Tensor | None) -> list[Tensor | None]:
+    """Gradients of the first seven operands; None where there is no operand, or no gradient."""
+    call = Call(x, scale, grad_state is not None)
+    call.operand("output_gradient", grad_o)
+    chunk_stage(call)
+    if call.d.weighted:
+        tree(call)
+    else:
+        scan(call)
+    _add_gradient_buffers(call)
+    reads_gradient(call)
+    if call.d.weighted:
+        tree_gradient(call)
+    else:
+        scan_gradient(call, grad_state)
+    call.launch("chunk_gradient", call.lanes * call.chunks)
+    if call.d.decay == "channel":
+        call.launch("chunk_scores_gradient", call.lanes * call.chunks)
+    return _operand_gradients(call)
+
+
+def _add_gradient_buffers(call: Call) -> None:
+    d, batch, tokens, heads = call.d, call.batch, call.tokens, call.heads
+    make = call.zeros if d.padded else call.buffer
+    make("query_gradients", batch, tokens, heads, d.key_dim)
+    make("key_gradients", batch, tokens, heads, d.key_dim)
+    make("value_gradients", batch, tokens, heads, d.value_dim)
+    if d.levels is not None:
+        call.zeros("weight_gradients", batch, tokens, heads, d.levels)
+    if d.decay != "none":
+        make("decay_gradients", batch, tokens, heads, *((d.key_dim,) if d.decay == "channel" else ()))
+    if d.decay == "channel":
+        call.buffer("decay_carries", call.lanes, call.chunks, d.key_dim)
+    if d.delta:
+        make("beta_gradients", batch, tokens, heads)
+
+
+def reads_gradient(call: Call) -> None:
+    """What queries read from other chunks: gradients of queries, of level weights, and of what was read."""
+    d, lanes, chunks = call.d, call.lanes, call.chunks
+    by_reader = (lanes, chunks)
+    if d.weighted:
+        half = max(chunks // 2, 1)
+        call.values["half"] = half
+        by_reader = (max(call.depth, 1), lanes, half)
+    if d.delta:
+        call.buffer("readers", *by_reader, d.chunk, d.key_dim, dtype=call.x.q.dtype)
+        call.buffer("reader_gradients", lanes, chunks, d.chunk, d.key_dim)
+        if d.weighted:
+            call.buffer("passed_gradients", *by_reader, d.chunk, d.key_dim, dtype=call.x.q.dtype)
+    elif d.decay != "none" and d.weighted:
+        per_channel = (d.key_dim,) if d.decay == "channel" else ()
+        call.buffer("reaches", *by_reader, *per_channel)
+        call.buffer("reach_gradients", *by_reader, *per_channel)
+    call.launch("read_gradient", lanes * chunks)
+    if d.weighted and d.decay != "none" and not d.delta:
+        call.zeros("total_gradients", *call.values["totals"].shape)
+    call.buffer("state_gradients", lanes, chunks, d.key_dim, d.value_dim)
+    call.launch("state_gradient", lanes * chunks, tiled=True)
+
+
+def tree_gradient(call: Call) -> None:
+    """Down the tree: gradients of what each chunk adds to the state and does to one that passes it."""
+    if call.d.delta:
+        call.zeros("transition_gradients", *call.values["transitions"].shape)
+        call.launch("transition_gradient", call.lanes * call.chunks)
+    for level in reversed(range(call.depth - 1)):
+        pairs = call.chunks >> (level + 1)
+        if call.d.delta:
+            call.launch("transition_down", call.lanes * pairs, pairs=pairs, level=level)
+        call.launch("tree_down", call.lanes * pairs, pairs=pairs, level=level)
+
+
+def scan_gradient(call: Call, grad_state: Tensor | None) -> None:
+    """Back along the linear operator's states."""
+    if grad_state is not None:
+        call.values["final_gradients"] = grad_state.float().contiguous()
+    if call.d.initial_state != "none":
+        call.buffer("initial_gradients", call.batch, call.heads, call.key_dim, call.value_dim)
+    call.launch("scan_gradient", call.lanes, tiled=True)
+
+
+def _operand_gradients(call: Call) -> list[Tensor | None]:
+    """The buffers as gradients of the operands: heads of a group summed, a decay per head summed over tokens."""
+    found = call.values
+    q, k = (found[name].unflatten(2, (-1, call.d.repeat)).sum(3) for name in ("query_gradients", "key_gradients"))
+    g = found.get("decay_gradients")
+    if g is not None and call.x.log_decay is not None and call.x.log_decay.dim() == 1:
+        g = g.sum((0, 1))
+    state = found.get("initial_gradients")
+    return [q, k, found["value_gradients"], found.get("weight_gradients"), g, found.get("beta_gradients"), state]

@@ -34,22 +34,22 @@ def chunk_scores(
     first -= tl.load(offsets + row)
     #end
     for later in range(0, CHUNK, BLOCK):
-        token = first + later + inner
-        real = (token >= 0) & (token < length)
-        log_decay = load_log_decay_rows(decay_base, token, decay_token, real, channel)  # [block, K]
+        here = first + later + inner  # [block] tokens
+        there = (here >= 0) & (here < length)
+        log_decay = load_log_decay_rows(decay_base, here, decay_token, there, channel)  # [block, K]
         decayed = tl.exp(tl.cumsum(log_decay, axis=0))
-        query = load_rows(query_base, token, query_token, real, channel, KEY_DIM).to(tl.float32)
+        query = load_rows(query_base, here, query_token, there, channel, KEY_DIM).to(tl.float32)
         #if delta
-        key = load_rows(key_base, token, key_token, real, channel, KEY_DIM).to(tl.float32)
+        key = load_rows(key_base, here, key_token, there, channel, KEY_DIM).to(tl.float32)
         #end
         between = tl.zeros([KEY_TILE], tl.float32)  # of the blocks between the two
         for back in range(0, later, BLOCK):
             earlier = later - BLOCK - back
             <<earlier_rows>>
-            at = square + (later + inner)[:, None] * CHUNK + (earlier + inner)[None, :]
-            tl.store(query_squares + at, dot(query * decayed, tl.trans(seen)))
+            block = square + (later + inner)[:, None] * CHUNK + (earlier + inner)[None, :]
+            tl.store(query_squares + block, dot(query * decayed, tl.trans(seen)))
             #if delta
-            tl.store(key_squares + at, dot(key * decayed, tl.trans(seen)))
+            tl.store(key_squares + block, dot(key * decayed, tl.trans(seen)))
             #end
             between += tl.sum(other_decay, 0)
         # Within the block: the sum of what lies between grows as the key moves back.
@@ -59,17 +59,17 @@ def chunk_scores(
             causal = inner >= place
             <<one_key>>
             factor = tl.where(causal[:, None], tl.exp(passed), 0.0) * one_key[None, :]
-            at = square + (later + inner) * CHUNK + later + place
-            tl.store(query_squares + at, tl.sum(query * factor, 1))
+            column = square + (later + inner) * CHUNK + later + place
+            tl.store(query_squares + column, tl.sum(query * factor, 1))
             #if delta
-            tl.store(key_squares + at, tl.sum(key * factor, 1))
+            tl.store(key_squares + column, tl.sum(key * factor, 1))
             #end
             passed = tl.where(causal[:, None], passed + one_decay[None, :], 0.0)
         for other in range(later + BLOCK, CHUNK, BLOCK):
-            at = square + (later + inner)[:, None] * CHUNK + (other + inner)[None, :]
-            tl.store(query_squares + at, tl.zeros([BLOCK, BLOCK], tl.float32))
+            corner = square + (later + inner)[:, None] * CHUNK + (other + inner)[None, :]
+            tl.store(query_squares + corner, tl.zeros([BLOCK, BLOCK], tl.float32))
             #if delta
-            tl.store(key_squares + at, tl.zeros([BLOCK, BLOCK], tl.float32))
+            tl.store(key_squares + corner, tl.zeros([BLOCK, BLOCK], tl.float32))
             #end
 '''
 
@@ -94,29 +94,28 @@ one_decay = tl.load(decay_base + one_at * decay_token + channel, mask=one_real, 
 one_decay = tl.maximum(one_decay, LOWEST)
 """
 
-CHUNK_MIX = '''
+CHUNK_INVERSE = '''
 @triton.jit
-def chunk_mix(
+def chunk_inverse(
     <<operand key>>
     <<decay>>
     <<beta>>
     #if channel
     key_squares,  # [lanes, N, C, C]
     #end
-    mixes,  # [lanes, N, C, C] out
+    inverses,  # [lanes, N, C, C] out
     <<geometry>>
 ):
-    """The UT transform (arXiv 2406.06484): (I + strict_tril(beta K K^T))^-1 beta, decays inside the product."""
+    """The heart of the UT transform (arXiv 2406.06484): (I + strict_tril(beta K K^T))^-1, decays inside the product."""
     <<lane>>
     <<channels>>
     <<rows_of_group key>>
     <<log_decay>>
     <<decay_between>>
     <<scores key>>
-    beta = load_column(beta_ptr + row * beta_row + head * beta_head, token, beta_token, real)  # [C]
+    <<beta_column>>
     lower = tl.where(position[:, None] > position[None, :], key_scores * beta[:, None], 0.0)
-    mix = unit_lower_inverse(lower, position) * beta[None, :]
-    store_square(mixes + (lane * chunks + chunk) * CHUNK * CHUNK, position, mix)
+    store_square(inverses + (lane * chunks + chunk) * CHUNK * CHUNK, position, unit_lower_inverse(lower, position))
 '''
 
 CHUNK_STATE = '''
@@ -125,8 +124,9 @@ def chunk_state(
     <<operand key>>
     <<operand value>>
     <<decay>>
+    <<beta>>
     #if delta
-    mixes,  # [lanes, N, C, C]
+    inverses,  # [lanes, N, C, C]
     transitions,  # [2, lanes, N, K, K] out
     #end
     states,  # [lanes, N, K, V] out
@@ -305,12 +305,13 @@ def output(
     <<operand key>>
     <<operand value>>
     <<decay>>
+    <<beta>>
     <<weight>>
     #if channel
     query_squares,  # [lanes, N, C, C]
     #end
     #if delta
-    mixes,  # [lanes, N, C, C]
+    inverses,  # [lanes, N, C, C]
     #if weighted
     transitions,  # [2, lanes, N, K, K]
     #end
@@ -438,7 +439,7 @@ FORWARD_BLOCKS = {
 }
 FORWARD = {
     "chunk_scores": CHUNK_SCORES,
-    "chunk_mix": CHUNK_MIX,
+    "chunk_inverse": CHUNK_INVERSE,
     "chunk_state": CHUNK_STATE,
     "tree_up": TREE_UP,
     "state_scan": STATE_SCAN,

@@ -18,11 +18,19 @@ class Tuning(NamedTuple):
 # Kernel: widest value tile, warps, stages. Chosen so that nothing spills at K, V <= 128 (see check.py).
 _DEFAULT = {
     "chunk_scores": (128, 4, 1),
-    "chunk_mix": (128, 4, 1),
+    "chunk_inverse": (128, 4, 1),
     "chunk_state": (128, 8, 1),
     "tree_up": (32, 4, 1),
     "state_scan": (16, 4, 2),
     "output": (128, 8, 1),
+    "read_gradient": (64, 8, 1),
+    "state_gradient": (128, 8, 1),
+    "transition_gradient": (128, 8, 1),
+    "tree_down": (64, 8, 1),
+    "transition_down": (64, 8, 1),
+    "scan_gradient": (16, 4, 2),
+    "chunk_gradient": (64, 8, 1),
+    "chunk_scores_gradient": (128, 4, 1),
 }
 
 

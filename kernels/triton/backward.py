@@ -100,7 +100,7 @@ def read_gradient(
     <<state_by_output>>
     #if delta
     entry = lane * chunks + chunk
-    store_rows(readers + entry * CHUNK * KEY_DIM, position, KEY_DIM, position >= 0, channel, reader, KEY_DIM)
+    store_chunk(readers + entry * CHUNK * KEY_DIM, position, channel, reader)
     reader_gradient = seen
     #else
     <<decay_rows query_gradient seen from_start>>
@@ -108,8 +108,7 @@ def read_gradient(
     #end
     #if delta
     entry = lane * chunks + chunk
-    store_rows(reader_gradients + entry * CHUNK * KEY_DIM, position, KEY_DIM, position >= 0, channel, reader_gradient,
-               KEY_DIM)
+    store_chunk(reader_gradients + entry * CHUNK * KEY_DIM, position, channel, reader_gradient)
     #else
     store_rows(query_gradients + (row * tokens * heads + head) * KEY_DIM, token, heads * KEY_DIM, real, channel,
                query_gradient, KEY_DIM)
@@ -144,7 +143,7 @@ for _ in range(0, bit_count(chunk)):
     <<level>>
     <<reader_entry>>
     #if delta
-    store_rows(readers + entry * CHUNK * KEY_DIM, position, KEY_DIM, position >= 0, channel, reader, KEY_DIM)
+    store_chunk(readers + entry * CHUNK * KEY_DIM, position, channel, reader)
     #elif channel
     store_channels(reaches + entry * KEY_DIM, channel, reach)
     #else
@@ -154,8 +153,7 @@ for _ in range(0, bit_count(chunk)):
     bits &= bits - 1
 #if old
 #if delta
-store_rows(old_readers + (lane * chunks + chunk) * CHUNK * KEY_DIM, position, KEY_DIM, position >= 0, channel, reader,
-           KEY_DIM)
+store_chunk(old_readers + (lane * chunks + chunk) * CHUNK * KEY_DIM, position, channel, reader)
 #elif channel
 store_channels(old_reaches + (lane * chunks + chunk) * KEY_DIM, channel, reach)
 #else
@@ -208,10 +206,8 @@ for _ in range(0, bit_count(chunk)):  # farthest first
     <<state_by_output>>
     weight = load_column(weight_base + served_level(served, EDGE + 1 + level), token, weight_token, real)  # [C]
     #if delta
-    reader_base = readers + entry * CHUNK * KEY_DIM
-    reader = load_rows(reader_base, position, KEY_DIM, position >= 0, channel, KEY_DIM).to(tl.float32)
-    store_rows(passed_gradients + entry * CHUNK * KEY_DIM, position, KEY_DIM, position >= 0, channel, reader_gradient,
-               KEY_DIM)
+    reader = load_chunk(readers + entry * CHUNK * KEY_DIM, position, channel).to(tl.float32)
+    store_chunk(passed_gradients + entry * CHUNK * KEY_DIM, position, channel, reader_gradient)
     passed = load_matrix(transitions + (lane * chunks + slot) * KEY_DIM * KEY_DIM, channel, channel)
     reader_gradient = dot(reader_gradient, tl.trans(passed))
     #elif channel
@@ -312,7 +308,7 @@ ONE_READER = """
 weight = load_column(weight_base + served_level(served, EDGE + 1 + level), token, weight_token, real)  # [C]
 #end
 #if delta
-reader = load_rows(readers + entry * CHUNK * KEY_DIM, position, KEY_DIM, position >= 0, channel, KEY_DIM)  # [C, K]
+reader = load_chunk(readers + entry * CHUNK * KEY_DIM, position, channel)  # [C, K]
 #else
 <<rows_of_group query>>
 <<log_decay>>
@@ -353,8 +349,8 @@ def transition_gradient(
     for number in range(0, tl.minimum(1 << level, chunks - 1 - slot)):
         chunk = slot + 1 + number
         entry = (level * lanes + lane) * half + ((chunk >> (level + 1)) << level) + number
-        reader = load_rows(readers + entry * CHUNK * KEY_DIM, position, KEY_DIM, position >= 0, channel, KEY_DIM)
-        passed = load_rows(passed_gradients + entry * CHUNK * KEY_DIM, position, KEY_DIM, position >= 0, channel, KEY_DIM)
+        reader = load_chunk(readers + entry * CHUNK * KEY_DIM, position, channel)
+        passed = load_chunk(passed_gradients + entry * CHUNK * KEY_DIM, position, channel)
         gradient += dot(tl.trans(reader), passed)
     store_matrix(transition_gradients + (lane * chunks + slot) * KEY_DIM * KEY_DIM, channel, channel, gradient)
 '''

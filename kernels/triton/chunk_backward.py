@@ -1,10 +1,10 @@
-'''The last two backward kernels: inside the chunks, where the gradients of the operands come out.'''
+'''The last backward kernels: inside the chunks, where the gradients of the operands come out.'''
 
 from __future__ import annotations
 
-CHUNK_GRADIENT = '''
+CHUNK_VALUES_GRADIENT = '''
 @triton.jit
-def chunk_gradient(
+def chunk_values_gradient(
     <<operand query>>
     <<operand key>>
     <<operand value>>
@@ -13,46 +13,29 @@ def chunk_gradient(
     <<beta>>
     <<weight>>
     #if channel
-    query_squares,  # [lanes, N, C, C] in: scores; out: their gradients
-    #if delta
-    key_squares,  # [lanes, N, C, C] in and out
-    #end
+    query_squares,  # [lanes, N, C, C]
     #end
     #if delta
     inverses,  # [lanes, N, C, C]
-    reader_gradients,  # [lanes, N, C, K]
-    #if weighted
-    transition_gradients,  # [2, lanes, N, K, K]
     #end
-    #end
-    #if (decayed or delta) and not weighted
+    #if decayed and not weighted and not delta
     states,  # [lanes, N, K, V]: at chunks' starts
     #end
     state_gradients,  # [lanes, N, K, V]: of what chunks add
-    #if decayed and weighted and not delta
-    total_gradients,  # [2, lanes, N (, K)]
-    #end
-    query_gradients,  # [B, T, H, K] in: from other chunks (without correction); out
-    key_gradients,  # [B, T, H, K] out
+    score_gradients,  # [lanes, N, C, C] out: of final scores
+    writer_gradients,  # [lanes, N, C, K] out: of effective keys
     value_gradients,  # [B, T, H, V] out
     #if weighted
     weight_gradients,  # [B, T, H, L] in and out
     #end
-    #if decayed
-    decay_gradients,  # [B, T, H (, K)] out
-    #end
-    #if channel
-    decay_carries,  # [lanes, N, K] out: gradients of log decays at the chunks' ends
-    #end
-    #if delta
-    beta_gradients,  # [B, T, H] out
+    #if decayed and not weighted and not delta
+    decay_carries,  # [lanes, N, K] out: of the chunk's decay, as a factor
     #end
     scale,
     <<geometry>>
-    lanes,
     VALUE_TILE: tl.constexpr,
 ):
-    """Gradients of a chunk's operands, from its own output, from what it adds to the state and does to others."""
+    """All that runs over values: gradients of values, level weights, final scores and effective keys."""
     <<lane>>
     <<channels>>
     <<rows_of_group query>>
@@ -60,12 +43,9 @@ def chunk_gradient(
     <<log_decay>>
     <<decay_between>>
     <<scores query>>
-    <<from_start>>
     <<writer>>
     #if delta
     scores = dot(query_scores, mix)  # [C, C]
-    <<decay_rows decayed_key key from_start>>
-    decayed_key_gradient = tl.zeros([CHUNK, KEY_TILE], tl.float32)
     #else
     scores = query_scores
     #end
@@ -77,24 +57,197 @@ def chunk_gradient(
     #else
     weighed_scores = scores
     #end
-    scores_gradient = tl.zeros([CHUNK, CHUNK], tl.float32)
+    score_gradient = tl.zeros([CHUNK, CHUNK], tl.float32)
     writer_gradient = tl.zeros([CHUNK, KEY_TILE], tl.float32)
-    #if decayed and not weighted
-    carry = tl.zeros([KEY_TILE], tl.float32)  # [K] gradient of the log decay at the chunk's end
+    #if decayed and not weighted and not delta
+    carry = tl.zeros([KEY_TILE], tl.float32)
     #end
     <<values_gradient>>
     #if weighted
     weight_gradient_base = weight_gradients + (row * tokens * heads + head) * LEVELS
     add_pair_weights_gradient(
-        weight_gradient_base, token, heads * LEVELS, real, position, served, scores_gradient * scores, EDGE
+        weight_gradient_base, token, heads * LEVELS, real, position, served, score_gradient * scores, EDGE
     )
-    scores_gradient *= level_weights
+    score_gradient *= level_weights
     #end
-    scores_gradient = tl.where(position[:, None] >= position[None, :], scores_gradient, 0.0)
+    score_gradient = tl.where(position[:, None] >= position[None, :], score_gradient, 0.0)
+    entry = lane * chunks + chunk
+    store_square(score_gradients + entry * CHUNK * CHUNK, position, score_gradient)
+    store_chunk(writer_gradients + entry * CHUNK * KEY_DIM, position, channel, writer_gradient)
+    #if decayed and not weighted and not delta
+    store_channels(decay_carries + entry * KEY_DIM, channel, carry)
+    #end
+'''
+
+CHUNK_TRANSITION_GRADIENT = '''
+@triton.jit
+def chunk_transition_gradient(
+    <<operand key>>
+    <<decay>>
+    <<beta>>
+    inverses,  # [lanes, N, C, C]
+    #if weighted
+    transition_gradients,  # [2, lanes, N, K, K]
+    #else
+    states,  # [lanes, N, K, V]: at chunks' starts
+    state_gradients,  # [lanes, N, K, V]: of what chunks add
+    #end
+    writer_gradients,  # [lanes, N, C, K] in and out
+    head_gradients,  # [lanes, N, C, K] out: of keys with decays from the chunk's start
+    #if decayed
+    decay_carries,  # [lanes, N, K] out: of the chunk's decay, as a factor
+    #end
+    <<geometry>>
+    lanes,
+    VALUE_TILE: tl.constexpr,
+):
+    """Through the chunk's transition, decay - writer^T (decayed key), back to its factors."""
+    <<lane>>
+    <<channels>>
+    <<rows_of_group key>>
+    <<log_decay>>
+    <<writer>>
+    <<from_start>>
+    <<decay_rows decayed_key key from_start>>
+    entry = lane * chunks + chunk
+    #if weighted
+    table = ((chunk % 2) * lanes + lane) * chunks + chunk
+    gradient = load_matrix(transition_gradients + table * KEY_DIM * KEY_DIM, channel, channel)  # [K, K]
+    #else
+    gradient = tl.zeros([KEY_TILE, KEY_TILE], tl.float32)
+    for first_value in range(0, VALUE_DIM, VALUE_TILE):
+        value_column = first_value + tl.arange(0, VALUE_TILE)
+        added_gradient = load_state(state_gradients + entry * KEY_DIM * VALUE_DIM, channel, value_column)
+        state = load_state(states + entry * KEY_DIM * VALUE_DIM, channel, value_column)
+        gradient += dot(added_gradient, tl.trans(state))
+    #end
+    #if decayed
+    carry = tl.sum(tl.where(channel[:, None] == channel[None, :], gradient, 0.0), 1)  # [K]
+    store_channels(decay_carries + entry * KEY_DIM, channel, carry)
+    #end
+    store_chunk(head_gradients + entry * CHUNK * KEY_DIM, position, channel, -dot(writer, gradient))
+    at = writer_gradients + entry * CHUNK * KEY_DIM
+    writer_gradient = load_chunk(at, position, channel) - dot(decayed_key, tl.trans(gradient))
+    tl.debug_barrier()
+    store_chunk(at, position, channel, writer_gradient)
+'''
+
+CHUNK_DELTA_GRADIENT = '''
+@triton.jit
+def chunk_delta_gradient(
+    <<operand query>>
+    <<operand key>>
+    <<decay>>
+    <<beta>>
+    #if channel
+    query_squares,  # [lanes, N, C, C]
+    #end
+    key_squares,  # [lanes, N, C, C] in: scores (decay per channel); out: their gradients
+    inverses,  # [lanes, N, C, C]
+    reader_gradients,  # [lanes, N, C, K]
+    writer_gradients,  # [lanes, N, C, K] in: of effective keys; out: of keys with decays to the chunk's end
+    head_gradients,  # [lanes, N, C, K] in and out: of keys with decays from the chunk's start
+    score_gradients,  # [lanes, N, C, C] in: of final scores; out: of plain ones
+    beta_gradients,  # [B, T, H] out
+    <<geometry>>
+):
+    """Through the UT transform: from final scores, readers and writers to plain scores, keys and beta."""
+    <<lane>>
+    <<channels>>
+    <<rows_of_group key>>
+    <<log_decay>>
+    <<from_start>>
+    entry = lane * chunks + chunk
+    <<mix>>
+    # final scores = query_scores mix, reader = decayed query - final scores decayed_key
+    <<decay_rows decayed_key key from_start>>
+    reader_gradient = load_chunk(reader_gradients + entry * CHUNK * KEY_DIM, position, channel)  # [C, K]
+    score_gradient = load_square(score_gradients + entry * CHUNK * CHUNK, position)  # [C, C]
+    score_gradient -= dot(reader_gradient, tl.trans(decayed_key))
+    <<rows_of_group query>>
+    <<decay_between>>
+    <<scores query>>
+    at = head_gradients + entry * CHUNK * KEY_DIM
+    head_gradient = load_chunk(at, position, channel)
+    head_gradient -= dot(tl.trans(dot(query_scores, mix)), reader_gradient)
+    tl.debug_barrier()
+    store_chunk(at, position, channel, head_gradient)
+    mix_gradient = dot(tl.trans(query_scores), score_gradient)  # [C, C]
+    score_gradient = tl.where(position[:, None] >= position[None, :], dot(score_gradient, tl.trans(mix)), 0.0)
+    store_square(score_gradients + entry * CHUNK * CHUNK, position, score_gradient)
+    # writer = mix^T (key decayed to the end)
+    <<to_end>>
+    <<decay_rows tail_key key to_end>>
+    at = writer_gradients + entry * CHUNK * KEY_DIM
+    writer_gradient = load_chunk(at, position, channel)
+    mix_gradient += dot(tail_key, tl.trans(writer_gradient))
+    tail_gradient = dot(mix, writer_gradient)
+    tl.debug_barrier()
+    store_chunk(at, position, channel, tail_gradient)
+    # mix = (I + strict_tril(beta key_scores))^-1 beta
+    <<scores key>>
+    lower_gradient = fine_dot(tl.trans(inverse), mix_gradient * beta[None, :])
+    strict = position[:, None] > position[None, :]
+    lower_gradient = tl.where(strict, -fine_dot(lower_gradient, tl.trans(inverse)), 0.0)
+    beta_gradient = tl.sum(mix_gradient * inverse, 0) + tl.sum(lower_gradient * key_scores, 1)  # [C]
+    tl.store(beta_gradients + (row * tokens * heads + head) + token.to(tl.int64) * heads, beta_gradient, mask=real)
+    #if channel
+    tl.debug_barrier()
+    #end
+    store_square(key_squares + entry * CHUNK * CHUNK, position, lower_gradient * beta[:, None])
+'''
+
+CHUNK_GRADIENT = '''
+@triton.jit
+def chunk_gradient(
+    #if not channel
+    <<operand query>>
+    #end
+    <<operand key>>
+    <<decay>>
     #if delta
-    <<delta_gradient>>
+    #if not channel
+    key_squares,  # [lanes, N, C, C]: gradients of keys' scores
     #end
+    reader_gradients,  # [lanes, N, C, K]
+    head_gradients,  # [lanes, N, C, K]: of keys with decays from the chunk's start
+    #end
+    #if not channel
+    score_gradients,  # [lanes, N, C, C]: of queries' scores
+    #end
+    writer_gradients,  # [lanes, N, C, K]: of keys with decays to the chunk's end
+    #if decayed and weighted and not delta
+    total_gradients,  # [2, lanes, N (, K)]
+    #end
+    #if decayed and (channel or delta or not weighted)
+    decay_carries,  # [lanes, N, K] in: of the chunk's decay, as a factor; out: of the log decay at the chunk's end
+    #end
+    query_gradients,  # [B, T, H, K] in: from other chunks (without correction); out
+    key_gradients,  # [B, T, H, K] out
+    #if decayed
+    decay_gradients,  # [B, T, H (, K)] out
+    #end
+    <<geometry>>
+    lanes,
+):
+    """Gradients of queries, keys and decays. That of a log decay is what passes over its token: what later queries
+    take less what earlier keys give."""
+    <<lane>>
+    <<channels>>
+    entry = lane * chunks + chunk
+    <<rows_of_group key>>
+    <<log_decay>>
+    <<to_end>>
     <<tokens_gradient>>
+    #if channel
+    store_channels(decay_carries + entry * KEY_DIM, channel, carry)
+    store_rows(decay_gradients + head_base, token, heads * KEY_DIM, real, channel, taken, KEY_DIM)
+    #else
+    <<rows_of_group query>>
+    <<near_gradient>>
+    #end
+    store_rows(query_gradients + head_base, token, heads * KEY_DIM, real, channel, query_gradient, KEY_DIM)
+    store_rows(key_gradients + head_base, token, heads * KEY_DIM, real, channel, key_gradient, KEY_DIM)
 '''
 
 # All that runs over values: gradients of scores, writers and values.
@@ -106,123 +259,78 @@ for first_value in range(0, VALUE_DIM, VALUE_TILE):
     <<output_gradient>>
     <<rows_of_head value>>
     added_gradient = load_state(state_gradients + state_at, channel, value_column)  # [K, V tile]
-    scores_gradient += dot(output_gradient, tl.trans(value))
+    score_gradient += dot(output_gradient, tl.trans(value))
     written_gradient = dot(writer, added_gradient)  # [C, V tile]
-    #if (decayed or delta) and not weighted
+    #if decayed and not weighted and not delta
     state = load_state(states + state_at, channel, value_column)
-    #end
-    #if decayed and not weighted
     carry += tl.sum(state * added_gradient, 1)
     #end
-    #if delta and not weighted
-    corrected = value.to(tl.float32) - dot(decayed_key, state)  # values less what the state held for their keys
-    writer_gradient += dot(corrected, tl.trans(added_gradient))
-    decayed_key_gradient -= dot(written_gradient, tl.trans(state))
-    #else
     writer_gradient += dot(value, tl.trans(added_gradient))
-    #end
     value_gradient = dot(tl.trans(weighed_scores), output_gradient) + written_gradient
     store_rows(value_gradients + (row * tokens * heads + head) * VALUE_DIM, token, heads * VALUE_DIM, real,
                value_column, value_gradient, VALUE_DIM)
 """
 
 # Through the delta rule: from gradients of final scores, readers and writers to those of plain scores and of keys.
-DELTA_GRADIENT = """
-entry = lane * chunks + chunk
-reader_base = reader_gradients + entry * CHUNK * KEY_DIM
-reader_gradient = load_rows(reader_base, position, KEY_DIM, position >= 0, channel, KEY_DIM)  # [C, K]
-scores_gradient -= dot(reader_gradient, tl.trans(decayed_key))
-decayed_key_gradient -= dot(tl.trans(scores), reader_gradient)
-#if weighted
-entry = ((chunk % 2) * lanes + lane) * chunks + chunk
-transition_gradient = load_matrix(transition_gradients + entry * KEY_DIM * KEY_DIM, channel, channel)  # [K, K]
-writer_gradient -= dot(decayed_key, tl.trans(transition_gradient))
-decayed_key_gradient -= dot(writer, transition_gradient)
-#if decayed
-carry = tl.sum(tl.where(channel[:, None] == channel[None, :], transition_gradient, 0.0), 1)  # [K]
-#end
-#end
-mix_gradient = dot(tl.trans(query_scores), scores_gradient) + dot(tail_key, tl.trans(writer_gradient))  # [C, C]
-tail_key_gradient = dot(mix, writer_gradient)  # [C, K]
-causal = position[:, None] >= position[None, :]
-scores_gradient = tl.where(causal, dot(scores_gradient, tl.trans(mix)), 0.0)  # of query_scores
-<<scores key>>
-strict = position[:, None] > position[None, :]
-lower_gradient = fine_dot(tl.trans(inverse), mix_gradient * beta[None, :])
-lower_gradient = tl.where(strict, -fine_dot(lower_gradient, tl.trans(inverse)), 0.0)
-beta_gradient = tl.sum(mix_gradient * inverse, 0) + tl.sum(lower_gradient * key_scores, 1)  # [C]
-beta_at = beta_gradients + (row * tokens * heads + head) + token.to(tl.int64) * heads
-tl.store(beta_at, beta_gradient, mask=real)
-key_scores_gradient = lower_gradient * beta[:, None]  # [C, C]
-"""
-
-# What is left: plain scores, and keys and queries with decays from the chunk's start and to its end. The gradient of a
-# log decay is what passes over its token: what later queries take less what earlier keys give.
+# Gradients through decays from the chunk's start and to its end; ``taken``: their share of what passes over tokens.
 TOKENS_GRADIENT = """
 head_base = (row * tokens * heads + head) * KEY_DIM
-#if not delta
-tail_key_gradient = writer_gradient
-query_gradient = load_rows(query_gradients + head_base, token, heads * KEY_DIM, real, channel, KEY_DIM)
-#else
-<<decay_rows query_gradient reader_gradient from_start>>
-<<decay_rows key_gradient decayed_key_gradient from_start>>
-#end
-<<decay_rows tail_gradient tail_key_gradient to_end>>
+writer_gradient = load_chunk(writer_gradients + entry * CHUNK * KEY_DIM, position, channel)
+<<decay_rows tail_gradient writer_gradient to_end>>
 #if decayed
 tail_share = key.to(tl.float32) * tail_gradient  # [C, K]
 <<carry>>
-#end
-#if decayed and delta
-taken = key.to(tl.float32) * key_gradient - tail_share  # [C, K]
-#elif decayed
 taken = -tail_share
 #end
 #if delta
+<<from_start>>
+head_gradient = load_chunk(head_gradients + entry * CHUNK * KEY_DIM, position, channel)
+<<decay_rows key_gradient head_gradient from_start>>
+#if decayed
+taken += key.to(tl.float32) * key_gradient
+#end
 key_gradient += tail_gradient
+reader_gradient = load_chunk(reader_gradients + entry * CHUNK * KEY_DIM, position, channel)
+<<decay_rows query_gradient reader_gradient from_start>>
 #else
 key_gradient = tail_gradient
+query_gradient = load_rows(query_gradients + head_base, token, heads * KEY_DIM, real, channel, KEY_DIM)
 #end
-#if channel
-square = (lane * chunks + chunk) * CHUNK * CHUNK
-tl.debug_barrier()
-store_square(query_squares + square, position, scores_gradient)
-#if delta
-store_square(key_squares + square, position, key_scores_gradient)
-#end
-store_channels(decay_carries + (lane * chunks + chunk) * KEY_DIM, channel, carry)
-store_rows(decay_gradients + head_base, token, heads * KEY_DIM, real, channel, taken, KEY_DIM)
-#else
-<<near_gradient>>
-#end
-store_rows(query_gradients + head_base, token, heads * KEY_DIM, real, channel, query_gradient, KEY_DIM)
-store_rows(key_gradients + head_base, token, heads * KEY_DIM, real, channel, key_gradient, KEY_DIM)
 """
 
+# Gradient of the log decay at the chunk's end.
 CARRY = """
 #if weighted and channel and not delta
 carry = load_channels(total_gradients + (((chunk % 2) * lanes + lane) * chunks + chunk) * KEY_DIM, channel)
 carry += tl.sum(tail_share, 0)
 #elif weighted and not delta
 carry = tl.load(total_gradients + ((chunk % 2) * lanes + lane) * chunks + chunk) + tl.sum(tl.sum(tail_share, 1), 0)
-#elif channel
-carry = carry * tl.exp(tl.sum(log_decay, 0)) + tl.sum(tail_share, 0)  # [K]
+#else
+carry = load_channels(decay_carries + entry * KEY_DIM, channel)  # [K]
+#if channel
+carry = carry * tl.exp(tl.sum(log_decay, 0)) + tl.sum(tail_share, 0)
 #else
 carry = tl.sum(carry, 0) * tl.exp(tl.sum(log_decay, 0)) + tl.sum(tl.sum(tail_share, 1), 0)
 #end
+#end
 """
 
+# Scores within the chunk, where decays do not depend on the channel.
 NEAR_GRADIENT = """
+score_gradient = load_square(score_gradients + entry * CHUNK * CHUNK, position)
+<<decay_between>>
 #if scalar
-scores_gradient *= decay_between
+score_gradient *= decay_between
 #end
-query_gradient += dot(scores_gradient, key)
-column_gradient = dot(tl.trans(scores_gradient), query)  # of keys that are looked at
+query_gradient += dot(score_gradient, key)
+column_gradient = dot(tl.trans(score_gradient), query)  # of keys that are looked at
 #if delta
+key_score_gradient = load_square(key_squares + entry * CHUNK * CHUNK, position)
 #if scalar
-key_scores_gradient *= decay_between
+key_score_gradient *= decay_between
 #end
-row_gradient = dot(key_scores_gradient, key)  # of keys that look
-column_gradient += dot(tl.trans(key_scores_gradient), key)
+row_gradient = dot(key_score_gradient, key)  # of keys that look
+column_gradient += dot(tl.trans(key_score_gradient), key)
 key_gradient += row_gradient + column_gradient
 #else
 key_gradient += column_gradient
@@ -244,9 +352,9 @@ def chunk_scores_gradient(
     <<operand query>>
     <<operand key>>
     <<operand decay>>
-    query_squares,  # [lanes, N, C, C]: gradients of chunk_scores' results
+    score_gradients,  # [lanes, N, C, C]: gradients of queries' scores
     #if delta
-    key_squares,  # [lanes, N, C, C]
+    key_squares,  # [lanes, N, C, C]: the same of keys
     #end
     decay_carries,  # [lanes, N, K]
     query_gradients,  # [B, T, H, K] in and out, as the next two
@@ -285,7 +393,7 @@ def chunk_scores_gradient(
             earlier = begin - BLOCK - back
             <<earlier_rows>>
             block = square + (begin + inner)[:, None] * CHUNK + (earlier + inner)[None, :]
-            rows_gradient += dot(tl.load(query_squares + block), seen)
+            rows_gradient += dot(tl.load(score_gradients + block), seen)
             #if delta
             looking_gradient += dot(tl.load(key_squares + block), seen)
             #end
@@ -299,7 +407,7 @@ def chunk_scores_gradient(
         for later in range(begin + BLOCK, CHUNK, BLOCK):
             <<later_rows>>
             corner = square + (later + inner)[:, None] * CHUNK + (begin + inner)[None, :]
-            column_gradient += dot(tl.trans(tl.load(query_squares + corner)), far_query * far_decay)
+            column_gradient += dot(tl.trans(tl.load(score_gradients + corner)), far_query * far_decay)
             #if delta
             column_gradient += dot(tl.trans(tl.load(key_squares + corner)), far_key * far_decay)
             #end
@@ -314,7 +422,7 @@ def chunk_scores_gradient(
             <<one_key_here>>
             factor = tl.where(causal[:, None], tl.exp(passed), 0.0)  # [block, K]
             column = square + (begin + inner) * CHUNK + begin + place
-            gradient = tl.load(query_squares + column)[:, None] * factor
+            gradient = tl.load(score_gradients + column)[:, None] * factor
             rows_gradient += gradient * one_key[None, :]
             one_gradient = tl.sum(gradient * query, 0)  # [K]
             #if delta
@@ -362,7 +470,6 @@ far_key = load_rows(key_base, far, key_token, far_real, channel, KEY_DIM).to(tl.
 
 CHUNK_BACKWARD_BLOCKS = {
     "values_gradient": VALUES_GRADIENT,
-    "delta_gradient": DELTA_GRADIENT,
     "tokens_gradient": TOKENS_GRADIENT,
     "carry": CARRY,
     "near_gradient": NEAR_GRADIENT,
@@ -370,6 +477,9 @@ CHUNK_BACKWARD_BLOCKS = {
     "later_rows": LATER_ROWS,
 }
 CHUNK_BACKWARD = {
+    "chunk_values_gradient": CHUNK_VALUES_GRADIENT,
+    "chunk_transition_gradient": CHUNK_TRANSITION_GRADIENT,
+    "chunk_delta_gradient": CHUNK_DELTA_GRADIENT,
     "chunk_gradient": CHUNK_GRADIENT,
     "chunk_scores_gradient": CHUNK_SCORES_GRADIENT,
 }

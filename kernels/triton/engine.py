@@ -73,9 +73,7 @@ def backward(x: Operands, scale: float, grad_o: Tensor, grad_state: Tensor | Non
         tree_gradient(call)
     else:
         scan_gradient(call, grad_state)
-    call.launch("chunk_gradient", call.lanes * call.chunks)
-    if call.d.decay == "channel":
-        call.launch("chunk_scores_gradient", call.lanes * call.chunks)
+    chunk_gradients(call)
     return _operand_gradients(call)
 
 
@@ -89,8 +87,6 @@ def _add_gradient_buffers(call: Call) -> None:
         call.zeros("weight_gradients", batch, tokens, heads, d.levels)
     if d.decay != "none":
         make("decay_gradients", batch, tokens, heads, *((d.key_dim,) if d.decay == "channel" else ()))
-    if d.decay == "channel":
-        call.buffer("decay_carries", call.lanes, call.chunks, d.key_dim)
     if d.delta:
         make("beta_gradients", batch, tokens, heads)
 
@@ -138,6 +134,26 @@ def scan_gradient(call: Call, grad_state: Tensor | None) -> None:
     if call.d.initial_state != "none":
         call.buffer("initial_gradients", call.batch, call.heads, call.key_dim, call.value_dim)
     call.launch("scan_gradient", call.lanes, tiled=True)
+
+
+def chunk_gradients(call: Call) -> None:
+    """Inside the chunks, where the gradients of the operands come out."""
+    d, programs = call.d, call.lanes * call.chunks
+    call.buffer("score_gradients", call.lanes, call.chunks, d.chunk, d.chunk)
+    call.buffer("writer_gradients", call.lanes, call.chunks, d.chunk, d.key_dim)
+    if d.delta:
+        call.buffer("head_gradients", call.lanes, call.chunks, d.chunk, d.key_dim)
+        if d.decay != "channel":
+            call.buffer("key_squares", call.lanes, call.chunks, d.chunk, d.chunk)
+    if d.decay != "none":
+        call.buffer("decay_carries", call.lanes, call.chunks, d.key_dim)
+    call.launch("chunk_values_gradient", programs)
+    if d.delta:
+        call.launch("chunk_transition_gradient", programs)
+        call.launch("chunk_delta_gradient", programs)
+    call.launch("chunk_gradient", programs)
+    if d.decay == "channel":
+        call.launch("chunk_scores_gradient", programs)
 
 
 def _operand_gradients(call: Call) -> list[Tensor | None]:

@@ -76,6 +76,20 @@ def store_square(base, position, x):
 
 
 @triton.jit
+def load_chunk(base, position, channel):
+    """Rows [C, K] of a chunk."""
+    at = base + position[:, None] * KEY_DIM + channel[None, :]
+    return tl.load(at, mask=(channel < KEY_DIM)[None, :] & (position >= 0)[:, None], other=0.0)
+
+
+@triton.jit
+def store_chunk(base, position, channel, x):
+    """Write rows x [C, K] of a chunk."""
+    at = base + position[:, None] * KEY_DIM + channel[None, :]
+    tl.store(at, x, mask=(channel < KEY_DIM)[None, :] & (position >= 0)[:, None])
+
+
+@triton.jit
 def load_state(base, channel, value):
     """A state [K, values], or its gradient."""
     at = base + channel[:, None] * VALUE_DIM + value[None, :]

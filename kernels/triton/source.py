@@ -27,6 +27,9 @@ NEEDED = {
     "tree_down": lambda d: d.weighted,
     "transition_down": lambda d: d.weighted and d.delta,
     "scan_gradient": lambda d: not d.weighted,
+    "chunk_values_gradient": lambda d: True,
+    "chunk_transition_gradient": lambda d: d.delta,
+    "chunk_delta_gradient": lambda d: d.delta,
     "chunk_gradient": lambda d: True,
     "chunk_scores_gradient": lambda d: d.decay == "channel",
 }

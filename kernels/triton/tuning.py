@@ -22,15 +22,18 @@ _DEFAULT = {
     "chunk_state": (128, 8, 1),
     "tree_up": (32, 4, 1),
     "state_scan": (16, 4, 2),
-    "output": (128, 8, 1),
+    "output": (64, 8, 1),
     "read_gradient": (64, 8, 1),
-    "state_gradient": (128, 8, 1),
+    "state_gradient": (64, 8, 1),
     "transition_gradient": (128, 8, 1),
     "tree_down": (64, 8, 1),
     "transition_down": (64, 8, 1),
     "scan_gradient": (16, 4, 2),
-    "chunk_gradient": (64, 8, 1),
-    "chunk_scores_gradient": (128, 4, 1),
+    "chunk_values_gradient": (64, 8, 1),
+    "chunk_transition_gradient": (64, 8, 1),
+    "chunk_delta_gradient": (128, 8, 1),
+    "chunk_gradient": (128, 8, 1),
+    "chunk_scores_gradient": (128, 8, 1),
 }
 
 

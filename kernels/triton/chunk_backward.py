@@ -132,6 +132,50 @@ def chunk_transition_gradient(
     store_chunk(at, position, channel, writer_gradient)
 '''
 
+CHUNK_READER_GRADIENT = '''
+@triton.jit
+def chunk_reader_gradient(
+    <<operand query>>
+    <<operand key>>
+    <<decay>>
+    <<beta>>
+    #if channel
+    query_squares,  # [lanes, N, C, C]
+    #end
+    inverses,  # [lanes, N, C, C]
+    reader_gradients,  # [lanes, N, C, K]
+    head_gradients,  # [lanes, N, C, K] in and out: of keys with decays from the chunk's start
+    score_gradients,  # [lanes, N, C, C] in and out: of final scores
+    query_gradients,  # [B, T, H, K] out: as far as queries read other chunks
+    <<geometry>>
+):
+    """Through reader = decayed query - (final scores) (decayed key)."""
+    <<lane>>
+    <<channels>>
+    <<rows_of_group key>>
+    <<log_decay>>
+    <<from_start>>
+    entry = lane * chunks + chunk
+    <<decay_rows decayed_key key from_start>>
+    reader_gradient = load_chunk(reader_gradients + entry * CHUNK * KEY_DIM, position, channel)  # [C, K]
+    <<decay_rows query_gradient reader_gradient from_start>>
+    head_base = (row * tokens * heads + head) * KEY_DIM
+    store_rows(query_gradients + head_base, token, heads * KEY_DIM, real, channel, query_gradient, KEY_DIM)
+    at = score_gradients + entry * CHUNK * CHUNK
+    score_gradient = load_square(at, position) - dot(reader_gradient, tl.trans(decayed_key))  # [C, C]
+    tl.debug_barrier()
+    store_square(at, position, tl.where(position[:, None] >= position[None, :], score_gradient, 0.0))
+    <<rows_of_group query>>
+    <<decay_between>>
+    <<scores query>>
+    <<mix>>
+    scores = dot(query_scores, mix)  # [C, C]
+    at = head_gradients + entry * CHUNK * KEY_DIM
+    head_gradient = load_chunk(at, position, channel) - dot(tl.trans(scores), reader_gradient)
+    tl.debug_barrier()
+    store_chunk(at, position, channel, head_gradient)
+'''
+
 CHUNK_DELTA_GRADIENT = '''
 @triton.jit
 def chunk_delta_gradient(
@@ -144,51 +188,42 @@ def chunk_delta_gradient(
     #end
     key_squares,  # [lanes, N, C, C] in: scores (decay per channel); out: their gradients
     inverses,  # [lanes, N, C, C]
-    reader_gradients,  # [lanes, N, C, K]
     writer_gradients,  # [lanes, N, C, K] in: of effective keys; out: of keys with decays to the chunk's end
-    head_gradients,  # [lanes, N, C, K] in and out: of keys with decays from the chunk's start
     score_gradients,  # [lanes, N, C, C] in: of final scores; out: of plain ones
     beta_gradients,  # [B, T, H] out
     <<geometry>>
 ):
-    """Through the UT transform: from final scores, readers and writers to plain scores, keys and beta."""
+    """Through the UT transform: from final scores and writers to plain scores, keys and beta."""
     <<lane>>
     <<channels>>
     <<rows_of_group key>>
     <<log_decay>>
-    <<from_start>>
     entry = lane * chunks + chunk
     <<mix>>
-    # final scores = query_scores mix, reader = decayed query - final scores decayed_key
-    <<decay_rows decayed_key key from_start>>
-    reader_gradient = load_chunk(reader_gradients + entry * CHUNK * KEY_DIM, position, channel)  # [C, K]
-    score_gradient = load_square(score_gradients + entry * CHUNK * CHUNK, position)  # [C, C]
-    score_gradient -= dot(reader_gradient, tl.trans(decayed_key))
-    <<rows_of_group query>>
-    <<decay_between>>
-    <<scores query>>
-    at = head_gradients + entry * CHUNK * KEY_DIM
-    head_gradient = load_chunk(at, position, channel)
-    head_gradient -= dot(tl.trans(dot(query_scores, mix)), reader_gradient)
-    tl.debug_barrier()
-    store_chunk(at, position, channel, head_gradient)
-    mix_gradient = dot(tl.trans(query_scores), score_gradient)  # [C, C]
-    score_gradient = tl.where(position[:, None] >= position[None, :], dot(score_gradient, tl.trans(mix)), 0.0)
-    store_square(score_gradients + entry * CHUNK * CHUNK, position, score_gradient)
     # writer = mix^T (key decayed to the end)
     <<to_end>>
     <<decay_rows tail_key key to_end>>
     at = writer_gradients + entry * CHUNK * KEY_DIM
     writer_gradient = load_chunk(at, position, channel)
-    mix_gradient += dot(tail_key, tl.trans(writer_gradient))
+    mix_gradient = dot(tail_key, tl.trans(writer_gradient))  # [C, C]
     tail_gradient = dot(mix, writer_gradient)
     tl.debug_barrier()
     store_chunk(at, position, channel, tail_gradient)
+    # final scores = query_scores mix
+    <<decay_between>>
+    <<rows_of_group query>>
+    <<scores query>>
+    at = score_gradients + entry * CHUNK * CHUNK
+    score_gradient = load_square(at, position)  # [C, C]
+    mix_gradient += dot(tl.trans(query_scores), score_gradient)
+    score_gradient = dot(score_gradient, tl.trans(mix))
+    tl.debug_barrier()
+    store_square(at, position, tl.where(position[:, None] >= position[None, :], score_gradient, 0.0))
     # mix = (I + strict_tril(beta key_scores))^-1 beta
-    <<scores key>>
     lower_gradient = fine_dot(tl.trans(inverse), mix_gradient * beta[None, :])
     strict = position[:, None] > position[None, :]
     lower_gradient = tl.where(strict, -fine_dot(lower_gradient, tl.trans(inverse)), 0.0)
+    <<scores key>>
     beta_gradient = tl.sum(mix_gradient * inverse, 0) + tl.sum(lower_gradient * key_scores, 1)  # [C]
     tl.store(beta_gradients + (row * tokens * heads + head) + token.to(tl.int64) * heads, beta_gradient, mask=real)
     #if channel
@@ -209,7 +244,6 @@ def chunk_gradient(
     #if not channel
     key_squares,  # [lanes, N, C, C]: gradients of keys' scores
     #end
-    reader_gradients,  # [lanes, N, C, K]
     head_gradients,  # [lanes, N, C, K]: of keys with decays from the chunk's start
     #end
     #if not channel
@@ -222,7 +256,9 @@ def chunk_gradient(
     #if decayed and (channel or delta or not weighted)
     decay_carries,  # [lanes, N, K] in: of the chunk's decay, as a factor; out: of the log decay at the chunk's end
     #end
-    query_gradients,  # [B, T, H, K] in: from other chunks (without correction); out
+    #if not channel
+    query_gradients,  # [B, T, H, K] in: as far as queries read other chunks; out
+    #end
     key_gradients,  # [B, T, H, K] out
     #if decayed
     decay_gradients,  # [B, T, H (, K)] out
@@ -246,7 +282,6 @@ def chunk_gradient(
     <<rows_of_group query>>
     <<near_gradient>>
     #end
-    store_rows(query_gradients + head_base, token, heads * KEY_DIM, real, channel, query_gradient, KEY_DIM)
     store_rows(key_gradients + head_base, token, heads * KEY_DIM, real, channel, key_gradient, KEY_DIM)
 '''
 
@@ -277,8 +312,12 @@ TOKENS_GRADIENT = """
 head_base = (row * tokens * heads + head) * KEY_DIM
 writer_gradient = load_chunk(writer_gradients + entry * CHUNK * KEY_DIM, position, channel)
 <<decay_rows tail_gradient writer_gradient to_end>>
-#if decayed
+#if channel
 tail_share = key.to(tl.float32) * tail_gradient  # [C, K]
+#elif scalar
+tail_share = tl.sum(key.to(tl.float32) * tail_gradient, 1)  # [C]
+#end
+#if decayed
 <<carry>>
 taken = -tail_share
 #end
@@ -286,15 +325,14 @@ taken = -tail_share
 <<from_start>>
 head_gradient = load_chunk(head_gradients + entry * CHUNK * KEY_DIM, position, channel)
 <<decay_rows key_gradient head_gradient from_start>>
-#if decayed
+#if channel
 taken += key.to(tl.float32) * key_gradient
+#elif scalar
+taken += tl.sum(key.to(tl.float32) * key_gradient, 1)
 #end
 key_gradient += tail_gradient
-reader_gradient = load_chunk(reader_gradients + entry * CHUNK * KEY_DIM, position, channel)
-<<decay_rows query_gradient reader_gradient from_start>>
 #else
 key_gradient = tail_gradient
-query_gradient = load_rows(query_gradients + head_base, token, heads * KEY_DIM, real, channel, KEY_DIM)
 #end
 """
 
@@ -304,13 +342,13 @@ CARRY = """
 carry = load_channels(total_gradients + (((chunk % 2) * lanes + lane) * chunks + chunk) * KEY_DIM, channel)
 carry += tl.sum(tail_share, 0)
 #elif weighted and not delta
-carry = tl.load(total_gradients + ((chunk % 2) * lanes + lane) * chunks + chunk) + tl.sum(tl.sum(tail_share, 1), 0)
+carry = tl.load(total_gradients + ((chunk % 2) * lanes + lane) * chunks + chunk) + tl.sum(tail_share, 0)
 #else
 carry = load_channels(decay_carries + entry * KEY_DIM, channel)  # [K]
 #if channel
 carry = carry * tl.exp(tl.sum(log_decay, 0)) + tl.sum(tail_share, 0)
 #else
-carry = tl.sum(carry, 0) * tl.exp(tl.sum(log_decay, 0)) + tl.sum(tl.sum(tail_share, 1), 0)
+carry = tl.sum(carry, 0) * tl.exp(tl.sum(log_decay, 0)) + tl.sum(tail_share, 0)
 #end
 #end
 """
@@ -322,25 +360,30 @@ score_gradient = load_square(score_gradients + entry * CHUNK * CHUNK, position)
 #if scalar
 score_gradient *= decay_between
 #end
+query_gradient = load_rows(query_gradients + head_base, token, heads * KEY_DIM, real, channel, KEY_DIM)
 query_gradient += dot(score_gradient, key)
-column_gradient = dot(tl.trans(score_gradient), query)  # of keys that are looked at
+tl.debug_barrier()
+store_rows(query_gradients + head_base, token, heads * KEY_DIM, real, channel, query_gradient, KEY_DIM)
+looked_at = dot(tl.trans(score_gradient), query)  # [C, K] gradient of keys as they are looked at
+#if scalar
+taken += tl.sum(query.to(tl.float32) * query_gradient, 1)
+#end
 #if delta
 key_score_gradient = load_square(key_squares + entry * CHUNK * CHUNK, position)
 #if scalar
 key_score_gradient *= decay_between
 #end
-row_gradient = dot(key_score_gradient, key)  # of keys that look
-column_gradient += dot(tl.trans(key_score_gradient), key)
-key_gradient += row_gradient + column_gradient
-#else
-key_gradient += column_gradient
-#end
+looked_at += dot(tl.trans(key_score_gradient), key)
+looking = dot(key_score_gradient, key)  # [C, K] and as they look
 #if scalar
-taken += query.to(tl.float32) * query_gradient - key.to(tl.float32) * column_gradient
-#if delta
-taken += key.to(tl.float32) * row_gradient
+taken += tl.sum(key.to(tl.float32) * looking, 1)
 #end
-decay_gradient = tl.cumsum(tl.sum(taken, 1), axis=0, reverse=True) + carry  # [C]
+key_gradient += looking
+#end
+key_gradient += looked_at
+#if scalar
+taken -= tl.sum(key.to(tl.float32) * looked_at, 1)
+decay_gradient = tl.cumsum(taken, axis=0, reverse=True) + carry  # [C]
 decay_at = decay_gradients + (row * tokens * heads + head) + token.to(tl.int64) * heads
 tl.store(decay_at, decay_gradient, mask=real)
 #end
@@ -479,6 +522,7 @@ CHUNK_BACKWARD_BLOCKS = {
 CHUNK_BACKWARD = {
     "chunk_values_gradient": CHUNK_VALUES_GRADIENT,
     "chunk_transition_gradient": CHUNK_TRANSITION_GRADIENT,
+    "chunk_reader_gradient": CHUNK_READER_GRADIENT,
     "chunk_delta_gradient": CHUNK_DELTA_GRADIENT,
     "chunk_gradient": CHUNK_GRADIENT,
     "chunk_scores_gradient": CHUNK_SCORES_GRADIENT,

@@ -150,6 +150,7 @@ def chunk_gradients(call: Call) -> None:
     call.launch("chunk_values_gradient", programs)
     if d.delta:
         call.launch("chunk_transition_gradient", programs)
+        call.launch("chunk_reader_gradient", programs)
         call.launch("chunk_delta_gradient", programs)
     call.launch("chunk_gradient", programs)
     if d.decay == "channel":

@@ -29,6 +29,7 @@ NEEDED = {
     "scan_gradient": lambda d: not d.weighted,
     "chunk_values_gradient": lambda d: True,
     "chunk_transition_gradient": lambda d: d.delta,
+    "chunk_reader_gradient": lambda d: d.delta,
     "chunk_delta_gradient": lambda d: d.delta,
     "chunk_gradient": lambda d: True,
     "chunk_scores_gradient": lambda d: d.decay == "channel",

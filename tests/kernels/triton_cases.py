@@ -1,0 +1,100 @@
+"""What the tests of the Triton kernels run in a process of its own, where Triton's interpreter is on.
+
+The interpreter has to be chosen before Triton is imported, and other tests need Triton without it.
+"""
+
+from __future__ import annotations
+
+import torch
+from kernel_cases import Operands as Case
+from kernel_cases import operands, relative_error
+from torch import Tensor
+
+from llcompile.kernels.layout import Operands
+from llcompile.kernels.reference import reference_attention
+from llcompile.kernels.triton import engine
+from llcompile.kernels.triton.limits import interpreted
+
+SCALE = 0.7
+
+
+def settled() -> bool:
+    """Whether this process has the interpreter on."""
+    return interpreted()
+
+
+def errors(
+    case: dict[str, object], final: bool = False, lengths: list[int] | None = None, poisoned: bool = False
+) -> dict[str, tuple[float, float]]:
+    """Relative error and its budget, of the output, the final state and every gradient.
+
+    ``case`` are arguments of :func:`kernel_cases.operands`. The definition runs in float64 on the same operands.
+    """
+    x = operands(**case)  # type: ignore[arg-type]
+    want = _definition(x, final, lengths)
+    call = Operands(*(_poison(t) if poisoned else t for t in x.values()), None if lengths is None else torch.tensor(lengths))
+    o, state = engine.forward(call, SCALE, final)
+    grad_o, grad_state = _gradients(want["o"], want.get("state"))
+    found = engine.backward(call, SCALE, grad_o.to(o.dtype), None if grad_state is None else grad_state.float())
+    ours: dict[str, Tensor | None] = {"o": o, "state": state if final else None, **dict(zip(x, found, strict=True))}
+    result = {}
+    for name, target in want.items():
+        mine = ours[name]
+        assert mine is not None, f"{name} is missing"
+        assert torch.isfinite(mine).all(), f"{name} is not finite"
+        assert mine.shape == target.shape, name
+        result[name] = (relative_error(mine, target), budget(x, mine, name))
+    return result
+
+
+def budget(x: Case, result: Tensor, name: str) -> float:
+    """What arithmetic in the operands' dtype may lose: 200 roundings in fp32, and 3 of the operands' dtype.
+
+    One for the operands of a product, one for those of the next, one for the result.
+    """
+    assert x["q"] is not None
+    return 200 * torch.finfo(torch.float32).eps + 3 * (
+        0 if x["q"].dtype == torch.float32 else torch.finfo(x["q"].dtype).eps
+    )
+
+
+def _definition(x: Case, final: bool, lengths: list[int] | None) -> dict[str, Tensor]:
+    leaves = {n: t if t is None else t.detach().double().requires_grad_() for n, t in x.items()}
+    mask = None
+    if lengths is not None:
+        assert x["v"] is not None
+        mask = (torch.arange(x["v"].shape[1]) < torch.tensor(lengths)[:, None]).long()
+    o, state = reference_attention(**leaves, scale=SCALE, return_final_state=True, attention_mask=mask)  # type: ignore[arg-type]
+    grad_o, grad_state = _gradients(o, state if final else None)
+    wanted = {n: t for n, t in leaves.items() if t is not None}
+    outputs, gradients = ([o, state], [grad_o, grad_state]) if final else ([o], [grad_o])
+    found = torch.autograd.grad(outputs, list(wanted.values()), gradients, allow_unused=True)
+    result = {"o": o.detach(), **{n: g for n, g in zip(wanted, found, strict=True) if g is not None}}
+    if final:
+        assert state is not None
+        result["state"] = state.detach()
+    return result
+
+
+def _gradients(o: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    make = torch.Generator().manual_seed(1)
+    grad_o = torch.randn(o.shape, dtype=torch.float64, generator=make).to(torch.bfloat16).double()
+    return grad_o, None if state is None else torch.randn(state.shape, dtype=torch.float64, generator=make)
+
+
+def _poison(x: Tensor | None) -> Tensor | None:
+    """The same values as a strided view into a buffer of NaN: what is read beyond an end shows."""
+    if x is None:
+        return None
+    wide = torch.full([n + 3 for n in x.shape], torch.nan, dtype=x.dtype)
+    view = wide[tuple(slice(1, n + 1) for n in x.shape)]
+    view.copy_(x)
+    return view
+
+
+def same_bits(case: dict[str, object]) -> bool:
+    """Whether two runs give bitwise the same gradients."""
+    x = Operands(*operands(**case).values(), None)  # type: ignore[arg-type]
+    assert x.v is not None
+    runs = [engine.backward(x, SCALE, x.v, None) for _ in range(2)]
+    return all(a is None or torch.equal(a, b) for a, b in zip(*runs, strict=True))  # type: ignore[arg-type]

@@ -399,12 +399,13 @@ def tree_down(
         store_state(left_at, channel, value_column, load_state(left_at, channel, value_column) + gradient)
     #if channel and not delta
     above = load_channels(total_gradients + joined_entry * KEY_DIM, channel)
-    store_channels(total_gradients + right * KEY_DIM, channel, above + total_gradient)
+    store_channels(total_gradients + right * KEY_DIM, channel,
+                   above + total_gradient + load_channels(total_gradients + right * KEY_DIM, channel))
     store_channels(total_gradients + left * KEY_DIM, channel,
                    above + load_channels(total_gradients + left * KEY_DIM, channel))
     #elif scalar and not delta
     above = tl.load(total_gradients + joined_entry)
-    tl.store(total_gradients + right, above + tl.sum(total_gradient, 0))
+    tl.store(total_gradients + right, above + tl.sum(total_gradient, 0) + tl.load(total_gradients + right))
     tl.store(total_gradients + left, above + tl.load(total_gradients + left))
     #end
 '''
@@ -432,7 +433,8 @@ def transition_down(
         joined_gradient = load_state(state_gradients + joined * KEY_DIM * VALUE_DIM, channel, value_column)
         left_state = load_state(states + left * KEY_DIM * VALUE_DIM, channel, value_column)
         gradient += fine_dot(joined_gradient, tl.trans(left_state))
-    store_matrix(transition_gradients + right * KEY_DIM * KEY_DIM, channel, channel, gradient)
+    right_at = transition_gradients + right * KEY_DIM * KEY_DIM
+    store_matrix(right_at, channel, channel, gradient + load_matrix(right_at, channel, channel))
     right_transition = load_matrix(transitions + right * KEY_DIM * KEY_DIM, channel, channel)
     left_at = transition_gradients + left * KEY_DIM * KEY_DIM
     gradient = load_matrix(left_at, channel, channel) + fine_dot(tl.trans(right_transition), above)

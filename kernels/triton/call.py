@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from ..grid import Grid, make_grid
-from ..layout import Operands
-from ..state import is_level_state, linear_state, position_of
-from ..step import merge
+from ..layout import Layout, Operands
+from ..state import linear_state, position_of
 from ..tree import depth
 from . import cache
 from .description import Description, describe
@@ -34,17 +33,20 @@ def _parameters(module: ModuleType, kernel: str) -> tuple[str, ...]:
     return tuple(inspect.signature(getattr(module, kernel).fn).parameters)
 
 
-class Call:
-    """The operands of one call as the kernels see them.
+class Call(Layout):
+    """The operands of one call as the kernels see them; lanes are what :class:`Layout` folds every head into.
 
     ``values`` holds an argument for every parameter name that any kernel has; a launch picks its own by name.
     """
 
     def __init__(self, x: Operands, scale: float, final_state: bool) -> None:
+        # Not Layout's own: it would copy the operands onto the grid, where the kernels read them from where they are.
         self.x, self.scale = x, scale
         self.d = describe(x, final_state)
+        self.dtype = torch.float32
         self.batch, self.tokens, self.heads, self.value_dim = x.v.shape
         self.key_dim, self.lanes = x.q.shape[3], self.batch * self.heads
+        self.levels, self.fold = self.d.levels, (self.heads, 1)
         self.empty = x.v.numel() == 0 or x.q.numel() == 0
         if self.empty:
             return
@@ -110,7 +112,7 @@ class Call:
         if self.d.continued:
             assert grid.offset is not None
             assert self.d.levels is not None
-            served = grid.true_levels(self.batch, self.x.v.device).clamp(max=self.d.levels - 1)
+            served = self._level_index()
             self.values |= {
                 "offsets": grid.offset.to(torch.int32),
                 "served_levels": served.to(torch.int32).contiguous(),
@@ -125,19 +127,20 @@ class Call:
         if not self.d.weighted:
             self.values["initial_states"] = linear_state(s).float().contiguous()
             return
-        assert self.d.levels is not None
-        seen, final = self.grid.old_levels(self.batch, s.device, self.d.levels)
-        if is_level_state(s):
-            assert self.grid.position is not None
-            old = merge(s[:, :, 1:].float(), self.grid.position)
-        else:  # a linear state is one bucket of the last level
-            old, seen, final = s.float()[:, :, None], seen[..., -1:], final[..., -1:]
+        old = self._old_states()
+        assert old is not None
+        seen = self._old_index()[0][..., self._old_slots().start :]
         self.values |= {
             "old_states": old.contiguous(),
             "old_seen": seen.to(torch.int32).contiguous(),
-            "old_final": final.to(torch.int32).contiguous(),
-            "old_slots": old.shape[2],
+            "old_slots": old.shape[1],
         }
+
+    def with_tokens(self, grad_state: Tensor) -> Tensor:
+        """The part of a final state's gradient that goes through the operator: rows without tokens have none."""
+        if self.x.lengths is None:
+            return grad_state
+        return torch.where(self._without_tokens(grad_state), 0, grad_state)
 
     # -- buffers ------------------------------------------------------------------------------------------------------
 

@@ -12,17 +12,34 @@ from .call import Call
 def forward(x: Operands, scale: float, return_final_state: bool) -> tuple[Tensor, Tensor]:
     """Output ``[B, T, H, V]`` and final state (an empty tensor when not asked for)."""
     call = Call(x, scale, return_final_state)
+    if call.empty:
+        return x.v.new_zeros(x.v.shape), call.unchanged_state() if return_final_state else call.no_state()
+    states(call)
+    o = call.buffer("outputs", *x.v.shape, dtype=x.v.dtype)
+    if call.d.padded:
+        o.zero_()
+    call.launch("output", call.lanes * call.chunks, tiled=True)
+    return o, final_state(call) if return_final_state else call.no_state()
+
+
+def states(call: Call) -> None:
+    """Phases 1 and 2: all states that anything reads."""
     chunk_stage(call)
     if call.d.weighted:
         tree(call)
     else:
         scan(call)
-    o = call.buffer("outputs", *x.v.shape, dtype=x.v.dtype)
-    if call.d.padded:
-        o.zero_()
-    call.launch("output", call.lanes * call.chunks, tiled=True)
-    state = call.values.get("final_states")
-    return o, x.v.new_empty(0, dtype=torch.float32) if state is None else state
+
+
+def final_state(call: Call) -> Tensor:
+    """The state after each row's last token."""
+    if not call.d.weighted:
+        state: Tensor = call.values["final_states"]
+        return state
+    count = call.grid.levels + call.values.get("old_slots", 0)
+    found = call.zeros("level_states", call.lanes, count, call.key_dim, call.value_dim)
+    call.launch("final_state", call.lanes, tiled=True, level_states_count=count)
+    return call._final(found)
 
 
 def chunk_stage(call: Call) -> None:
@@ -61,20 +78,20 @@ def scan(call: Call) -> None:
 def backward(x: Operands, scale: float, grad_o: Tensor, grad_state: Tensor | None) -> list[Tensor | None]:
     """Gradients of the first seven operands; None where there is no operand, or no gradient."""
     call = Call(x, scale, grad_state is not None)
+    if call.empty:
+        if grad_state is None or x.initial_state is None or x.v.shape[0] == 0:
+            return [None] * 7
+        return [None] * 6 + [call.unchanged_state_grad(grad_state)]
     call.operand("output_gradient", grad_o)
-    chunk_stage(call)
-    if call.d.weighted:
-        tree(call)
-    else:
-        scan(call)
+    states(call)
     _add_gradient_buffers(call)
     reads_gradient(call)
     if call.d.weighted:
-        tree_gradient(call)
+        tree_gradient(call, grad_state)
     else:
         scan_gradient(call, grad_state)
     chunk_gradients(call)
-    return _operand_gradients(call)
+    return _operand_gradients(call, grad_state)
 
 
 def _add_gradient_buffers(call: Call) -> None:
@@ -108,6 +125,11 @@ def reads_gradient(call: Call) -> None:
         per_channel = (d.key_dim,) if d.decay == "channel" else ()
         call.buffer("reaches", *by_reader, *per_channel)
         call.buffer("reach_gradients", *by_reader, *per_channel)
+    if "old_slots" in call.values:
+        if d.delta:
+            call.buffer("old_readers", lanes, chunks, d.chunk, d.key_dim, dtype=call.x.q.dtype)
+        elif d.decay != "none":
+            call.buffer("old_reaches", lanes, chunks, *((d.key_dim,) if d.decay == "channel" else ()))
     call.launch("read_gradient", lanes * chunks)
     if d.weighted and d.decay != "none" and not d.delta:
         call.zeros("total_gradients", *call.values["totals"].shape)
@@ -115,16 +137,27 @@ def reads_gradient(call: Call) -> None:
     call.launch("state_gradient", lanes * chunks, tiled=True)
 
 
-def tree_gradient(call: Call) -> None:
+def tree_gradient(call: Call, grad_state: Tensor | None) -> None:
     """Down the tree: gradients of what each chunk adds to the state and does to one that passes it."""
-    if call.d.delta:
+    d, lanes = call.d, call.lanes
+    if d.delta:
         call.zeros("transition_gradients", *call.values["transitions"].shape)
-        call.launch("transition_gradient", call.lanes * call.chunks)
+        call.launch("transition_gradient", lanes * call.chunks)
+    slots = call.values.get("old_slots", 0)
+    if slots:
+        call.buffer("old_gradients", lanes, slots, d.key_dim, d.value_dim)
+        call.launch("old_state_gradient", lanes * slots, tiled=True)
+    if grad_state is not None:
+        call.values["level_gradients"] = call._final_grad(call.with_tokens(grad_state)).contiguous()
+        call.values["level_states_count"] = call.grid.levels + slots
+        if d.delta:
+            call.buffer("carries", lanes, 32, d.key_dim, d.key_dim)
+        call.launch("final_state_gradient", lanes)
     for level in reversed(range(call.depth - 1)):
         pairs = call.chunks >> (level + 1)
-        if call.d.delta:
-            call.launch("transition_down", call.lanes * pairs, pairs=pairs, level=level)
-        call.launch("tree_down", call.lanes * pairs, pairs=pairs, level=level)
+        if d.delta:
+            call.launch("transition_down", lanes * pairs, pairs=pairs, level=level)
+        call.launch("tree_down", lanes * pairs, pairs=pairs, level=level)
 
 
 def scan_gradient(call: Call, grad_state: Tensor | None) -> None:
@@ -148,6 +181,8 @@ def chunk_gradients(call: Call) -> None:
     if d.decay != "none":
         call.buffer("decay_carries", call.lanes, call.chunks, d.key_dim)
     call.launch("chunk_values_gradient", programs)
+    if d.weighted and d.final_state:
+        call.launch("final_chunk_gradient", call.lanes)
     if d.delta:
         call.launch("chunk_transition_gradient", programs)
         call.launch("chunk_reader_gradient", programs)
@@ -157,12 +192,26 @@ def chunk_gradients(call: Call) -> None:
         call.launch("chunk_scores_gradient", programs)
 
 
-def _operand_gradients(call: Call) -> list[Tensor | None]:
+def _operand_gradients(call: Call, grad_state: Tensor | None) -> list[Tensor | None]:
     """The buffers as gradients of the operands: heads of a group summed, a decay per head summed over tokens."""
     found = call.values
     q, k = (found[name].unflatten(2, (-1, call.d.repeat)).sum(3) for name in ("query_gradients", "key_gradients"))
     g = found.get("decay_gradients")
     if g is not None and call.x.log_decay is not None and call.x.log_decay.dim() == 1:
         g = g.sum((0, 1))
-    state = found.get("initial_gradients")
+    state = _initial_gradient(call, grad_state)
     return [q, k, found["value_gradients"], found.get("weight_gradients"), g, found.get("beta_gradients"), state]
+
+
+def _initial_gradient(call: Call, grad_state: Tensor | None) -> Tensor | None:
+    """Gradient of the initial state in its own kind; rows without tokens hand the final state's on."""
+    s = call.x.initial_state
+    if s is None:
+        return None
+    if not call.d.weighted:
+        d: Tensor = call.values["initial_gradients"]
+        return call._old_grad(d.flatten(0, 1)[:, None])
+    d = call._old_grad(call.values["old_gradients"])
+    if grad_state is not None and call.d.padded:
+        d = d + call.unchanged_state_grad(grad_state - call.with_tokens(grad_state))
+    return d

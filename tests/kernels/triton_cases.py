@@ -5,6 +5,9 @@ The interpreter has to be chosen before Triton is imported, and other tests need
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 from kernel_cases import Operands as Case
 from kernel_cases import operands, relative_error
@@ -16,6 +19,35 @@ from llcompile.kernels.triton import engine
 from llcompile.kernels.triton.limits import interpreted
 
 SCALE = 0.7
+
+
+def _teach_bfloat16() -> None:
+    """Triton's interpreter cuts bfloat16 off instead of rounding it, and multiplies matrices of it as integers."""
+    from triton import language as tl
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    plain_dot, plain_cast = builder.create_dot, builder.cast_impl
+
+    def cast(self: Any, x: Any, to: Any) -> Any:
+        pair = (x.dtype.scalar, to.scalar)
+        if pair == (tl.bfloat16, tl.float32):
+            return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+        if pair == (tl.float32, tl.bfloat16):  # to nearest, ties to even
+            bits = np.ascontiguousarray(x.data).view(np.uint32)
+            bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+            return interpreter.TensorHandle(bits.astype(np.uint16), tl.bfloat16)
+        return plain_cast(self, x, to)
+
+    def dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        a, b = (cast(self, x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        return plain_dot(self, a, b, *rest)
+
+    builder.cast_impl, builder.create_dot = cast, dot
+
+
+if interpreted():
+    _teach_bfloat16()
 
 
 def settled() -> bool:

@@ -1,4 +1,4 @@
-'''The backward kernels, in the order in which they run. Everything is recomputed from the operands.
+"""The backward kernels, in the order in which they run. Everything is recomputed from the operands.
 
 What a chunk's queries read is taken back level by level, farthest first (``read_gradient``); what that means for the
 blocks that were read is summed over their readers (``state_gradient``, ``transition_gradient``), handed down the tree
@@ -6,7 +6,7 @@ blocks that were read is summed over their readers (``state_gradient``, ``transi
 (``chunk_gradient``). No sum is spread over programs, so results are the same from run to run.
 
 Readers of level m are the chunks with bit m set, numbered in their order; buffers by level have room for N // 2.
-'''
+"""
 
 from __future__ import annotations
 

@@ -76,9 +76,7 @@ class Call(Layout):
         offset = grid.offset
         if position is not None and offset is None:
             offset = torch.zeros_like(position)
-        return dataclasses.replace(
-            grid, chunk=self.d.chunk, chunks=-(-grid.size // self.d.chunk), offset=offset
-        )
+        return dataclasses.replace(grid, chunk=self.d.chunk, chunks=-(-grid.size // self.d.chunk), offset=offset)
 
     def operand(self, name: str, x: Tensor | None) -> None:
         """Arguments of an operand ``[B, T, H, ...]`` (``[H]`` counts as the same for all tokens)."""

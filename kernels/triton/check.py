@@ -107,7 +107,16 @@ def _type(name: str, d: Description) -> str:
     return "*fp32" if name in _BUFFERS or name.endswith("_ptr") else "*i32" if name in _TABLES else "i32"
 
 
-_OPERANDS = ("query_ptr", "key_ptr", "value_ptr", "output_gradient_ptr", "outputs", "readers", "passed_gradients", "old_readers")
+_OPERANDS = (
+    "query_ptr",
+    "key_ptr",
+    "value_ptr",
+    "output_gradient_ptr",
+    "outputs",
+    "readers",
+    "passed_gradients",
+    "old_readers",
+)
 _TABLES = ("lengths", "offsets", "served_levels", "old_seen", "old_final")
 _BUFFERS = (
     "query_squares", "key_squares", "inverses", "transitions", "states", "totals", "initial_states", "final_states",
@@ -121,7 +130,9 @@ _BUFFERS = (
 def _divisible(name: str, kind: str) -> bool:
     """Pointers, and strides of operands whose last axis is K or V, as they are in practice."""
     return kind.startswith("*") or name in {
-        f"{operand}_{stride}" for operand in ("query", "key", "value", "output_gradient") for stride in ("row", "token", "head")
+        f"{operand}_{stride}"
+        for operand in ("query", "key", "value", "output_gradient")
+        for stride in ("row", "token", "head")
     }
 
 

@@ -1,4 +1,4 @@
-'''The last backward kernels: inside the chunks, where the gradients of the operands come out.'''
+"""The last backward kernels: inside the chunks, where the gradients of the operands come out."""
 
 from __future__ import annotations
 

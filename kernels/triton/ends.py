@@ -1,8 +1,8 @@
-'''Kernels for states before the first and after the last token of rows of the log-linear operator.
+"""Kernels for states before the first and after the last token of rows of the log-linear operator.
 
 The end of a row is one more reader of the tree. A level's state at the end is ``P S``: the block's state S, carried by
 everything behind the block, P. The linear operator needs none of this: its scan starts and ends with these states.
-'''
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-'''The forward kernels, in the order in which they run.
+"""The forward kernels, in the order in which they run.
 
 States lie in slots: a block of chunks that others read lies in the slot of its last chunk, and so does every block that
 ends there, one after the other as the tree grows. What a block does to states that pass it (the sum of its log decays,
 and a matrix for the delta rule) lies in two tables: of left blocks by last chunk, of right blocks by first chunk.
-'''
+"""
 
 from __future__ import annotations
 

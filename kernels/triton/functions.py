@@ -1,8 +1,8 @@
-'''The shared building blocks: small device functions, of which every generated file gets those that it calls.
+"""The shared building blocks: small device functions, of which every generated file gets those that it calls.
 
 Constants in capitals are defined at the top of the generated file (:mod:`.source`). Exponents are of sums of log decays
 over the tokens that lie between two places, each summed on its own: never of differences, so always at most 0.
-'''
+"""
 
 from __future__ import annotations
 

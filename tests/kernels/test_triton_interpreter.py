@@ -53,10 +53,15 @@ def test_definition(check, decay, delta, levels):
     check(length=200, decay=decay, delta=delta, levels=levels, poisoned=True)
 
 
-@pytest.mark.parametrize(("decay", "delta"), CELLS)
-def test_groups_and_short_rows(check, decay, delta):
-    """Heads that share queries, several rows, one chunk, fewer levels than needed."""
-    check(length=67, decay=decay, delta=delta, levels=3, batch=2, groups=2, heads=4, poisoned=True)
+@pytest.mark.parametrize("delta", [False, True])
+def test_groups_and_short_rows(check, delta):
+    """Heads that share queries, several rows, two chunks, fewer levels than needed."""
+    check(length=67, decay="token", delta=delta, levels=3, batch=2, groups=2, heads=4, poisoned=True)
+
+
+def test_groups_with_decay_per_channel(check):
+    """The same where gradients of queries and keys come out of another kernel."""
+    check(length=50, decay="channel", delta=True, levels=7, groups=1, heads=2)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -64,6 +69,31 @@ def test_groups_and_short_rows(check, decay, delta):
 def test_half_precision(check, decay, delta, dtype):
     """Half precision loses what its roundings lose."""
     check(length=130, decay=decay, delta=delta, levels=9, dtype=dtype, key_dim=16, value_dim=17)
+
+
+@pytest.mark.parametrize("levels", [None, 9])
+@pytest.mark.parametrize("state", ["linear", "level"])
+@pytest.mark.parametrize(("decay", "delta"), [(None, False), ("token", True)])
+def test_states(check, decay, delta, levels, state):
+    """Initial and final states with their gradients; rows that continue at positions of their own."""
+    check(length=90, decay=decay, delta=delta, levels=levels, state=state, batch=2, final=True, poisoned=True)
+
+
+def test_states_with_decay_per_channel(check):
+    """The same where a block's decay is one number per channel."""
+    check(length=70, decay="channel", levels=5, state="level", final=True)
+
+
+@pytest.mark.parametrize("levels", [None, 8])
+def test_padded_rows(check, levels):
+    """Rows that end early, one of them without any token."""
+    check(length=80, delta=True, levels=levels, state="linear", batch=3, lengths=[70, 0, 80], final=True)
+
+
+@pytest.mark.parametrize(("decay", "delta"), [("token", False), ("token", True), ("channel", False)])
+def test_strong_decays(check, decay, delta):
+    """Decays of 0 and sums beyond -1e5 beside mild ones: finite, and right."""
+    check(length=150, decay=decay, delta=delta, levels=9, strong=True)
 
 
 def test_decay_per_head(check):
@@ -75,6 +105,25 @@ def test_same_bits(worker):
     """Two backward passes are bitwise the same."""
     case = {"length": 140, "delta": True, "dtype": torch.float32, "heads": 2, "groups": 1}
     assert worker.submit(triton_cases.same_bits, case).result()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("levels", [None, 9, 3])
+@pytest.mark.parametrize("state", ["linear", "level"])
+@pytest.mark.parametrize(("decay", "delta"), CELLS)
+def test_grid_of_states(check, decay, delta, levels, state):
+    """States of every family."""
+    check(length=150, decay=decay, delta=delta, levels=levels, state=state, batch=2, final=True, poisoned=True)
+    check(length=140, decay=decay, delta=delta, levels=levels, state=state, batch=2, lengths=[131, 64], final=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("decay", "delta"), CELLS)
+@pytest.mark.parametrize("levels", [None, 9])
+def test_grid_of_strong_decays(check, decay, delta, levels):
+    """Strong decays in every family that has them."""
+    if decay is not None:
+        check(length=300, decay=decay, delta=delta, levels=levels, strong=True)
 
 
 @pytest.mark.slow

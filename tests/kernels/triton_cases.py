@@ -62,9 +62,14 @@ def errors(
 
     ``case`` are arguments of :func:`kernel_cases.operands`. The definition runs in float64 on the same operands.
     """
+    strong = case.pop("strong", False)
     x = operands(**case)  # type: ignore[arg-type]
+    if strong:
+        _make_decays_strong(x)
     want = _definition(x, final, lengths)
-    call = Operands(*(_poison(t) if poisoned else t for t in x.values()), None if lengths is None else torch.tensor(lengths))
+    call = Operands(
+        *(_poison(t) if poisoned else t for t in x.values()), None if lengths is None else torch.tensor(lengths)
+    )
     o, state = engine.forward(call, SCALE, final)
     grad_o, grad_state = _gradients(want["o"], want.get("state"))
     found = engine.backward(call, SCALE, grad_o.to(o.dtype), None if grad_state is None else grad_state.float())
@@ -75,19 +80,20 @@ def errors(
         assert mine is not None, f"{name} is missing"
         assert torch.isfinite(mine).all(), f"{name} is not finite"
         assert mine.shape == target.shape, name
-        result[name] = (relative_error(mine, target), budget(x, mine, name))
+        if name == "state" and mine.dim() == 5:  # the header, which is large, is not to set the scale
+            assert torch.equal(mine[:, :, 0].double(), target[:, :, 0])
+            mine, target = mine[:, :, 1:], target[:, :, 1:]
+        result[name] = (relative_error(mine, target), budget(x))
     return result
 
 
-def budget(x: Case, result: Tensor, name: str) -> float:
-    """What arithmetic in the operands' dtype may lose: 200 roundings in fp32, and 3 of the operands' dtype.
+def budget(x: Case) -> float:
+    """What arithmetic in the operands' dtype may lose: 200 roundings in fp32, and two of the operands' dtype.
 
-    One for the operands of a product, one for those of the next, one for the result.
+    The same as for the ATen lowering (test_operator.test_error_budget), though here products are rounded as well.
     """
     assert x["q"] is not None
-    return 200 * torch.finfo(torch.float32).eps + 3 * (
-        0 if x["q"].dtype == torch.float32 else torch.finfo(x["q"].dtype).eps
-    )
+    return 200 * torch.finfo(torch.float32).eps + 2 * torch.finfo(x["q"].dtype).eps
 
 
 def _definition(x: Case, final: bool, lengths: list[int] | None) -> dict[str, Tensor]:
@@ -112,6 +118,16 @@ def _gradients(o: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
     make = torch.Generator().manual_seed(1)
     grad_o = torch.randn(o.shape, dtype=torch.float64, generator=make).to(torch.bfloat16).double()
     return grad_o, None if state is None else torch.randn(state.shape, dtype=torch.float64, generator=make)
+
+
+def _make_decays_strong(x: Case) -> None:
+    """Decays of 0 and of e^-10000 beside mild ones."""
+    g = x["log_decay"]
+    assert g is not None
+    g[:, 5::7] = -1e4
+    g[:, 40] = -torch.inf
+    g[:, 70:110] = -1e4
+    g[:, -5, 0] = -torch.inf
 
 
 def _poison(x: Tensor | None) -> Tensor | None:

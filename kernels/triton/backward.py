@@ -370,7 +370,7 @@ def tree_down(
     chunks, lanes, pairs, level,
     VALUE_TILE: tl.constexpr,
 ):
-    """Reverse of tree_up for states and log decays. The right block's state gradient is the joined one's, in its slot."""
+    """Reverse of tree_up for states and log decays. The right block's state gradient is the joined one's, in place."""
     pair = tl.program_id(0) % pairs
     lane = (tl.program_id(0) // pairs).to(tl.int64)
     <<channels>>

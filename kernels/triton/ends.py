@@ -347,7 +347,8 @@ def old_state_gradient(
         <<log_decay>>
         <<from_start>>
         #if channel
-        reader = query.to(tl.float32) * tl.exp(from_start + load_channels(old_reaches + entry * KEY_DIM, channel)[None, :])
+        reach = load_channels(old_reaches + entry * KEY_DIM, channel)[None, :]
+        reader = query.to(tl.float32) * tl.exp(from_start + reach)
         #else
         reader = query
         #end

@@ -14,7 +14,9 @@ READ_GRADIENT = '''
 @triton.jit
 def read_gradient(
     <<operand query>>
+    #if delta
     <<operand key>>
+    #end
     <<operand output_gradient>>
     <<decay>>
     <<beta>>

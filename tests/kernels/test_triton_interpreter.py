@@ -101,6 +101,12 @@ def test_decay_per_head(check):
     check(length=70, decay="head", batch=2, heads=2)
 
 
+def test_public_function(worker):
+    """Through the torch operator, chosen by name, on packed sequences: the two implementations agree."""
+    for name, error in worker.submit(triton_cases.through_the_operator).result().items():
+        assert error < 1e-5, f"{name}: {error:.2e}"
+
+
 def test_same_bits(worker):
     """Two backward passes are bitwise the same."""
     case = {"length": 140, "delta": True, "dtype": torch.float32, "heads": 1, "groups": 1}

@@ -1,0 +1,94 @@
+"""Which implementation runs a call: the Triton kernels where they can, the ATen lowering elsewhere.
+
+The environment variable ``LLCOMPILE_KERNELS`` or :func:`use` says ``auto`` (the default), ``triton`` or ``aten``. What
+was asked for by name is never replaced in silence: ``triton`` raises where the kernels cannot run, with the reason.
+Under ``auto`` the reason is logged once (logger ``llcompile.kernels``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from contextvars import ContextVar
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..errors import KernelError, OptionError
+from . import slabs
+from .layout import Operands
+from .triton.description import describe
+from .triton.limits import interpreted, unsupported
+
+VARIABLE = "LLCOMPILE_KERNELS"
+CHOICES = ("auto", "triton", "aten")
+_log = logging.getLogger("llcompile.kernels")
+_chosen: ContextVar[str | None] = ContextVar("llcompile_kernels", default=None)
+
+
+@contextlib.contextmanager
+def use(choice: str) -> Iterator[None]:
+    """Run calls inside by ``choice``; raises :class:`OptionError` for an unknown one."""
+    token = _chosen.set(_known(choice))
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def choice() -> str:
+    """What is chosen now."""
+    return _chosen.get() or _known(os.environ.get(VARIABLE) or "auto")
+
+
+def by_triton(x: Operands, final_state: bool) -> bool:
+    """Whether the Triton kernels run this call; raises :class:`KernelError` if they must and cannot."""
+    chosen = choice()
+    if chosen == "aten" or (chosen == "auto" and x.v.device.type != "cuda"):
+        return False
+    reason = unsupported(describe(x, final_state), x.v.device)
+    if reason is None:
+        return True
+    if chosen == "triton":
+        raise KernelError(f"Triton kernels were asked for ({VARIABLE}=triton), but {reason}; use 'auto' or 'aten'")
+    _tell(reason)
+    return False
+
+
+def forward(x: Operands, scale: float, return_final_state: bool) -> tuple[Tensor, Tensor]:
+    """As :func:`.engine.forward`, by the implementation that is chosen."""
+    if not by_triton(x, return_final_state):
+        return slabs.forward(x, scale, return_final_state)
+    from .triton import engine
+
+    with _on_device(x.v):
+        return engine.forward(x, scale, return_final_state)
+
+
+def backward(x: Operands, scale: float, grad_o: Tensor, grad_state: Tensor | None) -> list[Tensor | None]:
+    """As :func:`.engine.backward`, by the implementation that is chosen."""
+    if not by_triton(x, grad_state is not None):
+        return slabs.backward(x, scale, grad_o, grad_state)
+    from .triton import engine
+
+    with _on_device(x.v):
+        return engine.backward(x, scale, grad_o, grad_state)
+
+
+def _on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device, which must be that of the operands."""
+    return contextlib.nullcontext() if interpreted() or x.device.type != "cuda" else torch.cuda.device(x.device)
+
+
+def _known(choice: str) -> str:
+    if choice not in CHOICES:
+        raise OptionError(f"kernels {choice!r} are unknown; choose one of {', '.join(CHOICES)}")
+    return choice
+
+
+@lru_cache(maxsize=256)
+def _tell(reason: str) -> None:
+    _log.info("calls run by the ATen lowering, because %s", reason)

@@ -185,6 +185,8 @@ def chunk_gradients(call: Call) -> None:
     if d.delta:
         call.launch("chunk_transition_gradient", programs)
         call.launch("chunk_reader_gradient", programs)
+        call.buffer("mix_gradients", call.lanes, call.chunks, d.chunk, d.chunk)
+        call.launch("chunk_writer_gradient", programs)
         call.launch("chunk_delta_gradient", programs)
     call.launch("chunk_gradient", programs)
     if d.decay == "channel":

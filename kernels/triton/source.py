@@ -35,6 +35,7 @@ NEEDED = {
     "final_chunk_gradient": lambda d: d.weighted and d.final_state,
     "chunk_transition_gradient": lambda d: d.delta,
     "chunk_reader_gradient": lambda d: d.delta,
+    "chunk_writer_gradient": lambda d: d.delta,
     "chunk_delta_gradient": lambda d: d.delta,
     "chunk_gradient": lambda d: True,
     "chunk_scores_gradient": lambda d: d.decay == "channel",

@@ -12,6 +12,8 @@ from llcompile.kernels.triton.description import Description
 # Kernels whose work is elementwise unless there is the delta rule: states of a tree or a scan, sums over rows.
 ELEMENTWISE = {"tree_up", "tree_down", "state_scan", "scan_gradient", "chunk_gradient", "final_state_gradient"}
 
+SMALL = [d for d in representative() if d.key_dim == 64]
+
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
@@ -41,7 +43,7 @@ def test_hopper():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("d", representative(), ids=lambda d: f"{d.decay}-{d.correction}-{d.levels}-{d.key_dim}")
+@pytest.mark.parametrize("d", list(representative()), ids=lambda d: f"{d.decay}-{d.correction}-{d.levels}-{d.key_dim}")
 def test_hopper_in_full(d):
     """Every kernel of every family at K, V of 64 and 128: nothing spills."""
     print(HEADING)

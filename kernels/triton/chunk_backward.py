@@ -304,16 +304,21 @@ def chunk_gradient(
     <<lane>>
     <<channels>>
     entry = lane * chunks + chunk
+    head_base = (row * tokens * heads + head) * KEY_DIM
     <<rows_of_group key>>
     <<log_decay>>
-    <<to_end>>
-    <<tokens_gradient>>
     #if channel
+    <<decay_parts>>
     store_channels(decay_carries + entry * KEY_DIM, channel, carry)
     store_rows(decay_gradients + head_base, token, heads * KEY_DIM, real, channel, taken, KEY_DIM)
     #else
-    <<rows_of_group query>>
     <<near_gradient>>
+    <<decay_parts>>
+    #end
+    #if scalar
+    decay_gradient = tl.cumsum(taken, axis=0, reverse=True) + carry  # [C]
+    decay_at = decay_gradients + (row * tokens * heads + head) + token.to(tl.int64) * heads
+    tl.store(decay_at, decay_gradient, mask=real)
     #end
     store_rows(key_gradients + head_base, token, heads * KEY_DIM, real, channel, key_gradient, KEY_DIM)
 '''
@@ -340,32 +345,35 @@ for first_value in range(0, VALUE_DIM, VALUE_TILE):
 """
 
 # Through the delta rule: from gradients of final scores, readers and writers to those of plain scores and of keys.
-# Gradients through decays from the chunk's start and to its end; ``taken``: their share of what passes over tokens.
-TOKENS_GRADIENT = """
-head_base = (row * tokens * heads + head) * KEY_DIM
+# Keys with decays to the chunk's end and from its start; ``taken``: what passes over each token.
+DECAY_PARTS = """
+<<to_end>>
 writer_gradient = load_chunk(writer_gradients + entry * CHUNK * KEY_DIM, position, channel)
 <<decay_rows tail_gradient writer_gradient to_end>>
 #if channel
+key_gradient = tail_gradient
 tail_share = key.to(tl.float32) * tail_gradient  # [C, K]
-#elif scalar
+taken = -tail_share
+#else
+key_gradient += tail_gradient
+#end
+#if scalar
 tail_share = tl.sum(key.to(tl.float32) * tail_gradient, 1)  # [C]
+taken -= tail_share
 #end
 #if decayed
 <<carry>>
-taken = -tail_share
 #end
 #if delta
 <<from_start>>
 head_gradient = load_chunk(head_gradients + entry * CHUNK * KEY_DIM, position, channel)
-<<decay_rows key_gradient head_gradient from_start>>
+<<decay_rows head_part head_gradient from_start>>
+key_gradient += head_part
 #if channel
-taken += key.to(tl.float32) * key_gradient
+taken += key.to(tl.float32) * head_part
 #elif scalar
-taken += tl.sum(key.to(tl.float32) * key_gradient, 1)
+taken += tl.sum(key.to(tl.float32) * head_part, 1)
 #end
-key_gradient += tail_gradient
-#else
-key_gradient = tail_gradient
 #end
 """
 
@@ -386,43 +394,38 @@ carry = tl.sum(carry, 0) * tl.exp(tl.sum(log_decay, 0)) + tl.sum(tail_share, 0)
 #end
 """
 
-# Scores within the chunk, where decays do not depend on the channel.
+# Scores within the chunk, where decays do not depend on the channel: keys are looked at, and look (delta rule).
 NEAR_GRADIENT = """
-score_gradient = load_square(score_gradients + entry * CHUNK * CHUNK, position)
+<<rows_of_group query>>
 <<decay_between>>
+score_gradient = load_square(score_gradients + entry * CHUNK * CHUNK, position)
 #if scalar
 score_gradient *= decay_between
 #end
 query_gradient = load_rows(query_gradients + head_base, token, heads * KEY_DIM, real, channel, KEY_DIM)
 query_gradient += dot(score_gradient, key)
+#if scalar
+taken = tl.sum(query.to(tl.float32) * query_gradient, 1)  # [C]
+#end
 tl.debug_barrier()
 store_rows(query_gradients + head_base, token, heads * KEY_DIM, real, channel, query_gradient, KEY_DIM)
-#if scalar
-taken += tl.sum(query.to(tl.float32) * query_gradient, 1)
-#end
-looked_at = dot(tl.trans(score_gradient), query)  # [C, K] gradient of keys as they are looked at
+key_gradient = dot(tl.trans(score_gradient), query)
 #if delta
 key_score_gradient = load_square(key_squares + entry * CHUNK * CHUNK, position)
 #if scalar
 key_score_gradient *= decay_between
 #end
-looked_at += dot(tl.trans(key_score_gradient), key)
+key_gradient += dot(tl.trans(key_score_gradient), key)
 #end
 #if scalar
-taken -= tl.sum(key.to(tl.float32) * looked_at, 1)
+taken -= tl.sum(key.to(tl.float32) * key_gradient, 1)
 #end
-key_gradient += looked_at
 #if delta
-looking = dot(key_score_gradient, key)  # [C, K] and as they look
+looking = dot(key_score_gradient, key)
 #if scalar
 taken += tl.sum(key.to(tl.float32) * looking, 1)
 #end
 key_gradient += looking
-#end
-#if scalar
-decay_gradient = tl.cumsum(taken, axis=0, reverse=True) + carry  # [C]
-decay_at = decay_gradients + (row * tokens * heads + head) + token.to(tl.int64) * heads
-tl.store(decay_at, decay_gradient, mask=real)
 #end
 """
 
@@ -550,7 +553,7 @@ far_key = load_rows(key_base, far, key_token, far_real, channel, KEY_DIM).to(tl.
 
 CHUNK_BACKWARD_BLOCKS = {
     "values_gradient": VALUES_GRADIENT,
-    "tokens_gradient": TOKENS_GRADIENT,
+    "decay_parts": DECAY_PARTS,
     "carry": CARRY,
     "near_gradient": NEAR_GRADIENT,
     "one_key_here": ONE_KEY_HERE,

@@ -147,6 +147,9 @@ scores = dot(query_scores, mix)  # [C, C]
 reader = decayed_query.to(tl.float32) - dot(scores, decayed_key)  # [C, K]
 #else
 scores = query_scores
+#if channel
+decayed_query = query.to(tl.float32) * tl.exp(from_start)  # [C, K]
+#end
 #end
 """,
     # ``writer`` [C, K]: the effective keys, which write values into the state at the chunk's end.

@@ -131,6 +131,7 @@ def chunk_transition_gradient(
     #end
     store_channels(decay_carries + entry * KEY_DIM, channel, carry)
     #end
+    gradient = gradient.to(OPERAND)  # as products take it, in half the room
     <<writer>>
     store_chunk(head_gradients + entry * CHUNK * KEY_DIM, position, channel, -dot(writer, gradient))
     <<from_start>>

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from functools import lru_cache
 
@@ -20,7 +20,8 @@ from torch import Tensor
 from ..errors import KernelError, OptionError
 from . import slabs
 from .layout import Operands
-from .triton.description import describe
+from .step import step as aten_step
+from .triton.description import Description, describe, describe_step
 from .triton.limits import interpreted, unsupported
 
 VARIABLE = "LLCOMPILE_KERNELS"
@@ -46,10 +47,14 @@ def choice() -> str:
 
 def by_triton(x: Operands, final_state: bool) -> bool:
     """Whether the Triton kernels run this call; raises :class:`KernelError` if they must and cannot."""
+    return _can(lambda: describe(x, final_state), x.v.device)
+
+
+def _can(description: Callable[[], Description], device: torch.device) -> bool:
     chosen = choice()
-    if chosen == "aten" or (chosen == "auto" and x.v.device.type != "cuda"):
+    if chosen == "aten" or (chosen == "auto" and device.type != "cuda"):
         return False
-    reason = unsupported(describe(x, final_state), x.v.device)
+    reason = unsupported(description(), device)
     if reason is None:
         return True
     if chosen == "triton":
@@ -76,6 +81,25 @@ def backward(x: Operands, scale: float, grad_o: Tensor, grad_state: Tensor | Non
 
     with _on_device(x.v):
         return engine.backward(x, scale, grad_o, grad_state)
+
+
+def step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor | None,
+    state: Tensor,
+    log_decay: Tensor | None,
+    beta: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`.step.step`, by the implementation that is chosen."""
+    if not (q.shape[1] and _can(lambda: describe_step(q, v, w, log_decay, beta), v.device)):
+        return aten_step(q, k, v, w, state, log_decay, beta, scale)
+    from .triton import step as kernels
+
+    with _on_device(v):
+        return kernels.step(q, k, v, w, state, log_decay, beta, scale)
 
 
 def _on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:

@@ -14,7 +14,6 @@ from torch import Tensor
 from . import choice
 from .layout import Operands
 from .state import state_dtype
-from .step import step
 
 
 @torch.library.custom_op("llcompile::loglinear_attention", mutates_args=())
@@ -69,7 +68,7 @@ def _attention_step(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     with torch.no_grad(), torch.autocast(v.device.type, enabled=False):
-        return step(q, k, v, level_weights, state, log_decay, beta, scale)
+        return choice.step(q, k, v, level_weights, state, log_decay, beta, scale)
 
 
 def _as_input(x: Tensor | None, grad: Tensor | None, like: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ _DEFAULT = {
     "chunk_writer_gradient": (128, 8, 1),
     "chunk_delta_gradient": (128, 8, 1),
     "chunk_gradient": (128, 8, 1),
+    "decode": (32, 4, 1),
     "chunk_scores_gradient": (128, 8, 1),
 }
 

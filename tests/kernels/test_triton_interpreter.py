@@ -107,6 +107,15 @@ def test_public_function(worker):
         assert error < 1e-5, f"{name}: {error:.2e}"
 
 
+@pytest.mark.parametrize(("decay", "delta"), [*CELLS, ("head", False)])
+def test_decode(worker, decay, delta):
+    """Token by token, with and without levels, from states of either kind: as the other implementation."""
+    for levels, state in ((7, "level"), (2, "level"), (1, "linear"), (5, "linear"), (None, "linear")):
+        case = {"decay": decay, "delta": delta, "levels": levels, "state": state, "dtype": torch.float32, "heads": 2}
+        case |= {"groups": 1, "batch": 2, "value_dim": 33}
+        assert max(worker.submit(triton_cases.step_differences, case, 3).result()) < 1e-5
+
+
 def test_same_bits(worker):
     """Two backward passes are bitwise the same."""
     case = {"length": 140, "delta": True, "dtype": torch.float32, "heads": 1, "groups": 1}

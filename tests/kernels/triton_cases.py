@@ -18,7 +18,7 @@ from llcompile.kernels.layout import Operands
 from llcompile.kernels.reference import reference_attention
 from llcompile.kernels.triton import engine
 from llcompile.kernels.triton.limits import interpreted
-from llcompile.ops import loglinear_attention
+from llcompile.ops import loglinear_attention, loglinear_attention_step
 
 SCALE = 0.7
 
@@ -165,3 +165,20 @@ def through_the_operator() -> dict[str, float]:
             grads = torch.autograd.grad(o.square().sum() + state[:, :, 1:].square().sum(), list(wanted.values()))
         results.append({"o": o.detach(), "state": state.detach(), **dict(zip(wanted, grads, strict=True))})
     return {n: relative_error(t, results[1][n]) for n, t in results[0].items()}
+
+
+def step_differences(case: dict[str, object], steps: int) -> list[float]:
+    """Relative differences of outputs and states between implementations, decoding ``steps`` tokens one by one."""
+    x = operands(length=steps, **case)  # type: ignore[arg-type]
+    state = x.pop("initial_state")
+    assert state is not None
+    found = []
+    for t in range(steps):
+        token = {n: a if a is None or a.dim() == 1 else a[:, t] for n, a in x.items()}
+        results = []
+        for kernels in ("triton", "aten"):
+            with choice.use(kernels):
+                results.append(loglinear_attention_step(**token, state=state, scale=SCALE))  # type: ignore[arg-type]
+        (o, state), (want, want_state) = results
+        found += [relative_error(o, want), relative_error(state, want_state)]
+    return found

@@ -171,6 +171,8 @@ def representative() -> Iterator[Description]:
             for decay in ("none", "scalar", "channel"):
                 for correction in ("none", "delta"):
                     yield Description(decay, correction, key_dim, value_dim, levels=levels)  # type: ignore[arg-type]
+    for decay, correction in (("scalar", "none"), ("channel", "none"), ("none", "delta"), ("scalar", "delta")):
+        yield Description(decay, correction, 64, 64, 2, levels=16, initial_state="level", final_state=True, padded=True)  # type: ignore[arg-type]
 
 
 def main() -> None:

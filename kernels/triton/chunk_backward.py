@@ -112,20 +112,16 @@ def chunk_transition_gradient(
     gradient = load_matrix(transition_gradients + table * KEY_DIM * KEY_DIM, channel, channel)  # [K, K]
     #else
     gradient = tl.zeros([KEY_TILE, KEY_TILE], tl.float32)
-    #if decayed
-    carry = tl.zeros([KEY_TILE], tl.float32)
-    #end
     for first_value in range(0, VALUE_DIM, VALUE_TILE):
         value_column = first_value + tl.arange(0, VALUE_TILE)
         added_gradient = load_state(state_gradients + entry * KEY_DIM * VALUE_DIM, channel, value_column)
         state = load_state(states + entry * KEY_DIM * VALUE_DIM, channel, value_column)
         gradient += dot(added_gradient, tl.trans(state))
-        #if decayed
-        carry += tl.sum(added_gradient * state, 1)
-        #end
     #end
     #if decayed
-    #if weighted
+    #if not weighted
+    carry = tl.sum(tl.where(channel[:, None] == channel[None, :], gradient, 0.0), 1)  # [K]
+    #else
     diagonal = transition_gradients + table * KEY_DIM * KEY_DIM + channel * KEY_DIM
     carry = load_channels(diagonal, channel)  # [K]
     #end

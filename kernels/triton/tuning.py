@@ -28,7 +28,7 @@ _DEFAULT = {
     "state_gradient": (64, 8, 1),
     "transition_gradient": (128, 8, 1),
     "old_state_gradient": (64, 8, 1),
-    "final_state_gradient": (64, 8, 1),
+    "final_state_gradient": (32, 8, 1),
     "final_chunk_gradient": (64, 8, 1),
     "tree_down": (64, 8, 1),
     "transition_down": (64, 8, 1),
@@ -42,9 +42,11 @@ _DEFAULT = {
     "decode": (32, 4, 1),
     "chunk_scores_gradient": (128, 8, 1),
 }
+# The same where a family differs from the others.
+_OF_FAMILY = {("chunk_gradient", "channel", "none"): (128, 4, 1)}
 
 
 def tuning(kernel: str, d: Description) -> Tuning:
     """Launch parameters of ``kernel`` for ``d``."""
-    widest, warps, stages = _DEFAULT[kernel]
+    widest, warps, stages = _OF_FAMILY.get((kernel, d.decay, d.correction), _DEFAULT[kernel])
     return Tuning(min(widest, tile(d.value_dim)), warps, stages)

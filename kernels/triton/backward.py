@@ -31,7 +31,7 @@ def read_gradient(
     #end
     #end
     states,  # [lanes, N, K, V]
-    #if decayed and weighted
+    #if decayed and weighted and not delta
     totals,  # [2, lanes, N (, K)]
     #end
     #if delta

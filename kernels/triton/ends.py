@@ -18,7 +18,7 @@ def final_state(
     transitions,  # [2, lanes, N, K, K]
     #end
     states,  # [lanes, N, K, V]
-    #if decayed
+    #if decayed and not delta
     totals,  # [2, lanes, N (, K)]
     #end
     #if old
@@ -121,11 +121,9 @@ def final_state_gradient(
     carries,  # [lanes, levels + 1, K, K]: room for the transitions between blocks and the row's end
     transition_gradients,  # [2, lanes, N, K, K] in and out
     #end
-    #if decayed
+    #if decayed and not delta
     totals,  # [2, lanes, N (, K)]
-    #if not delta
     total_gradients,  # [2, lanes, N (, K)] in and out
-    #end
     #end
     states,  # [lanes, N, K, V]
     state_gradients,  # [lanes, N, K, V] in and out

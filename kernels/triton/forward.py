@@ -317,7 +317,7 @@ def output(
     #end
     #end
     states,  # [lanes, N, K, V]
-    #if decayed and weighted
+    #if decayed and weighted and not delta
     totals,  # [2, lanes, N (, K)]
     #end
     #if old

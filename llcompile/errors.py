@@ -18,6 +18,14 @@ class StateError(LLCompileError, ValueError):
     """A state does not belong to the operator it was handed to."""
 
 
+class KernelError(LLCompileError, RuntimeError):
+    """Triton kernels were asked for by name and cannot run here, or not for these operands."""
+
+
+class KernelCacheError(KernelError):
+    """The folder for generated kernels cannot be written."""
+
+
 class OptionError(LLCompileError, ValueError):
     """An option of the backend is unknown or has a wrong type or value."""
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
-from ..bench import environment, results_file, write
-from ..errors import BenchError
+from ..bench import FAMILIES, environment, results_file, write
+from ..errors import BenchError, SpecError
 from .budget import Answer, run_plan
-from .cases import OWN, QUICK, ROUNDS, Case, plan
+from .cases import LENGTHS, OWN, QUICK, ROUNDS, Case, plan
 from .crew import Helper
 from .goals import evaluate
 from .peers import PEERS, Peer, chosen
@@ -32,9 +33,10 @@ CHIP_LIMIT = 120.0
 def run(args: argparse.Namespace) -> int:
     """Measure, print, write JSON; 1 if any of ours failed.
 
-    Raises SpecError for an unknown peer and BenchError without a CUDA device.
+    Raises SpecError for what the command line cannot mean, as an unknown peer, and BenchError without a CUDA device.
     """
     peers = chosen(args.against)
+    check(args)
     need_device(args.device)
     path = args.output or results_file(f"operator-cuda{'-quick' if args.quick else ''}")
     with crew(args.device) as helper:
@@ -43,6 +45,18 @@ def run(args: argparse.Namespace) -> int:
     print(f"written to {path}")
     ours = [r for r in record["results"] if r["case"]["runs"] == "llcompile"]
     return int(not ours or any("error" in r for r in ours))
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise SpecError for a family, a length or a number of minutes that no run can have."""
+    known = ["/".join(family) for family in FAMILIES]
+    for name in set(args.families or ()) - set(known):
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+        raise SpecError(f"--families: {name!r} is not a family; did you mean {near!r}? Known: {', '.join(known)}")
+    if odd := sorted(set(args.lengths or ()) - set(LENGTHS)):
+        raise SpecError(f"--lengths: on a GPU, lengths are powers of two from {LENGTHS[0]} to {LENGTHS[-1]}, got {odd}")
+    if args.minutes <= 0:
+        raise SpecError(f"--minutes must be more than 0, got {args.minutes}")
 
 
 def need_device(device: str) -> None:

@@ -189,7 +189,15 @@ def presence(p: Peer) -> dict[str, str]:
             p.load("decode")
     except Exception as error:  # an import runs anything, and so it may raise anything
         return {"name": p.name, "absent": f"{type(error).__name__}: {error}".splitlines()[0]}
-    return {"name": p.name, "version": importlib.metadata.version(p.package)}
+    return {"name": p.name, "version": _version(p.package)}
+
+
+def _version(package: str) -> str:
+    """As installed; a folder on the path alone has none to tell."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown version"
 
 
 def _list(names: Iterable[str]) -> str:

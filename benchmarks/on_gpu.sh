@@ -27,7 +27,10 @@ mkdir -p "$OUT"
 started=$SECONDS
 left() { echo $((MINUTES * 60 - (SECONDS - started))); }
 say() { echo "==> [$((SECONDS - started)) s] $*"; }
-try() { timeout "$1" "${@:2}" >>"$OUT/install.log" 2>&1; }
+# install SECONDS ARGUMENTS OF PIP...: into the environment, by the outer Python's pip.
+install() {
+  timeout "$1" "$PYTHON" -m pip --python "$python" install --no-cache-dir --retries 0 --timeout 15 "${@:2}" >>"$OUT/install.log" 2>&1
+}
 
 say "the machine"
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader || { say "error: no NVIDIA GPU here"; exit 1; }
@@ -42,16 +45,16 @@ site=$("$python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
 "$PYTHON" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' >"$site/outer.pth"
 sees() { "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)" 2>/dev/null; }
 gpu() { "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; }
-install() { "$PYTHON" -m pip --python "$python" install --no-deps --no-cache-dir "$@"; }
 
-gpu || { say "torch is not here, or does not see the GPU: installing it"; try 240 "$PYTHON" -m pip --python "$python" install 'torch>=2.11,<2.14'; }
+gpu || { say "torch is not here, or does not see the GPU: installing it"; install 240 'torch>=2.11,<2.14'; }
 gpu || { say "error: no torch that sees the GPU; see $OUT/install.log"; tail -n 3 "$OUT/install.log"; exit 1; }
 for package in rich networkx sympy numpy pytest xdist matplotlib einops; do
   wheel=${package/xdist/pytest-xdist}
-  sees $package || try 60 install --find-links "$WHEELS" --no-index $wheel || try 60 install $wheel ||
+  sees $package || install 60 --find-links "$WHEELS" --no-index $wheel || install 60 $wheel ||
     say "no $package: what needs it is left out"
 done
-sees fla || try 60 install --find-links "$WHEELS" --no-index "${FLA[@]}" || try 90 install "${FLA[@]}" ||
+# FLA alone, without what it asks for: it must not bring another torch or Triton.
+sees fla || install 60 --no-deps --find-links "$WHEELS" --no-index "${FLA[@]}" || install 90 --no-deps "${FLA[@]}" ||
   say "FLA cannot be installed: no comparison with it"
 
 # Not installed but on the path: a machine without a network has nothing to build with.
@@ -62,11 +65,11 @@ unset TRITON_INTERPRET
 say "correctness (at most 30% of the time)"
 many=()
 sees xdist && many=(-n 10 --dist worksteal) # nearly all of the time is compilation, on the CPU
-timeout $((MINUTES * 18)) "$python" -m pytest "${many[@]}" -m cuda -q --no-header --maxfail=20 -p no:cacheprovider tests/kernels/test_triton_cuda.py 2>&1 |
+timeout $((MINUTES * 18)) "$python" -m pytest "${many[@]}" -m cuda -v --no-header --maxfail=20 -p no:cacheprovider tests/kernels/test_triton_cuda.py 2>&1 |
   tee "$OUT/tests.log" | tail -n 25
 tests=${PIPESTATUS[0]}
 
-seconds=$(($(left) - 20))
+seconds=$(($(left) - 40)) # the last case, the tables and the plot need some
 say "speed ($seconds s)"
 json=$OUT/operator-cuda-$(date -u +%F).json
 timeout $((seconds + 15)) "$python" -m llcompile.cli bench operator --device cuda --output "$json" \

@@ -11,8 +11,10 @@ wall time was ours.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import importlib
+import importlib.metadata
 import importlib.util
 import json
 import math
@@ -311,12 +313,11 @@ def environment(device: str) -> dict[str, Any]:
 
     name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine()
     versions = {"torch": torch.__version__, "python": platform.python_version(), "llcompile": __version__}
-    try:
-        import transformers
-
-        versions["transformers"] = transformers.__version__
-    except ImportError:
-        pass
+    for package in ("transformers", "triton"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    if device.startswith("cuda"):
+        versions["cuda"] = str(torch.version.cuda)
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "machine": f"{name}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the end",

@@ -74,6 +74,7 @@ def test_kinds_compile_each_kernel_once() -> None:
     kinds = warm.kinds(plan(EVERYBODY))
     assert {c.length for c in kinds if c.runs == OURS} == {2048}
     assert {c.length for c in kinds if c.runs == "fla-log-linear"} == set(LENGTHS)
+    assert {c.phase for c in kinds} == {"both", "decode"}
     assert not any(c.operator == "softmax" for c in kinds)
 
 
@@ -148,6 +149,16 @@ def test_budget_cuts_the_least_telling() -> None:
     assert results[0]["roofline_milliseconds"] == count(cases[0]).milliseconds(*H200)
 
 
+def test_a_case_that_the_end_cuts_off_is_left_out() -> None:
+    clock, case = Clock(), small()
+
+    def measure(case: Case, seconds: float) -> dict[str, Any]:
+        clock.now += seconds
+        return {"error": f"given up after {seconds} s"}
+
+    assert run_plan([case], measure, 20, lambda r, out: None, None, clock) == ([], [case.title])
+
+
 def test_a_case_has_a_limit_that_shrinks_with_the_time_left() -> None:
     asked: list[float] = []
     clock = Clock()
@@ -203,6 +214,8 @@ def test_helper_outlives_its_process() -> None:
         assert helper.ask({"sleep": 60, "die": False}, 0.3) == {"error": "given up after 0 s"}
         assert helper.ask(fine, 60) == fine
         assert helper.ask({"sleep": 0, "die": True}, 60) == {"error": "the process ended: odd"}
+        assert helper.ask({**fine, "last": True}, 60) == fine  # an answer, and the end of the process
+        assert helper.process is None
         assert helper.ask(fine, 60) == fine
     finally:
         helper.stop()

@@ -43,6 +43,8 @@ class Helper:
             self.stop()
             return {"error": f"the process ended: {words}"}
         answer: Answer = json.loads(line)
+        if answer.pop("last", False):
+            self.stop()
         return answer
 
     def stop(self) -> None:

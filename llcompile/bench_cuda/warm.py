@@ -23,10 +23,12 @@ _ENVIRONMENT = {"FLA_CACHE_RESULTS": "0"}
 def kinds(cases: Iterable[Case]) -> list[Case]:
     """One small case for everything that is compiled apart, in the order of the cases.
 
-    2k tokens are enough: kernels differ by whether a count is 1 or a multiple of 16, not by the count itself.
+    2k tokens are enough: kernels differ by whether a count is 1 or a multiple of 16, not by the count itself. A forward
+    pass alone runs what the one before a backward pass runs.
     """
     small = (case if _per_length(case) else replace(case, length=LENGTHS[0], batch=1) for case in cases)
-    return list(dict.fromkeys(case for case in small if case.operator != "softmax"))
+    whole = (replace(case, phase="both") if case.phase == "forward" else case for case in small)
+    return list(dict.fromkeys(case for case in whole if case.operator != "softmax"))
 
 
 def _per_length(case: Case) -> bool:

@@ -1,7 +1,7 @@
 """The process that measures: a line of JSON in, a line of JSON out, until its input ends.
 
-A case's error is its result. Where an error breaks the device for the whole process, the process says so and ends, and
-:mod:`.crew` starts another one.
+A case's error is its result. Where an error breaks the device for the whole process, the answer is marked as its
+``last``, and :mod:`.crew` starts another one.
 """
 
 from __future__ import annotations
@@ -153,9 +153,11 @@ def main(device: str) -> None:
     os.dup2(2, 1)
     worker = Worker(device)
     for line in sys.stdin:
-        print(json.dumps(worker.answer(json.loads(line))), file=channel, flush=True)
-        if worker.cuda and not usable():
-            sys.exit("the device does not answer any more")
+        answer = worker.answer(json.loads(line))
+        broken = worker.cuda and not usable()
+        print(json.dumps({**answer, "last": True} if broken else answer), file=channel, flush=True)
+        if broken:
+            return
 
 
 if __name__ == "__main__":

@@ -14,7 +14,9 @@ READ_GRADIENT = '''
 @triton.jit
 def read_gradient(
     <<operand query>>
+    #if delta
     <<operand key>>
+    #end
     <<operand output_gradient>>
     <<decay>>
     <<beta>>
@@ -74,6 +76,9 @@ def read_gradient(
     <<reader>>
     #else
     <<from_start>>
+    #if channel and weighted
+    decayed_query = query.to(tl.float32) * tl.exp(from_start)  # [C, K]
+    #end
     #end
     gradient_base = output_gradient_ptr + row * output_gradient_row + head * output_gradient_head
     #if weighted
@@ -95,6 +100,9 @@ def read_gradient(
     <<old_gradient>>
     #end
     <<levels_gradient>>
+    #if channel and not delta
+    query_gradient *= tl.exp(from_start)
+    #end
     #else
     state_base = states + (lane * chunks + chunk) * KEY_DIM * VALUE_DIM
     <<state_by_output>>
@@ -170,11 +178,11 @@ SHARE = """
 weight_gradient = tl.sum(reader * seen, 1)  # [C]
 reader_gradient += seen * weight[:, None]
 #elif channel
-factor = tl.exp(from_start + reach[None, :])  # [C, K]
-weight_gradient = tl.sum(query.to(tl.float32) * factor * seen, 1)  # [C]
-query_part = seen * factor * weight[:, None]
-query_gradient += query_part
-reach_gradient += tl.sum(query.to(tl.float32) * query_part, 0)  # [K]
+seen *= tl.exp(reach)[None, :]  # [C, K] but for the decay from the chunk's start, which comes last
+share = decayed_query * seen
+weight_gradient = tl.sum(share, 1)  # [C]
+query_gradient += seen * weight[:, None]
+reach_gradient += tl.sum(share * weight[:, None], 0)  # [K]
 #elif scalar
 factor = tl.exp(from_start + reach)  # [C]
 weight_gradient = tl.sum(query.to(tl.float32) * seen, 1) * factor  # [C]
@@ -314,7 +322,8 @@ reader = load_chunk(readers + entry * CHUNK * KEY_DIM, position, channel)  # [C,
 <<log_decay>>
 <<from_start>>
 #if channel and weighted
-reader = query.to(tl.float32) * tl.exp(from_start + load_channels(reaches + entry * KEY_DIM, channel)[None, :])
+reach = load_channels(reaches + entry * KEY_DIM, channel)
+reader = query.to(tl.float32) * tl.exp(from_start) * tl.exp(reach)[None, :]
 total_gradient += load_channels(reach_gradients + entry * KEY_DIM, channel)
 #elif channel
 reader = query.to(tl.float32) * tl.exp(from_start)
@@ -370,7 +379,7 @@ def tree_down(
     chunks, lanes, pairs, level,
     VALUE_TILE: tl.constexpr,
 ):
-    """Reverse of tree_up for states and log decays. The right block's state gradient is the joined one's, in its slot."""
+    """Reverse of tree_up for states and log decays. The right block's state gradient is the joined one's, in place."""
     pair = tl.program_id(0) % pairs
     lane = (tl.program_id(0) // pairs).to(tl.int64)
     <<channels>>

@@ -64,8 +64,13 @@ real = (token >= 0) & (token < length)  # [C]
 """,
     # -- what it reads -------------------------------------------------------------------------------------------------
     # Rows of an operand that belongs to heads, or to groups of them.
-    "rows_of_group": "$1 = load_rows($1_ptr + row * $1_row + group * $1_head, token, $1_token, real, channel, KEY_DIM)  # [C, K]",
-    "rows_of_head": "$1 = load_rows($1_ptr + row * $1_row + head * $1_head, token, $1_token, real, value_column, VALUE_DIM)  # [C, V]",
+    "rows_of_group": """
+$1 = load_rows($1_ptr + row * $1_row + group * $1_head, token, $1_token, real, channel, KEY_DIM)  # [C, K]
+""",
+    "rows_of_head": """
+$1_base = $1_ptr + row * $1_row + head * $1_head
+$1 = load_rows($1_base, token, $1_token, real, value_column, VALUE_DIM)  # [C, V tile]
+""",
     "channels": "channel = tl.arange(0, KEY_TILE)  # [K]",
     "value_tile": "value_column = tl.program_id(1) * VALUE_TILE + tl.arange(0, VALUE_TILE)  # [V tile]",
     "served": """
@@ -142,6 +147,9 @@ scores = dot(query_scores, mix)  # [C, C]
 reader = decayed_query.to(tl.float32) - dot(scores, decayed_key)  # [C, K]
 #else
 scores = query_scores
+#if channel
+decayed_query = query.to(tl.float32) * tl.exp(from_start)  # [C, K]
+#end
 #end
 """,
     # ``writer`` [C, K]: the effective keys, which write values into the state at the chunk's end.
@@ -163,7 +171,7 @@ inverse = load_square(inverses + (lane * chunks + chunk) * CHUNK * CHUNK, positi
 mix = inverse * beta[None, :]
 """,
     # -- the tree ------------------------------------------------------------------------------------------------------
-    # ``bits`` holds the chunk's index with the bits of lower levels cleared: the block that this level reads ends there.
+    # ``bits`` holds the chunk's index with the bits of lower levels cleared: the block that it reads ends there.
     "level": """
 level = high_bit(bits & -bits)
 slot = bits - 1  # last chunk of the block

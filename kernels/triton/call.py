@@ -29,7 +29,8 @@ def module_of(d: Description) -> ModuleType:
 
 
 @lru_cache(maxsize=4096)
-def _parameters(module: ModuleType, kernel: str) -> tuple[str, ...]:
+def parameters(module: ModuleType, kernel: str) -> tuple[str, ...]:
+    """Names of a kernel's parameters, in order."""
     return tuple(inspect.signature(getattr(module, kernel).fn).parameters)
 
 
@@ -158,7 +159,7 @@ class Call(Layout):
         """Run ``programs`` programs of ``kernel`` (times its value tiles), with ``values`` beside those of the call."""
         chosen = tuning(kernel, self.d)
         known = {**self.values, **values, "VALUE_TILE": chosen.value_tile}
-        arguments = [known[name] for name in _parameters(self.module, kernel)]
+        arguments = [known[name] for name in parameters(self.module, kernel)]
         tiles = -(-self.value_dim // chosen.value_tile) if tiled else 1
         if programs:
             getattr(self.module, kernel)[(programs, tiles)](

@@ -18,8 +18,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .call import module_of
 from .description import Description
 from .source import kernel_names
@@ -104,27 +102,22 @@ def _type(name: str, d: Description) -> str:
         return "fp32"
     if name in _OPERANDS:
         return operand
-    return "*fp32" if name in _BUFFERS or name.endswith("_ptr") else "*i32" if name in _TABLES else "i32"
+    if name in _TABLES:
+        return "*i32"
+    return "i32" if name in _NUMBERS or name.endswith(_STRIDES) else "*fp32"
 
 
-_OPERANDS = (
-    "query_ptr",
-    "key_ptr",
-    "value_ptr",
-    "output_gradient_ptr",
-    "outputs",
-    "readers",
-    "passed_gradients",
-    "old_readers",
-)
-_TABLES = ("lengths", "offsets", "served_levels", "old_seen", "old_final")
-_BUFFERS = (
-    "query_squares", "key_squares", "inverses", "transitions", "states", "totals", "initial_states", "final_states",
-    "old_states", "reader_gradients", "query_gradients", "key_gradients", "value_gradients", "weight_gradients",
-    "decay_gradients", "beta_gradients", "decay_carries", "reaches", "reach_gradients", "old_reaches",
-    "total_gradients", "state_gradients", "transition_gradients", "final_gradients", "initial_gradients", "old_gradients", "score_gradients",
-    "writer_gradients", "head_gradients",
-)  # fmt: skip
+# Parameters by type; every other pointer is fp32 and every other number an int.
+_OPERANDS = {
+    *("query_ptr", "key_ptr", "value_ptr", "output_gradient_ptr", "outputs"),
+    *("readers", "passed_gradients", "old_readers"),
+}
+_TABLES = {"lengths", "offsets", "served_levels", "old_seen"}
+_NUMBERS = {
+    *("heads", "tokens", "chunks", "lanes", "pairs", "level", "half"),
+    *("grid_levels", "old_slots", "level_states_count"),
+}
+_STRIDES = ("_row", "_token", "_head")
 
 
 def _divisible(name: str, kind: str) -> bool:
@@ -178,6 +171,8 @@ def representative() -> Iterator[Description]:
             for decay in ("none", "scalar", "channel"):
                 for correction in ("none", "delta"):
                     yield Description(decay, correction, key_dim, value_dim, levels=levels)  # type: ignore[arg-type]
+    for decay, correction in (("scalar", "none"), ("channel", "none"), ("none", "delta"), ("scalar", "delta")):
+        yield Description(decay, correction, 64, 64, 2, levels=16, initial_state="level", final_state=True, padded=True)  # type: ignore[arg-type]
 
 
 def main() -> None:

@@ -106,26 +106,36 @@ def chunk_transition_gradient(
     <<channels>>
     <<rows_of_group key>>
     <<log_decay>>
-    <<writer>>
-    <<from_start>>
-    <<decay_rows decayed_key key from_start>>
     entry = lane * chunks + chunk
     #if weighted
     table = ((chunk % 2) * lanes + lane) * chunks + chunk
     gradient = load_matrix(transition_gradients + table * KEY_DIM * KEY_DIM, channel, channel)  # [K, K]
     #else
     gradient = tl.zeros([KEY_TILE, KEY_TILE], tl.float32)
+    #if decayed
+    carry = tl.zeros([KEY_TILE], tl.float32)
+    #end
     for first_value in range(0, VALUE_DIM, VALUE_TILE):
         value_column = first_value + tl.arange(0, VALUE_TILE)
         added_gradient = load_state(state_gradients + entry * KEY_DIM * VALUE_DIM, channel, value_column)
         state = load_state(states + entry * KEY_DIM * VALUE_DIM, channel, value_column)
         gradient += dot(added_gradient, tl.trans(state))
+        #if decayed
+        carry += tl.sum(added_gradient * state, 1)
+        #end
     #end
     #if decayed
-    carry = tl.sum(tl.where(channel[:, None] == channel[None, :], gradient, 0.0), 1)  # [K]
+    #if weighted
+    diagonal = transition_gradients + table * KEY_DIM * KEY_DIM + channel * KEY_DIM
+    carry = load_channels(diagonal, channel)  # [K]
+    #end
     store_channels(decay_carries + entry * KEY_DIM, channel, carry)
     #end
+    gradient = gradient.to(OPERAND)  # as products take it, in half the room
+    <<writer>>
     store_chunk(head_gradients + entry * CHUNK * KEY_DIM, position, channel, -dot(writer, gradient))
+    <<from_start>>
+    <<decay_rows decayed_key key from_start>>
     at = writer_gradients + entry * CHUNK * KEY_DIM
     writer_gradient = load_chunk(at, position, channel) - dot(decayed_key, tl.trans(gradient))
     tl.debug_barrier()
@@ -176,46 +186,70 @@ def chunk_reader_gradient(
     store_chunk(at, position, channel, head_gradient)
 '''
 
+CHUNK_WRITER_GRADIENT = '''
+@triton.jit
+def chunk_writer_gradient(
+    <<operand key>>
+    <<decay>>
+    <<beta>>
+    inverses,  # [lanes, N, C, C]
+    writer_gradients,  # [lanes, N, C, K] in: of effective keys; out: of keys with decays to the chunk's end
+    mix_gradients,  # [lanes, N, C, C] out
+    <<geometry>>
+):
+    """Through writer = mix^T (key decayed to the end)."""
+    <<lane>>
+    <<channels>>
+    <<rows_of_group key>>
+    <<log_decay>>
+    <<to_end>>
+    entry = lane * chunks + chunk
+    at = writer_gradients + entry * CHUNK * KEY_DIM
+    writer_gradient = load_chunk(at, position, channel)
+    <<decay_rows tail_key key to_end>>
+    store_square(mix_gradients + entry * CHUNK * CHUNK, position, dot(tail_key, tl.trans(writer_gradient)))
+    <<mix>>
+    tail_gradient = dot(mix, writer_gradient)
+    tl.debug_barrier()
+    store_chunk(at, position, channel, tail_gradient)
+'''
+
 CHUNK_DELTA_GRADIENT = '''
 @triton.jit
 def chunk_delta_gradient(
+    #if not channel
     <<operand query>>
     <<operand key>>
     <<decay>>
+    #end
     <<beta>>
     #if channel
     query_squares,  # [lanes, N, C, C]
     #end
     key_squares,  # [lanes, N, C, C] in: scores (decay per channel); out: their gradients
     inverses,  # [lanes, N, C, C]
-    writer_gradients,  # [lanes, N, C, K] in: of effective keys; out: of keys with decays to the chunk's end
+    mix_gradients,  # [lanes, N, C, C]
     score_gradients,  # [lanes, N, C, C] in: of final scores; out: of plain ones
     beta_gradients,  # [B, T, H] out
     <<geometry>>
 ):
-    """Through the UT transform: from final scores and writers to plain scores, keys and beta."""
+    """Through the UT transform: from final scores and the mix to plain scores and beta."""
     <<lane>>
+    #if not channel
     <<channels>>
+    <<rows_of_group query>>
     <<rows_of_group key>>
     <<log_decay>>
-    entry = lane * chunks + chunk
-    <<mix>>
-    # writer = mix^T (key decayed to the end)
-    <<to_end>>
-    <<decay_rows tail_key key to_end>>
-    at = writer_gradients + entry * CHUNK * KEY_DIM
-    writer_gradient = load_chunk(at, position, channel)
-    mix_gradient = dot(tail_key, tl.trans(writer_gradient))  # [C, C]
-    tail_gradient = dot(mix, writer_gradient)
-    tl.debug_barrier()
-    store_chunk(at, position, channel, tail_gradient)
-    # final scores = query_scores mix
     <<decay_between>>
-    <<rows_of_group query>>
+    #end
+    entry = lane * chunks + chunk
+    # final scores = query_scores mix
     <<scores query>>
+    <<mix>>
     at = score_gradients + entry * CHUNK * CHUNK
     score_gradient = load_square(at, position)  # [C, C]
-    mix_gradient += dot(tl.trans(query_scores), score_gradient)
+    mix_gradient = load_square(mix_gradients + entry * CHUNK * CHUNK, position)
+    mix_gradient += dot(tl.trans(query_scores), score_gradient)  # [C, C]
     score_gradient = dot(score_gradient, tl.trans(mix))
     tl.debug_barrier()
     store_square(at, position, tl.where(position[:, None] >= position[None, :], score_gradient, 0.0))
@@ -271,16 +305,21 @@ def chunk_gradient(
     <<lane>>
     <<channels>>
     entry = lane * chunks + chunk
+    head_base = (row * tokens * heads + head) * KEY_DIM
     <<rows_of_group key>>
     <<log_decay>>
-    <<to_end>>
-    <<tokens_gradient>>
     #if channel
+    <<decay_parts>>
     store_channels(decay_carries + entry * KEY_DIM, channel, carry)
     store_rows(decay_gradients + head_base, token, heads * KEY_DIM, real, channel, taken, KEY_DIM)
     #else
-    <<rows_of_group query>>
     <<near_gradient>>
+    <<decay_parts>>
+    #end
+    #if scalar
+    decay_gradient = tl.cumsum(taken, axis=0, reverse=True) + carry  # [C]
+    decay_at = decay_gradients + (row * tokens * heads + head) + token.to(tl.int64) * heads
+    tl.store(decay_at, decay_gradient, mask=real)
     #end
     store_rows(key_gradients + head_base, token, heads * KEY_DIM, real, channel, key_gradient, KEY_DIM)
 '''
@@ -307,32 +346,35 @@ for first_value in range(0, VALUE_DIM, VALUE_TILE):
 """
 
 # Through the delta rule: from gradients of final scores, readers and writers to those of plain scores and of keys.
-# Gradients through decays from the chunk's start and to its end; ``taken``: their share of what passes over tokens.
-TOKENS_GRADIENT = """
-head_base = (row * tokens * heads + head) * KEY_DIM
+# Keys with decays to the chunk's end and from its start; ``taken``: what passes over each token.
+DECAY_PARTS = """
+<<to_end>>
 writer_gradient = load_chunk(writer_gradients + entry * CHUNK * KEY_DIM, position, channel)
 <<decay_rows tail_gradient writer_gradient to_end>>
 #if channel
+key_gradient = tail_gradient
 tail_share = key.to(tl.float32) * tail_gradient  # [C, K]
-#elif scalar
+taken = -tail_share
+#else
+key_gradient += tail_gradient
+#end
+#if scalar
 tail_share = tl.sum(key.to(tl.float32) * tail_gradient, 1)  # [C]
+taken -= tail_share
 #end
 #if decayed
 <<carry>>
-taken = -tail_share
 #end
 #if delta
 <<from_start>>
 head_gradient = load_chunk(head_gradients + entry * CHUNK * KEY_DIM, position, channel)
-<<decay_rows key_gradient head_gradient from_start>>
+<<decay_rows head_part head_gradient from_start>>
+key_gradient += head_part
 #if channel
-taken += key.to(tl.float32) * key_gradient
+taken += key.to(tl.float32) * head_part
 #elif scalar
-taken += tl.sum(key.to(tl.float32) * key_gradient, 1)
+taken += tl.sum(key.to(tl.float32) * head_part, 1)
 #end
-key_gradient += tail_gradient
-#else
-key_gradient = tail_gradient
 #end
 """
 
@@ -353,39 +395,38 @@ carry = tl.sum(carry, 0) * tl.exp(tl.sum(log_decay, 0)) + tl.sum(tail_share, 0)
 #end
 """
 
-# Scores within the chunk, where decays do not depend on the channel.
+# Scores within the chunk, where decays do not depend on the channel: keys are looked at, and look (delta rule).
 NEAR_GRADIENT = """
-score_gradient = load_square(score_gradients + entry * CHUNK * CHUNK, position)
+<<rows_of_group query>>
 <<decay_between>>
+score_gradient = load_square(score_gradients + entry * CHUNK * CHUNK, position)
 #if scalar
 score_gradient *= decay_between
 #end
 query_gradient = load_rows(query_gradients + head_base, token, heads * KEY_DIM, real, channel, KEY_DIM)
 query_gradient += dot(score_gradient, key)
+#if scalar
+taken = tl.sum(query.to(tl.float32) * query_gradient, 1)  # [C]
+#end
 tl.debug_barrier()
 store_rows(query_gradients + head_base, token, heads * KEY_DIM, real, channel, query_gradient, KEY_DIM)
-looked_at = dot(tl.trans(score_gradient), query)  # [C, K] gradient of keys as they are looked at
-#if scalar
-taken += tl.sum(query.to(tl.float32) * query_gradient, 1)
-#end
+key_gradient = dot(tl.trans(score_gradient), query)
 #if delta
 key_score_gradient = load_square(key_squares + entry * CHUNK * CHUNK, position)
 #if scalar
 key_score_gradient *= decay_between
 #end
-looked_at += dot(tl.trans(key_score_gradient), key)
-looking = dot(key_score_gradient, key)  # [C, K] and as they look
+key_gradient += dot(tl.trans(key_score_gradient), key)
+#end
+#if scalar
+taken -= tl.sum(key.to(tl.float32) * key_gradient, 1)
+#end
+#if delta
+looking = dot(key_score_gradient, key)
 #if scalar
 taken += tl.sum(key.to(tl.float32) * looking, 1)
 #end
 key_gradient += looking
-#end
-key_gradient += looked_at
-#if scalar
-taken -= tl.sum(key.to(tl.float32) * looked_at, 1)
-decay_gradient = tl.cumsum(taken, axis=0, reverse=True) + carry  # [C]
-decay_at = decay_gradients + (row * tokens * heads + head) + token.to(tl.int64) * heads
-tl.store(decay_at, decay_gradient, mask=real)
 #end
 """
 
@@ -513,7 +554,7 @@ far_key = load_rows(key_base, far, key_token, far_real, channel, KEY_DIM).to(tl.
 
 CHUNK_BACKWARD_BLOCKS = {
     "values_gradient": VALUES_GRADIENT,
-    "tokens_gradient": TOKENS_GRADIENT,
+    "decay_parts": DECAY_PARTS,
     "carry": CARRY,
     "near_gradient": NEAR_GRADIENT,
     "one_key_here": ONE_KEY_HERE,
@@ -523,6 +564,7 @@ CHUNK_BACKWARD = {
     "chunk_values_gradient": CHUNK_VALUES_GRADIENT,
     "chunk_transition_gradient": CHUNK_TRANSITION_GRADIENT,
     "chunk_reader_gradient": CHUNK_READER_GRADIENT,
+    "chunk_writer_gradient": CHUNK_WRITER_GRADIENT,
     "chunk_delta_gradient": CHUNK_DELTA_GRADIENT,
     "chunk_gradient": CHUNK_GRADIENT,
     "chunk_scores_gradient": CHUNK_SCORES_GRADIENT,

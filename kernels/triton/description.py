@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from ..layout import Operands
 from ..state import is_level_state
@@ -108,4 +109,17 @@ def describe(x: Operands, final_state: bool) -> Description:
         initial_state="none" if old is None else "level" if is_level_state(old) else "linear",
         final_state=final_state,
         padded=x.lengths is not None,
+    )
+
+
+def describe_step(q: Tensor, v: Tensor, w: Tensor | None, log_decay: Tensor | None, beta: Tensor | None) -> Description:
+    """The description of a step; ``q [B, G, K]``, ``v [B, H, V]``, ``w [B, H, L]``."""
+    return Description(
+        decay="none" if log_decay is None else "channel" if log_decay.dim() == 3 else "scalar",
+        correction="none" if beta is None else "delta",
+        key_dim=q.shape[-1],
+        value_dim=v.shape[-1],
+        repeat=v.shape[1] // q.shape[1],
+        dtype=v.dtype,
+        levels=None if w is None else w.shape[-1],
     )

@@ -41,10 +41,10 @@ def final_state(
     <<writer>>
     <<rows_of_head value>>
     out = level_states + lane * level_states_count * KEY_DIM * VALUE_DIM
-    for level in tl.static_range(0, EDGE + 1):
-        bucket = (position <= last) & (bit_length(position ^ last) == level)
+    for inside in tl.static_range(0, EDGE + 1):
+        bucket = (position <= last) & (bit_length(position ^ last) == inside)
         state = dot(tl.trans(tl.where(bucket[:, None], writer, 0.0)), value)
-        store_state(out + level * KEY_DIM * VALUE_DIM, channel, value_column, state)
+        store_state(out + inside * KEY_DIM * VALUE_DIM, channel, value_column, state)
     <<carry_of_chunk>>
     bits = chunk
     for _ in range(0, bit_count(chunk)):
@@ -347,7 +347,8 @@ def old_state_gradient(
         <<log_decay>>
         <<from_start>>
         #if channel
-        reader = query.to(tl.float32) * tl.exp(from_start + load_channels(old_reaches + entry * KEY_DIM, channel)[None, :])
+        reach = load_channels(old_reaches + entry * KEY_DIM, channel)[None, :]
+        reader = query.to(tl.float32) * tl.exp(from_start + reach)
         #else
         reader = query
         #end

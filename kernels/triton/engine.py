@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..layout import Operands
@@ -111,7 +110,7 @@ def _add_gradient_buffers(call: Call) -> None:
 def reads_gradient(call: Call) -> None:
     """What queries read from other chunks: gradients of queries, of level weights, and of what was read."""
     d, lanes, chunks = call.d, call.lanes, call.chunks
-    by_reader = (lanes, chunks)
+    by_reader: tuple[int, ...] = (lanes, chunks)
     if d.weighted:
         half = max(chunks // 2, 1)
         call.values["half"] = half
@@ -186,6 +185,8 @@ def chunk_gradients(call: Call) -> None:
     if d.delta:
         call.launch("chunk_transition_gradient", programs)
         call.launch("chunk_reader_gradient", programs)
+        call.buffer("mix_gradients", call.lanes, call.chunks, d.chunk, d.chunk)
+        call.launch("chunk_writer_gradient", programs)
         call.launch("chunk_delta_gradient", programs)
     call.launch("chunk_gradient", programs)
     if d.decay == "channel":

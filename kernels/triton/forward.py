@@ -369,9 +369,9 @@ FAR_READER = """
 #if delta
 far_reader = reader
 #elif channel and weighted
-far_reader = query.to(tl.float32) * tl.exp(from_start + reach[None, :])
+far_reader = decayed_query * tl.exp(reach)[None, :]
 #elif channel
-far_reader = query.to(tl.float32) * tl.exp(from_start)
+far_reader = decayed_query
 #else
 far_reader = query
 #end

@@ -169,7 +169,8 @@ def bit_count(x):
 def pair_weights(base, token, stride, real, position, served, EDGE: tl.constexpr):
     """[C, C]: the weight at query t of the level at which it sees s; levels 0 .. log2 C are inside a chunk."""
     between = position[:, None] ^ position[None, :]
-    found = load_column(base + served_level(served, 0), token, stride, real)[:, None] + tl.zeros([CHUNK, CHUNK], tl.float32)
+    weight = load_column(base + served_level(served, 0), token, stride, real)
+    found = weight[:, None] + tl.zeros([CHUNK, CHUNK], tl.float32)
     for level in tl.static_range(1, EDGE + 1):
         weight = load_column(base + served_level(served, level), token, stride, real)
         found = tl.where((between >> (level - 1)) == 1, weight[:, None], found)
@@ -198,7 +199,7 @@ def unit_lower_inverse(x, position):
     return inverse
 '''
 
-# Which of the user's levels serves a level of the grid: rows that continue a sequence have a table, see Grid.true_levels.
+# Which of the user's levels serves one of the grid: rows that continue a sequence have a table (Grid.true_levels).
 SERVED_LEVEL = '''
 @triton.jit
 def served_level(served, level):

@@ -2,7 +2,7 @@
 
 * ``#if fact``, ``#elif fact``, ``#else``, ``#end``: lines kept for some descriptions only. A condition is a Python
   expression over the names of :meth:`.description.Description.facts`; conditions nest.
-* ``<<name word ...>>`` alone on a line: the lines of that block, at this indentation; ``$1``, ``$2`` in them are the words.
+* ``<<name word ...>>`` alone on a line: the lines of that block, at this indentation, the words for ``$1``, ``$2``.
 """
 
 from __future__ import annotations

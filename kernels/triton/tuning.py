@@ -36,8 +36,10 @@ _DEFAULT = {
     "chunk_values_gradient": (64, 8, 1),
     "chunk_transition_gradient": (64, 8, 1),
     "chunk_reader_gradient": (128, 8, 1),
+    "chunk_writer_gradient": (128, 8, 1),
     "chunk_delta_gradient": (128, 8, 1),
     "chunk_gradient": (128, 8, 1),
+    "decode": (32, 4, 1),
     "chunk_scores_gradient": (128, 8, 1),
 }
 

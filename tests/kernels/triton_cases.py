@@ -13,10 +13,12 @@ from kernel_cases import Operands as Case
 from kernel_cases import operands, relative_error
 from torch import Tensor
 
+from llcompile.kernels import choice
 from llcompile.kernels.layout import Operands
 from llcompile.kernels.reference import reference_attention
 from llcompile.kernels.triton import engine
 from llcompile.kernels.triton.limits import interpreted
+from llcompile.ops import loglinear_attention, loglinear_attention_step
 
 SCALE = 0.7
 
@@ -146,3 +148,37 @@ def same_bits(case: dict[str, object]) -> bool:
     assert x.v is not None
     runs = [engine.backward(x, SCALE, x.v, None) for _ in range(2)]
     return all(a is None or torch.equal(a, b) for a, b in zip(*runs, strict=True))  # type: ignore[arg-type]
+
+
+def through_the_operator() -> dict[str, float]:
+    """Relative differences between implementations of the public function: packed sequences, with gradients."""
+    x = operands(100, "token", True, 6, batch=1, groups=1, heads=2, dtype=torch.float32)
+    x["initial_state"] = operands(1, batch=3, heads=2, state="linear", dtype=torch.float32)["initial_state"]
+    bounds = torch.tensor([0, 30, 30, 100])
+    results = []
+    for kernels in ("triton", "aten"):
+        leaves = {n: t if t is None else t.detach().clone().requires_grad_() for n, t in x.items()}
+        with choice.use(kernels):
+            o, state = loglinear_attention(**leaves, cu_seqlens=bounds, return_final_state=True)  # type: ignore[arg-type]
+            assert state is not None
+            wanted = {n: t for n, t in leaves.items() if t is not None}
+            grads = torch.autograd.grad(o.square().sum() + state[:, :, 1:].square().sum(), list(wanted.values()))
+        results.append({"o": o.detach(), "state": state.detach(), **dict(zip(wanted, grads, strict=True))})
+    return {n: relative_error(t, results[1][n]) for n, t in results[0].items()}
+
+
+def step_differences(case: dict[str, object], steps: int) -> list[float]:
+    """Relative differences of outputs and states between implementations, decoding ``steps`` tokens one by one."""
+    x = operands(length=steps, **case)  # type: ignore[arg-type]
+    state = x.pop("initial_state")
+    assert state is not None
+    found = []
+    for t in range(steps):
+        token = {n: a if a is None or a.dim() == 1 else a[:, t] for n, a in x.items()}
+        results = []
+        for kernels in ("triton", "aten"):
+            with choice.use(kernels):
+                results.append(loglinear_attention_step(**token, state=state, scale=SCALE))  # type: ignore[arg-type]
+        (o, state), (want, want_state) = results
+        found += [relative_error(o, want), relative_error(state, want_state)]
+    return found

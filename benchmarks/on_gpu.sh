@@ -5,7 +5,7 @@
 #
 # takes at most 10 minutes and leaves logs, JSON and a plot in $OUT (default: benchmarks/results).
 #
-#   MINUTES=10     for everything together
+#   MINUTES=10     for everything together; 9 where a command is killed after 10
 #   OUT=folder     where results go
 #   PYTHON=python3 which Python; the torch that it has is used, if that one sees the GPU
 #   WHEELS=.whl    folder with wheels, for a machine without a network: fla_core, flash_linear_attention, einops, rich, ...

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ..kernels.choice import VARIABLE as KERNELS
 from . import chip, ours
 from .cases import OURS, Case
 from .operands import bytes_of, leaves, make
@@ -151,6 +152,8 @@ def main(device: str) -> None:
     # Libraries print; answers go out on a channel of their own, and what was standard output joins standard error.
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    if device.startswith("cuda"):
+        os.environ.setdefault(KERNELS, "triton")  # nothing else may run in their place unseen
     worker = Worker(device)
     for line in sys.stdin:
         answer = worker.answer(json.loads(line))

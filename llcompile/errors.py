@@ -54,8 +54,12 @@ class GraphError(LLCompileError, RuntimeError):
     """A pass left the graph in a state that breaks the pipeline's rules."""
 
 
+class BenchError(LLCompileError, RuntimeError):
+    """A measurement was asked for that cannot be made here, or a file of results cannot be read."""
+
+
 class SpecError(LLCompileError, ValueError):
-    """The command line names a model that cannot be found or built."""
+    """The command line names something unknown: a model that cannot be found or built, a peer that nobody knows."""
 
 
 class StrictError(LLCompileError, RuntimeError):

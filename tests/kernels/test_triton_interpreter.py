@@ -19,6 +19,15 @@ CELLS = list(itertools.product((None, "token", "channel"), (False, True)))
 Check = Callable[..., None]
 
 
+def sampled(*names: str, **values: list[object]) -> pytest.MarkDecorator:
+    """Every combination; of each two, one runs for `make test-all` only."""
+    chosen = []
+    for i, row in enumerate(itertools.product(*(values[name] for name in names))):
+        marks = [pytest.mark.slow] if (i + i // 2) % 2 else []
+        chosen.append(pytest.param(*row, marks=marks, id="-".join(map(str, row))))
+    return pytest.mark.parametrize(names, chosen)
+
+
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessPoolExecutor]:
     """A process where the interpreter is on from the start."""
@@ -64,18 +73,17 @@ def test_groups_with_decay_per_channel(check):
     check(length=50, decay="channel", delta=True, levels=7, groups=1, heads=2)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("decay", "delta"), CELLS[:4])
-def test_half_precision(check, decay, delta, dtype):
+@sampled("cell", "dtype", cell=CELLS[:4], dtype=[torch.bfloat16, torch.float16])
+def test_half_precision(check, cell, dtype):
     """Half precision loses what its roundings lose."""
+    decay, delta = cell
     check(length=130, decay=decay, delta=delta, levels=9, dtype=dtype, key_dim=16, value_dim=17)
 
 
-@pytest.mark.parametrize("levels", [None, 9])
-@pytest.mark.parametrize("state", ["linear", "level"])
-@pytest.mark.parametrize(("decay", "delta"), [(None, False), ("token", True)])
-def test_states(check, decay, delta, levels, state):
+@sampled("cell", "state", "levels", cell=[CELLS[0], CELLS[3]], state=["linear", "level"], levels=[None, 9])
+def test_states(check, cell, state, levels):
     """Initial and final states with their gradients; rows that continue at positions of their own."""
+    decay, delta = cell
     check(length=90, decay=decay, delta=delta, levels=levels, state=state, batch=2, final=True, poisoned=True)
 
 
@@ -107,9 +115,10 @@ def test_public_function(worker):
         assert error < 1e-5, f"{name}: {error:.2e}"
 
 
-@pytest.mark.parametrize(("decay", "delta"), [*CELLS, ("head", False)])
-def test_decode(worker, decay, delta):
+@sampled("cell", cell=[*CELLS, ("head", False)])
+def test_decode(worker, cell):
     """Token by token, with and without levels, from states of either kind: as the other implementation."""
+    decay, delta = cell
     for levels, state in ((7, "level"), (2, "level"), (1, "linear"), (5, "linear"), (None, "linear")):
         case = {"decay": decay, "delta": delta, "levels": levels, "state": state, "dtype": torch.float32, "heads": 2}
         case |= {"groups": 1, "batch": 2, "value_dim": 33}

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import slabs
+from . import choice
 from .layout import Operands
 from .state import state_dtype
-from .step import step
 
 
 @torch.library.custom_op("llcompile::loglinear_attention", mutates_args=())
@@ -32,7 +31,7 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     with torch.no_grad(), torch.autocast(v.device.type, enabled=False):
         operands = Operands(q, k, v, level_weights, log_decay, beta, initial_state, lengths)
-        return slabs.forward(operands, scale, return_final_state)
+        return choice.forward(operands, scale, return_final_state)
 
 
 @torch.library.custom_op("llcompile::loglinear_attention_backward", mutates_args=())
@@ -52,7 +51,7 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     with torch.no_grad(), torch.autocast(v.device.type, enabled=False):
         operands = Operands(q, k, v, level_weights, log_decay, beta, initial_state, lengths)
-        grads = slabs.backward(operands, scale, grad_o, grad_state if return_final_state else None)
+        grads = choice.backward(operands, scale, grad_o, grad_state if return_final_state else None)
     inputs = (q, k, v, level_weights, log_decay, beta, initial_state)
     return tuple(_as_input(x, g, q) for x, g in zip(inputs, grads, strict=True))  # type: ignore[return-value]
 
@@ -69,7 +68,7 @@ def _attention_step(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     with torch.no_grad(), torch.autocast(v.device.type, enabled=False):
-        return step(q, k, v, level_weights, state, log_decay, beta, scale)
+        return choice.step(q, k, v, level_weights, state, log_decay, beta, scale)
 
 
 def _as_input(x: Tensor | None, grad: Tensor | None, like: Tensor) -> Tensor:

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import slabs
+from . import choice
 from .layout import Operands
 from .state import check_positions, check_state, state_dtype
-from .step import step
 
 
 @torch.library.custom_op("llcompile::loglinear_attention", mutates_args=())
@@ -33,7 +32,7 @@ def _attention(
     _check_state(initial_state, q, v, level_weights, v.shape[1], "initial_state")
     with torch.no_grad(), torch.autocast(v.device.type, enabled=False):
         operands = Operands(q, k, v, level_weights, log_decay, beta, initial_state, lengths)
-        return slabs.forward(operands, scale, return_final_state)
+        return choice.forward(operands, scale, return_final_state)
 
 
 @torch.library.custom_op("llcompile::loglinear_attention_backward", mutates_args=())
@@ -53,7 +52,7 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     with torch.no_grad(), torch.autocast(v.device.type, enabled=False):
         operands = Operands(q, k, v, level_weights, log_decay, beta, initial_state, lengths)
-        grads = slabs.backward(operands, scale, grad_o, grad_state if return_final_state else None)
+        grads = choice.backward(operands, scale, grad_o, grad_state if return_final_state else None)
     inputs = (q, k, v, level_weights, log_decay, beta, initial_state)
     return tuple(_as_input(x, g, q) for x, g in zip(inputs, grads, strict=True))  # type: ignore[return-value]
 
@@ -71,7 +70,7 @@ def _attention_step(
 ) -> tuple[Tensor, Tensor]:
     _check_state(state, q, v, level_weights, 1, "state")
     with torch.no_grad(), torch.autocast(v.device.type, enabled=False):
-        return step(q, k, v, level_weights, state, log_decay, beta, scale)
+        return choice.step(q, k, v, level_weights, state, log_decay, beta, scale)
 
 
 def _check_state(state: Tensor | None, q: Tensor, v: Tensor, w: Tensor | None, tokens: int, name: str) -> None:

@@ -1,5 +1,6 @@
 """``llcompile bench``: measurements on this machine. ``operator`` is here: how its time and memory grow, and how it
-compares with transformers' code. ``rewrite`` and ``recognition`` have files of their own.
+compares with transformers' code. ``rewrite`` and ``recognition`` have files of their own, and so has the operator on
+a GPU, where the peers are others (``bench_cuda``).
 
 Every measurement runs in a process of its own, so that peak memory (the resident set above what the operands take) is
 that measurement's alone, and so that a compilation that takes too long can be given up. Times are the smallest of
@@ -10,8 +11,10 @@ wall time was ours.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import importlib
+import importlib.metadata
 import importlib.util
 import json
 import math
@@ -23,12 +26,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .errors import SpecError
+
 FAMILIES = [(decay, correction) for correction in ("none", "delta") for decay in ("none", "scalar", "channel")]
 PEERS = {("scalar", "delta"): "torch_chunk_gated_delta_rule", ("scalar", "none"): "mamba2_chunk_scan"}
 LENGTHS = [1024, 2048, 4096, 8192, 16384, 32768, 65536]
 PEER_LENGTHS = [4096, 16384]
 # What else can be measured: the module with its `add_parser(subparsers)` and `run(args) -> int`.
-OTHERS = ("llcompile.bench_rewrite", "llcompile.bench_recognition", "llcompile.bench_decode")
+OTHERS = (
+    "llcompile.bench_rewrite",
+    "llcompile.bench_recognition",
+    "llcompile.bench_decode",
+    "llcompile.bench_cuda.plot",
+)
 
 
 @dataclass(frozen=True)
@@ -61,17 +71,27 @@ def add_parser(subparsers: Any) -> None:
     kinds = bench.add_subparsers(dest="what", metavar="WHAT", required=True)
     for name in OTHERS:
         importlib.import_module(name).add_parser(kinds)
-    parser = kinds.add_parser("operator", help="the operator, against transformers' own code")
+    parser = kinds.add_parser(
+        "operator", help="the operator: on a CPU against transformers' code, on a GPU FLA and SDPA"
+    )
     parser.add_argument("--device", default="cpu", help="device to run on (default: cpu)")
     parser.add_argument("--quick", action="store_true", help="small sizes, seconds in all: a smoke test, not a result")
     parser.add_argument(
         "--compile-limit", type=float, default=300.0, help="seconds a peer may compile before it is given up"
     )
-    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="lengths (default: 1k to 64k)")
+    parser.add_argument("--lengths", type=int, nargs="+", help="lengths (default: 1k to 64k, on a GPU 2k to 256k)")
     parser.add_argument("--families", nargs="+", metavar="DECAY/CORRECTION", help="some families only, as scalar/delta")
     parser.add_argument("--repeats", type=int, default=5, help="repeats of each measurement; the smallest counts")
     parser.add_argument(
         "--output", type=Path, help="JSON file (default: benchmarks/results/operator-<device>-<date>.json)"
+    )
+    parser.add_argument(
+        "--against",
+        metavar="PEERS",
+        help="cuda: peers or libraries, as fla,sdpa; none for none (default: all there are)",
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=10.0, help="cuda: when to stop, most telling first (default: 10)"
     )
     parser.set_defaults(measure=_run_operator)
 
@@ -83,6 +103,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _run_operator(args: argparse.Namespace) -> int:
     """Measure, print tables, write JSON."""
+    if args.device.startswith("cuda"):
+        return int(importlib.import_module("llcompile.bench_cuda.command").run(args))
+    if args.against is not None:
+        raise SpecError("--against names peers on a GPU: add --device cuda (on a CPU, transformers' code is the peer)")
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -119,7 +143,7 @@ def write(path: Path, record: dict[str, Any]) -> None:
 
 def _series(args: argparse.Namespace) -> list[list[Job]]:
     """Jobs, grouped by the process that runs them: one for all lengths, but one each where something is compiled."""
-    lengths = [256] if args.quick else args.lengths
+    lengths = [256] if args.quick else args.lengths or LENGTHS
     families = [("scalar", "none"), ("scalar", "delta")] if args.quick else FAMILIES
     if args.families:
         families = [f for f in FAMILIES if "/".join(f) in args.families]
@@ -294,12 +318,11 @@ def environment(device: str) -> dict[str, Any]:
 
     name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine()
     versions = {"torch": torch.__version__, "python": platform.python_version(), "llcompile": __version__}
-    try:
-        import transformers
-
-        versions["transformers"] = transformers.__version__
-    except ImportError:
-        pass
+    for package in ("transformers", "triton"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    if device.startswith("cuda"):
+        versions["cuda"] = str(torch.version.cuda)
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "machine": f"{name}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the end",

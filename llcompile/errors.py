@@ -18,6 +18,14 @@ class StateError(LLCompileError, ValueError):
     """A state does not belong to the operator it was handed to."""
 
 
+class KernelError(LLCompileError, RuntimeError):
+    """Triton kernels were asked for by name and cannot run here, or not for these operands."""
+
+
+class KernelCacheError(KernelError):
+    """The folder for generated kernels cannot be written."""
+
+
 class OptionError(LLCompileError, ValueError):
     """An option of the backend is unknown or has a wrong type or value."""
 
@@ -46,8 +54,12 @@ class GraphError(LLCompileError, RuntimeError):
     """A pass left the graph in a state that breaks the pipeline's rules."""
 
 
+class BenchError(LLCompileError, RuntimeError):
+    """A measurement was asked for that cannot be made here, or a file of results cannot be read."""
+
+
 class SpecError(LLCompileError, ValueError):
-    """The command line names a model that cannot be found or built."""
+    """The command line names something unknown: a model that cannot be found or built, a peer that nobody knows."""
 
 
 class StrictError(LLCompileError, RuntimeError):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from torch import fx
 
 from llcompile.passes.discover import module_of, user_line
-from llcompile.passes.mechanisms import attention, convolutions, loops, scans, time_mixing
+from llcompile.passes.mechanisms import attention, convolutions, loops, pooling, scans, time_mixing
 from llcompile.passes.mechanisms.axes import TimeAxes
 from llcompile.passes.mechanisms.facts import Facts
 from llcompile.passes.mechanisms.found import Found
@@ -21,21 +21,27 @@ Finder = Callable[[Facts, TimeAxes], Iterator[Found]]
 MIXERS: tuple[Finder, ...] = (attention.find, scans.find, loops.find)
 # What may also stand before a mixer and belong to it: then it is no mechanism of its own.
 HELPERS: tuple[Finder, ...] = (convolutions.find, time_mixing.find)
+# What is named only where nothing else in the module is: most mixers have such a thing inside.
+REST: tuple[Finder, ...] = (pooling.find,)
 
 
 def identify(session: Session) -> int:
     """Fills `session.untouched`; returns how many mechanisms were named."""
     records: dict[tuple[str, str], Untouched] = {}
+    rest: list[Untouched] = []
     for region in session.regions:
         facts = Facts(region)
         axes = TimeAxes(facts)
         sites = [site.node for site in session.sites if site.node in facts.position]
         for found in _found(facts, axes, sites):
-            key, path = module_of(found.node.meta)
-            module, where = session.name(key, path), user_line(found.node.meta)
-            if not _is_site(session, found, module, where):
-                record = Untouched(module, found.kind, where, found.heads, found.groups)
-                records.setdefault((module, found.kind), record)
+            record = _record(session, found)
+            if not _is_site(session, found, record.module, record.where):
+                records.setdefault((record.module, found.kind), record)
+        fed = _feeding(facts, set(sites))
+        rest.extend(_record(session, found) for find in REST for found in find(facts, axes) if found.node not in fed)
+    said = {r.module for r in records.values()} | {m.module for m in session.near_misses}
+    said |= {site.module for site in session.sites}
+    records.update({(r.module, r.kind): r for r in reversed(rest) if r.module not in said})
     session.untouched = list(records.values())
     named = {record.module for record in session.untouched}
     nearest: dict[str, Declined] = {}
@@ -44,6 +50,12 @@ def identify(session: Session) -> int:
             nearest.setdefault(missed.module, missed)
     session.refused.extend(nearest.values())
     return len(records)
+
+
+def _record(session: Session, found: Found) -> Untouched:
+    key, path = module_of(found.node.meta)
+    where = user_line(found.node.meta)
+    return Untouched(session.name(key, path), found.kind, where, found.heads, found.groups)
 
 
 def _found(facts: Facts, axes: TimeAxes, sites: list[fx.Node]) -> Iterator[Found]:

@@ -204,7 +204,7 @@ def _remove(graph: fx.Graph, found: Found) -> None:
     for node in reversed(list(graph.nodes)):
         if node in own and node not in live and not node.users:
             graph.erase_node(node)
-    _sweep(graph, found)
+    _sweep(graph)
 
 
 def _erase_unread(graph: fx.Graph) -> None:
@@ -216,12 +216,12 @@ def _erase_unread(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _sweep(graph: fx.Graph, found: Found) -> None:
+def _sweep(graph: fx.Graph) -> None:
     """Erases what only the removed operations read: masks, sizes, views of operands."""
-    made = {value.node for op in found.ops for value in op.inputs if value.node is not None}
     for node in reversed(list(graph.nodes)):
         pure = node.op in ("call_function", "call_method") and not node.is_impure() and not _is_bracket(node)
-        if pure and not node.users and (node in made or not _is_tensor(node)):
+        written = pure and bool(node.args) and isinstance(node.args[0], fx.Node) and _writes(node, node.args[0])
+        if pure and not node.users and not written:
             graph.erase_node(node)
     _erase_empty_brackets(graph)
 

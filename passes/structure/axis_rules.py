@@ -223,9 +223,9 @@ def _unbind(c: Call) -> list[Axes]:
 
 
 def _cat(c: Call) -> list[Axes]:
-    tensors = [v for v in c.op.inputs if v.shape != (0,)]
     rank = len(c.op.outputs[0].shape)
     d = c.dim(rank=rank)
+    tensors = [v for v in c.op.inputs if v.shape != (0,) and v.shape[d] > 0]
     axes: list[Axis] = [()] * rank
     for value in tensors:
         axes = [
@@ -235,8 +235,9 @@ def _cat(c: Call) -> list[Axes]:
         return [c.axes[tensors[0]]]
     size, whole = c.op.outputs[0].shape[d], c.axes[tensors[0]][d]
     filled = all(_is_filled(value) for value in tensors[1:]) and 2 * tensors[0].shape[d] > size
-    axes[d] = c.atoms.longer(whole, size) if filled and whole else c.assembled(size, tensors)
-    c.mix(axes[d], *(c.axes[v][d] for v in tensors))
+    padded = filled and bool(whole)
+    axes[d] = c.atoms.longer(whole, size) if padded else c.assembled(size, tensors)
+    c.mix(*(() if padded else (axes[d],)), *(c.axes[v][d] for v in tensors))
     for value in tensors:
         _pin(c, c.axes[value][d])
     _pin(c, axes[d])
@@ -341,6 +342,12 @@ def _matmul(c: Call, first: Axes, second: Axes) -> Axes:
     c.mix(first[-1] or (second[-2] if len(second) > 1 else second[-1]))
     heads = tuple(c.pair(a, b) for a, b in zip(first[:-2], second[:-2], strict=True))
     return (*heads, *(first[-2:-1] if len(first) > 1 else ()), *(second[-1:] if len(second) > 1 else ()))
+
+
+def _distances(c: Call) -> list[Axes]:
+    """All pairs of rows, as in a product with the transposed."""
+    first, second = (c.axes[value] for value in c.op.inputs[:2])
+    return [_matmul(c, first, (*second[:-2], second[-1], second[-2]))]
 
 
 def _added_matmul(c: Call) -> list[Axes]:
@@ -458,6 +465,18 @@ def _index_select(c: Call) -> list[Axes]:
     return [(*axes[:d], c.atoms.new(c.op.outputs[0].shape[d]), *axes[d + 1 :])]
 
 
+def _index_add(c: Call) -> list[Axes]:
+    """Pieces added up in a whole, each at a place that a number names."""
+    base, pieces, d = c.of("self"), c.of("source"), c.dim()
+    axes = [old if i == d else c.pair(old, new) for i, (old, new) in enumerate(zip(base, pieces, strict=True))]
+    whole = [a for a in c.lost.get(c.arg("source"), ()) if _size(c.atoms, a) == _size(c.atoms, axes[d])]
+    if whole and axes[d]:
+        c.atoms.same(axes[d], whole[0])
+    c.mix(axes[d], pieces[d])
+    _pin(c, axes[d])
+    return [tuple(axes)]
+
+
 def _made(c: Call) -> list[Axes]:
     return [c.new(i) for i in range(len(c.op.outputs))]
 
@@ -520,6 +539,7 @@ _ROWS: tuple[tuple[Rule, str], ...] = (
     (_diagonal, "diagonal"),
     (_diag_embed, "diag_embed"),
     (_bmm, "bmm mm mv dot"),
+    (_distances, "_cdist_forward _euclidean_dist"),
     (_added_matmul, "addmm baddbmm addmv"),
     (_solve, "linalg_solve_triangular"),
     (_solve_ex, "_linalg_solve_ex"),
@@ -531,6 +551,7 @@ _ROWS: tuple[tuple[Rule, str], ...] = (
     (_index, "index"),
     (_index_put, "index_put _unsafe_index_put"),
     (_index_select, "index_select"),
+    (_index_add, "index_add"),
     (_made, "zeros ones full empty arange eye scalar_tensor empty_strided rand randn linspace"),
     (_made, "new_zeros new_ones new_full new_empty new_empty_strided tril_indices triu_indices"),
     (_like, "zeros_like ones_like full_like empty_like rand_like randn_like"),

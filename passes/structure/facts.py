@@ -91,7 +91,7 @@ class Times(Frame):
         data, weight = any(f.data for f in given), any(f.weight for f in given)
         for value in op.outputs:
             form = self._form(value, timeless)
-            place, joins = self._place(op, given)
+            place, joins = self._place(op, given, value.index)
             mixed = data and (any(f.mixed for f in given) or joins)
             mixed = mixed or (data and mixes and op.name not in _CUTS)
             mixed = mixed or (form == "pieces" and self._crosses(op, value))
@@ -102,11 +102,11 @@ class Times(Frame):
                 mixed = form != "sequence" and op.name != "convolution"
             self.facts[value] = Fact(data, weight, form, mixed, place if form == "pieces" else None)
 
-    def _place(self, op: Op, given: list[Fact]) -> tuple[tuple[int, ...] | None, bool]:
+    def _place(self, op: Op, given: list[Fact], index: int = 0) -> tuple[tuple[int, ...] | None, bool]:
         """The position that the result belongs to, and whether the operation joins several."""
         if op.name in _CUTS and self.mixes_time(op):
             numbers = tuple(a for a in op.args[1:] if isinstance(a, int))
-            return (*(given[0].place or ()), *numbers), False
+            return (*(given[0].place or ()), *numbers, index), False
         pieces = [f for f in given if f.data and f.form != "timeless"]
         places = {f.place for f in pieces}
         if any(f.form == "sequence" for f in pieces) and any(f.form == "pieces" and f.place for f in pieces):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import logging
 import math
 import time as clock
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
@@ -17,6 +19,8 @@ from llcompile.passes import dynamo
 from llcompile.passes.capture import leaf_of
 from llcompile.passes.records import Certificate
 from llcompile.passes.regions import Region
+from llcompile.passes.structure.assume import expect_decay, learned
+from llcompile.passes.structure.axes import Axis
 from llcompile.passes.structure.certify import certify
 from llcompile.passes.structure.classify import Miss, classify
 from llcompile.passes.structure.cut import Cutter, Part
@@ -24,6 +28,7 @@ from llcompile.passes.structure.facts import WEIGHTED, Times, lengthened, time_a
 from llcompile.passes.structure.follow import Followed, follow_program
 from llcompile.passes.structure.frame import Frame, Row
 from llcompile.passes.structure.lifted import MOVES, SHAPES, Lifted, Source, sample_of
+from llcompile.passes.structure.measured import Measured, meet
 from llcompile.passes.structure.memo import fingerprint, recall, remember
 from llcompile.passes.structure.probe import Probe
 from llcompile.passes.structure.program import Op, Program, Value
@@ -33,6 +38,7 @@ from llcompile.passes.structure.record import record
 from llcompile.passes.structure.sizing import CannotArrange, Sizing, small
 from llcompile.passes.structure.suppose import suppose
 from llcompile.passes.structure.tail import Tail, tails
+from llcompile.passes.structure.why import explain
 
 log = logging.getLogger("llcompile")
 
@@ -43,7 +49,12 @@ _COMPARISONS = frozenset(
 _LONGEST = 4096  # a window wider than this is not looked for
 _JOINS = MOVES | {"cat", "stack", "repeat", "constant_pad_nd"}
 _SOFTMAXES = ("_softmax", "_safe_softmax", "_log_softmax")
+_NOT_RUN = (CannotArrange, RuntimeError, IndexError, AssertionError, TypeError, ValueError)
 _SCATTERS = ("select_scatter", "slice_scatter", "index_put")
+_CHOSEN = "a top-k, a threshold or buckets leave tokens out; log-linear attention sees the whole past"
+# What code does to a denominator before it divides.
+_AROUND = MOVES | {"add", "abs", "clamp", "clamp_min", "maximum", "mul"}
+_ASKED = 8000  # operations of a part that is run again and again to say why it is no mixer
 _TIMES = 3  # axes that are tried as time
 _SOURCES = 16  # a mixer has fewer operands
 _WIDENINGS = 12  # how often a cut is moved up
@@ -98,6 +109,8 @@ class Found:
             found.append(f"its code is written out for length {_count(tuple(x.size for x in self.frame.leaves))}")
         if self.reading.constant is not None:
             found.append("its decay was read from the code's numbers when it was compiled")
+        if self.reading.assumed:
+            found.append("its decay is a parameter taken as it is: every call checks that it lies in (0, 1]")
         if self.hands_on():
             found.append(
                 "it hands on a linear state: evaluated with a cache it stays linear, without one it has levels"
@@ -159,11 +172,21 @@ class Found:
 
 @dataclass(eq=False)
 class Missed:
-    """A value that looked like a mixer's output and is not; `part` is what was tried, the last time."""
+    """A value that looked like a mixer's output and is not.
+
+    Args:
+        value: the value.
+        miss: why it is none.
+        part: what was tried, the last time.
+        why: says more exactly why, at some cost.
+        axis: what was taken as time.
+    """
 
     value: Value
     miss: Miss
     part: Part | None = None
+    why: Callable[[], Miss] | None = None
+    axis: Axis = ()
 
     @property
     def anchor(self) -> fx.Node:
@@ -213,8 +236,29 @@ def _find(region: Region, factor: int) -> Findings:
                 _Search(findings, followed, Times(program, followed, time, shorter=axis), taken).run()
             if findings.found:
                 break
-    _pair_denominators(findings)
+        _pair_denominators(findings)
+        _explain(findings)
     return findings
+
+
+def _explain(findings: Findings) -> None:
+    """Says of each near miss which property failed, the nearest first; what is inside of a nearer one goes."""
+    for missed in findings.missed:
+        missed.miss = missed.miss if missed.why is None else missed.why()
+    axes = [m.axis for m in findings.missed if m.miss.near and m.axis]
+    # The batch, taken as time, is not causal.
+    findings.missed = [m for m in findings.missed if m.miss.near and m.axis in ((), axes[0] if axes else ())]
+    kept: list[Missed] = []
+    # Of two that are as near, the later one: the whole of what the other is a piece of.
+    latest = list(reversed(findings.missed))
+    for missed in sorted(latest, key=lambda m: -m.miss.near):
+        if not any(_is_inside(missed, m) or _is_inside(m, missed) for m in kept):
+            kept.append(missed)
+    findings.missed = kept
+
+
+def _is_inside(missed: Missed, other: Missed) -> bool:
+    return other.part is not None and missed.value.op in other.part.ops
 
 
 def _expect_elsewhere(region: Region, findings: Findings) -> None:
@@ -255,7 +299,7 @@ def _pair_denominators(findings: Findings) -> None:
     for found in findings.found:
         if found.reading.value is None:
             for other in whole:
-                if (other.reading.query, other.reading.key) == (found.reading.query, found.reading.key):
+                if _scores(other.reading) == _scores(found.reading):
                     findings.denominators.setdefault(id(other), []).append(found)
                     break
     findings.found = [f for f in whole if not _is_divided(findings, f)]
@@ -268,6 +312,11 @@ def _pair_denominators(findings: Findings) -> None:
     ]
 
 
+def _scores(reading: Reading) -> tuple[object, ...]:
+    """What the scores are made of."""
+    return reading.query, reading.key, reading.decay, reading.transform, reading.constant
+
+
 def _is_divided(findings: Findings, found: Found) -> bool:
     """Whether the code divides the result by something else that joins positions: the level weights would not be in
     both."""
@@ -278,12 +327,40 @@ def _is_divided(findings: Findings, found: Found) -> bool:
         for user in value.users:
             if user.name in MOVES:
                 pending.extend(user.outputs)
-            elif user.name == "div" and len(user.inputs) == 2 and user.inputs[0] is value:
-                fact = found.times.facts.get(user.inputs[1])
-                if fact is not None and fact.mixed:
-                    reason = "its denominator is not the sum of its scores"
-                    findings.missed.append(Missed(found.output, Miss(reason, 3, "normalise by the same scores")))
-                    return True
+            elif any(_joins_others(findings, found, d) for d in _divisors(user, value)):
+                reason = "its denominator is not the sum of its scores"
+                findings.missed.append(Missed(found.output, Miss(reason, 3, "normalise by the same scores")))
+                return True
+    return False
+
+
+def _divisors(user: Op, value: Value) -> list[Value]:
+    """What an operation divides the value by."""
+    if user.name == "div":
+        return [v for v in user.inputs[1:] if user.inputs[0] is value]
+    if user.name != "mul":
+        return []
+    others = [v.op for v in user.inputs if v is not value and v.op is not None]
+    return [v for op in others if op.name == "reciprocal" for v in op.inputs]
+
+
+def _joins_others(findings: Findings, found: Found, divisor: Value) -> bool:
+    """Whether a denominator joins positions in another way than the mixer's own does."""
+    sums = {f.output: f for f in findings.found if f.reading.value is None}
+    own = findings.denominators.get(id(found), [])
+    pending, seen = [divisor], 0
+    while pending and seen < 20:
+        value = pending.pop()
+        seen += 1
+        if value in sums:
+            if not any(sums[value] is f for f in own):
+                return True
+            continue
+        fact = found.times.facts.get(value)
+        if fact is not None and fact.mixed:
+            return True
+        if value.op is not None and value.op.name in _AROUND:
+            pending.extend(value.op.inputs)
     return False
 
 
@@ -340,6 +417,7 @@ class _Search:
         self.tried.add(value)
         best: Miss | None = None
         part: Part | None = None
+        nearest: Part | None = None
         for part, tail in self._cuts(value):
             self.findings.counts["cuts"] += 1
             try:
@@ -347,14 +425,40 @@ class _Search:
             except Miss as miss:
                 log.debug("structure: %s %s from %s: %s", _made_by(part.result), part.result, part.sources, miss.reason)
                 if best is None or miss.near > best.near:
-                    best = miss
+                    best, nearest = miss, part
                 continue
             self.findings.found.append(found)
             self.taken.add(value)
             self.times.facts[value].mixed = False
             return
-        if best is not None and best.near > 0:
-            self.findings.missed.append(Missed(value, best, part))
+        if best is not None and nearest is not None and best.near > 0:
+            why = functools.partial(self._why, nearest, best)
+            self.findings.missed.append(Missed(value, best, part, why, self.times.shorter))
+
+    def _why(self, part: Part, miss: Miss) -> Miss:
+        """The miss with the first property that fails, if one can be measured."""
+        if len(part.ops) > _ASKED:
+            return miss
+        frame, axes = self.cutter.frame(part)
+        result = frame.rows(frame.followed.axes[part.result])
+        bounds = {s: self._range(s) for s in part.sources}
+        key = "why", fingerprint(part, axes, result, bounds)
+        try:
+            recall(key, part, axes, result)
+        except Miss as known:
+            return known
+        # What holds for few tokens may fail for many.
+        for whole in (False, True)[: 1 + (miss.near > 2)]:
+            try:
+                probe = self._probe(frame, part, axes, result, bounds, whole)
+                origins = {s: above for s, (above, _) in self._origins(part).items()}
+                miss, done = explain(Measured(probe, origins), miss)
+            except (Miss, *_NOT_RUN):
+                break
+            if done:
+                break
+        remember(key, part, axes, result, miss)
+        return miss
 
     def _cuts(self, value: Value) -> Iterator[tuple[Part, Tail | None]]:
         """The parts to try: of the value, then of what it may be computed from piece by piece."""
@@ -458,9 +562,13 @@ class _Search:
             try:
                 known = self._prove(frame, part, axes, result, bounds)
             except Miss as miss:
+                if not miss.near and meet(axes, result, frame):
+                    miss = Miss(miss.reason, 1, miss.hint)
                 remember(key, part, axes, result, miss)
-                raise
+                raise miss from miss.__cause__
             remember(key, part, axes, result, known)
+        if known[0].assumed and known[0].decay is not None:
+            expect_decay(known[0].decay)
         return Found(part, *known, frame, self.times, self.findings.program, tail)
 
     def _prove(
@@ -472,9 +580,26 @@ class _Search:
         bounds: Mapping[Source, Range],
     ) -> tuple[Reading, Certificate]:
         try:
+            return self._prove_within(frame, part, axes, result, bounds)
+        except Miss:
+            assumed = learned(part, bounds, self.times)
+            if not assumed:
+                raise
+            reading, certificate = self._prove_within(frame, part, axes, result, {**bounds, **assumed})
+            return replace(reading, assumed=reading.decay in assumed), certificate
+
+    def _prove_within(
+        self,
+        frame: Frame,
+        part: Part,
+        axes: Mapping[Source, tuple[Row, ...]],
+        result: tuple[Row, ...],
+        bounds: Mapping[Source, Range],
+    ) -> tuple[Reading, Certificate]:
+        try:
             probe = self._probe(frame, part, axes, result, bounds)
             return certify(part, suppose(probe, classify(probe)), probe)
-        except (CannotArrange, RuntimeError, IndexError, AssertionError, TypeError, ValueError) as error:
+        except _NOT_RUN as error:
             raise Miss(f"it does not run by itself: {type(error).__name__}: {error}".split("\n")[0]) from error
 
     def _expect_sequences(self, part: Part) -> None:
@@ -488,20 +613,28 @@ class _Search:
                 raise Miss("not linear in the query: scores pass through a softmax", 1)
             chosen = any(not v.dtype.is_floating_point and own.intersection(v.users) for v in op.outputs)
             if chosen and any(v.dtype.is_floating_point and facts[v].data for v in op.inputs):
-                raise Miss("what it does depends on comparisons of values")
+                raise Miss("what it does depends on comparisons of values", int(self._has_scores(part)), _CHOSEN)
+
+    def _has_scores(self, part: Part) -> bool:
+        """Whether there is a number for each two positions, from the input."""
+        values = (v for op in part.ops for v in op.outputs if v.dtype.is_floating_point and self.times.facts[v].data)
+        axes = (self.times.rows(self.times.followed.axes[v]) for v in values)
+        return any(sum(map(self.times.is_time, itertools.chain(*rows))) > len(self.times.leaves) for rows in axes)
 
     def _expect_contraction(
         self, frame: Frame, axes: Mapping[Source, tuple[Row, ...]], result: tuple[Row, ...]
     ) -> None:
         """Queries and keys have axes that the output does not have; told without numbers, as most values fail here."""
         kept = {id(atom) for row in result for atom in row}
+        if any(id(leaf) not in kept for leaf in frame.leaves):
+            raise Miss("it does not have all of time")
         timed = [{id(a) for row in rows for a in row} for rows in axes.values()]
         times = {id(leaf) for leaf in frame.leaves}
         if sum(bool(atoms & times) and bool(atoms - kept) for atoms in timed) < 2:
             raise Miss("no query and key: nothing is contracted")
 
-    def _probe(self, frame, part, axes, result, bounds) -> Probe:  # type: ignore[no-untyped-def]
-        for sizing in (small(frame, part, keep_time=False), Sizing(frame)):
+    def _probe(self, frame, part, axes, result, bounds, whole: bool = False) -> Probe:  # type: ignore[no-untyped-def]
+        for sizing in (small(frame, part, keep_time=whole), Sizing(frame)):
             probe = Probe(part, axes, result, sizing, bounds)
             try:
                 probe.run()

@@ -165,7 +165,8 @@ def _listed(op: Op) -> Join | None:
     if op.name == "stack":
         return Join(tuple(op.args[0]), dim, 0, (op,))
     pieces, ops = _flattened(op, dim)
-    return Join(tuple(pieces), dim, pieces[0].shape[dim], tuple(ops))
+    pieces = [piece for piece in pieces if piece.shape != (0,) and piece.shape[dim] > 0]
+    return Join(tuple(pieces), dim, pieces[0].shape[dim], tuple(ops)) if pieces else None
 
 
 def _flattened(op: Op, dim: int) -> tuple[list[Value], list[Op]]:

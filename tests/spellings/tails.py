@@ -40,8 +40,7 @@ class TokenProjections(InLoop):
 
     def forward(self, x: Tensor) -> Tensor:
         S, ys = x.new_zeros(x.shape[0], 4, 5, 5), []
-        for i in range(x.shape[1]):
-            token = x[:, i]
+        for token in x.unbind(1):
             written = token + ys[-1] if self.miss == "fed back" and ys else token
             k, v = self.k(token).sigmoid().view(-1, 4, 5, 1), self.v(written).view(-1, 4, 1, 5)
             S = S + k * v
@@ -74,15 +73,15 @@ class RetentionStep(InLoop):
 
     def forward(self, x: Tensor) -> Tensor:
         b, t, _ = x.shape
-        keep, S, out = self.keep.sigmoid().view(2, 1, 1), torch.zeros(b, 2, 10, 10).to(x), None
+        keep, S, out = self.keep.sigmoid().view(2, 1, 1), torch.zeros(b, 2, 10, 10).to(x), x[:, :0]
         for i in range(t):
             q, k, v = self.qkv(x[:, i]).view(b, 3, 2, 10).unbind(1)
             S = keep * S + torch.einsum("bhk,bhv->bhkv", k, v)
             if self.miss == "normed state":
                 S = F.layer_norm(S, (10,))
             y = self.norm(torch.einsum("bhk,bhkv->bhv", q, S).reshape(b, WIDTH))
-            y = self.out(y * F.silu(self.gate(x[:, i]))).unsqueeze(1)
-            out = y if out is None else torch.cat([out, y], dim=1)
+            y = self.out(y * F.silu(self.gate(x[:, i])))
+            out = torch.cat([out, y.unsqueeze(1)], dim=1)
         return x + out
 
 
@@ -146,8 +145,7 @@ class TokenDenominators(InLoop):
 
     def forward(self, x: Tensor) -> Tensor:
         top, bottom, ys = 0.0, 0.0, []
-        for i in range(x.shape[1]):
-            token = x.select(1, i)
+        for token in torch.unbind(x, 1):
             q, k = (F.elu(f(token)).unflatten(-1, (2, 5)) + 1 for f in (self.q, self.k))
             v = self.v(token).unflatten(-1, (2, 7))
             top, bottom = top + k[..., :, None] * v[..., None, :], bottom + k
@@ -273,13 +271,13 @@ class PaddedLayer(InLoop):
 
 
 @positive(
-    "padded at the end, a loop over chunks",
+    "zeros at the end, a loop over chunks",
     fixed=True,
     length=29,
     twins={"saturating": "the state passes through tanh between chunks"},
 )
-class PaddedLoop(InLoop):
-    """Padded with zeros, projected chunk by chunk with a bias (padding is not zero any more), cut in the end."""
+class ZerosAtTheEnd(InLoop):
+    """Padded by cat, projected chunk by chunk with a bias (padding is not zero any more), cut in the end."""
 
     def __init__(self, miss: str = "") -> None:
         super().__init__(miss)
@@ -290,7 +288,7 @@ class PaddedLoop(InLoop):
 
     def forward(self, x: Tensor) -> Tensor:
         b, t, _ = x.shape
-        more = F.pad(x, (0, 0, 0, -t % 8))
+        more = torch.cat([x, x.new_zeros(b, -t % 8, WIDTH)], dim=1)
         S, ys = torch.zeros(b, 2, 10, 10).to(x), []
         for part in more.chunk(more.shape[1] // 8, dim=1):
             q, k, v = (f(part).view(b, 8, 2, 10).transpose(1, 2) for f in (self.q, self.k, self.v))

@@ -1,0 +1,121 @@
+"""Triton kernels on a GPU: small and odd sizes against the definition, large ones against the ATen lowering, float64.
+
+The definition is a loop over tokens, too slow for thousands of them; the ATen lowering in float64 agrees with it to
+1e-10 (test_operator.py). Ordered so that a run that is cut short has seen the plainest cases.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from kernel_cases import operands, relative_error
+from torch import Tensor
+
+from llcompile.bench_cuda.cases import LEVELS
+from llcompile.kernels import engine as aten
+from llcompile.kernels.layout import Operands
+from llcompile.kernels.reference import reference_attention
+
+pytest.importorskip("triton")
+
+from llcompile.kernels.triton import engine
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
+]
+
+CELLS = list(itertools.product((None, "token", "channel"), (False, True)))
+NAMES = ("q", "k", "v", "level_weights", "log_decay", "beta", "initial_state")
+SCALE = 0.7
+Passes = Callable[[Operands, Tensor], dict[str, Tensor]]
+
+
+def on_gpu(dtype: torch.dtype, **case: object) -> Operands:
+    """Random operands on the GPU, rounded to ``dtype``, log decays to float32 as models have them."""
+    x = operands(**{"batch": 1, "groups": 1, "heads": 2, **case})  # type: ignore[arg-type]
+    types = [torch.float32 if name == "log_decay" else dtype for name in x]
+    found = (t if t is None else t.to("cuda", to) for t, to in zip(x.values(), types, strict=True))
+    return Operands(*found, None)  # type: ignore[arg-type]
+
+
+def doubled(x: Operands) -> Operands:
+    return Operands(*(t if t is None else t.double() for t in x))  # type: ignore[arg-type]
+
+
+def kernels(x: Operands, grad: Tensor) -> dict[str, Tensor]:
+    return {"o": engine.forward(x, SCALE, False)[0], **named(engine.backward(x, SCALE, grad, None))}
+
+
+def lowering(x: Operands, grad: Tensor) -> dict[str, Tensor]:
+    x, grad = doubled(x), grad.double()
+    return {"o": aten.forward(x, SCALE, False)[0], **named(aten.backward(x, SCALE, grad, None))}
+
+
+def definition(x: Operands, grad: Tensor) -> dict[str, Tensor]:
+    leaves = {n: t.detach().cpu().double().requires_grad_() for n, t in zip(NAMES, x, strict=False) if t is not None}
+    o = reference_attention(**leaves, scale=SCALE)[0]
+    found = torch.autograd.grad(o, list(leaves.values()), grad.cpu().double())
+    return {"o": o.detach(), **dict(zip(leaves, found, strict=True))}
+
+
+def named(grads: list[Tensor | None]) -> dict[str, Tensor]:
+    return {n: t for n, t in zip(NAMES, grads, strict=True) if t is not None}
+
+
+def compare(x: Operands, want: Passes) -> None:
+    """Output and all gradients within what the operands' dtype loses; bitwise the same twice."""
+    grad = torch.randn(x.v.shape, generator=torch.Generator().manual_seed(1)).to("cuda", x.v.dtype)
+    found, again, target = kernels(x, grad), kernels(x, grad), want(x, grad)
+    # Matrix products of fp32 operands may use TF32, ten bits of mantissa; bf16 has seven, fp16 ten.
+    loss = max(torch.finfo(x.q.dtype).eps, 2**-10)
+    for name, value in target.items():
+        assert torch.isfinite(found[name]).all(), f"{name} is not finite"
+        assert torch.equal(found[name], again[name]), f"{name} differs from run to run"
+        error = relative_error(found[name].cpu().reshape(value.shape), value.cpu())
+        assert error <= 4 * loss, f"{name}: {error:.2e} > {4 * loss:.2e}"
+
+
+@pytest.mark.parametrize("levels", [None, 9])
+@pytest.mark.parametrize(("decay", "delta"), CELLS)
+def test_small(decay, delta, levels):
+    """Four chunks, the last one partial, sizes that are no powers of two."""
+    x = on_gpu(torch.float32, length=200, decay=decay, delta=delta, levels=levels, key_dim=33, value_dim=17)
+    compare(x, definition)
+
+
+@pytest.mark.parametrize("levels", [None, LEVELS])
+@pytest.mark.parametrize(("decay", "delta"), CELLS)
+def test_large(decay, delta, levels):
+    """128 chunks, in numbers for which Triton makes the very kernels that the benchmark then times."""
+    sizes = {"groups": 16, "heads": 16, "key_dim": 128, "value_dim": 128}
+    compare(on_gpu(torch.bfloat16, length=8192, decay=decay, delta=delta, levels=levels, **sizes), lowering)
+
+
+@pytest.mark.parametrize("length", [1, 63, 65, 127, 4097])
+def test_odd_lengths(length):
+    """Around chunks, with shared queries and rows of a batch."""
+    x = on_gpu(torch.bfloat16, length=length, delta=True, levels=14, batch=2, groups=2, heads=4, key_dim=64)
+    compare(x, lowering)
+
+
+@pytest.mark.parametrize(("key_dim", "value_dim"), [(64, 64), (64, 128), (128, 128), (80, 96)])
+@pytest.mark.parametrize("delta", [False, True])
+def test_sizes(key_dim, value_dim, delta):
+    x = on_gpu(torch.bfloat16, length=1000, delta=delta, levels=11, key_dim=key_dim, value_dim=value_dim)
+    compare(x, lowering)
+
+
+def test_far_positions():
+    """Offsets beyond 2**31 elements: 256k tokens of 32 heads, the last of them against a slice of their own."""
+    shape, head = (1, 2**18, 32, 128), slice(31, 32)
+    q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) * 0.1 for _ in range(3))
+    w = torch.rand(*shape[:3], 19, device="cuda", dtype=torch.bfloat16)
+    g = -0.1 * torch.rand(shape[:3], device="cuda")
+    whole = engine.forward(Operands(q, k, v, w, g, None, None, None), 1.0, False)[0][:, :, head]
+    parts = (t[:, :, head] for t in (q, k, v, w, g))
+    q1, k1, v1, w1, g1 = parts
+    assert torch.equal(whole, engine.forward(Operands(q1, k1, v1, w1, g1, None, None, None), 1.0, False)[0])

@@ -1,0 +1,167 @@
+"""Triton kernels against the definition, in Triton's interpreter: every family, odd shapes, poisoned operands."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import triton_cases
+
+CELLS = list(itertools.product((None, "token", "channel"), (False, True)))
+Check = Callable[..., None]
+
+
+def sampled(*names: str, **values: list[object]) -> pytest.MarkDecorator:
+    """Every combination; of each two, one runs for `make test-all` only."""
+    chosen = []
+    for i, row in enumerate(itertools.product(*(values[name] for name in names))):
+        marks = [pytest.mark.slow] if (i + i // 2) % 2 else []
+        chosen.append(pytest.param(*row, marks=marks, id="-".join(map(str, row))))
+    return pytest.mark.parametrize(names, chosen)
+
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessPoolExecutor]:
+    """A process where the interpreter is on from the start."""
+    settings = {"TRITON_INTERPRET": "1", "LLCOMPILE_KERNEL_DIR": str(tmp_path_factory.mktemp("kernels"))}
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        pool.submit(triton_cases.settled).result()  # the process has started: it has the settings
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+        yield pool
+
+
+@pytest.fixture
+def check(worker: ProcessPoolExecutor) -> Check:
+    """Compare a case with the definition."""
+
+    def run(final: bool = False, lengths: list[int] | None = None, poisoned: bool = False, **case: object) -> None:
+        case = {"dtype": torch.float32, "batch": 1, "groups": 1, "heads": 1, **case}
+        found = worker.submit(triton_cases.errors, case, final, lengths, poisoned).result()
+        assert {"o", "q", "k", "v"} <= found.keys()
+        for name, (error, budget) in found.items():
+            assert error <= budget, f"{name}: {error:.2e} > {budget:.2e}"
+
+    return run
+
+
+@pytest.mark.parametrize("levels", [None, 9])
+@pytest.mark.parametrize(("decay", "delta"), CELLS)
+def test_definition(check, decay, delta, levels):
+    """Output and gradients of every family on several chunks, the last one partial, in poisoned buffers."""
+    check(length=140 if decay == "channel" else 200, decay=decay, delta=delta, levels=levels, poisoned=True)
+
+
+@pytest.mark.parametrize("delta", [False, True])
+def test_groups_and_short_rows(check, delta):
+    """Heads that share queries, several rows, two chunks, fewer levels than needed."""
+    check(length=67, decay="token", delta=delta, levels=3, batch=2, groups=2, heads=4, poisoned=True)
+
+
+def test_groups_with_decay_per_channel(check):
+    """The same where gradients of queries and keys come out of another kernel."""
+    check(length=50, decay="channel", delta=True, levels=7, groups=1, heads=2)
+
+
+@sampled("cell", "dtype", cell=CELLS[:4], dtype=[torch.bfloat16, torch.float16])
+def test_half_precision(check, cell, dtype):
+    """Half precision loses what its roundings lose."""
+    decay, delta = cell
+    check(length=130, decay=decay, delta=delta, levels=9, dtype=dtype, key_dim=16, value_dim=17)
+
+
+@sampled("cell", "state", "levels", cell=[CELLS[0], CELLS[3]], state=["linear", "level"], levels=[None, 9])
+def test_states(check, cell, state, levels):
+    """Initial and final states with their gradients; rows that continue at positions of their own."""
+    decay, delta = cell
+    check(length=90, decay=decay, delta=delta, levels=levels, state=state, batch=2, final=True, poisoned=True)
+
+
+def test_states_with_decay_per_channel(check):
+    """The same where a block's decay is one number per channel."""
+    check(length=70, decay="channel", levels=5, state="level", final=True)
+
+
+@pytest.mark.parametrize("levels", [None, 8])
+def test_padded_rows(check, levels):
+    """Rows that end early, one of them without any token."""
+    check(length=80, delta=True, levels=levels, state="linear", batch=3, lengths=[70, 0, 80], final=True)
+
+
+@pytest.mark.parametrize(("decay", "delta"), [("token", False), ("token", True), ("channel", False)])
+def test_strong_decays(check, decay, delta):
+    """Decays of 0 and sums beyond -1e5 beside mild ones: finite, and right."""
+    check(length=120, decay=decay, delta=delta, levels=9, strong=True)
+
+
+def test_decay_per_head(check):
+    """A fixed decay per head: its gradient sums over rows and tokens."""
+    check(length=70, decay="head", batch=2, heads=2)
+
+
+def test_public_function(worker):
+    """Through the torch operator, chosen by name, on packed sequences: the two implementations agree."""
+    for name, error in worker.submit(triton_cases.through_the_operator).result().items():
+        assert error < 1e-5, f"{name}: {error:.2e}"
+
+
+@sampled("cell", cell=[*CELLS, ("head", False)])
+def test_decode(worker, cell):
+    """Token by token, with and without levels, from states of either kind: as the other implementation."""
+    decay, delta = cell
+    for levels, state in ((7, "level"), (2, "level"), (1, "linear"), (5, "linear"), (None, "linear")):
+        case = {"decay": decay, "delta": delta, "levels": levels, "state": state, "dtype": torch.float32, "heads": 2}
+        case |= {"groups": 1, "batch": 2, "value_dim": 33}
+        assert max(worker.submit(triton_cases.step_differences, case, 3).result()) < 1e-5
+
+
+def test_same_bits(worker):
+    """Two backward passes are bitwise the same."""
+    case = {"length": 140, "delta": True, "dtype": torch.float32, "heads": 1, "groups": 1}
+    assert worker.submit(triton_cases.same_bits, case).result()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("levels", [None, 9, 3])
+@pytest.mark.parametrize("state", ["linear", "level"])
+@pytest.mark.parametrize(("decay", "delta"), CELLS)
+def test_grid_of_states(check, decay, delta, levels, state):
+    """States of every family."""
+    check(length=150, decay=decay, delta=delta, levels=levels, state=state, batch=2, final=True, poisoned=True)
+    check(length=140, decay=decay, delta=delta, levels=levels, state=state, batch=2, lengths=[131, 64], final=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("decay", "delta"), CELLS)
+@pytest.mark.parametrize("levels", [None, 9])
+def test_grid_of_strong_decays(check, decay, delta, levels):
+    """Strong decays in every family that has them."""
+    if decay is not None:
+        check(length=300, decay=decay, delta=delta, levels=levels, strong=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 128, 333, 520])
+@pytest.mark.parametrize(("decay", "delta"), CELLS)
+@pytest.mark.parametrize("levels", [None, 11])
+def test_grid_of_lengths(check, length, decay, delta, levels):
+    """All lengths around chunks and blocks of them."""
+    check(length=length, decay=decay, delta=delta, levels=levels, poisoned=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("key_dim", "value_dim"), list(itertools.product((1, 16, 33, 128), repeat=2)))
+@pytest.mark.parametrize(("decay", "delta"), CELLS)
+def test_grid_of_sizes(check, key_dim, value_dim, decay, delta):
+    """All head sizes, whatever their remainder."""
+    check(length=130, decay=decay, delta=delta, levels=9, key_dim=key_dim, value_dim=value_dim, poisoned=True)

@@ -1,0 +1,158 @@
+"""The generator without running anything: its little language, its files, its choice of implementation."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import os
+import stat
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from kernel_cases import operands
+
+from llcompile.errors import KernelCacheError, KernelError, OptionError
+from llcompile.kernels import choice
+from llcompile.kernels.layout import Operands
+from llcompile.kernels.triton import cache
+from llcompile.kernels.triton.description import Description, describe
+from llcompile.kernels.triton.limits import unsupported
+from llcompile.kernels.triton.source import TEMPLATES, generate, kernel_names
+from llcompile.kernels.triton.template import TemplateError, expand
+from llcompile.ops import loglinear_attention
+
+# Every family with and without everything else; what else there is comes in all pairs.
+ALL = [
+    Description(decay, correction, 48, 80, repeat, levels=levels, initial_state=old, final_state=final, padded=padded)
+    for decay, correction, levels in itertools.product(("none", "scalar", "channel"), ("none", "delta"), (None, 9))
+    for old, final, padded, repeat in (
+        *(("none", False, False, 1), ("linear", True, True, 1), ("level", True, False, 2)),
+        *(("none", True, True, 2), ("linear", False, False, 2), ("level", False, True, 1)),
+    )
+]
+
+
+# Parameters that every kernel of a kind gets.
+COME_WITH_OTHERS = {"heads", "tokens", "chunks", "lanes", "lengths", "served_levels", "grid_levels", "VALUE_TILE"}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty folder for generated files."""
+    monkeypatch.setenv(cache.FOLDER_VARIABLE, str(tmp_path / "kernels"))
+    return tmp_path / "kernels"
+
+
+def test_template():
+    """Conditions nest, blocks keep their indentation and take words."""
+    text = "#if a\none\n#if b\ntwo\n#else\nthree\n#end\n#elif b\nfour\n#end\n    <<part x>>"
+    blocks = {"part": "$1 = 1\n#if b\n$1 += 1\n#end"}
+    assert expand(text, {"a": True, "b": False}, blocks) == "one\nthree\n    x = 1\n"
+    assert expand(text, {"a": False, "b": True}, blocks) == "four\n    x = 1\n    x += 1\n"
+
+
+@pytest.mark.parametrize("text", ["#if a", "#end", "#if c\n#end", "<<none>>", "#else\n#end"])
+def test_wrong_templates(text):
+    """A mistake in a template does not pass."""
+    with pytest.raises(TemplateError):
+        expand(text, {"a": True}, {})
+
+
+def test_every_source_is_python_that_names_what_it_uses():
+    """Nothing of the little language is left, and every name is a parameter, a local or a constant."""
+    seen = set()
+    for d in ALL:
+        source = generate(d)
+        assert d.text() in source
+        assert "<<" not in source.replace("1 << ", "").replace("<< level", "").replace("<< (level", "")
+        tree = ast.parse(source)
+        names = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+        known = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        known |= {n.arg for n in ast.walk(tree) if isinstance(n, ast.arg)}
+        known |= {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)}
+        assert names - known <= {"range", "tl", "triton"}, names - known
+        seen |= set(kernel_names(d))
+    assert seen == TEMPLATES.keys()
+
+
+def test_every_parameter_is_used():
+    """A kernel asks for nothing that it does not need (strides and sizes that come with others aside)."""
+    for d in ALL:
+        for function in ast.parse(generate(d)).body:
+            if isinstance(function, ast.FunctionDef) and function.name in TEMPLATES:
+                used = {n.id for n in ast.walk(function) if isinstance(n, ast.Name)}
+                unused = {a.arg for a in function.args.args} - used - COME_WITH_OTHERS
+                assert not {n for n in unused if not n.endswith(("_row", "_token", "_head"))}, (d, function.name)
+
+
+def test_files(folder):
+    """A file is named by its content, damaged ones are written anew, and writers at the same time do not disturb."""
+    path = cache.file_of("x = 1\n", "part")
+    assert path.parent == folder
+    assert path.read_text() == "x = 1\n"
+    path.write_text("x = ")
+    assert cache.file_of("x = 1\n", "part") == path
+    assert path.read_text() == "x = 1\n"
+    assert cache.load(path).x == 1
+    with ThreadPoolExecutor(8) as pool:
+        paths = set(pool.map(lambda _: cache.file_of("y = 2\n", "part"), range(64)))
+    assert len(paths) == 1
+    assert sorted(p.suffix for p in folder.iterdir() if p.is_file()) == [".py", ".py"]
+
+
+def test_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    """The message names the folder and the way out."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(cache.FOLDER_VARIABLE, str(tmp_path / "file" / "kernels"))
+    with pytest.raises(KernelCacheError, match=cache.FOLDER_VARIABLE):
+        cache.file_of("x = 1\n", "part")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_folder_without_permission(tmp_path, monkeypatch):
+    """A folder of somebody else's."""
+    tmp_path.chmod(stat.S_IREAD | stat.S_IEXEC)
+    monkeypatch.setenv(cache.FOLDER_VARIABLE, str(tmp_path / "kernels"))
+    with pytest.raises(KernelCacheError):
+        cache.file_of("x = 1\n", "part")
+
+
+def test_limits():
+    """Each limit is told with its number."""
+    cuda = torch.device("cuda")
+    pytest.importorskip("triton")
+    assert unsupported(Description("none", "none", 128, 512), cuda) is None
+    assert "the limit is 128" in str(unsupported(Description("none", "delta", 129, 64), cuda))
+    assert "float64" in str(unsupported(Description("none", "none", 64, 64, dtype=torch.float64), cuda))
+    assert "operands are on cpu" in str(unsupported(Description("none", "none", 64, 64), torch.device("cpu")))
+
+
+def test_choice():
+    """What was asked for by name runs or raises; everything else falls through."""
+    x = operands(5)
+    with choice.use("auto"):
+        loglinear_attention(**x)
+    with choice.use("triton"), pytest.raises(KernelError, match=r"operands are on cpu|not installed"):
+        loglinear_attention(**x)
+    with pytest.raises(OptionError, match="auto, triton, aten"), choice.use("cuda"):
+        pass
+
+
+def test_description_of_a_call():
+    """Everything that kernels depend on is read off the operands."""
+    x = operands(9, "channel", True, 4, "level", groups=2, heads=4, dtype=torch.float32)
+    d = describe(Operands(*x.values(), torch.tensor([9, 2])), True)
+    assert d == Description("channel", "delta", 5, 3, 2, torch.float32, 64, 4, "level", True, True)
+
+
+def test_triton_is_optional():
+    """Nothing imports Triton before kernels run, so all else works without it."""
+    code = (
+        "import sys; sys.modules['triton'] = None; import torch; from llcompile.ops import loglinear_attention as f; "
+        "import llcompile.kernels.triton.source; x = torch.ones(1, 3, 1, 2); print(f(x, x, x, None)[0].sum().item())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) == 24.0

@@ -1,0 +1,184 @@
+"""What the tests of the Triton kernels run in a process of its own, where Triton's interpreter is on.
+
+The interpreter has to be chosen before Triton is imported, and other tests need Triton without it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from kernel_cases import Operands as Case
+from kernel_cases import operands, relative_error
+from torch import Tensor
+
+from llcompile.kernels import choice
+from llcompile.kernels.layout import Operands
+from llcompile.kernels.reference import reference_attention
+from llcompile.kernels.triton import engine
+from llcompile.kernels.triton.limits import interpreted
+from llcompile.ops import loglinear_attention, loglinear_attention_step
+
+SCALE = 0.7
+
+
+def _teach_bfloat16() -> None:
+    """Triton's interpreter cuts bfloat16 off instead of rounding it, and multiplies matrices of it as integers."""
+    from triton import language as tl
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    plain_dot, plain_cast = builder.create_dot, builder.cast_impl
+
+    def cast(self: Any, x: Any, to: Any) -> Any:
+        pair = (x.dtype.scalar, to.scalar)
+        if pair == (tl.bfloat16, tl.float32):
+            return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+        if pair == (tl.float32, tl.bfloat16):  # to nearest, ties to even
+            bits = np.ascontiguousarray(x.data).view(np.uint32)
+            bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+            return interpreter.TensorHandle(bits.astype(np.uint16), tl.bfloat16)
+        return plain_cast(self, x, to)
+
+    def dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        a, b = (cast(self, x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        return plain_dot(self, a, b, *rest)
+
+    builder.cast_impl, builder.create_dot = cast, dot
+
+
+if interpreted():
+    _teach_bfloat16()
+
+
+def settled() -> bool:
+    """Whether this process has the interpreter on."""
+    return interpreted()
+
+
+def errors(
+    case: dict[str, object], final: bool = False, lengths: list[int] | None = None, poisoned: bool = False
+) -> dict[str, tuple[float, float]]:
+    """Relative error and its budget, of the output, the final state and every gradient.
+
+    ``case`` are arguments of :func:`kernel_cases.operands`. The definition runs in float64 on the same operands.
+    """
+    strong = case.pop("strong", False)
+    x = operands(**case)  # type: ignore[arg-type]
+    if strong:
+        _make_decays_strong(x)
+    want = _definition(x, final, lengths)
+    call = Operands(
+        *(_poison(t) if poisoned else t for t in x.values()), None if lengths is None else torch.tensor(lengths)
+    )
+    o, state = engine.forward(call, SCALE, final)
+    grad_o, grad_state = _gradients(want["o"], want.get("state"))
+    found = engine.backward(call, SCALE, grad_o.to(o.dtype), None if grad_state is None else grad_state.float())
+    ours: dict[str, Tensor | None] = {"o": o, "state": state if final else None, **dict(zip(x, found, strict=True))}
+    result = {}
+    for name, target in want.items():
+        mine = ours[name]
+        assert mine is not None, f"{name} is missing"
+        assert torch.isfinite(mine).all(), f"{name} is not finite"
+        assert mine.shape == target.shape, name
+        if name == "state" and mine.dim() == 5:  # the header, which is large, is not to set the scale
+            assert torch.equal(mine[:, :, 0].double(), target[:, :, 0])
+            mine, target = mine[:, :, 1:], target[:, :, 1:]
+        result[name] = (relative_error(mine, target), budget(x))
+    return result
+
+
+def budget(x: Case) -> float:
+    """What arithmetic in the operands' dtype may lose: 200 roundings in fp32, and two of the operands' dtype.
+
+    The same as for the ATen lowering (test_operator.test_error_budget), though here products are rounded as well.
+    """
+    assert x["q"] is not None
+    return 200 * torch.finfo(torch.float32).eps + 2 * torch.finfo(x["q"].dtype).eps
+
+
+def _definition(x: Case, final: bool, lengths: list[int] | None) -> dict[str, Tensor]:
+    leaves = {n: t if t is None else t.detach().double().requires_grad_() for n, t in x.items()}
+    mask = None
+    if lengths is not None:
+        assert x["v"] is not None
+        mask = (torch.arange(x["v"].shape[1]) < torch.tensor(lengths)[:, None]).long()
+    o, state = reference_attention(**leaves, scale=SCALE, return_final_state=True, attention_mask=mask)  # type: ignore[arg-type]
+    grad_o, grad_state = _gradients(o, state if final else None)
+    wanted = {n: t for n, t in leaves.items() if t is not None}
+    outputs, gradients = ([o, state], [grad_o, grad_state]) if final else ([o], [grad_o])
+    found = torch.autograd.grad(outputs, list(wanted.values()), gradients, allow_unused=True)
+    result = {"o": o.detach(), **{n: g for n, g in zip(wanted, found, strict=True) if g is not None}}
+    if final:
+        assert state is not None
+        result["state"] = state.detach()
+    return result
+
+
+def _gradients(o: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    make = torch.Generator().manual_seed(1)
+    grad_o = torch.randn(o.shape, dtype=torch.float64, generator=make).to(torch.bfloat16).double()
+    return grad_o, None if state is None else torch.randn(state.shape, dtype=torch.float64, generator=make)
+
+
+def _make_decays_strong(x: Case) -> None:
+    """Decays of 0 and of e^-10000 beside mild ones."""
+    g = x["log_decay"]
+    assert g is not None
+    g[:, 5::7] = -1e4
+    g[:, 40] = -torch.inf
+    g[:, 70:110] = -1e4
+    g[:, -5, 0] = -torch.inf
+
+
+def _poison(x: Tensor | None) -> Tensor | None:
+    """The same values as a strided view into a buffer of NaN: what is read beyond an end shows."""
+    if x is None:
+        return None
+    wide = torch.full([n + 3 for n in x.shape], torch.nan, dtype=x.dtype)
+    view = wide[tuple(slice(1, n + 1) for n in x.shape)]
+    view.copy_(x)
+    return view
+
+
+def same_bits(case: dict[str, object]) -> bool:
+    """Whether two runs give bitwise the same gradients."""
+    x = Operands(*operands(**case).values(), None)  # type: ignore[arg-type]
+    assert x.v is not None
+    runs = [engine.backward(x, SCALE, x.v, None) for _ in range(2)]
+    return all(a is None or torch.equal(a, b) for a, b in zip(*runs, strict=True))  # type: ignore[arg-type]
+
+
+def through_the_operator() -> dict[str, float]:
+    """Relative differences between implementations of the public function: packed sequences, with gradients."""
+    x = operands(100, "token", True, 6, batch=1, groups=1, heads=2, dtype=torch.float32)
+    x["initial_state"] = operands(1, batch=3, heads=2, state="linear", dtype=torch.float32)["initial_state"]
+    bounds = torch.tensor([0, 30, 30, 100])
+    results = []
+    for kernels in ("triton", "aten"):
+        leaves = {n: t if t is None else t.detach().clone().requires_grad_() for n, t in x.items()}
+        with choice.use(kernels):
+            o, state = loglinear_attention(**leaves, cu_seqlens=bounds, return_final_state=True)  # type: ignore[arg-type]
+            assert state is not None
+            wanted = {n: t for n, t in leaves.items() if t is not None}
+            grads = torch.autograd.grad(o.square().sum() + state[:, :, 1:].square().sum(), list(wanted.values()))
+        results.append({"o": o.detach(), "state": state.detach(), **dict(zip(wanted, grads, strict=True))})
+    return {n: relative_error(t, results[1][n]) for n, t in results[0].items()}
+
+
+def step_differences(case: dict[str, object], steps: int) -> list[float]:
+    """Relative differences of outputs and states between implementations, decoding ``steps`` tokens one by one."""
+    x = operands(length=steps, **case)  # type: ignore[arg-type]
+    state = x.pop("initial_state")
+    assert state is not None
+    found = []
+    for t in range(steps):
+        token = {n: a if a is None or a.dim() == 1 else a[:, t] for n, a in x.items()}
+        results = []
+        for kernels in ("triton", "aten"):
+            with choice.use(kernels):
+                results.append(loglinear_attention_step(**token, state=state, scale=SCALE))  # type: ignore[arg-type]
+        (o, state), (want, want_state) = results
+        found += [relative_error(o, want), relative_error(state, want_state)]
+    return found

@@ -27,7 +27,7 @@ from llcompile.passes.structure.cut import Cutter, Part
 from llcompile.passes.structure.facts import WEIGHTED, Times, lengthened, time_axes
 from llcompile.passes.structure.follow import Followed, follow_program
 from llcompile.passes.structure.frame import Frame, Row
-from llcompile.passes.structure.lifted import MOVES, SHAPES, Lifted, Source, sample_of
+from llcompile.passes.structure.lifted import MOVES, SHAPES, Lifted, Source, origin, sample_of
 from llcompile.passes.structure.measured import Measured, meet
 from llcompile.passes.structure.memo import fingerprint, recall, remember
 from llcompile.passes.structure.probe import Probe
@@ -300,7 +300,8 @@ def _pair_denominators(findings: Findings) -> None:
 
 def _scores(reading: Reading) -> tuple[object, ...]:
     """What the scores are made of."""
-    return reading.query, reading.key, reading.decay, reading.transform, reading.constant
+    decay = None if reading.decay is None else origin(reading.decay)
+    return origin(reading.query), origin(reading.key), decay, reading.transform, reading.constant
 
 
 def _is_divided(findings: Findings, found: Found) -> bool:

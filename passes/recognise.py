@@ -9,7 +9,8 @@ from llcompile.passes.discover import module_of, user_line
 from llcompile.passes.records import Declined
 from llcompile.passes.regions import Region
 from llcompile.passes.session import Session, Site
-from llcompile.passes.structure.find import Found, Missed, find
+from llcompile.passes.structure.find import find
+from llcompile.passes.structure.found import Found, Missed
 from llcompile.patterns.mixer import MixerShape
 
 log = logging.getLogger("llcompile")

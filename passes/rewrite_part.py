@@ -16,7 +16,7 @@ from llcompile.passes.emit import infer_values, weight_inputs
 from llcompile.passes.lower import OperatorCall, Sequences, call_operator
 from llcompile.passes.session import Session, Site
 from llcompile.passes.structure.axes import Atom, Axis
-from llcompile.passes.structure.find import Found
+from llcompile.passes.structure.found import Found
 from llcompile.passes.structure.lift import lifted_function
 from llcompile.passes.structure.lifted import Lifted, Source
 from llcompile.passes.structure.program import Value

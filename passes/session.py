@@ -13,7 +13,7 @@ from torch import fx, nn
 from llcompile.passes.capture import Leaf
 from llcompile.passes.records import Certificate, Declined, Untouched
 from llcompile.passes.regions import Region, regions
-from llcompile.passes.structure.find import Found
+from llcompile.passes.structure.found import Found
 from llcompile.patterns.families import FAMILIES, Correction, Decay
 from llcompile.patterns.known import Arguments
 from llcompile.patterns.mixer import MixerShape

@@ -6,6 +6,7 @@ axes are cut down, where the code names no position along them.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 import torch
@@ -19,8 +20,10 @@ from llcompile.passes.structure.lifted import Source
 from llcompile.passes.structure.probe import Probe, difference
 from llcompile.passes.structure.ranges import Range
 from llcompile.passes.structure.reading import Reading
-from llcompile.passes.structure.sizing import Sizing, small
+from llcompile.passes.structure.sizing import CannotArrange, Sizing, small
 from llcompile.passes.structure.suppose import output_of
+
+log = logging.getLogger("llcompile")
 
 # float64 throughout agrees to rounding; a part whose constants are float32 numbers, to float32's.
 BUDGETS = (("float64", 1e-10), ("float32", 2e-5))
@@ -40,9 +43,9 @@ def certify(part: Part, reading: Reading, tried: Probe) -> tuple[Reading, Certif
         Miss: a draw on which the two differ.
     """
     worst, draws, budget = 0.0, 0, _budget(reading)
-    for number, sizing in enumerate(_sizings(part, tried)):
-        probe = _probe(part, reading, sizing, tried.ranges, seed=100 + number)
-        theirs = probe.by_time(probe.run())
+    sizings = _sizings(part, tried)
+    for number, sizing in enumerate(sizings):
+        probe, theirs = _drawn(part, reading, (sizing, sizings[0]), tried.ranges, seed=100 + number)
         ours = output_of(probe, reading)
         error = difference(theirs, ours)
         if number == 0 and error > BUDGETS[-1][1]:
@@ -55,6 +58,21 @@ def certify(part: Part, reading: Reading, tried: Probe) -> tuple[Reading, Certif
             )
     precision = next(name for name, budget in BUDGETS if worst <= budget)
     return reading, Certificate(worst, precision, draws)
+
+
+def _drawn(
+    part: Part, reading: Reading, sizings: tuple[Sizing, Sizing], ranges: Mapping[Source, Range], seed: int
+) -> tuple[Probe, Tensor]:
+    """A draw and the part's result on it, at the second sizes where the part does not run at the first."""
+    for sizing in sizings:
+        probe = _probe(part, reading, sizing, ranges, seed)
+        try:
+            return probe, probe.by_time(probe.run())
+        except (CannotArrange, RuntimeError, IndexError, AssertionError, TypeError, ValueError) as error:
+            if sizing is sizings[1]:
+                raise
+            log.debug("structure: %s does not run at length %d: %s", part.result, sizing.length, error)
+    raise AssertionError("the last sizes return or raise")
 
 
 def _budget(reading: Reading) -> float:

@@ -8,11 +8,10 @@ import logging
 import math
 import time as clock
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
-from torch import fx
 from torch.utils._python_dispatch import _disable_current_modes
 
 from llcompile.passes import dynamo
@@ -20,12 +19,13 @@ from llcompile.passes.capture import leaf_of
 from llcompile.passes.records import Certificate
 from llcompile.passes.regions import Region
 from llcompile.passes.structure.assume import expect_decay, learned
-from llcompile.passes.structure.axes import Axis
 from llcompile.passes.structure.certify import certify
 from llcompile.passes.structure.classify import Miss, classify
 from llcompile.passes.structure.cut import Cutter, Part
+from llcompile.passes.structure.denominators import pair_denominators
 from llcompile.passes.structure.facts import WEIGHTED, Times, lengthened, time_axes
 from llcompile.passes.structure.follow import Followed, follow_program
+from llcompile.passes.structure.found import Findings, Found, Missed, count
 from llcompile.passes.structure.frame import Frame, Row
 from llcompile.passes.structure.lifted import MOVES, SHAPES, Lifted, Source, sample_of
 from llcompile.passes.structure.measured import Measured, meet
@@ -52,165 +52,10 @@ _SOFTMAXES = ("_softmax", "_safe_softmax", "_log_softmax")
 _NOT_RUN = (CannotArrange, RuntimeError, IndexError, AssertionError, TypeError, ValueError)
 _SCATTERS = ("select_scatter", "slice_scatter", "index_put")
 _CHOSEN = "a top-k, a threshold or buckets leave tokens out; log-linear attention sees the whole past"
-# What code does to a denominator before it divides.
-_AROUND = MOVES | {"add", "abs", "clamp", "clamp_min", "maximum", "mul"}
 _ASKED = 8000  # operations of a part that is run again and again to say why it is no mixer
 _TIMES = 3  # axes that are tried as time
 _SOURCES = 16  # a mixer has fewer operands
 _WIDENINGS = 12  # how often a cut is moved up
-
-
-@dataclass(eq=False)
-class Found:
-    """A mixer in a graph."""
-
-    part: Part
-    reading: Reading
-    certificate: Certificate
-    frame: Frame
-    times: Times
-    program: Program
-    tail: Tail | None = None
-
-    @property
-    def output(self) -> Value:
-        """The value of the program that is the part's result, or is computed from it piece by piece."""
-        return self.part.result if self.tail is None else self.tail.output
-
-    @property
-    def ops(self) -> list[Op]:
-        """The operations that the mixer stands for."""
-        return [*self.part.ops, *(self.tail.ops if self.tail is not None else ())]
-
-    @property
-    def anchor(self) -> fx.Node:
-        """The node that makes the output."""
-        return anchor(self.output)
-
-    @property
-    def batch_and_time(self) -> tuple[int, int] | None:
-        """How many rows and tokens it has; None where the code pads or cuts its time."""
-        if self.times.shorter != self.times.leaves:
-            return None
-        batch, time = self.reading.axes.batch, self.times.leaves
-        return _count(tuple(leaf.size for leaf in batch)), _count(tuple(leaf.size for leaf in time))
-
-    @property
-    def sizes(self) -> tuple[int, int, int, int]:
-        """Heads, groups, key width, value width."""
-        axes = self.reading.axes
-        count = lambda row: _count(tuple(leaf.size for leaf in row))  # noqa: E731
-        return count(axes.heads), count(axes.groups), count(axes.key), count(axes.value)
-
-    def notes(self) -> tuple[str, ...]:
-        """What holds for this graph only, in words."""
-        found = []
-        if any(leaf.pinned for leaf in self.frame.leaves):
-            found.append(f"its code is written out for length {_count(tuple(x.size for x in self.frame.leaves))}")
-        if self.reading.constant is not None:
-            found.append("its decay was read from the code's numbers when it was compiled")
-        if self.reading.assumed:
-            found.append("its decay is a parameter taken as it is: every call checks that it lies in (0, 1]")
-        if self.hands_on():
-            found.append(
-                "it hands on a linear state: evaluated with a cache it stays linear, without one it has levels"
-            )
-        return tuple(found)
-
-    def hands_on(self) -> bool:
-        """Whether the graph returns a state (what else the operands become, joined over time), or writes it away."""
-        operands = [value for source in self.reading.operands for value in _values(source)]
-        seen = {self.part.result, self.output, *operands}
-        pending = operands
-        states: set[Value] = set()
-        while pending:
-            for user in pending.pop().users:
-                if user.name in WEIGHTED and any(not self.times.facts[v].data for v in user.inputs):
-                    continue  # features again
-                new = [value for value in user.outputs if value not in seen]
-                seen.update(new)
-                pending.extend(new)
-                states.update(v for v in new if self.times.facts[v].mixed and v.dtype.is_floating_point)
-        nodes = (node for node, held in self.program.results.items() if held in states)
-        return any(user.op == "output" or user.target == "copy_" for node in nodes for user in node.users)
-
-    def activations(self) -> list[fx.Node]:
-        """The nodes of the operands that depend on the model's input."""
-        found: list[fx.Node] = []
-        pending = list(self.reading.operands)
-        while pending:
-            source = pending.pop()
-            if isinstance(source, Lifted):
-                bases = [a for a in source.args if isinstance(a, (Lifted, Value))]
-                pending.extend([source.base[0]] if source.base is not None else bases)
-            elif self.times.facts[source].data and source.node is not None:
-                found.append(source.node)
-        return list(dict.fromkeys(found))
-
-    def batch_first(self, node: fx.Node) -> tuple[int, int] | None:
-        """(batch, time) dimensions of a node [B, T, D] or [T, B, D]; batch is -1 for [T, D]; None for others."""
-        value = self.program.results.get(node)
-        if value is None or value not in self.times.facts or not value.dtype.is_floating_point:
-            return None
-        fact = self.times.facts[value]
-        rows = self.times.rows(self.times.followed.axes[value])
-        inside = [i for i, row in enumerate(rows) if row in (self.times.leaves, self.times.shorter)]
-        if (fact.form != "sequence" and self.times.shorter not in rows) or not fact.data or len(inside) != 1:
-            return None
-        batch = _count(tuple(leaf.size for leaf in self.reading.axes.batch))
-        if len(rows) == 2 and inside == [0] and batch == 1:
-            return -1, 0
-        if len(rows) == 3 and inside[0] < 2 and value.shape[1 - inside[0]] == batch:
-            return 1 - inside[0], inside[0]
-        return None
-
-    def is_shorter(self, node: fx.Node) -> bool:
-        """Whether a node has time as it was before it was padded."""
-        rows = self.times.rows(self.times.followed.axes[self.program.results[node]])
-        return self.times.shorter != self.times.leaves and self.times.shorter in rows
-
-
-@dataclass(eq=False)
-class Missed:
-    """A value that looked like a mixer's output and is not.
-
-    Args:
-        value: the value.
-        miss: why it is none.
-        part: what was tried, the last time.
-        why: says more exactly why, at some cost.
-        axis: what was taken as time.
-    """
-
-    value: Value
-    miss: Miss
-    part: Part | None = None
-    why: Callable[[], Miss] | None = None
-    axis: Axis = ()
-
-    @property
-    def anchor(self) -> fx.Node:
-        """The node that makes the value."""
-        return anchor(self.value)
-
-
-@dataclass
-class Findings:
-    """What was found in one graph.
-
-    Args:
-        program: the graph as a program.
-        found: the mixers.
-        denominators: id of a mixer -> the parts that sum its scores alone, for a normalisation in the code.
-        missed: the near misses, the nearest of each cluster.
-        counts: uses of each axis rule, and of each step here.
-    """
-
-    program: Program
-    found: list[Found] = field(default_factory=list)
-    missed: list[Missed] = field(default_factory=list)
-    denominators: dict[int, list[Found]] = field(default_factory=dict)
-    counts: Counter[str] = field(default_factory=Counter)
 
 
 def find(region: Region) -> Findings:
@@ -236,7 +81,7 @@ def _find(region: Region, factor: int) -> Findings:
                 _Search(findings, followed, Times(program, followed, time, shorter=axis), taken).run()
             if findings.found:
                 break
-        _pair_denominators(findings)
+        pair_denominators(findings)
         _explain(findings)
     return findings
 
@@ -284,84 +129,6 @@ def _compared(program: Program) -> list[float]:
 def _signature(found: Found) -> tuple[object, ...]:
     """What is the same for one mixer at all lengths."""
     return found.anchor, found.reading.family, tuple(s.node for s in found.reading.operands if isinstance(s, Value))
-
-
-def anchor(value: Value) -> fx.Node:
-    """The node that makes a value."""
-    node = value.node if value.node is not None else value.op.node if value.op is not None else None
-    assert node is not None
-    return node
-
-
-def _pair_denominators(findings: Findings) -> None:
-    """Sums of scores alone are mixers only as the denominators of others, whose level weights they share."""
-    whole = [f for f in findings.found if f.reading.value is not None]
-    for found in findings.found:
-        if found.reading.value is None:
-            for other in whole:
-                if _scores(other.reading) == _scores(found.reading):
-                    findings.denominators.setdefault(id(other), []).append(found)
-                    break
-    findings.found = [f for f in whole if not _is_divided(findings, f)]
-    inside = {value for f in findings.found for op in f.ops for value in op.outputs}
-    outputs = {f.output for f in findings.found}
-    findings.missed = [
-        m
-        for m in findings.missed
-        if m.value not in inside and not (m.part is not None and outputs & {v for op in m.part.ops for v in op.outputs})
-    ]
-
-
-def _scores(reading: Reading) -> tuple[object, ...]:
-    """What the scores are made of."""
-    return reading.query, reading.key, reading.decay, reading.transform, reading.constant
-
-
-def _is_divided(findings: Findings, found: Found) -> bool:
-    """Whether the code divides the result by something else that joins positions: the level weights would not be in
-    both."""
-    pending, seen = [found.output], 0
-    while pending and seen < 20:
-        value = pending.pop()
-        seen += 1
-        for user in value.users:
-            if user.name in MOVES:
-                pending.extend(user.outputs)
-            elif any(_joins_others(findings, found, d) for d in _divisors(user, value)):
-                reason = "its denominator is not the sum of its scores"
-                findings.missed.append(Missed(found.output, Miss(reason, 3, "normalise by the same scores")))
-                return True
-    return False
-
-
-def _divisors(user: Op, value: Value) -> list[Value]:
-    """What an operation divides the value by."""
-    if user.name == "div":
-        return [v for v in user.inputs[1:] if user.inputs[0] is value]
-    if user.name != "mul":
-        return []
-    others = [v.op for v in user.inputs if v is not value and v.op is not None]
-    return [v for op in others if op.name == "reciprocal" for v in op.inputs]
-
-
-def _joins_others(findings: Findings, found: Found, divisor: Value) -> bool:
-    """Whether a denominator joins positions in another way than the mixer's own does."""
-    sums = {f.output: f for f in findings.found if f.reading.value is None}
-    own = findings.denominators.get(id(found), [])
-    pending, seen = [divisor], 0
-    while pending and seen < 20:
-        value = pending.pop()
-        seen += 1
-        if value in sums:
-            if not any(sums[value] is f for f in own):
-                return True
-            continue
-        fact = found.times.facts.get(value)
-        if fact is not None and fact.mixed:
-            return True
-        if value.op is not None and value.op.name in _AROUND:
-            pending.extend(value.op.inputs)
-    return False
 
 
 class _Search:
@@ -501,10 +268,10 @@ class _Search:
             inner = [p for p in self._inner(source) if isinstance(p, Value) and self.times.facts[p].weight]
         if op is None or not inner or self._is_projection(op):
             return False
-        size, largest = _count(sample_of(source).shape), max(_count(sample_of(p).shape) for p in inner)
+        size, largest = count(sample_of(source).shape), max(count(sample_of(p).shape) for p in inner)
         if op.name not in _JOINS and size > largest:
             return True
-        return any(_count(sample_of(p).shape) == size and self._is_product(p) for p in inner)
+        return any(count(sample_of(p).shape) == size and self._is_product(p) for p in inner)
 
     def _is_projection(self, op: Op) -> bool:
         facts = [self.times.facts[v] for v in op.inputs]
@@ -633,7 +400,15 @@ class _Search:
         if sum(bool(atoms & times) and bool(atoms - kept) for atoms in timed) < 2:
             raise Miss("no query and key: nothing is contracted")
 
-    def _probe(self, frame, part, axes, result, bounds, whole: bool = False) -> Probe:  # type: ignore[no-untyped-def]
+    def _probe(
+        self,
+        frame: Frame,
+        part: Part,
+        axes: Mapping[Source, tuple[Row, ...]],
+        result: tuple[Row, ...],
+        bounds: Mapping[Source, Range],
+        whole: bool = False,
+    ) -> Probe:
         for sizing in (small(frame, part, keep_time=whole), Sizing(frame)):
             probe = Probe(part, axes, result, sizing, bounds)
             try:
@@ -648,20 +423,5 @@ class _Search:
         return self.ranges.get(sample_of(source), (-float("inf"), float("inf")))
 
 
-def _values(source: Source) -> list[Value]:
-    """The values that a source is, or is assembled from."""
-    if not isinstance(source, Lifted):
-        return [source]
-    inner = [*(a for a in source.args if isinstance(a, (Lifted, Value))), *(source.base or ())[:1]]
-    return [value for part in inner for value in _values(part)]
-
-
 def _made_by(value: Value) -> str:
     return value.op.name if value.op is not None else "input"
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    made = 1
-    for n in shape:
-        made *= n
-    return made

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from llcompile.passes.structure.facts import Times
-from llcompile.passes.structure.nested import mapped
+from llcompile.passes.structure.nested import leaves, mapped
 from llcompile.passes.structure.program import Op, Value
 
 # Operations that keep all numbers as they are.
@@ -74,6 +74,26 @@ def sample_of(source: Source) -> Value:
     value = source.sample if isinstance(source, Lifted) else source
     assert value is not None
     return value
+
+
+def origin(source: Source) -> object:
+    """Equal for two sources with the same numbers up to a factor: one of a sequence, the other of its pieces, say."""
+    return _origin(source, {}, 12)
+
+
+def _origin(source: Source, known: dict[Source, object], depth: int) -> object:
+    if isinstance(source, Lifted) and source.base is not None:
+        return _origin(source.base.value, known, depth)
+    if source.op is None or depth == 0:
+        return id(source)
+    if source not in known:
+        op, args = source.op, source.args if isinstance(source, Lifted) else source.op.args
+        inner = [a for a in leaves(args) if isinstance(a, (Value, Lifted))]
+        above = tuple(_origin(a, known, depth - 1) for a in inner)
+        moves = op.name in MOVES or (op.name in ("mul", "div") and len(inner) == 1)
+        numbers = tuple(a for a in leaves(args) if isinstance(a, (int, float))) if op.name not in MOVES else ()
+        known[source] = above[0] if moves and above else (op.target, source.index, above, numbers)
+    return known[source]
 
 
 class Lifter:

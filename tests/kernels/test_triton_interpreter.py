@@ -55,10 +55,10 @@ def check(worker: ProcessPoolExecutor) -> Check:
     return run
 
 
-@pytest.mark.parametrize("levels", [None, 9])
-@pytest.mark.parametrize(("decay", "delta"), CELLS)
-def test_definition(check, decay, delta, levels):
+@sampled("cell", "levels", cell=CELLS, levels=[None, 9])
+def test_definition(check, cell, levels):
     """Output and gradients of every family on several chunks, the last one partial, in poisoned buffers."""
+    decay, delta = cell
     check(length=140 if decay == "channel" else 200, decay=decay, delta=delta, levels=levels, poisoned=True)
 
 

@@ -1,0 +1,84 @@
+"""Denominators: pairs sums of scores with the mixers that they normalise, and refuses other divisions."""
+
+from __future__ import annotations
+
+from llcompile.passes.structure.classify import Miss
+from llcompile.passes.structure.found import Findings, Found, Missed
+from llcompile.passes.structure.lifted import MOVES, origin
+from llcompile.passes.structure.program import Op, Value
+from llcompile.passes.structure.reading import Reading
+
+# What code does to a denominator before it divides.
+_AROUND = MOVES | {"add", "abs", "clamp", "clamp_min", "maximum", "mul"}
+
+
+def pair_denominators(findings: Findings) -> None:
+    """Sums of scores alone are mixers only as the denominators of others, whose level weights they share."""
+    whole = [f for f in findings.found if f.reading.value is not None]
+    for found in findings.found:
+        if found.reading.value is None:
+            for other in whole:
+                if _scores(other.reading) == _scores(found.reading):
+                    findings.denominators.setdefault(id(other), []).append(found)
+                    break
+    findings.found = [f for f in whole if not _is_divided(findings, f)]
+    inside = {value for f in findings.found for op in f.ops for value in op.outputs}
+    outputs = {f.output for f in findings.found}
+    findings.missed = [
+        m
+        for m in findings.missed
+        if m.value not in inside and not (m.part is not None and outputs & {v for op in m.part.ops for v in op.outputs})
+    ]
+
+
+def _scores(reading: Reading) -> tuple[object, ...]:
+    """What the scores are made of."""
+    decay = None if reading.decay is None else origin(reading.decay)
+    return origin(reading.query), origin(reading.key), decay, reading.transform, reading.constant
+
+
+def _is_divided(findings: Findings, found: Found) -> bool:
+    """Whether the code divides the result by something else that joins positions: the level weights would not be in
+    both."""
+    pending, seen = [found.output], 0
+    while pending and seen < 20:
+        value = pending.pop()
+        seen += 1
+        for user in value.users:
+            if user.name in MOVES:
+                pending.extend(user.outputs)
+            elif any(_joins_others(findings, found, d) for d in _divisors(user, value)):
+                reason = "its denominator is not the sum of its scores"
+                findings.missed.append(Missed(found.output, Miss(reason, 3, "normalise by the same scores")))
+                return True
+    return False
+
+
+def _divisors(user: Op, value: Value) -> list[Value]:
+    """What an operation divides the value by."""
+    if user.name == "div":
+        return [v for v in user.inputs[1:] if user.inputs[0] is value]
+    if user.name != "mul":
+        return []
+    others = [v.op for v in user.inputs if v is not value and v.op is not None]
+    return [v for op in others if op.name == "reciprocal" for v in op.inputs]
+
+
+def _joins_others(findings: Findings, found: Found, divisor: Value) -> bool:
+    """Whether a denominator joins positions in another way than the mixer's own does."""
+    sums = {f.output: f for f in findings.found if f.reading.value is None}
+    own = findings.denominators.get(id(found), [])
+    pending, seen = [divisor], 0
+    while pending and seen < 20:
+        value = pending.pop()
+        seen += 1
+        if value in sums:
+            if not any(sums[value] is f for f in own):
+                return True
+            continue
+        fact = found.times.facts.get(value)
+        if fact is not None and fact.mixed:
+            return True
+        if value.op is not None and value.op.name in _AROUND:
+            pending.extend(value.op.inputs)
+    return False

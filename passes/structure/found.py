@@ -1,0 +1,194 @@
+"""Found: what a search of a graph comes back with, mixers and near misses."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from llcompile.passes.records import Certificate
+from llcompile.passes.structure.axes import Axis
+from llcompile.passes.structure.classify import Miss
+from llcompile.passes.structure.cut import Part
+from llcompile.passes.structure.facts import WEIGHTED, Times
+from llcompile.passes.structure.frame import Frame
+from llcompile.passes.structure.lifted import Lifted, Source
+from llcompile.passes.structure.program import Op, Program, Value
+from llcompile.passes.structure.reading import Reading
+from llcompile.passes.structure.tail import Tail
+
+
+@dataclass(eq=False)
+class Found:
+    """A mixer in a graph."""
+
+    part: Part
+    reading: Reading
+    certificate: Certificate
+    frame: Frame
+    times: Times
+    program: Program
+    tail: Tail | None = None
+
+    @property
+    def output(self) -> Value:
+        """The value of the program that is the part's result, or is computed from it piece by piece."""
+        return self.part.result if self.tail is None else self.tail.output
+
+    @property
+    def ops(self) -> list[Op]:
+        """The operations that the mixer stands for."""
+        return [*self.part.ops, *(self.tail.ops if self.tail is not None else ())]
+
+    @property
+    def anchor(self) -> fx.Node:
+        """The node that makes the output."""
+        return anchor(self.output)
+
+    @property
+    def batch_and_time(self) -> tuple[int, int] | None:
+        """How many rows and tokens it has; None where the code pads or cuts its time."""
+        if self.times.shorter != self.times.leaves:
+            return None
+        batch, time = self.reading.axes.batch, self.times.leaves
+        return count(tuple(leaf.size for leaf in batch)), count(tuple(leaf.size for leaf in time))
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Heads, groups, key width, value width."""
+        axes = self.reading.axes
+        of = lambda row: count(tuple(leaf.size for leaf in row))  # noqa: E731
+        return of(axes.heads), of(axes.groups), of(axes.key), of(axes.value)
+
+    def notes(self) -> tuple[str, ...]:
+        """What holds for this graph only, in words."""
+        found = []
+        if any(leaf.pinned for leaf in self.frame.leaves):
+            found.append(f"its code is written out for length {count(tuple(x.size for x in self.frame.leaves))}")
+        if self.reading.constant is not None:
+            found.append("its decay was read from the code's numbers when it was compiled")
+        if self.reading.assumed:
+            found.append("its decay is a parameter taken as it is: every call checks that it lies in (0, 1]")
+        if self.hands_on():
+            found.append(
+                "it hands on a linear state: evaluated with a cache it stays linear, without one it has levels"
+            )
+        return tuple(found)
+
+    def hands_on(self) -> bool:
+        """Whether the graph returns a state (what else the operands become, joined over time), or writes it away."""
+        operands = [value for source in self.reading.operands for value in _values(source)]
+        seen = {self.part.result, self.output, *operands}
+        pending = operands
+        states: set[Value] = set()
+        while pending:
+            for user in pending.pop().users:
+                if user.name in WEIGHTED and any(not self.times.facts[v].data for v in user.inputs):
+                    continue  # features again
+                new = [value for value in user.outputs if value not in seen]
+                seen.update(new)
+                pending.extend(new)
+                states.update(v for v in new if self.times.facts[v].mixed and v.dtype.is_floating_point)
+        nodes = (node for node, held in self.program.results.items() if held in states)
+        return any(user.op == "output" or user.target == "copy_" for node in nodes for user in node.users)
+
+    def activations(self) -> list[fx.Node]:
+        """The nodes of the operands that depend on the model's input."""
+        found: list[fx.Node] = []
+        pending = list(self.reading.operands)
+        while pending:
+            source = pending.pop()
+            if isinstance(source, Lifted):
+                bases = [a for a in source.args if isinstance(a, (Lifted, Value))]
+                pending.extend([source.base[0]] if source.base is not None else bases)
+            elif self.times.facts[source].data and source.node is not None:
+                found.append(source.node)
+        return list(dict.fromkeys(found))
+
+    def batch_first(self, node: fx.Node) -> tuple[int, int] | None:
+        """(batch, time) dimensions of a node [B, T, D] or [T, B, D]; batch is -1 for [T, D]; None for others."""
+        value = self.program.results.get(node)
+        if value is None or value not in self.times.facts or not value.dtype.is_floating_point:
+            return None
+        fact = self.times.facts[value]
+        rows = self.times.rows(self.times.followed.axes[value])
+        inside = [i for i, row in enumerate(rows) if row in (self.times.leaves, self.times.shorter)]
+        if (fact.form != "sequence" and self.times.shorter not in rows) or not fact.data or len(inside) != 1:
+            return None
+        batch = count(tuple(leaf.size for leaf in self.reading.axes.batch))
+        if len(rows) == 2 and inside == [0] and batch == 1:
+            return -1, 0
+        if len(rows) == 3 and inside[0] < 2 and value.shape[1 - inside[0]] == batch:
+            return 1 - inside[0], inside[0]
+        return None
+
+    def is_shorter(self, node: fx.Node) -> bool:
+        """Whether a node has time as it was before it was padded."""
+        rows = self.times.rows(self.times.followed.axes[self.program.results[node]])
+        return self.times.shorter != self.times.leaves and self.times.shorter in rows
+
+
+@dataclass(eq=False)
+class Missed:
+    """A value that looked like a mixer's output and is not.
+
+    Args:
+        value: the value.
+        miss: why it is none.
+        part: what was tried, the last time.
+        why: says more exactly why, at some cost.
+        axis: what was taken as time.
+    """
+
+    value: Value
+    miss: Miss
+    part: Part | None = None
+    why: Callable[[], Miss] | None = None
+    axis: Axis = ()
+
+    @property
+    def anchor(self) -> fx.Node:
+        """The node that makes the value."""
+        return anchor(self.value)
+
+
+@dataclass
+class Findings:
+    """What was found in one graph.
+
+    Args:
+        program: the graph as a program.
+        found: the mixers.
+        denominators: id of a mixer -> the parts that sum its scores alone, for a normalisation in the code.
+        missed: the near misses, the nearest of each cluster.
+        counts: uses of each axis rule, and of each step here.
+    """
+
+    program: Program
+    found: list[Found] = field(default_factory=list)
+    missed: list[Missed] = field(default_factory=list)
+    denominators: dict[int, list[Found]] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
+
+
+def anchor(value: Value) -> fx.Node:
+    """The node that makes a value."""
+    node = value.node if value.node is not None else value.op.node if value.op is not None else None
+    assert node is not None
+    return node
+
+
+def count(shape: tuple[int, ...]) -> int:
+    """The numbers in a tensor of this shape."""
+    return math.prod(shape)
+
+
+def _values(source: Source) -> list[Value]:
+    """The values that a source is, or is assembled from."""
+    if not isinstance(source, Lifted):
+        return [source]
+    inner = [*(a for a in source.args if isinstance(a, (Lifted, Value))), *(source.base or ())[:1]]
+    return [value for part in inner for value in _values(part)]

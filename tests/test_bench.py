@@ -9,15 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from llcompile import bench, bench_recognition, bench_rewrite, cli
-from llcompile.bench_mixers import Quadratic, TokenLoop
+from llcompile import cli
+from llcompile.bench import recognition, rewrite
+from llcompile.bench.mixers import Quadratic, TokenLoop
+from llcompile.bench.process import in_process
 
 REWRITE = {"decay": "scalar", "heads": 1, "dim": 8, "repeats": 1, "threads": 1, "length": 96}
 RECOGNITION = {"form": "loglinear", "threads": 1, "config": None}
 
 
 def one(job: dict[str, Any]) -> dict[str, Any]:
-    return bench.in_process("llcompile.bench_rewrite_worker", [job], 300, "late")[0]
+    return in_process("llcompile.bench.rewrite_worker", [job], 300, "late")[0]
 
 
 def test_the_two_mixers_agree() -> None:
@@ -46,7 +48,7 @@ def test_what_fails_says_why() -> None:
     assert "nonsense" in found["error"]
 
 
-@pytest.mark.parametrize("model", bench_recognition.OWN)
+@pytest.mark.parametrize("model", recognition.OWN)
 def test_recognition(model: str) -> None:
     found = one({**RECOGNITION, "model": model, "length": 12})
     assert found["recognition_seconds"] > 0
@@ -67,14 +69,14 @@ def made_up(worker: str, jobs: list[dict[str, Any]], limit: float, late: str) ->
 
 
 def test_rewrite_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(bench_rewrite, "in_process", made_up)
+    monkeypatch.setattr(rewrite, "in_process", made_up)
     file = tmp_path / "rewrite.json"
     assert cli.main(["bench", "rewrite", "--json", str(file), "--threads", "3", "--inductor"]) == 0
     record = json.loads(file.read_text())
     slopes = {(e["form"], e["backward"]): e["exponent"] for e in record["exponents"] if e["decay"] == "scalar"}
     assert slopes["eager", True] == 2
     assert slopes["loglinear", True] == slopes["loglinear:none", False] == 1
-    assert len(record["results"]) == 2 * len(bench_rewrite.FORMS) * 2 * len(bench_rewrite.LENGTHS)
+    assert len(record["results"]) == 2 * len(rewrite.FORMS) * 2 * len(rewrite.LENGTHS)
     assert record["threads"] == 3
     shown = capsys.readouterr().out
     assert "2.00" in shown
@@ -82,12 +84,12 @@ def test_rewrite_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys
 
 
 def test_recognition_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(bench_recognition, "in_process", made_up)
+    monkeypatch.setattr(recognition, "in_process", made_up)
     (tmp_path / "models.json").write_text('{"mamba2": {"class": "AutoModelForCausalLM", "kwargs": {}}}')
     file = tmp_path / "found.json"
     assert cli.main(["bench", "recognition", "--models", str(tmp_path / "models.json"), "--json", str(file)]) == 0
     rows = {row["model"]: row for row in json.loads(file.read_text())["summary"]}
-    assert set(rows) == {*bench_recognition.OWN, "mamba2"}
+    assert set(rows) == {*recognition.OWN, "mamba2"}
     assert rows["mamba2"]["ratio"] == pytest.approx(0.25, rel=1e-3)
 
 

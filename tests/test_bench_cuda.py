@@ -14,17 +14,17 @@ import pytest
 import torch
 
 from llcompile import cli
-from llcompile.bench import FAMILIES
-from llcompile.bench_cuda import chip, command, peers, warm
-from llcompile.bench_cuda.budget import CASE_LIMIT, PATIENCE, run_plan
-from llcompile.bench_cuda.cases import LENGTHS, LEVELS, OURS, OWN, QUICK, ROUNDS, Case, plan
-from llcompile.bench_cuda.crew import Helper
-from llcompile.bench_cuda.goals import GOALS, evaluate
-from llcompile.bench_cuda.operands import bytes_of, make
-from llcompile.bench_cuda.roofline import count, levels, mean_blocks
-from llcompile.bench_cuda.show import show
-from llcompile.bench_cuda.timing import timed
-from llcompile.bench_cuda.worker import Worker
+from llcompile.bench.cuda import chip, command, peers, warm
+from llcompile.bench.cuda.budget import CASE_LIMIT, PATIENCE, run_plan
+from llcompile.bench.cuda.cases import LENGTHS, LEVELS, OURS, OWN, QUICK, ROUNDS, Case, plan
+from llcompile.bench.cuda.crew import Helper
+from llcompile.bench.cuda.goals import GOALS, evaluate
+from llcompile.bench.cuda.operands import bytes_of, make
+from llcompile.bench.cuda.roofline import count, levels, mean_blocks
+from llcompile.bench.cuda.show import show
+from llcompile.bench.cuda.timing import timed
+from llcompile.bench.cuda.worker import Worker
+from llcompile.bench.operator import FAMILIES
 from llcompile.errors import BenchError, SpecError
 
 EVERYBODY = [*OWN, *(p.runner for p in peers.PEERS)]

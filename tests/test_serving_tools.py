@@ -9,24 +9,25 @@ from pathlib import Path
 
 import pytest
 
-from llcompile import bench_decode, cli
+from llcompile import cli
+from llcompile.bench import decode
 from tests.models import tiny
 
 ROOT = Path(__file__).parent.parent
-SIZES = bench_decode.Sizes(batch=2, heads=2, key_dim=4, value_dim=8)
+SIZES = decode.Sizes(batch=2, heads=2, key_dim=4, value_dim=8)
 
 
 def test_bytes_grow_with_the_logarithm() -> None:
     """A doubled context is one more level; the linear state stays, and the softmax cache doubles."""
     contexts = [1 << 10, 1 << 11, 1 << 12]
-    found = [bench_decode.measure(f, c, SIZES, "cpu", 1) for c in contexts for f in bench_decode.FORMS]
-    held = {form: [r["bytes"] for r in found if r["form"] == form] for form in bench_decode.FORMS}
+    found = [decode.measure(f, c, SIZES, "cpu", 1) for c in contexts for f in decode.FORMS]
+    held = {form: [r["bytes"] for r in found if r["form"] == form] for form in decode.FORMS}
     state = 4 * 2 * 4 * 8
     assert held["linear"] == [state] * 3
     # A header, and ceil(log2(context + 1)) + 1 levels.
     assert held["log-linear"] == [state * (1 + 12), state * (1 + 13), state * (1 + 14)]
     assert held["softmax"] == [4 * 2 * (4 + 8) * context for context in contexts]
-    growth = bench_decode.growth(found)
+    growth = decode.growth(found)
     assert growth["log-linear"]["bytes_per_doubling"] == pytest.approx(state)
     assert growth["linear"]["bytes_per_doubling"] == 0
 
@@ -35,7 +36,7 @@ def test_the_command_writes_what_it_shows(tmp_path: Path, capsys: pytest.Capture
     file = tmp_path / "decode.json"
     assert cli.main(["bench", "decode", "--quick", "--heads", "2", "--output", str(file)]) == 0
     record = json.loads(file.read_text())
-    assert {r["form"] for r in record["results"]} == set(bench_decode.FORMS)
+    assert {r["form"] for r in record["results"]} == set(decode.FORMS)
     assert "per doubling" in capsys.readouterr().out
     assert file.with_suffix(".png").is_file()
 

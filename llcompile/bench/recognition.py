@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llcompile.bench import environment, in_process, results_file, write
+from llcompile.bench.process import in_process
+from llcompile.bench.record import environment, results_file, write
 from llcompile.errors import SpecError
 
 OWN = ("quadratic", "token loop")
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     record: dict[str, Any] = {}
     for job in track(_jobs(args), "measuring", console=console):
         late = f"no result in {args.limit:.0f} s"
-        results += in_process("llcompile.bench_rewrite_worker", [asdict(job)], args.limit, late)
+        results += in_process("llcompile.bench.rewrite_worker", [asdict(job)], args.limit, late)
         record = {**environment("cpu"), "summary": summary(results), "results": results}
         record["threads"] = args.threads or record["threads"]
         write(path, record)

@@ -19,7 +19,7 @@ class Helper:
     """A process of :mod:`.worker`, started with the first question. Errors come back as ``{"error": ...}``."""
 
     def __init__(self, device: str, environment: dict[str, str] | None = None, command: Sequence[str] = ()) -> None:
-        self.command = list(command) or [sys.executable, "-m", "llcompile.bench_cuda.worker", device]
+        self.command = list(command) or [sys.executable, "-m", "llcompile.bench.cuda.worker", device]
         self.environment = {**os.environ, **(environment or {})}
         self.process: subprocess.Popen[str] | None = None
 

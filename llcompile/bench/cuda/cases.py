@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal
 
-from ..bench import FAMILIES
+from ..operator import FAMILIES
 
 Operator = Literal["log-linear", "linear", "softmax"]
 Phase = Literal["forward", "both", "decode"]

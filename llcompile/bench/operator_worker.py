@@ -75,7 +75,7 @@ def _callable(job: dict[str, Any], x: dict[str, Tensor]) -> Callable[[], Tensor]
 
 
 def _ours(x: dict[str, Tensor]) -> Callable[[], Tensor]:
-    from .ops import loglinear_attention
+    from llcompile.ops import loglinear_attention
 
     w = x.get("level_weights")
     return lambda: loglinear_attention(x["q"], x["k"], x["v"], w, x.get("log_decay"), x.get("beta"))[0]

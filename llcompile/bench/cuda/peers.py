@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import SpecError
+from ...errors import SpecError
 from .cases import Case, Family, Operator, Runner
 from .operands import Tensors, make
 

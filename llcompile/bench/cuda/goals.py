@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ..bench import FAMILIES
+from ..operator import FAMILIES
 from .cases import OURS, Case, Family, Phase
 
 Answer = dict[str, Any]

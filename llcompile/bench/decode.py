@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import track
 
-    from llcompile.bench import environment, results_file, write
+    from llcompile.bench.record import environment, results_file, write
 
     console = Console()
     sizes = Sizes(args.batch, args.heads, args.key_dim, args.value_dim)

@@ -12,7 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llcompile.bench import environment, in_process, results_file, slope, write
+from llcompile.bench.operator import slope
+from llcompile.bench.process import in_process
+from llcompile.bench.record import environment, results_file, write
 
 LENGTHS = [1024, 2048, 4096, 8192, 16384]
 FIT_FROM = 4096  # below, what does not grow with the length counts
@@ -66,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     record: dict[str, Any] = {}
     for job in track(_jobs(args), "measuring", console=console):
         late = f"no result in {args.limit:.0f} s"
-        results += in_process("llcompile.bench_rewrite_worker", [asdict(job)], args.limit, late)
+        results += in_process("llcompile.bench.rewrite_worker", [asdict(job)], args.limit, late)
         record = {**environment("cpu"), "exponents": exponents(results), "results": results}
         record["threads"] = args.threads or record["threads"]
         write(path, record)  # after each: an interrupted run leaves what it has

@@ -1,44 +1,27 @@
-"""``llcompile bench``: measurements on this machine. ``operator`` is here: how its time and memory grow, and how it
-compares with transformers' code. ``rewrite`` and ``recognition`` have files of their own, and so has the operator on
-a GPU, where the peers are others (``bench_cuda``).
+"""``llcompile bench operator``: how the operator's time and memory grow, and how it compares with transformers' code.
 
-Every measurement runs in a process of its own, so that peak memory (the resident set above what the operands take) is
-that measurement's alone, and so that a compilation that takes too long can be given up. Times are the smallest of
-several repeats, the usual answer to other work on the same machine; the CPU time next to it tells how much of the
-wall time was ours.
+On a GPU the peers are others, and so is the command (:mod:`llcompile.bench.cuda`).
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import datetime
 import importlib
 import importlib.metadata
 import importlib.util
-import json
 import math
-import platform
-import subprocess
-import sys
-import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .errors import SpecError
+from llcompile.bench.process import in_process
+from llcompile.bench.record import environment, results_file, write
+from llcompile.errors import SpecError
 
 FAMILIES = [(decay, correction) for correction in ("none", "delta") for decay in ("none", "scalar", "channel")]
 PEERS = {("scalar", "delta"): "torch_chunk_gated_delta_rule", ("scalar", "none"): "mamba2_chunk_scan"}
 LENGTHS = [1024, 2048, 4096, 8192, 16384, 32768, 65536]
 PEER_LENGTHS = [4096, 16384]
-# What else can be measured: the module with its `add_parser(subparsers)` and `run(args) -> int`.
-OTHERS = (
-    "llcompile.bench_rewrite",
-    "llcompile.bench_recognition",
-    "llcompile.bench_decode",
-    "llcompile.bench_cuda.plot",
-)
 
 
 @dataclass(frozen=True)
@@ -65,12 +48,8 @@ class Job:
         return f"{name}{' (Inductor)' if self.compiled else ''}, {'fwd+bwd' if self.backward else 'fwd'}"
 
 
-def add_parser(subparsers: Any) -> None:
-    """Add ``bench`` to the command line."""
-    bench = subparsers.add_parser("bench", help="measure on this machine", description=__doc__)
-    kinds = bench.add_subparsers(dest="what", metavar="WHAT", required=True)
-    for name in OTHERS:
-        importlib.import_module(name).add_parser(kinds)
+def add_parser(kinds: Any) -> None:
+    """Add ``operator`` to the measurements."""
     parser = kinds.add_parser(
         "operator", help="the operator: on a CPU against transformers' code, on a GPU FLA and SDPA"
     )
@@ -93,18 +72,13 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--minutes", type=float, default=10.0, help="cuda: when to stop, most telling first (default: 10)"
     )
-    parser.set_defaults(measure=_run_operator)
+    parser.set_defaults(measure=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure what was asked for."""
-    return int(args.measure(args))
-
-
-def _run_operator(args: argparse.Namespace) -> int:
     """Measure, print tables, write JSON."""
     if args.device.startswith("cuda"):
-        return int(importlib.import_module("llcompile.bench_cuda.command").run(args))
+        return int(importlib.import_module("llcompile.bench.cuda.command").run(args))
     if args.against is not None:
         raise SpecError("--against names peers on a GPU: add --device cuda (on a CPU, transformers' code is the peer)")
     from rich.console import Console
@@ -133,12 +107,6 @@ def _run_operator(args: argparse.Namespace) -> int:
 def _record(args: argparse.Namespace, results: list[dict[str, Any]]) -> dict[str, Any]:
     found = {"exponents": exponents(results), "peers": comparisons(results), "results": results}
     return {**environment(args.device), "quick": args.quick, **found}
-
-
-def write(path: Path, record: dict[str, Any]) -> None:
-    """Write what was measured, as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def _series(args: argparse.Namespace) -> list[list[Job]]:
@@ -174,28 +142,7 @@ def _measure(series: list[Job], compile_limit: float) -> list[dict[str, Any]]:
     compiled = series[0].compiled
     limit = compile_limit + 60 if compiled else 1800.0
     late = f"compilation given up after {compile_limit:.0f} s" if compiled else f"no result in {limit:.0f} s"
-    return in_process("llcompile.bench_worker", [asdict(job) for job in series], limit, late)
-
-
-def in_process(worker: str, jobs: list[dict[str, Any]], limit: float, late: str) -> list[dict[str, Any]]:
-    """Run jobs in a new process of `worker`, a module that prints one line of JSON for each.
-
-    A job without a result gets an error instead: `late` after `limit` seconds, else the last line of the process.
-    """
-    command = [sys.executable, "-m", worker, json.dumps(jobs)]
-    with tempfile.TemporaryFile("w+") as errors, tempfile.TemporaryFile("w+") as lines:
-        try:
-            subprocess.run(command, stdout=lines, stderr=errors, timeout=limit, check=True)
-            error = "no result"
-        except subprocess.TimeoutExpired:
-            error = late
-        except subprocess.CalledProcessError:
-            errors.seek(0)
-            error = (errors.read().strip().splitlines() or ["no message"])[-1]
-        lines.seek(0)
-        found = [json.loads(line) for line in lines if line.startswith("{")]
-    found += [{"error": error}] * (len(jobs) - len(found))
-    return [{"job": job, **result} for job, result in zip(jobs, found, strict=True)]
+    return in_process("llcompile.bench.operator_worker", [asdict(job) for job in series], limit, late)
 
 
 def exponents(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -306,33 +253,3 @@ def _peer_table(rows: list[dict[str, Any]]) -> Any:
     notes = sorted({f"{r['peer']} T={r['length']}: {note}" for r in rows for note in r["notes"]})
     table.caption = "\n".join(notes)
     return table
-
-
-def environment(device: str) -> dict[str, Any]:
-    """Where and when it was measured."""
-    import os
-
-    import torch
-
-    from . import __version__
-
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine()
-    versions = {"torch": torch.__version__, "python": platform.python_version(), "llcompile": __version__}
-    for package in ("transformers", "triton"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    if device.startswith("cuda"):
-        versions["cuda"] = str(torch.version.cuda)
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "machine": f"{name}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the end",
-        "threads": torch.get_num_threads(),
-        "versions": versions,
-    }
-
-
-def results_file(kind: str) -> Path:
-    """Where results go by default: among the repository's, else into the working directory."""
-    root = Path(__file__).resolve().parent.parent
-    folder = root / "benchmarks" / "results" if (root / "benchmarks").is_dir() else Path.cwd()
-    return folder / f"{kind}-{datetime.date.today()}.json"

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache
 
-from llcompile.bench_mixers import Quadratic, TokenLoop
-from llcompile.bench_worker import peak, repeat, reset_peak, resident
+from llcompile.bench.mixers import Quadratic, TokenLoop
+from llcompile.bench.operator_worker import peak, repeat, reset_peak, resident
 
 FITS = 0.9  # of the memory that is free may be taken
 

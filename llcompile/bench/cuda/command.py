@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
-from ..bench import FAMILIES, environment, results_file, write
-from ..errors import BenchError, SpecError
+from ...errors import BenchError, SpecError
+from ..operator import FAMILIES
+from ..record import environment, results_file, write
 from .budget import Answer, run_plan
 from .cases import LENGTHS, OWN, QUICK, ROUNDS, Case, plan
 from .crew import Helper

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..kernels.choice import VARIABLE as KERNELS
+from ...kernels.choice import VARIABLE as KERNELS
 from . import chip, ours
 from .cases import OURS, Case
 from .operands import bytes_of, leaves, make

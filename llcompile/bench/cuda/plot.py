@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ..errors import BenchError
+from ...errors import BenchError
 from .cases import OURS, PHASES, Case, Phase
 
 Answer = dict[str, Any]

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..kernels.state import empty_state
-from ..ops import loglinear_attention, loglinear_attention_step
+from ...kernels.state import empty_state
+from ...ops import loglinear_attention, loglinear_attention_step
 from .cases import LEVELS, Case
 from .operands import Tensors
 

@@ -7,7 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from llcompile.passes.structure.axes import Atoms, Axes, Axis
-from llcompile.passes.structure.axis_rules import Call, opaque, rule_for
+from llcompile.passes.structure.axis_rules.call import Call
+from llcompile.passes.structure.axis_rules.others import opaque
+from llcompile.passes.structure.axis_rules.table import rule_for
 from llcompile.passes.structure.program import Op, Program, Value
 
 _KEEP = 24  # cut axes that a value remembers

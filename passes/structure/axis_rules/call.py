@@ -1,0 +1,97 @@
+"""Call: one operation as its axis rule sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from llcompile.passes.structure.axes import Atoms, Axes, Axis
+from llcompile.passes.structure.program import Op, Value
+
+
+@dataclass
+class Call:
+    """One operation as its rule sees it.
+
+    Args:
+        op: the operation.
+        atoms: all atoms.
+        axes: value -> its axes, so far.
+        lost: value -> axes that its history has cut to pieces; a row of pieces of the same size is that axis again.
+        mixed: what the rule notes: axes that the operation mixes.
+    """
+
+    op: Op
+    atoms: Atoms
+    axes: dict[Value, Axes]
+    lost: dict[Value, tuple[Axis, ...]]
+    mixed: list[Axis] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        schema = self.op.target._schema.arguments if isinstance(self.op.target, torch._ops.OpOverload) else ()
+        self.given = {a.name: self.op.args[i] for i, a in enumerate(schema) if i < len(self.op.args)}
+        self.given |= self.op.kwargs
+        self.defaults = {a.name: a.default_value for a in schema if a.has_default_value()}
+
+    def arg(self, name: str) -> Any:
+        """An argument by its name in the schema, or its default."""
+        return self.given.get(name, self.defaults.get(name))
+
+    def of(self, name: str) -> Axes:
+        """The axes of a tensor argument."""
+        return self.axes[self.arg(name)]
+
+    @property
+    def first(self) -> Value:
+        """The first tensor argument."""
+        return self.op.inputs[0]
+
+    def dim(self, name: str = "dim", rank: int | None = None) -> int:
+        """A dimension argument, counted from the front."""
+        return int(self.arg(name)) % max(1, len(self.first.shape) if rank is None else rank)
+
+    def new(self, index: int = 0) -> Axes:
+        """New axes for a result."""
+        return tuple(self.atoms.new(n) for n in self.op.outputs[index].shape)
+
+    def mix(self, *axes: Axis) -> None:
+        """Notes axes that are mixed."""
+        self.mixed.extend(a for a in axes if a)
+
+    def pair(self, first: Axis, second: Axis) -> Axis:
+        """The axis of two operands that run together (one may be of size one)."""
+        if not first or not second:
+            return first or second
+        self.atoms.same(first, second)
+        return first
+
+    def assembled(self, size: int, pieces: Sequence[Value]) -> Axis:
+        """A new axis put together from pieces; the one they were cut from, where its size says so."""
+        made = self.atoms.new(size)
+        for atom in made:
+            atom.row = True
+        found = [a for piece in pieces for a in self.lost.get(piece, ()) if size_of(self.atoms, a) == size]
+        if found and all(self.atoms.leaves(a) == self.atoms.leaves(found[0]) for a in found):
+            self.atoms.same(made, found[0])
+        return made
+
+
+def size_of(atoms: Atoms, axis: Axis) -> int:
+    """How many positions an axis has."""
+    size = 1
+    for leaf in atoms.leaves(axis):
+        size *= leaf.size
+    return size
+
+
+def pin(c: Call, axis: Axis) -> None:
+    """Notes that the graph is written for this axis' size."""
+    for leaf in c.atoms.leaves(axis):
+        leaf.pinned = True
+
+
+Rule = Callable[[Call], list[Axes]]
+Rows = tuple[tuple[Rule, str], ...]

@@ -1,0 +1,41 @@
+"""Axis rules of tensors that are made from nothing, and of operations that no rule knows."""
+
+from __future__ import annotations
+
+from llcompile.passes.structure.axes import Axes, Axis
+from llcompile.passes.structure.axis_rules.call import Call, Rows, pin, size_of
+
+
+def _made(c: Call) -> list[Axes]:
+    return [c.new(i) for i in range(len(c.op.outputs))]
+
+
+def _like(c: Call) -> list[Axes]:
+    return [c.axes[c.first]]
+
+
+def opaque(c: Call) -> list[Axes]:
+    """An operation that the table does not know (a scan, say): axes of sizes that only one axis has are that axis."""
+    c.mix(*(axis for value in c.op.inputs for axis in c.axes[value]))
+    known: dict[int, set[Axis]] = {}
+    for value in c.op.inputs:
+        for axis in c.axes[value]:
+            pin(c, axis)
+            known.setdefault(size_of(c.atoms, axis), set()).add(c.atoms.leaves(axis))
+    made = []
+    for value in c.op.outputs:
+        axes = [next(iter(known[n])) if n > 1 and len(known.get(n, ())) == 1 else c.atoms.new(n) for n in value.shape]
+        twice = {a for a in axes if a and axes.count(a) > 1}
+        axes = [c.atoms.new(n) if a in twice else a for a, n in zip(axes, value.shape, strict=True)]
+        for axis in axes:
+            pin(c, axis)
+        made.append(tuple(axes))
+    return made
+
+
+# Rule, and the operations that follow it.
+ROWS: Rows = (
+    (_made, "zeros ones full empty arange eye scalar_tensor empty_strided rand randn linspace"),
+    (_made, "new_zeros new_ones new_full new_empty new_empty_strided tril_indices triu_indices"),
+    (_like, "zeros_like ones_like full_like empty_like rand_like randn_like"),
+)

@@ -68,7 +68,7 @@ def test_generate_from_left_padded_rows(name: str) -> None:
 
 
 def test_generate_from_right_padded_rows(caplog: pytest.LogCaptureFixture) -> None:
-    """Not what transformers is made for: it warns, rows without padding are right, and without a cache it is an error."""
+    """Transformers warns; rows without padding are right; without a cache the mask gets a hole, which is an error."""
     model = serving("mamba2")
     ids, mask, rows = padded("right")
     given = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False, "eos_token_id": None}

@@ -13,13 +13,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from rich.console import Group
+from rich.live import Live
+from rich.text import Text
 from torch._dynamo.utils import counters
 from transformers.generation.streamers import BaseStreamer
 
@@ -29,30 +31,32 @@ ZOO = Path(os.environ.get("LLCOMPILE_ZOO", "/work/shared/zoo.json"))
 
 
 class Stream(BaseStreamer):
-    """Prints tokens as they come, and how fast on a line of its own."""
+    """Shows tokens as they come, and below them how far it is and how fast. Into a file, only the last view goes."""
 
     def __init__(self, total: int, prompt: int) -> None:
-        self.total, self.written, self.prompt = total, -1, prompt
+        self.total, self.prompt, self.tokens = total, prompt, list[str]()
         self.start = time.perf_counter()
+        self.live = Live(auto_refresh=False, vertical_overflow="visible")
+        self.prefilled = False
 
     def put(self, value: torch.Tensor) -> None:
         """Takes the prompt first, then one token a row at a time."""
-        self.written += 1
-        now = time.perf_counter()
-        if self.written == 0:
+        if not self.prefilled:
+            self.prefilled = True
             return
-        if self.written == 1:
-            print(f"prefill of {self.prompt} tokens, compilation included: {now - self.start:.1f} s")
-            self.start = now
-        token = value.flatten()[0].item()
-        rate = (self.written - 1) / max(now - self.start, 1e-9)
-        print(token, end=" ", flush=True)
-        print(f"\r[{self.written}/{self.total} tokens, {rate:.1f}/s]", end="\r", file=sys.stderr, flush=True)
+        if not self.tokens:
+            seconds = time.perf_counter() - self.start
+            print(f"prefill of {self.prompt} tokens, compilation included: {seconds:.1f} s")
+            self.start = time.perf_counter()
+            self.live.start()
+        self.tokens.append(str(value.flatten()[0].item()))
+        rate = (len(self.tokens) - 1) / max(time.perf_counter() - self.start, 1e-9)
+        progress = f"[{len(self.tokens)}/{self.total} tokens, {rate:.1f}/s]"
+        self.live.update(Group(Text(" ".join(self.tokens)), Text(progress)), refresh=True)
 
     def end(self) -> None:
         """The last token is there."""
-        print(flush=True)
-        print(file=sys.stderr)
+        self.live.stop()
 
 
 def build(spec: str, zoo: Path = ZOO) -> Any:

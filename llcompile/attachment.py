@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from llcompile import eager_states
 from llcompile.errors import LevelWeightsError, LevelWeightsIgnoredWarning
 from llcompile.level_kinds import compute_dtype, level_weights_function
 from llcompile.level_weights import LevelWeights
@@ -49,7 +51,7 @@ def attach(owner: nn.Module, name: str, weights: nn.Module) -> None:
     watch(owner)
     if warn_if_ignored not in owner._forward_hooks.values():
         owner.register_forward_pre_hook(expect_use)
-        owner.register_forward_hook(warn_if_ignored)
+        owner.register_forward_hook(warn_if_ignored, always_call=True)
 
 
 def attached(model: nn.Module) -> Iterator[tuple[nn.Module, str, LevelWeights]]:
@@ -76,6 +78,7 @@ def detach_one(owner: nn.Module, name: str) -> None:
             for key, hook in list(hooks.items()):
                 if hook in (expect_use, warn_if_ignored):
                     del hooks[key]
+                    owner._forward_hooks_always_called.pop(key, None)
 
 
 def function(weights: LevelWeights, dtype: torch.dtype) -> Callable[..., Any]:
@@ -104,12 +107,16 @@ def warn_if_ignored(owner: nn.Module, arguments: Any, output: Any) -> None:
     """Forward hook: warns when level weights other than 1 had no part in the output.
 
     Eagerly it looks whether a compiled graph used the weights since `expect_use`. While Dynamo traces it, it asks which
-    backend is compiling: ours reads the weights, another one does not.
+    backend is compiling: ours reads the weights, another one does not. After an error (it is always called) there is no
+    output, and a state that only compiled code can read may be why.
     """
     if torch.compiler.is_dynamo_compiling():
         _note_backend()
         return
-    if any(_used.isdisjoint(_ids(weights)) and not weights.is_identity() for weights in _held(owner)):
+    unused = [weights for weights in _held(owner) if _used.isdisjoint(_ids(weights))]
+    if unused and output is None and sys.exc_info()[1] is not None:
+        eager_states.explain(type(owner).__name__, {weights.levels for weights in unused})
+    elif any(not weights.is_identity() for weights in unused):
         _warn(f"the level weights of {type(owner).__name__} are no longer 1, and the model was run eagerly")
 
 

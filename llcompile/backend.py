@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx
 
-from llcompile import attachment, compile_check, compile_run, inner
+from llcompile import attachment, compile_check, compile_run, inner, recompile_room
 from llcompile.errors import LateAttachWarning, LLCompileError, StateAdoptedWarning
 from llcompile.level_weights import LevelWeights
 from llcompile.options import Options
@@ -42,6 +42,7 @@ def loglinear(
         StrictError: `strict=True`, and a linear-time mixer stays unconverted or nothing was found.
         LevelWeightsError: the module owns level weights of another size.
     """
+    recompile_room.make_room(dynamo.root_module())
     try:
         return _compile(module, Options.parse(options), mode)
     except LLCompileError as error:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from llcompile import attachment, backend, compile_run
+from llcompile import attachment, backend, compile_run, recompile_room
 from llcompile.errors import CaptureError, LLCompileError, ModelError
 from llcompile.options import Options
 from llcompile.passes import discover, dynamo
@@ -102,6 +102,7 @@ class _Capture:
         self.kwargs = {"options": {"level_weights": options.level_weights}}
 
     def __call__(self, module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        recompile_room.make_room(dynamo.root_module())
         session = compile_run.new_session(module, self.options, self.names, self.dry_run)
         self.report = self.report.merged(compile_run.look(session))
         return compile_run.original_code(session)

@@ -82,5 +82,9 @@ class StateAdoptedWarning(LLCompileWarning):
     """A state without levels, of an unconverted model, was taken up as one level."""
 
 
+class EagerStateWarning(LLCompileWarning):
+    """A state with levels met the library's own code, which cannot read it; its error follows."""
+
+
 class OptimizerWarning(LLCompileWarning):
     """An optimiser stepped a converted model without its level weights."""

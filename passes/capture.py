@@ -23,7 +23,7 @@ from llcompile.passes.lower import lower_call
 from llcompile.patterns.known import ROWS, KnownFunction
 from llcompile.patterns.known.arguments import Mismatch, axis_size
 from llcompile.patterns.known.row import Reference
-from llcompile.patterns.known.states import state_problem, state_sizes
+from llcompile.patterns.known.states import batch_size, state_problem, state_sizes
 
 # Modules that re-export or copy a library's functions under another root.
 _ALIASES = {"transformers": ("transformers", "transformers_modules")}
@@ -81,7 +81,8 @@ class Leaf:
         state, axes = arguments[tensor.name], self.row.axes(tensor, 4, arguments)
         assert axes is not None
         sizes = state_sizes(self.row, arguments)
-        own = state.new_zeros(state.shape[0], *(axis_size(axis, sizes) for axis in axes[1:]))
+        rows = batch_size(self.row, arguments, state)
+        own = state.new_zeros(rows, *(axis_size(axis, sizes) for axis in axes[1:]))
         return {**arguments, tensor.name: own}
 
 

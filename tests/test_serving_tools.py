@@ -54,7 +54,7 @@ def test_the_example_streams(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "2 of 2 linear-time mixers are log-linear" in done.stdout
     assert "[B, H, 1 + levels, K, V]" in done.stdout
-    assert "[5/5 tokens" in done.stderr
+    assert "[5/5 tokens" in done.stdout
 
 
 def test_the_example_names_what_it_knows(tmp_path: Path) -> None:

@@ -30,6 +30,9 @@ def state_problem(row: KnownFunction, given: Mapping[str, Any], levels: int | No
         return None
     linear = [axis_size(axis, sizes) for axis in axes[1:]]
     shape = f"its shape is {_shown(state.shape)}"
+    rows, batch = _number(state.shape[0]), _number(batch_size(row, given, state))
+    if None not in (rows, batch) and rows != batch:
+        return f"{shape}, for a batch of {rows}, and this batch is of {batch}"
     if not is_level_state(state):
         own = state.dim() == 4 and [int(n) for n in state.shape[1:]] == linear
         return None if own else f"{shape}, expected {_shown(['B', *linear])}"
@@ -59,5 +62,26 @@ def state_sizes(row: KnownFunction, given: Mapping[str, Any]) -> dict[str, int]:
     return sizes
 
 
+def batch_size(row: KnownFunction, given: Mapping[str, Any], state: torch.Tensor) -> Any:
+    """How many rows the state of a call must have; the state's own where sequences are packed, one row for each."""
+    if any(given.get(name) is not None for name in row.packing):
+        return state.shape[0]
+    for tensor in row.tensors:
+        value = given.get(tensor.name)
+        axes = row.axes(tensor, value.dim(), given) if isinstance(value, torch.Tensor) else None
+        if tensor.draw != "state" and axes is not None and "B" in axes:
+            assert isinstance(value, torch.Tensor)
+            return value.shape[axes.index("B")]
+    return state.shape[0]
+
+
+def _number(size: Any) -> int | None:
+    """A size as a number that no guard is put on; None where it depends on data."""
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    return int(size.node.hint) if size.node.has_hint() else None
+
+
 def _shown(shape: Any) -> str:
-    return "[" + ", ".join(map(str, shape)) + "]"
+    sizes = ((size if isinstance(size, str) else _number(size)) for size in shape)
+    return "[" + ", ".join("?" if size is None else str(size) for size in sizes) + "]"

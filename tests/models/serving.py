@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 import llcompile
 from tests import small
 from tests.models import tiny
-from tests.models.test_convert import BREAKING, lively
+from tests.models.test_convert import lively
 
 
 def serving(name: str, **changes: Any) -> Any:
@@ -21,8 +21,6 @@ def serving(name: str, **changes: Any) -> Any:
     llcompile.convert(model, tiny.tokens())
     small.perturb(model)
     model.compile(backend="loglinear", options={"inner": "eager"})
-    if name in BREAKING:  # every layer is a frame of its own there, and all share one count
-        torch._dynamo.config.recompile_limit = 64
     return model
 
 

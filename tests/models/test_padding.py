@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 from torch import Tensor
@@ -63,6 +65,24 @@ def test_generate_from_left_padded_rows(name: str) -> None:
         expected = [greedy(model, row, 12)[0, row.shape[1] :] for row in rows]
         written = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False, eos_token_id=None)
     assert torch.equal(written[:, ids.shape[1] :], torch.stack(expected))
+
+
+def test_generate_from_right_padded_rows(caplog: pytest.LogCaptureFixture) -> None:
+    """Transformers warns; rows without padding are right; without a cache the mask gets a hole, which is an error."""
+    model = serving("mamba2")
+    ids, mask, rows = padded("right")
+    given = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        with torch.no_grad():
+            written = model.generate(ids, **given)
+            assert torch.equal(written[:1], greedy(model, rows[0], 4))
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "right-padding was detected" in caplog.text
+    with torch.no_grad(), pytest.raises(LLCompileError, match="hole in row 1"):
+        model.generate(ids, use_cache=False, **given)
 
 
 def test_a_hole_in_a_mask_is_an_error() -> None:

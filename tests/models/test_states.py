@@ -149,7 +149,7 @@ WRONG = {
     "other widths": ((2, 2, 18, 4, 8), r"\[2, 2, 18, 4, 8\], expected \[B, 2, 1 \+ L, 8, 8\]"),
     "other levels": ((2, 2, 9, 8, 8), r"which is 8 levels, and the level weights have 17"),
     "other linear state": ((2, 2, 4, 8), r"its shape is \[2, 2, 4, 8\], expected \[B, 2, 8, 8\]"),
-    "other batch": ((3, 2, 18, 8, 8), r"\[3, 2, 18, 8, 8\].* B=2"),
+    "other batch": ((3, 2, 18, 8, 8), r"\[3, 2, 18, 8, 8\], for a batch of 3, and this batch is of 2"),
 }
 
 

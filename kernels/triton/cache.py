@@ -33,7 +33,7 @@ def file_of(source: str, name: str) -> Path:
     content = source.encode()
     path = folder() / f"{name}_{hashlib.sha256(content).hexdigest()[:16]}.py"
     if _read(path) != content:
-        _write(path, content)
+        write(path, content)
     return path
 
 
@@ -62,7 +62,8 @@ def _read(path: Path) -> bytes | None:
         return None
 
 
-def _write(path: Path, content: bytes) -> None:
+def write(path: Path, content: bytes) -> None:
+    """Put ``content`` in place whole, whoever reads or writes at the same time; raises :class:`KernelCacheError`."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=".tmp")

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
-from functools import lru_cache
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,23 +12,9 @@ from ..grid import Grid, make_grid
 from ..layout import Layout, Operands
 from ..state import linear_state, position_of
 from ..tree import depth
-from . import cache
-from .description import Description, describe
-from .source import generate
-from .tuning import tuning
-
-
-@lru_cache(maxsize=512)
-def module_of(d: Description) -> ModuleType:
-    """The imported file with the kernels of ``d``; raises KernelCacheError if it cannot be written."""
-    family = f"{d.decay}_{d.correction}_{'log_linear' if d.weighted else 'linear'}"
-    return cache.load(cache.file_of(generate(d), family))
-
-
-@lru_cache(maxsize=4096)
-def parameters(module: ModuleType, kernel: str) -> tuple[str, ...]:
-    """Names of a kernel's parameters, in order."""
-    return tuple(inspect.signature(getattr(module, kernel).fn).parameters)
+from . import autotune
+from .description import describe
+from .launch import Launch, kernels_of
 
 
 class Call(Layout):
@@ -51,7 +34,7 @@ class Call(Layout):
         self.empty = x.v.numel() == 0 or x.q.numel() == 0
         if self.empty:
             return
-        self.module = module_of(self.d)
+        self.kernels = kernels_of(self.d)
         self.grid = self._make_grid()
         self.chunks = self.grid.chunks
         self.depth = depth(self.chunks)
@@ -157,11 +140,5 @@ class Call(Layout):
 
     def launch(self, kernel: str, programs: int, tiled: bool = False, **values: Any) -> None:
         """Run ``programs`` programs of ``kernel`` (times its value tiles), with ``values`` beside those of the call."""
-        chosen = tuning(kernel, self.d)
-        known = {**self.values, **values, "VALUE_TILE": chosen.value_tile}
-        arguments = [known[name] for name in parameters(self.module, kernel)]
-        tiles = -(-self.value_dim // chosen.value_tile) if tiled else 1
-        if programs:
-            getattr(self.module, kernel)[(programs, tiles)](
-                *arguments, num_warps=chosen.warps, num_stages=chosen.stages
-            )
+        known = {**self.values, **values} if values else self.values
+        autotune.run(Launch(self.kernels[kernel], known, programs, self.value_dim if tiled else 0))

@@ -131,6 +131,30 @@ def test_same_bits(worker):
     assert worker.submit(triton_cases.same_bits, case).result()
 
 
+def tuned(worker: ProcessPoolExecutor, final: bool, wanted: int, **case: object) -> None:
+    """The definition's results come out while each kernel is run several times over, by parameters of all kinds."""
+    case = {"dtype": torch.float32, "batch": 1, "groups": 1, "heads": 1, "value_dim": 33, **case}
+    found, runs, kernels = worker.submit(triton_cases.tuned_errors, case, final, wanted).result()
+    assert runs >= 2 * len(kernels)
+    assert {"output", "chunk_values_gradient"} <= set(kernels)
+    for name, (error, budget) in found.items():
+        assert error <= budget, f"{name}: {error:.2e} > {budget:.2e}"
+
+
+def test_tuning_leaves_results_right(worker):
+    """Kernels that add to their buffers are tuned on what they then find as it was."""
+    tuned(worker, True, 1, length=70, decay="token", delta=True, levels=9, state="linear")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wanted", [1, 3, 5])
+@pytest.mark.parametrize("levels", [None, 9])
+@pytest.mark.parametrize(("decay", "delta"), CELLS)
+def test_grid_of_candidates(worker, decay, delta, levels, wanted):
+    """Every kernel with other tiles, warps and stages: nothing but speed depends on them."""
+    tuned(worker, True, wanted, length=70, decay=decay, delta=delta, levels=levels, state="level")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("levels", [None, 9, 3])
 @pytest.mark.parametrize("state", ["linear", "level"])

@@ -16,8 +16,10 @@ from torch import Tensor
 from llcompile.kernels import choice
 from llcompile.kernels.layout import Operands
 from llcompile.kernels.reference import reference_attention
-from llcompile.kernels.triton import engine
+from llcompile.kernels.triton import autotune, engine
+from llcompile.kernels.triton.launch import Launch
 from llcompile.kernels.triton.limits import interpreted
+from llcompile.kernels.triton.tuning import Tuning
 from llcompile.ops import loglinear_attention, loglinear_attention_step
 
 SCALE = 0.7
@@ -182,3 +184,40 @@ def step_differences(case: dict[str, object], steps: int) -> list[float]:
         (o, state), (want, want_state) = results
         found += [relative_error(o, want), relative_error(state, want_state)]
     return found
+
+
+class Pretended:
+    """A meter without a clock: every candidate runs, twice where it may, and the one asked for is the fastest."""
+
+    def __init__(self, wanted: int, tried: int) -> None:
+        self.name = f"the interpreter, for candidate {wanted}"
+        self.wanted, self.tried, self.runs = wanted, tried, 0
+        self.seen: set[str] = set()
+        self._last = False
+
+    def ready(self) -> bool:
+        return True
+
+    def refused(self, launch: Launch, chosen: Tuning) -> str | None:
+        """All but the default and the one that is wanted, for what interpreting costs."""
+        self.seen.add(launch.kernel.name)
+        found = autotune.candidates(launch.kernel)
+        wanted = found[self.wanted % len(found)]
+        self._last = chosen == wanted
+        return None if chosen in (wanted, launch.kernel.default) else "not of this test"
+
+    def milliseconds(self, run: Any) -> float:
+        for _ in range(self.tried):
+            run()
+        self.runs += self.tried
+        return 0.0 if self._last else 1.0
+
+
+def tuned_errors(
+    case: dict[str, object], final: bool, wanted: int, tried: int = 2
+) -> tuple[dict[str, tuple[float, float]], int, list[str]]:
+    """As :func:`errors` while every launch is tuned; with how many runs there were for that, and of which kernels."""
+    meter = Pretended(wanted, tried)
+    with autotune.use(meter):
+        found = errors(case, final)
+    return found, meter.runs, sorted(meter.seen)

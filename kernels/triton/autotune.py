@@ -10,13 +10,13 @@ A process reads each file once; from then on a launch costs one look into a dict
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import logging
 import os
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -124,7 +124,7 @@ def _measure(launch: Launch, meter: Meter, question: dict[str, Any]) -> Tuning:
         for candidate in candidates(launch.kernel):
             reason = meter.refused(launch, candidate)
             if reason is None:
-                times[candidate] = meter.milliseconds(lambda candidate=candidate: launch(candidate))  # type: ignore[misc]
+                times[candidate] = meter.milliseconds(partial(launch, candidate))
                 rows.append({**candidate._asdict(), "milliseconds": round(times[candidate], 5)})
             else:
                 rows.append({**candidate._asdict(), "left_out": reason})

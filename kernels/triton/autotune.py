@@ -101,8 +101,8 @@ def best(launch: Launch, meter: Meter) -> Tuning:
 def candidates(kernel: Kernel) -> tuple[Tuning, ...]:
     """What is tried, the default first: other value tiles and numbers of warps, and other numbers of stages."""
     default, widest = kernel.default, tile(kernel.d.value_dim)
-    tiles = (default.value_tile // 2, default.value_tile * 2) if kernel.tiled else ()
-    tiles = (default.value_tile, *(t for t in tiles if 16 <= t <= widest))
+    others = (default.value_tile // 2, default.value_tile * 2) if kernel.tiled else ()
+    tiles = (default.value_tile, *(t for t in others if 16 <= t <= widest))
     found = [default._replace(value_tile=t, warps=w) for t in tiles for w in (default.warps, 4, 8)]
     found += [default._replace(stages=s) for s in (1, 2, 3)]
     return tuple(dict.fromkeys(c for c in found if c == default or not _crowded(kernel.d, c)))

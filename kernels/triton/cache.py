@@ -28,10 +28,13 @@ def folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llcompile" / "kernels"
 
 
-def file_of(source: str, name: str) -> Path:
-    """The file that holds ``source``, written if it is not there or damaged; raises :class:`KernelCacheError`."""
+def file_of(source: str, name: str, place: Path | None = None) -> Path:
+    """The file that holds ``source``, in ``place`` (default: :func:`folder`), written if it is not there or damaged.
+
+    Raises :class:`KernelCacheError` where it cannot be written.
+    """
     content = source.encode()
-    path = folder() / f"{name}_{hashlib.sha256(content).hexdigest()[:16]}.py"
+    path = (place or folder()) / f"{name}_{hashlib.sha256(content).hexdigest()[:16]}.py"
     if _read(path) != content:
         write(path, content)
     return path

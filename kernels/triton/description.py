@@ -59,6 +59,11 @@ class Description:
         return self.weighted and self.initial_state == "level"
 
     @property
+    def family(self) -> str:
+        """What the mixer is, in a word for file names."""
+        return f"{self.decay}_{self.correction}_{'log_linear' if self.weighted else 'linear'}"
+
+    @property
     def key_tile(self) -> int:
         """K rounded up to what a matrix instruction takes."""
         return tile(self.key_dim)

@@ -18,8 +18,7 @@ from .tuning import Tuning, tuning
 @lru_cache(maxsize=512)
 def module_of(d: Description) -> ModuleType:
     """The imported file with the kernels of ``d``; raises KernelCacheError if it cannot be written."""
-    family = f"{d.decay}_{d.correction}_{'log_linear' if d.weighted else 'linear'}"
-    return cache.load(cache.file_of(generate(d), family))
+    return cache.load(cache.file_of(generate(d), d.family))
 
 
 class Kernel:

@@ -20,8 +20,8 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "kernels",
         help="print the generated Triton kernels, and list those on disk",
-        description="The Triton kernels that are generated for an operator: their source, and what they take on a chip. "
-        "Neither a GPU nor a model is needed.",
+        description="The Triton kernels that are generated for an operator: their source, and what they take "
+        "on a chip. Neither a GPU nor a model is needed.",
     )
     kinds = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
     listing = kinds.add_parser("list", help="the generated files on disk, and what each was made for")
@@ -41,7 +41,7 @@ def _add_description(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--correction", choices=("none", "delta"), default="none", help="default: none")
     parser.add_argument("--key-dim", metavar="K", type=_size, default=64, help="default: 64")
     parser.add_argument("--value-dim", metavar="V", type=_size, default=64, help="default: 64")
-    parser.add_argument("--repeat", metavar="N", type=_size, default=1, help="heads that share a key, H / G (default 1)")
+    parser.add_argument("--repeat", metavar="N", type=_size, default=1, help="heads to a key, H / G (default: 1)")
     parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help=f"of the operands (default: {DTYPES[0]})")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--levels", metavar="L", type=_size, default=17, help="level weights per token (default: 17)")

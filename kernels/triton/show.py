@@ -57,7 +57,8 @@ def files() -> list[File]:
     """The generated files in the cache folder, by name; files of another origin are passed over."""
     found = []
     for path in sorted(cache.folder().glob("*.py")):
-        line = next((x for x in path.read_text(errors="replace").splitlines()[:5] if x.startswith("Description(")), None)
+        head = path.read_text(errors="replace").splitlines()[:5]
+        line = next((x for x in head if x.startswith("Description(")), None)
         if line is not None:
             found.append(File(path, line))
     return found

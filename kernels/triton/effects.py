@@ -8,8 +8,8 @@ import ast
 def changed_in_place(source: str, kernel: str) -> frozenset[str]:
     """Parameters of ``kernel`` whose memory is both read and written (numbers that only help to find a place, too).
 
-    An address is a sum of a parameter and numbers, perhaps by way of a local name; it is the first argument of what
-    loads (any function), stores (``store_*``) or does both (``add_*``).
+    An address is a sum of a parameter and numbers, perhaps by way of a local name. It is the first argument of what
+    stores (``store_*``) or loads and stores (``add_*``), and any argument of what loads (every other function).
     """
     tree = ast.parse(source)
     function = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == kernel)
@@ -19,11 +19,11 @@ def changed_in_place(source: str, kernel: str) -> frozenset[str]:
     for call in ast.walk(function):
         if isinstance(call, ast.Call) and call.args:
             name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
-            found = {p for n in _names(call.args[0]) for p in behind.get(n, ())}
+            first, *others = ({p for n in _names(x) for p in behind.get(n, ())} for x in call.args)
             if name.startswith(("store", "add_")):
-                written |= found
+                written |= first
             if not name.startswith("store"):
-                read |= found
+                read |= first.union(*others)
     return frozenset(read & written)
 
 

@@ -15,6 +15,7 @@ from ..tree import depth
 from . import autotune
 from .description import describe
 from .launch import Launch, kernels_of
+from .packing import PackedGrid, pack, packed_grid
 
 
 class Call(Layout):
@@ -28,8 +29,9 @@ class Call(Layout):
         self.x, self.scale = x, scale
         self.d = describe(x, final_state)
         self.dtype = torch.float32
-        self.batch, self.tokens, self.heads, self.value_dim = x.v.shape
+        self.batch, (_, self.tokens, self.heads, self.value_dim) = x.rows, x.v.shape
         self.key_dim, self.lanes = x.q.shape[3], self.batch * self.heads
+        self.chunk_lanes = self.heads if self.d.packed else self.lanes  # of buffers that have an entry a chunk
         self.levels, self.fold = self.d.levels, (self.heads, 1)
         self.empty = x.v.numel() == 0 or x.q.numel() == 0
         if self.empty:
@@ -43,7 +45,7 @@ class Call(Layout):
             "heads": self.heads,
             "tokens": self.tokens,
             "chunks": self.chunks,
-            "lanes": self.lanes,
+            "lanes": self.chunk_lanes,
         }
         self._add_operands()
         self._add_geometry()
@@ -56,6 +58,9 @@ class Call(Layout):
         if self.d.continued:
             assert self.x.initial_state is not None
             position = position_of(self.x.initial_state)
+        if self.x.starts is not None:
+            assert self.x.lengths is not None
+            return packed_grid(self.tokens, self.x.starts, self.x.lengths, position, self.d.chunk)
         grid = make_grid(self.tokens, position, self.x.lengths, self.d.chunk)
         offset = grid.offset
         if position is not None and offset is None:
@@ -67,7 +72,7 @@ class Call(Layout):
         if x is None:
             return
         if x.dim() == 1:
-            x = x.expand(self.batch, self.tokens, self.heads)
+            x = x.expand(self.x.v.shape[:3])
         elif x.dim() == 4 and x.stride(3) != 1 and x.shape[3] > 1:
             x = x.contiguous()
         self.values |= {
@@ -88,9 +93,10 @@ class Call(Layout):
 
     def _add_geometry(self) -> None:
         grid = self.grid
-        if self.d.padded:
-            assert grid.lengths is not None
+        if grid.lengths is not None:
             self.values["lengths"] = grid.lengths.to(torch.int32)
+        if isinstance(grid, PackedGrid):
+            self.values |= {"starts": grid.starts.to(torch.int32), **pack(grid)._asdict()}
         if self.d.continued:
             assert grid.offset is not None
             assert self.d.levels is not None
@@ -136,7 +142,22 @@ class Call(Layout):
         """As :meth:`buffer`, filled with 0, fp32."""
         return self.buffer(name, *shape).zero_()
 
+    def chunk_buffer(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """As :meth:`buffer`, with an entry of ``shape`` for each chunk."""
+        return self.buffer(name, self.chunk_lanes, self.chunks, *shape, dtype=dtype)
+
     # -- launches -----------------------------------------------------------------------------------------------------
+
+    def launch_chunks(self, kernel: str, tiled: bool = False) -> None:
+        """Run ``kernel`` with a program for each chunk."""
+        self.launch(kernel, self.chunk_lanes * self.chunks, tiled)
+
+    def launch_pairs(self, kernel: str, level: int, tiled: bool = False) -> None:
+        """Run ``kernel`` with a program for each pair of blocks of ``2 ** level`` chunks."""
+        pairs = self.chunks >> (level + 1)
+        if self.d.packed:  # a sequence's last pair may end where no whole pair of all chunks does
+            pairs = -(-self.chunks // (2 << level))
+        self.launch(kernel, self.chunk_lanes * pairs, tiled, pairs=pairs, level=level)
 
     def launch(self, kernel: str, programs: int, tiled: bool = False, **values: Any) -> None:
         """Run ``programs`` programs of ``kernel`` (times its value tiles), with ``values`` beside those of the call."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from kernel_cases import Operands as Case
-from kernel_cases import operands, relative_error
+from kernel_cases import both, operands, relative_error
 from torch import Tensor
 
 from llcompile.kernels import choice
@@ -167,6 +167,42 @@ def through_the_operator() -> dict[str, float]:
             grads = torch.autograd.grad(o.square().sum() + state[:, :, 1:].square().sum(), list(wanted.values()))
         results.append({"o": o.detach(), "state": state.detach(), **dict(zip(wanted, grads, strict=True))})
     return {n: relative_error(t, results[1][n]) for n, t in results[0].items()}
+
+
+def packed_errors(
+    case: dict[str, object], bounds: list[int] | None, mask: list[list[int]] | None, spoilt: int | None = None
+) -> dict[str, tuple[float, float]]:
+    """As :func:`errors`, of packed (``bounds``) or padded sequences through the public function, final states and all.
+
+    Every operand of sequence ``spoilt`` of the packed ones is NaN; what is compared is all others'.
+    """
+    x = operands(**case)  # type: ignore[arg-type]
+    keep_tokens, keep_rows = slice(None), slice(None)
+    where: dict[str, object] = {"attention_mask": None if mask is None else torch.tensor(mask)}
+    if bounds is not None:
+        where = {"cu_seqlens": torch.tensor(bounds)}
+        state = {"batch": len(bounds) - 1, "dtype": case["dtype"], "heads": case["heads"], "levels": case["levels"]}
+        x["initial_state"] = operands(1, state=case.get("state"), **state)["initial_state"]  # type: ignore[arg-type]
+    if bounds is not None and spoilt is not None:
+        token, row = (torch.arange(n) for n in (bounds[-1], len(bounds) - 1))
+        keep_tokens = (token < bounds[spoilt]) | (token >= bounds[spoilt + 1])  # type: ignore[assignment]
+        keep_rows = row != spoilt  # type: ignore[assignment]
+        for t in x.values():
+            if t is not None and t.shape[0] == 1:
+                t[:, ~keep_tokens] = torch.nan  # type: ignore[operator]
+    found = {}
+    with choice.use("triton"):
+        for name, (ours, want) in both(x, SCALE, **where).items():
+            if name in ("state", "initial_state"):
+                ours, want = ours[keep_rows], want[keep_rows]
+                if ours.dim() == 5:
+                    assert torch.equal(ours[:, :, 0].double(), want[:, :, 0])
+                    ours, want = ours[:, :, 1:], want[:, :, 1:]
+            elif ours.dim() > 1:
+                ours, want = ours[:, keep_tokens], want[:, keep_tokens]
+            assert torch.isfinite(ours).all(), f"{name} is not finite"
+            found[name] = (relative_error(ours, want), budget(x))
+    return found
 
 
 def step_differences(case: dict[str, object], steps: int) -> list[float]:

@@ -1,7 +1,7 @@
-"""Packed and padded batches become rows that start at token 0, with a length each.
+"""Where the sequences of packed and padded batches are, and how they become rows that start at token 0.
 
-Levels count from the start of a sequence, so sequences are moved to the start of a row before the operator and back
-after it. Moving is an index_select, so it is differentiable and leaves no trace in the operator itself.
+Levels count from the start of a sequence. The Triton kernels read sequences where they are (:class:`Spans`). For the
+ATen lowering they are moved to the start of a row each, and back after it (:class:`Rows`).
 """
 
 from __future__ import annotations
@@ -10,6 +10,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Spans(NamedTuple):
+    """Where sequences are in the flattened batch; none of them is looked at."""
+
+    starts: Tensor  # [rows] first token
+    lengths: Tensor  # [rows]
 
 
 class Rows(NamedTuple):
@@ -22,23 +29,45 @@ class Rows(NamedTuple):
     width: int | torch.SymInt
 
 
-def rows_of_mask(mask: Tensor) -> Rows:
-    """Rows of a padded batch, mask ``[B, T]`` (non-zero = real, contiguous in each row)."""
+def spans_of_mask(mask: Tensor) -> Spans:
+    """The sequences of a padded batch, mask ``[B, T]`` (non-zero = real, contiguous in each row)."""
     batch, width = mask.shape
     real = mask != 0
     lengths = real.sum(1)
-    start = real.to(torch.int64).argmax(1) if width else lengths  # first real token; 0 in an empty row
-    place = torch.arange(width, device=mask.device)
+    first = real.to(torch.int64).argmax(1) if width else lengths  # 0 in an empty row
+    return Spans(torch.arange(batch, device=mask.device) * width + first, lengths)
+
+
+def spans_of_bounds(cu_seqlens: Tensor) -> Spans:
+    """The sequences of a packed batch of one row, from their bounds ``[N + 1]``."""
+    bounds = cu_seqlens.to(torch.int64)
+    return Spans(bounds[:-1], bounds[1:] - bounds[:-1])
+
+
+def bounds_of_indices(seq_idx: Tensor) -> Tensor:
+    """Bounds ``[N + 1]`` in the flattened batch of the sequences ``[B, T]`` that its tokens belong to."""
+    first = torch.ones_like(seq_idx, dtype=torch.bool)
+    first[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
+    starts = first.flatten().nonzero()[:, 0]
+    return torch.cat([starts, starts.new_tensor([seq_idx.numel()])])
+
+
+def rows_of_mask(mask: Tensor) -> Rows:
+    """Rows of a padded batch, mask as in :func:`spans_of_mask`."""
+    batch, width = mask.shape
+    starts, lengths = spans_of_mask(mask)
     base = torch.arange(batch, device=mask.device)[:, None] * width
-    gather = base + (start[:, None] + place).clamp(max=max(width - 1, 0))
-    scatter = base + (place - start[:, None]).clamp(min=0)
-    return Rows(gather.flatten(), scatter.flatten(), real, lengths, width)
+    start = starts[:, None] - base
+    place = torch.arange(width, device=mask.device)
+    gather = base + (start + place).clamp(max=max(width - 1, 0))
+    scatter = base + (place - start).clamp(min=0)
+    return Rows(gather.flatten(), scatter.flatten(), mask != 0, lengths, width)
 
 
 def rows_of_bounds(cu_seqlens: Tensor, tokens: int) -> Rows:
-    """Rows of a packed batch of one row, from the bounds ``[N + 1]`` of its N sequences."""
+    """Rows of a packed batch of one row, bounds as in :func:`spans_of_bounds`."""
     bounds = cu_seqlens.to(torch.int64)
-    start, lengths = bounds[:-1], bounds[1:] - bounds[:-1]
+    start, lengths = spans_of_bounds(bounds)
     width = int(lengths.max()) if lengths.numel() else 0  # the one value that has to be known to make the rows
     place = torch.arange(width, device=bounds.device)
     gather = (start[:, None] + place).clamp(max=max(tokens - 1, 0))
@@ -47,15 +76,6 @@ def rows_of_bounds(cu_seqlens: Tensor, tokens: int) -> Rows:
     real = (token >= bounds[0]) & (token < bounds[-1])
     scatter = torch.where(real, row * width + token - start[row], 0)
     return Rows(gather.flatten(), scatter, real[None], lengths, width)
-
-
-def rows_of_indices(seq_idx: Tensor) -> Rows:
-    """Rows of sequences packed in each row of a batch, from the sequence ``[B, T]`` that each token belongs to."""
-    first = torch.ones_like(seq_idx, dtype=torch.bool)
-    first[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
-    tokens = seq_idx.numel()
-    starts = first.flatten().nonzero()[:, 0]
-    return rows_of_bounds(torch.cat([starts, starts.new_tensor([tokens])]), tokens)
 
 
 def to_rows(x: Tensor | None, rows: Rows) -> Tensor | None:

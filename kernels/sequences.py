@@ -1,7 +1,7 @@
 """The operator on sequences that do not fill their rows: packed one after another, or padded on either side.
 
-One torch operator around the plain one. Where the sequences are is a tensor's value, so the rows that they are moved to
-have a width that no compiler knows; inside an operator that is nobody's concern.
+One torch operator around the plain one. The Triton kernels read sequences where they are. For the ATen lowering they
+are moved to rows, whose width is a tensor's value, which no compiler knows; in an operator that is nobody's concern.
 """
 
 from __future__ import annotations
@@ -11,9 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import operators
+from . import choice, operators
+from .layout import Operands
 from .operands import check_bounds, check_indices, check_mask
-from .ragged import Rows, from_rows, rows_of_bounds, rows_of_indices, rows_of_mask, to_rows
+from .ragged import (
+    Rows,
+    bounds_of_indices,
+    from_rows,
+    rows_of_bounds,
+    rows_of_mask,
+    spans_of_bounds,
+    spans_of_mask,
+    to_rows,
+)
 from .state import state_dtype
 
 
@@ -32,14 +42,16 @@ def _attention(
     attention_mask: Tensor | None,
     seq_idx: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    rows = _rows(v, cu_seqlens, attention_mask, seq_idx)
-    tensors = (q, k, v, level_weights, log_decay, beta)
-    run = torch.ops.llcompile.loglinear_attention
-    if rows is None:
-        o, state = run(*tensors, initial_state, scale, return_final_state)
-        return o, state
-    moved = (to_rows(x, rows) for x in tensors)
-    o, state = run(*moved, initial_state, scale, return_final_state, rows.lengths)
+    x = Operands(q, k, v, level_weights, log_decay, beta, initial_state, None)
+    bounds, mask = _where(v, cu_seqlens, attention_mask, seq_idx)
+    if bounds is None and mask is None:
+        return operators.run(x, scale, return_final_state)
+    packed = _packed(x, bounds, mask)
+    if choice.by_triton(packed, return_final_state):
+        o, state = operators.run(packed, scale, return_final_state)
+        return o.reshape(v.shape), state
+    rows = _rows(v, bounds, mask)
+    o, state = operators.run(_in_rows(x, rows), scale, return_final_state)
     return from_rows(o, rows).reshape(v.shape), state
 
 
@@ -60,34 +72,68 @@ def _attention_backward(
     attention_mask: Tensor | None,
     seq_idx: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rows = _rows(v, cu_seqlens, attention_mask, seq_idx)
-    tensors = (q, k, v, level_weights, log_decay, beta)
-    run = torch.ops.llcompile.loglinear_attention_backward
-    if rows is None:
-        return run(grad_o, grad_state, *tensors, initial_state, scale, return_final_state)  # type: ignore[no-any-return]
-    moved = [to_rows(x, rows) for x in (grad_o, *tensors)]
-    *grads, d_state = run(moved[0], grad_state, *moved[1:], initial_state, scale, return_final_state, rows.lengths)
-    # A token stands in one place of the rows, so that moving back is the adjoint of moving there.
-    back = [
-        from_rows(d, rows).reshape(x.shape) if x is not None and x.dim() > 2 else d
-        for x, d in zip(tensors, grads, strict=True)
-    ]
-    return (*back, d_state)  # type: ignore[return-value]
+    x = Operands(q, k, v, level_weights, log_decay, beta, initial_state, None)
+    last = grad_state if return_final_state else None
+    bounds, mask = _where(v, cu_seqlens, attention_mask, seq_idx)
+    if bounds is None and mask is None:
+        return operators.run_backward(x, scale, grad_o, last)  # type: ignore[return-value]
+    packed = _packed(x, bounds, mask)
+    if choice.by_triton(packed, return_final_state):
+        grads = operators.run_backward(packed, scale, _flat(grad_o), last)
+    else:
+        rows = _rows(v, bounds, mask)
+        moved = to_rows(grad_o, rows)
+        assert moved is not None
+        # A token stands in one place of the rows, so that moving back is the adjoint of moving there.
+        found = operators.run_backward(_in_rows(x, rows), scale, moved, last)
+        grads = tuple(
+            from_rows(d, rows) if i < 6 and tensor is not None and tensor.dim() > 2 else d
+            for i, (tensor, d) in enumerate(zip(x[:7], found, strict=True))
+        )
+    return tuple(d if t is None else d.reshape(t.shape) for t, d in zip(x[:7], grads, strict=True))  # type: ignore[return-value]
 
 
-def _rows(v: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None, seq_idx: Tensor | None) -> Rows | None:
-    """Where the sequences are; None where each fills its row."""
+def _where(
+    v: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None, seq_idx: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Bounds in the flattened batch, or a mask ``[B, T]``, after a check; neither where each sequence fills its row."""
     if cu_seqlens is not None:
         check_bounds(cu_seqlens, v)
-        return rows_of_bounds(cu_seqlens, v.shape[1])
+        return cu_seqlens, None
     if seq_idx is not None:
         check_indices(seq_idx, v)
-        return rows_of_indices(seq_idx)
+        return bounds_of_indices(seq_idx), None
     assert mask is not None
     check_mask(mask, v)
-    if mask.device.type == "cpu" and bool((mask != 0).all()):
-        return None
+    full = mask.device.type == "cpu" and bool((mask != 0).all())
+    return None, None if full else mask
+
+
+def _rows(v: Tensor, bounds: Tensor | None, mask: Tensor | None) -> Rows:
+    if bounds is not None:
+        return rows_of_bounds(bounds, v.shape[0] * v.shape[1])
+    assert mask is not None
     return rows_of_mask(mask)
+
+
+def _in_rows(x: Operands, rows: Rows) -> Operands:
+    """Each sequence moved to the start of a row of its own."""
+    return Operands(*(to_rows(t, rows) for t in x[:6]), x.initial_state, rows.lengths)  # type: ignore
+
+
+def _packed(x: Operands, bounds: Tensor | None, mask: Tensor | None) -> Operands:
+    """Sequences where they are, in a batch of one."""
+    if bounds is not None:
+        spans = spans_of_bounds(bounds)
+    else:
+        assert mask is not None
+        spans = spans_of_mask(mask)
+    return Operands(*(_flat(t) for t in x[:6]), x.initial_state, spans.lengths, spans.starts)  # type: ignore
+
+
+def _flat(x: Tensor | None) -> Any:
+    """``[B, T, ...] -> [1, B * T, ...]``, a view where strides allow it; a decay per head stays."""
+    return x if x is None or x.dim() < 3 else x.flatten(0, 1)[None]
 
 
 @_attention.register_fake

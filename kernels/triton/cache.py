@@ -28,12 +28,15 @@ def folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llcompile" / "kernels"
 
 
-def file_of(source: str, name: str) -> Path:
-    """The file that holds ``source``, written if it is not there or damaged; raises :class:`KernelCacheError`."""
+def file_of(source: str, name: str, place: Path | None = None) -> Path:
+    """The file that holds ``source``, in ``place`` (default: :func:`folder`), written if it is not there or damaged.
+
+    Raises :class:`KernelCacheError` where it cannot be written.
+    """
     content = source.encode()
-    path = folder() / f"{name}_{hashlib.sha256(content).hexdigest()[:16]}.py"
+    path = (place or folder()) / f"{name}_{hashlib.sha256(content).hexdigest()[:16]}.py"
     if _read(path) != content:
-        _write(path, content)
+        write(path, content)
     return path
 
 
@@ -62,7 +65,8 @@ def _read(path: Path) -> bytes | None:
         return None
 
 
-def _write(path: Path, content: bytes) -> None:
+def write(path: Path, content: bytes) -> None:
+    """Put ``content`` in place whole, whoever reads or writes at the same time; raises :class:`KernelCacheError`."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=".tmp")

@@ -18,8 +18,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from .call import module_of
 from .description import Description
+from .launch import module_of
 from .source import kernel_names
 from .tuning import tuning
 

@@ -1,0 +1,82 @@
+"""Look: the report of a dry run, with everything that can be shown about it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from llcompile.look.records import MixerLook
+from llcompile.report import Report
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What was looked at: the model, the inputs that it was run on, and the options."""
+
+    model: nn.Module
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Look(Report):
+    """The report of `llcompile.inspect`, and what there is to see. It prints as the report.
+
+    Args:
+        mixers: one record for each mixer that was converted or declined, in the order in which the model calls them.
+        subject: what was looked at.
+    """
+
+    mixers: tuple[MixerLook, ...] = ()
+    subject: Subject | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def graph_before(self) -> str:
+        """Each mixer's region as readable code with shapes, as the model has it."""
+        return _joined(self.mixers, lambda mixer: mixer.before)
+
+    @property
+    def graph_after(self) -> str:
+        """The code that takes the place of each converted mixer."""
+        return _joined(self.mixers, lambda mixer: mixer.after or "# unchanged: " + mixer.reason)
+
+    @property
+    def diff(self) -> str:
+        """The unified diffs of all regions."""
+        return "\n".join(mixer.diff for mixer in self.mixers if mixer.diff)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report and the mixers as plain dicts, lists and numbers, ready for JSON."""
+        return {**self.report.to_dict(), "mixers": [asdict(mixer) for mixer in self.mixers]}
+
+    @property
+    def report(self) -> Report:
+        """The report alone."""
+        return Report(self.converted, self.declined, self.untouched, self.graphs, self.title)
+
+    def to_html(self, path: str | Path) -> Path:
+        """Writes the look as one page that needs no network; returns its path.
+
+        Raises:
+            MissingLibraryError: a library of the extra `html` is not installed.
+            OutputError: the file cannot be written.
+        """
+        from llcompile.files import write_text
+        from llcompile.look.page import page  # type: ignore[import-not-found]
+
+        return write_text(path, page(self))
+
+    def to_mlir(self, dialect: str = "torch", mixer: str | None = None) -> str:
+        """The rewritten model as MLIR, or one of its mixers; see `llcompile.look.mlir.to_mlir`."""
+        from llcompile.look.mlir import to_mlir  # type: ignore[import-not-found]
+
+        return to_mlir(self, dialect, mixer)
+
+
+def _joined(mixers: tuple[MixerLook, ...], text: Any) -> str:
+    blocks = (f"# {mixer.module or '(root)'}: {mixer.family or mixer.reason}\n{text(mixer)}" for mixer in mixers)
+    return "\n\n".join(blocks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from llcompile.look.records import MixerLook
+from llcompile.options import Options
 from llcompile.report import Report
 
 
@@ -17,9 +19,9 @@ class Subject:
     """What was looked at: the model, the inputs that it was run on, and the options."""
 
     model: nn.Module
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    options: dict[str, Any] = field(default_factory=dict)
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    options: Options
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,6 @@ class Look(Report):
         return to_mlir(self, dialect, mixer)
 
 
-def _joined(mixers: tuple[MixerLook, ...], text: Any) -> str:
-    blocks = (f"# {mixer.module or '(root)'}: {mixer.family or mixer.reason}\n{text(mixer)}" for mixer in mixers)
+def _joined(mixers: tuple[MixerLook, ...], text: Callable[[MixerLook], str]) -> str:
+    blocks = (f"# {mixer.name}: {mixer.family or mixer.reason}\n{text(mixer)}" for mixer in mixers)
     return "\n\n".join(blocks)

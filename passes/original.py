@@ -18,7 +18,8 @@ def original(session: Session) -> fx.GraphModule:
 
 
 def _copied(session: Session, region: Region, copies: dict[int, fx.GraphModule]) -> fx.GraphModule:
-    graph, nodes = fx.Graph(), {}
+    graph = fx.Graph()
+    nodes: dict[fx.Node, fx.Node] = {}
     result = graph.graph_copy(region.graph, nodes)
     graph.output(result)
     for site in session.sites:

@@ -23,6 +23,19 @@ def call_in(nodes: Iterable[fx.Node]) -> Call | None:
     return _call(*calls[-1]) if calls else None
 
 
+def weight_nodes(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """Those of a mixer's new nodes that compute its level weights."""
+    new = set(nodes)
+    pending = [a for n in new if _operator(n) for a in n.args[3:4] if isinstance(a, fx.Node)]
+    found: set[fx.Node] = set()
+    while pending:
+        node = pending.pop()
+        if node in new and node not in found:
+            found.add(node)
+            pending.extend(node.all_input_nodes)
+    return found
+
+
 def _operator(node: fx.Node) -> str:
     name = str(node.target).removeprefix("llcompile.").removesuffix(".default")
     return name if node.op == "call_function" and name.startswith(_SEQUENCE) else ""

@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx
 
 from llcompile.look import code, operands
-from llcompile.look.call import call_in
+from llcompile.look.call import call_in, weight_nodes
 from llcompile.look.drawing import draw
 from llcompile.look.records import MixerLook
 from llcompile.look.source_lines import excerpt
@@ -105,7 +105,8 @@ def _after(draft: _Draft) -> MixerLook:
     written = set(site.written)
     nodes = [n for n in site.region.graph.nodes if n in written and (n.users or n.is_impure())]
     after = code.text(code.steps(nodes, site.module))
-    return replace(draft.look, after=after, call=call_in(nodes), drawing_after=draw(nodes, site.module))
+    folded = dict.fromkeys(weight_nodes(nodes), "level weights")
+    return replace(draft.look, after=after, call=call_in(nodes), drawing_after=draw(nodes, site.module, folded))
 
 
 def _region_nodes(site: Site) -> set[fx.Node]:

@@ -28,7 +28,7 @@ SYMBOLS = {
 _STATE = 4  # bytes of a number of a state: fp32
 
 
-class log2(sympy.Function):  # type: ignore[misc]  # noqa: N801  (printed as it is read)
+class log2(sympy.Function):  # type: ignore[misc]
     """The base-2 logarithm, unexpanded: sympy's own would print as log(x)/log(2)."""
 
 
@@ -131,7 +131,7 @@ def _chunks(decay: Decay, delta: bool) -> Any:
 
 
 def _carry(delta: bool, weighted: bool) -> Any:
-    """From chunk to chunk: with the delta rule transitions are K x K matrices, multiplied with states and each other."""
+    """From chunk to chunk: the delta rule's transitions are K x K matrices, multiplied with states and each other."""
     return H * 2 * K**2 * (K + (1 if weighted else 2) * V) / C if delta else 0
 
 

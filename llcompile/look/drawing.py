@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import fx
 
@@ -14,35 +14,35 @@ _FEW = 32  # operations that are drawn one by one; more are drawn line by line
 _UP, _DOWN = 2, 2  # how far around the mixer the drawing goes
 
 
-def draw(nodes: Sequence[fx.Node], module: str) -> Drawing:
+def draw(nodes: Sequence[fx.Node], module: str, folded: Mapping[fx.Node, str] | None = None) -> Drawing:
     """The nodes of one graph and their surroundings.
 
     Args:
         nodes: the mixer's, in the order of the graph.
         module: the mixer's module, whose parameters are called `self.…`.
+        folded: nodes that share a box, with its title. Without it, more than a few nodes are drawn line by line.
     """
     inside = set(nodes)
     around = _above(inside) | _below(inside)
     shown = [n for n in (nodes[0].graph.nodes if nodes else ()) if n in inside or n in around]
     made = dict(zip(shown, steps(shown, module), strict=True))
-    fold = len(inside) > _FEW
+    if folded is None:
+        folded = {n: _line(made[n]) for n in nodes if made[n].where} if len(nodes) > _FEW else {}
     boxes: dict[str, Box] = {}
     box_of: dict[fx.Node, str] = {}
     for node, step in made.items():
         kind: Kind = "inside" if node in inside else "parameter" if _is_held(node) else "outside"
-        name = f"line {step.where}" if fold and kind == "inside" and step.where else step.name
+        title = folded.get(node) or (step.name if kind == "parameter" or node.op == "placeholder" else step.operation)
+        name = f"folded {title}" if node in folded else step.name
+        count = boxes[name].count + 1 if name in boxes else 1
         box_of[node] = name
-        boxes[name] = _box(name, step, kind, boxes.get(name), by_line=name != step.name)
+        boxes[name] = Box(name, title, step.shape, kind, count, step.where)
     edges = ((box_of[parent], box_of[node]) for node in shown for parent in node.all_input_nodes if parent in box_of)
     return Drawing(tuple(boxes.values()), tuple(dict.fromkeys(e for e in edges if e[0] != e[1])))
 
 
-def _box(name: str, step: Step, kind: Kind, before: Box | None, by_line: bool) -> Box:
-    count = 1 if before is None else before.count + 1
-    title = step.where.partition(" in ")[0].rpartition("/")[2] if by_line else step.operation
-    if step.operation in ("placeholder", "get_attr"):
-        title = step.name
-    return Box(name, title, step.shape, kind, count, step.where)
+def _line(step: Step) -> str:
+    return step.where.partition(" in ")[0].rpartition("/")[2]
 
 
 def _above(inside: set[fx.Node]) -> set[fx.Node]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from llcompile.look.cost import MixerCost, cost_of
+from llcompile.look.kernels import Kernels, kernels_of
 from llcompile.look.records import MixerLook
 from llcompile.options import Options
 from llcompile.report import Report
@@ -51,9 +54,32 @@ class Look(Report):
         """The unified diffs of all regions."""
         return "\n".join(mixer.diff for mixer in self.mixers if mixer.diff)
 
+    @cached_property
+    def kernels(self) -> tuple[Kernels, ...]:
+        """The generated Triton sources that the converted mixers run by on a GPU, one for each kind of call."""
+        return kernels_of(self.mixers)
+
+    @cached_property
+    def costs(self) -> dict[str, MixerCost]:
+        """What each converted mixer costs, by its module's name."""
+        return {m.name: cost_of(m.call, m.parameters) for m in self.mixers if m.call is not None}
+
     def to_dict(self) -> dict[str, Any]:
         """The report and the mixers as plain dicts, lists and numbers, ready for JSON."""
-        return {**self.report.to_dict(), "mixers": [asdict(mixer) for mixer in self.mixers]}
+        return {**self.report.to_dict(), "mixers": [self._mixer(mixer) for mixer in self.mixers]}
+
+    def _mixer(self, mixer: MixerLook) -> dict[str, Any]:
+        """A mixer without its drawings, with its cost as text and at the example's length."""
+        found = {k: v for k, v in asdict(mixer).items() if not k.startswith("drawing")}
+        cost = self.costs.get(mixer.name)
+        if cost is not None:
+            forms = {"linear": cost.linear, "loglinear": cost.loglinear}
+            found["cost"] = {
+                "at": cost.at(),
+                "values": dict(cost.values),
+                "symbolic": {form: {k: str(v) for k, v in vars(c).items()} for form, c in forms.items()},
+            }
+        return found
 
     @property
     def report(self) -> Report:
@@ -68,7 +94,7 @@ class Look(Report):
             OutputError: the file cannot be written.
         """
         from llcompile.files import write_text
-        from llcompile.look.page import page  # type: ignore[import-not-found]
+        from llcompile.look.page import page
 
         return write_text(path, page(self))
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect as inspect_module
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -82,6 +84,8 @@ def _captured(
     discover.refused_calls({})  # what another run has left
     try:
         _run(model, capture, args, kwargs)
+        if not capture.report.graphs:
+            _expect_graph(model, args, kwargs)
         broken = Report(declined=tuple(discover.refused_calls(capture.names)))  # after the last graph
         report = _titled(capture.report.merged(broken), model)
         compile_run.check_strict(report, options)
@@ -135,6 +139,20 @@ def _run(model: nn.Module, capture: _Capture, args: tuple[Any, ...], kwargs: dic
         torch._dynamo.optimize(capture)(fresh)(*args, **kwargs)  # type: ignore[no-untyped-call]
 
 
+def _expect_graph(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A model that computes something must have become a graph."""
+    with _unchanged(model), torch.no_grad():
+        refused = dynamo.no_graph(model.forward, args, kwargs)
+    if refused is not None:
+        reason, where = refused
+        code = inspect_module.unwrap(type(model).forward).__code__
+        where = where or f"{code.co_filename}:{code.co_firstlineno} in {code.co_name}"
+        raise CaptureError(
+            f"no graph could be made of {type(model).__name__}, so nothing is known about it: {reason} ({where}). "
+            "TORCH_LOGS=graph_breaks says more; nothing was changed."
+        )
+
+
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
     """Puts buffers and the random state back as they were before the example run."""
@@ -183,4 +201,4 @@ def _shown(value: Any) -> str:
 
 
 def _titled(report: Report, model: nn.Module) -> Report:
-    return Report(report.converted, report.declined, report.untouched, report.graphs, type(model).__name__)
+    return replace(report, title=type(model).__name__)

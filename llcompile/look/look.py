@@ -84,7 +84,7 @@ class Look(Report):
     @property
     def report(self) -> Report:
         """The report alone."""
-        return Report(self.converted, self.declined, self.untouched, self.graphs, self.title)
+        return Report(self.converted, self.declined, self.untouched, self.graphs, self.title, self.breaks)
 
     def to_html(self, path: str | Path) -> Path:
         """Writes the look as one page that needs no network; returns its path.

@@ -135,7 +135,9 @@ def _run(model: nn.Module, capture: _Capture, args: tuple[Any, ...], kwargs: dic
 
     # A code object of its own, so that what Dynamo remembers about this run dies with it.
     fresh = types.FunctionType(run.__code__.replace(), globals(), "convert", None, run.__closure__)
-    with _unchanged(model), torch.no_grad():
+    # What other models have taught Dynamo about lengths that vary must not make this trace another one.
+    static = torch._dynamo.config.patch(automatic_dynamic_shapes=False)
+    with _unchanged(model), torch.no_grad(), static:
         torch._dynamo.optimize(capture)(fresh)(*args, **kwargs)  # type: ignore[no-untyped-call]
 
 

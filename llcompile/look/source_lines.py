@@ -27,10 +27,8 @@ def excerpt(where: str, others: Iterable[str] = ()) -> Excerpt | None:
     if place is None:
         return None
     file, line, function = place["file"], int(place["line"]), place["function"]
-    found = (_WHERE.match(other) for other in others)
-    marked = {int(m["line"]) for m in found if m is not None and (m["file"], m["function"]) == (file, function)} | {
-        line
-    }
+    found = [m for m in map(_WHERE.match, others) if m and (m["file"], m["function"]) == (file, function)]
+    marked = {line, *(int(m["line"]) for m in found)}
     if max(marked) - min(marked) > _MOST:
         marked = {n for n in marked if abs(n - line) <= _AROUND}
     linecache.checkcache(file)  # it may have been edited since it was imported

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect as inspect_module
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +14,9 @@ from torch import fx, nn
 
 from llcompile import attachment, backend, compile_run, recompile_room
 from llcompile.errors import CaptureError, LLCompileError, ModelError
+from llcompile.look.collect import collect
+from llcompile.look.look import Look, Subject
+from llcompile.look.records import MixerLook
 from llcompile.options import Options
 from llcompile.passes import discover, dynamo
 from llcompile.report import Report
@@ -38,17 +43,24 @@ def convert(
         CaptureError: the model does not run on the example inputs, or cannot be traced.
         OptionError, LevelWeightsError, StrictError: see `llcompile.errors`. The model is as it was.
     """
-    return _captured(model, example_args, example_kwargs, options, dry_run=False)
+    report, _ = _captured(model, example_args, example_kwargs, options, dry_run=False)
+    return report
 
 
-def inspect(
-    model: nn.Module, *example_args: Any, options: dict[str, Any] | None = None, **example_kwargs: Any
-) -> Report:
+def inspect(model: nn.Module, *example_args: Any, options: dict[str, Any] | None = None, **example_kwargs: Any) -> Look:
     """What `convert` would do: the same decisions and proofs, nothing attached, nothing changed.
 
-    Args, returns and raises: as for `convert`.
+    A model on the device `meta` will do: shapes are looked at, no values.
+
+    Args and raises: as for `convert`.
+
+    Returns:
+        The report, and everything there is to see: `graph_before`, `graph_after`, `diff`, `costs`, `kernels`,
+        `to_html(path)`, `to_mlir()`.
     """
-    return _captured(model, example_args, example_kwargs, options, dry_run=True)
+    report, capture = _captured(model, example_args, example_kwargs, options, dry_run=True)
+    subject = Subject(model, example_args, example_kwargs, Options.parse(options))
+    return Look(**vars(report), mixers=tuple(capture.mixers), subject=subject)
 
 
 def revert(model: nn.Module) -> int:
@@ -63,7 +75,7 @@ def revert(model: nn.Module) -> int:
 
 def _captured(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[str, Any] | None, dry_run: bool
-) -> Report:
+) -> tuple[Report, _Capture]:
     options = Options.parse(given)
     _check_model(model, "inspect" if dry_run else "convert")
     backend.prepare()
@@ -72,6 +84,8 @@ def _captured(
     discover.refused_calls({})  # what another run has left
     try:
         _run(model, capture, args, kwargs)
+        if not capture.report.graphs:
+            _expect_graph(model, args, kwargs)
         broken = Report(declined=tuple(discover.refused_calls(capture.names)))  # after the last graph
         report = _titled(capture.report.merged(broken), model)
         compile_run.check_strict(report, options)
@@ -85,7 +99,7 @@ def _captured(
         raise CaptureError(_capture_message(model, args, kwargs, error)) from error
     if any(id(weights) not in before for _, _, weights in attachment.attached(model)):
         dynamo.forget_compiled()
-    return report
+    return report, capture
 
 
 class _Capture:
@@ -99,13 +113,21 @@ class _Capture:
         self.options = options
         self.dry_run = dry_run
         self.report = Report()
+        self.mixers: list[MixerLook] = []
         self.kwargs = {"options": {"level_weights": options.level_weights}}
 
     def __call__(self, module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         recompile_room.make_room(dynamo.root_module())
         session = compile_run.new_session(module, self.options, self.names, self.dry_run)
-        self.report = self.report.merged(compile_run.look(session))
-        return compile_run.original_code(session)
+        found = compile_run.look(session)
+        self.report = self.report.merged(found)
+        if not self.dry_run:
+            return compile_run.original_code(session)
+        mixers, original = collect(session, found)
+        # A frame that was traced twice is looked at twice; the later look holds.
+        again = {(mixer.module, mixer.where) for mixer in mixers}
+        self.mixers = [m for m in self.mixers if (m.module, m.where) not in again] + mixers
+        return original
 
 
 def _run(model: nn.Module, capture: _Capture, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -114,8 +136,24 @@ def _run(model: nn.Module, capture: _Capture, args: tuple[Any, ...], kwargs: dic
 
     # A code object of its own, so that what Dynamo remembers about this run dies with it.
     fresh = types.FunctionType(run.__code__.replace(), globals(), "convert", None, run.__closure__)
-    with _unchanged(model), torch.no_grad():
+    # What other models have taught Dynamo about lengths that vary must not make this trace another one.
+    static = torch._dynamo.config.patch(automatic_dynamic_shapes=False)
+    with _unchanged(model), torch.no_grad(), static:
         torch._dynamo.optimize(capture)(fresh)(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+
+def _expect_graph(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A model that computes something must have become a graph."""
+    with _unchanged(model), torch.no_grad():
+        refused = dynamo.no_graph(model.forward, args, kwargs)
+    if refused is not None:
+        reason, where = refused
+        code = inspect_module.unwrap(type(model).forward).__code__
+        where = where or f"{code.co_filename}:{code.co_firstlineno} in {code.co_name}"
+        raise CaptureError(
+            f"no graph could be made of {type(model).__name__}, so nothing is known about it: {reason} ({where}). "
+            "TORCH_LOGS=graph_breaks says more; nothing was changed."
+        )
 
 
 @contextmanager
@@ -166,4 +204,4 @@ def _shown(value: Any) -> str:
 
 
 def _titled(report: Report, model: nn.Module) -> Report:
-    return Report(report.converted, report.declined, report.untouched, report.graphs, type(model).__name__)
+    return replace(report, title=type(model).__name__)

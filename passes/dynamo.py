@@ -6,20 +6,25 @@ moves something fails there and not in a user's model.
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from torch import fx, nn
-from torch._dynamo.exc import ShortenTraceback, TensorifyScalarRestartAnalysis
+from torch._dynamo.exc import ShortenTraceback, TensorifyScalarRestartAnalysis, Unsupported
 from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX
 from torch._dynamo.source import AttrSource, GlobalSource, LocalSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.variables.builder import VariableBuilder
 from torch._guards import Source
 from torch._subclasses.fake_tensor import FakeTensor
+
+# What Dynamo calls some breaks among friends.
+_REASONS = {"generic_jump": "it branches on the values of a tensor"}
 
 
 def current_translator() -> InstructionTranslator | None:
@@ -91,6 +96,37 @@ def is_whole_frame() -> bool:
     frame, reason = translator.output.root_tx or translator, translator.output.compile_subgraph_reason
     after_break = frame.f_code.co_name.startswith(TORCH_DYNAMO_RESUME_IN_PREFIX)
     return reason is not None and not reason.graph_break and not after_break
+
+
+def graph_break() -> tuple[str, str] | None:
+    """What ended the graph being compiled before its function did: the reason, and `file:line in function`."""
+    translator = current_translator()
+    reason = None if translator is None else translator.output.compile_subgraph_reason
+    if reason is None or not reason.graph_break:
+        return None
+    return _first_line(reason.reason), _user_frame(list(reason.user_stack))
+
+
+def no_graph(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, str] | None:
+    """Why Dynamo makes no graph at all of a call, and where; None where there is nothing to make one of."""
+    try:
+        torch._dynamo.optimize(lambda module, _: module, nopython=True)(function)(*args, **kwargs)
+    except Unsupported as error:
+        return _first_line(str(error)), _user_frame(list(error.real_stack))
+    return None
+
+
+def _first_line(reason: str) -> str:
+    return _REASONS.get(reason.split(" ")[0], reason.split("\n")[0].strip())
+
+
+def _user_frame(stack: list[Any]) -> str:
+    own = str(Path(torch.__file__).parent)
+    frame = next((f for f in reversed(stack) if not f.filename.startswith(own)), None)
+    if frame is None:
+        return ""
+    name = re.sub(rf"^{TORCH_DYNAMO_RESUME_IN_PREFIX}_(\w+)_at_\d+$", r"\1", frame.name)
+    return f"{frame.filename}:{frame.lineno} in {name}"
 
 
 def modules_in(graph: fx.Graph) -> list[nn.Module]:
@@ -185,6 +221,23 @@ def add_tensor_input(graph: fx.Graph, owner: nn.Module, path: tuple[str, ...]) -
     return node
 
 
+def hold_tensor(module: fx.GraphModule, path: tuple[str, ...], tensor: torch.Tensor) -> fx.Node:
+    """Makes a tensor a constant of the graph, for a graph that is looked at and does not run.
+
+    `path` is where its owner would hold it; the node's meta says so as `held_as`.
+    """
+    name = "_".join(path)
+    while hasattr(module, name):
+        name += "_"
+    setattr(module, name, tensor)
+    first = next(iter(module.graph.nodes))
+    with module.graph.inserting_before(first):
+        node = module.graph.get_attr(name)
+    node.meta["held_as"] = ".".join(path)
+    node.meta["example_value"] = fake_mode_of(module.graph).from_tensor(tensor, static_shapes=True)
+    return node
+
+
 def example_inputs(graph: fx.Graph) -> list[Any]:
     """The example inputs that belong to the graph's placeholders, in order."""
     return [node.meta["grapharg"].example for node in graph.find_nodes(op="placeholder")]
@@ -197,6 +250,12 @@ def input_value(node: fx.Node) -> Any:
         return None if argument is None else argument.example
     except AssertionError:  # Dynamo has erased the example
         return None
+
+
+def input_name(node: fx.Node) -> str:
+    """How the compiled frame reaches a placeholder's value: "L['model']._modules['head']._parameters['weight']"."""
+    source = getattr(node, "_dynamo_source", None) or getattr(node.meta.get("grapharg"), "source", None)
+    return "" if source is None else str(source.name)
 
 
 def module_tensors() -> frozenset[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -111,10 +110,8 @@ def _run(model: nn.Module, capture: _Capture, args: tuple[Any, ...], kwargs: dic
     def run(*args: Any, **kwargs: Any) -> Any:
         return model(*args, **kwargs)
 
-    # A code object of its own, so that what Dynamo remembers about this run dies with it.
-    fresh = types.FunctionType(run.__code__.replace(), globals(), "convert", None, run.__closure__)
     with _unchanged(model), torch.no_grad():
-        torch._dynamo.optimize(capture)(fresh)(*args, **kwargs)  # type: ignore[no-untyped-call]
+        dynamo.traced_once(run, capture)(*args, **kwargs)
 
 
 @contextmanager

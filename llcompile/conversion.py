@@ -11,6 +11,9 @@ from torch import fx, nn
 
 from llcompile import attachment, backend, compile_run
 from llcompile.errors import CaptureError, LLCompileError, ModelError
+from llcompile.look.collect import collect
+from llcompile.look.look import Look, Subject
+from llcompile.look.records import MixerLook
 from llcompile.options import Options
 from llcompile.passes import discover, dynamo
 from llcompile.report import Report
@@ -37,17 +40,24 @@ def convert(
         CaptureError: the model does not run on the example inputs, or cannot be traced.
         OptionError, LevelWeightsError, StrictError: see `llcompile.errors`. The model is as it was.
     """
-    return _captured(model, example_args, example_kwargs, options, dry_run=False)
+    report, _ = _captured(model, example_args, example_kwargs, options, dry_run=False)
+    return report
 
 
-def inspect(
-    model: nn.Module, *example_args: Any, options: dict[str, Any] | None = None, **example_kwargs: Any
-) -> Report:
+def inspect(model: nn.Module, *example_args: Any, options: dict[str, Any] | None = None, **example_kwargs: Any) -> Look:
     """What `convert` would do: the same decisions and proofs, nothing attached, nothing changed.
 
-    Args, returns and raises: as for `convert`.
+    A model on the device `meta` will do: shapes are looked at, no values.
+
+    Args and raises: as for `convert`.
+
+    Returns:
+        The report, and everything there is to see: `graph_before`, `graph_after`, `diff`, `costs`, `kernels`,
+        `to_html(path)`, `to_mlir()`.
     """
-    return _captured(model, example_args, example_kwargs, options, dry_run=True)
+    report, capture = _captured(model, example_args, example_kwargs, options, dry_run=True)
+    subject = Subject(model, example_args, example_kwargs, Options.parse(options))
+    return Look(**vars(report), mixers=tuple(capture.mixers), subject=subject)
 
 
 def revert(model: nn.Module) -> int:
@@ -62,7 +72,7 @@ def revert(model: nn.Module) -> int:
 
 def _captured(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[str, Any] | None, dry_run: bool
-) -> Report:
+) -> tuple[Report, _Capture]:
     options = Options.parse(given)
     _check_model(model, "inspect" if dry_run else "convert")
     backend.prepare()
@@ -84,7 +94,7 @@ def _captured(
         raise CaptureError(_capture_message(model, args, kwargs, error)) from error
     if any(id(weights) not in before for _, _, weights in attachment.attached(model)):
         dynamo.forget_compiled()
-    return report
+    return report, capture
 
 
 class _Capture:
@@ -98,12 +108,20 @@ class _Capture:
         self.options = options
         self.dry_run = dry_run
         self.report = Report()
+        self.mixers: list[MixerLook] = []
         self.kwargs = {"options": {"level_weights": options.level_weights}}
 
     def __call__(self, module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         session = compile_run.new_session(module, self.options, self.names, self.dry_run)
-        self.report = self.report.merged(compile_run.look(session))
-        return compile_run.original_code(session)
+        found = compile_run.look(session)
+        self.report = self.report.merged(found)
+        if not self.dry_run:
+            return compile_run.original_code(session)
+        mixers, original = collect(session, found)
+        # A frame that was traced twice is looked at twice; the later look holds.
+        again = {(mixer.module, mixer.where) for mixer in mixers}
+        self.mixers = [m for m in self.mixers if (m.module, m.where) not in again] + mixers
+        return original
 
 
 def _run(model: nn.Module, capture: _Capture, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -62,6 +62,14 @@ class SpecError(LLCompileError, ValueError):
     """The command line names something unknown: a model that cannot be found or built, a peer that nobody knows."""
 
 
+class OutputError(LLCompileError, OSError):
+    """A file or folder that was asked for cannot be written."""
+
+
+class MissingLibraryError(LLCompileError, ImportError):
+    """An optional library is needed for this and is not installed; the message says what to install."""
+
+
 class StrictError(LLCompileError, RuntimeError):
     """`strict=True` and a linear-time mixer stayed unconverted, or nothing was found."""
 

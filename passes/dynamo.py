@@ -210,6 +210,23 @@ def add_tensor_input(graph: fx.Graph, owner: nn.Module, path: tuple[str, ...]) -
     return node
 
 
+def hold_tensor(module: fx.GraphModule, path: tuple[str, ...], tensor: torch.Tensor) -> fx.Node:
+    """Makes a tensor a constant of the graph, for a graph that is looked at and does not run.
+
+    `path` is where its owner would hold it; the node's meta says so as `held_as`.
+    """
+    name = "_".join(path)
+    while hasattr(module, name):
+        name += "_"
+    setattr(module, name, tensor)
+    first = next(iter(module.graph.nodes))
+    with module.graph.inserting_before(first):
+        node = module.graph.get_attr(name)
+    node.meta["held_as"] = ".".join(path)
+    node.meta["example_value"] = fake_mode_of(module.graph).from_tensor(tensor, static_shapes=True)
+    return node
+
+
 def example_inputs(graph: fx.Graph) -> list[Any]:
     """The example inputs that belong to the graph's placeholders, in order."""
     return [node.meta["grapharg"].example for node in graph.find_nodes(op="placeholder")]
@@ -222,6 +239,12 @@ def input_value(node: fx.Node) -> Any:
         return None if argument is None else _real(argument.example)
     except AssertionError:  # Dynamo has erased the example
         return None
+
+
+def input_name(node: fx.Node) -> str:
+    """How the compiled frame reaches a placeholder's value: "L['model']._modules['head']._parameters['weight']"."""
+    source = getattr(node, "_dynamo_source", None) or getattr(node.meta.get("grapharg"), "source", None)
+    return "" if source is None else str(source.name)
 
 
 def module_tensors() -> frozenset[int]:

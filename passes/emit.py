@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import fx
 
 from llcompile.passes import dynamo
-from llcompile.passes.session import Site
+from llcompile.passes.session import Session, Site
 
 
-def weight_inputs(site: Site, inputs: dict[tuple[int, str], fx.Node]) -> list[fx.Node]:
+def weight_inputs(session: Session, site: Site, inputs: dict[tuple[int, str], fx.Node]) -> list[fx.Node]:
     """The level weights' tensors as inputs of the program, each made once, handed into the site's region."""
     if site.level_weights is None or site.owner is None:
         return []
@@ -16,7 +16,11 @@ def weight_inputs(site: Site, inputs: dict[tuple[int, str], fx.Node]) -> list[fx
     for name, tensor in site.level_weights.tensors():
         key = (id(tensor), name)
         if key not in inputs:
-            inputs[key] = dynamo.add_tensor_input(site.region.root.graph, site.owner, (site.attribute, name))
+            path = (site.attribute, name)
+            if session.settings.dry_run:  # nothing is attached that Dynamo could read
+                inputs[key] = dynamo.hold_tensor(session.module, path, tensor)
+            else:
+                inputs[key] = dynamo.add_tensor_input(session.graph, site.owner, path)
         nodes.append(site.region.lift(inputs[key]))
     return nodes
 

@@ -33,7 +33,11 @@ def recognise(session: Session) -> int:
         log.debug("recognise: %s", ", ".join(f"{rule} {n}" for rule, n in sorted(findings.counts.items())))
         for found in findings.found:
             _add_site(session, region, found, findings.denominators.get(id(found), []), taken)
-        session.near_misses.extend(_declined(session, missed) for missed in findings.missed)
+        for missed in findings.missed:
+            record = _declined(session, missed)
+            session.near_misses.append(record)
+            nodes = () if missed.part is None else (op.node for op in missed.part.ops)
+            session.missed_nodes.setdefault(record, frozenset({*nodes, missed.anchor}))
     return len(session.sites) - before
 
 

@@ -32,13 +32,14 @@ def rewrite(session: Session) -> int:
 def _restore(graph: fx.Graph, site: Site) -> None:
     """A declined call: the library's function itself, which the inner compiler traces through."""
     with graph.inserting_before(site.node):
-        original = graph.call_function(_plain_call(site), (), dict(site.node.kwargs))
+        original = graph.call_function(plain_call(site), (), dict(site.node.kwargs))
     original.meta = dict(site.node.meta)
     site.node.replace_all_uses_with(original)
     graph.erase_node(site.node)
 
 
-def _plain_call(site: Site) -> Callable[..., Any]:
+def plain_call(site: Site) -> Callable[..., Any]:
+    """The library's function of a captured call."""
     leaf, proved = site.known, site.certificate is not None
 
     def original(**arguments: Any) -> Any:
@@ -59,7 +60,7 @@ def _plain_call(site: Site) -> Callable[..., Any]:
 def _write_operator(session: Session, site: Site, inputs: dict[tuple[int, str], fx.Node]) -> None:
     assert site.call is not None
     graph = site.region.graph
-    tensors = weight_inputs(site, inputs)
+    tensors = weight_inputs(session, site, inputs)
     before = set(graph.nodes)
     tracer = GraphAppendingTracer(graph)
     with graph.inserting_before(site.node):
@@ -71,6 +72,7 @@ def _write_operator(session: Session, site: Site, inputs: dict[tuple[int, str], 
         result = lower(site.known.row, site.call.with_values(values), site.call, weights, mask)
     new = [node for node in graph.nodes if node not in before]
     infer_values(new, site.node)
+    site.written.extend(new)
     _replace(graph, site.node, result)
 
 

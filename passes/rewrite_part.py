@@ -28,7 +28,7 @@ _CALL = OperatorCall(own_state=False, single=False, wants_state=False)
 def write_part(session: Session, site: Site, inputs: dict[tuple[int, str], fx.Node]) -> None:
     """Writes one mixer, with the denominators that share its level weights."""
     assert site.found is not None
-    tensors = weight_inputs(site, inputs)
+    tensors = weight_inputs(session, site, inputs)
     for found in (*site.denominators, site.found):
         _write(session, site, found, tensors)
 
@@ -55,6 +55,7 @@ def _write(session: Session, site: Site, found: Found, tensors: list[fx.Node]) -
         result = _laid_out(result, _example(found, anchor))
     new = [node for node in graph.nodes if node not in before]
     infer_values(new, anchor)
+    site.written.extend(new)
     _put(site, found, result.node, set(new))
     _remove(graph, found)
 

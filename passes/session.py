@@ -77,6 +77,8 @@ class Site:
     masks: frozenset[fx.Node] = frozenset()
     mask_inverted: bool = False
     notes: list[str] = field(default_factory=list)
+    # What the rewrite has put in its place.
+    written: list[fx.Node] = field(default_factory=list)
     reason: str = ""
     hint: str = ""
 
@@ -137,6 +139,8 @@ class Session:
     untouched: list[Untouched] = field(default_factory=list)
     # Parts that looked like mixers; those that have another name are left out of the report.
     near_misses: list[Declined] = field(default_factory=list)
+    # The nodes of each near miss, for whoever wants to see them.
+    missed_nodes: dict[Declined, frozenset[fx.Node]] = field(default_factory=dict)
     # How often each rule of the structural recogniser was used.
     structure_counts: Counter[str] = field(default_factory=Counter)
     # (owner, attribute) of the level weights that this look made.

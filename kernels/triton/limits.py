@@ -25,6 +25,11 @@ def unsupported(d: Description, device: torch.device) -> str | None:
         return "triton is not installed"
     if device.type != "cuda" and not interpreted():
         return f"the operands are on {device}; Triton kernels run on CUDA and ROCm devices"
+    return beyond(d)
+
+
+def beyond(d: Description) -> str | None:
+    """Why no device has kernels for what ``d`` describes; None if some have."""
     if d.dtype not in _DTYPES:
         return f"dtype {d.dtype} is not one of bfloat16, float16 and float32"
     limit = MAX_KEY_DIM[d.correction]

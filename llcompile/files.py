@@ -1,0 +1,59 @@
+"""Writing files for a person: whole or not at all, with one clear error."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+
+from llcompile.errors import OutputError
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Writes `text` to `path`, replacing what was there; a failure leaves what was there.
+
+    Raises:
+        OutputError: the folder does not exist or cannot be written, or `path` is a folder.
+    """
+    target = Path(path)
+    name = ""
+    try:
+        if target.is_dir():
+            raise IsADirectoryError("it is a folder")
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=target.parent, suffix=".part", delete=False) as f:
+            name = f.name
+            f.write(text)
+        mode = target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask()
+        os.chmod(name, mode)  # a temporary file is its owner's alone
+        os.replace(name, target)
+    except OSError as error:
+        if name:
+            with contextlib.suppress(OSError):
+                os.unlink(name)
+        reason = error.strerror or str(error)
+        raise OutputError(
+            f"cannot write {target}: {reason}. Nothing was written; name a file in a folder that exists "
+            "and that you may write to."
+        ) from error
+    return target
+
+
+def make_folder(path: str | Path) -> Path:
+    """The folder, made where it does not exist yet.
+
+    Raises:
+        OutputError: it cannot be made, or is a file.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make the folder {folder}: {error.strerror or error}.") from error
+    return folder
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

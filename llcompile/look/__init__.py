@@ -1,0 +1,1 @@
+"""What `llcompile.inspect` shows: a model's mixers before and after, what they cost, the kernels, a page."""

@@ -1,0 +1,126 @@
+"""Collect: what there is to see of the mixers of one graph, from the session that decided about them."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import fx
+
+from llcompile.look import code, operands
+from llcompile.look.call import call_in, weight_nodes
+from llcompile.look.drawing import draw
+from llcompile.look.records import MixerLook
+from llcompile.look.source_lines import excerpt
+from llcompile.look.weights import level_table
+from llcompile.passes import pipeline
+from llcompile.passes.discover import module_of
+from llcompile.passes.original import original
+from llcompile.passes.records import Declined
+from llcompile.passes.session import Session, Site
+from llcompile.report import Report
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A mixer whose graph has been seen before the rewrite."""
+
+    look: MixerLook
+    site: Site | None
+    position: int
+
+
+def collect(session: Session, report: Report) -> tuple[list[MixerLook], Callable[..., Any]]:
+    """The mixers that the report names, before and after; and the model's own code, to be run as it is.
+
+    The session's graph is rewritten as it would be for a compilation, and then serves nobody.
+    """
+    drafts = _drafts(session, report)
+    own_code = original(session)
+    pipeline.change(session)
+    return [_after(draft) for draft in drafts], own_code.forward
+
+
+def _drafts(session: Session, report: Report) -> list[_Draft]:
+    order = {node: i for i, node in enumerate(n for region in session.regions for n in region.graph.nodes)}
+    sites = {(s.module, s.where, s.open): s for s in reversed(session.sites)}
+    drafts = [_of_site(session, sites[r.module, r.where, True], order) for r in report.converted]
+    for record in report.declined:
+        site = sites.get((record.module, record.where, False))
+        drafts.append(_of_near_miss(session, record, order) if site is None else _of_site(session, site, order))
+    return sorted(drafts, key=lambda draft: draft.position)
+
+
+def _of_site(session: Session, site: Site, order: dict[fx.Node, int]) -> _Draft:
+    inside = _region_nodes(site)
+    nodes = sorted((n for n in inside if n in order), key=order.__getitem__)
+    lines = [operand.text for operand in operands.operands(site)]
+    weights = site.level_weights
+    fresh = site.owner is None or session.settings.find(site.owner, site.attribute) is None
+    look = MixerLook(
+        module=site.module,
+        fate="converted" if site.open else "declined",
+        where=site.where,
+        family=site.family,
+        decay=site.cell[0] if site.cell else None,
+        correction=site.cell[1] if site.cell else None,
+        origin=site.origin,
+        reason=site.reason,
+        hint=site.hint,
+        certificate=site.certificate,
+        level_weights="none" if weights is None else weights.kind,
+        parameters=0 if weights is None else sum(p.numel() for p in weights.parameters()),
+        before="\n".join([*lines, code.text(code.steps(nodes, site.module))]),
+        source=excerpt(site.where),
+        notes=(*site.notes, *(() if site.found is None else site.found.notes())),
+        drawing_before=draw(nodes, site.module),
+        table=None if weights is None else level_table(weights, fresh),
+    )
+    return _Draft(look, site, order.get(site.node, 0))
+
+
+def _of_near_miss(session: Session, record: Declined, order: dict[fx.Node, int]) -> _Draft:
+    inside = session.missed_nodes.get(record, frozenset())
+    nodes = sorted((n for n in inside if n in order), key=order.__getitem__)
+    look = MixerLook(
+        module=record.module,
+        fate="declined",
+        where=record.where,
+        origin="graph" if nodes else "function",
+        reason=record.reason,
+        hint=record.hint,
+        before=code.text(code.steps(nodes, record.module)),
+        source=excerpt(record.where),
+        drawing_before=draw(nodes, record.module),
+    )
+    return _Draft(look, None, order[nodes[-1]] if nodes else len(order))
+
+
+def _after(draft: _Draft) -> MixerLook:
+    if draft.site is None or not draft.site.open:
+        return draft.look
+    site = draft.site
+    written = set(site.written)
+    nodes = [n for n in site.region.graph.nodes if n in written and (n.users or n.is_impure())]
+    after = code.text(code.steps(nodes, site.module))
+    folded = dict.fromkeys(weight_nodes(nodes), "level weights")
+    return replace(draft.look, after=after, call=call_in(nodes), drawing_after=draw(nodes, site.module, folded))
+
+
+def _region_nodes(site: Site) -> set[fx.Node]:
+    """The nodes of the graph that the operator takes the place of."""
+    if site.found is None:
+        return {site.node, *(user for user in site.node.users if user.target is operator.getitem)}
+    module, _ = module_of(site.node.meta)
+    nodes: set[fx.Node] = set()
+    for found in (*site.denominators, site.found):
+        alike = {op: [op.node] for op in found.ops}
+        for node, value in found.program.results.items():
+            if value.op in alike:
+                alike[value.op].append(node)
+        # Nodes that compute the same are one operation, wherever they stand: the mixer's own are meant.
+        for same in alike.values():
+            nodes.update([n for n in same if module_of(n.meta)[0] == module] or same[:1])
+    return nodes

@@ -1,0 +1,66 @@
+"""Kernels: the generated sources that a model's mixers would run by, and what they take where they were compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from llcompile.kernels.triton.description import Description
+from llcompile.kernels.triton.limits import beyond
+from llcompile.kernels.triton.source import generate
+from llcompile.look.records import MixerLook
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The generated file that serves all mixers whose calls are alike. On a CPU the ATen lowering runs instead.
+
+    Args:
+        description: what it is generated from.
+        modules: the mixers that it serves.
+        problem: why there is none, or "".
+    """
+
+    description: Description
+    modules: tuple[str, ...]
+    problem: str = ""
+    _taken: dict[str, list[Any]] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def name(self) -> str:
+        """A name for a file."""
+        d = self.description
+        kind = f"level{d.levels}" if d.weighted else "linear"
+        dtype = str(d.dtype).removeprefix("torch.")
+        return f"{d.decay}_{d.correction}_{kind}_k{d.key_dim}_v{d.value_dim}_{dtype}"
+
+    @property
+    def source(self) -> str:
+        """The file; "" where there is none."""
+        return "" if self.problem else generate(self.description)
+
+    def resources(self, chip: str) -> list[Any]:
+        """Registers, shared memory and spilled bytes of each kernel on a chip: "sm_80", "sm_90", "sm_100", "gfx942".
+
+        The kernels are compiled for it, which takes seconds each and needs Triton, but no such chip. Kept once done.
+        """
+        if chip not in self._taken and not self.problem:
+            from llcompile.kernels.triton.check import reports
+
+            self._taken[chip] = list(reports(self.description, chip))
+        return self._taken.get(chip, [])
+
+    @property
+    def compiled(self) -> dict[str, list[Any]]:
+        """Chip -> what `resources` has found out so far."""
+        return dict(self._taken)
+
+
+def kernels_of(mixers: Iterable[MixerLook]) -> tuple[Kernels, ...]:
+    """One file for each kind of call."""
+    served: dict[Description, list[str]] = {}
+    for mixer in mixers:
+        if mixer.call is not None:
+            served.setdefault(mixer.call.description, []).append(mixer.name)
+    return tuple(Kernels(d, tuple(modules), beyond(d) or "") for d, modules in served.items())

@@ -1,0 +1,110 @@
+"""Look: the report of a dry run, with everything that can be shown about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from llcompile.look.cost import MixerCost, cost_of
+from llcompile.look.kernels import Kernels, kernels_of
+from llcompile.look.records import MixerLook
+from llcompile.options import Options
+from llcompile.report import Report
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What was looked at: the model, the inputs that it was run on, and the options."""
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    options: Options
+
+
+@dataclass(frozen=True)
+class Look(Report):
+    """The report of `llcompile.inspect`, and what there is to see. It prints as the report.
+
+    Args:
+        mixers: one record for each mixer that was converted or declined, in the order in which the model calls them.
+        subject: what was looked at.
+    """
+
+    mixers: tuple[MixerLook, ...] = ()
+    subject: Subject | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def graph_before(self) -> str:
+        """Each mixer's region as readable code with shapes, as the model has it."""
+        return _joined(self.mixers, lambda mixer: mixer.before)
+
+    @property
+    def graph_after(self) -> str:
+        """The code that takes the place of each converted mixer."""
+        return _joined(self.mixers, lambda mixer: mixer.after or "# unchanged: " + mixer.reason)
+
+    @property
+    def diff(self) -> str:
+        """The unified diffs of all regions."""
+        return "\n".join(mixer.diff for mixer in self.mixers if mixer.diff)
+
+    @cached_property
+    def kernels(self) -> tuple[Kernels, ...]:
+        """The generated Triton sources that the converted mixers run by on a GPU, one for each kind of call."""
+        return kernels_of(self.mixers)
+
+    @cached_property
+    def costs(self) -> dict[str, MixerCost]:
+        """What each converted mixer costs, by its module's name."""
+        return {m.name: cost_of(m.call, m.parameters) for m in self.mixers if m.call is not None}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report and the mixers as plain dicts, lists and numbers, ready for JSON."""
+        return {**self.report.to_dict(), "mixers": [self._mixer(mixer) for mixer in self.mixers]}
+
+    def _mixer(self, mixer: MixerLook) -> dict[str, Any]:
+        """A mixer without its drawings, with its cost as text and at the example's length."""
+        found = {k: v for k, v in asdict(mixer).items() if not k.startswith("drawing")}
+        cost = self.costs.get(mixer.name)
+        if cost is not None:
+            forms = {"linear": cost.linear, "loglinear": cost.loglinear}
+            found["cost"] = {
+                "at": cost.at(),
+                "values": dict(cost.values),
+                "symbolic": {form: {k: str(v) for k, v in vars(c).items()} for form, c in forms.items()},
+            }
+        return found
+
+    @property
+    def report(self) -> Report:
+        """The report alone."""
+        return Report(self.converted, self.declined, self.untouched, self.graphs, self.title)
+
+    def to_html(self, path: str | Path) -> Path:
+        """Writes the look as one page that needs no network; returns its path.
+
+        Raises:
+            MissingLibraryError: a library of the extra `html` is not installed.
+            OutputError: the file cannot be written.
+        """
+        from llcompile.files import write_text
+        from llcompile.look.page import page
+
+        return write_text(path, page(self))
+
+    def to_mlir(self, dialect: str = "torch", mixer: str | None = None) -> str:
+        """The rewritten model as MLIR, or one of its mixers; see `llcompile.look.mlir.to_mlir`."""
+        from llcompile.look.mlir import to_mlir  # type: ignore[import-not-found]
+
+        return to_mlir(self, dialect, mixer)
+
+
+def _joined(mixers: tuple[MixerLook, ...], text: Callable[[MixerLook], str]) -> str:
+    blocks = (f"# {mixer.name}: {mixer.family or mixer.reason}\n{text(mixer)}" for mixer in mixers)
+    return "\n\n".join(blocks)

@@ -1,0 +1,104 @@
+"""Operands: what comes into a mixer, with the operator's letters for its axes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from llcompile.look.code import dtype_name, name_of
+from llcompile.passes.session import Site
+from llcompile.passes.structure.found import Found
+from llcompile.passes.structure.lifted import Lifted, Source
+from llcompile.passes.structure.program import Value
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One tensor that comes into a mixer.
+
+    Args:
+        role: what it is: the function's own name for the argument, or "query", "key", "value", "decay", "beta".
+        name: the value in the code that it is.
+        axes: letters for its axes, B, T, H, G, K, V.
+        shape: its sizes.
+    """
+
+    role: str
+    name: str
+    axes: tuple[str, ...]
+    shape: tuple[str, ...]
+    dtype: str
+
+    @property
+    def text(self) -> str:
+        """One line of a comment."""
+        axes = f"[{', '.join(self.axes)}] = " if self.axes else ""
+        return f"# {self.role}: {axes}[{', '.join(self.shape)}] {self.dtype}" + (
+            f", {self.name}" if self.name and self.name != self.role else ""
+        )
+
+
+def operands(site: Site) -> list[Operand]:
+    """What comes into a mixer, in the order of the function's arguments or of the operator's."""
+    if site.found is not None:
+        return list(_of_part(site.found, site.module))
+    return list(_of_call(site))
+
+
+def _of_call(site: Site) -> Iterator[Operand]:
+    for tensor in site.known.row.tensors:
+        node = site.node.kwargs.get(tensor.name)
+        value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
+        if not isinstance(node, fx.Node) or not isinstance(value, torch.Tensor):
+            continue
+        values = {} if site.call is None else site.call.values
+        axes = site.known.row.axes(tensor, value.dim(), values) or ()
+        shape, name = tuple(map(str, value.shape)), name_of(node, site.module)
+        yield Operand(tensor.name, name, tuple(axes), shape, dtype_name(value.dtype))
+
+
+def _of_part(found: Found, module: str) -> Iterator[Operand]:
+    reading = found.reading
+    named = [("query", reading.query), ("key", reading.key), ("value", reading.value)]
+    named += [("decay", reading.decay), ("beta", reading.beta)]
+    named += [("factor", source) for source, _ in reading.factors]
+    named += [(f"output {how}", source) for source, how in reading.post]
+    axes = reading.axes
+    groups = (("B", axes.batch), ("T", axes.time), ("G", axes.groups), ("H", axes.rest), ("K", axes.key))
+    letters = {id(atom): letter for letter, row in (*groups, ("V", axes.value)) for atom in row}
+    if not axes.groups:
+        letters.update({id(atom): "H" for atom in axes.rest})
+    shared = not axes.rest
+    for role, source in named:
+        if source is None:
+            continue
+        rows = reading.rows[source]
+        read = tuple("*".join(_letter(letters.get(id(a), "·"), shared) for a in row) or "1" for row in rows)
+        shape = tuple(str(_product(a.size for a in row)) for row in rows)
+        yield Operand(role, _name(source, module), read, shape, dtype_name(_dtype(source)))
+
+
+def _letter(letter: str, shared: bool) -> str:
+    """Heads that share no queries are H, whichever operand has them."""
+    return "H" if letter == "G" and shared else letter
+
+
+def _name(source: Source, module: str) -> str:
+    if isinstance(source, Lifted):
+        return f"{source.count} pieces"
+    return name_of(source.node, module) if source.node is not None else ""
+
+
+def _dtype(source: Source) -> torch.dtype:
+    value = source.sample if isinstance(source, Lifted) else source
+    return value.dtype if isinstance(value, Value) else torch.float32
+
+
+def _product(numbers: Iterator[int]) -> int:
+    result = 1
+    for number in numbers:
+        result *= number
+    return result

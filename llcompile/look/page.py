@@ -1,0 +1,181 @@
+"""Page: a look as one HTML file that needs no network."""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import torch
+
+import llcompile
+from llcompile.errors import MissingLibraryError
+from llcompile.look.cost import SYMBOLS
+from llcompile.look.layout import Picture, lay_out
+from llcompile.look.look import Look
+from llcompile.look.mask import blocks
+from llcompile.look.records import Excerpt, MixerLook
+from llcompile.look.tree import Branch, tree
+
+MASK_TOKENS = 32
+_LENGTHS = (4_096, 65_536, 1_048_576)
+_LONG = 400  # lines of code that a page shows of one region
+
+
+@dataclass(frozen=True)
+class Group:
+    """Mixers of equal code, shown once.
+
+    Args:
+        anchor: the fragment of the page.
+        mixers: the first one stands for all.
+    """
+
+    anchor: str
+    mixers: tuple[MixerLook, ...]
+
+    @property
+    def first(self) -> MixerLook:
+        """The one that is shown."""
+        return self.mixers[0]
+
+
+def page(look: Look) -> str:
+    """The page's text.
+
+    Raises:
+        MissingLibraryError: a library of the extra `html` is not installed.
+    """
+    groups = _groups(look)
+    template = _environment().get_template("page.html.j2")
+    return template.render(
+        look=look,
+        groups=groups,
+        tree=_tree(look, groups),
+        pictures={g.anchor: _pictures(g.first) for g in groups},
+        kernels=[(f"kernels-{i}", k) for i, k in enumerate(look.kernels)],
+        costs=look.costs,
+        lengths=_LENGTHS,
+        symbols=SYMBOLS,
+        mask=list(blocks(MASK_TOKENS)),
+        mask_tokens=MASK_TOKENS,
+        versions=f"llcompile {llcompile.__version__}, torch {torch.__version__}",
+    )
+
+
+def _groups(look: Look) -> list[Group]:
+    found: dict[Any, list[MixerLook]] = {}
+    for m in look.mixers:
+        # The same line of code with the same sizes is the same code; level weights that were trained are their own.
+        key = m.where, m.fate, m.family, m.reason, m.call, m.notes, m.level_weights
+        found.setdefault(key, []).append(m)
+    return [Group(f"mixer-{i}", tuple(mixers)) for i, mixers in enumerate(found.values())]
+
+
+def _tree(look: Look, groups: list[Group]) -> Branch | None:
+    fates: dict[str, list[tuple[str, str, str]]] = {}
+    for group in groups:
+        for m in group.mixers:
+            what = m.family if m.fate == "converted" else m.reason
+            fates.setdefault(m.module, []).append((m.fate, what, group.anchor))
+    for record in look.untouched:
+        fates.setdefault(record.module, []).append(("untouched", record.kind, "untouched"))
+    return None if look.subject is None or not fates else tree(look.subject.model, fates)
+
+
+def _pictures(mixer: MixerLook) -> dict[str, Picture]:
+    drawings = {"before": mixer.drawing_before, "after": mixer.drawing_after}
+    return {name: lay_out(drawing) for name, drawing in drawings.items() if drawing.boxes}
+
+
+@cache
+def _environment() -> Any:
+    try:
+        import jinja2
+        import pygments  # noqa: F401
+    except ImportError as error:
+        raise MissingLibraryError(f"the page needs {error.name}: pip install 'llcompile[html]'") from None
+    folder = resources.files("llcompile.look") / "templates"
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(lambda name: (folder / name).read_text(encoding="utf-8")),
+        autoescape=lambda name: bool(name and ".html" in name),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters.update(
+        code=_code, whole=_whole, excerpt=_excerpt, diff=_diff, engineering=_engineering, shade=_shade, weight=_weight, lines=_lines
+    )
+    environment.globals.update(code_styles=_code_styles)
+    return environment
+
+
+def _highlighted(text: str, lexer: Any, **options: Any) -> Any:
+    import pygments
+    from markupsafe import Markup
+    from pygments.formatters import HtmlFormatter
+
+    return Markup(pygments.highlight(text, lexer, HtmlFormatter(cssclass="code", **options)))
+
+
+def _code(text: str) -> Any:
+    """Python with syntax colours; what is longer than a page shows is left out, and the page says so."""
+    lines = text.splitlines()
+    if len(lines) > _LONG:
+        text = "\n".join([*lines[:_LONG], f"# … {len(lines) - _LONG:,} more lines; look.graph_before has them all"])
+    return _whole(text)
+
+
+def _whole(text: str) -> Any:
+    from pygments.lexers import PythonLexer
+
+    return _highlighted(text, PythonLexer(stripnl=False))
+
+
+def _excerpt(source: Excerpt) -> Any:
+    from pygments.lexers import PythonLexer
+
+    text = textwrap.dedent("\n".join(source.lines))
+    marked = [source.line - source.first + 1]
+    numbers = {"linenos": "inline", "linenostart": source.first, "hl_lines": marked}
+    return _highlighted(text, PythonLexer(stripnl=False), **numbers)
+
+
+def _diff(text: str) -> Any:
+    from pygments.lexers import DiffLexer
+
+    return _highlighted(text, DiffLexer())
+
+
+def _code_styles() -> Any:
+    from markupsafe import Markup
+    from pygments.formatters import HtmlFormatter
+
+    light, dark = (HtmlFormatter(style=style, cssclass="code") for style in ("friendly", "github-dark"))
+    rules = light.get_style_defs(".code")
+    return Markup(f"{rules}\n@media (prefers-color-scheme: dark) {{\n{dark.get_style_defs('.code')}\n}}")
+
+
+def _engineering(number: float, unit: str = "") -> str:
+    """12,345,678 as "12.3 M"."""
+    for factor, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= factor:
+            return f"{number / factor:.3g} {prefix}{unit}"
+    return f"{number:.0f} {unit}".rstrip()
+
+
+def _shade(value: float) -> str:
+    """How strongly a weight is painted: 0 not at all, 1 half way, large ones fully."""
+    return f"{max(value, 0.0) / (max(value, 0.0) + 1):.3f}"
+
+
+def _weight(value: float) -> str:
+    return f"{value:.3g}"
+
+
+def _lines(text: str) -> int:
+    return len(text.splitlines())
+
+

@@ -1,0 +1,163 @@
+"""What a look holds about one mixer, as plain records."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import Literal
+
+from llcompile.kernels.triton.description import Description
+from llcompile.passes.records import Certificate
+from llcompile.patterns.families import Correction, Decay
+
+Kind = Literal["inside", "outside", "parameter"]
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """Lines of a file around one of them, as they were when the look was taken.
+
+    Args:
+        file, line, function: where; `line` counts from 1.
+        first: the number of the first of `lines`.
+        lines: the code; empty where the file cannot be read.
+    """
+
+    file: str
+    line: int
+    function: str
+    first: int = 1
+    lines: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of the operator's operands: q, k [B, T, G, K], v [B, T, H, V]; T is 1 for a decode step."""
+
+    batch: int
+    length: int
+    heads: int
+    groups: int
+    key_dim: int
+    value_dim: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """The call of the operator that takes a mixer's place, with the sizes of the example.
+
+    Args:
+        operator: its name in `torch.ops.llcompile`.
+        sizes: of its operands.
+        levels: L, level weights of each token; None for the linear operator.
+        description: what its kernels are generated from.
+    """
+
+    operator: str
+    sizes: Sizes
+    levels: int | None
+    description: Description
+
+
+@dataclass(frozen=True)
+class Box:
+    """One box of a drawing: an operation, or all operations of one line of the user's code.
+
+    Args:
+        name: what edges call it.
+        title: the operation.
+        detail: the shape of its result.
+        kind: inside the mixer, outside of it, or a tensor that the model holds.
+        count: how many operations it stands for.
+        where: the user's line.
+    """
+
+    name: str
+    title: str
+    detail: str
+    kind: Kind
+    count: int = 1
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A mixer and what stands around it, as boxes and edges (from, to)."""
+
+    boxes: tuple[Box, ...] = ()
+    edges: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class LevelTable:
+    """Level weights as numbers.
+
+    Args:
+        mean, spread: [H][L]: mean and standard deviation of w over normal inputs; empty where there are no values
+            (on the meta device).
+        identity: every weight is exactly 1, whatever comes in.
+    """
+
+    mean: tuple[tuple[float, ...], ...] = ()
+    spread: tuple[tuple[float, ...], ...] = ()
+    identity: bool = False
+
+
+@dataclass(frozen=True)
+class MixerLook:
+    """One mixer that was converted or declined, before and after.
+
+    Args:
+        module: its module's name in the model; "" for the model itself.
+        fate: "converted" or "declined".
+        where: the user's file and line.
+        family: what the field calls it; "" for a near miss, which is of no family.
+        decay, correction: its cell of the table of families, or None.
+        origin: "function" or "graph".
+        reason, hint: why it was declined, and what to do.
+        certificate: the outcome of its proof, or None.
+        level_weights: their kind, or "none".
+        parameters: how many numbers the level weights add.
+        before: the region as code, one operation a line, with shapes.
+        after: the code that takes its place; "" where it was declined.
+        call: the operator's call in `after`.
+        source: the user's lines that the region comes from.
+        notes: what holds for this graph only.
+        drawing_before, drawing_after: the region and its surroundings as boxes.
+        table: the level weights as numbers; None where there are none.
+    """
+
+    module: str
+    fate: Literal["converted", "declined"]
+    where: str
+    family: str = ""
+    decay: Decay | None = None
+    correction: Correction | None = None
+    origin: str = ""
+    reason: str = ""
+    hint: str = ""
+    certificate: Certificate | None = None
+    level_weights: str = "none"
+    parameters: int = 0
+    before: str = ""
+    after: str = ""
+    call: Call | None = None
+    source: Excerpt | None = None
+    notes: tuple[str, ...] = ()
+    drawing_before: Drawing = Drawing()
+    drawing_after: Drawing = Drawing()
+    table: LevelTable | None = None
+
+    @property
+    def name(self) -> str:
+        """The module's name, for people."""
+        return self.module or "(root)"
+
+    @property
+    def diff(self) -> str:
+        """From `before` to `after`, as a unified diff; "" where nothing changes."""
+        if not self.after:
+            return ""
+        old, new = self.before.splitlines(), self.after.splitlines()
+        lines = difflib.unified_diff(old, new, f"{self.name} before", f"{self.name} after", lineterm="")
+        return "\n".join(lines)

@@ -1,0 +1,33 @@
+"""Original: a copy of a graph in which every captured call is the library's own function again."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from llcompile.passes.regions import Region
+from llcompile.passes.rewrite import plain_call
+from llcompile.passes.session import Session
+
+
+def original(session: Session) -> fx.GraphModule:
+    """The model's own code as a graph of its own, so that the session's graph can be rewritten and looked at."""
+    copies: dict[int, fx.GraphModule] = {}
+    for region in reversed(session.regions):  # bodies come after the graphs that call them
+        copies[id(region.module)] = _copied(session, region, copies)
+    return copies[id(session.module)]
+
+
+def _copied(session: Session, region: Region, copies: dict[int, fx.GraphModule]) -> fx.GraphModule:
+    graph = fx.Graph()
+    nodes: dict[fx.Node, fx.Node] = {}
+    result = graph.graph_copy(region.graph, nodes)
+    graph.output(result)
+    for site in session.sites:
+        if site.leaf is not None and site.region is region:
+            nodes[site.node].target = plain_call(site)
+    module = fx.GraphModule(region.module, graph)
+    for node in graph.find_nodes(op="get_attr"):
+        body = copies.get(id(getattr(region.module, str(node.target), None)))
+        if body is not None:
+            setattr(module, str(node.target), body)
+    return module

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import Any
 
 __version__ = "0.1.0"
@@ -31,3 +32,10 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+if "torch" in sys.modules:
+    # Torch does it, too, where llcompile is installed and TORCH_DEVICE_BACKEND_AUTOLOAD is not 0.
+    from llcompile import autoload
+
+    autoload.register()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llcompile import eager_states
+from llcompile import eager_states, export_hook
 from llcompile.errors import LevelWeightsError, LevelWeightsIgnoredWarning
 from llcompile.level_kinds import compute_dtype, level_weights_function
 from llcompile.level_weights import LevelWeights
@@ -167,3 +167,6 @@ def _warn(situation: str) -> None:
         LevelWeightsIgnoredWarning,
         stacklevel=3,
     )
+
+
+export_hook.install(lambda model: next(attached(model), None) is not None)

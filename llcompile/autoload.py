@@ -1,4 +1,6 @@
-"""What `import torch` runs when llcompile is installed: it makes ``TORCH_LOGS=loglinear`` a known name.
+"""What `import torch` runs when llcompile is installed: it makes log names and the operators' namespace known.
+
+``TORCH_LOGS=loglinear`` works, and an exported program that calls ``torch.ops.llcompile.*`` is loaded.
 
 Tiny on purpose, for every program of the environment runs it: no import beyond what torch has already loaded, and
 nothing that may fail. Torch reads TORCH_LOGS after this, so the name must exist by then.
@@ -6,17 +8,50 @@ nothing that may fail. Torch reads TORCH_LOGS after this, so the name must exist
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 LOG_NAME = "loglinear"
+KERNEL_LOG_NAME = "loglinear_kernels"
 LOGGER = "llcompile"
 
 
 def register() -> None:
-    """Register the log name. May be called again: the backend does, for TORCH_DEVICE_BACKEND_AUTOLOAD=0."""
-    try:
-        from torch._logging._internal import log_registry, register_log
+    """Register all names. May be called again: llcompile does, for TORCH_DEVICE_BACKEND_AUTOLOAD=0."""
+    for step in (_logs, _operators):
+        _attempt(step)
 
-        if not log_registry.is_log(LOG_NAME):
-            register_log(LOG_NAME, LOGGER)
+
+def _attempt(step: Callable[[], None]) -> None:
+    try:
+        step()
     except Exception:
         # Private names of torch, which another version may lack. A lost log name must not cost anybody their torch.
         return
+
+
+def _logs() -> None:
+    from torch._logging._internal import log_registry, register_artifact, register_log
+
+    if not log_registry.is_log(LOG_NAME):
+        register_log(LOG_NAME, LOGGER)
+    if not log_registry.is_artifact(KERNEL_LOG_NAME):
+        register_artifact(KERNEL_LOG_NAME, "generated Triton kernels of llcompile", visible=True, off_by_default=True)
+
+
+def _operators() -> None:
+    import torch
+    from torch._ops import _OpNamespace
+
+    class Namespace(_OpNamespace):
+        """torch.ops.llcompile, which registers its operators when one of them is asked for by name."""
+
+        __module__ = _OpNamespace.__module__  # becomes part of the operators' names
+
+        def __getattr__(self, name: str) -> Any:
+            if not name.startswith("__"):
+                import llcompile.ops  # noqa: F401
+            return super().__getattr__(name)
+
+    if "llcompile" not in vars(torch.ops):
+        torch.ops.llcompile = Namespace("llcompile")

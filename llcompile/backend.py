@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
 from collections.abc import Callable, Mapping
@@ -9,7 +10,7 @@ from typing import Any
 
 from torch import fx
 
-from llcompile import attachment, compile_check, compile_run, inner, recompile_room
+from llcompile import attachment, compile_check, compile_run, inner, logs, recompile_room
 from llcompile.errors import LateAttachWarning, LLCompileError, StateAdoptedWarning
 from llcompile.level_weights import LevelWeights
 from llcompile.options import Options
@@ -78,6 +79,8 @@ def _compile(module: fx.GraphModule, parsed: Options, mode: str | None) -> Calla
     pipeline.change(session)
     _last_report = report
     log.info("%s", report)
+    logs.artifact("loglinear_report", lambda: json.dumps(report.to_dict(), default=str), "json")
+    logs.artifact("loglinear_graph", lambda: module.print_readable(print_output=False))
     positions = _weight_positions(session)
     compiled = inner.compile_graph(module, dynamo.example_inputs(module.graph), parsed, mode)
     return _marking_use(compiled, positions)

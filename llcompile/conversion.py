@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect as inspect_module
-import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -134,12 +133,10 @@ def _run(model: nn.Module, capture: _Capture, args: tuple[Any, ...], kwargs: dic
     def run(*args: Any, **kwargs: Any) -> Any:
         return model(*args, **kwargs)
 
-    # A code object of its own, so that what Dynamo remembers about this run dies with it.
-    fresh = types.FunctionType(run.__code__.replace(), globals(), "convert", None, run.__closure__)
     # What other models have taught Dynamo about lengths that vary must not make this trace another one.
     static = torch._dynamo.config.patch(automatic_dynamic_shapes=False)
     with _unchanged(model), torch.no_grad(), static:
-        torch._dynamo.optimize(capture)(fresh)(*args, **kwargs)  # type: ignore[no-untyped-call]
+        dynamo.traced_once(run, capture)(*args, **kwargs)
 
 
 def _expect_graph(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -9,19 +9,22 @@ from __future__ import annotations
 import re
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from torch import fx, nn
+from torch._dynamo.backends.debugging import make_eager_backend_with_torch_function_modes
 from torch._dynamo.exc import ShortenTraceback, TensorifyScalarRestartAnalysis, Unsupported
 from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX
 from torch._dynamo.source import AttrSource, GlobalSource, LocalSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.variables.builder import VariableBuilder
 from torch._guards import Source
+from torch._higher_order_ops.utils import setup_compilation_env
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.overrides import _pop_mode_temporarily
 
 # What Dynamo calls some breaks among friends.
 _REASONS = {"generic_jump": "it branches on the values of a tensor"}
@@ -170,6 +173,28 @@ def forget_compiled() -> None:
     torch._dynamo.reset()
 
 
+def traced_once(function: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, traced for the backend; what Dynamo remembers about the trace dies with what is returned."""
+    assert isinstance(function, types.FunctionType)
+    code = function.__code__.replace()  # Dynamo keeps what it compiled at the code object
+    fresh = types.FunctionType(code, function.__globals__, function.__name__, None, function.__closure__)
+    return torch._dynamo.optimize(backend)(fresh)  # type: ignore[no-any-return,no-untyped-call]
+
+
+@contextmanager
+def below_export() -> Iterator[Callable[..., Any]]:
+    """Lets Dynamo trace while torch.export records; yields the backend whose graphs are recorded as they run.
+
+    It is what higher-order operations do there. Export's modes for functions of torch are put aside for the trace,
+    which would trace them, too.
+    """
+    with ExitStack() as stack:
+        count = torch._C._len_torch_function_stack()
+        modes = [stack.enter_context(_pop_mode_temporarily()) for _ in range(count)]
+        stack.enter_context(setup_compilation_env())
+        yield make_eager_backend_with_torch_function_modes(modes[::-1])
+
+
 def fake_mode_of(graph: fx.Graph) -> Any:
     """The fake mode that the example values of the graph belong to."""
     values = (node.meta.get("example_value") for node in graph.nodes)
@@ -247,7 +272,7 @@ def input_value(node: fx.Node) -> Any:
     """The object that the user's program holds for a placeholder (a Parameter, say), or None."""
     argument = node.meta.get("grapharg")
     try:
-        return None if argument is None else argument.example
+        return None if argument is None else _real(argument.example)
     except AssertionError:  # Dynamo has erased the example
         return None
 
@@ -268,8 +293,21 @@ def module_tensors() -> frozenset[int]:
         modules = [root for _, root in _root_modules()]
         held = (t for root in modules for m in root.modules() for t in (*m._buffers.values(), *vars(m).values()))
         tensors = (t for t in held if isinstance(t, torch.Tensor) and not isinstance(t, nn.Parameter))
-        output._llcompile_tensors = frozenset(map(id, tensors))
+        output._llcompile_tensors = frozenset(id(_real(tensor)) for tensor in tensors)
     return output._llcompile_tensors  # type: ignore[no-any-return]
+
+
+def _real(value: Any) -> Any:
+    """The tensor that a fake one stands for, where that is known: torch.export puts fake ones into the model."""
+    translator = current_translator()
+    if not isinstance(value, FakeTensor) or translator is None:
+        return value
+    output: Any = translator.output
+    if not hasattr(output, "_llcompile_real"):  # kept for the length of the trace
+        converter = value.fake_mode.fake_tensor_converter
+        real = list(converter.meta_converter.describer.lookup_tensor)
+        output._llcompile_real = {id(converter._get_memo(tensor)): tensor for tensor in real}
+    return output._llcompile_real.get(id(value), value)
 
 
 def hint(size: Any, factor: int = 1) -> Any:

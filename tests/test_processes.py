@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -58,13 +59,43 @@ torch.compile(small.model(), backend="loglinear", options={"inner": "eager"})(sm
 
 
 @pytest.mark.parametrize(("level", "autoload"), [("loglinear", "1"), ("+loglinear", "1"), ("loglinear", "0")])
-def test_logs(level: str, autoload: str) -> None:
+def test_logs(level: str, autoload: str, tmp_path: Path) -> None:
     # Without the autoload nobody can know the name in time, so it cannot be asked for; all else works.
     asked = {"TORCH_LOGS": level} if autoload == "1" else {}
-    done = python(LOGGED, TORCH_DEVICE_BACKEND_AUTOLOAD=autoload, **asked)
+    done = python(LOGGED, TORCH_DEVICE_BACKEND_AUTOLOAD=autoload, TORCH_TRACE=str(tmp_path), **asked)
     assert done.returncode == 0, done.stderr
     assert ("2 of 2 linear-time mixers are log-linear" in done.stderr) == (autoload == "1")
     assert ("pass prove" in done.stderr) == level.startswith("+")
+    (trace,) = tmp_path.iterdir()  # for tlparse: an artifact is a line that names it, and its text below
+    report, graph = (trace.read_text().split(f'"name": "loglinear_{name}"')[1] for name in ("report", "graph"))
+    assert '"family": "Gated DeltaNet"' in report.splitlines()[1]
+    assert "loglinear_attention" in graph
+
+
+def test_a_name_nobody_knows_is_told_by_torch_and_ours_are_in_its_list() -> None:
+    done = python("import torch", TORCH_LOGS="loglinaer")
+    assert "Invalid log settings: loglinaer" in done.stderr
+    assert "loglinear" in done.stderr
+    assert "loglinear_kernels" in done.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_logs_of_kernels(tmp_path: Path) -> None:
+    asked = {"TORCH_LOGS": "loglinear_kernels", "TORCH_TRACE": str(tmp_path / "trace")}
+    with_kernels = {"TRITON_INTERPRET": "1", "LLCOMPILE_KERNELS": "triton", "LLCOMPILE_KERNEL_DIR": str(tmp_path)}
+    done = python(ONE_CALL, **asked, **with_kernels)
+    assert done.returncode == 0, done.stderr
+    assert "@triton.jit" in done.stderr
+    (trace,) = (tmp_path / "trace").iterdir()
+    assert '"name": "loglinear_kernels_' in trace.read_text()
+
+
+ONE_CALL = """
+import torch
+from llcompile.ops import loglinear_attention
+q = torch.randn(1, 8, 1, 16)
+loglinear_attention(q, q, q, torch.ones(1, 8, 1, 4))
+"""
 
 
 SEEN_BY_OTHERS = """

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import logging
 import os
 import sys
 import tempfile
@@ -15,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 from ...errors import KernelCacheError
+from ...logs import artifact, kernel_log
 
 # The environment variable that says where generated files go.
 FOLDER_VARIABLE = "LLCOMPILE_KERNEL_DIR"
@@ -45,6 +47,7 @@ def load(path: Path) -> ModuleType:
     name = f"llcompile_generated_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     if name in sys.modules:
         return sys.modules[name]
+    _show(path)
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
@@ -56,6 +59,13 @@ def load(path: Path) -> ModuleType:
         del sys.modules[name]
         raise
     return module
+
+
+def _show(path: Path) -> None:
+    shown = kernel_log()
+    if shown.isEnabledFor(logging.DEBUG):
+        shown.debug("%s\n%s", path, path.read_text())
+    artifact(f"loglinear_kernels_{path.stem}", path.read_text)
 
 
 def _read(path: Path) -> bytes | None:

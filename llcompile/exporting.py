@@ -1,0 +1,65 @@
+"""torch.export of a converted model: the exported program contains the operator.
+
+Eagerly a converted model runs its library's own code, and torch.export records what runs eagerly. So, while it is
+exported, Dynamo traces a converted module first, the passes rewrite the graph, and export records the rewritten one.
+The numbers of the exported program are those of `torch.compile(model, backend="loglinear")`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from llcompile import attachment, compile_run
+from llcompile.errors import LLCompileError
+from llcompile.options import Options
+from llcompile.passes import dynamo, pipeline
+
+_NEW = "it has no level weights, and an export adds none"
+_NEW_HINT = "call llcompile.convert(model, *example_inputs) with inputs like those of the export"
+
+
+def rewritten_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The module's output, computed by its rewritten graph, as the export under way records it."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return module(*args, **kwargs)
+
+    with dynamo.below_export() as record:
+        return dynamo.traced_once(run, _Rewriting(record))(*args, **kwargs)
+
+
+class _Rewriting:
+    """A backend that rewrites each graph and has export record it."""
+
+    _llcompile = True
+    __name__ = "loglinear_export"
+
+    def __init__(self, record: Callable[..., Any]) -> None:
+        self.record = record
+        self.kwargs = {"options": {"level_weights": Options().level_weights}}
+
+    def __call__(self, module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        try:
+            with _disable_current_modes():
+                _rewrite(module)
+        except LLCompileError as error:
+            raise dynamo.surfaced(error).with_traceback(error.__traceback__) from None
+        return self.record(module, dynamo.example_inputs(module.graph))
+
+
+def _rewrite(module: fx.GraphModule) -> None:
+    session = compile_run.new_session(module, Options(), compiles=True)
+    compile_run.look(session)
+    for owner, name in session.attached:
+        attachment.detach_one(owner, name)
+    for site in session.sites:
+        if (site.owner, site.attribute) in session.attached:
+            site.decline(_NEW, _NEW_HINT)
+    attachment.warn_if_declined((site.owner, site.attribute, site.reason) for site in session.sites if not site.open)
+    if compile_run.give_up_opaque(session):
+        dynamo.restart("a declined call must run by itself")
+    pipeline.change(session)

@@ -43,7 +43,7 @@ def draw_call(row: KnownFunction, call: Arguments, seed: int, length: int) -> di
     """Fresh float64 values for every tensor of the call; constants and absent operands stay as they are."""
     generator = torch.Generator().manual_seed(seed)
     sizes = {**small_sizes(call.sizes), "T": length}
-    values = {**call.values, **dict.fromkeys(row.packing)}
+    values = {name: None if name in row.packing else value for name, value in call.values.items()}
     for tensor in row.tensors:
         given = call[tensor.name]
         if isinstance(given, torch.Tensor):

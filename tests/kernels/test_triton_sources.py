@@ -26,17 +26,26 @@ from llcompile.ops import loglinear_attention
 
 # Every family with and without everything else; what else there is comes in all pairs.
 ALL = [
-    Description(decay, correction, 48, 80, repeat, levels=levels, initial_state=old, final_state=final, padded=padded)
+    Description(
+        *(decay, correction, 48, 80, repeat),
+        levels=levels,
+        initial_state=old,
+        final_state=final,
+        padded=rows == "padded",
+        packed=rows == "packed",
+    )
     for decay, correction, levels in itertools.product(("none", "scalar", "channel"), ("none", "delta"), (None, 9))
-    for old, final, padded, repeat in (
-        *(("none", False, False, 1), ("linear", True, True, 1), ("level", True, False, 2)),
-        *(("none", True, True, 2), ("linear", False, False, 2), ("level", False, True, 1)),
+    for old, final, rows, repeat in (
+        *(("none", False, "full", 1), ("linear", True, "padded", 1), ("level", True, "full", 2)),
+        *(("none", True, "padded", 2), ("linear", False, "full", 2), ("level", False, "padded", 1)),
+        *(("none", False, "packed", 1), ("level", True, "packed", 2)),
     )
 ]
 
 
 # Parameters that every kernel of a kind gets.
 COME_WITH_OTHERS = {"heads", "tokens", "chunks", "lanes", "lengths", "served_levels", "grid_levels", "VALUE_TILE"}
+COME_WITH_OTHERS |= {"starts", "first_chunks", "chunk_sequences"}
 
 
 @pytest.fixture
@@ -145,7 +154,9 @@ def test_description_of_a_call():
     """Everything that kernels depend on is read off the operands."""
     x = operands(9, "channel", True, 4, "level", groups=2, heads=4, dtype=torch.float32)
     d = describe(Operands(*x.values(), torch.tensor([9, 2])), True)
-    assert d == Description("channel", "delta", 5, 3, 2, torch.float32, 64, 4, "level", True, True)
+    assert d == Description("channel", "delta", 5, 3, 2, torch.float32, 64, 4, "level", True, padded=True)
+    d = describe(Operands(*x.values(), torch.tensor([9, 2]), torch.tensor([0, 9])), False)
+    assert d == Description("channel", "delta", 5, 3, 2, torch.float32, 64, 4, "level", packed=True)
 
 
 def test_triton_is_optional():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import logging
 import os
 import sys
 import tempfile
@@ -18,6 +19,9 @@ from ...errors import KernelCacheError
 
 # The environment variable that says where generated files go.
 FOLDER_VARIABLE = "LLCOMPILE_KERNEL_DIR"
+
+
+_log = logging.getLogger("llcompile.kernels")
 
 
 def folder() -> Path:
@@ -35,7 +39,10 @@ def file_of(source: str, name: str, place: Path | None = None) -> Path:
     """
     content = source.encode()
     path = (place or folder()) / f"{name}_{hashlib.sha256(content).hexdigest()[:16]}.py"
-    if _read(path) != content:
+    found = _read(path)
+    if found != content:
+        if found is not None:
+            _log.warning("%s is damaged: its content has not the hash in its name; it is written anew", path)
         write(path, content)
     return path
 

@@ -1,7 +1,7 @@
 """The operator on sequences that do not fill their rows: packed one after another, or padded on either side.
 
-One torch operator around the plain one. The Triton kernels read sequences where they are. For the ATen lowering they
-are moved to rows, whose width is a tensor's value, which no compiler knows; in an operator that is nobody's concern.
+One torch operator beside the plain one. What runs it may have to know a tensor's value (the ATen lowering the longest
+sequence, :mod:`.ragged`), which no compiler knows; inside an operator that is nobody's concern.
 """
 
 from __future__ import annotations
@@ -11,19 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import choice, operators
+from . import operators
 from .layout import Operands
 from .operands import check_bounds, check_indices, check_mask
-from .ragged import (
-    Rows,
-    bounds_of_indices,
-    from_rows,
-    rows_of_bounds,
-    rows_of_mask,
-    spans_of_bounds,
-    spans_of_mask,
-    to_rows,
-)
+from .ragged import Spans, spans_of_bounds, spans_of_indices, spans_of_mask
 from .state import state_dtype
 
 
@@ -42,17 +33,10 @@ def _attention(
     attention_mask: Tensor | None,
     seq_idx: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    x = Operands(q, k, v, level_weights, log_decay, beta, initial_state, None)
-    bounds, mask = _where(v, cu_seqlens, attention_mask, seq_idx)
-    if bounds is None and mask is None:
-        return operators.run(x, scale, return_final_state)
-    packed = _packed(x, bounds, mask)
-    if choice.by_triton(packed, return_final_state):
-        o, state = operators.run(packed, scale, return_final_state)
-        return o.reshape(v.shape), state
-    rows = _rows(v, bounds, mask)
-    o, state = operators.run(_in_rows(x, rows), scale, return_final_state)
-    return from_rows(o, rows).reshape(v.shape), state
+    spans = _spans(v, cu_seqlens, attention_mask, seq_idx)
+    x = _operands((q, k, v, level_weights, log_decay, beta, initial_state), spans)
+    o, state = operators.run(x, scale, return_final_state)
+    return o.reshape(v.shape), state
 
 
 @torch.library.custom_op("llcompile::loglinear_attention_ragged_backward", mutates_args=())
@@ -72,68 +56,37 @@ def _attention_backward(
     attention_mask: Tensor | None,
     seq_idx: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    x = Operands(q, k, v, level_weights, log_decay, beta, initial_state, None)
-    last = grad_state if return_final_state else None
-    bounds, mask = _where(v, cu_seqlens, attention_mask, seq_idx)
-    if bounds is None and mask is None:
-        return operators.run_backward(x, scale, grad_o, last)  # type: ignore[return-value]
-    packed = _packed(x, bounds, mask)
-    if choice.by_triton(packed, return_final_state):
-        grads = operators.run_backward(packed, scale, _flat(grad_o), last)
-    else:
-        rows = _rows(v, bounds, mask)
-        moved = to_rows(grad_o, rows)
-        assert moved is not None
-        # A token stands in one place of the rows, so that moving back is the adjoint of moving there.
-        found = operators.run_backward(_in_rows(x, rows), scale, moved, last)
-        grads = tuple(
-            from_rows(d, rows) if i < 6 and tensor is not None and tensor.dim() > 2 else d
-            for i, (tensor, d) in enumerate(zip(x[:7], found, strict=True))
-        )
-    return tuple(d if t is None else d.reshape(t.shape) for t, d in zip(x[:7], grads, strict=True))  # type: ignore[return-value]
+    inputs = (q, k, v, level_weights, log_decay, beta, initial_state)
+    spans = _spans(v, cu_seqlens, attention_mask, seq_idx)
+    grad_o = grad_o if spans is None else _flat(grad_o)
+    grads = operators.run_backward(_operands(inputs, spans), scale, grad_o, grad_state if return_final_state else None)
+    return tuple(d if x is None else d.reshape(x.shape) for x, d in zip(inputs, grads, strict=True))  # type: ignore
 
 
-def _where(
-    v: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None, seq_idx: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Bounds in the flattened batch, or a mask ``[B, T]``, after a check; neither where each sequence fills its row."""
+def _spans(v: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None, seq_idx: Tensor | None) -> Spans | None:
+    """Where the sequences are, after a check; None where each fills its row."""
     if cu_seqlens is not None:
         check_bounds(cu_seqlens, v)
-        return cu_seqlens, None
+        return spans_of_bounds(cu_seqlens)
     if seq_idx is not None:
         check_indices(seq_idx, v)
-        return bounds_of_indices(seq_idx), None
+        return spans_of_indices(seq_idx)
     assert mask is not None
     check_mask(mask, v)
     full = mask.device.type == "cpu" and bool((mask != 0).all())
-    return None, None if full else mask
+    return None if full else spans_of_mask(mask)
 
 
-def _rows(v: Tensor, bounds: Tensor | None, mask: Tensor | None) -> Rows:
-    if bounds is not None:
-        return rows_of_bounds(bounds, v.shape[0] * v.shape[1])
-    assert mask is not None
-    return rows_of_mask(mask)
+def _operands(x: tuple[Tensor | None, ...], spans: Spans | None) -> Operands:
+    """The operands of rows as they are, of sequences in a batch of one."""
+    if spans is None:
+        return Operands(*x, None)  # type: ignore
+    return Operands(*(t if t is None else _flat(t) for t in x[:6]), x[6], spans.lengths, spans.starts)  # type: ignore
 
 
-def _in_rows(x: Operands, rows: Rows) -> Operands:
-    """Each sequence moved to the start of a row of its own."""
-    return Operands(*(to_rows(t, rows) for t in x[:6]), x.initial_state, rows.lengths)  # type: ignore
-
-
-def _packed(x: Operands, bounds: Tensor | None, mask: Tensor | None) -> Operands:
-    """Sequences where they are, in a batch of one."""
-    if bounds is not None:
-        spans = spans_of_bounds(bounds)
-    else:
-        assert mask is not None
-        spans = spans_of_mask(mask)
-    return Operands(*(_flat(t) for t in x[:6]), x.initial_state, spans.lengths, spans.starts)  # type: ignore
-
-
-def _flat(x: Tensor | None) -> Any:
+def _flat(x: Tensor) -> Tensor:
     """``[B, T, ...] -> [1, B * T, ...]``, a view where strides allow it; a decay per head stays."""
-    return x if x is None or x.dim() < 3 else x.flatten(0, 1)[None]
+    return x if x.dim() < 3 else x.flatten(0, 1)[None]
 
 
 @_attention.register_fake

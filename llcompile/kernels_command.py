@@ -50,6 +50,7 @@ def _add_description(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--final-state", action="store_true", help="return the state after the last token")
     rows = parser.add_mutually_exclusive_group()
     rows.add_argument("--padded", action="store_true", help="rows with lengths of their own")
+    rows.add_argument("--packed", action="store_true", help="sequences one after another in one row")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -107,6 +108,7 @@ def _described(args: argparse.Namespace) -> Any:
         initial_state=args.initial_state or "none",
         final_state=args.final_state,
         padded=args.padded,
+        packed=args.packed,
     )
 
 

@@ -22,6 +22,9 @@ from ...logs import artifact, kernel_log
 FOLDER_VARIABLE = "LLCOMPILE_KERNEL_DIR"
 
 
+_log = logging.getLogger("llcompile.kernels")
+
+
 def folder() -> Path:
     """Where generated files go: ``$LLCOMPILE_KERNEL_DIR``, or ``llcompile/kernels`` in the user's cache folder."""
     chosen = os.environ.get(FOLDER_VARIABLE)
@@ -37,7 +40,10 @@ def file_of(source: str, name: str, place: Path | None = None) -> Path:
     """
     content = source.encode()
     path = (place or folder()) / f"{name}_{hashlib.sha256(content).hexdigest()[:16]}.py"
-    if _read(path) != content:
+    found = _read(path)
+    if found != content:
+        if found is not None:
+            _log.warning("%s is damaged: its content has not the hash in its name; it is written anew", path)
         write(path, content)
     return path
 

@@ -112,7 +112,7 @@ _OPERANDS = {
     *("query_ptr", "key_ptr", "value_ptr", "output_gradient_ptr", "outputs"),
     *("readers", "passed_gradients", "old_readers"),
 }
-_TABLES = {"lengths", "offsets", "served_levels", "old_seen"}
+_TABLES = {"lengths", "offsets", "served_levels", "old_seen", "starts", "first_chunks", "chunk_sequences"}
 _NUMBERS = {
     *("heads", "tokens", "chunks", "lanes", "pairs", "level", "half"),
     *("grid_levels", "old_slots", "level_states_count"),

@@ -39,10 +39,13 @@ class Kernel:
 
 
 class Kernels(dict[str, Kernel]):
-    """The kernels of one description by name, each made when it is first asked for."""
+    """The kernels of one description by name, each made when it is first asked for.
+
+    Raises KernelCacheError at once where their file cannot be written.
+    """
 
     def __init__(self, d: Description) -> None:
-        self.d = d
+        self.d, self.module = d, module_of(d)
 
     def __missing__(self, name: str) -> Kernel:
         self[name] = kernel = Kernel(self.d, name)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .launch import Launch
+from .limits import refusals
 from .tuning import Tuning
 
 
@@ -43,7 +44,7 @@ class DeviceMeter:
             self.refused(launch, kernel.default)
         try:
             spills = _spilled(launch.compiled(chosen))
-        except _refusals() as error:
+        except (RuntimeError, *refusals()) as error:  # type: ignore[misc]
             return f"{type(error).__name__}: {error}".splitlines()[0]
         if chosen == kernel.default:
             self._spills[id(kernel)] = spills
@@ -63,11 +64,3 @@ def _spilled(compiled: Any) -> int:
     """Registers that were spilled; loads the kernel, which raises where the device has too little shared memory."""
     compiled._init_handles()
     return int(compiled.n_spills)
-
-
-def _refusals() -> tuple[type[BaseException], ...]:
-    """What Triton raises for launch parameters with which a kernel cannot be made."""
-    from triton.compiler.errors import CompilationError
-    from triton.runtime.errors import TritonError
-
-    return (CompilationError, TritonError, RuntimeError)

@@ -16,6 +16,7 @@ from ..layout import Layout, Operands
 from ..state import linear_state, position_of
 from ..tree import depth
 from . import cache
+from .chips import chip_of
 from .description import Description, describe
 from .source import generate
 from .tuning import tuning
@@ -52,6 +53,7 @@ class Call(Layout):
         if self.empty:
             return
         self.module = module_of(self.d)
+        self.chip = chip_of(x.v.device)
         self.grid = self._make_grid()
         self.chunks = self.grid.chunks
         self.depth = depth(self.chunks)
@@ -157,7 +159,7 @@ class Call(Layout):
 
     def launch(self, kernel: str, programs: int, tiled: bool = False, **values: Any) -> None:
         """Run ``programs`` programs of ``kernel`` (times its value tiles), with ``values`` beside those of the call."""
-        chosen = tuning(kernel, self.d)
+        chosen = tuning(kernel, self.d, self.chip)
         known = {**self.values, **values, "VALUE_TILE": chosen.value_tile}
         arguments = [known[name] for name in parameters(self.module, kernel)]
         tiles = -(-self.value_dim // chosen.value_tile) if tiled else 1

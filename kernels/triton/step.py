@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..state import is_level_state, linear_state, pack_state
 from .call import module_of, parameters
+from .chips import chip_of
 from .description import describe_step
 from .tuning import tuning
 
@@ -25,7 +26,7 @@ def step(
 ) -> tuple[Tensor, Tensor]:
     """Absorb one token and read out: arguments and results of :func:`..step.step`."""
     d = describe_step(q, v, w, log_decay, beta)
-    module, chosen = module_of(d), tuning("decode", d)
+    module, chosen = module_of(d), tuning("decode", d, chip_of(v.device))
     batch, heads = v.shape[:2]
     old = _as_kind(state.float(), d.levels).contiguous()
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)

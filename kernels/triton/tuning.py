@@ -54,6 +54,7 @@ def _small_products(d: Description, chip: Chip) -> bool:
 # What differs from that, and where: the first row whose condition holds.
 _EXCEPTIONS: tuple[tuple[str, Callable[[Description, Chip], bool], tuple[int, int, int]], ...] = (
     ("tree_up", lambda d, chip: d.delta, (32, 8, 1)),
+    ("read_gradient", lambda d, chip: d.facts()["old"] and d.decay == "channel" and not d.delta, (32, 8, 1)),
     ("chunk_gradient", lambda d, chip: d.decay == "channel" and not d.delta, (128, 4, 1)),
     ("chunk_values_gradient", _small_products, (16, 4, 1)),
 )

@@ -2,7 +2,7 @@
 
 The environment variable ``LLCOMPILE_KERNELS`` or :func:`use` says ``auto`` (the default), ``triton`` or ``aten``. What
 was asked for by name is never replaced in silence: ``triton`` raises where the kernels cannot run, with the reason.
-Under ``auto`` the reason is logged once (logger ``llcompile.kernels``).
+Under ``auto`` the ATen lowering runs instead, and a warning tells the reason once (logger ``llcompile.kernels``).
 """
 
 from __future__ import annotations
@@ -13,21 +13,26 @@ import os
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from functools import lru_cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from ..errors import KernelError, OptionError
-from . import slabs
+from ..errors import KernelCacheError, KernelError, OptionError
+from . import ragged
 from .layout import Operands
 from .step import step as aten_step
 from .triton.description import Description, describe, describe_step
-from .triton.limits import interpreted, unsupported
+from .triton.limits import interpreted, refusals, unsupported
 
 VARIABLE = "LLCOMPILE_KERNELS"
 CHOICES = ("auto", "triton", "aten")
+Result = TypeVar("Result")
 _log = logging.getLogger("llcompile.kernels")
 _chosen: ContextVar[str | None] = ContextVar("llcompile_kernels", default=None)
+
+# Why Triton could not make the kernels of a description for a device, where that showed only when they were to run.
+_refused: dict[tuple[Description, torch.device], str] = {}
 
 
 @contextlib.contextmanager
@@ -45,42 +50,32 @@ def choice() -> str:
     return _chosen.get() or _known(os.environ.get(VARIABLE) or "auto")
 
 
-def by_triton(x: Operands, final_state: bool) -> bool:
-    """Whether the Triton kernels run this call; raises :class:`KernelError` if they must and cannot."""
-    return _can(lambda: describe(x, final_state), x.v.device)
-
-
-def _can(description: Callable[[], Description], device: torch.device) -> bool:
-    chosen = choice()
-    if chosen == "aten" or (chosen == "auto" and device.type != "cuda"):
-        return False
-    reason = unsupported(description(), device)
-    if reason is None:
-        return True
-    if chosen == "triton":
-        raise KernelError(f"Triton kernels were asked for ({VARIABLE}=triton), but {reason}; use 'auto' or 'aten'")
-    _tell(reason)
-    return False
-
-
 def forward(x: Operands, scale: float, return_final_state: bool) -> tuple[Tensor, Tensor]:
     """As :func:`.engine.forward`, by the implementation that is chosen."""
-    if not by_triton(x, return_final_state):
-        return slabs.forward(x, scale, return_final_state)
-    from .triton import engine
 
-    with _on_device(x.v):
+    def kernels() -> tuple[Tensor, Tensor]:
+        from .triton import engine
+
         return engine.forward(x, scale, return_final_state)
+
+    def lowering() -> tuple[Tensor, Tensor]:
+        return ragged.forward(x, scale, return_final_state)
+
+    return _chosen_of(lambda: describe(x, return_final_state), x.v, kernels, lowering)
 
 
 def backward(x: Operands, scale: float, grad_o: Tensor, grad_state: Tensor | None) -> list[Tensor | None]:
     """As :func:`.engine.backward`, by the implementation that is chosen."""
-    if not by_triton(x, grad_state is not None):
-        return slabs.backward(x, scale, grad_o, grad_state)
-    from .triton import engine
 
-    with _on_device(x.v):
+    def kernels() -> list[Tensor | None]:
+        from .triton import engine
+
         return engine.backward(x, scale, grad_o, grad_state)
+
+    def lowering() -> list[Tensor | None]:
+        return ragged.backward(x, scale, grad_o, grad_state)
+
+    return _chosen_of(lambda: describe(x, grad_state is not None), x.v, kernels, lowering)
 
 
 def step(
@@ -94,12 +89,59 @@ def step(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """As :func:`.step.step`, by the implementation that is chosen."""
-    if not (q.shape[1] and _can(lambda: describe_step(q, v, w, log_decay, beta), v.device)):
-        return aten_step(q, k, v, w, state, log_decay, beta, scale)
-    from .triton import step as kernels
+    operands = (q, k, v, w, state, log_decay, beta, scale)
 
-    with _on_device(v):
-        return kernels.step(q, k, v, w, state, log_decay, beta, scale)
+    def kernels() -> tuple[Tensor, Tensor]:
+        from .triton import step as kernels
+
+        return kernels.step(*operands)
+
+    def lowering() -> tuple[Tensor, Tensor]:
+        return aten_step(*operands)
+
+    if not q.shape[1]:  # no heads: nothing to describe
+        return lowering()
+    return _chosen_of(lambda: describe_step(q, v, w, log_decay, beta), v, kernels, lowering)
+
+
+def _chosen_of(
+    description: Callable[[], Description], v: Tensor, kernels: Callable[[], Result], lowering: Callable[[], Result]
+) -> Result:
+    """Run one of the two; raises :class:`KernelError` if it must be the kernels and they cannot run here."""
+    chosen = choice()
+    if chosen == "aten" or (chosen == "auto" and not _prefers_kernels(v.device)):
+        return lowering()
+    d = description()
+    reason = _refused.get((d, v.device)) or unsupported(d, v.device)
+    cause: BaseException | None = None
+    if reason is None:
+        try:
+            with _on_device(v):
+                return kernels()
+        except KernelCacheError as error:  # of this moment: the folder may be mended
+            reason, cause = str(error), error
+        except refusals() as error:  # of this description on this device: the next call need not try
+            cause = error
+            reason = _refused[d, v.device] = f"Triton cannot make them for {d.text()} on {v.device}: {_line(error)}"
+    if chosen == "triton":
+        if isinstance(cause, KernelCacheError):
+            raise cause
+        raise KernelError(
+            f"Triton kernels were asked for ({VARIABLE}=triton), but {reason}; use 'auto' or 'aten'"
+        ) from cause
+    _tell(reason)
+    return lowering()
+
+
+def _line(error: BaseException) -> str:
+    """What an error says, in a line: a compiler's listing stands in the exception itself."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[-1][:200]}" if text else type(error).__name__
+
+
+def _prefers_kernels(device: torch.device) -> bool:
+    """Whether ``auto`` wants the kernels: on CUDA and ROCm, which torch calls by one name."""
+    return device.type == "cuda"
 
 
 def _on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -115,4 +157,4 @@ def _known(choice: str) -> str:
 
 @lru_cache(maxsize=256)
 def _tell(reason: str) -> None:
-    _log.info("calls run by the ATen lowering, because %s", reason)
+    _log.warning("calls run by the ATen lowering instead of Triton kernels, because %s", reason)

@@ -14,7 +14,11 @@ from .step import merge, merge_grad
 
 
 class Operands(NamedTuple):
-    """The tensors of one call, shapes as in the public function."""
+    """The tensors of one call, shapes as in the public function.
+
+    With ``starts``, sequences lie one after another in a batch of one: each has ``lengths`` tokens from ``starts`` on.
+    Only the Triton kernels take that; to the ATen lowering, sequences are rows.
+    """
 
     q: Tensor
     k: Tensor
@@ -24,6 +28,12 @@ class Operands(NamedTuple):
     beta: Tensor | None
     initial_state: Tensor | None
     lengths: Tensor | None
+    starts: Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        """How many sequences there are."""
+        return self.v.shape[0] if self.starts is None else self.starts.shape[0]
 
 
 class Layout:

@@ -29,10 +29,7 @@ def _attention(
     return_final_state: bool,
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    _check_state(initial_state, q, v, level_weights, v.shape[1], "initial_state")
-    with torch.no_grad(), torch.autocast(v.device.type, enabled=False):
-        operands = Operands(q, k, v, level_weights, log_decay, beta, initial_state, lengths)
-        return choice.forward(operands, scale, return_final_state)
+    return run(Operands(q, k, v, level_weights, log_decay, beta, initial_state, lengths), scale, return_final_state)
 
 
 @torch.library.custom_op("llcompile::loglinear_attention_backward", mutates_args=())
@@ -50,11 +47,8 @@ def _attention_backward(
     return_final_state: bool,
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    with torch.no_grad(), torch.autocast(v.device.type, enabled=False):
-        operands = Operands(q, k, v, level_weights, log_decay, beta, initial_state, lengths)
-        grads = choice.backward(operands, scale, grad_o, grad_state if return_final_state else None)
-    inputs = (q, k, v, level_weights, log_decay, beta, initial_state)
-    return tuple(_as_input(x, g, q) for x, g in zip(inputs, grads, strict=True))  # type: ignore[return-value]
+    operands = Operands(q, k, v, level_weights, log_decay, beta, initial_state, lengths)
+    return run_backward(operands, scale, grad_o, grad_state if return_final_state else None)  # type: ignore[return-value]
 
 
 @torch.library.custom_op("llcompile::loglinear_attention_step", mutates_args=())
@@ -68,16 +62,32 @@ def _attention_step(
     beta: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    _check_state(state, q, v, level_weights, 1, "state")
+    _check_state(state, v.shape[0], q, v, level_weights, 1, "state")
     with torch.no_grad(), torch.autocast(v.device.type, enabled=False):
         return choice.step(q, k, v, level_weights, state, log_decay, beta, scale)
 
 
-def _check_state(state: Tensor | None, q: Tensor, v: Tensor, w: Tensor | None, tokens: int, name: str) -> None:
+def run(x: Operands, scale: float, return_final_state: bool) -> tuple[Tensor, Tensor]:
+    """The forward pass on values, by the implementation that is chosen."""
+    _check_state(x.initial_state, x.rows, x.q, x.v, x.level_weights, x.v.shape[1], "initial_state")
+    with torch.no_grad(), torch.autocast(x.v.device.type, enabled=False):
+        return choice.forward(x, scale, return_final_state)
+
+
+def run_backward(x: Operands, scale: float, grad_o: Tensor, grad_state: Tensor | None) -> tuple[Tensor, ...]:
+    """The gradients of the first seven of ``x``, each as its input is; empty where there is no input."""
+    with torch.no_grad(), torch.autocast(x.v.device.type, enabled=False):
+        grads = choice.backward(x, scale, grad_o, grad_state)
+    return tuple(_as_input(tensor, g, x.q) for tensor, g in zip(x[:7], grads, strict=True))
+
+
+def _check_state(
+    state: Tensor | None, rows: int, q: Tensor, v: Tensor, w: Tensor | None, tokens: int, name: str
+) -> None:
     """A compiled graph learns of a state of another batch only here: its shape function must not compare sizes."""
     if state is not None:
         levels = None if w is None else w.shape[-1]
-        check_state(state, v.shape[0], v.shape[-2], q.shape[-1], v.shape[-1], levels, name)
+        check_state(state, rows, v.shape[-2], q.shape[-1], v.shape[-1], levels, name)
         check_positions(state, tokens, name)
 
 

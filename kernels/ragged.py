@@ -1,7 +1,7 @@
-"""Packed and padded batches become rows that start at token 0, with a length each.
+"""Where the sequences of packed and padded batches are, and how the ATen lowering runs them.
 
-Levels count from the start of a sequence, so sequences are moved to the start of a row before the operator and back
-after it. Moving is an index_select, so it is differentiable and leaves no trace in the operator itself.
+Levels count from the start of a sequence. The Triton kernels read sequences where they are (:class:`Spans`). For the
+ATen lowering they are moved to rows that start at token 0, with a length each, and back after it.
 """
 
 from __future__ import annotations
@@ -11,61 +11,100 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import slabs
+from .layout import Operands
 
-class Rows(NamedTuple):
-    """Where every sequence's tokens are, and where every token went."""
 
-    gather: Tensor  # [rows * width] index of a token in the flattened batch, for each place in the rows
-    scatter: Tensor  # [B * T] index of a place in the flattened rows, for each token of the batch
-    real: Tensor  # [B, T] bool: tokens that belong to a sequence
+class Spans(NamedTuple):
+    """Where sequences are in the flattened batch, in their order; none of them is looked at."""
+
+    starts: Tensor  # [rows] first token
     lengths: Tensor  # [rows]
-    width: int | torch.SymInt
 
 
-def rows_of_mask(mask: Tensor) -> Rows:
-    """Rows of a padded batch, mask ``[B, T]`` (non-zero = real, contiguous in each row)."""
+def spans_of_mask(mask: Tensor) -> Spans:
+    """The sequences of a padded batch, mask ``[B, T]`` (non-zero = real, contiguous in each row)."""
     batch, width = mask.shape
     real = mask != 0
     lengths = real.sum(1)
-    start = real.to(torch.int64).argmax(1) if width else lengths  # first real token; 0 in an empty row
-    place = torch.arange(width, device=mask.device)
-    base = torch.arange(batch, device=mask.device)[:, None] * width
-    gather = base + (start[:, None] + place).clamp(max=max(width - 1, 0))
-    scatter = base + (place - start[:, None]).clamp(min=0)
-    return Rows(gather.flatten(), scatter.flatten(), real, lengths, width)
+    first = real.to(torch.int64).argmax(1) if width else lengths  # 0 in an empty row
+    return Spans(torch.arange(batch, device=mask.device) * width + first, lengths)
 
 
-def rows_of_bounds(cu_seqlens: Tensor, tokens: int) -> Rows:
-    """Rows of a packed batch of one row, from the bounds ``[N + 1]`` of its N sequences."""
+def spans_of_bounds(cu_seqlens: Tensor) -> Spans:
+    """The sequences of a packed batch of one row, from their bounds ``[N + 1]``."""
     bounds = cu_seqlens.to(torch.int64)
-    start, lengths = bounds[:-1], bounds[1:] - bounds[:-1]
-    width = int(lengths.max()) if lengths.numel() else 0  # the one value that has to be known to make the rows
-    place = torch.arange(width, device=bounds.device)
-    gather = (start[:, None] + place).clamp(max=max(tokens - 1, 0))
-    token = torch.arange(tokens, device=bounds.device)
-    row = (torch.searchsorted(bounds, token, right=True) - 1).clamp(0, max(start.numel() - 1, 0))
-    real = (token >= bounds[0]) & (token < bounds[-1])
-    scatter = torch.where(real, row * width + token - start[row], 0)
-    return Rows(gather.flatten(), scatter, real[None], lengths, width)
+    return Spans(bounds[:-1], bounds[1:] - bounds[:-1])
 
 
-def rows_of_indices(seq_idx: Tensor) -> Rows:
-    """Rows of sequences packed in each row of a batch, from the sequence ``[B, T]`` that each token belongs to."""
+def spans_of_indices(seq_idx: Tensor) -> Spans:
+    """Sequences packed in each row of a batch, from the sequence ``[B, T]`` that each token belongs to."""
     first = torch.ones_like(seq_idx, dtype=torch.bool)
     first[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
-    tokens = seq_idx.numel()
     starts = first.flatten().nonzero()[:, 0]
-    return rows_of_bounds(torch.cat([starts, starts.new_tensor([tokens])]), tokens)
+    return spans_of_bounds(torch.cat([starts, starts.new_tensor([seq_idx.numel()])]))
 
 
-def to_rows(x: Tensor | None, rows: Rows) -> Tensor | None:
-    """Tokens ``[B, T, ...]`` to rows ``[rows, width, ...]``; places past a row's length hold any tokens."""
-    if x is None or x.dim() < 3:
-        return x
-    return x.flatten(0, 1).index_select(0, rows.gather).reshape(rows.lengths.shape[0], rows.width, *x.shape[2:])
+def forward(x: Operands, scale: float, return_final_state: bool) -> tuple[Tensor, Tensor]:
+    """The forward pass on ATen operations, of rows or of sequences where they are."""
+    if x.starts is None:
+        return slabs.forward(x, scale, return_final_state)
+    rows = _rows(x)
+    o, state = slabs.forward(_in_rows(x, rows), scale, return_final_state)
+    return _from_rows(o, rows), state
 
 
-def from_rows(o: Tensor, rows: Rows) -> Tensor:
-    """Rows ``[rows, width, ...]`` back to tokens ``[B, T, ...]``; 0 at padding."""
-    back = o.flatten(0, 1).index_select(0, rows.scatter).reshape(*rows.real.shape, *o.shape[2:])
-    return torch.where(rows.real[(...,) + (None,) * (o.dim() - 2)], back, 0)
+def backward(x: Operands, scale: float, grad_o: Tensor, grad_state: Tensor | None) -> list[Tensor | None]:
+    """The backward pass, likewise. A token stands in one place of the rows: moving back is moving there's adjoint."""
+    if x.starts is None:
+        return slabs.backward(x, scale, grad_o, grad_state)
+    rows = _rows(x)
+    grads = slabs.backward(_in_rows(x, rows), scale, _to_rows(grad_o, rows), grad_state)
+    back = [d if d is None or d.dim() < 3 else _from_rows(d, rows) for d in grads[:6]]
+    return [*back, grads[6]]
+
+
+class _Rows(NamedTuple):
+    """Where every sequence's tokens are, and where every token went."""
+
+    gather: Tensor  # [rows * width] index of a token, for each place in the rows
+    scatter: Tensor  # [T] index of a place in the flattened rows, for each token
+    real: Tensor  # [T] bool: tokens that belong to a sequence
+    lengths: Tensor  # [rows]
+    width: int
+
+
+def _rows(x: Operands) -> _Rows:
+    starts, lengths, tokens = x.starts, x.lengths, x.v.shape[1]
+    assert starts is not None
+    assert lengths is not None
+    width = int(lengths.max()) if lengths.numel() else 0  # the one value that has to be known to make the rows
+    place = torch.arange(width, device=starts.device)
+    gather = (starts[:, None] + place).clamp(max=max(tokens - 1, 0))
+    token = torch.arange(tokens, device=starts.device)
+    row = (torch.searchsorted(starts, token, right=True) - 1).clamp(min=0)  # empty ones start where the next one does
+    place = token - starts[row]
+    real = (place >= 0) & (place < lengths[row])
+    return _Rows(gather.flatten(), torch.where(real, row * width + place, 0), real, lengths, width)
+
+
+def _in_rows(x: Operands, rows: _Rows) -> Operands:
+    """Each sequence at the start of a row of its own."""
+    q, k, v, w, g, beta = (t if t is None or t.dim() < 3 else _to_rows(t, rows) for t in x[:6])
+    assert q is not None
+    assert k is not None
+    assert v is not None
+    return Operands(q, k, v, w, g, beta, x.initial_state, rows.lengths)
+
+
+def _to_rows(x: Tensor, rows: _Rows) -> Tensor:
+    """Tokens ``[1, T, ...]`` to rows ``[rows, width, ...]``; places past a row's length hold any tokens."""
+    return x[0].index_select(0, rows.gather).reshape(rows.lengths.shape[0], rows.width, *x.shape[2:])
+
+
+def _from_rows(o: Tensor, rows: _Rows) -> Tensor:
+    """Rows ``[rows, width, ...]`` back to tokens ``[1, T, ...]``; 0 at padding."""
+    o = o.flatten(0, 1)
+    if not o.shape[0]:
+        return o.new_zeros(1, rows.real.shape[0], *o.shape[1:])
+    return torch.where(rows.real[(...,) + (None,) * (o.dim() - 1)], o.index_select(0, rows.scatter), 0)[None]

@@ -1,7 +1,7 @@
 """The operator on sequences that do not fill their rows: packed one after another, or padded on either side.
 
-One torch operator around the plain one. Where the sequences are is a tensor's value, so the rows that they are moved to
-have a width that no compiler knows; inside an operator that is nobody's concern.
+One torch operator beside the plain one. What runs it may have to know a tensor's value (the ATen lowering the longest
+sequence, :mod:`.ragged`), which no compiler knows; inside an operator that is nobody's concern.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from . import operators
+from .layout import Operands
 from .operands import check_bounds, check_indices, check_mask
-from .ragged import Rows, from_rows, rows_of_bounds, rows_of_indices, rows_of_mask, to_rows
+from .ragged import Spans, spans_of_bounds, spans_of_indices, spans_of_mask
 from .state import state_dtype
 
 
@@ -32,15 +33,10 @@ def _attention(
     attention_mask: Tensor | None,
     seq_idx: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    rows = _rows(v, cu_seqlens, attention_mask, seq_idx)
-    tensors = (q, k, v, level_weights, log_decay, beta)
-    run = torch.ops.llcompile.loglinear_attention
-    if rows is None:
-        o, state = run(*tensors, initial_state, scale, return_final_state)
-        return o, state
-    moved = (to_rows(x, rows) for x in tensors)
-    o, state = run(*moved, initial_state, scale, return_final_state, rows.lengths)
-    return from_rows(o, rows).reshape(v.shape), state
+    spans = _spans(v, cu_seqlens, attention_mask, seq_idx)
+    x = _operands((q, k, v, level_weights, log_decay, beta, initial_state), spans)
+    o, state = operators.run(x, scale, return_final_state)
+    return o.reshape(v.shape), state
 
 
 @torch.library.custom_op("llcompile::loglinear_attention_ragged_backward", mutates_args=())
@@ -60,34 +56,37 @@ def _attention_backward(
     attention_mask: Tensor | None,
     seq_idx: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rows = _rows(v, cu_seqlens, attention_mask, seq_idx)
-    tensors = (q, k, v, level_weights, log_decay, beta)
-    run = torch.ops.llcompile.loglinear_attention_backward
-    if rows is None:
-        return run(grad_o, grad_state, *tensors, initial_state, scale, return_final_state)  # type: ignore[no-any-return]
-    moved = [to_rows(x, rows) for x in (grad_o, *tensors)]
-    *grads, d_state = run(moved[0], grad_state, *moved[1:], initial_state, scale, return_final_state, rows.lengths)
-    # A token stands in one place of the rows, so that moving back is the adjoint of moving there.
-    back = [
-        from_rows(d, rows).reshape(x.shape) if x is not None and x.dim() > 2 else d
-        for x, d in zip(tensors, grads, strict=True)
-    ]
-    return (*back, d_state)  # type: ignore[return-value]
+    inputs = (q, k, v, level_weights, log_decay, beta, initial_state)
+    spans = _spans(v, cu_seqlens, attention_mask, seq_idx)
+    grad_o = grad_o if spans is None else _flat(grad_o)
+    grads = operators.run_backward(_operands(inputs, spans), scale, grad_o, grad_state if return_final_state else None)
+    return tuple(d if x is None else d.reshape(x.shape) for x, d in zip(inputs, grads, strict=True))  # type: ignore
 
 
-def _rows(v: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None, seq_idx: Tensor | None) -> Rows | None:
-    """Where the sequences are; None where each fills its row."""
+def _spans(v: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None, seq_idx: Tensor | None) -> Spans | None:
+    """Where the sequences are, after a check; None where each fills its row."""
     if cu_seqlens is not None:
         check_bounds(cu_seqlens, v)
-        return rows_of_bounds(cu_seqlens, v.shape[1])
+        return spans_of_bounds(cu_seqlens)
     if seq_idx is not None:
         check_indices(seq_idx, v)
-        return rows_of_indices(seq_idx)
+        return spans_of_indices(seq_idx)
     assert mask is not None
     check_mask(mask, v)
-    if mask.device.type == "cpu" and bool((mask != 0).all()):
-        return None
-    return rows_of_mask(mask)
+    full = mask.device.type == "cpu" and bool((mask != 0).all())
+    return None if full else spans_of_mask(mask)
+
+
+def _operands(x: tuple[Tensor | None, ...], spans: Spans | None) -> Operands:
+    """The operands of rows as they are, of sequences in a batch of one."""
+    if spans is None:
+        return Operands(*x, None)  # type: ignore
+    return Operands(*(t if t is None else _flat(t) for t in x[:6]), x[6], spans.lengths, spans.starts)  # type: ignore
+
+
+def _flat(x: Tensor) -> Tensor:
+    """``[B, T, ...] -> [1, B * T, ...]``, a view where strides allow it; a decay per head stays."""
+    return x if x.dim() < 3 else x.flatten(0, 1)[None]
 
 
 @_attention.register_fake

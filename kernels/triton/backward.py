@@ -85,6 +85,7 @@ def read_gradient(
     <<served>>
     weight_base = weight_ptr + row * weight_row + head * weight_head
     weight_gradient_base = weight_gradients + (row * tokens * heads + head) * LEVELS
+    <<readers_home head>>
     <<pull_all>>
     #if delta
     reader_gradient = tl.zeros([CHUNK, KEY_TILE], tl.float32)
@@ -104,10 +105,10 @@ def read_gradient(
     query_gradient *= tl.exp(from_start)
     #end
     #else
-    state_base = states + (lane * chunks + chunk) * KEY_DIM * VALUE_DIM
+    state_base = states + (home + chunk) * KEY_DIM * VALUE_DIM
     <<state_by_output>>
     #if delta
-    entry = lane * chunks + chunk
+    entry = home + chunk
     store_chunk(readers + entry * CHUNK * KEY_DIM, position, channel, reader)
     reader_gradient = seen
     #else
@@ -115,7 +116,7 @@ def read_gradient(
     #end
     #end
     #if delta
-    entry = lane * chunks + chunk
+    entry = home + chunk
     store_chunk(reader_gradients + entry * CHUNK * KEY_DIM, position, channel, reader_gradient)
     #else
     store_rows(query_gradients + (row * tokens * heads + head) * KEY_DIM, token, heads * KEY_DIM, real, channel,
@@ -139,7 +140,7 @@ output_gradient = output_gradient.to(tl.float32) * scale  # [C, V tile]
 
 # Number of this chunk among the readers of ``level``.
 READER_ENTRY = """
-entry = (level * lanes + lane) * half + ((chunk >> (level + 1)) << level) + (chunk & ((1 << level) - 1))
+entry = level * lanes * half + readers_home + ((chunk >> (level + 1)) << level) + (chunk & ((1 << level) - 1))
 """
 
 # What reads each level is kept: pulled-back queries, or the decay that they are pulled over.
@@ -161,11 +162,11 @@ for _ in range(0, bit_count(chunk)):
     bits &= bits - 1
 #if old
 #if delta
-store_chunk(old_readers + (lane * chunks + chunk) * CHUNK * KEY_DIM, position, channel, reader)
+store_chunk(old_readers + (home + chunk) * CHUNK * KEY_DIM, position, channel, reader)
 #elif channel
-store_channels(old_reaches + (lane * chunks + chunk) * KEY_DIM, channel, reach)
+store_channels(old_reaches + (home + chunk) * KEY_DIM, channel, reach)
 #else
-tl.store(old_reaches + lane * chunks + chunk, reach)
+tl.store(old_reaches + home + chunk, reach)
 #end
 #end
 tl.debug_barrier()
@@ -210,13 +211,13 @@ for _ in range(0, bit_count(chunk)):  # farthest first
     level = high_bit(bits)
     slot = ((chunk >> level) << level) - 1
     <<reader_entry>>
-    state_base = states + (lane * chunks + slot) * KEY_DIM * VALUE_DIM
+    state_base = states + (home + slot) * KEY_DIM * VALUE_DIM
     <<state_by_output>>
     weight = load_column(weight_base + served_level(served, EDGE + 1 + level), token, weight_token, real)  # [C]
     #if delta
     reader = load_chunk(readers + entry * CHUNK * KEY_DIM, position, channel).to(tl.float32)
     store_chunk(passed_gradients + entry * CHUNK * KEY_DIM, position, channel, reader_gradient)
-    passed = load_matrix(transitions + (lane * chunks + slot) * KEY_DIM * KEY_DIM, channel, channel)
+    passed = load_matrix(transitions + (home + slot) * KEY_DIM * KEY_DIM, channel, channel)
     reader_gradient = dot(reader_gradient, tl.trans(passed))
     #elif channel
     reach = load_channels(reaches + entry * KEY_DIM, channel)
@@ -260,9 +261,8 @@ def state_gradient(
     VALUE_TILE: tl.constexpr,
 ):
     """Gradients of block states (of the states at chunks' starts for the linear operator), from all their readers."""
-    first = tl.program_id(0) % chunks
-    lane = (tl.program_id(0) // chunks).to(tl.int64)
-    <<row>>
+    <<program>>
+    slot = chunk
     <<channels>>
     <<value_tile>>
     gradient_base = output_gradient_ptr + row * output_gradient_row + head * output_gradient_head
@@ -270,10 +270,11 @@ def state_gradient(
     #if weighted
     <<served>>
     weight_base = weight_ptr + row * weight_row + head * weight_head
+    <<row_chunks>>
+    <<readers_home head>>
     # The block in slot s is read by the chunks behind it, as many as it has itself (or as there are).
-    slot = first
     level = high_bit((slot + 1) & -(slot + 1))
-    readers_here = tl.minimum(1 << level, chunks - 1 - slot)
+    readers_here = tl.minimum(1 << level, row_chunks - 1 - slot)
     #if decayed and not delta
     #if channel
     total_gradient = tl.zeros([KEY_TILE], tl.float32)
@@ -283,21 +284,19 @@ def state_gradient(
     #end
     for number in range(0, readers_here):
         chunk = slot + 1 + number
-        entry = (level * lanes + lane) * half + ((chunk >> (level + 1)) << level) + number
+        entry = level * lanes * half + readers_home + ((chunk >> (level + 1)) << level) + number
         <<one_reader>>
         gradient += dot(tl.trans(reader), output_gradient * weight[:, None])
     #if decayed and not delta
     if tl.program_id(1) == 0:
         #if channel
-        store_channels(total_gradients + (lane * chunks + slot) * KEY_DIM, channel, total_gradient)
+        store_channels(total_gradients + (home + slot) * KEY_DIM, channel, total_gradient)
         #else
-        tl.store(total_gradients + lane * chunks + slot, total_gradient)
+        tl.store(total_gradients + home + slot, total_gradient)
         #end
     #end
     #else
-    slot = first
-    chunk = first
-    entry = lane * chunks + chunk
+    entry = home + chunk
     <<one_reader>>
     #if scalar and not delta
     gradient += dot(tl.trans(reader), output_gradient * weight[:, None])
@@ -305,7 +304,7 @@ def state_gradient(
     gradient += dot(tl.trans(reader), output_gradient)
     #end
     #end
-    store_state(state_gradients + (lane * chunks + slot) * KEY_DIM * VALUE_DIM, channel, value_column, gradient)
+    store_state(state_gradients + (home + slot) * KEY_DIM * VALUE_DIM, channel, value_column, gradient)
 '''
 
 # ``reader``, ``output_gradient`` and ``weight`` of one chunk, as it reads at ``entry``.
@@ -346,22 +345,31 @@ def transition_gradient(
     readers,  # [levels, lanes, N // 2, C, K]
     passed_gradients,  # [levels, lanes, N // 2, C, K]
     transition_gradients,  # [2, lanes, N, K, K] out: of left blocks
-    half, chunks, lanes,
+    half,
+    <<tables>>
+    chunks, lanes,
 ):
     """Gradients of left blocks' transitions, from all queries that were pulled back over them."""
     slot = tl.program_id(0) % chunks
     lane = (tl.program_id(0) // chunks).to(tl.int64)
+    #if packed
+    <<sequence_of lane slot>>
+    #else
+    home = lane * chunks
+    #end
+    <<row_chunks>>
+    <<readers_home lane>>
     <<channels>>
     position = tl.arange(0, CHUNK)
     level = high_bit((slot + 1) & -(slot + 1))
     gradient = tl.zeros([KEY_TILE, KEY_TILE], tl.float32)
-    for number in range(0, tl.minimum(1 << level, chunks - 1 - slot)):
+    for number in range(0, tl.minimum(1 << level, row_chunks - 1 - slot)):
         chunk = slot + 1 + number
-        entry = (level * lanes + lane) * half + ((chunk >> (level + 1)) << level) + number
+        entry = level * lanes * half + readers_home + ((chunk >> (level + 1)) << level) + number
         reader = load_chunk(readers + entry * CHUNK * KEY_DIM, position, channel)
         passed = load_chunk(passed_gradients + entry * CHUNK * KEY_DIM, position, channel)
         gradient += dot(tl.trans(reader), passed)
-    store_matrix(transition_gradients + (lane * chunks + slot) * KEY_DIM * KEY_DIM, channel, channel, gradient)
+    store_matrix(transition_gradients + (home + slot) * KEY_DIM * KEY_DIM, channel, channel, gradient)
 '''
 
 TREE_DOWN = '''
@@ -376,6 +384,7 @@ def tree_down(
     transitions,  # [2, lanes, N, K, K]
     #end
     state_gradients,  # [lanes, N, K, V] in and out
+    <<tables>>
     chunks, lanes, pairs, level,
     VALUE_TILE: tl.constexpr,
 ):
@@ -428,6 +437,7 @@ def transition_down(
     state_gradients,  # [lanes, N, K, V]
     transitions,  # [2, lanes, N, K, K]
     transition_gradients,  # [2, lanes, N, K, K] in and out
+    <<tables>>
     chunks, lanes, pairs, level,
     VALUE_TILE: tl.constexpr,
 ):
@@ -468,11 +478,12 @@ def scan_gradient(
     #if started
     initial_gradients,  # [lanes, K, V] out
     #end
+    <<scan_tables>>
     chunks, lanes,
     VALUE_TILE: tl.constexpr,
 ):
     """Reverse of state_scan."""
-    lane = tl.program_id(0).to(tl.int64)
+    <<scanned_row>>
     <<channels>>
     <<value_tile>>
     #if final
@@ -480,14 +491,14 @@ def scan_gradient(
     #else
     gradient = tl.zeros([KEY_TILE, VALUE_TILE], tl.float32)
     #end
-    for back in range(0, chunks):
-        chunk = chunks - 1 - back
-        at = state_gradients + (lane * chunks + chunk) * KEY_DIM * VALUE_DIM
+    for back in range(0, row_chunks):
+        chunk = row_chunks - 1 - back
+        at = state_gradients + (home + chunk) * KEY_DIM * VALUE_DIM
         read = load_state(at, channel, value_column)
         tl.debug_barrier()
         store_state(at, channel, value_column, gradient)
         #if decayed or delta
-        entry = ((chunk % 2) * lanes + lane) * chunks + chunk
+        entry = (chunk % 2) * lanes * chunks + home + chunk
         #end
         #if delta
         taken = load_matrix(transitions + entry * KEY_DIM * KEY_DIM, channel, channel)

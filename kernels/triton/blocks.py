@@ -28,39 +28,108 @@ served_levels, grid_levels,
 #if continued
 offsets,
 #end
-#if padded
+#if padded or packed
 lengths,
 #end
+#if packed
+starts,
+#end
+<<tables>>
 heads, tokens, chunks,
+""",
+    "tables": """
+#if packed
+first_chunks, chunk_sequences,
+#end
 """,
     # -- who a program is ----------------------------------------------------------------------------------------------
     "lane": """
-chunk = tl.program_id(0) % chunks
-lane = (tl.program_id(0) // chunks).to(tl.int64)  # row * H + head
-<<row>>
+<<program>>
 <<place>>
 """,
+    # Its chunk; ``home``: where its row's chunks begin in buffers that have an entry a chunk.
+    "program": """
+chunk = tl.program_id(0) % chunks
+#if packed
+head = (tl.program_id(0) // chunks).to(tl.int64)
+<<sequence_of head chunk>>
+lane = sequence * heads + head
+row = 0  # of the operands, where sequences lie one after another
+<<group>>
+#else
+lane = (tl.program_id(0) // chunks).to(tl.int64)  # row * H + head
+<<row>>
+home = lane * chunks
+#end
+""",
     "row": """
+#if packed
+sequence, head = lane // heads, lane % heads
+row = 0  # of the operands, where sequences lie one after another
+#else
 row, head = lane // heads, lane % heads
+#if padded or continued
+sequence = row
+#end
+#end
+<<group>>
+""",
+    "group": """
 #if grouped
 group = head // REPEAT
 #else
 group = head
 #end
 """,
+    # The sequence that has chunk ``$2`` of all, which then counts within the sequence.
+    "sequence_of": """
+sequence = tl.load(chunk_sequences + $2)  # -1 behind the last one
+if sequence < 0:
+    return
+first_chunk = tl.load(first_chunks + sequence)
+$2 -= first_chunk
+home = $1 * chunks + first_chunk
+""",
+    # The same for programs that have a whole row, whose chunks are ``row_chunks``.
+    "home_of_row": """
+#if packed
+home = head * chunks + tl.load(first_chunks + sequence)
+#else
+home = lane * chunks
+#end
+""",
+    "row_chunks": """
+#if packed
+row_chunks = tl.load(first_chunks + sequence + 1) - tl.load(first_chunks + sequence)
+#else
+row_chunks = chunks
+#end
+""",
+    # Where the row's readers of a level begin in buffers by level.
+    "readers_home": """
+#if packed
+readers_home = $1 * half + (first_chunk >> 1)
+#else
+readers_home = lane * half
+#end
+""",
+    # ``token`` counts in the row of the operands; the sequence there is ``row_begin <= token < row_end``.
     "place": """
-position = tl.arange(0, CHUNK)  # [C] in the chunk
+#if packed
+row_begin = tl.load(starts + sequence)
+row_end = row_begin + tl.load(lengths + sequence)
+#elif padded
+row_begin, row_end = 0, tl.load(lengths + sequence)
+#else
+row_begin, row_end = 0, tokens
+#end
+first_token = row_begin + chunk * CHUNK
 #if continued
-token = chunk * CHUNK + position - tl.load(offsets + row)  # [C] in the row
-#else
-token = chunk * CHUNK + position  # [C] in the row
+first_token -= tl.load(offsets + sequence)
 #end
-#if padded
-length = tl.load(lengths + row)
-#else
-length = tokens
-#end
-real = (token >= 0) & (token < length)  # [C]
+position = tl.arange(0, CHUNK)  # [C] in the chunk
+token = first_token + position  # [C]
+real = (token >= row_begin) & (token < row_end)  # [C]
 """,
     # -- what it reads -------------------------------------------------------------------------------------------------
     # Rows of an operand that belongs to heads, or to groups of them.
@@ -75,7 +144,7 @@ $1 = load_rows($1_base, token, $1_token, real, value_column, VALUE_DIM)  # [C, V
     "value_tile": "value_column = tl.program_id(1) * VALUE_TILE + tl.arange(0, VALUE_TILE)  # [V tile]",
     "served": """
 #if continued
-served = served_levels + row * grid_levels
+served = served_levels + sequence * grid_levels
 #else
 served = 0
 #end
@@ -100,7 +169,7 @@ from_start = tl.cumsum(log_decay, axis=0)  # [C] or [C, K]
     # ``to_end``: from after each token until the chunk's end, summed over the tokens after it.
     "to_end": """
 #if decayed
-after = (position < CHUNK - 1) & (token >= -1) & (token + 1 < length)
+after = (position < CHUNK - 1) & (token + 1 >= row_begin) & (token + 1 < row_end)
 #end
 #if scalar
 to_end = tl.cumsum(load_log_decays(decay_base, token + 1, decay_token, after), axis=0, reverse=True)  # [C]
@@ -122,7 +191,7 @@ $1 = $2
     # ``$1_scores`` [C, C]: of rows with keys, decays between them included, 0 above the diagonal.
     "scores": """
 #if channel
-$1_scores = load_square($1_squares + (lane * chunks + chunk) * CHUNK * CHUNK, position)
+$1_scores = load_square($1_squares + (home + chunk) * CHUNK * CHUNK, position)
 #elif scalar
 $1_scores = dot($1, tl.trans(key)) * decay_between
 #else
@@ -167,7 +236,7 @@ writer = dot(tl.trans(mix), tail_key)  # [C, K]
     "beta_column": "beta = load_column(beta_ptr + row * beta_row + head * beta_head, token, beta_token, real)  # [C]",
     "mix": """
 <<beta_column>>
-inverse = load_square(inverses + (lane * chunks + chunk) * CHUNK * CHUNK, position)  # [C, C]
+inverse = load_square(inverses + (home + chunk) * CHUNK * CHUNK, position)  # [C, C]
 mix = inverse * beta[None, :]
 """,
     # -- the tree ------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import logging
 import os
 import sys
 import tempfile
@@ -20,6 +21,9 @@ from ...errors import KernelCacheError
 FOLDER_VARIABLE = "LLCOMPILE_KERNEL_DIR"
 
 
+_log = logging.getLogger("llcompile.kernels")
+
+
 def folder() -> Path:
     """Where generated files go: ``$LLCOMPILE_KERNEL_DIR``, or ``llcompile/kernels`` in the user's cache folder."""
     chosen = os.environ.get(FOLDER_VARIABLE)
@@ -28,12 +32,18 @@ def folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llcompile" / "kernels"
 
 
-def file_of(source: str, name: str) -> Path:
-    """The file that holds ``source``, written if it is not there or damaged; raises :class:`KernelCacheError`."""
+def file_of(source: str, name: str, place: Path | None = None) -> Path:
+    """The file that holds ``source``, in ``place`` (default: :func:`folder`), written if it is not there or damaged.
+
+    Raises :class:`KernelCacheError` where it cannot be written.
+    """
     content = source.encode()
-    path = folder() / f"{name}_{hashlib.sha256(content).hexdigest()[:16]}.py"
-    if _read(path) != content:
-        _write(path, content)
+    path = (place or folder()) / f"{name}_{hashlib.sha256(content).hexdigest()[:16]}.py"
+    found = _read(path)
+    if found != content:
+        if found is not None:
+            _log.warning("%s is damaged: its content has not the hash in its name; it is written anew", path)
+        write(path, content)
     return path
 
 
@@ -62,7 +72,8 @@ def _read(path: Path) -> bytes | None:
         return None
 
 
-def _write(path: Path, content: bytes) -> None:
+def write(path: Path, content: bytes) -> None:
+    """Put ``content`` in place whole, whoever reads or writes at the same time; raises :class:`KernelCacheError`."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=".tmp")

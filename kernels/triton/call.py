@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
-from functools import lru_cache
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,24 +12,11 @@ from ..grid import Grid, make_grid
 from ..layout import Layout, Operands
 from ..state import linear_state, position_of
 from ..tree import depth
-from . import cache
+from . import autotune
 from .chips import chip_of
-from .description import Description, describe
-from .source import generate
-from .tuning import tuning
-
-
-@lru_cache(maxsize=512)
-def module_of(d: Description) -> ModuleType:
-    """The imported file with the kernels of ``d``; raises KernelCacheError if it cannot be written."""
-    family = f"{d.decay}_{d.correction}_{'log_linear' if d.weighted else 'linear'}"
-    return cache.load(cache.file_of(generate(d), family))
-
-
-@lru_cache(maxsize=4096)
-def parameters(module: ModuleType, kernel: str) -> tuple[str, ...]:
-    """Names of a kernel's parameters, in order."""
-    return tuple(inspect.signature(getattr(module, kernel).fn).parameters)
+from .description import describe
+from .launch import Launch, kernels_of
+from .packing import PackedGrid, pack, packed_grid
 
 
 class Call(Layout):
@@ -46,14 +30,14 @@ class Call(Layout):
         self.x, self.scale = x, scale
         self.d = describe(x, final_state)
         self.dtype = torch.float32
-        self.batch, self.tokens, self.heads, self.value_dim = x.v.shape
+        self.batch, (_, self.tokens, self.heads, self.value_dim) = x.rows, x.v.shape
         self.key_dim, self.lanes = x.q.shape[3], self.batch * self.heads
+        self.chunk_lanes = self.heads if self.d.packed else self.lanes  # of buffers that have an entry a chunk
         self.levels, self.fold = self.d.levels, (self.heads, 1)
         self.empty = x.v.numel() == 0 or x.q.numel() == 0
         if self.empty:
             return
-        self.module = module_of(self.d)
-        self.chip = chip_of(x.v.device)
+        self.kernels = kernels_of(self.d, chip_of(x.v.device))
         self.grid = self._make_grid()
         self.chunks = self.grid.chunks
         self.depth = depth(self.chunks)
@@ -62,7 +46,7 @@ class Call(Layout):
             "heads": self.heads,
             "tokens": self.tokens,
             "chunks": self.chunks,
-            "lanes": self.lanes,
+            "lanes": self.chunk_lanes,
         }
         self._add_operands()
         self._add_geometry()
@@ -75,6 +59,9 @@ class Call(Layout):
         if self.d.continued:
             assert self.x.initial_state is not None
             position = position_of(self.x.initial_state)
+        if self.x.starts is not None:
+            assert self.x.lengths is not None
+            return packed_grid(self.tokens, self.x.starts, self.x.lengths, position, self.d.chunk)
         grid = make_grid(self.tokens, position, self.x.lengths, self.d.chunk)
         offset = grid.offset
         if position is not None and offset is None:
@@ -86,7 +73,7 @@ class Call(Layout):
         if x is None:
             return
         if x.dim() == 1:
-            x = x.expand(self.batch, self.tokens, self.heads)
+            x = x.expand(self.x.v.shape[:3])
         elif x.dim() == 4 and x.stride(3) != 1 and x.shape[3] > 1:
             x = x.contiguous()
         self.values |= {
@@ -107,9 +94,10 @@ class Call(Layout):
 
     def _add_geometry(self) -> None:
         grid = self.grid
-        if self.d.padded:
-            assert grid.lengths is not None
+        if grid.lengths is not None:
             self.values["lengths"] = grid.lengths.to(torch.int32)
+        if isinstance(grid, PackedGrid):
+            self.values |= {"starts": grid.starts.to(torch.int32), **pack(grid)._asdict()}
         if self.d.continued:
             assert grid.offset is not None
             assert self.d.levels is not None
@@ -155,15 +143,24 @@ class Call(Layout):
         """As :meth:`buffer`, filled with 0, fp32."""
         return self.buffer(name, *shape).zero_()
 
+    def chunk_buffer(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """As :meth:`buffer`, with an entry of ``shape`` for each chunk."""
+        return self.buffer(name, self.chunk_lanes, self.chunks, *shape, dtype=dtype)
+
     # -- launches -----------------------------------------------------------------------------------------------------
+
+    def launch_chunks(self, kernel: str, tiled: bool = False) -> None:
+        """Run ``kernel`` with a program for each chunk."""
+        self.launch(kernel, self.chunk_lanes * self.chunks, tiled)
+
+    def launch_pairs(self, kernel: str, level: int, tiled: bool = False) -> None:
+        """Run ``kernel`` with a program for each pair of blocks of ``2 ** level`` chunks."""
+        pairs = self.chunks >> (level + 1)
+        if self.d.packed:  # a sequence's last pair may end where no whole pair of all chunks does
+            pairs = -(-self.chunks // (2 << level))
+        self.launch(kernel, self.chunk_lanes * pairs, tiled, pairs=pairs, level=level)
 
     def launch(self, kernel: str, programs: int, tiled: bool = False, **values: Any) -> None:
         """Run ``programs`` programs of ``kernel`` (times its value tiles), with ``values`` beside those of the call."""
-        chosen = tuning(kernel, self.d, self.chip)
-        known = {**self.values, **values, "VALUE_TILE": chosen.value_tile}
-        arguments = [known[name] for name in parameters(self.module, kernel)]
-        tiles = -(-self.value_dim // chosen.value_tile) if tiled else 1
-        if programs:
-            getattr(self.module, kernel)[(programs, tiles)](
-                *arguments, num_warps=chosen.warps, num_stages=chosen.stages
-            )
+        known = {**self.values, **values} if values else self.values
+        autotune.run(Launch(self.kernels[kernel], known, programs, self.value_dim if tiled else 0))

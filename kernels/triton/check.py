@@ -13,9 +13,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from .call import module_of
 from .chips import CHIPS, Chip
 from .description import Description
+from .launch import module_of
 from .source import kernel_names, kernel_text
 from .tuning import Tuning, tuning
 
@@ -120,7 +120,7 @@ _OPERANDS = {
     *("query_ptr", "key_ptr", "value_ptr", "output_gradient_ptr", "outputs"),
     *("readers", "passed_gradients", "old_readers"),
 }
-_TABLES = {"lengths", "offsets", "served_levels", "old_seen"}
+_TABLES = {"lengths", "offsets", "served_levels", "old_seen", "starts", "first_chunks", "chunk_sequences"}
 _NUMBERS = {
     *("heads", "tokens", "chunks", "lanes", "pairs", "level", "half"),
     *("grid_levels", "old_slots", "level_states_count"),

@@ -71,7 +71,7 @@ def chunk_values_gradient(
     score_gradient *= level_weights
     #end
     score_gradient = tl.where(position[:, None] >= position[None, :], score_gradient, 0.0)
-    entry = lane * chunks + chunk
+    entry = home + chunk
     store_square(score_gradients + entry * CHUNK * CHUNK, position, score_gradient)
     store_chunk(writer_gradients + entry * CHUNK * KEY_DIM, position, channel, writer_gradient)
     #if decayed and not weighted and not delta
@@ -106,9 +106,9 @@ def chunk_transition_gradient(
     <<channels>>
     <<rows_of_group key>>
     <<log_decay>>
-    entry = lane * chunks + chunk
+    entry = home + chunk
     #if weighted
-    table = ((chunk % 2) * lanes + lane) * chunks + chunk
+    table = (chunk % 2) * lanes * chunks + home + chunk
     gradient = load_matrix(transition_gradients + table * KEY_DIM * KEY_DIM, channel, channel)  # [K, K]
     #else
     gradient = tl.zeros([KEY_TILE, KEY_TILE], tl.float32)
@@ -161,7 +161,7 @@ def chunk_reader_gradient(
     <<rows_of_group key>>
     <<log_decay>>
     <<from_start>>
-    entry = lane * chunks + chunk
+    entry = home + chunk
     <<decay_rows decayed_key key from_start>>
     reader_gradient = load_chunk(reader_gradients + entry * CHUNK * KEY_DIM, position, channel)  # [C, K]
     <<decay_rows query_gradient reader_gradient from_start>>
@@ -199,7 +199,7 @@ def chunk_writer_gradient(
     <<rows_of_group key>>
     <<log_decay>>
     <<to_end>>
-    entry = lane * chunks + chunk
+    entry = home + chunk
     at = writer_gradients + entry * CHUNK * KEY_DIM
     writer_gradient = load_chunk(at, position, channel)
     <<decay_rows tail_key key to_end>>
@@ -238,7 +238,7 @@ def chunk_delta_gradient(
     <<log_decay>>
     <<decay_between>>
     #end
-    entry = lane * chunks + chunk
+    entry = home + chunk
     # final scores = query_scores mix
     <<scores query>>
     <<mix>>
@@ -300,7 +300,7 @@ def chunk_gradient(
     take less what earlier keys give."""
     <<lane>>
     <<channels>>
-    entry = lane * chunks + chunk
+    entry = home + chunk
     head_base = (row * tokens * heads + head) * KEY_DIM
     <<rows_of_group key>>
     <<log_decay>>
@@ -323,7 +323,7 @@ def chunk_gradient(
 # All that runs over values: gradients of scores, writers and values.
 VALUES_GRADIENT = """
 gradient_base = output_gradient_ptr + row * output_gradient_row + head * output_gradient_head
-state_at = (lane * chunks + chunk) * KEY_DIM * VALUE_DIM
+state_at = (home + chunk) * KEY_DIM * VALUE_DIM
 for first_value in range(0, VALUE_DIM, VALUE_TILE):
     value_column = first_value + tl.arange(0, VALUE_TILE)
     <<output_gradient>>
@@ -377,10 +377,10 @@ taken += tl.sum(key.to(tl.float32) * head_part, 1)
 # Gradient of the log decay at the chunk's end.
 CARRY = """
 #if weighted and channel and not delta
-carry = load_channels(total_gradients + (((chunk % 2) * lanes + lane) * chunks + chunk) * KEY_DIM, channel)
+carry = load_channels(total_gradients + ((chunk % 2) * lanes * chunks + home + chunk) * KEY_DIM, channel)
 carry += tl.sum(tail_share, 0)
 #elif weighted and not delta
-carry = tl.load(total_gradients + ((chunk % 2) * lanes + lane) * chunks + chunk) + tl.sum(tail_share, 0)
+carry = tl.load(total_gradients + (chunk % 2) * lanes * chunks + home + chunk) + tl.sum(tail_share, 0)
 #else
 carry = load_channels(decay_carries + entry * KEY_DIM, channel)  # [K]
 #if channel
@@ -450,16 +450,12 @@ def chunk_scores_gradient(
     query_base = query_ptr + row * query_row + group * query_head
     key_base = key_ptr + row * key_row + group * key_head
     head_base = (row * tokens * heads + head) * KEY_DIM
-    square = (lane * chunks + chunk) * CHUNK * CHUNK
-    first = chunk * CHUNK
-    #if continued
-    first -= tl.load(offsets + row)
-    #end
-    carry = load_channels(decay_carries + (lane * chunks + chunk) * KEY_DIM, channel)  # [K]
+    square = (home + chunk) * CHUNK * CHUNK
+    carry = load_channels(decay_carries + (home + chunk) * KEY_DIM, channel)  # [K]
     for step in range(0, CHUNK, BLOCK):
         begin = CHUNK - BLOCK - step
-        here = first + begin + inner  # [block] tokens
-        there = (here >= 0) & (here < length)
+        here = first_token + begin + inner  # [block] tokens
+        there = (here >= row_begin) & (here < row_end)
         log_decay = load_log_decay_rows(decay_base, here, decay_token, there, channel)  # [block, K]
         query = load_rows(query_base, here, query_token, there, channel, KEY_DIM).to(tl.float32)
         key = load_rows(key_base, here, key_token, there, channel, KEY_DIM).to(tl.float32)
@@ -492,7 +488,7 @@ def chunk_scores_gradient(
             column_gradient += dot(tl.trans(tl.load(key_squares + corner)), far_key * far_decay)
             #end
             between += tl.sum(far_log, 0)
-        after_here = (inner < BLOCK - 1) & (here >= -1) & (here + 1 < length)
+        after_here = (inner < BLOCK - 1) & (here + 1 >= row_begin) & (here + 1 < row_end)
         to_block_end = load_log_decay_rows(decay_base, here + 1, decay_token, after_here, channel)
         column_gradient *= tl.exp(tl.cumsum(to_block_end, axis=0, reverse=True))
         passed = tl.zeros([BLOCK, KEY_TILE], tl.float32)
@@ -538,8 +534,8 @@ later = begin
 
 # Queries (and keys) of a later block, and their decays from the end of this block.
 LATER_ROWS = """
-far = first + later + inner  # [block] tokens
-far_real = (far >= 0) & (far < length)
+far = first_token + later + inner  # [block] tokens
+far_real = (far >= row_begin) & (far < row_end)
 far_log = load_log_decay_rows(decay_base, far, decay_token, far_real, channel)
 far_decay = tl.exp(tl.cumsum(far_log, axis=0) + between[None, :])  # [block, K]
 far_query = load_rows(query_base, far, query_token, far_real, channel, KEY_DIM).to(tl.float32)

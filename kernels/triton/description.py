@@ -33,7 +33,8 @@ class Description:
     """One member of the family of operators, as far as its kernels differ from those of another.
 
     ``levels`` is the number of level weights per token, None for the linear operator. ``repeat`` is H / G, the heads
-    that share a query and a key. ``padded`` says that rows have lengths of their own. ``backend`` is Triton's.
+    that share a query and a key. ``padded`` says that rows have lengths of their own, ``packed`` that sequences with
+    lengths of their own lie in one row of the operands. ``backend`` is Triton's.
     """
 
     decay: Decay
@@ -47,6 +48,7 @@ class Description:
     initial_state: OldState = "none"
     final_state: bool = False
     padded: bool = False
+    packed: bool = False
     backend: Backend = BACKEND
 
     @property
@@ -63,6 +65,11 @@ class Description:
     def continued(self) -> bool:
         """Whether rows start at a position of their own: a level state carries one."""
         return self.weighted and self.initial_state == "level"
+
+    @property
+    def family(self) -> str:
+        """What the mixer is, in a word for file names."""
+        return f"{self.decay}_{self.correction}_{'log_linear' if self.weighted else 'linear'}"
 
     @property
     def key_tile(self) -> int:
@@ -87,6 +94,7 @@ class Description:
             "started": self.initial_state != "none",
             "final": self.final_state,
             "padded": self.padded,
+            "packed": self.packed,
             "grouped": self.repeat > 1,
         }
 
@@ -114,7 +122,8 @@ def describe(x: Operands, final_state: bool) -> Description:
         levels=None if x.level_weights is None else x.level_weights.shape[-1],
         initial_state="none" if old is None else "level" if is_level_state(old) else "linear",
         final_state=final_state,
-        padded=x.lengths is not None,
+        padded=x.lengths is not None and x.starts is None,
+        packed=x.starts is not None,
     )
 
 

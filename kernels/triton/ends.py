@@ -49,7 +49,7 @@ def final_state(
     bits = chunk
     for _ in range(0, bit_count(chunk)):
         <<level>>
-        state = load_state(states + (lane * chunks + slot) * KEY_DIM * VALUE_DIM, channel, value_column)
+        state = load_state(states + (home + slot) * KEY_DIM * VALUE_DIM, channel, value_column)
         <<carried>>
         store_state(out + (EDGE + 1 + level) * KEY_DIM * VALUE_DIM, channel, value_column, state)
         <<carry_on>>
@@ -65,13 +65,14 @@ def final_state(
 
 LAST_CHUNK = """
 <<row>>
-#if padded
-end = tl.load(lengths + row)
+<<home_of_row>>
+#if padded or packed
+end = tl.load(lengths + sequence)
 #else
 end = tokens
 #end
 #if continued
-end += tl.load(offsets + row)
+end += tl.load(offsets + sequence)
 #end
 chunk = tl.maximum(end - 1, 0) // CHUNK  # of the row's last token
 last = tl.maximum(end - 1, 0) % CHUNK
@@ -81,7 +82,7 @@ last = tl.maximum(end - 1, 0) % CHUNK
 # ``carry``: what happens to a state between a block's end and the row's end, its own chunk first.
 CARRY_OF_CHUNK = """
 #if decayed or delta
-own = ((chunk % 2) * lanes + lane) * chunks + chunk
+own = (chunk % 2) * lanes * chunks + home + chunk
 #end
 #if delta
 carry = load_matrix(transitions + own * KEY_DIM * KEY_DIM, channel, channel)  # [K, K]
@@ -94,12 +95,12 @@ carry = tl.load(totals + own)
 
 CARRY_ON = """
 #if delta
-passed = load_matrix(transitions + (lane * chunks + slot) * KEY_DIM * KEY_DIM, channel, channel)
+passed = load_matrix(transitions + (home + slot) * KEY_DIM * KEY_DIM, channel, channel)
 carry = fine_dot(carry, passed)
 #elif channel
-carry += load_channels(totals + (lane * chunks + slot) * KEY_DIM, channel)
+carry += load_channels(totals + (home + slot) * KEY_DIM, channel)
 #elif scalar
-carry += tl.load(totals + lane * chunks + slot)
+carry += tl.load(totals + home + slot)
 #end
 """
 
@@ -183,7 +184,7 @@ def final_state_gradient(
     for _ in range(0, bit_count(chunk)):  # farthest first: the carry grows shorter
         level = high_bit(bits)
         slot = ((chunk >> level) << level) - 1
-        at = lane * chunks + slot
+        at = home + slot
         #if delta
         left_at = transition_gradients + at * KEY_DIM * KEY_DIM
         passed_at = transitions + at * KEY_DIM * KEY_DIM
@@ -226,7 +227,7 @@ tl.store(total_gradients + at, passed_gradient)
 carry = tl.load(totals + own)
 nearer = chunk & ((1 << level) - 1)
 for _ in range(0, bit_count(nearer)):
-    carry += tl.load(totals + lane * chunks + (((chunk >> level) << level) | nearer) - 1)
+    carry += tl.load(totals + home + (((chunk >> level) << level) | nearer) - 1)
     nearer &= nearer - 1
 """
 
@@ -237,7 +238,7 @@ store_channels(total_gradients + at * KEY_DIM, channel, passed_gradient)
 carry = load_channels(totals + own * KEY_DIM, channel)
 nearer = chunk & ((1 << level) - 1)
 for _ in range(0, bit_count(nearer)):
-    near_at = lane * chunks + (((chunk >> level) << level) | nearer) - 1
+    near_at = home + (((chunk >> level) << level) | nearer) - 1
     carry += load_channels(totals + near_at * KEY_DIM, channel)
     nearer &= nearer - 1
 """
@@ -302,7 +303,7 @@ def final_chunk_gradient(
         value_gradient += load_rows(value_at, token, heads * VALUE_DIM, real, value_column, VALUE_DIM)
         tl.debug_barrier()
         store_rows(value_at, token, heads * VALUE_DIM, real, value_column, value_gradient, VALUE_DIM)
-    at = writer_gradients + (lane * chunks + chunk) * CHUNK * KEY_DIM
+    at = writer_gradients + (home + chunk) * CHUNK * KEY_DIM
     writer_gradient += load_chunk(at, position, channel)
     tl.debug_barrier()
     store_chunk(at, position, channel, writer_gradient)
@@ -335,13 +336,15 @@ def old_state_gradient(
     slot = tl.program_id(0) % old_slots
     lane = (tl.program_id(0) // old_slots).to(tl.int64)
     <<row>>
+    <<home_of_row>>
+    <<row_chunks>>
     <<channels>>
     <<value_tile>>
     gradient_base = output_gradient_ptr + row * output_gradient_row + head * output_gradient_head
     weight_base = weight_ptr + row * weight_row + head * weight_head
     gradient = tl.zeros([KEY_TILE, VALUE_TILE], tl.float32)
-    for chunk in range(0, chunks):
-        entry = lane * chunks + chunk
+    for chunk in range(0, row_chunks):
+        entry = home + chunk
         <<place>>
         <<output_gradient>>
         level_seen = tl.load(old_seen + (row * tokens + token.to(tl.int64)) * old_slots + slot, mask=real, other=0)

@@ -15,9 +15,9 @@ def forward(x: Operands, scale: float, return_final_state: bool) -> tuple[Tensor
         return x.v.new_zeros(x.v.shape), call.unchanged_state() if return_final_state else call.no_state()
     states(call)
     o = call.buffer("outputs", *x.v.shape, dtype=x.v.dtype)
-    if call.d.padded:
+    if x.lengths is not None:
         o.zero_()
-    call.launch("output", call.lanes * call.chunks, tiled=True)
+    call.launch_chunks("output", tiled=True)
     return o, final_state(call) if return_final_state else call.no_state()
 
 
@@ -43,28 +43,26 @@ def final_state(call: Call) -> Tensor:
 
 def chunk_stage(call: Call) -> None:
     """Phase 1: what each chunk adds to the state and does to one that passes it."""
-    d, lanes, chunks = call.d, call.lanes, call.chunks
-    square = (lanes, chunks, d.chunk, d.chunk)
+    d, lanes, chunks = call.d, call.chunk_lanes, call.chunks
     if d.decay == "channel":
-        call.buffer("query_squares", *square)
+        call.chunk_buffer("query_squares", d.chunk, d.chunk)
         if d.delta:
-            call.buffer("key_squares", *square)
-        call.launch("chunk_scores", lanes * chunks)
+            call.chunk_buffer("key_squares", d.chunk, d.chunk)
+        call.launch_chunks("chunk_scores")
     if d.delta:
-        call.buffer("inverses", *square)
-        call.launch("chunk_inverse", lanes * chunks)
+        call.chunk_buffer("inverses", d.chunk, d.chunk)
+        call.launch_chunks("chunk_inverse")
         call.buffer("transitions", 2, lanes, chunks, d.key_dim, d.key_dim)
     if d.decay != "none":
         call.buffer("totals", 2, lanes, chunks, *((d.key_dim,) if d.decay == "channel" else ()))
-    call.buffer("states", lanes, chunks, d.key_dim, d.value_dim)
-    call.launch("chunk_state", lanes * chunks, tiled=True)
+    call.chunk_buffer("states", d.key_dim, d.value_dim)
+    call.launch_chunks("chunk_state", tiled=True)
 
 
 def tree(call: Call) -> None:
     """Phase 2, log-linear: blocks pair up, level by level."""
     for level in range(call.depth - 1):
-        pairs = call.chunks >> (level + 1)
-        call.launch("tree_up", call.lanes * pairs, tiled=True, pairs=pairs, level=level)
+        call.launch_pairs("tree_up", level, tiled=True)
 
 
 def scan(call: Call) -> None:
@@ -94,8 +92,8 @@ def backward(x: Operands, scale: float, grad_o: Tensor, grad_state: Tensor | Non
 
 
 def _add_gradient_buffers(call: Call) -> None:
-    d, batch, tokens, heads = call.d, call.batch, call.tokens, call.heads
-    make = call.zeros if d.padded else call.buffer
+    d, (batch, tokens, heads, _) = call.d, call.x.v.shape
+    make = call.buffer if call.x.lengths is None else call.zeros
     make("query_gradients", batch, tokens, heads, d.key_dim)
     make("key_gradients", batch, tokens, heads, d.key_dim)
     make("value_gradients", batch, tokens, heads, d.value_dim)
@@ -109,7 +107,7 @@ def _add_gradient_buffers(call: Call) -> None:
 
 def reads_gradient(call: Call) -> None:
     """What queries read from other chunks: gradients of queries, of level weights, and of what was read."""
-    d, lanes, chunks = call.d, call.lanes, call.chunks
+    d, lanes, chunks = call.d, call.chunk_lanes, call.chunks
     by_reader: tuple[int, ...] = (lanes, chunks)
     if d.weighted:
         half = max(chunks // 2, 1)
@@ -117,7 +115,7 @@ def reads_gradient(call: Call) -> None:
         by_reader = (max(call.depth, 1), lanes, half)
     if d.delta:
         call.buffer("readers", *by_reader, d.chunk, d.key_dim, dtype=call.x.q.dtype)
-        call.buffer("reader_gradients", lanes, chunks, d.chunk, d.key_dim)
+        call.chunk_buffer("reader_gradients", d.chunk, d.key_dim)
         if d.weighted:
             call.buffer("passed_gradients", *by_reader, d.chunk, d.key_dim, dtype=call.x.q.dtype)
     elif d.decay != "none" and d.weighted:
@@ -126,14 +124,14 @@ def reads_gradient(call: Call) -> None:
         call.buffer("reach_gradients", *by_reader, *per_channel)
     if "old_slots" in call.values:
         if d.delta:
-            call.buffer("old_readers", lanes, chunks, d.chunk, d.key_dim, dtype=call.x.q.dtype)
+            call.chunk_buffer("old_readers", d.chunk, d.key_dim, dtype=call.x.q.dtype)
         elif d.decay != "none":
-            call.buffer("old_reaches", lanes, chunks, *((d.key_dim,) if d.decay == "channel" else ()))
-    call.launch("read_gradient", lanes * chunks)
+            call.chunk_buffer("old_reaches", *((d.key_dim,) if d.decay == "channel" else ()))
+    call.launch_chunks("read_gradient")
     if d.weighted and d.decay != "none" and not d.delta:
         call.zeros("total_gradients", *call.values["totals"].shape)
-    call.buffer("state_gradients", lanes, chunks, d.key_dim, d.value_dim)
-    call.launch("state_gradient", lanes * chunks, tiled=True)
+    call.chunk_buffer("state_gradients", d.key_dim, d.value_dim)
+    call.launch_chunks("state_gradient", tiled=True)
 
 
 def tree_gradient(call: Call, grad_state: Tensor | None) -> None:
@@ -141,7 +139,7 @@ def tree_gradient(call: Call, grad_state: Tensor | None) -> None:
     d, lanes = call.d, call.lanes
     if d.delta:
         call.zeros("transition_gradients", *call.values["transitions"].shape)
-        call.launch("transition_gradient", lanes * call.chunks)
+        call.launch_chunks("transition_gradient")
     slots = call.values.get("old_slots", 0)
     if slots:
         call.buffer("old_gradients", lanes, slots, d.key_dim, d.value_dim)
@@ -153,10 +151,9 @@ def tree_gradient(call: Call, grad_state: Tensor | None) -> None:
             call.buffer("carries", lanes, 32, d.key_dim, d.key_dim)
         call.launch("final_state_gradient", lanes)
     for level in reversed(range(call.depth - 1)):
-        pairs = call.chunks >> (level + 1)
         if d.delta:
-            call.launch("transition_down", lanes * pairs, pairs=pairs, level=level)
-        call.launch("tree_down", lanes * pairs, pairs=pairs, level=level)
+            call.launch_pairs("transition_down", level)
+        call.launch_pairs("tree_down", level)
 
 
 def scan_gradient(call: Call, grad_state: Tensor | None) -> None:
@@ -170,27 +167,27 @@ def scan_gradient(call: Call, grad_state: Tensor | None) -> None:
 
 def chunk_gradients(call: Call) -> None:
     """Inside the chunks, where the gradients of the operands come out."""
-    d, programs = call.d, call.lanes * call.chunks
-    call.buffer("score_gradients", call.lanes, call.chunks, d.chunk, d.chunk)
-    call.buffer("writer_gradients", call.lanes, call.chunks, d.chunk, d.key_dim)
+    d = call.d
+    call.chunk_buffer("score_gradients", d.chunk, d.chunk)
+    call.chunk_buffer("writer_gradients", d.chunk, d.key_dim)
     if d.delta:
-        call.buffer("head_gradients", call.lanes, call.chunks, d.chunk, d.key_dim)
+        call.chunk_buffer("head_gradients", d.chunk, d.key_dim)
         if d.decay != "channel":
-            call.buffer("key_squares", call.lanes, call.chunks, d.chunk, d.chunk)
+            call.chunk_buffer("key_squares", d.chunk, d.chunk)
     if d.decay != "none":
-        call.buffer("decay_carries", call.lanes, call.chunks, d.key_dim)
-    call.launch("chunk_values_gradient", programs)
+        call.chunk_buffer("decay_carries", d.key_dim)
+    call.launch_chunks("chunk_values_gradient")
     if d.weighted and d.final_state:
         call.launch("final_chunk_gradient", call.lanes)
     if d.delta:
-        call.launch("chunk_transition_gradient", programs)
-        call.launch("chunk_reader_gradient", programs)
-        call.buffer("mix_gradients", call.lanes, call.chunks, d.chunk, d.chunk)
-        call.launch("chunk_writer_gradient", programs)
-        call.launch("chunk_delta_gradient", programs)
-    call.launch("chunk_gradient", programs)
+        call.launch_chunks("chunk_transition_gradient")
+        call.launch_chunks("chunk_reader_gradient")
+        call.chunk_buffer("mix_gradients", d.chunk, d.chunk)
+        call.launch_chunks("chunk_writer_gradient")
+        call.launch_chunks("chunk_delta_gradient")
+    call.launch_chunks("chunk_gradient")
     if d.decay == "channel":
-        call.launch("chunk_scores_gradient", programs)
+        call.launch_chunks("chunk_scores_gradient")
 
 
 def _operand_gradients(call: Call, grad_state: Tensor | None) -> list[Tensor | None]:
@@ -213,6 +210,6 @@ def _initial_gradient(call: Call, grad_state: Tensor | None) -> Tensor | None:
         d: Tensor = call.values["initial_gradients"]
         return call._old_grad(d.flatten(0, 1)[:, None])
     d = call._old_grad(call.values["old_gradients"])
-    if grad_state is not None and call.d.padded:
+    if grad_state is not None and call.x.lengths is not None:
         d = d + call.unchanged_state_grad(grad_state - call.with_tokens(grad_state))
     return d

@@ -28,14 +28,10 @@ def chunk_scores(
     decay_base = decay_ptr + row * decay_row + head * decay_head
     query_base = query_ptr + row * query_row + group * query_head
     key_base = key_ptr + row * key_row + group * key_head
-    square = (lane * chunks + chunk) * CHUNK * CHUNK
-    first = chunk * CHUNK
-    #if continued
-    first -= tl.load(offsets + row)
-    #end
+    square = (home + chunk) * CHUNK * CHUNK
     for later in range(0, CHUNK, BLOCK):
-        here = first + later + inner  # [block] tokens
-        there = (here >= 0) & (here < length)
+        here = first_token + later + inner  # [block] tokens
+        there = (here >= row_begin) & (here < row_end)
         log_decay = load_log_decay_rows(decay_base, here, decay_token, there, channel)  # [block, K]
         decayed = tl.exp(tl.cumsum(log_decay, axis=0))
         query = load_rows(query_base, here, query_token, there, channel, KEY_DIM).to(tl.float32)
@@ -75,10 +71,10 @@ def chunk_scores(
 
 # ``seen``: keys of an earlier block, decayed until the start of the later one.
 EARLIER_ROWS = """
-other_token = first + earlier + inner
-other_real = (other_token >= 0) & (other_token < length)
+other_token = first_token + earlier + inner
+other_real = (other_token >= row_begin) & (other_token < row_end)
 other_decay = load_log_decay_rows(decay_base, other_token, decay_token, other_real, channel)
-after = (inner < BLOCK - 1) & (other_token >= -1) & (other_token + 1 < length)
+after = (inner < BLOCK - 1) & (other_token + 1 >= row_begin) & (other_token + 1 < row_end)
 next_decay = load_log_decay_rows(decay_base, other_token + 1, decay_token, after, channel)
 decayed_to = tl.exp(tl.cumsum(next_decay, axis=0, reverse=True) + between[None, :])  # [block, K]
 seen = load_rows(key_base, other_token, key_token, other_real, channel, KEY_DIM).to(tl.float32) * decayed_to
@@ -86,8 +82,8 @@ seen = load_rows(key_base, other_token, key_token, other_real, channel, KEY_DIM)
 
 # One token of the block: its key, and its decay, which lies between it and later ones only for keys before it.
 ONE_KEY = """
-one_token = first + later + place + channel * 0  # [K]
-one_real = (one_token >= 0) & (one_token < length) & (channel < KEY_DIM)
+one_token = first_token + later + place + channel * 0  # [K]
+one_real = (one_token >= row_begin) & (one_token < row_end) & (channel < KEY_DIM)
 one_at = one_token.to(tl.int64)
 one_key = tl.load(key_base + one_at * key_token + channel, mask=one_real, other=0.0).to(tl.float32)  # [K]
 one_decay = tl.load(decay_base + one_at * decay_token + channel, mask=one_real, other=0.0).to(tl.float32)
@@ -115,7 +111,7 @@ def chunk_inverse(
     <<scores key>>
     <<beta_column>>
     lower = tl.where(position[:, None] > position[None, :], key_scores * beta[:, None], 0.0)
-    store_square(inverses + (lane * chunks + chunk) * CHUNK * CHUNK, position, unit_lower_inverse(lower, position))
+    store_square(inverses + (home + chunk) * CHUNK * CHUNK, position, unit_lower_inverse(lower, position))
 '''
 
 CHUNK_STATE = '''
@@ -146,11 +142,11 @@ def chunk_state(
     <<writer>>
     <<rows_of_head value>>
     store_state(
-        states + (lane * chunks + chunk) * KEY_DIM * VALUE_DIM, channel, value_column, dot(tl.trans(writer), value)
+        states + (home + chunk) * KEY_DIM * VALUE_DIM, channel, value_column, dot(tl.trans(writer), value)
     )
     #if decayed or delta
     # A table of left blocks by last chunk and one of right blocks by first chunk.
-    entry = ((chunk % 2) * lanes + lane) * chunks + chunk
+    entry = (chunk % 2) * lanes * chunks + home + chunk
     #end
     #if decayed
     total = tl.sum(log_decay, 0)
@@ -194,6 +190,7 @@ def tree_up(
     #if delta
     transitions,  # [2, lanes, N, K, K] in and out
     #end
+    <<tables>>
     chunks, lanes, pairs, level,
     VALUE_TILE: tl.constexpr,
 ):
@@ -239,14 +236,24 @@ def tree_up(
 # Where a pair of blocks of 2**level chunks and the block that they make are. Left blocks lie by last chunk, right ones
 # by first chunk; the joined block's state is in the right one's slot.
 FAMILY = """
+#if packed
+# Of twice 2**level chunks in a row one at most ends a pair, and it is of the first one's sequence.
+window = pair << (level + 1)
+<<sequence_of lane window>>
+pair = window >> (level + 1)
+if ((pair + 1) << (level + 1)) > tl.load(first_chunks + sequence + 1) - first_chunk:
+    return
+#else
+home = lane * chunks
+#end
 first = pair << (level + 1)  # first chunk of both
-left = lane * chunks + first + (1 << level) - 1
+left = home + first + (1 << level) - 1
 joined = left + (1 << level)  # slot of the joined state, which holds the right one's
 #if decayed or delta
-right = (lanes + lane) * chunks + first + (1 << level)
+right = lanes * chunks + home + first + (1 << level)
 joined_entry = joined
 if pair % 2 == 1:
-    joined_entry = (lanes + lane) * chunks + first
+    joined_entry = lanes * chunks + home + first
 #end
 """
 
@@ -266,11 +273,12 @@ def state_scan(
     #if final
     final_states,  # [lanes, K, V] out
     #end
+    <<scan_tables>>
     chunks, lanes,
     VALUE_TILE: tl.constexpr,
 ):
     """The linear operator's states, chunk after chunk."""
-    lane = tl.program_id(0).to(tl.int64)
+    <<scanned_row>>
     <<channels>>
     <<value_tile>>
     #if started
@@ -278,13 +286,13 @@ def state_scan(
     #else
     state = tl.zeros([KEY_TILE, VALUE_TILE], tl.float32)
     #end
-    for chunk in range(0, chunks):
-        at = states + (lane * chunks + chunk) * KEY_DIM * VALUE_DIM
+    for chunk in range(0, row_chunks):
+        at = states + (home + chunk) * KEY_DIM * VALUE_DIM
         added = load_state(at, channel, value_column)
         tl.debug_barrier()
         store_state(at, channel, value_column, state)
         #if decayed or delta
-        entry = ((chunk % 2) * lanes + lane) * chunks + chunk
+        entry = (chunk % 2) * lanes * chunks + home + chunk
         #end
         #if delta
         taken = load_matrix(transitions + entry * KEY_DIM * KEY_DIM, channel, channel)
@@ -356,7 +364,7 @@ def output(
     <<read_old>>
     #end
     #else
-    state = load_state(states + (lane * chunks + chunk) * KEY_DIM * VALUE_DIM, channel, value_column)  # [K, V]
+    state = load_state(states + (home + chunk) * KEY_DIM * VALUE_DIM, channel, value_column)  # [K, V]
     <<far_reader>>
     #if scalar and not delta
     out += dot(far_reader, state) * tl.exp(from_start)[:, None]
@@ -395,7 +403,7 @@ READ_LEVELS = """
 bits = chunk
 for _ in range(0, bit_count(chunk)):  # one block for each set bit, nearest first
     <<level>>
-    state = load_state(states + (lane * chunks + slot) * KEY_DIM * VALUE_DIM, channel, value_column)  # [K, V]
+    state = load_state(states + (home + slot) * KEY_DIM * VALUE_DIM, channel, value_column)  # [K, V]
     weight = load_column(weight_base + served_level(served, EDGE + 1 + level), token, weight_token, real)  # [C]
     <<far_reader>>
     #if scalar and not delta
@@ -409,12 +417,12 @@ for _ in range(0, bit_count(chunk)):  # one block for each set bit, nearest firs
 # Back over the block that was read.
 PULL = """
 #if delta
-passed = load_matrix(transitions + (lane * chunks + slot) * KEY_DIM * KEY_DIM, channel, channel)
+passed = load_matrix(transitions + (home + slot) * KEY_DIM * KEY_DIM, channel, channel)
 reader = dot(reader, passed)  # [C, K]
 #elif channel
-reach += load_channels(totals + (lane * chunks + slot) * KEY_DIM, channel)
+reach += load_channels(totals + (home + slot) * KEY_DIM, channel)
 #elif scalar
-reach += tl.load(totals + lane * chunks + slot)
+reach += tl.load(totals + home + slot)
 #end
 """
 
@@ -430,7 +438,26 @@ for slot in range(0, old_slots):
     out += dot(far_reader, state) * weight[:, None]
 """
 
+# A scan's program has a row and head.
+SCANNED_ROW = """
+lane = tl.program_id(0).to(tl.int64)
+#if packed
+<<row>>
+#end
+<<home_of_row>>
+<<row_chunks>>
+"""
+
+SCAN_TABLES = """
+<<tables>>
+#if packed
+heads,
+#end
+"""
+
 FORWARD_BLOCKS = {
+    "scanned_row": SCANNED_ROW,
+    "scan_tables": SCAN_TABLES,
     "earlier_rows": EARLIER_ROWS,
     "one_key": ONE_KEY,
     "own_decay": OWN_DECAY,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from functools import lru_cache
 
 import torch
 
@@ -11,12 +12,32 @@ from .description import Description
 
 # Largest K that fits: a chunk's rows, and for the delta rule a K x K matrix, must stay on the chip.
 MAX_KEY_DIM = {"none": 256, "delta": 128}
+# Triton's own README: NVIDIA GPUs of compute capability 8.0 and later.
+_LEAST_CAPABILITY = (8, 0)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@lru_cache(maxsize=64)
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """The compute capability of an NVIDIA device; None of any other, and where there is none."""
+    if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_capability(device)
 
 
 def interpreted() -> bool:
     """Whether Triton's interpreter is on, which runs kernels on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def refusals() -> tuple[type[BaseException], ...]:
+    """What Triton raises for kernels that it cannot make: no room on the chip, no way through its compiler."""
+    try:
+        from triton.compiler.errors import CompilationError
+        from triton.runtime.errors import TritonError
+    except ImportError:
+        return (ImportError,)
+    return (ImportError, CompilationError, TritonError)
 
 
 def unsupported(d: Description, device: torch.device) -> str | None:
@@ -25,6 +46,10 @@ def unsupported(d: Description, device: torch.device) -> str | None:
         return "triton is not installed"
     if device.type != "cuda" and not interpreted():
         return f"the operands are on {device}; Triton kernels run on CUDA and ROCm devices"
+    found = capability(device)
+    if found is not None and found < _LEAST_CAPABILITY:
+        least = ".".join(map(str, _LEAST_CAPABILITY))
+        return f"{device} has compute capability {found[0]}.{found[1]}; Triton needs {least} or later"
     if d.dtype not in _DTYPES:
         return f"dtype {d.dtype} is not one of bfloat16, float16 and float32"
     limit = MAX_KEY_DIM[d.correction]

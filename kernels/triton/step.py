@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ..state import is_level_state, linear_state, pack_state
-from .call import module_of, parameters
+from . import autotune
 from .chips import chip_of
 from .description import describe_step
-from .tuning import tuning
+from .launch import Launch, kernels_of
 
 
 def step(
@@ -26,7 +26,6 @@ def step(
 ) -> tuple[Tensor, Tensor]:
     """Absorb one token and read out: arguments and results of :func:`..step.step`."""
     d = describe_step(q, v, w, log_decay, beta)
-    module, chosen = module_of(d), tuning("decode", d, chip_of(v.device))
     batch, heads = v.shape[:2]
     old = _as_kind(state.float(), d.levels).contiguous()
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
@@ -40,11 +39,8 @@ def step(
             continue
         x = x.contiguous() if x.dim() == 3 and x.stride(2) != 1 else x
         known |= {f"{name}_ptr": x, f"{name}_row": x.stride(0), f"{name}_head": x.stride(1)}
-    known["VALUE_TILE"] = chosen.value_tile
-    arguments = [known[name] for name in parameters(module, "decode")]
     if o.numel():
-        tiles = -(-d.value_dim // chosen.value_tile)
-        module.decode[(batch * heads, tiles)](*arguments, num_warps=chosen.warps, num_stages=chosen.stages)
+        autotune.run(Launch(kernels_of(d, chip_of(v.device))["decode"], known, batch * heads, d.value_dim))
     return o, new
 
 

@@ -17,7 +17,8 @@ from .cases import LENGTHS, OURS, Case
 from .crew import Helper
 from .peers import peer
 
-_ENVIRONMENT = {"FLA_CACHE_RESULTS": "0"}
+# Nor are launches tuned, which would be timed on a shared device, too.
+_ENVIRONMENT = {"FLA_CACHE_RESULTS": "0", "LLCOMPILE_AUTOTUNE": "0"}
 
 
 def kinds(cases: Iterable[Case]) -> list[Case]:

@@ -98,6 +98,62 @@ def test_padded_rows(check, levels):
     check(length=80, delta=True, levels=levels, state="linear", batch=3, lengths=[70, 0, 80], final=True)
 
 
+@pytest.fixture
+def packed(worker: ProcessPoolExecutor) -> Check:
+    """Compare sequences that are read where they lie with the definition."""
+
+    def run(
+        bounds: list[int] | None = None, mask: list[list[int]] | None = None, spoilt: int | None = None, **case: object
+    ) -> None:
+        case = {"dtype": torch.float32, "batch": 1, "groups": 1, "heads": 1, "levels": 9, **case}
+        if bounds is not None:
+            case["length"] = bounds[-1]
+        found = worker.submit(triton_cases.packed_errors, case, bounds, mask, spoilt).result()
+        assert {"o", "state", "q", "k", "v"} <= found.keys()
+        for name, (error, budget) in found.items():
+            assert error <= budget, f"{name}: {error:.2e} > {budget:.2e}"
+
+    return run
+
+
+# Two sequences that end in one chunk of all, an empty one, one of a whole number of chunks, one token at the end.
+BOUNDS = [0, 40, 40, 170, 298, 299]
+
+
+@sampled("cell", "levels", cell=[CELLS[2], CELLS[3]], levels=[None, 9])
+def test_packed(packed, cell, levels):
+    """Sequences of all lengths in one batch, one of them NaN throughout: none reads another."""
+    decay, delta = cell
+    packed(BOUNDS, spoilt=2, decay=decay, delta=delta, levels=levels, state="linear")
+
+
+def test_packed_at_positions(packed):
+    """Packed sequences that continue at positions of their own, with groups."""
+    packed([0, 70, 75, 75, 90], decay="token", state="level", heads=2)
+
+
+def left_padded(*lengths: int, width: int) -> list[list[int]]:
+    return [[0] * (width - n) + [1] * n for n in lengths]
+
+
+def test_padding_is_read_in_place(packed):
+    """Left padding, and a row of nothing else."""
+    packed(mask=left_padded(70, 0, 66, width=70), batch=3, length=70, delta=True, state="linear")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("levels", [None, 9, 3])
+@pytest.mark.parametrize("state", [None, "linear", "level"])
+@pytest.mark.parametrize(("decay", "delta"), CELLS)
+def test_grid_of_packed(packed, decay, delta, levels, state):
+    """Every family, with states of every kind; long and short sequences in turn."""
+    for bounds in (BOUNDS, [0, 1, 130, 130, 131]):
+        if state == "level":
+            bounds = bounds[:5]  # states are made for at most four rows
+        packed(bounds, decay=decay, delta=delta, levels=levels, state=state, heads=2, spoilt=1)
+    packed(mask=left_padded(5, 80, width=80), batch=2, length=80, decay=decay, delta=delta, levels=levels, state=state)
+
+
 @pytest.mark.parametrize(("decay", "delta"), [("token", False), ("token", True), ("channel", False)])
 def test_strong_decays(check, decay, delta):
     """Decays of 0 and sums beyond -1e5 beside mild ones: finite, and right."""
@@ -129,6 +185,30 @@ def test_same_bits(worker):
     """Two backward passes are bitwise the same."""
     case = {"length": 140, "delta": True, "dtype": torch.float32, "heads": 1, "groups": 1}
     assert worker.submit(triton_cases.same_bits, case).result()
+
+
+def tuned(worker: ProcessPoolExecutor, final: bool, wanted: int, **case: object) -> None:
+    """The definition's results come out while each kernel is run several times over, by parameters of all kinds."""
+    case = {"dtype": torch.float32, "batch": 1, "groups": 1, "heads": 1, "value_dim": 33, **case}
+    found, runs, kernels = worker.submit(triton_cases.tuned_errors, case, final, wanted).result()
+    assert runs >= 2 * len(kernels)
+    assert {"output", "chunk_values_gradient"} <= set(kernels)
+    for name, (error, budget) in found.items():
+        assert error <= budget, f"{name}: {error:.2e} > {budget:.2e}"
+
+
+def test_tuning_leaves_results_right(worker):
+    """Kernels that add to their buffers are tuned on what they then find as it was."""
+    tuned(worker, True, 1, length=70, decay="token", delta=True, levels=9, state="linear")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wanted", [1, 3, 5])
+@pytest.mark.parametrize("levels", [None, 9])
+@pytest.mark.parametrize(("decay", "delta"), CELLS)
+def test_grid_of_candidates(worker, decay, delta, levels, wanted):
+    """Every kernel with other tiles, warps and stages: nothing but speed depends on them."""
+    tuned(worker, True, wanted, length=70, decay=decay, delta=delta, levels=levels, state="level")
 
 
 @pytest.mark.slow

@@ -17,26 +17,37 @@ from kernel_cases import operands
 from llcompile.errors import KernelCacheError, KernelError, OptionError
 from llcompile.kernels import choice
 from llcompile.kernels.layout import Operands
-from llcompile.kernels.triton import cache
+from llcompile.kernels.triton import cache, engine, limits, step
 from llcompile.kernels.triton.description import Description, describe
 from llcompile.kernels.triton.limits import unsupported
 from llcompile.kernels.triton.source import TEMPLATES, generate, kernel_names
 from llcompile.kernels.triton.template import TemplateError, expand
 from llcompile.ops import loglinear_attention
 
+OutOfResources = pytest.importorskip("triton.runtime.errors").OutOfResources
+
 # Every family with and without everything else; what else there is comes in all pairs.
 ALL = [
-    Description(decay, correction, 48, 80, repeat, levels=levels, initial_state=old, final_state=final, padded=padded)
+    Description(
+        *(decay, correction, 48, 80, repeat),
+        levels=levels,
+        initial_state=old,
+        final_state=final,
+        padded=rows == "padded",
+        packed=rows == "packed",
+    )
     for decay, correction, levels in itertools.product(("none", "scalar", "channel"), ("none", "delta"), (None, 9))
-    for old, final, padded, repeat in (
-        *(("none", False, False, 1), ("linear", True, True, 1), ("level", True, False, 2)),
-        *(("none", True, True, 2), ("linear", False, False, 2), ("level", False, True, 1)),
+    for old, final, rows, repeat in (
+        *(("none", False, "full", 1), ("linear", True, "padded", 1), ("level", True, "full", 2)),
+        *(("none", True, "padded", 2), ("linear", False, "full", 2), ("level", False, "padded", 1)),
+        *(("none", False, "packed", 1), ("level", True, "packed", 2)),
     )
 ]
 
 
 # Parameters that every kernel of a kind gets.
 COME_WITH_OTHERS = {"heads", "tokens", "chunks", "lanes", "lengths", "served_levels", "grid_levels", "VALUE_TILE"}
+COME_WITH_OTHERS |= {"starts", "first_chunks", "chunk_sequences"}
 
 
 @pytest.fixture
@@ -88,13 +99,15 @@ def test_every_parameter_is_used():
                 assert not {n for n in unused if not n.endswith(("_row", "_token", "_head"))}, (d, function.name)
 
 
-def test_files(folder):
+def test_files(folder, caplog):
     """A file is named by its content, damaged ones are written anew, and writers at the same time do not disturb."""
     path = cache.file_of("x = 1\n", "part")
     assert path.parent == folder
     assert path.read_text() == "x = 1\n"
     path.write_text("x = ")
+    assert not caplog.text
     assert cache.file_of("x = 1\n", "part") == path
+    assert f"{path} is damaged" in caplog.text
     assert path.read_text() == "x = 1\n"
     assert cache.load(path).x == 1
     with ThreadPoolExecutor(8) as pool:
@@ -123,11 +136,96 @@ def test_folder_without_permission(tmp_path, monkeypatch):
 def test_limits():
     """Each limit is told with its number."""
     cuda = torch.device("cuda")
-    pytest.importorskip("triton")
     assert unsupported(Description("none", "none", 128, 512), cuda) is None
     assert "the limit is 128" in str(unsupported(Description("none", "delta", 129, 64), cuda))
     assert "float64" in str(unsupported(Description("none", "none", 64, 64, dtype=torch.float64), cuda))
     assert "operands are on cpu" in str(unsupported(Description("none", "none", 64, 64), torch.device("cpu")))
+
+
+def test_old_devices(monkeypatch):
+    """A GPU that Triton does not know is told by its capability."""
+    monkeypatch.setattr(limits, "capability", lambda device: (7, 5))
+    reason = unsupported(Description("none", "none", 64, 64), torch.device("cuda"))
+    assert reason == "cuda has compute capability 7.5; Triton needs 8.0 or later"
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """Operands whose calls are chosen as on a GPU; no kernel of these tests comes so far as to run."""
+    monkeypatch.setattr(choice, "_prefers_kernels", lambda device: True)
+    monkeypatch.setattr(choice, "_refused", {})
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    choice._tell.cache_clear()
+
+    def make(**options: object) -> Operands:
+        return Operands(*operands(20, dtype=torch.float32, **options).values(), None)
+
+    return make
+
+
+def raises(error: Exception) -> object:
+    def run(*arguments: object) -> object:
+        raise error
+
+    return run
+
+
+FAILURES = {
+    "folder": (KernelCacheError("generated kernels cannot be written to /nowhere"), "/nowhere"),
+    "room": (OutOfResources(232448, 101376, "shared memory"), "out of resource: shared memory"),
+    "import": (ImportError("libcuda.so.1: cannot open"), "libcuda.so.1"),
+}
+
+
+@pytest.mark.parametrize("what", FAILURES)
+@pytest.mark.parametrize("sweep", ["forward", "backward", "step"])
+def test_what_fails_on_a_gpu(on_gpu, monkeypatch, caplog, what, sweep):
+    """Under auto the lowering runs and one warning tells why; asked for by name, the kernels raise."""
+    error, words = FAILURES[what]
+    for module in (engine, step):
+        if hasattr(module, sweep):
+            monkeypatch.setattr(module, sweep, raises(error))
+    x = on_gpu(delta=True, batch=2)
+    token = (*(None if t is None else t[:, 0] for t in x[:4]), torch.zeros(2, 4, 13, 5, 3), x.log_decay[:, 0])
+    calls = {
+        "forward": lambda: choice.forward(x, 1.0, False)[0],
+        "backward": lambda: choice.backward(x, 1.0, x.v, None)[2],
+        "step": lambda: choice.step(*token, x.beta[:, 0], 1.0)[0],
+    }
+    with choice.use("aten"):
+        want = calls[sweep]()
+    with choice.use("auto"):
+        for _ in range(2):
+            assert torch.equal(calls[sweep](), want)
+    assert caplog.text.count("run by the ATen lowering instead of Triton kernels") == 1
+    assert words in caplog.text.replace("Out of", "out of")
+    with choice.use("triton"), pytest.raises(KernelError) as raised:
+        calls[sweep]()
+    assert words in str(raised.value).replace("Out of", "out of")
+    assert (what == "folder") == isinstance(raised.value, KernelCacheError)
+
+
+def test_what_does_not_fit_on_a_gpu(on_gpu, caplog):
+    """K beyond the limit: the warning names the limit and what runs instead."""
+    x = on_gpu(delta=True, key_dim=129)
+    with choice.use("auto"):
+        assert choice.forward(x, 1.0, False)[0].shape == x.v.shape
+    assert "instead of Triton kernels, because K = 129 does not fit" in caplog.text
+    assert "the limit is 128" in caplog.text
+    with choice.use("triton"), pytest.raises(KernelError, match="the limit is 128"):
+        choice.forward(x, 1.0, False)
+
+
+def test_folder_that_cannot_be_written_on_a_gpu(on_gpu, tmp_path, monkeypatch, caplog):
+    """The whole way: no file, no kernels; the lowering's result and a warning that names the variable."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(cache.FOLDER_VARIABLE, str(tmp_path / "file" / "kernels"))
+    x = on_gpu(key_dim=7, value_dim=11)
+    with choice.use("auto"):
+        assert choice.forward(x, 1.0, False)[0].shape == x.v.shape
+    assert cache.FOLDER_VARIABLE in caplog.text
+    with choice.use("triton"), pytest.raises(KernelCacheError, match=cache.FOLDER_VARIABLE):
+        choice.forward(x, 1.0, False)
 
 
 def test_choice():
@@ -145,7 +243,9 @@ def test_description_of_a_call():
     """Everything that kernels depend on is read off the operands."""
     x = operands(9, "channel", True, 4, "level", groups=2, heads=4, dtype=torch.float32)
     d = describe(Operands(*x.values(), torch.tensor([9, 2])), True)
-    assert d == Description("channel", "delta", 5, 3, 2, torch.float32, 64, 4, "level", True, True)
+    assert d == Description("channel", "delta", 5, 3, 2, torch.float32, 64, 4, "level", True, padded=True)
+    d = describe(Operands(*x.values(), torch.tensor([9, 2]), torch.tensor([0, 9])), False)
+    assert d == Description("channel", "delta", 5, 3, 2, torch.float32, 64, 4, "level", packed=True)
 
 
 def test_triton_is_optional():

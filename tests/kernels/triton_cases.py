@@ -10,14 +10,16 @@ from typing import Any
 import numpy as np
 import torch
 from kernel_cases import Operands as Case
-from kernel_cases import operands, relative_error
+from kernel_cases import both, operands, relative_error
 from torch import Tensor
 
 from llcompile.kernels import choice
 from llcompile.kernels.layout import Operands
 from llcompile.kernels.reference import reference_attention
-from llcompile.kernels.triton import engine
+from llcompile.kernels.triton import autotune, engine
+from llcompile.kernels.triton.launch import Launch
 from llcompile.kernels.triton.limits import interpreted
+from llcompile.kernels.triton.tuning import Tuning
 from llcompile.ops import loglinear_attention, loglinear_attention_step
 
 SCALE = 0.7
@@ -167,6 +169,42 @@ def through_the_operator() -> dict[str, float]:
     return {n: relative_error(t, results[1][n]) for n, t in results[0].items()}
 
 
+def packed_errors(
+    case: dict[str, object], bounds: list[int] | None, mask: list[list[int]] | None, spoilt: int | None = None
+) -> dict[str, tuple[float, float]]:
+    """As :func:`errors`, of packed (``bounds``) or padded sequences through the public function, final states and all.
+
+    Every operand of sequence ``spoilt`` of the packed ones is NaN; what is compared is all others'.
+    """
+    x = operands(**case)  # type: ignore[arg-type]
+    keep_tokens, keep_rows = slice(None), slice(None)
+    where: dict[str, object] = {"attention_mask": None if mask is None else torch.tensor(mask)}
+    if bounds is not None:
+        where = {"cu_seqlens": torch.tensor(bounds)}
+        state = {"batch": len(bounds) - 1, "dtype": case["dtype"], "heads": case["heads"], "levels": case["levels"]}
+        x["initial_state"] = operands(1, state=case.get("state"), **state)["initial_state"]  # type: ignore[arg-type]
+    if bounds is not None and spoilt is not None:
+        token, row = (torch.arange(n) for n in (bounds[-1], len(bounds) - 1))
+        keep_tokens = (token < bounds[spoilt]) | (token >= bounds[spoilt + 1])  # type: ignore[assignment]
+        keep_rows = row != spoilt  # type: ignore[assignment]
+        for t in x.values():
+            if t is not None and t.shape[0] == 1:
+                t[:, ~keep_tokens] = torch.nan  # type: ignore[operator]
+    found = {}
+    with choice.use("triton"):
+        for name, (ours, want) in both(x, SCALE, **where).items():
+            if name in ("state", "initial_state"):
+                ours, want = ours[keep_rows], want[keep_rows]
+                if ours.dim() == 5:
+                    assert torch.equal(ours[:, :, 0].double(), want[:, :, 0])
+                    ours, want = ours[:, :, 1:], want[:, :, 1:]
+            elif ours.dim() > 1:
+                ours, want = ours[:, keep_tokens], want[:, keep_tokens]
+            assert torch.isfinite(ours).all(), f"{name} is not finite"
+            found[name] = (relative_error(ours, want), budget(x))
+    return found
+
+
 def step_differences(case: dict[str, object], steps: int) -> list[float]:
     """Relative differences of outputs and states between implementations, decoding ``steps`` tokens one by one."""
     x = operands(length=steps, **case)  # type: ignore[arg-type]
@@ -182,3 +220,40 @@ def step_differences(case: dict[str, object], steps: int) -> list[float]:
         (o, state), (want, want_state) = results
         found += [relative_error(o, want), relative_error(state, want_state)]
     return found
+
+
+class Pretended:
+    """A meter without a clock: every candidate runs, twice where it may, and the one asked for is the fastest."""
+
+    def __init__(self, wanted: int, tried: int) -> None:
+        self.name = f"the interpreter, for candidate {wanted}"
+        self.wanted, self.tried, self.runs = wanted, tried, 0
+        self.seen: set[str] = set()
+        self._last = False
+
+    def ready(self) -> bool:
+        return True
+
+    def refused(self, launch: Launch, chosen: Tuning) -> str | None:
+        """All but the default and the one that is wanted, for what interpreting costs."""
+        self.seen.add(launch.kernel.name)
+        found = autotune.candidates(launch.kernel)
+        wanted = found[self.wanted % len(found)]
+        self._last = chosen == wanted
+        return None if chosen in (wanted, launch.kernel.default) else "not of this test"
+
+    def milliseconds(self, run: Any) -> float:
+        for _ in range(self.tried):
+            run()
+        self.runs += self.tried
+        return 0.0 if self._last else 1.0
+
+
+def tuned_errors(
+    case: dict[str, object], final: bool, wanted: int, tried: int = 2
+) -> tuple[dict[str, tuple[float, float]], int, list[str]]:
+    """As :func:`errors` while every launch is tuned; with how many runs there were for that, and of which kernels."""
+    meter = Pretended(wanted, tried)
+    with autotune.use(meter):
+        found = errors(case, final)
+    return found, meter.runs, sorted(meter.seen)

@@ -1,0 +1,207 @@
+"""Launch parameters by measurement: few candidates, timed once for each kind of launch, kept on disk.
+
+Off unless ``LLCOMPILE_AUTOTUNE=1``: the defaults (:mod:`.tuning`) were chosen so that nothing spills, and a first call
+that tunes compiles each of its kernels several times over. Launches of one kernel whose numbers of programs (chunks
+times lanes, for most) have as many bits are of one kind. What was chosen lies in a file of its own beside the generated
+kernels, with what was measured: under the names of the device and of Triton, and the hash of the kernels' source.
+A process reads each file once; from then on a launch costs one look into a dict.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ...errors import KernelCacheError, OptionError
+from . import cache
+from .description import Description, tile
+from .launch import Kernel, Launch
+from .limits import interpreted
+from .source import generate
+from .tuning import Tuning
+
+VARIABLE = "LLCOMPILE_AUTOTUNE"
+_SWITCH = {"0": False, "1": True}
+# Numbers of an fp32 tile that a thread may hold: half of the 255 registers that one can have.
+_TILE_REGISTERS = 128
+_WARP = 32
+_log = logging.getLogger("llcompile.kernels")
+
+
+class Meter(Protocol):
+    """What measures launches on one device."""
+
+    name: str  # of the device and of Triton: what is chosen under one name holds for no other
+
+    def ready(self) -> bool:
+        """Whether there can be a measurement now."""
+
+    def refused(self, launch: Launch, chosen: Tuning) -> str | None:
+        """Why the device cannot run ``launch`` with these parameters, or not well, by what it takes; nothing is run."""
+
+    def milliseconds(self, run: Callable[[], None]) -> float:
+        """Time of one ``run``."""
+
+
+_used: ContextVar[Meter | None] = ContextVar("llcompile_autotune", default=None)
+_chosen: dict[tuple[Kernel, int, Meter], Tuning] = {}
+
+
+@contextlib.contextmanager
+def use(meter: Meter) -> Iterator[None]:
+    """Launches inside are tuned by ``meter``, whatever the environment says."""
+    token = _used.set(meter)
+    try:
+        yield
+    finally:
+        _used.reset(token)
+
+
+def run(launch: Launch) -> None:
+    """Run ``launch``: with what was measured to be best where tuning is on, else with the defaults."""
+    if not launch.programs:
+        return
+    meter = _used.get() or _of_environment()
+    launch(launch.kernel.default if meter is None else best(launch, meter))
+
+
+def best(launch: Launch, meter: Meter) -> Tuning:
+    """The launch parameters that ``meter`` found fastest for this kind of launch, now or in an earlier process.
+
+    What ``launch`` changes in place is as before when this returns; what it only writes is not.
+    """
+    kind = (launch.kernel, launch.programs.bit_length(), meter)
+    if kind in _chosen:
+        return _chosen[kind]
+    question = _question(launch, meter)
+    found = _read(question)
+    if found is None:
+        if not meter.ready():
+            return launch.kernel.default
+        try:
+            found = _measure(launch, meter, question)
+        except torch.OutOfMemoryError:
+            _log.warning("%s runs with its defaults: no memory is left to tune it in", launch.kernel.name)
+            found = launch.kernel.default
+    _chosen[kind] = found
+    return found
+
+
+def candidates(kernel: Kernel) -> tuple[Tuning, ...]:
+    """What is tried, the default first: other value tiles and numbers of warps, and other numbers of stages."""
+    default, widest = kernel.default, tile(kernel.d.value_dim)
+    others = (default.value_tile // 2, default.value_tile * 2) if kernel.tiled else ()
+    tiles = (default.value_tile, *(t for t in others if 16 <= t <= widest))
+    found = [default._replace(value_tile=t, warps=w) for t in tiles for w in (default.warps, 4, 8)]
+    found += [default._replace(stages=s) for s in (1, 2, 3)]
+    return tuple(dict.fromkeys(c for c in found if c == default or not _crowded(kernel.d, c)))
+
+
+def _crowded(d: Description, chosen: Tuning) -> bool:
+    """Whether one tile of a state or of a chunk's rows would take more than half of the registers."""
+    return max(d.key_tile, d.chunk) * chosen.value_tile > _TILE_REGISTERS * _WARP * chosen.warps
+
+
+# -- measuring ---------------------------------------------------------------------------------------------------------
+
+
+def _measure(launch: Launch, meter: Meter, question: dict[str, Any]) -> Tuning:
+    """Time every candidate that fits, write down what came out, and return the fastest."""
+    rows: list[dict[str, Any]] = []
+    times: dict[Tuning, float] = {}
+    with _restored(launch):
+        for candidate in candidates(launch.kernel):
+            reason = meter.refused(launch, candidate)
+            if reason is None:
+                times[candidate] = meter.milliseconds(partial(launch, candidate))
+                rows.append({**candidate._asdict(), "milliseconds": round(times[candidate], 5)})
+            else:
+                rows.append({**candidate._asdict(), "left_out": reason})
+    chosen = min(times, key=times.__getitem__, default=launch.kernel.default)
+    _log.info("%s runs with %s: fastest of %d for %s", launch.kernel.name, chosen, len(times), question["programs"])
+    _write(question, {"question": question, "chosen": chosen._asdict(), "measured": rows})
+    return chosen
+
+
+@contextlib.contextmanager
+def _restored(launch: Launch) -> Iterator[None]:
+    """Puts back what the kernel changes in place, as it would otherwise change it once more with every run."""
+    pairs = zip(launch.kernel.parameters, launch.arguments, strict=True)
+    changed = [x for name, x in pairs if name in launch.kernel.changed and isinstance(x, Tensor)]
+    saved = [x.clone() for x in changed]
+    try:
+        yield
+    finally:
+        for x, copy in zip(changed, saved, strict=True):
+            x.copy_(copy)
+
+
+# -- on disk -----------------------------------------------------------------------------------------------------------
+
+
+def _question(launch: Launch, meter: Meter) -> dict[str, Any]:
+    """Everything that an answer depends on."""
+    bits = launch.programs.bit_length()
+    return {
+        "kernel": launch.kernel.name,
+        "description": launch.kernel.d.text(),
+        "source": hashlib.sha256(generate(launch.kernel.d).encode()).hexdigest(),
+        "programs": f"{1 << (bits - 1)} to {(1 << bits) - 1}",
+        "device": meter.name,
+        "candidates": [list(c) for c in candidates(launch.kernel)],
+    }
+
+
+def file_of(question: dict[str, Any]) -> Path:
+    """Where the answer to ``question`` lies."""
+    name = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:16]
+    return cache.folder() / "tuned" / f"{question['kernel']}_{name}.json"
+
+
+def _read(question: dict[str, Any]) -> Tuning | None:
+    """The answer on disk; None where there is none, or none that can be used, which is said."""
+    path = file_of(question)
+    try:
+        found = json.loads(path.read_text())
+        chosen = Tuning(**found["chosen"])
+        if found["question"] != question or list(chosen) not in question["candidates"]:
+            raise ValueError("it answers another question")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        _log.warning("%s cannot be used (%s: %s); %s is tuned anew", path, type(error).__name__, error, path.stem)
+        return None
+    return chosen
+
+
+def _write(question: dict[str, Any], answer: dict[str, Any]) -> None:
+    try:
+        cache.write(file_of(question), (json.dumps(answer, indent=1) + "\n").encode())
+    except KernelCacheError as error:
+        _log.warning("what was tuned is kept for this process only: %s", error)
+
+
+# -- by the environment ------------------------------------------------------------------------------------------------
+
+
+def _of_environment() -> Meter | None:
+    """The meter of the current device where ``LLCOMPILE_AUTOTUNE`` asks for it; raises :class:`OptionError`."""
+    text = os.environ.get(VARIABLE) or "0"
+    if text not in _SWITCH:
+        raise OptionError(f"{VARIABLE} is {text!r}; expected 1 (tune launches on this device) or 0 (the defaults)")
+    if not _SWITCH[text] or interpreted():
+        return None
+    from .meter import current
+
+    return current()

@@ -1,0 +1,88 @@
+"""One launch: a kernel with its arguments, to be run with launch parameters of any choice."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from functools import cached_property, lru_cache
+from types import ModuleType
+from typing import Any
+
+from . import cache
+from .chips import Chip
+from .description import Description
+from .effects import changed_in_place
+from .source import generate
+from .tuning import Tuning, tuning
+
+
+@lru_cache(maxsize=512)
+def module_of(d: Description) -> ModuleType:
+    """The imported file with the kernels of ``d``; raises KernelCacheError if it cannot be written."""
+    return cache.load(cache.file_of(generate(d), d.family))
+
+
+class Kernel:
+    """What all launches of one kernel share; two are equal only if they are the same object."""
+
+    def __init__(self, d: Description, name: str, chip: Chip) -> None:
+        self.d, self.name = d, name
+        self.function: Any = getattr(module_of(d), name)
+        found = tuple(inspect.signature(self.function.fn).parameters)
+        self.tiled = "VALUE_TILE" in found
+        self.parameters = tuple(n for n in found if n != "VALUE_TILE")
+        self.default: Tuning = tuning(name, d, chip)
+
+    @cached_property
+    def changed(self) -> frozenset[str]:
+        """Parameters whose memory it both reads and writes: run twice, it would not find what it found once."""
+        return changed_in_place(generate(self.d), self.name)
+
+
+class Kernels(dict[str, Kernel]):
+    """The kernels of one description for one chip by name, each made when it is first asked for.
+
+    Raises KernelCacheError at once where their file cannot be written.
+    """
+
+    def __init__(self, d: Description, chip: Chip) -> None:
+        self.d, self.chip, self.module = d, chip, module_of(d)
+
+    def __missing__(self, name: str) -> Kernel:
+        self[name] = kernel = Kernel(self.d, name, self.chip)
+        return kernel
+
+
+@lru_cache(maxsize=512)
+def kernels_of(d: Description, chip: Chip) -> Kernels:
+    """The kernels of ``d`` for ``chip``, the same object for all calls of this process."""
+    return Kernels(d, chip)
+
+
+class Launch:
+    """A kernel with its arguments.
+
+    ``programs`` is the grid's first size. The second is how many value tiles there are in ``columns`` (1 where it is 0,
+    for kernels that walk over the values themselves).
+    """
+
+    __slots__ = ("arguments", "columns", "kernel", "programs")
+
+    def __init__(self, kernel: Kernel, known: Mapping[str, Any], programs: int, columns: int = 0) -> None:
+        self.kernel, self.programs, self.columns = kernel, programs, columns
+        self.arguments = [known[name] for name in kernel.parameters]
+
+    def __call__(self, chosen: Tuning) -> None:
+        """Run it."""
+        self.kernel.function[self._grid(chosen)](*self.arguments, **self._options(chosen))
+
+    def compiled(self, chosen: Tuning) -> Any:
+        """Triton's compiled kernel for these arguments, without a run."""
+        return self.kernel.function.warmup(*self.arguments, grid=self._grid(chosen), **self._options(chosen))
+
+    def _grid(self, chosen: Tuning) -> tuple[int, int]:
+        return self.programs, max(1, -(-self.columns // chosen.value_tile))
+
+    def _options(self, chosen: Tuning) -> dict[str, int]:
+        tile = {"VALUE_TILE": chosen.value_tile} if self.kernel.tiled else {}
+        return {**tile, "num_warps": chosen.warps, "num_stages": chosen.stages}

@@ -1,0 +1,64 @@
+"""Reading what is generated: the source of a description, its kernels one by one, what they take, the files on disk."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from . import cache
+from .description import Description
+from .source import NEEDED, generate
+
+if TYPE_CHECKING:
+    from .check import Report
+
+
+class File(NamedTuple):
+    """A generated file in the cache folder."""
+
+    path: Path
+    text: str  # the line of its header that says from which description it was made
+
+
+def source_of(d: Description) -> str:
+    """The file with all kernels of ``d``, as it is run."""
+    return generate(d)
+
+
+def kernels_in(source: str) -> dict[str, str]:
+    """The text of each kernel in a generated file by name, in the order in which they run."""
+    lines = source.splitlines(keepends=True)
+    functions = {n.name: n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef)}
+    return {
+        name: "".join(lines[functions[name].decorator_list[0].lineno - 1 : functions[name].end_lineno])
+        for name in NEEDED
+        if name in functions
+    }
+
+
+def resources(d: Description, chip: str, kernels: tuple[str, ...] | None = None) -> list[Report]:
+    """Registers, shared memory, spilled bytes and matrix instructions of the kernels of ``d`` (all, or those named).
+
+    They are compiled for ``chip`` (a key of :data:`.chips.CHIPS`), which need not be there; that takes seconds each.
+    Raises what Triton raises where a kernel cannot be compiled.
+    """
+    from .check import reports  # the one part that needs Triton
+
+    return list(reports(d, chip, kernels))
+
+
+def keep(d: Description, folder: Path) -> Path:
+    """Write the file with the kernels of ``d`` to ``folder``; raises KernelCacheError if that cannot be written."""
+    return cache.file_of(generate(d), d.family, folder)
+
+
+def files() -> list[File]:
+    """The generated files in the cache folder, by name; files of another origin are passed over."""
+    found = []
+    for path in sorted(cache.folder().glob("*.py")):
+        head = path.read_text(errors="replace").splitlines()[:5]
+        line = next((x for x in head if x.startswith("Description(")), None)
+        if line is not None:
+            found.append(File(path, line))
+    return found

@@ -1,0 +1,117 @@
+"""`llcompile kernels`: what is printed is what is run, and every mistake is one line."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+
+from llcompile import cli
+from llcompile.kernels.triton import cache, show
+from llcompile.kernels.triton.description import Description
+from llcompile.kernels.triton.source import kernel_names
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """Generated files, and what Triton makes of them, stay in the test's folder."""
+    monkeypatch.setenv(cache.FOLDER_VARIABLE, str(tmp_path / "kernels"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    return tmp_path / "kernels"
+
+
+def test_show(capsys):
+    """All flags reach the description, and the whole file is printed."""
+    flags = "--decay channel --correction delta --key-dim 48 --value-dim 80 --repeat 2 --dtype float16 --levels 9"
+    flags += " --initial-state level --final-state --padded"
+    assert cli.main(["kernels", "show", *flags.split()]) == 0
+    d = Description("channel", "delta", 48, 80, 2, torch.float16, 64, 9, "level", True, True)
+    assert capsys.readouterr().out == show.source_of(d)
+    assert cli.main(["kernels", "show", "--linear"]) == 0
+    assert capsys.readouterr().out == show.source_of(Description("scalar", "none", 64, 64))
+
+
+def test_one_kernel(capsys):
+    """Kernels come one by one, each whole, together all that there are."""
+    d = Description("none", "delta", 64, 64, levels=17)
+    source = show.source_of(d)
+    parts = show.kernels_in(source)
+    assert tuple(parts) == kernel_names(d)
+    assert all(text in source and text.startswith("@triton.jit\ndef " + name) for name, text in parts.items())
+    assert cli.main(["kernels", "show", "--decay", "none", "--correction", "delta", "--kernel", "tree_up"]) == 0
+    assert capsys.readouterr().out == parts["tree_up"]
+
+
+def test_colours_on_a_terminal(monkeypatch):
+    """On a terminal the source is coloured, and still the source."""
+    out = io.StringIO()
+    monkeypatch.setattr(out, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stdout", out)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "160")
+    assert cli.main(["kernels", "show", "--kernel", "tree_up"]) == 0
+    assert "\x1b[" in out.getvalue()
+    assert "tree_up" in out.getvalue()
+
+
+def test_keep_and_list(folder, tmp_path, capsys):
+    """Files can be kept in a folder of one's own; those in the cache are listed with their descriptions."""
+    assert cli.main(["kernels", "list"]) == 0
+    assert f"no generated kernels in {folder}" in capsys.readouterr().out
+    assert cli.main(["kernels", "show", "--keep", str(tmp_path / "mine")]) == 0
+    printed = capsys.readouterr()
+    (path,) = (tmp_path / "mine").iterdir()
+    assert path.read_text() == printed.out
+    assert str(path) in printed.err
+    assert not folder.exists()
+    assert cli.main(["kernels", "show", "--keep", str(folder)]) == 0
+    (folder / "notes.py").write_text("")
+    capsys.readouterr()
+    assert cli.main(["kernels", "list"]) == 0
+    listed = capsys.readouterr().out.split("\n    ")
+    assert listed[0] == str(folder / path.name)
+    assert listed[1].strip() == Description("scalar", "none", 64, 64, levels=17).text()
+    assert len(listed) == 2
+
+
+def test_chip(capsys):
+    """What a kernel takes on a chip stands below its source."""
+    pytest.importorskip("triton")
+    assert cli.main(["kernels", "show", "--kernel", "tree_up", "--chip", "sm_90"]) == 0
+    *_, heading, row = capsys.readouterr().out.splitlines()
+    assert heading.split()[:2] == ["#", "chip"]
+    assert row.split()[:2] == ["#", "sm_90"]
+    (report,) = show.resources(Description("scalar", "none", 64, 64, levels=17), "sm_90", ("tree_up",))
+    assert report.kernel == "tree_up"
+    assert report.registers > 0
+    assert f" {report.registers} " in row
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--kernel", "outputs"], "did you mean 'output'?"),
+        (["--kernel", "tree_up", "--linear"], "Known: chunk_state, state_scan"),
+        (["--kernel", "tree_up", "--chip", "h100"], "Known: sm_80"),
+        (["--key-dim", "0"], "whole number from 1 on"),
+        (["--levels", "3", "--linear"], "not allowed with argument"),
+    ],
+)
+def test_mistakes(flags, words, capsys):
+    """One line that tells what would be right; exit code 2."""
+    pytest.importorskip("triton")
+    assert cli.main(["kernels", "show", *flags]) == cli.USAGE_ERROR
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+
+
+def test_what_cannot_be_done(monkeypatch, tmp_path, capsys):
+    """A folder that cannot be written, and compiling while Triton interprets, are errors of ours: exit code 1."""
+    (tmp_path / "file").write_text("")
+    assert cli.main(["kernels", "show", "--keep", str(tmp_path / "file" / "mine")]) == 1
+    assert "cannot be written" in capsys.readouterr().err
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert cli.main(["kernels", "show", "--chip", "sm_90"]) == 1
+    assert "TRITON_INTERPRET" in capsys.readouterr().err

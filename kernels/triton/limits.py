@@ -8,10 +8,16 @@ from functools import lru_cache
 
 import torch
 
-from .description import Description
+from .chips import Chip, chip_of
+from .description import Correction, Description
 
-# Largest K that fits: a chunk's rows, and for the delta rule a K x K matrix, must stay on the chip.
-MAX_KEY_DIM = {"none": 256, "delta": 128}
+# Largest K that fits where a program may have that many KB of shared memory: a chunk's rows, and for the delta rule a
+# K x K matrix, must stay on the chip. A chip takes the first row that it has room for. What matrix.py compiles, fits.
+_MAX_KEY_DIM: tuple[tuple[str, int, dict[Correction, int]], ...] = (
+    ("cuda", 160, {"none": 256, "delta": 128}),
+    ("cuda", 96, {"none": 128, "delta": 64}),
+    ("hip", 64, {"none": 128, "delta": 128}),
+)
 # Triton's own README: NVIDIA GPUs of compute capability 8.0 and later.
 _LEAST_CAPABILITY = (8, 0)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -57,7 +63,18 @@ def beyond(d: Description) -> str | None:
     """Why no device has kernels for what ``d`` describes; None if some have."""
     if d.dtype not in _DTYPES:
         return f"dtype {d.dtype} is not one of bfloat16, float16 and float32"
-    limit = MAX_KEY_DIM[d.correction]
+    chip = chip_of(device)
+    limit = max_key_dim(d.correction, chip)
     if d.key_dim > limit:
-        return f"K = {d.key_dim} does not fit on the chip; with correction {d.correction!r} the limit is {limit}"
+        room = f"{chip.shared // 1024} KB of shared memory for a program"
+        return (
+            f"K = {d.key_dim} does not fit on the chip ({chip.name}, {room}); "
+            f"with correction {d.correction!r} the limit is {limit}"
+        )
     return None
+
+
+def max_key_dim(correction: Correction, chip: Chip) -> int:
+    """The largest K that fits on ``chip``; 0 if none does."""
+    rows = (limits for backend, room, limits in _MAX_KEY_DIM if backend == chip.backend and chip.shared >= room * 1024)
+    return next(rows, {correction: 0})[correction]

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.utils.checkpoint import checkpoint
 
 import llcompile
 from llcompile import backend, inner
@@ -82,9 +83,23 @@ def look() -> Look:
     return look
 
 
+class Checkpointed(nn.Module):
+    """Its mixers stand in the body of a higher-order call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([small.DeltaMixer(), small.DeltaMixer()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=False)
+        return x
+
+
 MODELS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "mixed": lambda: (Mixed(), inputs()),
     "two mixers in a module": lambda: (small.Model([small.TwoMixers()]), small.ids()),
+    "in a checkpoint": lambda: (Checkpointed(), inputs()),
     "nothing linear": lambda: (small.Model([small.Attention()]), small.ids()),
 }
 
@@ -98,7 +113,9 @@ def test_the_decisions_are_those_of_the_real_run(name: str, monkeypatch: pytest.
     compile_graph = inner.compile_graph
 
     def watch(module: fx.GraphModule, *rest: Any) -> Any:
-        operators = [n for n in module.graph.nodes if str(n.target).startswith("llcompile.loglinear_attention")]
+        graphs = [m.graph for m in module.modules() if isinstance(m, fx.GraphModule)]
+        nodes = (node for graph in graphs for node in graph.nodes)
+        operators = [n for n in nodes if str(n.target).startswith("llcompile.loglinear_attention")]
         calls.extend([list(a.meta["example_value"].shape) for a in n.args[:4]] for n in operators)
         return compile_graph(module, *rest)
 

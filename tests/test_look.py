@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import math
+import re
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -227,6 +228,27 @@ def test_kernels_are_one_file_for_each_kind_of_call(look: Look) -> None:
     doubled = llcompile.inspect(Handmade().double(), inputs().double()).kernels[0]
     assert doubled.source == ""
     assert "float64" in doubled.problem
+
+
+@pytest.mark.slow
+def test_what_kernels_take_on_a_chip_that_is_not_there(look: Look) -> None:
+    pytest.importorskip("triton")
+    kernels = look.kernels[1]
+    taken = kernels.resources("sm_90")
+    assert {report.kernel for report in taken} >= {"chunk_state", "output"}
+    assert all(0 < report.registers <= 255 for report in taken)
+    assert kernels.compiled == {"sm_90": taken}
+
+
+def test_sizes_that_vary_keep_their_letters() -> None:
+    x = inputs()
+    torch._dynamo.mark_dynamic(x, 1)
+    (mixer,) = llcompile.inspect(Handmade(), x).mixers
+    assert mixer.call is not None
+    assert mixer.call.sizes.length == 40
+    assert "= torch.ops.llcompile.loglinear_attention(" in mixer.after
+    value = next(line for line in mixer.before.splitlines() if "total" in line)
+    assert re.match(r"total: \[2, s\d+, 1\] f32 = ", value)
 
 
 def test_costs_and_dict(look: Look) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import math
+import re
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.utils.checkpoint import checkpoint
 
 import llcompile
 from llcompile import backend, inner
@@ -82,9 +84,23 @@ def look() -> Look:
     return look
 
 
+class Checkpointed(nn.Module):
+    """Its mixers stand in the body of a higher-order call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([small.DeltaMixer(), small.DeltaMixer()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=False)
+        return x
+
+
 MODELS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "mixed": lambda: (Mixed(), inputs()),
     "two mixers in a module": lambda: (small.Model([small.TwoMixers()]), small.ids()),
+    "in a checkpoint": lambda: (Checkpointed(), inputs()),
     "nothing linear": lambda: (small.Model([small.Attention()]), small.ids()),
 }
 
@@ -98,7 +114,9 @@ def test_the_decisions_are_those_of_the_real_run(name: str, monkeypatch: pytest.
     compile_graph = inner.compile_graph
 
     def watch(module: fx.GraphModule, *rest: Any) -> Any:
-        operators = [n for n in module.graph.nodes if str(n.target).startswith("llcompile.loglinear_attention")]
+        graphs = [m.graph for m in module.modules() if isinstance(m, fx.GraphModule)]
+        nodes = (node for graph in graphs for node in graph.nodes)
+        operators = [n for n in nodes if str(n.target).startswith("llcompile.loglinear_attention")]
         calls.extend([list(a.meta["example_value"].shape) for a in n.args[:4]] for n in operators)
         return compile_graph(module, *rest)
 
@@ -210,6 +228,27 @@ def test_kernels_are_one_file_for_each_kind_of_call(look: Look) -> None:
     doubled = llcompile.inspect(Handmade().double(), inputs().double()).kernels[0]
     assert doubled.source == ""
     assert "float64" in doubled.problem
+
+
+@pytest.mark.slow
+def test_what_kernels_take_on_a_chip_that_is_not_there(look: Look) -> None:
+    pytest.importorskip("triton")
+    kernels = look.kernels[1]
+    taken = kernels.resources("sm_90")
+    assert {report.kernel for report in taken} >= {"chunk_state", "output"}
+    assert all(0 < report.registers <= 255 for report in taken)
+    assert kernels.compiled == {"sm_90": taken}
+
+
+def test_sizes_that_vary_keep_their_letters() -> None:
+    x = inputs()
+    torch._dynamo.mark_dynamic(x, 1)
+    (mixer,) = llcompile.inspect(Handmade(), x).mixers
+    assert mixer.call is not None
+    assert mixer.call.sizes.length == 40
+    assert "= torch.ops.llcompile.loglinear_attention(" in mixer.after
+    value = next(line for line in mixer.before.splitlines() if "total" in line)
+    assert re.match(r"total: \[2, s\d+, 1\] f32 = ", value)
 
 
 def test_costs_and_dict(look: Look) -> None:

@@ -85,7 +85,7 @@ def _captured(
         report = _titled(capture.report.merged(broken), model)
         compile_run.check_strict(report, options)
     except BaseException as error:
-        _detach_new(model, before)
+        detach_new(model, before)
         own = _own_error(error)
         if own is not None:
             raise own from None
@@ -152,7 +152,8 @@ def _check_model(model: Any, call: str) -> None:
         raise ModelError(f"llcompile.{call} takes an nn.Module, got {type(model).__name__}.")
 
 
-def _detach_new(model: nn.Module, before: set[int]) -> None:
+def detach_new(model: nn.Module, before: set[int]) -> None:
+    """Removes the level weights whose ids are not in `before`."""
     for owner, name, weights in list(attachment.attached(model)):
         if id(weights) not in before:
             attachment.detach_one(owner, name)

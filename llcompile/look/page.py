@@ -106,7 +106,14 @@ def _environment() -> Any:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters.update(
-        code=_code, whole=_whole, excerpt=_excerpt, diff=_diff, engineering=_engineering, shade=_shade, weight=_weight, lines=_lines
+        code=_code,
+        whole=_whole,
+        excerpt=_excerpt,
+        diff=_diff,
+        engineering=_engineering,
+        shade=_shade,
+        weight=_weight,
+        lines=_lines,
     )
     environment.globals.update(code_styles=_code_styles)
     return environment
@@ -177,5 +184,3 @@ def _weight(value: float) -> str:
 
 def _lines(text: str) -> int:
     return len(text.splitlines())
-
-

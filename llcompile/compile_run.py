@@ -10,8 +10,8 @@ from torch import fx
 from llcompile import attachment
 from llcompile.errors import StrictError
 from llcompile.options import Options
-from llcompile.passes import capture, pipeline
-from llcompile.passes.records import Converted, Declined
+from llcompile.passes import capture, dynamo, pipeline
+from llcompile.passes.records import Converted, Declined, GraphBreak
 from llcompile.passes.session import Session, Settings, Site
 from llcompile.report import Report
 
@@ -46,6 +46,7 @@ def look(session: Session) -> Report:
 
 def report_of(session: Session) -> Report:
     """What the session has found, as a report."""
+    broken = dynamo.graph_break()
     return Report(
         converted=tuple(_converted(site) for site in _distinct(session.sites)),
         declined=(
@@ -54,6 +55,7 @@ def report_of(session: Session) -> Report:
         ),
         untouched=tuple(session.untouched),
         graphs=1,
+        breaks=() if broken is None else (GraphBreak(*broken),),
     )
 
 

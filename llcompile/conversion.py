@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect as inspect_module
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -81,6 +83,8 @@ def _captured(
     discover.refused_calls({})  # what another run has left
     try:
         _run(model, capture, args, kwargs)
+        if not capture.report.graphs:
+            _expect_graph(model, args, kwargs)
         broken = Report(declined=tuple(discover.refused_calls(capture.names)))  # after the last graph
         report = _titled(capture.report.merged(broken), model)
         compile_run.check_strict(report, options)
@@ -128,8 +132,24 @@ def _run(model: nn.Module, capture: _Capture, args: tuple[Any, ...], kwargs: dic
     def run(*args: Any, **kwargs: Any) -> Any:
         return model(*args, **kwargs)
 
-    with _unchanged(model), torch.no_grad():
+    # What other models have taught Dynamo about lengths that vary must not make this trace another one.
+    static = torch._dynamo.config.patch(automatic_dynamic_shapes=False)
+    with _unchanged(model), torch.no_grad(), static:
         dynamo.traced_once(run, capture)(*args, **kwargs)
+
+
+def _expect_graph(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A model that computes something must have become a graph."""
+    with _unchanged(model), torch.no_grad():
+        refused = dynamo.no_graph(model.forward, args, kwargs)
+    if refused is not None:
+        reason, where = refused
+        code = inspect_module.unwrap(type(model).forward).__code__
+        where = where or f"{code.co_filename}:{code.co_firstlineno} in {code.co_name}"
+        raise CaptureError(
+            f"no graph could be made of {type(model).__name__}, so nothing is known about it: {reason} ({where}). "
+            "TORCH_LOGS=graph_breaks says more; nothing was changed."
+        )
 
 
 @contextmanager
@@ -181,4 +201,4 @@ def _shown(value: Any) -> str:
 
 
 def _titled(report: Report, model: nn.Module) -> Report:
-    return Report(report.converted, report.declined, report.untouched, report.graphs, type(model).__name__)
+    return replace(report, title=type(model).__name__)

@@ -17,10 +17,9 @@ def write_text(path: str | Path, text: str) -> Path:
         OutputError: the folder does not exist or cannot be written, or `path` is a folder.
     """
     target = Path(path)
+    check_target(target)
     name = ""
     try:
-        if target.is_dir():
-            raise IsADirectoryError("it is a folder")
         with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=target.parent, suffix=".part", delete=False) as f:
             name = f.name
             f.write(text)
@@ -31,12 +30,20 @@ def write_text(path: str | Path, text: str) -> Path:
         if name:
             with contextlib.suppress(OSError):
                 os.unlink(name)
-        reason = error.strerror or str(error)
-        raise OutputError(
-            f"cannot write {target}: {reason}. Nothing was written; name a file in a folder that exists "
-            "and that you may write to."
-        ) from error
+        raise _refused(target, error.strerror or str(error)) from error
     return target
+
+
+def check_target(path: str | Path) -> None:
+    """Raises OutputError where `write_text` could not write: to be asked before work that takes long."""
+    target = Path(path)
+    folder = target.parent
+    if target.is_dir():
+        raise _refused(target, "it is a folder")
+    if not folder.is_dir():
+        raise _refused(target, f"there is no folder {folder}")
+    if not os.access(folder, os.W_OK):
+        raise _refused(target, f"the folder {folder} may not be written to")
 
 
 def make_folder(path: str | Path) -> Path:
@@ -51,6 +58,10 @@ def make_folder(path: str | Path) -> Path:
     except OSError as error:
         raise OutputError(f"cannot make the folder {folder}: {error.strerror or error}.") from error
     return folder
+
+
+def _refused(target: Path, reason: str) -> OutputError:
+    return OutputError(f"cannot write {target}: {reason}. Nothing was written.")
 
 
 def _umask() -> int:

@@ -6,14 +6,20 @@ import argparse
 import contextlib
 import difflib
 import importlib
+import inspect
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from llcompile import files
 from llcompile.errors import SpecError
+
+if TYPE_CHECKING:
+    from llcompile.look.look import Look
 
 Example = tuple[Any, tuple[Any, ...]]
 
@@ -43,22 +49,78 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--strict", action="store_true", help="exit code 1 when a linear-time mixer would stay as it is"
     )
+    parser.add_argument("--html", metavar="FILE", help="write a page that shows everything")
     parser.add_argument("--json", metavar="FILE", help="write the report as JSON, too; - for standard output")
+    parser.add_argument("--mlir", metavar="FILE", help="write the rewritten model as MLIR (weights need --device cpu)")
+    parser.add_argument(
+        "--dialect", choices=("torch", "linalg"), default="torch", help="of --mlir: torch, or linalg on tensors"
+    )
+    parser.add_argument("--mixer", metavar="NAME", help="of --mlir: only the module of this mixer")
+    parser.add_argument("--kernels", metavar="DIR", help="write the generated Triton kernels there, a file a kind")
+    parser.add_argument(
+        "--chip", metavar="CHIP", action="append", default=[], help="compile the kernels for a chip (sm_90, gfx942)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the report; 1 under --strict when something stays unconverted or nothing is found."""
-    model, example = load(args.spec, args.set, args.length, args.device)
-    import llcompile
+    """Print the report and write what was asked for; 1 under --strict when something stays as it is."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    report = llcompile.inspect(model, *example)
-    if args.json == "-":
-        print(json.dumps(report.to_dict(), indent=2, default=str))
-    else:
-        print(report)
-        if args.json:
-            Path(args.json).write_text(json.dumps(report.to_dict(), indent=2, default=str) + "\n")
-    return int(args.strict and (bool(report.declined) or not report.converted))
+    _check_outputs(args)
+    console = Console(stderr=True)
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(f"building {args.spec}")
+
+        def stage(text: str) -> None:
+            progress.update(task, description=text)
+
+        model, example = load(args.spec, args.set, args.length, args.device)
+        stage(f"looking at {type(model).__name__}")
+        import llcompile
+
+        look = llcompile.inspect(model, *example)
+        for file in look.kernels:
+            for chip in args.chip:
+                stage(f"compiling {file.name} for {chip}")
+                file.resources(chip)
+        stage("writing")
+        _write(look, args)
+    if args.json != "-":
+        print(look)
+    return int(args.strict and (bool(look.declined) or not look.converted))
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
+    """Says what cannot be written before the work, not after."""
+    for path in (args.html, args.json, args.mlir):
+        if path and path != "-":
+            files.check_target(path)
+    if args.kernels:
+        files.make_folder(args.kernels)
+    if args.chip:
+        from llcompile.kernels.triton.check import CHIPS
+
+        unknown = [chip for chip in args.chip if chip not in CHIPS]
+        if unknown:
+            raise SpecError(f"--chip {unknown[0]}: known are {', '.join(CHIPS)}")
+
+
+def _write(look: Look, args: argparse.Namespace) -> None:
+    if args.json:
+        text = json.dumps(look.to_dict(), indent=2, default=str) + "\n"
+        if args.json == "-":
+            sys.stdout.write(text)
+        else:
+            files.write_text(args.json, text)
+    if args.mlir:
+        files.write_text(args.mlir, look.to_mlir(args.dialect, args.mixer) + "\n")
+    for kernels in look.kernels if args.kernels else ():
+        if kernels.source:
+            files.write_text(Path(args.kernels) / f"{kernels.name}.py", kernels.source)
+    if args.html:
+        look.to_html(args.html)
 
 
 def load(spec: str, changes: list[str], length: int, device: str) -> Example:
@@ -79,18 +141,37 @@ def _from_factory(spec: str) -> Example:
     module_name, _, name = spec.partition(":")
     sys.path.insert(0, os.getcwd())  # as `python -m` does; a console script does not
     try:
-        factory = getattr(importlib.import_module(module_name), name)
-    except (ImportError, ValueError) as error:
-        raise SpecError(f"cannot import {module_name!r}: {error}") from error
-    except AttributeError:
-        raise SpecError(f"module {module_name!r} has no {name!r}") from None
+        module = importlib.import_module(module_name)
+    except Exception as error:  # whatever the user's file raises
+        kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
+        raise SpecError(f"cannot import {module_name!r}: {kind}{error}") from error
     finally:
         with contextlib.suppress(ValueError):
             sys.path.remove(os.getcwd())
-    made = factory()
+    if not hasattr(module, name):
+        raise SpecError(f"module {module_name!r} has no {name!r}")
+    made = _made(spec, getattr(module, name))
     if not isinstance(made, tuple) or len(made) < 2:
         raise SpecError(f"{spec} returned {type(made).__name__}; expected a tuple (model, *example_inputs)")
     return made[0], made[1:]
+
+
+def _made(spec: str, factory: Any) -> Any:
+    if not callable(factory):
+        raise SpecError(f"{spec} is a {type(factory).__name__}; expected a function that returns (model, *inputs)")
+    try:
+        inspect.signature(factory).bind()
+    except TypeError:
+        needed = inspect.signature(factory)
+        raise SpecError(f"{spec}{needed} needs arguments; name a function that can be called without any") from None
+    except ValueError:  # a builtin that does not say what it takes
+        pass
+    try:
+        return factory()
+    except Exception as error:
+        line = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{line.filename}:{line.lineno} in {line.name}"
+        raise SpecError(f"{spec} raised {type(error).__name__}: {error} ({where})") from error
 
 
 def _from_config(read: Callable[[], Any], changes: list[str], length: int, device: str) -> Example:

@@ -9,9 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from llcompile.passes.records import Certificate, Converted, Declined, Untouched
+from llcompile.passes.records import Certificate, Converted, Declined, GraphBreak, Untouched
 
-__all__ = ["Certificate", "Converted", "Declined", "Report", "Untouched"]
+__all__ = ["Certificate", "Converted", "Declined", "GraphBreak", "Report", "Untouched"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Report:
         declined: linear-time mixers that were seen and not rewritten, each with the reason and the user's line.
         untouched: other mechanisms, by their usual name.
         graphs: number of graphs that Dynamo made of the model (1 without graph breaks).
+        breaks: the graph breaks, each with its line.
     """
 
     converted: tuple[Converted, ...] = ()
@@ -30,6 +31,7 @@ class Report:
     untouched: tuple[Untouched, ...] = ()
     graphs: int = 0
     title: str = field(default="", compare=False)
+    breaks: tuple[GraphBreak, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -48,6 +50,7 @@ class Report:
             _merge(self.untouched, other.untouched),
             self.graphs + other.graphs,
             self.title or other.title,
+            tuple(dict.fromkeys((*self.breaks, *other.breaks))),
         )
 
     def __str__(self) -> str:
@@ -77,6 +80,8 @@ class Report:
                 kinds.setdefault(record.kind, []).append(record.module)
             for kind, modules in kinds.items():
                 yield f"left untouched, {kind}: {', '.join(m or '(root)' for m in modules)}"
+        for record in self.breaks:
+            yield f"the graph breaks at {record.where}: {record.reason}"
 
 
 def _converted_table(records: tuple[Converted, ...]) -> Table:

@@ -6,15 +6,17 @@ moves something fails there and not in a user's model.
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from torch import fx, nn
 from torch._dynamo.backends.debugging import make_eager_backend_with_torch_function_modes
-from torch._dynamo.exc import ShortenTraceback, TensorifyScalarRestartAnalysis
+from torch._dynamo.exc import ShortenTraceback, TensorifyScalarRestartAnalysis, Unsupported
 from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX
 from torch._dynamo.source import AttrSource, GlobalSource, LocalSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
@@ -23,6 +25,9 @@ from torch._guards import Source
 from torch._higher_order_ops.utils import setup_compilation_env
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import _pop_mode_temporarily
+
+# What Dynamo calls some breaks among friends.
+_REASONS = {"generic_jump": "it branches on the values of a tensor"}
 
 
 def current_translator() -> InstructionTranslator | None:
@@ -94,6 +99,37 @@ def is_whole_frame() -> bool:
     frame, reason = translator.output.root_tx or translator, translator.output.compile_subgraph_reason
     after_break = frame.f_code.co_name.startswith(TORCH_DYNAMO_RESUME_IN_PREFIX)
     return reason is not None and not reason.graph_break and not after_break
+
+
+def graph_break() -> tuple[str, str] | None:
+    """What ended the graph being compiled before its function did: the reason, and `file:line in function`."""
+    translator = current_translator()
+    reason = None if translator is None else translator.output.compile_subgraph_reason
+    if reason is None or not reason.graph_break:
+        return None
+    return _first_line(reason.reason), _user_frame(list(reason.user_stack))
+
+
+def no_graph(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, str] | None:
+    """Why Dynamo makes no graph at all of a call, and where; None where there is nothing to make one of."""
+    try:
+        torch._dynamo.optimize(lambda module, _: module, nopython=True)(function)(*args, **kwargs)
+    except Unsupported as error:
+        return _first_line(str(error)), _user_frame(list(error.real_stack))
+    return None
+
+
+def _first_line(reason: str) -> str:
+    return _REASONS.get(reason.split(" ")[0], reason.split("\n")[0].strip())
+
+
+def _user_frame(stack: list[Any]) -> str:
+    own = str(Path(torch.__file__).parent)
+    frame = next((f for f in reversed(stack) if not f.filename.startswith(own)), None)
+    if frame is None:
+        return ""
+    name = re.sub(rf"^{TORCH_DYNAMO_RESUME_IN_PREFIX}_(\w+)_at_\d+$", r"\1", frame.name)
+    return f"{frame.filename}:{frame.lineno} in {name}"
 
 
 def modules_in(graph: fx.Graph) -> list[nn.Module]:

@@ -57,6 +57,14 @@ class Declined:
 
 
 @dataclass(frozen=True)
+class GraphBreak:
+    """A line of the user's code at which Dynamo ends one graph and begins another; no mixer is seen across it."""
+
+    reason: str
+    where: str
+
+
+@dataclass(frozen=True)
 class Untouched:
     """Another mechanism, left as it is.
 

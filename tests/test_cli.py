@@ -63,10 +63,26 @@ def test_every_command_has_help(command: cli.Command, capsys: pytest.CaptureFixt
         (["inspect", "json:no_such_function"], "has no 'no_such_function'"),
         (["inspect", "no/such/config.json"], "there is no no/such/config.json"),
         (["inspect", "mamba2", "--set", "nonsense=1"], "KEY=VALUE"),
+        (["inspect", "mamba2", "--chip", "sm_1"], "known are sm_80"),
+        (["inspect", "factories:needs"], "factories:needs(width, depth=2) needs arguments"),
+        (["inspect", "factories:fails"], "raised ZeroDivisionError: division by zero"),
+        (["inspect", "factories:thing"], "is a int; expected a function"),
+        (["inspect", "broken_factories:make"], "cannot import 'broken_factories': RuntimeError: at import"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
-def test_mistakes(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes(
+    arguments: list[str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "factories.py").write_text(
+        "thing = 3\ndef needs(width, depth=2): return width\ndef fails(): return 1 / 0\n"
+    )
+    (tmp_path / "broken_factories.py").write_text("raise RuntimeError('at import')\n")
+    monkeypatch.chdir(tmp_path)
     assert cli.main(arguments) == cli.USAGE_ERROR
     assert words in one_line(capsys)
 
@@ -127,3 +143,42 @@ class TestInspect:
         assert "No linear-time mixer" in capsys.readouterr().out
         assert cli.main(["inspect", "my_factory_for_a_test:wrong"]) == cli.USAGE_ERROR
         assert "returned int; expected a tuple" in capsys.readouterr().err
+
+    def test_everything_that_can_be_written(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        pytest.importorskip("grandalf")
+        (tmp_path / "looked_at.py").write_text(
+            "from tests import small\ndef make(): return small.Model([small.DeltaMixer()]), small.ids()\n"
+        )
+        monkeypatch.chdir(tmp_path)
+        written = ["--html", "page.html", "--json", "look.json", "--kernels", "generated"]
+        assert cli.main(["inspect", "looked_at:make", *written]) == 0
+        assert "Gated DeltaNet" in capsys.readouterr().out
+        assert "<h1>Model</h1>" in Path("page.html").read_text()
+        (mixer,) = json.loads(Path("look.json").read_text())["mixers"]
+        assert "loglinear_attention" in mixer["after"]
+        (kernels,) = Path("generated").iterdir()
+        assert kernels.name == "scalar_delta_level17_k8_v8_float32.py"
+        assert "@triton.jit" in kernels.read_text()
+
+    def test_what_cannot_be_written_is_said_before_the_work(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr("llcompile.inspect_command.load", lambda *_: pytest.fail("it began to work"))
+        (tmp_path / "file").write_text("")
+        for flag, path in (("--html", "no/page.html"), ("--json", "."), ("--kernels", "file/below")):
+            assert cli.main(["inspect", "mamba2", flag, str(tmp_path / path)]) == 1
+            assert "cannot" in one_line(capsys)
+        assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+    def test_a_model_that_does_not_trace(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "untraceable.py").write_text(
+            "import torch\nclass Hidden(torch.nn.Module):\n    @torch.compiler.disable\n"
+            "    def forward(self, x): return x + 1\ndef make(): return Hidden(), torch.zeros(3)\n"
+        )
+        monkeypatch.chdir(tmp_path)
+        assert cli.main(["inspect", "untraceable:make"]) == 1
+        assert "untraceable.py:3 in forward" in one_line(capsys)

@@ -56,6 +56,7 @@ def _drafts(session: Session, report: Report) -> list[_Draft]:
 def _of_site(session: Session, site: Site, order: dict[fx.Node, int]) -> _Draft:
     inside = _region_nodes(site)
     nodes = sorted((n for n in inside if n in order), key=order.__getitem__)
+    before = code.steps(nodes, site.module)
     lines = [operand.text for operand in operands.operands(site)]
     weights = site.level_weights
     fresh = site.owner is None or session.settings.find(site.owner, site.attribute) is None
@@ -72,8 +73,8 @@ def _of_site(session: Session, site: Site, order: dict[fx.Node, int]) -> _Draft:
         certificate=site.certificate,
         level_weights="none" if weights is None else weights.kind,
         parameters=0 if weights is None else sum(p.numel() for p in weights.parameters()),
-        before="\n".join([*lines, code.text(code.steps(nodes, site.module))]),
-        source=excerpt(site.where),
+        before="\n".join([*lines, code.text(before)]),
+        source=excerpt(site.where, (step.where for step in before)),
         notes=(*site.notes, *(() if site.found is None else site.found.notes())),
         drawing_before=draw(nodes, site.module),
         table=None if weights is None else level_table(weights, fresh),
@@ -84,6 +85,7 @@ def _of_site(session: Session, site: Site, order: dict[fx.Node, int]) -> _Draft:
 def _of_near_miss(session: Session, record: Declined, order: dict[fx.Node, int]) -> _Draft:
     inside = session.missed_nodes.get(record, frozenset())
     nodes = sorted((n for n in inside if n in order), key=order.__getitem__)
+    before = code.steps(nodes, record.module)
     look = MixerLook(
         module=record.module,
         fate="declined",
@@ -91,8 +93,8 @@ def _of_near_miss(session: Session, record: Declined, order: dict[fx.Node, int])
         origin="graph" if nodes else "function",
         reason=record.reason,
         hint=record.hint,
-        before=code.text(code.steps(nodes, record.module)),
-        source=excerpt(record.where),
+        before=code.text(before),
+        source=excerpt(record.where, (step.where for step in before)),
         drawing_before=draw(nodes, record.module),
     )
     return _Draft(look, None, order[nodes[-1]] if nodes else len(order))

@@ -11,7 +11,7 @@ from llcompile.look.records import Box, Drawing, Kind
 from llcompile.passes.origin import is_constant_input
 
 _FEW = 32  # operations that are drawn one by one; more are drawn line by line
-_UP, _DOWN = 2, 2  # how far around the mixer the drawing goes
+_UP, _DOWN = 1, 1  # how far around the mixer the drawing goes
 
 
 def draw(nodes: Sequence[fx.Node], module: str, folded: Mapping[fx.Node, str] | None = None) -> Drawing:
@@ -36,9 +36,15 @@ def draw(nodes: Sequence[fx.Node], module: str, folded: Mapping[fx.Node, str] | 
         name = f"folded {title}" if node in folded else step.name
         count = boxes[name].count + 1 if name in boxes else 1
         box_of[node] = name
-        boxes[name] = Box(name, title, step.shape, kind, count, step.where)
+        boxes[name] = Box(name, title, _short(step.shape), kind, count, step.where)
     edges = ((box_of[parent], box_of[node]) for node in shown for parent in node.all_input_nodes if parent in box_of)
     return Drawing(tuple(boxes.values()), tuple(dict.fromkeys(e for e in edges if e[0] != e[1])))
+
+
+def _short(shape: str) -> str:
+    """Of several results the first one's sizes, and no dtype: a box is small."""
+    sizes = shape.lstrip("(").partition("]")
+    return "".join(sizes[:2]) + (", …" if shape.startswith("(") else "")
 
 
 def _line(step: Step) -> str:

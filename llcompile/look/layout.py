@@ -9,8 +9,8 @@ from typing import Any
 from llcompile.errors import MissingLibraryError
 from llcompile.look.records import Box, Drawing
 
-_CHARACTER, _PADDING, _HEIGHT = 6.3, 18.0, 34.0
-_GAP_X, _GAP_Y, _MARGIN = 14.0, 24.0, 6.0
+_CHARACTER, _PADDING, _HEIGHT = 6.7, 14.0, 34.0
+_GAP_X, _GAP_Y, _MARGIN = 10.0, 22.0, 6.0
 
 
 @dataclass(frozen=True)

@@ -105,16 +105,7 @@ def _environment() -> Any:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters.update(
-        code=_code,
-        whole=_whole,
-        excerpt=_excerpt,
-        diff=_diff,
-        engineering=_engineering,
-        shade=_shade,
-        weight=_weight,
-        lines=_lines,
-    )
+    environment.filters.update(_FILTERS)
     environment.globals.update(code_styles=_code_styles)
     return environment
 
@@ -145,7 +136,7 @@ def _excerpt(source: Excerpt) -> Any:
     from pygments.lexers import PythonLexer
 
     text = textwrap.dedent("\n".join(source.lines))
-    marked = [source.line - source.first + 1]
+    marked = [line - source.first + 1 for line in source.marked]
     numbers = {"linenos": "inline", "linenostart": source.first, "hl_lines": marked}
     return _highlighted(text, PythonLexer(stripnl=False), **numbers)
 
@@ -173,9 +164,10 @@ def _engineering(number: float, unit: str = "") -> str:
     return f"{number:.0f} {unit}".rstrip()
 
 
-def _shade(value: float) -> str:
-    """How strongly a weight is painted: 0 not at all, 1 half way, large ones fully."""
-    return f"{max(value, 0.0) / (max(value, 0.0) + 1):.3f}"
+def _shade(value: float, top: float) -> str:
+    """How strongly a weight is painted: 0 hardly, 1 half way, the table's largest (2 at least) fully."""
+    part = value if value < 1 else 1 + (value - 1) / max(top - 1, 1)
+    return f"{0.05 + 0.45 * max(part, 0):.3f}"
 
 
 def _weight(value: float) -> str:
@@ -184,3 +176,15 @@ def _weight(value: float) -> str:
 
 def _lines(text: str) -> int:
     return len(text.splitlines())
+
+
+_FILTERS = {
+    "code": _code,
+    "whole": _whole,
+    "excerpt": _excerpt,
+    "diff": _diff,
+    "engineering": _engineering,
+    "shade": _shade,
+    "weight": _weight,
+    "lines": _lines,
+}

@@ -21,6 +21,7 @@ class Excerpt:
         file, line, function: where; `line` counts from 1.
         first: the number of the first of `lines`.
         lines: the code; empty where the file cannot be read.
+        marked: the numbers of the lines that the mixer comes from.
     """
 
     file: str
@@ -28,6 +29,7 @@ class Excerpt:
     function: str
     first: int = 1
     lines: tuple[str, ...] = ()
+    marked: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ class Branch:
     """One module, or a run of neighbours that are alike.
 
     Args:
-        name: the last part of its name; "0 – 47" for a run.
+        name: the last part of its name; "0 to 47" for a run.
         kind: its class.
         fates: (fate, what it is, anchor) of the module itself.
         children: modules below it.
@@ -57,7 +57,7 @@ def _fold(branch: Branch) -> None:
     for _, run in groupby(branch.children, key=lambda c: (c.name.isdigit(), c.alike())):
         alike = list(run)
         if len(alike) > 1 and alike[0].name.isdigit():
-            alike[0].name, alike[0].count = f"{alike[0].name} – {alike[-1].name}", len(alike)
+            alike[0].name, alike[0].count = f"{alike[0].name} to {alike[-1].name}", len(alike)
             alike = alike[:1]
         folded.extend(alike)
     branch.children = folded

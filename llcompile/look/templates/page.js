@@ -7,6 +7,8 @@ for (const levels of document.querySelectorAll("[data-levels]")) {
   let weights = null;
   let current = null;
 
+  const byLevel = (row, level) => row[Math.min(level, row.length - 1)]; // the last one serves all above
+
   const say = (block) => {
     if (current) current.classList.remove("here");
     current = block;
@@ -15,9 +17,8 @@ for (const levels of document.querySelectorAll("[data-levels]")) {
     const { level, row, column, size } = Object.fromEntries(Object.entries(block.dataset).map(([k, v]) => [k, +v]));
     const span = (from) => (size > 1 ? `${from} to ${from + size - 1}` : `${from}`);
     const what = level ? `queries ${span(row)} read the bucket of tokens ${span(column)}` : `token ${row} reads itself`;
-    readout.textContent = `Level ${level}: ${what}, with weight ${weights ? weightOf(level).toPrecision(3) : 1}.`;
+    readout.textContent = `Level ${level}: ${what}, with weight ${weights ? byLevel(weights, level).toPrecision(3) : 1}.`;
   };
-  const weightOf = (level) => weights[Math.min(level, weights.length - 1)];
 
   // From a block to the one that holds the cell beside it.
   const at = (row, column) =>
@@ -44,12 +45,20 @@ for (const levels of document.querySelectorAll("[data-levels]")) {
       const chosen = button.getAttribute("aria-pressed") !== "true";
       for (const other of levels.querySelectorAll("button[data-head]")) other.setAttribute("aria-pressed", "false");
       button.setAttribute("aria-pressed", String(chosen));
-      weights = chosen ? button.dataset.weights.split(" ").map(Number) : null;
-      blocks.forEach((block, i) => {
-        const w = weights && Math.max(weightOf(+block.dataset.level), 0);
-        block.style.setProperty("--shade", weights ? w / (w + 1) : shades[i]);
-      });
+      const numbers = (text) => text.split(" ").map(Number);
+      weights = chosen ? numbers(button.dataset.weights) : null;
+      const painted = chosen ? numbers(button.dataset.shades) : null;
+      blocks.forEach((block, i) =>
+        block.style.setProperty("--shade", painted ? byLevel(painted, +block.dataset.level) : shades[i]));
       if (current) say(current);
     });
   }
+}
+
+// A wide drawing opens at the mixer.
+for (const scroll of document.querySelectorAll("figure > .scroll")) {
+  const inside = scroll.querySelector(".operator") ?? scroll.querySelector(".inside");
+  if (!inside) continue;
+  const box = inside.getBoundingClientRect(), room = scroll.getBoundingClientRect();
+  scroll.scrollLeft += box.left + box.width / 2 - room.left - room.width / 2;
 }

@@ -1,0 +1,154 @@
+"""The page of `llcompile.inspect` in a real browser: both colour schemes, narrow, by keyboard, no errors.
+
+With LLCOMPILE_SCREENSHOTS=DIR the screenshots are kept there, to be looked at.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import llcompile
+from tests import small
+from tests.test_look import Mixed, inputs
+
+pytest.importorskip("grandalf")
+playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome on this machine"),
+]
+
+
+class Trained(Mixed):
+    """With level weights that are not 1 in its known functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers[4] = nn.Identity()
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("pages")
+    torch.manual_seed(0)
+    fresh = llcompile.inspect(Mixed(), inputs())
+    model = Trained()
+    llcompile.convert(model, inputs())
+    small.perturb(model)
+    trained = llcompile.inspect(model, inputs())
+    return {"fresh": fresh.to_html(folder / "fresh.html"), "trained": trained.to_html(folder / "trained.html")}
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as p:
+        started = p.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+def opened(browser: Any, path: Path, scheme: str = "light", width: int = 1440) -> tuple[Any, list[str]]:
+    """The page, and everything that went wrong or went out."""
+    context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 1000})
+    page, wrong = context.new_page(), []
+    page.on("console", lambda message: wrong.append(message.text))
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("request", lambda r: wrong.append(r.url) if not r.url.startswith(("file:", "data:")) else None)
+    page.goto(path.as_uri())
+    return page, wrong
+
+
+@pytest.mark.parametrize("width", [1440, 400])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("name", ["fresh", "trained"])
+def test_it_opens_and_fits(browser: Any, pages: dict[str, Path], name: str, scheme: str, width: int) -> None:
+    page, wrong = opened(browser, pages[name], scheme, width)
+    assert wrong == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= width, "it scrolls sideways as a whole"
+    kept = os.environ.get("LLCOMPILE_SCREENSHOTS")
+    if kept:
+        page.screenshot(path=f"{kept}/{name}-{scheme}-{width}.png", full_page=True)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_words_stand_out_from_what_is_behind_them(browser: Any, pages: dict[str, Path], scheme: str) -> None:
+    page, _ = opened(browser, pages["trained"], scheme)
+    ratio = """(selector) => {
+      const luminance = (color) => {
+        const canvas = new OffscreenCanvas(1, 1).getContext("2d");
+        canvas.fillStyle = color;
+        canvas.fillRect(0, 0, 1, 1);
+        const [r, g, b] = [...canvas.getImageData(0, 0, 1, 1).data].map((c) => c / 255)
+          .map((c) => (c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+      };
+      const style = getComputedStyle(document.querySelector(selector));
+      const [a, b] = [luminance(style.fill !== "rgb(0, 0, 0)" ? style.fill : style.color),
+                      luminance(getComputedStyle(document.body).backgroundColor)].sort((x, y) => y - x);
+      return (a + 0.05) / (b + 0.05);
+    }"""
+    for selector in ("h1", "p", ".quiet", "nav a", "th", "figcaption", ".reason, .facts dt"):
+        assert page.evaluate(ratio, selector) >= 4.5, selector  # WCAG AA
+
+
+def test_by_keyboard_alone(browser: Any, pages: dict[str, Path]) -> None:
+    page, wrong = opened(browser, pages["trained"])
+    focused = lambda: page.evaluate("document.activeElement.className.baseVal ?? document.activeElement.className")  # noqa: E731
+    page.keyboard.press("Tab")
+    assert focused() == "skip"
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.id") == "main"
+
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        if focused() == "mask":
+            break
+    readout = page.locator(".readout").first
+    assert readout.text_content() == "Level 0: token 0 reads itself, with weight 1."
+    page.keyboard.press("ArrowDown")
+    assert "Level 1: queries 1" in readout.text_content()
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowDown")
+    assert readout.text_content().startswith("Level 3: queries 4 to 7 read the bucket of tokens 0 to 3")
+
+    for _ in range(5):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.dataset.head") == "0":
+            break
+    page.keyboard.press("Enter")
+    pressed = page.locator("button[aria-pressed=true]")
+    assert pressed.count() == 1
+    weight = float(pressed.get_attribute("data-weights").split()[3])
+    assert f"weight {weight:.3g}".rstrip("0") in readout.text_content()
+
+    details = page.locator("article details > summary", has_text="Diff").first
+    details.focus()
+    page.keyboard.press("Enter")
+    assert details.evaluate("e => e.parentElement.open")
+    assert wrong == []
+
+
+def test_pointing_at_a_block_says_what_it_is(browser: Any, pages: dict[str, Path]) -> None:
+    page, _ = opened(browser, pages["fresh"])
+    mask = page.locator(".mask").first
+    mask.locator("rect[data-level='5']").hover()
+    text = page.locator(".readout").first.text_content()
+    assert text == "Level 5: queries 16 to 31 read the bucket of tokens 0 to 15, with weight 1."
+    assert "level 5" in mask.locator("rect[data-level='5'] title").text_content()
+
+
+def test_a_module_leads_to_its_mixer(browser: Any, pages: dict[str, Path]) -> None:
+    page, _ = opened(browser, pages["fresh"])
+    page.locator("nav .fate", has_text="strictly causal").click()
+    article = page.locator("article:target")
+    assert article.locator("h2").text_content() == "A near miss"
+    assert "strictly causal: a token does not see itself" in article.locator(".reason").text_content()

@@ -28,6 +28,7 @@ COMMANDS = (
     Command("demo", "llcompile.demo", "convert and train small models of transformers, and show what changes"),
     Command("bench", "llcompile.bench", "time the operator on this machine"),
     Command("inspect", "llcompile.inspect_command", "say what would become of a model, without changing it"),
+    Command("repro", "llcompile.repro_command", "write one mixer of a model as a file for a bug report"),
     Command("doctor", "llcompile.doctor", "say what works on this machine and why the rest does not"),
 )
 

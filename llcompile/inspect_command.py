@@ -38,14 +38,7 @@ def add_parser(subparsers: Any) -> None:
         epilog=SPEC_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("spec", metavar="SPEC", help="a config, a model_type, or module:factory; see below")
-    parser.add_argument(
-        "--set", metavar="KEY=VALUE", action="append", default=[], help="change an entry of the config (VALUE is JSON)"
-    )
-    parser.add_argument("--length", type=int, default=64, help="tokens in the example input (default 64)")
-    parser.add_argument(
-        "--device", default="meta", help="where a transformers model is built (default meta: no memory, no values)"
-    )
+    add_model_arguments(parser)
     parser.add_argument(
         "--strict", action="store_true", help="exit code 1 when a linear-time mixer would stay as it is"
     )
@@ -59,6 +52,18 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--kernels", metavar="DIR", help="write the generated Triton kernels there, a file a kind")
     parser.add_argument(
         "--chip", metavar="CHIP", action="append", default=[], help="compile the kernels for a chip (sm_90, gfx942)"
+    )
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """What says which model is meant, for every command that looks at one."""
+    parser.add_argument("spec", metavar="SPEC", help="a config, a model_type, or module:factory; see below")
+    parser.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="change an entry of the config (VALUE is JSON)"
+    )
+    parser.add_argument("--length", type=int, default=64, help="tokens in the example input (default 64)")
+    parser.add_argument(
+        "--device", default="meta", help="where a transformers model is built (default meta: no memory, no values)"
     )
 
 

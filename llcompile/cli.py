@@ -29,6 +29,7 @@ COMMANDS = (
     Command("bench", "llcompile.bench", "time the operator on this machine"),
     Command("inspect", "llcompile.inspect_command", "say what would become of a model, without changing it"),
     Command("kernels", "llcompile.kernels_command", "print the generated Triton kernels, and list those on disk"),
+    Command("repro", "llcompile.repro_command", "write one mixer of a model as a file for a bug report"),
     Command("doctor", "llcompile.doctor", "say what works on this machine and why the rest does not"),
 )
 

@@ -18,7 +18,10 @@ from llcompile.look.look import Look, Subject
 from llcompile.look.records import MixerLook
 from llcompile.options import Options
 from llcompile.passes import discover, dynamo
+from llcompile.passes.session import Session
 from llcompile.report import Report
+
+Visit = Callable[[Session], None]
 
 
 def convert(
@@ -72,14 +75,25 @@ def revert(model: nn.Module) -> int:
     return attachment.detach(model)
 
 
+def visit_graphs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], visit: Visit) -> Report:
+    """As `inspect`; `visit` is given the session of each graph when all is decided and nothing rewritten."""
+    report, _ = _captured(model, args, kwargs, None, dry_run=True, visit=visit)
+    return report
+
+
 def _captured(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[str, Any] | None, dry_run: bool
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    given: dict[str, Any] | None,
+    dry_run: bool,
+    visit: Visit | None = None,
 ) -> tuple[Report, _Capture]:
     options = Options.parse(given)
     _check_model(model, "inspect" if dry_run else "convert")
     backend.prepare()
     before = {id(weights) for _, _, weights in attachment.attached(model)}
-    capture = _Capture(model, options, dry_run)
+    capture = _Capture(model, options, dry_run, visit)
     discover.refused_calls({})  # what another run has left
     try:
         _run(model, capture, args, kwargs)
@@ -89,7 +103,7 @@ def _captured(
         report = _titled(capture.report.merged(broken), model)
         compile_run.check_strict(report, options)
     except BaseException as error:
-        _detach_new(model, before)
+        detach_new(model, before)
         own = _own_error(error)
         if own is not None:
             raise own from None
@@ -107,10 +121,11 @@ class _Capture:
     _llcompile = True
     __name__ = "loglinear_capture"
 
-    def __init__(self, model: nn.Module, options: Options, dry_run: bool) -> None:
+    def __init__(self, model: nn.Module, options: Options, dry_run: bool, visit: Visit | None) -> None:
         self.names = {id(module): name for name, module in model.named_modules()}
         self.options = options
         self.dry_run = dry_run
+        self.visit = visit
         self.report = Report()
         self.mixers: list[MixerLook] = []
         self.kwargs = {"options": {"level_weights": options.level_weights}}
@@ -122,6 +137,8 @@ class _Capture:
         self.report = self.report.merged(found)
         if not self.dry_run:
             return compile_run.original_code(session)
+        if self.visit is not None:
+            self.visit(session)
         mixers, original = collect(session, found)
         # A frame that was traced twice is looked at twice; the later look holds.
         again = {(mixer.module, mixer.where) for mixer in mixers}
@@ -173,7 +190,8 @@ def _check_model(model: Any, call: str) -> None:
         raise ModelError(f"llcompile.{call} takes an nn.Module, got {type(model).__name__}.")
 
 
-def _detach_new(model: nn.Module, before: set[int]) -> None:
+def detach_new(model: nn.Module, before: set[int]) -> None:
+    """Removes the level weights whose ids are not in `before`."""
     for owner, name, weights in list(attachment.attached(model)):
         if id(weights) not in before:
             attachment.detach_one(owner, name)

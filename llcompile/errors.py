@@ -58,6 +58,14 @@ class BenchError(LLCompileError, RuntimeError):
     """A measurement was asked for that cannot be made here, or a file of results cannot be read."""
 
 
+class ReproError(LLCompileError, ValueError):
+    """No reproducer can be written: nothing has that name, or its code cannot stand in a file of its own."""
+
+
+class MlirError(LLCompileError, RuntimeError):
+    """MLIR was asked for something that has none: no mixer, no values, states, or what torch-mlir does not take."""
+
+
 class SpecError(LLCompileError, ValueError):
     """The command line names something unknown: a model that cannot be found or built, a peer that nobody knows."""
 

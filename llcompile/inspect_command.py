@@ -38,6 +38,25 @@ def add_parser(subparsers: Any) -> None:
         epilog=SPEC_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--strict", action="store_true", help="exit code 1 when a linear-time mixer would stay as it is"
+    )
+    parser.add_argument("--html", metavar="FILE", help="write a page that shows everything")
+    parser.add_argument("--json", metavar="FILE", help="write the report as JSON, too; - for standard output")
+    parser.add_argument("--mlir", metavar="FILE", help="write the rewritten model as MLIR (weights need --device cpu)")
+    parser.add_argument(
+        "--dialect", choices=("torch", "linalg"), default="torch", help="of --mlir: torch, or linalg on tensors"
+    )
+    parser.add_argument("--mixer", metavar="NAME", help="of --mlir: only the module of this mixer")
+    parser.add_argument("--kernels", metavar="DIR", help="write the generated Triton kernels there, a file a kind")
+    parser.add_argument(
+        "--chip", metavar="CHIP", action="append", default=[], help="compile the kernels for a chip (sm_90, gfx942)"
+    )
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """What says which model is meant, for every command that looks at one."""
     parser.add_argument("spec", metavar="SPEC", help="a config, a model_type, or module:factory; see below")
     parser.add_argument(
         "--set", metavar="KEY=VALUE", action="append", default=[], help="change an entry of the config (VALUE is JSON)"
@@ -45,15 +64,6 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--length", type=int, default=64, help="tokens in the example input (default 64)")
     parser.add_argument(
         "--device", default="meta", help="where a transformers model is built (default meta: no memory, no values)"
-    )
-    parser.add_argument(
-        "--strict", action="store_true", help="exit code 1 when a linear-time mixer would stay as it is"
-    )
-    parser.add_argument("--html", metavar="FILE", help="write a page that shows everything")
-    parser.add_argument("--json", metavar="FILE", help="write the report as JSON, too; - for standard output")
-    parser.add_argument("--kernels", metavar="DIR", help="write the generated Triton kernels there, a file a kind")
-    parser.add_argument(
-        "--chip", metavar="CHIP", action="append", default=[], help="compile the kernels for a chip (sm_90, gfx942)"
     )
 
 
@@ -89,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _check_outputs(args: argparse.Namespace) -> None:
     """Says what cannot be written before the work, not after."""
-    for path in (args.html, args.json):
+    for path in (args.html, args.json, args.mlir):
         if path and path != "-":
             files.check_target(path)
     if args.kernels:
@@ -109,6 +119,8 @@ def _write(look: Look, args: argparse.Namespace) -> None:
             sys.stdout.write(text)
         else:
             files.write_text(args.json, text)
+    if args.mlir:
+        files.write_text(args.mlir, look.to_mlir(args.dialect, args.mixer) + "\n")
     for kernels in look.kernels if args.kernels else ():
         if kernels.source:
             files.write_text(Path(args.kernels) / f"{kernels.name}.py", kernels.source)

@@ -54,7 +54,7 @@ def _drafts(session: Session, report: Report) -> list[_Draft]:
 
 
 def _of_site(session: Session, site: Site, order: dict[fx.Node, int]) -> _Draft:
-    inside = _region_nodes(site)
+    inside = region_nodes(site)
     nodes = sorted((n for n in inside if n in order), key=order.__getitem__)
     before = code.steps(nodes, site.module)
     lines = [operand.text for operand in operands.operands(site)]
@@ -111,7 +111,7 @@ def _after(draft: _Draft) -> MixerLook:
     return replace(draft.look, after=after, call=call_in(nodes), drawing_after=draw(nodes, site.module, folded))
 
 
-def _region_nodes(site: Site) -> set[fx.Node]:
+def region_nodes(site: Site) -> set[fx.Node]:
     """The nodes of the graph that the operator takes the place of."""
     if site.found is None:
         return {site.node, *(user for user in site.node.users if user.target is operator.getitem)}

@@ -100,7 +100,7 @@ class Look(Report):
 
     def to_mlir(self, dialect: str = "torch", mixer: str | None = None) -> str:
         """The rewritten model as MLIR, or one of its mixers; see `llcompile.look.mlir.to_mlir`."""
-        from llcompile.look.mlir import to_mlir  # type: ignore[import-not-found]
+        from llcompile.look.mlir import to_mlir
 
         return to_mlir(self, dialect, mixer)
 

@@ -1,0 +1,133 @@
+"""MLIR: a rewritten mixer or the whole model, by torch-mlir; the operator is written out in its parallel form."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from llcompile import attachment, conversion
+from llcompile.errors import LevelWeightsIgnoredWarning, MissingLibraryError, MlirError
+from llcompile.kernels.parallel import parallel_attention
+
+if TYPE_CHECKING:
+    from llcompile.look.look import Look
+
+# Our names for the dialects, and torch-mlir's.
+DIALECTS = {"torch": "torch", "linalg": "linalg-on-tensors"}
+_SEQUENCE = "llcompile::loglinear_attention"
+
+
+def to_mlir(look: Look, dialect: str = "torch", mixer: str | None = None) -> str:
+    """The rewritten model, or the module of one of its mixers, as the text of a verified MLIR module.
+
+    The function `main` takes the tensors that the example was run on, at their sizes, and has the weights in it as
+    constants. The operator stands there in plain operations whose cost is quadratic in the length
+    (`llcompile.kernels.parallel`): MLIR has no operator of ours to call.
+
+    Args:
+        look: what `llcompile.inspect` returned.
+        dialect: "torch", or "linalg" for linalg on tensors.
+        mixer: name of the module that owns a mixer, as the report has it; None is the whole model.
+
+    Raises:
+        MissingLibraryError: torch-mlir is not installed.
+        MlirError: an unknown dialect or mixer, weights without values, a graph that torch-mlir does not take.
+    """
+    if dialect not in DIALECTS:
+        raise MlirError(f"dialect {dialect!r} is unknown; it is one of {', '.join(map(repr, DIALECTS))}")
+    importer = _importer()
+    program = _decomposed(_exported(look, mixer))
+    try:
+        module = importer.export_and_import(program, output_type=DIALECTS[dialect])
+        module.operation.verify()
+    except Exception as error:
+        what = str(error).strip().split("\n")[0]
+        raise MlirError(
+            f"torch-mlir does not take {_called(mixer)} as {dialect!r}: {what}. Its own message is above; "
+            "dialect='torch', or another mixer, may do."
+        ) from error
+    return str(module)
+
+
+def _importer() -> Any:
+    try:
+        from torch_mlir import fx
+    except ImportError as error:
+        raise MissingLibraryError(
+            "MLIR needs torch-mlir: pip install 'llcompile[mlir]' (or pip install torch-mlir, whose wheels are for "
+            f"Linux and CPython). What failed: {error}"
+        ) from error
+    return fx
+
+
+def _exported(look: Look, mixer: str | None) -> ExportedProgram:
+    """The rewritten program of the model, or of the module that owns the mixer; the model is as it was afterwards."""
+    subject = look.subject
+    assert subject is not None
+    model, args, kwargs = subject.model, subject.args, dict(subject.kwargs)
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        raise MlirError("the model is on the device meta, so its weights have no values; inspect it on cpu (--device)")
+    names = [record.module for record in look.converted]
+    if mixer is not None and mixer not in names:
+        raise MlirError(f"no converted mixer is named {mixer!r}; there are {', '.join(map(repr, names)) or 'none'}")
+    before = {id(weights) for _, _, weights in attachment.attached(model)}
+    options = {**vars(subject.options), "strict": False}
+    try:
+        conversion.convert(model, *args, options=options, **kwargs)
+        part, args, kwargs = _part(model, mixer, args, kwargs)
+        with torch.no_grad():
+            return torch.export.export(part, args, kwargs)
+    except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
+        raise MlirError(f"{_called(mixer)} cannot be exported: {str(error).strip().splitlines()[0]}") from error
+    finally:
+        conversion.detach_new(model, before)
+
+
+def _part(model: nn.Module, mixer: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The module to export, and what it is called with in a run of the model."""
+    if not mixer:
+        return model, args, kwargs
+    part, calls = model.get_submodule(mixer), []
+    hook = part.register_forward_pre_hook(lambda _, *given: calls.append(given), with_kwargs=True)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", LevelWeightsIgnoredWarning)  # only the inputs are wanted
+            model(*args, **kwargs)
+    finally:
+        hook.remove()
+    if not calls:
+        raise MlirError(f"{mixer} is not called as a module when the model runs; take the whole model")
+    return part, *calls[0]
+
+
+def _decomposed(program: ExportedProgram) -> ExportedProgram:
+    """The program with the operator in plain operations."""
+    calls = [node for node in program.graph.nodes if str(node.target).startswith("llcompile.")]
+    if not calls:
+        raise MlirError("nothing was rewritten in it, so that there is no operator to show")
+    for node in calls:
+        name, initial_state, keeps_state = node.target._schema.name, node.args[6:7], node.args[8:9]
+        if name != _SEQUENCE or initial_state != (None,) or keeps_state != (False,):
+            raise MlirError(
+                f"{name} with states or packed sequences has no parallel form; give an example without a cache "
+                "(use_cache=False) and without a mask"
+            )
+    table = torch.export.default_decompositions()
+    table[torch.ops.llcompile.loglinear_attention.default] = _parallel
+    with torch.no_grad():
+        return program.run_decompositions(table)
+
+
+def _parallel(
+    q: Tensor, k: Tensor, v: Tensor, w: Tensor | None, decay: Tensor | None, beta: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    _, scale, *_ = rest
+    return parallel_attention(q, k, v, w, decay, beta, scale), q.new_empty(0)
+
+
+def _called(mixer: str | None) -> str:
+    return f"the mixer {mixer}" if mixer else "the model"

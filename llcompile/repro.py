@@ -1,0 +1,128 @@
+"""A reproducer: one Python file with a mixer's original code, its operands and the proof, for a bug report."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+import llcompile
+from llcompile import conversion
+from llcompile.errors import ReproError
+from llcompile.look.collect import region_nodes
+from llcompile.passes.session import Session
+from llcompile.region_source import RegionSource, region_source
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """What the file is about: the mixer's module, what became of it, and its code."""
+
+    module: str
+    fate: str
+    where: str
+    source: RegionSource
+
+
+def reproducer(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mixer: str) -> str:
+    """The text of the file.
+
+    Args:
+        mixer: the module that has the mixer or the near miss, as the report names it.
+
+    Raises:
+        ReproError: the report has nothing of that name, or its code cannot be written as one file.
+        CaptureError: as for `llcompile.inspect`.
+    """
+    pieces: list[_Piece] = []
+    names: list[str] = []
+
+    def visit(session: Session) -> None:
+        for module, fate, where, nodes in _all(session):
+            names.append(module)
+            if module == mixer and nodes and not pieces:
+                pieces.append(_Piece(module, fate, where, region_source(nodes)))
+
+    conversion.visit_graphs(model, args, kwargs, visit)
+    if not pieces:
+        known = ", ".join(dict.fromkeys(name or "''" for name in names)) or "none"
+        raise ReproError(f"nothing linear-time is named {mixer!r} in {type(model).__name__}; there are: {known}")
+    return _text(pieces[0], type(model).__name__)
+
+
+def _all(session: Session) -> Iterator[tuple[str, str, str, list[fx.Node]]]:
+    """Module, fate, line and nodes of everything that the report names."""
+    order = {node: i for i, node in enumerate(n for region in session.regions for n in region.graph.nodes)}
+    for site in session.sites:
+        fate = f"converted, {site.family}" if site.open else f"declined, {site.reason}"
+        if site.certificate is not None:
+            fate += f"; the proof's largest error was {site.certificate.max_error:.1e}"
+        yield site.module, fate, site.where, _sorted(region_nodes(site), order)
+    for record in session.near_misses:
+        nodes = _sorted(session.missed_nodes.get(record, frozenset()), order)
+        yield record.module, f"declined, {record.reason}", record.where, nodes
+
+
+def _sorted(nodes: Any, order: dict[fx.Node, int]) -> list[fx.Node]:
+    return sorted((node for node in nodes if node in order), key=order.__getitem__)
+
+
+def _text(piece: _Piece, model: str) -> str:
+    named = piece.module or "(root)"
+    return _FILE.format(
+        title=f"Reproducer of {named} of {model} ({piece.where}).",
+        fate=textwrap.fill(f"In the model it was {piece.fate}.", 110),
+        versions=f"llcompile {llcompile.__version__}, torch {torch.__version__}",
+        imports="\n".join(("import torch", *piece.source.imports)),
+        code=textwrap.indent(piece.source.code, "    "),
+        operands=textwrap.indent("\n".join(piece.source.operands), "    "),
+        names=", ".join(line.split(" = ")[0] for line in piece.source.operands),
+    )
+
+
+_FILE = '''"""{title}
+
+{fate}
+Written by {versions}; needs both, and the library whose function is called, if one is.
+"""
+
+{imports}
+
+import llcompile
+
+
+class Region(torch.nn.Module):
+    """The code of the mixer, from what its projections hand over to its result."""
+
+{code}
+
+
+def operands():
+    """Random numbers in the shapes that the model has."""
+{operands}
+    return {names},
+
+
+def main():
+    """Looks at the region alone, and compares it with its rewritten form at w = 1."""
+    torch.manual_seed(0)
+    region, given = Region(), operands()
+    report = llcompile.inspect(region, *given)
+    print(report)
+    if report.converted:
+        llcompile.convert(region, *given)
+        compiled = torch.compile(region, backend="loglinear", options={{"inner": "eager"}})
+        with torch.no_grad():
+            first = lambda result: result[0] if isinstance(result, tuple) else result
+            expected, actual = first(region(*given)), first(compiled(*given))
+        error = float((actual - expected).abs().max() / expected.abs().max())
+        print(f"largest difference of the rewritten region at w = 1: {{error:.1e}}")
+
+
+if __name__ == "__main__":
+    main()
+'''

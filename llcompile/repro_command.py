@@ -1,0 +1,39 @@
+"""`llcompile repro SPEC --mixer NAME`: a file that shows one mixer of a model by itself, for a bug report."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from llcompile import files
+from llcompile.inspect_command import SPEC_HELP, add_model_arguments, load
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add this command to the command line."""
+    parser = subparsers.add_parser(
+        "repro",
+        help="write one mixer of a model as a file that runs by itself, for a bug report",
+        description="Writes a Python file with a mixer's code, its operands and the proof. A near miss will do, too.",
+        epilog=SPEC_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_model_arguments(parser)
+    parser.add_argument("--mixer", metavar="NAME", required=True, help="the module, as `llcompile inspect` names it")
+    parser.add_argument("--out", metavar="FILE", default="repro.py", help="default repro.py; - for standard output")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the file."""
+    if args.out != "-":
+        files.check_target(args.out)
+    model, example = load(args.spec, args.set, args.length, args.device)
+    from llcompile.repro import reproducer
+
+    text = reproducer(model, example, {}, args.mixer)
+    if args.out == "-":
+        sys.stdout.write(text)
+    else:
+        print(f"wrote {files.write_text(args.out, text)}; python {args.out} runs it")
+    return 0

@@ -1,0 +1,82 @@
+"""`llcompile repro`: the file runs by itself and comes to the same decision."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llcompile import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+FACTORIES = """
+import torch
+from torch import nn
+from tests import small
+
+
+def known():
+    return small.model(), small.ids()
+
+
+class Quadratic(nn.Module):
+    def __init__(self, diagonal):
+        super().__init__()
+        self.all, self.diagonal = nn.Linear(16, 50), diagonal
+
+    def forward(self, x):
+        q, k, v, gate = self.all(x).split([16, 16, 16, 2], -1)
+        q, k, v = (y.unflatten(-1, (2, 8)) for y in (q, k, v))
+        total = torch.log(torch.sigmoid(gate)).cumsum(1)
+        future = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(self.diagonal)
+        decay = (total[:, :, None] - total[:, None]).masked_fill(future[..., None], -torch.inf).exp()
+        return torch.einsum("bijh,bjhd->bihd", torch.einsum("bihd,bjhd->bijh", q, k) * decay, v).flatten(2)
+
+
+def written_out():
+    return nn.Sequential(Quadratic(1)), torch.randn(2, 40, 16)
+
+
+def near_miss():
+    return nn.Sequential(Quadratic(0)), torch.randn(2, 40, 16)
+"""
+
+CASES = {
+    "known": ("layers.1", "Gated DeltaNet", "w = 1: "),
+    "written_out": ("0", "scalar-decay linear attention", "w = 1: "),
+    "near_miss": ("0", "strictly causal: a token does not see itself", "strictly causal"),
+}
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "made.py").write_text(FACTORIES)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.delitem(sys.modules, "made", raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", [pytest.param("known", marks=pytest.mark.slow), "written_out", "near_miss"])
+def test_the_file_runs_by_itself(here: Path, name: str) -> None:
+    mixer, fate, said = CASES[name]
+    assert cli.main(["repro", f"made:{name}", "--mixer", mixer, "--out", "shown.py"]) == 0
+    text = (here / "shown.py").read_text()
+    assert fate in text
+    assert "[2, 40, 50]" in text or "[2, 21, 48]" in text  # what the projections hand over
+    done = subprocess.run([sys.executable, "shown.py"], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert said in done.stdout
+    if said == "w = 1: ":
+        assert float(done.stdout.split(said)[1]) < 1e-5
+
+
+def test_mistakes_leave_no_file(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["repro", "made:near_miss", "--mixer", "layers.7", "--out", "shown.py"]) == 1
+    assert "nothing linear-time is named 'layers.7' in Sequential; there are: 0" in capsys.readouterr().err
+    assert cli.main(["repro", "made:near_miss", "--mixer", "0", "--out", "no/such/folder/shown.py"]) == 1
+    assert "cannot write" in capsys.readouterr().err
+    assert [path.name for path in here.iterdir() if path.suffix == ".py"] == ["made.py"]

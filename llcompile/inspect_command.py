@@ -105,7 +105,7 @@ def _check_outputs(args: argparse.Namespace) -> None:
     if args.kernels:
         files.make_folder(args.kernels)
     if args.chip:
-        from llcompile.kernels.triton.check import CHIPS
+        from llcompile.kernels.triton.chips import CHIPS
 
         unknown = [chip for chip in args.chip if chip not in CHIPS]
         if unknown:

@@ -56,14 +56,13 @@ def unsupported(d: Description, device: torch.device) -> str | None:
     if found is not None and found < _LEAST_CAPABILITY:
         least = ".".join(map(str, _LEAST_CAPABILITY))
         return f"{device} has compute capability {found[0]}.{found[1]}; Triton needs {least} or later"
-    return beyond(d)
+    return beyond(d, chip_of(device))
 
 
-def beyond(d: Description) -> str | None:
-    """Why no device has kernels for what ``d`` describes; None if some have."""
+def beyond(d: Description, chip: Chip) -> str | None:
+    """Why ``chip`` has no kernels for what ``d`` describes; None if it has."""
     if d.dtype not in _DTYPES:
         return f"dtype {d.dtype} is not one of bfloat16, float16 and float32"
-    chip = chip_of(device)
     limit = max_key_dim(d.correction, chip)
     if d.key_dim > limit:
         room = f"{chip.shared // 1024} KB of shared memory for a program"

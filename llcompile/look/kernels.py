@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from llcompile.kernels.triton.chips import DEFAULT
 from llcompile.kernels.triton.description import Description
 from llcompile.kernels.triton.limits import beyond
 from llcompile.kernels.triton.source import generate
@@ -63,4 +64,4 @@ def kernels_of(mixers: Iterable[MixerLook]) -> tuple[Kernels, ...]:
     for mixer in mixers:
         if mixer.call is not None:
             served.setdefault(mixer.call.description, []).append(mixer.name)
-    return tuple(Kernels(d, tuple(modules), beyond(d) or "") for d, modules in served.items())
+    return tuple(Kernels(d, tuple(modules), beyond(d, DEFAULT) or "") for d, modules in served.items())

@@ -59,8 +59,8 @@ import triton.language as tl
 '''
 _PACKED = """
 
-The rows are packed: all lie in one row of the operands. Buffers with N chunks a lane hold the chunks of all rows, one row's
-after another's, and have H lanes."""
+The rows are packed: all lie in one row of the operands. Buffers with N chunks a lane hold the chunks of all rows, one
+row's after another's, and have H lanes."""
 
 
 def kernel_names(d: Description) -> tuple[str, ...]:

@@ -9,6 +9,7 @@
 #   OUT=folder     where results go
 #   PYTHON=python3 which Python; the torch that it has is used, if that one sees the GPU
 #   WHEELS=.whl    folder with wheels, for a machine without a network: fla_core, flash_linear_attention, einops, rich, ...
+#   LLCOMPILE_AUTOTUNE=1  tune launches before they are timed (each kernel is compiled several times: give it an hour)
 #   ARGS="..."     further arguments for the benchmark, as --quick or --families scalar/none
 #
 # Where a machine is lent that takes the working tree and nothing else, bring the wheels along once:

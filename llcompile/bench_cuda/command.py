@@ -92,6 +92,7 @@ def measure(
     deadline = clock() + args.minutes * 60 - RESERVE
     record: dict[str, Any] = {**environment(args.device), "quick": args.quick, "minutes": args.minutes}
     record["kernels"] = os.environ.get("LLCOMPILE_KERNELS", "triton")
+    record["autotune"] = os.environ.get("LLCOMPILE_AUTOTUNE", "0")
     record["chip"] = chip = helper.ask({"what": "chip"}, CHIP_LIMIT)
     record["peers"] = found = [p for p in _presence(helper) if p["name"] in {peer.name for peer in peers}]
     for about in (_chip_line(chip), *(_peer_line(p) for p in found)):

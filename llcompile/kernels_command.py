@@ -115,10 +115,10 @@ def _described(args: argparse.Namespace) -> Any:
 def _reports(d: Any, chip: str, kernel: str | None) -> list[str]:
     """A table of what the kernels take on ``chip``, as comments."""
     try:
-        from llcompile.kernels.triton import check, show
+        from llcompile.kernels.triton import check, chips, show
     except ImportError as error:
         raise KernelError(f"--chip compiles the kernels, which needs Triton ({error}): pip install triton") from error
-    _known("chip", chip, check.CHIPS)
+    _known("chip", chip, chips.CHIPS)
     if os.environ.get("TRITON_INTERPRET"):
         raise KernelError("--chip compiles the kernels, which Triton does not do while TRITON_INTERPRET is set")
     rows = show.resources(d, chip, None if kernel is None else (kernel,))

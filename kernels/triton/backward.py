@@ -400,15 +400,17 @@ def tree_down(
     #end
     #if decayed and not delta
     total_gradient = tl.zeros([KEY_TILE], tl.float32)
-    #elif delta
-    right_transition = load_matrix(transitions + right * KEY_DIM * KEY_DIM, channel, channel)
     #end
     for first_value in range(0, VALUE_DIM, VALUE_TILE):
         value_column = first_value + tl.arange(0, VALUE_TILE)
-        gradient = load_state(state_gradients + joined * KEY_DIM * VALUE_DIM, channel, value_column)
         #if delta
-        gradient = fine_dot(tl.trans(right_transition), gradient)
-        #elif decayed
+        right_transition = transitions + right * KEY_DIM * KEY_DIM
+        above = state_gradients + joined * KEY_DIM * VALUE_DIM
+        gradient = long_dot(right_transition, 1, KEY_DIM, channel, above, VALUE_DIM, 1, value_column, VALUE_DIM)
+        #else
+        gradient = load_state(state_gradients + joined * KEY_DIM * VALUE_DIM, channel, value_column)
+        #end
+        #if decayed and not delta
         gradient *= factor
         left_state = load_state(states + left * KEY_DIM * VALUE_DIM, channel, value_column)
         total_gradient += tl.sum(gradient * left_state, 1)
@@ -444,9 +446,9 @@ def transition_down(
     lane = (tl.program_id(0) // pairs).to(tl.int64)
     <<channels>>
     <<family>>
-    above = load_matrix(transition_gradients + joined_entry * KEY_DIM * KEY_DIM, channel, channel)
-    left_transition = load_matrix(transitions + left * KEY_DIM * KEY_DIM, channel, channel)
-    gradient = fine_dot(above, tl.trans(left_transition))
+    above = transition_gradients + joined_entry * KEY_DIM * KEY_DIM
+    left_transition = transitions + left * KEY_DIM * KEY_DIM
+    gradient = long_dot(above, KEY_DIM, 1, channel, left_transition, 1, KEY_DIM, channel, KEY_DIM)
     for first_value in range(0, VALUE_DIM, VALUE_TILE):
         value_column = first_value + tl.arange(0, VALUE_TILE)
         joined_gradient = load_state(state_gradients + joined * KEY_DIM * VALUE_DIM, channel, value_column)
@@ -454,10 +456,10 @@ def transition_down(
         gradient += fine_dot(joined_gradient, tl.trans(left_state))
     right_at = transition_gradients + right * KEY_DIM * KEY_DIM
     store_matrix(right_at, channel, channel, gradient + load_matrix(right_at, channel, channel))
-    right_transition = load_matrix(transitions + right * KEY_DIM * KEY_DIM, channel, channel)
+    right_transition = transitions + right * KEY_DIM * KEY_DIM
     left_at = transition_gradients + left * KEY_DIM * KEY_DIM
-    gradient = load_matrix(left_at, channel, channel) + fine_dot(tl.trans(right_transition), above)
-    store_matrix(left_at, channel, channel, gradient)
+    gradient = long_dot(right_transition, 1, KEY_DIM, channel, above, KEY_DIM, 1, channel, KEY_DIM)
+    store_matrix(left_at, channel, channel, gradient + load_matrix(left_at, channel, channel))
 '''
 
 SCAN_GRADIENT = '''

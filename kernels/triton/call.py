@@ -13,6 +13,7 @@ from ..layout import Layout, Operands
 from ..state import linear_state, position_of
 from ..tree import depth
 from . import autotune
+from .chips import chip_of
 from .description import describe
 from .launch import Launch, kernels_of
 from .packing import PackedGrid, pack, packed_grid
@@ -36,7 +37,7 @@ class Call(Layout):
         self.empty = x.v.numel() == 0 or x.q.numel() == 0
         if self.empty:
             return
-        self.kernels = kernels_of(self.d)
+        self.kernels = kernels_of(self.d, chip_of(x.v.device))
         self.grid = self._make_grid()
         self.chunks = self.grid.chunks
         self.depth = depth(self.chunks)

@@ -1,35 +1,24 @@
-"""Compile generated kernels for chips that need not be there, and read off what they take.
-
-``python -m llcompile.kernels.triton.check`` prints a table: registers, shared memory, spilled bytes and matrix
-instructions of every kernel of a representative set of descriptions.
-"""
+"""Compile generated kernels for chips that need not be there, and read off what they take (:mod:`.matrix` in bulk)."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
+import hashlib
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from .chips import CHIPS, Chip
 from .description import Description
 from .launch import module_of
-from .source import kernel_names
-from .tuning import tuning
+from .source import kernel_names, kernel_text
+from .tuning import Tuning, tuning
 
-# Chip: backend, architecture, threads of a warp, bytes of shared memory that one program may have.
-CHIPS: dict[str, tuple[str, Any, int, int]] = {
-    "sm_80": ("cuda", 80, 32, 163 * 1024),
-    "sm_90": ("cuda", 90, 32, 227 * 1024),
-    "sm_100": ("cuda", 100, 32, 227 * 1024),
-    "gfx942": ("hip", "gfx942", 64, 64 * 1024),
-}
 # What a matrix instruction looks like in the compiler's last text form.
 _MATRIX = {
     "cuda": re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b"),
@@ -40,60 +29,79 @@ _FLOATS = ("scale",)
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What one kernel takes on one chip."""
+    """What one kernel takes on one chip: registers per thread, bytes of shared memory, columns of tensor memory
+    (Blackwell), bytes spilled per thread, and the matrix instructions that it uses."""
 
     chip: str
     description: Description
     kernel: str
+    launch: Tuning
     registers: int
     shared: int
+    tensor_memory: int
     spilled: int
     matrix: str
+
+    def fits(self) -> bool:
+        """Whether the chip has what one program takes."""
+        return self.shared <= CHIPS[self.chip].shared and self.tensor_memory <= TENSOR_MEMORY
 
     def row(self) -> str:
         """A line of the table."""
         d = self.description
         kind = f"{d.decay}/{d.correction}/{'log-linear' if d.weighted else 'linear'}"
         size = f"K={d.key_dim} V={d.value_dim} {d.dtype_name}"
+        launch = f"{self.launch.value_tile}/{self.launch.warps}/{self.launch.stages}"
         return (
-            f"{self.chip:7} {kind:26} {size:24} {self.kernel:22} {self.registers:5} {self.shared:8} "
+            f"{self.chip:7} {kind:26} {size:24} {self.kernel:25} {launch:>7} {self.registers:5} {self.shared:8} "
             f"{self.spilled:6}  {self.matrix}"
         )
 
 
-HEADING = f"{'chip':7} {'family':26} {'size':24} {'kernel':22} {'regs':>5} {'shared':>8} {'spills':>6}  matrix"
+HEADING = (
+    f"{'chip':7} {'family':26} {'size':24} {'kernel':25} {'launch':>7} {'regs':>5} {'shared':>8} {'spills':>6}  matrix"
+)
+# Columns of Blackwell's tensor memory.
+TENSOR_MEMORY = 512
 
 
 def reports(d: Description, chip: str, kernels: tuple[str, ...] | None = None) -> Iterator[Report]:
     """Compile the kernels of ``d`` for ``chip``."""
-    module = module_of(d)
     for name in kernels or kernel_names(d):
-        yield compile_kernel(d, module, name, chip)
+        yield compile_kernel(d, name, CHIPS[chip])
 
 
-def compile_kernel(d: Description, module: Any, name: str, chip: str) -> Report:
-    """Compile one kernel; raises what Triton raises if it cannot be compiled."""
+def compile_kernel(d: Description, name: str, chip: Chip, launch: Tuning | None = None) -> Report:
+    """Compile one kernel, with ``launch`` instead of its own parameters; raises what Triton raises if it cannot."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    backend, arch, warp, _ = CHIPS[chip]
-    kernel, chosen = getattr(module, name), tuning(name, d)
+    d = dataclasses.replace(d, backend=chip.backend)
+    launch = launch or tuning(name, d, chip)
+    kernel = getattr(module_of(d), name)
     signature = {n: _type(n, d) for n in kernel.arg_names}
-    constants = {"VALUE_TILE": chosen.value_tile}
+    constants = {"VALUE_TILE": launch.value_tile}
     signature |= dict.fromkeys(constants.keys() & signature.keys(), "constexpr")
     constants = {n: value for n, value in constants.items() if n in signature}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if _divisible(n, signature[n])}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     compiled = triton.compile(
-        source,
-        target=GPUTarget(backend, arch, warp),
-        options={"num_warps": chosen.warps, "num_stages": chosen.stages},
+        ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned),
+        target=GPUTarget(chip.backend, chip.arch, chip.warp),
+        options={"num_warps": launch.warps, "num_stages": launch.stages},
     )
-    text = compiled.asm["ptx" if backend == "cuda" else "amdgcn"]
-    registers, spilled = _usage(compiled, backend)
-    found = sorted(set(_MATRIX[backend].findall(text)))
-    return Report(chip, d, name, registers, compiled.metadata.shared, spilled, " ".join(found))
+    text = compiled.asm["ptx" if chip.backend == "cuda" else "amdgcn"]
+    registers, spilled = _usage(compiled, chip.backend)
+    columns = getattr(compiled.metadata, "tmem_size", None) or 0
+    found = " ".join(sorted(set(_MATRIX[chip.backend].findall(text))))
+    return Report(chip.name, d, name, launch, registers, compiled.metadata.shared, columns, spilled, found)
+
+
+def key_of(d: Description, name: str, chip: Chip) -> str:
+    """What is the same for kernels that compile to the same thing: their text, their types, chip and launch."""
+    d = dataclasses.replace(d, backend=chip.backend)
+    used = (chip.name, tuning(name, d, chip), d.dtype_name, kernel_text(d, name))
+    return hashlib.sha256(repr(used).encode()).hexdigest()[:16]
 
 
 def _type(name: str, d: Description) -> str:
@@ -162,29 +170,3 @@ def _cuobjdump() -> str:
     if found is None:
         raise FileNotFoundError("cuobjdump comes with Triton and is not there")
     return found
-
-
-def representative() -> Iterator[Description]:
-    """Descriptions that together use every kernel and block."""
-    for key_dim, value_dim in ((64, 64), (128, 128)):
-        for levels in (16, None):
-            for decay in ("none", "scalar", "channel"):
-                for correction in ("none", "delta"):
-                    yield Description(decay, correction, key_dim, value_dim, levels=levels)  # type: ignore[arg-type]
-    for decay, correction in (("scalar", "none"), ("channel", "none"), ("none", "delta"), ("scalar", "delta")):
-        yield Description(decay, correction, 64, 64, 2, levels=16, initial_state="level", final_state=True, padded=True)  # type: ignore[arg-type]
-
-
-def main() -> None:
-    """Print the table; chips may be named as arguments."""
-    if os.environ.get("TRITON_INTERPRET"):
-        raise SystemExit("kernels cannot be compiled while TRITON_INTERPRET is set")
-    print(HEADING)
-    for d in representative():
-        for chip in sys.argv[1:] or CHIPS:
-            for report in reports(d, chip):
-                print(report.row(), flush=True)
-
-
-if __name__ == "__main__":
-    main()

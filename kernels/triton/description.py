@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..layout import Operands
 from ..state import is_level_state
+from .chips import Backend
 
 Decay = Literal["none", "scalar", "channel"]
 Correction = Literal["none", "delta"]
@@ -20,6 +21,10 @@ OldState = Literal["none", "linear", "level"]
 CHUNK = 64
 # Tokens of a block within which decays per channel are applied pair by pair.
 BLOCK = 16
+# Channels that a product of two matrices [K, K] takes at a time.
+SLICE = 32
+# What torch was built for: "cuda" where there is no device, too.
+BACKEND: Backend = "hip" if torch.version.hip else "cuda"
 _TRITON_TYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 
 
@@ -29,7 +34,7 @@ class Description:
 
     ``levels`` is the number of level weights per token, None for the linear operator. ``repeat`` is H / G, the heads
     that share a query and a key. ``padded`` says that rows have lengths of their own, ``packed`` that sequences with
-    lengths of their own lie in one row of the operands.
+    lengths of their own lie in one row of the operands. ``backend`` is Triton's.
     """
 
     decay: Decay
@@ -44,6 +49,7 @@ class Description:
     final_state: bool = False
     padded: bool = False
     packed: bool = False
+    backend: Backend = BACKEND
 
     @property
     def weighted(self) -> bool:

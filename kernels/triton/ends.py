@@ -146,12 +146,18 @@ def final_state_gradient(
     gradient_base = level_gradients + lane * level_states_count * KEY_DIM * VALUE_DIM
     <<carry_of_chunk>>
     #if delta
+    # What is multiplied is in memory: three matrices [K, K] at a time are more than chips have room for.
     carry_base = carries + lane * 32 * KEY_DIM * KEY_DIM
+    carry_gradient_at = carry_base + 31 * KEY_DIM * KEY_DIM
+    carry_at = carry_base
+    store_matrix(carry_at, channel, channel, carry)
     bits = chunk
-    for number in range(0, bit_count(chunk)):
-        slot = bits - 1
-        store_matrix(carry_base + number * KEY_DIM * KEY_DIM, channel, channel, carry)
-        <<carry_on>>
+    for _ in range(0, bit_count(chunk)):
+        passed_at = transitions + (lane * chunks + bits - 1) * KEY_DIM * KEY_DIM
+        tl.debug_barrier()
+        longer = long_dot(carry_at, KEY_DIM, 1, channel, passed_at, KEY_DIM, 1, channel, KEY_DIM)
+        carry_at += KEY_DIM * KEY_DIM
+        store_matrix(carry_at, channel, channel, longer)
         bits &= bits - 1
     tl.debug_barrier()
     carry_gradient = tl.zeros([KEY_TILE, KEY_TILE], tl.float32)
@@ -175,18 +181,21 @@ def final_state_gradient(
         <<carried_gradient>>
     #end
     bits = chunk
-    for number in range(0, bit_count(chunk)):  # farthest first: the carry grows shorter
+    for _ in range(0, bit_count(chunk)):  # farthest first: the carry grows shorter
         level = high_bit(bits)
         slot = ((chunk >> level) << level) - 1
         at = home + slot
         #if delta
         left_at = transition_gradients + at * KEY_DIM * KEY_DIM
-        carry = load_matrix(carry_base + (bit_count(chunk) - 1 - number) * KEY_DIM * KEY_DIM, channel, channel)
-        passed_gradient = load_matrix(left_at, channel, channel) + fine_dot(tl.trans(carry), carry_gradient)
+        passed_at = transitions + at * KEY_DIM * KEY_DIM
+        carry_at -= KEY_DIM * KEY_DIM
+        store_matrix(carry_gradient_at, channel, channel, carry_gradient)
+        tl.debug_barrier()
+        passed_gradient = long_dot(carry_at, 1, KEY_DIM, channel, carry_gradient_at, KEY_DIM, 1, channel, KEY_DIM)
+        passed_gradient += load_matrix(left_at, channel, channel)
+        carry_gradient = long_dot(carry_gradient_at, KEY_DIM, 1, channel, passed_at, 1, KEY_DIM, channel, KEY_DIM)
         tl.debug_barrier()
         store_matrix(left_at, channel, channel, passed_gradient)
-        passed = load_matrix(transitions + at * KEY_DIM * KEY_DIM, channel, channel)
-        carry_gradient = fine_dot(carry_gradient, tl.trans(passed))
         #elif channel
         <<shorter_channels>>
         #elif scalar
@@ -242,7 +251,7 @@ for first_value in range(0, VALUE_DIM, VALUE_TILE):
     gradient = load_state(gradient_at, channel, value_column)
     #if delta
     carry_gradient += fine_dot(gradient, tl.trans(state))
-    gradient = fine_dot(tl.trans(carry), gradient)
+    gradient = long_dot(carry_at, 1, KEY_DIM, channel, gradient_at, VALUE_DIM, 1, value_column, VALUE_DIM)
     #elif channel
     gradient *= tl.exp(carry)[:, None]
     carry_gradient += tl.sum(state * gradient, 1)

@@ -200,17 +200,21 @@ def tree_up(
     <<channels>>
     <<value_tile>>
     <<family>>
+    #if delta
+    right_transition = transitions + right * KEY_DIM * KEY_DIM
+    left_state = states + left * KEY_DIM * VALUE_DIM
+    joined_state = long_dot(right_transition, KEY_DIM, 1, channel, left_state, VALUE_DIM, 1, value_column, VALUE_DIM)
+    joined_state += load_state(states + joined * KEY_DIM * VALUE_DIM, channel, value_column)
+    #else
     left_state = load_state(states + left * KEY_DIM * VALUE_DIM, channel, value_column)
     joined_state = load_state(states + joined * KEY_DIM * VALUE_DIM, channel, value_column)
-    #if delta
-    right_transition = load_matrix(transitions + right * KEY_DIM * KEY_DIM, channel, channel)
-    joined_state += fine_dot(right_transition, left_state)
-    #elif scalar
+    #if scalar
     joined_state += tl.exp(tl.load(totals + right)) * left_state
     #elif channel
     joined_state += tl.exp(load_channels(totals + right * KEY_DIM, channel))[:, None] * left_state
     #else
     joined_state += left_state
+    #end
     #end
     store_state(states + joined * KEY_DIM * VALUE_DIM, channel, value_column, joined_state)
     #if decayed or delta
@@ -222,8 +226,8 @@ def tree_up(
         store_channels(totals + joined_entry * KEY_DIM, channel, total)
         #end
         #if delta
-        left_transition = load_matrix(transitions + left * KEY_DIM * KEY_DIM, channel, channel)
-        both = fine_dot(right_transition, left_transition)
+        left_transition = transitions + left * KEY_DIM * KEY_DIM
+        both = long_dot(right_transition, KEY_DIM, 1, channel, left_transition, KEY_DIM, 1, channel, KEY_DIM)
         store_matrix(transitions + joined_entry * KEY_DIM * KEY_DIM, channel, channel, both)
         #end
     #end

@@ -12,13 +12,31 @@ FUNCTIONS = '''
 @triton.jit
 def dot(a, b):
     """Product of two tiles, fp32 sums; the factors are rounded to the operands' dtype."""
-    return tl.dot(a.to(OPERAND), b.to(OPERAND), input_precision=DOT_PRECISION)
+    return tl.dot(a.to(OPERAND), b.to(OPERAND), input_precision=PRECISION)
 
 
 @triton.jit
 def fine_dot(a, b):
     """Product of two fp32 tiles for what is multiplied many times over: states, transitions, inverses."""
-    return tl.dot(a, b, input_precision=FINE_PRECISION)
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def long_dot(
+    a, A_ROW: tl.constexpr, A_INNER: tl.constexpr, row,
+    b, B_INNER: tl.constexpr, B_COLUMN: tl.constexpr, column, COLUMNS: tl.constexpr,
+):
+    """Product [rows, columns] of two fp32 matrices in memory, given by their strides, whose inner side is K. Slices of
+    it are all that has to be on the chip: two matrices [K, K] are more than most have room for."""
+    found = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
+    for first in range(0, KEY_DIM, SLICE):
+        inner = first + tl.arange(0, SLICE)
+        left = tl.load(a + row[:, None] * A_ROW + inner[None, :] * A_INNER,
+                       mask=(row < KEY_DIM)[:, None] & (inner < KEY_DIM)[None, :], other=0.0)
+        right = tl.load(b + inner[:, None] * B_INNER + column[None, :] * B_COLUMN,
+                        mask=(inner < KEY_DIM)[:, None] & (column < COLUMNS)[None, :], other=0.0)
+        found += fine_dot(left, right)
+    return found
 
 
 @triton.jit

@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from . import cache
+from .chips import Chip
 from .description import Description
 from .effects import changed_in_place
 from .source import generate
@@ -24,13 +25,13 @@ def module_of(d: Description) -> ModuleType:
 class Kernel:
     """What all launches of one kernel share; two are equal only if they are the same object."""
 
-    def __init__(self, d: Description, name: str) -> None:
+    def __init__(self, d: Description, name: str, chip: Chip) -> None:
         self.d, self.name = d, name
         self.function: Any = getattr(module_of(d), name)
         found = tuple(inspect.signature(self.function.fn).parameters)
         self.tiled = "VALUE_TILE" in found
         self.parameters = tuple(n for n in found if n != "VALUE_TILE")
-        self.default: Tuning = tuning(name, d)
+        self.default: Tuning = tuning(name, d, chip)
 
     @cached_property
     def changed(self) -> frozenset[str]:
@@ -39,23 +40,23 @@ class Kernel:
 
 
 class Kernels(dict[str, Kernel]):
-    """The kernels of one description by name, each made when it is first asked for.
+    """The kernels of one description for one chip by name, each made when it is first asked for.
 
     Raises KernelCacheError at once where their file cannot be written.
     """
 
-    def __init__(self, d: Description) -> None:
-        self.d, self.module = d, module_of(d)
+    def __init__(self, d: Description, chip: Chip) -> None:
+        self.d, self.chip, self.module = d, chip, module_of(d)
 
     def __missing__(self, name: str) -> Kernel:
-        self[name] = kernel = Kernel(self.d, name)
+        self[name] = kernel = Kernel(self.d, name, self.chip)
         return kernel
 
 
 @lru_cache(maxsize=512)
-def kernels_of(d: Description) -> Kernels:
-    """The kernels of ``d``, the same object for all calls of this process."""
-    return Kernels(d)
+def kernels_of(d: Description, chip: Chip) -> Kernels:
+    """The kernels of ``d`` for ``chip``, the same object for all calls of this process."""
+    return Kernels(d, chip)
 
 
 class Launch:

@@ -8,10 +8,20 @@ from functools import lru_cache
 
 import torch
 
-from .description import Description
+from .chips import Chip, chip_of
+from .description import Correction, Description
 
-# Largest K that fits: a chunk's rows, and for the delta rule a K x K matrix, must stay on the chip.
-MAX_KEY_DIM = {"none": 256, "delta": 128}
+# Largest K that fits, by the KB of shared memory that a program may have and the bytes of an operand's number: the rows
+# of a chunk, and for the delta rule a K x K matrix, must stay on the chip. The first entry that applies holds.
+_MAX_KEY_DIM: tuple[tuple[str, int, int, dict[Correction, int]], ...] = (
+    ("cuda", 160, 2, {"none": 256, "delta": 128}),
+    ("cuda", 96, 2, {"none": 128, "delta": 64}),
+    ("cuda", 227, 4, {"none": 128, "delta": 128}),
+    ("cuda", 160, 4, {"none": 128, "delta": 64}),
+    ("cuda", 96, 4, {"none": 64, "delta": 64}),
+    ("hip", 64, 2, {"none": 128, "delta": 128}),
+    ("hip", 64, 4, {"none": 128, "delta": 128}),
+)
 # Triton's own README: NVIDIA GPUs of compute capability 8.0 and later.
 _LEAST_CAPABILITY = (8, 0)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -52,7 +62,18 @@ def unsupported(d: Description, device: torch.device) -> str | None:
         return f"{device} has compute capability {found[0]}.{found[1]}; Triton needs {least} or later"
     if d.dtype not in _DTYPES:
         return f"dtype {d.dtype} is not one of bfloat16, float16 and float32"
-    limit = MAX_KEY_DIM[d.correction]
+    chip = chip_of(device)
+    limit = max_key_dim(d, chip)
     if d.key_dim > limit:
-        return f"K = {d.key_dim} does not fit on the chip; with correction {d.correction!r} the limit is {limit}"
+        room = f"{chip.shared // 1024} KB of shared memory for a program"
+        kind = f"correction {d.correction!r} and {d.dtype_name} operands"
+        return f"K = {d.key_dim} does not fit on the chip ({chip.name}, {room}); with {kind} the limit is {limit}"
     return None
+
+
+def max_key_dim(d: Description, chip: Chip) -> int:
+    """The largest K that fits on ``chip``, all else being as in ``d``; 0 if none does."""
+    for backend, room, width, limits in _MAX_KEY_DIM:
+        if backend == chip.backend and chip.shared >= room * 1024 and d.dtype.itemsize == width:
+            return limits[d.correction]
+    return 0

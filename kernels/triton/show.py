@@ -40,7 +40,7 @@ def kernels_in(source: str) -> dict[str, str]:
 def resources(d: Description, chip: str, kernels: tuple[str, ...] | None = None) -> list[Report]:
     """Registers, shared memory, spilled bytes and matrix instructions of the kernels of ``d`` (all, or those named).
 
-    They are compiled for ``chip`` (a key of :data:`.check.CHIPS`), which need not be there; that takes seconds each.
+    They are compiled for ``chip`` (a key of :data:`.chips.CHIPS`), which need not be there; that takes seconds each.
     Raises what Triton raises where a kernel cannot be compiled.
     """
     from .check import reports  # the one part that needs Triton

@@ -9,7 +9,7 @@ from .backward import BACKWARD, BACKWARD_BLOCKS
 from .blocks import BLOCKS
 from .chunk_backward import CHUNK_BACKWARD, CHUNK_BACKWARD_BLOCKS
 from .decode import DECODE_BLOCKS, DECODES
-from .description import BLOCK, Description
+from .description import BLOCK, SLICE, Description
 from .ends import END_BLOCKS, ENDS
 from .forward import FORWARD, FORWARD_BLOCKS
 from .functions import functions
@@ -77,11 +77,24 @@ def generate(d: Description) -> str:
     return "\n\n".join(part.rstrip() + "\n" for part in parts)
 
 
+@lru_cache(maxsize=4096)
+def kernel_text(d: Description, name: str) -> str:
+    """All that one kernel of ``d`` is made of. Descriptions that give the same text share the compiled kernel."""
+    kernel = expand(TEMPLATES[name], d.facts(), ALL_BLOCKS)
+    text = "\n\n".join([*_called(kernel, d), kernel])
+    used = set(re.findall(r"\b[A-Z_]+\b", text))
+    constants = (line for line in _constants(d).splitlines() if line.split(" ")[0] in used)
+    return "\n".join([*constants, text])
+
+
 def _constants(d: Description) -> str:
     exact = d.dtype_name == "float32"
+    # Of products of fp32 tiles. AMD's matrix units take fp32 as it is.
+    precision = "ieee" if d.backend == "hip" else "tf32x3" if exact else "tf32"
     rows = [
         ("KEY_DIM", d.key_dim, "K"),
         ("KEY_TILE", d.key_tile, "K rounded up to a power of two"),
+        ("SLICE", min(d.key_tile, SLICE), "of the inner side of products of matrices in memory"),
         ("VALUE_DIM", d.value_dim, "V"),
         ("REPEAT", d.repeat, "H / G"),
         ("CHUNK", d.chunk, "C"),
@@ -90,8 +103,7 @@ def _constants(d: Description) -> str:
         ("LEVELS", d.levels or 0, "level weights per token"),
         ("LOWEST", -1e30, "stands for the logarithm of 0: finite, so that sums of it are"),
         ("OPERAND", f"tl.{d.dtype_name}", "dtype of the operands"),
-        ("DOT_PRECISION", '"tf32x3"' if exact else '"tf32"', "of products of operands (fp32 only)"),
-        ("FINE_PRECISION", '"tf32x3"' if exact else '"tf32"', "of products of fp32 tiles"),
+        ("PRECISION", f'"{precision}"', "of products of fp32 tiles"),
     ]
     return "\n".join(f"{name} = tl.constexpr({value})  # {meaning}" for name, value, meaning in rows) + "\n"
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..state import is_level_state, linear_state, pack_state
 from . import autotune
+from .chips import chip_of
 from .description import describe_step
 from .launch import Launch, kernels_of
 
@@ -39,7 +40,7 @@ def step(
         x = x.contiguous() if x.dim() == 3 and x.stride(2) != 1 else x
         known |= {f"{name}_ptr": x, f"{name}_row": x.stride(0), f"{name}_head": x.stride(1)}
     if o.numel():
-        autotune.run(Launch(kernels_of(d)["decode"], known, batch * heads, d.value_dim))
+        autotune.run(Launch(kernels_of(d, chip_of(v.device))["decode"], known, batch * heads, d.value_dim))
     return o, new
 
 

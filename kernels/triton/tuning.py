@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
+from .chips import Chip
 from .description import Description, tile
 
 
@@ -15,7 +17,7 @@ class Tuning(NamedTuple):
     stages: int
 
 
-# Kernel: widest value tile, warps, stages. Chosen so that nothing spills at K, V <= 128 (see check.py).
+# Kernel: widest value tile, warps, stages. Chosen so that nothing spills on sm_90 at K, V <= 128 (see matrix.py).
 _DEFAULT = {
     "chunk_scores": (128, 4, 1),
     "chunk_inverse": (128, 4, 1),
@@ -42,11 +44,26 @@ _DEFAULT = {
     "decode": (32, 4, 1),
     "chunk_scores_gradient": (128, 8, 1),
 }
-# The same where a family differs from the others.
-_OF_FAMILY = {("chunk_gradient", "channel", "none"): (128, 4, 1)}
 
 
-def tuning(kernel: str, d: Description) -> Tuning:
-    """Launch parameters of ``kernel`` for ``d``."""
-    widest, warps, stages = _OF_FAMILY.get((kernel, d.decay, d.correction), _DEFAULT[kernel])
-    return Tuning(min(widest, tile(d.value_dim)), warps, stages)
+def _small_products(d: Description, chip: Chip) -> bool:
+    """Matrix instructions of one warp, whose operands and sums all lie in registers (before and beside wgmma)."""
+    return isinstance(chip.arch, int) and chip.arch // 10 in (8, 12)
+
+
+# What differs from that, and where: the first row whose condition holds.
+_EXCEPTIONS: tuple[tuple[str, Callable[[Description, Chip], bool], tuple[int, int, int]], ...] = (
+    ("tree_up", lambda d, chip: d.delta, (32, 8, 1)),
+    ("read_gradient", lambda d, chip: d.facts()["old"] and d.decay == "channel" and not d.delta, (32, 8, 1)),
+    ("chunk_gradient", lambda d, chip: d.decay == "channel" and not d.delta, (128, 4, 1)),
+    ("chunk_values_gradient", _small_products, (16, 4, 1)),
+)
+# Most warps of a program. A warp of AMD's has 64 threads, and 4 of them may have 512 registers a thread.
+_MOST_WARPS = {"cuda": 8, "hip": 4}
+
+
+def tuning(kernel: str, d: Description, chip: Chip) -> Tuning:
+    """Launch parameters of ``kernel`` for ``d`` on ``chip``."""
+    found = (launch for name, holds, launch in _EXCEPTIONS if name == kernel and holds(d, chip))
+    widest, warps, stages = next(found, _DEFAULT[kernel])
+    return Tuning(min(widest, tile(d.value_dim)), min(warps, _MOST_WARPS[chip.backend]), stages)

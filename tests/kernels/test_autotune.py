@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from llcompile.errors import OptionError
 from llcompile.kernels.layout import Operands
 from llcompile.kernels.triton import autotune, cache, engine
+from llcompile.kernels.triton.chips import DEFAULT
 from llcompile.kernels.triton.description import Description, describe
 from llcompile.kernels.triton.effects import changed_in_place
 from llcompile.kernels.triton.launch import Kernel, Launch, kernels_of
@@ -59,7 +60,7 @@ class Recorded(Launch):
 
 
 def launch(programs: int = 48, name: str = "output") -> Recorded:
-    kernel = Kernel(D, name)
+    kernel = Kernel(D, name, DEFAULT)
     known = {n: torch.zeros(3) if n in kernel.changed else 0 for n in kernel.parameters}
     return Recorded(kernel, known, programs, D.value_dim)
 
@@ -74,13 +75,13 @@ def folder(tmp_path, monkeypatch):
 def test_space():
     """Few candidates, the default first, none of them with tiles beyond V or more than registers hold."""
     for name in kernel_names(D):
-        kernel = Kernel(D, name)
+        kernel = Kernel(D, name, DEFAULT)
         found = autotune.candidates(kernel)
         assert found[0] == kernel.default
         assert len(found) == len(set(found)) <= 12
         assert all(16 <= c.value_tile <= 128 for c in found)
         assert kernel.tiled or {c.value_tile for c in found} == {kernel.default.value_tile}
-    wide = Kernel(Description("none", "none", 256, 256), "output")
+    wide = Kernel(Description("none", "none", 256, 256), "output", DEFAULT)
     assert all(256 * c.value_tile <= 128 * 32 * c.warps for c in autotune.candidates(wide)[1:])
 
 
@@ -239,7 +240,7 @@ def test_a_call_only_allocates_and_launches(delta, levels):
     g, b = torch.empty(1, 500, 2, device="meta"), torch.empty(1, 500, 2, device="meta")
     x = Operands(q, k, v, w, g, b if delta else None, None, None)
     for name in kernel_names(describe(x, False)):
-        kernels_of(describe(x, False))[name].function = Nothing()
+        kernels_of(describe(x, False), DEFAULT)[name].function = Nothing()
     with Seen() as seen:
         engine.forward(x, 1.0, False)
     assert set(seen.names) <= {"aten.empty", "aten.new_empty"}

@@ -1,0 +1,168 @@
+"""Every kernel of a representative set of descriptions, compiled for every chip: what it takes, and whether it fits.
+
+``python -m llcompile.kernels.triton.matrix sm_90 --json FILE`` prints a line for each kernel as it is compiled and
+keeps what it found in FILE; a second run compiles only what is not there. ``--summary`` prints what FILE holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+import platform
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .check import HEADING, Report, compile_kernel, key_of
+from .chips import CHIPS
+from .description import Description
+from .limits import max_key_dim
+from .source import kernel_names
+from .tuning import Tuning
+
+FAMILIES = tuple(itertools.product(("none", "scalar", "channel"), ("none", "delta")))
+# Each group of descriptions by name, with what it adds to the families: sizes (K, V), levels, and the rest.
+LOG_LINEAR, LINEAR = {"levels": 17}, {"levels": None}
+STATES = {"initial_state": "level", "final_state": True, "padded": True, "repeat": 2}
+GROUPS: dict[str, tuple[tuple[tuple[int, int], ...], tuple[dict[str, Any], ...]]] = {
+    "large": (((128, 128),), (LOG_LINEAR, LINEAR)),
+    "small": (((64, 64),), (LOG_LINEAR, LINEAR)),
+    "states": (((128, 128),), (LOG_LINEAR | STATES, LINEAR | {"initial_state": "linear", "final_state": True})),
+    "mixed": (((64, 128), (128, 64)), (LOG_LINEAR,)),
+    "float32": (((128, 128), (64, 64)), (LOG_LINEAR | {"dtype": torch.float32},)),
+    "float16": (((128, 128),), (LOG_LINEAR | {"dtype": torch.float16},)),
+    "odd": (((96, 192), (16, 1)), (LOG_LINEAR,)),
+    "wide": (((256, 256),), (LOG_LINEAR, LOG_LINEAR | {"dtype": torch.float32})),
+}
+DEFAULT_CHIPS = ("sm_90", "gfx942", "sm_80", "sm_100")
+
+
+def representative(group: str, chip: str) -> Iterator[Description]:
+    """The descriptions of one group that :mod:`.limits` lets run on ``chip``."""
+    sizes, others = GROUPS[group]
+    for (key_dim, value_dim), other, (decay, correction) in itertools.product(sizes, others, FAMILIES):
+        d = Description(decay, correction, key_dim, value_dim, backend="cuda", **other)  # type: ignore[arg-type]
+        if key_dim <= max_key_dim(d, CHIPS[chip]):
+            yield d
+
+
+class Results:
+    """Reports by what was compiled, in a JSON file that is written anew with each of them; in memory without a file."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.found: dict[str, Report] = {}
+        self.versions = {"triton": _triton_version(), "torch": torch.__version__}
+        if path is not None and path.exists():
+            record = json.loads(path.read_text())
+            if record["versions"] == self.versions:
+                self.found = {row["key"]: _report(row) for row in record["kernels"]}
+
+    def report(self, d: Description, kernel: str, chip: str) -> Report:
+        """What a kernel takes: looked up, or compiled and kept; raises what Triton raises if it cannot be compiled."""
+        key = key_of(d, kernel, CHIPS[chip])
+        if key not in self.found:
+            self.found[key] = compile_kernel(d, kernel, CHIPS[chip])
+            self._write()
+        return dataclasses.replace(self.found[key], description=d)
+
+    def _write(self) -> None:
+        if self.path is None:
+            return
+        record = {
+            "date": date.today().isoformat(),
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU needed",
+            "versions": self.versions,
+            "kernels": [_row(key, report) for key, report in self.found.items()],
+        }
+        lines = json.dumps(record, indent=None, separators=(",", ":")).replace('{"key"', '\n{"key"')
+        beside = self.path.with_suffix(".tmp")
+        beside.write_text(lines + "\n")
+        beside.replace(self.path)
+
+
+def _row(key: str, report: Report) -> dict[str, Any]:
+    fields = {f.name: getattr(report.description, f.name) for f in dataclasses.fields(Description)}
+    fields["dtype"] = report.description.dtype_name
+    changed = {f.name: fields[f.name] for f in dataclasses.fields(Description) if fields[f.name] != f.default}
+    rest = {f.name: getattr(report, f.name) for f in dataclasses.fields(Report) if f.name != "description"}
+    return {"key": key, **rest, "description": changed}
+
+
+def _report(row: dict[str, Any]) -> Report:
+    fields = dict(row["description"])
+    fields["dtype"] = getattr(torch, fields["dtype"])
+    rest = {f.name: row[f.name] for f in dataclasses.fields(Report) if f.name not in ("description", "launch")}
+    return Report(description=Description(**fields), launch=Tuning(*row["launch"]), **rest)
+
+
+def _triton_version() -> str:
+    import triton
+
+    version: str = triton.__version__
+    return version
+
+
+def summary(reports: Iterable[Report]) -> Iterator[str]:
+    """A Markdown table: the worst over all kernels, by chip and size."""
+    columns = ("chip", "K", "V", "dtype", "kernels", "registers", "shared KB", "limit KB", "that spill", "worst, bytes")
+    yield f"| {' | '.join(columns)} |"
+    yield "|---" * len(columns) + "|"
+    groups: dict[tuple[Any, ...], list[Report]] = defaultdict(list)
+    for report in reports:
+        d = report.description
+        groups[report.chip, d.key_dim, d.value_dim, d.dtype_name].append(report)
+    for (chip, *size), found in groups.items():
+        shared = max(r.shared for r in found)
+        spilling = [r for r in found if r.spilled]
+        cells = (chip, *size, len(found), max(r.registers for r in found), f"{shared / 1024:.0f}")
+        cells += (CHIPS[chip].shared // 1024, len(spilling), max((r.spilled for r in spilling), default=0))
+        yield f"| {' | '.join(map(str, cells))} |"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command; exits with 1 if a kernel does not compile or does not fit."""
+    parser = argparse.ArgumentParser(prog="python -m llcompile.kernels.triton.matrix", description=__doc__)
+    parser.add_argument("chips", nargs="*", help=f"{', '.join(CHIPS)} (default: {' '.join(DEFAULT_CHIPS)})")
+    parser.add_argument("--group", action="append", choices=list(GROUPS), help="a part of the set (default: all)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keep what is found, and do not compile it twice")
+    parser.add_argument("--summary", action="store_true", help="compile nothing; a table of what FILE holds")
+    asked = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET"):
+        raise SystemExit("kernels cannot be compiled while TRITON_INTERPRET is set")
+    results = Results(asked.json)
+    if asked.summary:
+        print("\n".join(summary(results.found.values())))
+        return
+    print(HEADING)
+    wrong = 0
+    for chip, group in itertools.product(asked.chips or DEFAULT_CHIPS, asked.group or GROUPS):
+        for d in representative(group, chip):
+            wrong += _compile_all(d, chip, results)
+    raise SystemExit(1 if wrong else 0)
+
+
+def _compile_all(d: Description, chip: str, results: Results) -> int:
+    """Print a line a kernel; how many do not compile or do not fit."""
+    wrong = 0
+    for kernel in kernel_names(d):
+        try:
+            report = results.report(d, kernel, chip)
+        except Exception as error:  # whatever the compiler raises, the others are still to be seen
+            print(f"{chip:7} {d.text()} {kernel} does not compile: {type(error).__name__}: {error}", flush=True)
+            wrong += 1
+            continue
+        print(report.row() + ("" if report.fits() else "  DOES NOT FIT"), flush=True)
+        wrong += not report.fits()
+    return wrong
+
+
+if __name__ == "__main__":
+    main()

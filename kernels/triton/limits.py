@@ -11,12 +11,16 @@ import torch
 from .chips import Chip, chip_of
 from .description import Correction, Description
 
-# Largest K that fits where a program may have that many KB of shared memory: a chunk's rows, and for the delta rule a
-# K x K matrix, must stay on the chip. A chip takes the first row that it has room for. What matrix.py compiles, fits.
-_MAX_KEY_DIM: tuple[tuple[str, int, dict[Correction, int]], ...] = (
-    ("cuda", 160, {"none": 256, "delta": 128}),
-    ("cuda", 96, {"none": 128, "delta": 64}),
-    ("hip", 64, {"none": 128, "delta": 128}),
+# Largest K that fits, by the KB of shared memory that a program may have and the bytes of an operand's number: the rows
+# of a chunk, and for the delta rule a K x K matrix, must stay on the chip. The first entry that applies holds.
+_MAX_KEY_DIM: tuple[tuple[str, int, int, dict[Correction, int]], ...] = (
+    ("cuda", 160, 2, {"none": 256, "delta": 128}),
+    ("cuda", 96, 2, {"none": 128, "delta": 64}),
+    ("cuda", 227, 4, {"none": 128, "delta": 128}),
+    ("cuda", 160, 4, {"none": 128, "delta": 64}),
+    ("cuda", 96, 4, {"none": 64, "delta": 64}),
+    ("hip", 64, 2, {"none": 128, "delta": 128}),
+    ("hip", 64, 4, {"none": 128, "delta": 128}),
 )
 # Triton's own README: NVIDIA GPUs of compute capability 8.0 and later.
 _LEAST_CAPABILITY = (8, 0)
@@ -63,17 +67,17 @@ def beyond(d: Description, chip: Chip) -> str | None:
     """Why ``chip`` has no kernels for what ``d`` describes; None if it has."""
     if d.dtype not in _DTYPES:
         return f"dtype {d.dtype} is not one of bfloat16, float16 and float32"
-    limit = max_key_dim(d.correction, chip)
+    limit = max_key_dim(d, chip)
     if d.key_dim > limit:
         room = f"{chip.shared // 1024} KB of shared memory for a program"
-        return (
-            f"K = {d.key_dim} does not fit on the chip ({chip.name}, {room}); "
-            f"with correction {d.correction!r} the limit is {limit}"
-        )
+        kind = f"correction {d.correction!r} and {d.dtype_name} operands"
+        return f"K = {d.key_dim} does not fit on the chip ({chip.name}, {room}); with {kind} the limit is {limit}"
     return None
 
 
-def max_key_dim(correction: Correction, chip: Chip) -> int:
-    """The largest K that fits on ``chip``; 0 if none does."""
-    rows = (limits for backend, room, limits in _MAX_KEY_DIM if backend == chip.backend and chip.shared >= room * 1024)
-    return next(rows, {correction: 0})[correction]
+def max_key_dim(d: Description, chip: Chip) -> int:
+    """The largest K that fits on ``chip``, all else being as in ``d``; 0 if none does."""
+    for backend, room, width, limits in _MAX_KEY_DIM:
+        if backend == chip.backend and chip.shared >= room * 1024 and d.dtype.itemsize == width:
+            return limits[d.correction]
+    return 0

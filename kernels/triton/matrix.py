@@ -48,8 +48,9 @@ def representative(group: str, chip: str) -> Iterator[Description]:
     """The descriptions of one group that :mod:`.limits` lets run on ``chip``."""
     sizes, others = GROUPS[group]
     for (key_dim, value_dim), other, (decay, correction) in itertools.product(sizes, others, FAMILIES):
-        if key_dim <= max_key_dim(correction, CHIPS[chip]):
-            yield Description(decay, correction, key_dim, value_dim, backend="cuda", **other)  # type: ignore[arg-type]
+        d = Description(decay, correction, key_dim, value_dim, backend="cuda", **other)  # type: ignore[arg-type]
+        if key_dim <= max_key_dim(d, CHIPS[chip]):
+            yield d
 
 
 class Results:

@@ -80,6 +80,12 @@ def test_half_precision(check, cell, dtype):
     check(length=130, decay=decay, delta=delta, levels=9, dtype=dtype, key_dim=16, value_dim=17)
 
 
+@sampled("delta", "dtype", delta=[False, True], dtype=[torch.bfloat16, torch.float16])
+def test_half_precision_with_decay_per_channel(check, delta, dtype):
+    """The same where scores go by blocks of tokens."""
+    check(length=70, decay="channel", delta=delta, levels=8, dtype=dtype, key_dim=16, value_dim=17)
+
+
 @sampled("cell", "state", "levels", cell=[CELLS[0], CELLS[3]], state=["linear", "level"], levels=[None, 9])
 def test_states(check, cell, state, levels):
     """Initial and final states with their gradients; rows that continue at positions of their own."""
@@ -90,6 +96,11 @@ def test_states(check, cell, state, levels):
 def test_states_with_decay_per_channel(check):
     """The same where a block's decay is one number per channel."""
     check(length=70, decay="channel", levels=5, state="level", final=True)
+
+
+def test_matrices_in_slices(check):
+    """Transitions wider than a slice of their products, through the tree, to the end of the row and back."""
+    check(length=200, decay="token", delta=True, levels=9, state="level", final=True, key_dim=40, value_dim=3)
 
 
 @pytest.mark.parametrize("levels", [None, 8])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import itertools
 import os
 import stat
@@ -139,8 +140,12 @@ def test_limits():
     cuda = torch.device("cuda")
     assert unsupported(Description("none", "none", 128, 512), cuda) is None
     assert "the limit is 128" in str(unsupported(Description("none", "delta", 129, 64), cuda))
-    assert [max_key_dim("delta", CHIPS[name]) for name in ("sm_80", "sm_89", "sm_90", "gfx942")] == [128, 64, 128, 128]
-    assert max_key_dim("none", Chip("sm_75", "cuda", 75, 32, 64 * 1024)) == 0
+    wide = Description("none", "delta", 128, 64)
+    chips = ("sm_80", "sm_89", "sm_90", "gfx942")
+    assert [max_key_dim(wide, CHIPS[name]) for name in chips] == [128, 64, 128, 128]
+    exact = dataclasses.replace(wide, dtype=torch.float32)
+    assert [max_key_dim(exact, CHIPS[name]) for name in chips] == [64, 64, 128, 128]
+    assert max_key_dim(wide, Chip("sm_75", "cuda", 75, 32, 64 * 1024)) == 0
     assert "float64" in str(unsupported(Description("none", "none", 64, 64, dtype=torch.float64), cuda))
     assert "operands are on cpu" in str(unsupported(Description("none", "none", 64, 64), torch.device("cpu")))
 

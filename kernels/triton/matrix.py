@@ -61,9 +61,8 @@ class Results:
         self.found: dict[str, Report] = {}
         self.versions = {"triton": _triton_version(), "torch": torch.__version__}
         if path is not None and path.exists():
-            record = json.loads(path.read_text())
-            if record["versions"] == self.versions:
-                self.found = {row["key"]: _report(row) for row in record["kernels"]}
+            versions, found = read(path)
+            self.found = found if versions == self.versions else {}
 
     def report(self, d: Description, kernel: str, chip: str) -> Report:
         """What a kernel takes: looked up, or compiled and kept; raises what Triton raises if it cannot be compiled."""
@@ -86,6 +85,12 @@ class Results:
         beside = self.path.with_suffix(".tmp")
         beside.write_text(lines + "\n")
         beside.replace(self.path)
+
+
+def read(path: Path) -> tuple[dict[str, str], dict[str, Report]]:
+    """The versions that a file was made with, and its reports by key."""
+    record = json.loads(path.read_text())
+    return record["versions"], {row["key"]: _report(row) for row in record["kernels"]}
 
 
 def _row(key: str, report: Report) -> dict[str, Any]:
@@ -137,10 +142,12 @@ def main(arguments: list[str] | None = None) -> None:
     asked = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET"):
         raise SystemExit("kernels cannot be compiled while TRITON_INTERPRET is set")
-    results = Results(asked.json)
     if asked.summary:
-        print("\n".join(summary(results.found.values())))
+        if asked.json is None:
+            parser.error("--summary needs --json FILE")
+        print("\n".join(summary(read(asked.json)[1].values())))
         return
+    results = Results(asked.json)
     print(HEADING)
     wrong = 0
     for chip, group in itertools.product(asked.chips or DEFAULT_CHIPS, asked.group or GROUPS):

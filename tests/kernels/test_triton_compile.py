@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 from llcompile.kernels.triton.check import HEADING, Report
 from llcompile.kernels.triton.chips import CHIPS
 from llcompile.kernels.triton.description import Description
-from llcompile.kernels.triton.matrix import Results, main, representative, summary
+from llcompile.kernels.triton.matrix import Results, main, read, representative, summary
 from llcompile.kernels.triton.source import kernel_names, kernel_text
 
 # What is compiled for sm_90 so that nothing may spill. The other groups (fp32, odd sizes, K = 256) must fit.
@@ -78,6 +78,7 @@ def test_results_are_kept(tmp_path, capsys):
     record = json.loads(path.read_text())
     path.write_text(json.dumps(record | {"versions": {"triton": "of another time"}}))
     assert not Results(path).found
+    assert len(read(path)[1]) == 1
 
 
 def test_limits_leave_something():

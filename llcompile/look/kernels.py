@@ -63,4 +63,4 @@ def kernels_of(mixers: Iterable[MixerLook]) -> tuple[Kernels, ...]:
     for mixer in mixers:
         if mixer.call is not None:
             served.setdefault(mixer.call.description, []).append(mixer.name)
-    return tuple(Kernels(d, tuple(modules), beyond(d) or "") for d, modules in served.items())
+    return tuple(Kernels(d, tuple(dict.fromkeys(modules)), beyond(d) or "") for d, modules in served.items())

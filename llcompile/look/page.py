@@ -12,7 +12,7 @@ import torch
 
 import llcompile
 from llcompile.errors import MissingLibraryError
-from llcompile.look.cost import SYMBOLS
+from llcompile.look.cost import SYMBOLS, cost_of
 from llcompile.look.layout import Picture, lay_out
 from llcompile.look.look import Look
 from llcompile.look.mask import blocks
@@ -56,7 +56,7 @@ def page(look: Look) -> str:
         tree=_tree(look, groups),
         pictures={g.anchor: _pictures(g.first) for g in groups},
         kernels=[(f"kernels-{i}", k) for i, k in enumerate(look.kernels)],
-        costs=look.costs,
+        costs={group.anchor: cost_of(group.first) for group in groups},
         lengths=_LENGTHS,
         symbols=SYMBOLS,
         mask=list(blocks(MASK_TOKENS)),

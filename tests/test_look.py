@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import llcompile
 from llcompile import backend, inner
-from llcompile.errors import CaptureError, OutputError
+from llcompile.errors import CaptureError, MissingLibraryError, OutputError
 from llcompile.kernels.levels import level
 from llcompile.look.look import Look
 from llcompile.look.mask import blocks
@@ -324,6 +324,13 @@ def test_a_page_without_mixers(tmp_path: Path) -> None:
     pytest.importorskip("grandalf")
     look = llcompile.inspect(nn.Linear(3, 3), torch.zeros(2, 3))
     assert "No linear-time mixer was found" in look.to_html(tmp_path / "page.html").read_text()
+
+
+def test_a_page_needs_its_libraries(look: Look, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llcompile.look.page._LIBRARIES", ("jinja2", "no_such_library"))
+    with pytest.raises(MissingLibraryError, match=r"needs no_such_library: pip install 'llcompile\[html\]'"):
+        look.to_html(tmp_path / "page.html")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("place", ["missing/page.html", "."])

@@ -15,6 +15,7 @@ _PUBLIC = {
     "inspect": "llcompile.conversion",
     "revert": "llcompile.conversion",
     "LevelWeights": "llcompile.level_weights",
+    "Look": "llcompile.look.look",
     "Report": "llcompile.report",
     "Options": "llcompile.options",
 }

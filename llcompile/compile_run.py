@@ -48,7 +48,7 @@ def report_of(session: Session) -> Report:
     """What the session has found, as a report."""
     broken = dynamo.graph_break()
     return Report(
-        converted=tuple(_converted(site) for site in _distinct(session.sites)),
+        converted=tuple(_converted(site) for site in distinct(session.sites)),
         declined=(
             *(Declined(site.module, site.reason, site.where, site.hint) for site in session.sites if not site.open),
             *session.refused,
@@ -59,7 +59,7 @@ def report_of(session: Session) -> Report:
     )
 
 
-def _distinct(sites: list[Site]) -> list[Site]:
+def distinct(sites: list[Site]) -> list[Site]:
     """The open sites, without further calls of a module that has been called before."""
     found: dict[Any, Site] = {}
     for site in sites:

@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from llcompile import attachment, backend, compile_run
 from llcompile.errors import CaptureError, LLCompileError, ModelError
-from llcompile.look.collect import collect
+from llcompile.look.collect import collect, without_graph
 from llcompile.look.look import Look, Subject
 from llcompile.look.records import MixerLook
 from llcompile.options import Options
@@ -62,7 +62,9 @@ def inspect(model: nn.Module, *example_args: Any, options: dict[str, Any] | None
     """
     report, capture = _captured(model, example_args, example_kwargs, options, dry_run=True)
     subject = Subject(model, example_args, example_kwargs, Options.parse(options))
-    return Look(**vars(report), mixers=tuple(capture.mixers), subject=subject)
+    seen = {(mixer.module, mixer.where) for mixer in capture.mixers}
+    unseen = [without_graph(record) for record in report.declined if (record.module, record.where) not in seen]
+    return Look(**vars(report), mixers=(*capture.mixers, *unseen), subject=subject)
 
 
 def revert(model: nn.Module) -> int:
@@ -138,7 +140,7 @@ class _Capture:
             return compile_run.original_code(session)
         if self.visit is not None:
             self.visit(session)
-        mixers, original = collect(session, found)
+        mixers, original = collect(session)
         # A frame that was traced twice is looked at twice; the later look holds.
         again = {(mixer.module, mixer.where) for mixer in mixers}
         self.mixers = [m for m in self.mixers if (m.module, m.where) not in again] + mixers

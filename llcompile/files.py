@@ -46,6 +46,16 @@ def check_target(path: str | Path) -> None:
         raise _refused(target, f"the folder {folder} may not be written to")
 
 
+def check_folder(path: str | Path) -> None:
+    """Raises OutputError where `make_folder` could not make the folder, or nothing could be written to it."""
+    folder = Path(path)
+    nearest = next((p for p in (folder, *folder.absolute().parents) if p.exists()), folder)
+    if not nearest.is_dir():
+        raise _refused(folder, f"{nearest} is no folder")
+    if not os.access(nearest, os.W_OK):
+        raise _refused(folder, f"the folder {nearest} may not be written to")
+
+
 def make_folder(path: str | Path) -> Path:
     """The folder, made where it does not exist yet.
 

@@ -102,8 +102,16 @@ def _check_outputs(args: argparse.Namespace) -> None:
     for path in (args.html, args.json, args.mlir):
         if path and path != "-":
             files.check_target(path)
+    if args.html:
+        from llcompile.look.page import check_libraries
+
+        check_libraries()
+    if args.mlir:
+        from llcompile.look.mlir import importer
+
+        importer()
     if args.kernels:
-        files.make_folder(args.kernels)
+        files.check_folder(args.kernels)
     if args.chip:
         from llcompile.kernels.triton.check import CHIPS
 
@@ -121,9 +129,11 @@ def _write(look: Look, args: argparse.Namespace) -> None:
             files.write_text(args.json, text)
     if args.mlir:
         files.write_text(args.mlir, look.to_mlir(args.dialect, args.mixer) + "\n")
-    for kernels in look.kernels if args.kernels else ():
-        if kernels.source:
-            files.write_text(Path(args.kernels) / f"{kernels.name}.py", kernels.source)
+    if args.kernels:
+        folder = files.make_folder(args.kernels)
+        for kernels in look.kernels:
+            if kernels.source:
+                files.write_text(folder / f"{kernels.name}.py", kernels.source)
     if args.html:
         look.to_html(args.html)
 

@@ -80,8 +80,7 @@ class Report:
                 kinds.setdefault(record.kind, []).append(record.module)
             for kind, modules in kinds.items():
                 yield f"left untouched, {kind}: {', '.join(m or '(root)' for m in modules)}"
-        for record in self.breaks:
-            yield f"the graph breaks at {record.where}: {record.reason}"
+        yield from (f"the graph breaks at {broken.where}: {broken.reason}" for broken in self.breaks)
 
 
 def _converted_table(records: tuple[Converted, ...]) -> Table:

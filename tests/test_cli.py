@@ -159,7 +159,7 @@ class TestInspect:
         (mixer,) = json.loads(Path("look.json").read_text())["mixers"]
         assert "loglinear_attention" in mixer["after"]
         (kernels,) = Path("generated").iterdir()
-        assert kernels.name == "scalar_delta_level17_k8_v8_float32.py"
+        assert kernels.name.startswith("scalar_delta_level17_k8_v8_float32_")
         assert "@triton.jit" in kernels.read_text()
 
     def test_what_cannot_be_written_is_said_before_the_work(
@@ -169,7 +169,7 @@ class TestInspect:
         (tmp_path / "file").write_text("")
         for flag, path in (("--html", "no/page.html"), ("--json", "."), ("--kernels", "file/below")):
             assert cli.main(["inspect", "mamba2", flag, str(tmp_path / path)]) == 1
-            assert "cannot" in one_line(capsys)
+            assert "cannot write" in one_line(capsys)
         assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
     def test_a_model_that_does_not_trace(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import math
+import re
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.utils.checkpoint import checkpoint
 
 import llcompile
 from llcompile import backend, inner
-from llcompile.errors import CaptureError, OutputError
+from llcompile.errors import CaptureError, MissingLibraryError, OutputError
 from llcompile.kernels.levels import level
 from llcompile.look.look import Look
 from llcompile.look.mask import blocks
@@ -82,14 +84,39 @@ def look() -> Look:
     return look
 
 
+class Checkpointed(nn.Module):
+    """Its mixers stand in the body of a higher-order call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([small.DeltaMixer(), small.DeltaMixer()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=False)
+        return x
+
+
+class OneLine(Handmade):
+    """Two mixers in one line of one module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return (q @ k.transpose(1, 2)).tril() @ v + (k @ q.transpose(1, 2)).tril() @ (2 * v)
+
+
 MODELS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "mixed": lambda: (Mixed(), inputs()),
     "two mixers in a module": lambda: (small.Model([small.TwoMixers()]), small.ids()),
+    "two mixers in a line": lambda: (OneLine(), inputs()),
+    "in a checkpoint": lambda: (Checkpointed(), inputs()),
     "nothing linear": lambda: (small.Model([small.Attention()]), small.ids()),
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if "module" in name else []) for name in MODELS]
+)
 def test_the_decisions_are_those_of_the_real_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model, x = MODELS[name]()
@@ -98,7 +125,9 @@ def test_the_decisions_are_those_of_the_real_run(name: str, monkeypatch: pytest.
     compile_graph = inner.compile_graph
 
     def watch(module: fx.GraphModule, *rest: Any) -> Any:
-        operators = [n for n in module.graph.nodes if str(n.target).startswith("llcompile.loglinear_attention")]
+        graphs = [m.graph for m in module.modules() if isinstance(m, fx.GraphModule)]
+        nodes = (node for graph in graphs for node in graph.nodes)
+        operators = [n for n in nodes if str(n.target).startswith("llcompile.loglinear_attention")]
         calls.extend([list(a.meta["example_value"].shape) for a in n.args[:4]] for n in operators)
         return compile_graph(module, *rest)
 
@@ -114,6 +143,8 @@ def test_the_decisions_are_those_of_the_real_run(name: str, monkeypatch: pytest.
         if mixer.call is not None and (s := mixer.call.sizes)
     ]
     assert seen == calls
+    assert len(look.mixers) == len(look.converted) + len(look.declined)
+    assert len(look.costs) == len(look.converted) == len([m for m in look.mixers if m.after])
 
 
 def test_a_look_prints_as_the_report(look: Look) -> None:
@@ -212,11 +243,32 @@ def test_kernels_are_one_file_for_each_kind_of_call(look: Look) -> None:
     assert "float64" in doubled.problem
 
 
+@pytest.mark.slow
+def test_what_kernels_take_on_a_chip_that_is_not_there(look: Look) -> None:
+    pytest.importorskip("triton")
+    kernels = look.kernels[1]
+    taken = kernels.resources("sm_90")
+    assert {report.kernel for report in taken} >= {"chunk_state", "output"}
+    assert all(0 < report.registers <= 255 for report in taken)
+    assert kernels.compiled == {"sm_90": taken}
+
+
+def test_sizes_that_vary_keep_their_letters() -> None:
+    x = inputs()
+    torch._dynamo.mark_dynamic(x, 1)
+    (mixer,) = llcompile.inspect(Handmade(), x).mixers
+    assert mixer.call is not None
+    assert mixer.call.sizes.length == 40
+    assert "= torch.ops.llcompile.loglinear_attention(" in mixer.after
+    value = next(line for line in mixer.before.splitlines() if "total" in line)
+    assert re.match(r"total: \[2, s\d+, 1\] f32 = ", value)
+
+
 def test_costs_and_dict(look: Look) -> None:
-    assert list(look.costs) == ["layers.1", "layers.2", "layers.3"]
-    at = look.costs["layers.1"].at(1 << 16)
+    assert [cost.module for cost in look.costs] == ["layers.1", "layers.2", "layers.3"]
+    at = look.costs[0].at(1 << 16)
     assert at["loglinear"]["operations"] > at["linear"]["operations"] > 0
-    assert "log2(T/C)" in str(look.costs["layers.1"])
+    assert "log2(T/C)" in str(look.costs[0])
     found = json.loads(json.dumps(look.to_dict(), default=str))
     assert [mixer["fate"] for mixer in found["mixers"]] == ["converted", "converted", "converted", "declined"]
     assert found["mixers"][0]["cost"]["values"]["K"] == 8
@@ -272,6 +324,13 @@ def test_a_page_without_mixers(tmp_path: Path) -> None:
     pytest.importorskip("grandalf")
     look = llcompile.inspect(nn.Linear(3, 3), torch.zeros(2, 3))
     assert "No linear-time mixer was found" in look.to_html(tmp_path / "page.html").read_text()
+
+
+def test_a_page_needs_its_libraries(look: Look, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llcompile.look.page._LIBRARIES", ("jinja2", "no_such_library"))
+    with pytest.raises(MissingLibraryError, match=r"needs no_such_library: pip install 'llcompile\[html\]'"):
+        look.to_html(tmp_path / "page.html")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("place", ["missing/page.html", "."])

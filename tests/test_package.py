@@ -85,6 +85,9 @@ def test_wheel_holds_every_file(wheel: Path) -> None:
     for name in expected:
         assert sizes[name] == (ROOT / name).stat().st_size, name
     assert "llcompile/py.typed" in sizes
+    templates = {f"llcompile/look/templates/{file.name}" for file in (ROOT / "llcompile/look/templates").iterdir()}
+    assert templates
+    assert templates <= sizes.keys()
     assert any(name.endswith("licenses/LICENSE") for name in sizes)
 
 

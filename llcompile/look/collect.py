@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import fx
 
+from llcompile.compile_run import distinct
 from llcompile.look import code, operands
 from llcompile.look.call import call_in, weight_nodes
 from llcompile.look.drawing import draw
@@ -20,7 +21,6 @@ from llcompile.passes.discover import module_of
 from llcompile.passes.original import original
 from llcompile.passes.records import Declined
 from llcompile.passes.session import Session, Site
-from llcompile.report import Report
 
 
 @dataclass(frozen=True)
@@ -32,24 +32,35 @@ class _Draft:
     position: int
 
 
-def collect(session: Session, report: Report) -> tuple[list[MixerLook], Callable[..., Any]]:
-    """The mixers that the report names, before and after; and the model's own code, to be run as it is.
+def collect(session: Session) -> tuple[list[MixerLook], Callable[..., Any]]:
+    """The mixers that the session's report names, before and after; and the model's own code, to be run as it is.
 
     The session's graph is rewritten as it would be for a compilation, and then serves nobody.
     """
-    drafts = _drafts(session, report)
+    drafts = _drafts(session)
     own_code = original(session)
     pipeline.change(session)
     return [_after(draft) for draft in drafts], own_code.forward
 
 
-def _drafts(session: Session, report: Report) -> list[_Draft]:
+def without_graph(record: Declined) -> MixerLook:
+    """A mixer that was declined while the model was traced, so that no graph has it."""
+    return MixerLook(
+        module=record.module,
+        fate="declined",
+        where=record.where,
+        origin="function",
+        reason=record.reason,
+        hint=record.hint,
+        source=excerpt(record.where),
+    )
+
+
+def _drafts(session: Session) -> list[_Draft]:
     order = {node: i for i, node in enumerate(n for region in session.regions for n in region.graph.nodes)}
-    sites = {(s.module, s.where, s.open): s for s in reversed(session.sites)}
-    drafts = [_of_site(session, sites[r.module, r.where, True], order) for r in report.converted]
-    for record in report.declined:
-        site = sites.get((record.module, record.where, False))
-        drafts.append(_of_near_miss(session, record, order) if site is None else _of_site(session, site, order))
+    shown = [*distinct(session.sites), *(site for site in session.sites if not site.open)]
+    drafts = [_of_site(session, site, order) for site in shown]
+    drafts.extend(_of_near_miss(session, record, order) for record in session.refused)
     return sorted(drafts, key=lambda draft: draft.position)
 
 
@@ -85,19 +96,17 @@ def _of_site(session: Session, site: Site, order: dict[fx.Node, int]) -> _Draft:
 def _of_near_miss(session: Session, record: Declined, order: dict[fx.Node, int]) -> _Draft:
     inside = session.missed_nodes.get(record, frozenset())
     nodes = sorted((n for n in inside if n in order), key=order.__getitem__)
+    if not nodes:
+        return _Draft(without_graph(record), None, len(order))
     before = code.steps(nodes, record.module)
-    look = MixerLook(
-        module=record.module,
-        fate="declined",
-        where=record.where,
-        origin="graph" if nodes else "function",
-        reason=record.reason,
-        hint=record.hint,
+    look = replace(
+        without_graph(record),
+        origin="graph",
         before=code.text(before),
         source=excerpt(record.where, (step.where for step in before)),
         drawing_before=draw(nodes, record.module),
     )
-    return _Draft(look, None, order[nodes[-1]] if nodes else len(order))
+    return _Draft(look, None, order[nodes[-1]])
 
 
 def _after(draft: _Draft) -> MixerLook:

@@ -16,7 +16,7 @@ from typing import Any
 import sympy
 
 from llcompile.kernels.triton.description import CHUNK
-from llcompile.look.records import Call
+from llcompile.look.records import MixerLook
 from llcompile.patterns.families import Correction, Decay
 
 B, T, H, G, K, V, C, L, E = sympy.symbols("B T H G K V C L E", positive=True, integer=True)
@@ -63,11 +63,13 @@ class MixerCost:
     """What a mixer costs before and after.
 
     Args:
+        module: its module's name.
         linear, loglinear: as expressions.
         parameters: numbers that the level weights add to the model.
         values: the mixer's own sizes; T is the length of the example.
     """
 
+    module: str
     linear: Cost
     loglinear: Cost
     parameters: int
@@ -84,12 +86,15 @@ class MixerCost:
         return "\n".join([*lines, f"{'':<11}parameters {self.parameters:,}"])
 
 
-def cost_of(call: Call, parameters: int) -> MixerCost:
-    """The cost of the mixer whose place this call takes."""
+def cost_of(mixer: MixerLook) -> MixerCost | None:
+    """What a mixer costs; None for one that was declined."""
+    call = mixer.call
+    if call is None:
+        return None
     s, d = call.sizes, call.description
     values = {"B": s.batch, "T": s.length, "H": s.heads, "G": s.groups, "K": s.key_dim, "V": s.value_dim}
     values |= {"C": CHUNK, "L": call.levels or 0, "E": d.dtype.itemsize}
-    return MixerCost(*costs(d.decay, d.correction), parameters, values)
+    return MixerCost(mixer.name, *costs(d.decay, d.correction), mixer.parameters, values)
 
 
 @lru_cache(maxsize=16)

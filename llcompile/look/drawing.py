@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from torch import fx
@@ -32,7 +33,8 @@ def draw(nodes: Sequence[fx.Node], module: str, folded: Mapping[fx.Node, str] | 
     box_of: dict[fx.Node, str] = {}
     for node, step in made.items():
         kind: Kind = "inside" if node in inside else "parameter" if _is_held(node) else "outside"
-        title = folded.get(node) or (step.name if kind == "parameter" or node.op == "placeholder" else step.operation)
+        # Outside, what a thing is called says more than how it was made.
+        title = folded.get(node) or (step.operation if kind == "inside" else re.sub(r"_\d+$", "", step.name))
         name = f"folded {title}" if node in folded else step.name
         count = boxes[name].count + 1 if name in boxes else 1
         box_of[node] = name

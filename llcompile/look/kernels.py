@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,11 +30,12 @@ class Kernels:
 
     @property
     def name(self) -> str:
-        """A name for a file."""
+        """A name for a file: what tells most, and a hash of all of it."""
         d = self.description
+        digest = hashlib.sha256(d.text().encode()).hexdigest()[:6]
         kind = f"level{d.levels}" if d.weighted else "linear"
         dtype = str(d.dtype).removeprefix("torch.")
-        return f"{d.decay}_{d.correction}_{kind}_k{d.key_dim}_v{d.value_dim}_{dtype}"
+        return f"{d.decay}_{d.correction}_{kind}_k{d.key_dim}_v{d.value_dim}_{dtype}_{digest}"
 
     @property
     def source(self) -> str:
@@ -63,4 +65,4 @@ def kernels_of(mixers: Iterable[MixerLook]) -> tuple[Kernels, ...]:
     for mixer in mixers:
         if mixer.call is not None:
             served.setdefault(mixer.call.description, []).append(mixer.name)
-    return tuple(Kernels(d, tuple(modules), beyond(d) or "") for d, modules in served.items())
+    return tuple(Kernels(d, tuple(dict.fromkeys(modules)), beyond(d) or "") for d, modules in served.items())

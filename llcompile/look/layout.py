@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from llcompile.errors import MissingLibraryError
 from llcompile.look.records import Box, Drawing
 
 _CHARACTER, _PADDING, _HEIGHT = 6.7, 14.0, 34.0
@@ -35,16 +34,10 @@ class Picture:
 
 
 def lay_out(drawing: Drawing) -> Picture:
-    """Places for all boxes, from top to bottom in the direction of the edges.
+    """Places for all boxes, from top to bottom in the direction of the edges."""
+    from grandalf.graphs import Edge, Graph, Vertex
+    from grandalf.layouts import SugiyamaLayout
 
-    Raises:
-        MissingLibraryError: grandalf is not installed.
-    """
-    try:
-        from grandalf.graphs import Edge, Graph, Vertex
-        from grandalf.layouts import SugiyamaLayout
-    except ImportError:
-        raise MissingLibraryError("the page's graphs need grandalf: pip install 'llcompile[html]'") from None
     vertices = {box.name: Vertex(box) for box in drawing.boxes}
     for vertex in vertices.values():
         vertex.view = _View(_width(vertex.data), _HEIGHT)

@@ -60,26 +60,13 @@ class Look(Report):
         return kernels_of(self.mixers)
 
     @cached_property
-    def costs(self) -> dict[str, MixerCost]:
-        """What each converted mixer costs, by its module's name."""
-        return {m.name: cost_of(m.call, m.parameters) for m in self.mixers if m.call is not None}
+    def costs(self) -> tuple[MixerCost, ...]:
+        """What each converted mixer costs."""
+        return tuple(cost for mixer in self.mixers if (cost := cost_of(mixer)) is not None)
 
     def to_dict(self) -> dict[str, Any]:
         """The report and the mixers as plain dicts, lists and numbers, ready for JSON."""
-        return {**self.report.to_dict(), "mixers": [self._mixer(mixer) for mixer in self.mixers]}
-
-    def _mixer(self, mixer: MixerLook) -> dict[str, Any]:
-        """A mixer without its drawings, with its cost as text and at the example's length."""
-        found = {k: v for k, v in asdict(mixer).items() if not k.startswith("drawing")}
-        cost = self.costs.get(mixer.name)
-        if cost is not None:
-            forms = {"linear": cost.linear, "loglinear": cost.loglinear}
-            found["cost"] = {
-                "at": cost.at(),
-                "values": dict(cost.values),
-                "symbolic": {form: {k: str(v) for k, v in vars(c).items()} for form, c in forms.items()},
-            }
-        return found
+        return {**self.report.to_dict(), "mixers": [_mixer(mixer) for mixer in self.mixers]}
 
     @property
     def report(self) -> Report:
@@ -108,3 +95,17 @@ class Look(Report):
 def _joined(mixers: tuple[MixerLook, ...], text: Callable[[MixerLook], str]) -> str:
     blocks = (f"# {mixer.name}: {mixer.family or mixer.reason}\n{text(mixer)}" for mixer in mixers)
     return "\n\n".join(blocks)
+
+
+def _mixer(mixer: MixerLook) -> dict[str, Any]:
+    """A mixer without its drawings, with its cost as text and at the example's length."""
+    found = {k: v for k, v in asdict(mixer).items() if not k.startswith("drawing")}
+    cost = cost_of(mixer)
+    if cost is not None:
+        forms = {"linear": cost.linear, "loglinear": cost.loglinear}
+        found["cost"] = {
+            "at": cost.at(),
+            "values": dict(cost.values),
+            "symbolic": {form: {k: str(v) for k, v in vars(c).items()} for form, c in forms.items()},
+        }
+    return found

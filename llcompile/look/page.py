@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import textwrap
 from dataclasses import dataclass
 from functools import cache
@@ -12,7 +13,7 @@ import torch
 
 import llcompile
 from llcompile.errors import MissingLibraryError
-from llcompile.look.cost import SYMBOLS
+from llcompile.look.cost import SYMBOLS, cost_of
 from llcompile.look.layout import Picture, lay_out
 from llcompile.look.look import Look
 from llcompile.look.mask import blocks
@@ -20,6 +21,7 @@ from llcompile.look.records import Excerpt, MixerLook
 from llcompile.look.tree import Branch, tree
 
 MASK_TOKENS = 32
+_LIBRARIES = ("jinja2", "pygments", "grandalf")
 _LENGTHS = (4_096, 65_536, 1_048_576)
 _LONG = 400  # lines of code that a page shows of one region
 
@@ -48,6 +50,7 @@ def page(look: Look) -> str:
     Raises:
         MissingLibraryError: a library of the extra `html` is not installed.
     """
+    check_libraries()
     groups = _groups(look)
     template = _environment().get_template("page.html.j2")
     return template.render(
@@ -56,13 +59,20 @@ def page(look: Look) -> str:
         tree=_tree(look, groups),
         pictures={g.anchor: _pictures(g.first) for g in groups},
         kernels=[(f"kernels-{i}", k) for i, k in enumerate(look.kernels)],
-        costs=look.costs,
+        costs={group.anchor: cost_of(group.first) for group in groups},
         lengths=_LENGTHS,
         symbols=SYMBOLS,
         mask=list(blocks(MASK_TOKENS)),
         mask_tokens=MASK_TOKENS,
         versions=f"llcompile {llcompile.__version__}, torch {torch.__version__}",
     )
+
+
+def check_libraries() -> None:
+    """Raises MissingLibraryError where a library of the extra `html` is not installed."""
+    missing = [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingLibraryError(f"the page needs {' and '.join(missing)}: pip install 'llcompile[html]'")
 
 
 def _groups(look: Look) -> list[Group]:
@@ -92,11 +102,8 @@ def _pictures(mixer: MixerLook) -> dict[str, Picture]:
 
 @cache
 def _environment() -> Any:
-    try:
-        import jinja2
-        import pygments  # noqa: F401
-    except ImportError as error:
-        raise MissingLibraryError(f"the page needs {error.name}: pip install 'llcompile[html]'") from None
+    import jinja2
+
     folder = resources.files("llcompile.look") / "templates"
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(lambda name: (folder / name).read_text(encoding="utf-8")),

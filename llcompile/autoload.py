@@ -54,4 +54,4 @@ def _operators() -> None:
             return super().__getattr__(name)
 
     if "llcompile" not in vars(torch.ops):
-        torch.ops.llcompile = Namespace("llcompile")
+        torch.ops.llcompile = Namespace("llcompile")  # type: ignore[attr-defined]

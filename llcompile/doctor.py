@@ -63,7 +63,7 @@ def _python() -> Iterator[Finding]:
 def _torch() -> Iterator[Finding]:
     import torch
 
-    from llcompile.autoload import LOG_NAME
+    from llcompile.autoload import KERNEL_LOG_NAME, LOG_NAME
 
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     known = (2, 11) <= version < (2, 14)
@@ -77,10 +77,10 @@ def _torch() -> Iterator[Finding]:
     )
     from torch._logging._internal import log_registry
 
-    logs = log_registry.is_log(LOG_NAME)
+    logs = log_registry.is_log(LOG_NAME) and log_registry.is_artifact(KERNEL_LOG_NAME)
     yield Finding(
-        "log name",
-        "TORCH_LOGS=loglinear works" if logs else "TORCH_LOGS does not know loglinear",
+        "log names",
+        "TORCH_LOGS=loglinear and loglinear_kernels work" if logs else "TORCH_LOGS does not know loglinear",
         True if logs else None,
         "" if logs else "unset TORCH_DEVICE_BACKEND_AUTOLOAD, or use TORCH_LOGS=llcompile",
     )
@@ -133,19 +133,55 @@ def _libraries() -> Iterator[Finding]:
             yield Finding(library, f"{_version(library)}, with rows for {', '.join(names)}")
 
 
+def _kernels() -> Iterator[Finding]:
+    """What the operator would run by, and whether generated kernels have a place."""
+    import torch
+
+    from llcompile.kernels.choice import VARIABLE
+    from llcompile.kernels.triton import cache
+
+    chosen = os.environ.get(VARIABLE, "auto")
+    there = importlib.util.find_spec("triton") is not None
+    runs = there and torch.cuda.is_available() and chosen != "aten"
+    why = "" if there else "pip install triton"
+    why = "no GPU; kernels can be generated and compiled for one (llcompile inspect --kernels)" if there else why
+    yield Finding(
+        "operator", f"{'Triton kernels' if runs else 'ATen'} ({VARIABLE}={chosen})", True, "" if runs else why
+    )
+    folder = cache.folder()
+    held = next((path for path in (folder, *folder.parents) if path.exists()), folder)
+    writable = held.is_dir() and os.access(held, os.W_OK)
+    advice = "" if writable else f"set {cache.FOLDER_VARIABLE} to a folder that can be written"
+    yield Finding("kernel folder", f"{folder}{'' if writable else ' cannot be written'}", writable or None, advice)
+
+
+# What it is for, the modules that it takes, and the extra that installs them.
+_EXTRAS = (
+    ("MLIR (to_mlir, --mlir)", ("torch_mlir",), "mlir"),
+    ("page (to_html, --html)", ("jinja2", "pygments", "grandalf"), "html"),
+    ("plots", ("matplotlib",), "plot"),
+)
+
+
 def _extras() -> Iterator[Finding]:
-    for name, what in (("torch_mlir", "MLIR export"), ("matplotlib", "plots")):
-        there = importlib.util.find_spec(name) is not None
-        extra = {"torch_mlir": "mlir", "matplotlib": "plot"}[name]
-        yield Finding(
-            what,
-            f"{name} {_version(name)}" if there else f"{name} is not installed",
-            True if there else None,
-            "" if there else f"pip install 'llcompile[{extra}]'",
-        )
+    for what, modules, extra in _EXTRAS:
+        missing = [name for name in modules if importlib.util.find_spec(name) is None]
+        if missing:
+            found, advice = f"{', '.join(missing)} not installed", f"pip install 'llcompile[{extra}]'"
+        else:
+            found, advice = ", ".join(f"{name} {_version(name)}" for name in modules), ""
+        yield Finding(what, found, None if missing else True, advice)
 
 
-CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (_python, _torch, _compiler, _devices, _libraries, _extras)
+CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
+    _python,
+    _torch,
+    _compiler,
+    _devices,
+    _kernels,
+    _libraries,
+    _extras,
+)
 
 
 def _version(module: str) -> str:

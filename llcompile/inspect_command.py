@@ -106,6 +106,10 @@ def _check_outputs(args: argparse.Namespace) -> None:
         from llcompile.look.page import check_libraries
 
         check_libraries()
+    if args.mlir:
+        from llcompile.look.mlir import importer
+
+        importer()
     if args.kernels:
         files.check_folder(args.kernels)
     if args.chip:

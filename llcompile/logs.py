@@ -13,14 +13,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-import torch
+from torch._logging._internal import getArtifactLogger, trace_structured
 
 from llcompile import autoload
 
 
 def artifact(name: str, payload: Callable[[], str], encoding: str = "string") -> None:
     """Adds a file to the structured trace of this process, where one is written."""
-    torch._logging.trace_structured(
+    trace_structured(
         "artifact", lambda: {"name": name, "encoding": encoding}, payload_fn=payload, expect_trace_id=False
     )
 
@@ -29,6 +29,6 @@ def kernel_log() -> logging.Logger:
     """The logger behind ``TORCH_LOGS=loglinear_kernels``; its messages have level DEBUG."""
     autoload.register()
     try:
-        return torch._logging.getArtifactLogger("llcompile.kernels", autoload.KERNEL_LOG_NAME)
+        return getArtifactLogger("llcompile.kernels", autoload.KERNEL_LOG_NAME)
     except ValueError:  # this torch does not let names be registered
         return logging.getLogger("llcompile.kernels.sources")

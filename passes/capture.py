@@ -20,7 +20,7 @@ from torch import nn
 
 from llcompile.passes import dynamo
 from llcompile.passes.lower import lower_call
-from llcompile.patterns.known import ROWS, KnownFunction
+from llcompile.patterns.known import KnownFunction, rows
 from llcompile.patterns.known.arguments import Mismatch, axis_size
 from llcompile.patterns.known.row import Reference
 from llcompile.patterns.known.states import batch_size, state_problem, state_sizes
@@ -175,7 +175,7 @@ def install(is_ours: Callable[[], bool], levels_of_trace: Callable[[], int | Non
     """
     global _levels_of_trace
     _levels_of_trace = levels_of_trace
-    new = [(row, f) for row in ROWS for f in _definitions(row) if id(f) not in _leaves]
+    new = [(row, f) for row in rows() for f in _definitions(row) if id(f) not in _leaves]
     for row, function in new:
         leaf = Leaf(row, dynamo.unsubstituted(function))
         _leaves[id(function)] = leaf

@@ -54,11 +54,54 @@ def test_transforms_are_those_of_the_table() -> None:
     assert len(re.findall(r"^\| (?!held|-)", table, re.MULTILINE)) == len(TRANSFORMS)
 
 
-def test_the_example_of_generation_runs(tmp_path: Path) -> None:
-    page = (ROOT / "docs" / "generation.md").read_text()
-    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    (tmp_path / "example.py").write_text(code)
+FAST = {"extending.md", "operator.md", "recognition.md", "generation.md"}
+PAGES = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
+WITH_CODE = [name for name, text in PAGES.items() if "```python" in text and name != "recognition.md"]
+
+
+@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in WITH_CODE])
+def test_the_code_of_a_page_prints_what_the_page_shows(name: str, tmp_path: Path) -> None:
+    """The page's blocks are one program; a block that starts with the name of a file is that file."""
+    program = []
+    for code in re.findall(r"^```python\n(.*?)^```", PAGES[name], re.MULTILINE | re.DOTALL):
+        file = re.match(r"# (\w+\.py)\n", code)
+        if file:
+            (tmp_path / file[1]).write_text(code)
+        else:
+            program.append(code)
+    (tmp_path / "example.py").write_text("\n".join(program))
     done = subprocess.run(
         [sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stderr
+    shown = "".join(re.findall(r"^```text\n(.*?)^```", PAGES[name], re.MULTILINE | re.DOTALL))
+    assert done.stdout == shown or not shown
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name: str) -> None:
+    targets = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", PAGES[name])
+    assert all((ROOT / "docs" / target).exists() for target in targets)
+    files = re.findall(r"`((?:passes|patterns|kernels|tests|llcompile)/[\w/.]*)`", PAGES[name])
+    assert all((ROOT / file).exists() for file in files)
+
+
+def test_the_first_page_has_all_pages() -> None:
+    assert {n for n in PAGES if n != "README.md"} == set(re.findall(r"\]\((\w[\w-]*\.md)\)", PAGES["README.md"]))
+
+
+def test_every_error_and_warning_is_explained() -> None:
+    from llcompile import errors
+
+    classes = {
+        n for n, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, Exception | Warning)
+    }
+    explained = set(re.findall(r"`(\w+(?:Error|Warning))`", PAGES["troubleshooting.md"]))
+    assert explained - {"UserWarning"} == classes
+
+
+def test_options_are_those_of_the_code() -> None:
+    from llcompile.options import Options
+
+    named = re.findall(r"^\| `([a-z_]+)` \|", PAGES["options.md"], re.MULTILINE)
+    assert named == list(Options.__dataclass_fields__)

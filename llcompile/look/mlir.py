@@ -39,10 +39,10 @@ def to_mlir(look: Look, dialect: str = "torch", mixer: str | None = None) -> str
     """
     if dialect not in DIALECTS:
         raise MlirError(f"dialect {dialect!r} is unknown; it is one of {', '.join(map(repr, DIALECTS))}")
-    importer = _importer()
+    fx_importer = importer()
     program = _decomposed(_exported(look, mixer))
     try:
-        module = importer.export_and_import(program, output_type=DIALECTS[dialect])
+        module = fx_importer.export_and_import(program, output_type=DIALECTS[dialect])
         module.operation.verify()
     except Exception as error:
         what = str(error).strip().split("\n")[0]
@@ -53,7 +53,8 @@ def to_mlir(look: Look, dialect: str = "torch", mixer: str | None = None) -> str
     return str(module)
 
 
-def _importer() -> Any:
+def importer() -> Any:
+    """What imports programs in torch-mlir; raises MissingLibraryError where that is not installed."""
     try:
         from torch_mlir import fx
     except ImportError as error:

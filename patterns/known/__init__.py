@@ -7,4 +7,20 @@ from llcompile.patterns.known.row import Arguments, KnownFunction, Tensor
 
 ROWS: tuple[KnownFunction, ...] = (*transformers.ROWS, *fla.ROWS, *mamba_ssm.ROWS)
 
-__all__ = ["ROWS", "Arguments", "KnownFunction", "Tensor"]
+_registered: list[KnownFunction] = []
+
+
+def register(row: KnownFunction) -> None:
+    """Adds a function of a user's own library, for this process; it is proved like all others before it is rewritten.
+
+    Call it before the model is converted or compiled.
+    """
+    _registered.append(row)
+
+
+def rows() -> tuple[KnownFunction, ...]:
+    """Every row: the tables', and those that were registered."""
+    return (*ROWS, *_registered)
+
+
+__all__ = ["ROWS", "Arguments", "KnownFunction", "Tensor", "register", "rows"]

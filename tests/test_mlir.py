@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 import llcompile
+from llcompile import cli
 from llcompile.errors import MissingLibraryError, MlirError
 from llcompile.kernels.parallel import parallel_attention
 from llcompile.kernels.reference import reference_attention
@@ -77,6 +79,17 @@ class TestWithTorchMlir:
         assert "func.func @main(%arg0: !torch.vtensor<[1,21],si64>) -> !torch.vtensor<[1,21,32],f32>" in text
         assert [name for name, _ in model.named_parameters()] == names
         assert model._compiled_call_impl is None
+
+    def test_the_command_line(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "made.py").write_text(
+            "from tests import small\n\n\ndef make():\n    return small.model(), small.ids(1)\n"
+        )
+        monkeypatch.syspath_prepend(str(tmp_path))
+        asked = ["inspect", "made:make", "--mlir", str(tmp_path / "out.mlir"), "--mixer"]
+        assert cli.main([*asked, "layers.9"]) == 1
+        assert not (tmp_path / "out.mlir").exists()
+        assert cli.main([*asked, "layers.0"]) == 0
+        assert "!torch.vtensor<[1,21,16],f32>" in (tmp_path / "out.mlir").read_text()
 
     @pytest.mark.slow
     @pytest.mark.parametrize("mixer", [None, "layers.1"])

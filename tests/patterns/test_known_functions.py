@@ -115,7 +115,8 @@ def make(monkeypatch: pytest.MonkeyPatch, fresh_dynamo: None) -> Make:
         if plain is not function:
             copy = torch.compiler.disable(copy)
         setattr(module, plain.__name__, copy)
-        monkeypatch.setattr(capture, "ROWS", (*capture.ROWS, row_for(library, plain.__name__, **row)))
+        rows = (*capture.rows(), row_for(library, plain.__name__, **row))
+        monkeypatch.setattr(capture, "rows", lambda: rows)
         return Attention(copy, **(arguments or {}))
 
     return build

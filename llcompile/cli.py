@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LLCompileError as error:
         print(f"llcompile: {error}", file=sys.stderr)
         return USAGE_ERROR if isinstance(error, SpecError) else 1
+    except BrokenPipeError:  # who reads has seen enough, as `head` does; nothing is left to flush at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("llcompile: interrupted", file=sys.stderr)
         return 130

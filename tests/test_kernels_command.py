@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -53,6 +55,18 @@ def test_colours_on_a_terminal(monkeypatch):
     assert cli.main(["kernels", "show", "--kernel", "tree_up"]) == 0
     assert "\x1b[" in out.getvalue()
     assert "tree_up" in out.getvalue()
+
+
+def test_who_reads_may_stop():
+    """A pipe that closes early, as that of `head`, is no error."""
+    code = "from llcompile import cli; raise SystemExit(cli.main(['kernels', 'show', '--correction', 'delta']))"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
 
 
 def test_keep_and_list(folder, tmp_path, capsys):

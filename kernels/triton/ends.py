@@ -153,7 +153,7 @@ def final_state_gradient(
     store_matrix(carry_at, channel, channel, carry)
     bits = chunk
     for _ in range(0, bit_count(chunk)):
-        passed_at = transitions + (lane * chunks + bits - 1) * KEY_DIM * KEY_DIM
+        passed_at = transitions + (home + bits - 1) * KEY_DIM * KEY_DIM
         tl.debug_barrier()
         longer = long_dot(carry_at, KEY_DIM, 1, channel, passed_at, KEY_DIM, 1, channel, KEY_DIM)
         carry_at += KEY_DIM * KEY_DIM

@@ -101,6 +101,13 @@ def test_every_parameter_is_used():
                 assert not {n for n in unused if not n.endswith(("_row", "_token", "_head"))}, (d, function.name)
 
 
+def test_packed_rows_have_homes():
+    """No kernel reckons where a row's chunks are but by the tables."""
+    for d in ALL:
+        if d.packed:
+            assert "lane * chunks +" not in generate(d).replace("lane * chunks + first_chunk", ""), d
+
+
 def test_files(folder, caplog):
     """A file is named by its content, damaged ones are written anew, and writers at the same time do not disturb."""
     path = cache.file_of("x = 1\n", "part")

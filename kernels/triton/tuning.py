@@ -54,6 +54,8 @@ def _small_products(d: Description, chip: Chip) -> bool:
 # What differs from that, and where: the first row whose condition holds.
 _EXCEPTIONS: tuple[tuple[str, Callable[[Description, Chip], bool], tuple[int, int, int]], ...] = (
     ("tree_up", lambda d, chip: d.delta, (32, 8, 1)),
+    # The loop over values, if it had one turn only, would be unrolled into everything around it.
+    ("read_gradient", lambda d, chip: d.delta and d.key_dim > 64 >= d.value_dim, (32, 8, 1)),
     ("read_gradient", lambda d, chip: d.facts()["old"] and d.decay == "channel" and not d.delta, (32, 8, 1)),
     ("chunk_gradient", lambda d, chip: d.decay == "channel" and not d.delta, (128, 4, 1)),
     ("chunk_values_gradient", _small_products, (16, 4, 1)),

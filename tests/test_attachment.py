@@ -623,7 +623,7 @@ def test_inspect_changes_nothing(training: bool) -> None:
     look = llcompile.inspect(model, small.ids())
     assert_same(snapshot(model), before)
     made = llcompile.convert(model, small.ids())
-    assert look.to_dict() == made.to_dict()
+    assert look.report.to_dict() == made.to_dict()
     assert "2 of 2 linear-time mixers" in str(look)
 
 

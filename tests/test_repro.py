@@ -60,7 +60,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("name", [pytest.param("known", marks=pytest.mark.slow), "written_out", "near_miss"])
+@pytest.mark.parametrize("name", [*(pytest.param(n, marks=pytest.mark.slow) for n in ("known", "written_out")), "near_miss"])
 def test_the_file_runs_by_itself(here: Path, name: str) -> None:
     mixer, fate, said = CASES[name]
     assert cli.main(["repro", f"made:{name}", "--mixer", mixer, "--out", "shown.py"]) == 0

@@ -48,6 +48,7 @@ CASES = {
     "written_out": ("0", "scalar-decay linear attention", "w = 1: "),
     "near_miss": ("0", "strictly causal: a token does not see itself", "strictly causal"),
 }
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("known", "written_out")]
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("name", [*(pytest.param(n, marks=pytest.mark.slow) for n in ("known", "written_out")), "near_miss"])
+@pytest.mark.parametrize("name", ["near_miss", *SLOW])
 def test_the_file_runs_by_itself(here: Path, name: str) -> None:
     mixer, fate, said = CASES[name]
     assert cli.main(["repro", f"made:{name}", "--mixer", mixer, "--out", "shown.py"]) == 0

@@ -650,4 +650,4 @@ def test_inspect_and_convert_in_bfloat16() -> None:
     look = llcompile.inspect(model, small.ids())
     assert len(look.converted) == 2
     assert all(c.certificate.dtype in ("float64", "float32") for c in look.converted)
-    assert look.to_dict() == llcompile.convert(model, small.ids()).to_dict()
+    assert look.report.to_dict() == llcompile.convert(model, small.ids()).to_dict()

@@ -49,7 +49,11 @@ def add_parser(subparsers: Any) -> None:
         "--dialect", choices=("torch", "linalg"), default="torch", help="of --mlir: torch, or linalg on tensors"
     )
     parser.add_argument("--mixer", metavar="NAME", help="of --mlir: only the module of this mixer")
-    parser.add_argument("--kernels", metavar="DIR", help="write the generated Triton kernels there, a file a kind")
+    parser.add_argument(
+        "--kernels",
+        metavar="DIR",
+        help="write the generated Triton kernels there, by kind and target",
+    )
     parser.add_argument(
         "--chip", metavar="CHIP", action="append", default=[], help="compile the kernels for a chip (sm_90, gfx942)"
     )
@@ -132,8 +136,8 @@ def _write(look: Look, args: argparse.Namespace) -> None:
     if args.kernels:
         folder = files.make_folder(args.kernels)
         for kernels in look.kernels:
-            if kernels.source:
-                files.write_text(folder / f"{kernels.name}.py", kernels.source)
+            for target, source in kernels.sources.items():
+                files.write_text(folder / f"{kernels.name}_{target}.py", source)
     if args.html:
         look.to_html(args.html)
 

@@ -238,6 +238,8 @@ def test_kernels_are_one_file_for_each_kind_of_call(look: Look) -> None:
         names = {node.name for node in ast.parse(kernels.source).body if isinstance(node, ast.FunctionDef)}
         assert {"chunk_state", "output"} <= names
         assert kernels.name.isidentifier()
+        assert kernels.sources["cuda"] == kernels.source
+        assert "backend='hip'" in kernels.sources["hip"]
     doubled = llcompile.inspect(Handmade().double(), inputs().double()).kernels[0]
     assert doubled.source == ""
     assert "float64" in doubled.problem

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 
 Backend = Literal["cuda", "hip"]
+BACKENDS: tuple[Backend, ...] = ("cuda", "hip")
 
 
 class Chip(NamedTuple):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from llcompile.kernels.triton.chips import DEFAULT
+from llcompile.kernels.triton.chips import BACKENDS, DEFAULT
 from llcompile.kernels.triton.description import Description
 from llcompile.kernels.triton.limits import beyond
 from llcompile.kernels.triton.source import generate
@@ -40,8 +40,14 @@ class Kernels:
 
     @property
     def source(self) -> str:
-        """The file; "" where there is none."""
+        """The file for the kind of device that torch was built for; "" where there is none."""
         return "" if self.problem else generate(self.description)
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Target ("cuda", "hip") -> the file for it; empty where there is none."""
+        targets = () if self.problem else BACKENDS
+        return {target: generate(replace(self.description, backend=target)) for target in targets}
 
     def resources(self, chip: str) -> list[Any]:
         """Registers, shared memory and spilled bytes of each kernel on a chip: "sm_80", "sm_90", "sm_100", "gfx942".

@@ -1,4 +1,4 @@
-"""`llcompile kernels show|list`: the generated Triton kernels as text, what they take on a chip, the files on disk."""
+"""`llcompile kernels show|list|matrix`: the generated Triton kernels as text, the files on disk, what chips give."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from llcompile import kernels_matrix
 from llcompile.errors import KernelError, SpecError
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -26,6 +27,7 @@ def add_parser(subparsers: Any) -> None:
     kinds = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
     listing = kinds.add_parser("list", help="the generated files on disk, and what each was made for")
     listing.set_defaults(act=_list)
+    kernels_matrix.add_parser(kinds)
     show = kinds.add_parser("show", help="the source of the kernels for one operator")
     show.set_defaults(act=_show)
     _add_description(show)

@@ -163,6 +163,7 @@ def _numbers(done: subprocess.CompletedProcess[str], line: str) -> list[float]:
     return [float(n) for row in done.stdout.splitlines() if row.startswith(line) for n in row.split()[1:]]
 
 
+@pytest.mark.slow
 def test_an_edited_formula_is_not_served_from_a_cache(tmp_path: Path) -> None:
     """The backward pass of the operator is no part of the graph that a compile cache hashes; our key covers it."""
     folder = _copy_of_the_package(tmp_path)

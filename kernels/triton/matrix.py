@@ -1,12 +1,10 @@
 """Every kernel of a representative set of descriptions, compiled for every chip: what it takes, and whether it fits.
 
-``python -m llcompile.kernels.triton.matrix sm_90 --json FILE`` prints a line for each kernel as it is compiled and
-keeps what it found in FILE; a second run compiles only what is not there. ``--summary`` prints what FILE holds.
+``llcompile kernels matrix`` is the command. What it found is kept in a file, and compiled no second time.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
 import json
@@ -20,7 +18,7 @@ from typing import Any
 
 import torch
 
-from .check import HEADING, Report, compile_kernel, key_of
+from .check import Report, compile_kernel, key_of
 from .chips import CHIPS
 from .description import Description
 from .limits import max_key_dim
@@ -132,31 +130,7 @@ def summary(reports: Iterable[Report]) -> Iterator[str]:
         yield f"| {' | '.join(map(str, cells))} |"
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """The command; exits with 1 if a kernel does not compile or does not fit."""
-    parser = argparse.ArgumentParser(prog="python -m llcompile.kernels.triton.matrix", description=__doc__)
-    parser.add_argument("chips", nargs="*", help=f"{', '.join(CHIPS)} (default: {' '.join(DEFAULT_CHIPS)})")
-    parser.add_argument("--group", action="append", choices=list(GROUPS), help="a part of the set (default: all)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="keep what is found, and do not compile it twice")
-    parser.add_argument("--summary", action="store_true", help="compile nothing; a table of what FILE holds")
-    asked = parser.parse_args(arguments)
-    if os.environ.get("TRITON_INTERPRET"):
-        raise SystemExit("kernels cannot be compiled while TRITON_INTERPRET is set")
-    if asked.summary:
-        if asked.json is None:
-            parser.error("--summary needs --json FILE")
-        print("\n".join(summary(read(asked.json)[1].values())))
-        return
-    results = Results(asked.json)
-    print(HEADING)
-    wrong = 0
-    for chip, group in itertools.product(asked.chips or DEFAULT_CHIPS, asked.group or GROUPS):
-        for d in representative(group, chip):
-            wrong += _compile_all(d, chip, results)
-    raise SystemExit(1 if wrong else 0)
-
-
-def _compile_all(d: Description, chip: str, results: Results) -> int:
+def compile_all(d: Description, chip: str, results: Results) -> int:
     """Print a line a kernel; how many do not compile or do not fit."""
     wrong = 0
     for kernel in kernel_names(d):
@@ -169,7 +143,3 @@ def _compile_all(d: Description, chip: str, results: Results) -> int:
         print(report.row() + ("" if report.fits() else "  DOES NOT FIT"), flush=True)
         wrong += not report.fits()
     return wrong
-
-
-if __name__ == "__main__":
-    main()

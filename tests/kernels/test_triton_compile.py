@@ -10,10 +10,11 @@ import torch
 
 pytest.importorskip("triton")
 
+from llcompile import cli
 from llcompile.kernels.triton.check import HEADING, Report
 from llcompile.kernels.triton.chips import CHIPS
 from llcompile.kernels.triton.description import Description
-from llcompile.kernels.triton.matrix import Results, main, read, representative, summary
+from llcompile.kernels.triton.matrix import Results, read, representative, summary
 from llcompile.kernels.triton.source import kernel_names, kernel_text
 
 # What is compiled for sm_90 so that nothing may spill. The other groups (fp32, odd sizes, K = 256) must fit.
@@ -73,7 +74,7 @@ def test_results_are_kept(tmp_path, capsys):
     other = dataclasses.replace(d, repeat=2)
     assert kept.report(other, "state_scan", "sm_90") == dataclasses.replace(first, description=other)
     assert len(kept.found) == 1
-    main(["--summary", "--json", str(path)])
+    assert cli.main(["kernels", "matrix", "--summary", "--json", str(path)]) == 0
     assert capsys.readouterr().out.splitlines() == list(summary([first]))
     record = json.loads(path.read_text())
     path.write_text(json.dumps(record | {"versions": {"triton": "of another time"}}))

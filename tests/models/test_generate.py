@@ -24,7 +24,7 @@ def some(names: tuple[str, ...], quick: tuple[str, ...] = QUICK) -> list[Any]:
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
-@pytest.mark.parametrize("name", some(tuple(tiny.CONFIGS)))
+@pytest.mark.parametrize("name", some(tuple(tiny.CONFIGS), quick=("mamba2", "qwen3_next")))
 def test_prefill_and_decode_in_parts(name: str) -> None:
     """Token by token and in chunks of any size, across powers of two: the logits of one full forward pass."""
     model, ids = serving(name), tiny.tokens(2, 70)

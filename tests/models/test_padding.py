@@ -32,7 +32,7 @@ def padded(side: str, lengths: tuple[int, ...] = LENGTHS) -> tuple[Tensor, Tenso
     return ids, mask, rows
 
 
-@pytest.mark.parametrize("name", some(tuple(tiny.CONFIGS)))
+@pytest.mark.parametrize("name", some(tuple(tiny.CONFIGS), quick=("mamba2", "qwen3_next")))
 def test_padded_rows(name: str) -> None:
     model = serving(name)
     with torch.no_grad():
@@ -56,7 +56,7 @@ def test_at_conversion_padding_is_what_it_was(name: str) -> None:
     assert difference(after[mask == 1], before[mask == 1]) < 1e-5
 
 
-@pytest.mark.parametrize("name", some(CAUSAL))
+@pytest.mark.parametrize("name", some(CAUSAL, quick=("mamba2", "qwen3_next")))
 def test_generate_from_left_padded_rows(name: str) -> None:
     """Each row goes on at its own position: what it writes is what it writes alone, in full forward passes."""
     model = serving(name)

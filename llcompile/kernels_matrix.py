@@ -1,0 +1,56 @@
+"""`llcompile kernels matrix`: every kernel of a representative set, compiled for chips that need not be there."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+from pathlib import Path
+from typing import Any
+
+from llcompile.errors import KernelError, SpecError
+
+
+def add_parser(kinds: Any) -> None:
+    """Add this command to those of `llcompile kernels`."""
+    parser = kinds.add_parser(
+        "matrix",
+        help="compile every kernel of a representative set for every chip, and say what it takes",
+        description="Prints a line for each kernel as it is compiled. With --json FILE what is found is kept, and a "
+        "second run compiles only what is not there. Exit code 1 when a kernel does not compile or does not fit.",
+    )
+    parser.add_argument("chips", nargs="*", metavar="CHIP", help="sm_90, gfx942, … (default: four of them)")
+    parser.add_argument("--group", action="append", metavar="NAME", help="a part of the set (default: all)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keep what is found, and do not compile it twice")
+    parser.add_argument("--summary", action="store_true", help="compile nothing; a table of what FILE holds")
+    parser.set_defaults(act=_matrix)
+
+
+def _matrix(args: argparse.Namespace) -> int:
+    try:
+        from llcompile.kernels.triton import matrix
+        from llcompile.kernels.triton.check import HEADING
+        from llcompile.kernels.triton.chips import CHIPS
+    except ImportError as error:
+        raise KernelError(f"the kernels are compiled by Triton ({error}): pip install triton") from error
+    _check(args, CHIPS, matrix.GROUPS)
+    if args.summary:
+        print("\n".join(matrix.summary(matrix.read(args.json)[1].values())))
+        return 0
+    results, wrong = matrix.Results(args.json), 0
+    print(HEADING)
+    for chip, group in itertools.product(args.chips or matrix.DEFAULT_CHIPS, args.group or matrix.GROUPS):
+        for d in matrix.representative(group, chip):
+            wrong += matrix.compile_all(d, chip, results)
+    return int(wrong > 0)
+
+
+def _check(args: argparse.Namespace, chips: Any, groups: Any) -> None:
+    for what, given, known in (("chip", args.chips, chips), ("group", args.group or (), groups)):
+        unknown = [name for name in given if name not in known]
+        if unknown:
+            raise SpecError(f"there is no {what} {unknown[0]!r} here; known are {', '.join(known)}")
+    if args.summary and (args.json is None or not args.json.is_file()):
+        raise SpecError(f"--summary needs --json with a file that there is, got {args.json}")
+    if os.environ.get("TRITON_INTERPRET") and not args.summary:
+        raise KernelError("kernels cannot be compiled while TRITON_INTERPRET is set")

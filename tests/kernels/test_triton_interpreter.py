@@ -158,10 +158,11 @@ def test_padding_is_read_in_place(packed):
 @pytest.mark.parametrize(("decay", "delta"), CELLS)
 def test_grid_of_packed(packed, decay, delta, levels, state):
     """Every family, with states of every kind; long and short sequences in turn."""
-    for bounds in (BOUNDS, [0, 1, 130, 130, 131]):
+    # What is not spoilt holds a long sequence: with one token alone decays have no gradient to be compared with.
+    for bounds, spoilt in ((BOUNDS, 1), ([0, 1, 130, 130, 131], 3)):
         if state == "level":
             bounds = bounds[:5]  # states are made for at most four rows
-        packed(bounds, decay=decay, delta=delta, levels=levels, state=state, heads=2, spoilt=1)
+        packed(bounds, decay=decay, delta=delta, levels=levels, state=state, heads=2, spoilt=spoilt)
     packed(mask=left_padded(5, 80, width=80), batch=2, length=80, decay=decay, delta=delta, levels=levels, state=state)
 
 

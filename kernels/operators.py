@@ -100,7 +100,8 @@ def _as_input(x: Tensor | None, grad: Tensor | None, like: Tensor) -> Tensor:
     return grad.to(x.dtype).reshape(x.shape).contiguous()
 
 
-def _state_shape(q: Tensor, v: Tensor, w: Tensor | None) -> tuple[Any, ...]:
+def state_shape(q: Tensor, v: Tensor, w: Tensor | None) -> tuple[Any, ...]:
+    """Of a final state: ``[B, H, K, V]``, or with level weights ``[B, H, 1 + L, K, V]``."""
     levels = () if w is None else (1 + w.shape[-1],)
     return (v.shape[0], v.shape[-2], *levels, q.shape[-1], v.shape[-1])
 
@@ -118,7 +119,7 @@ def _(
     return_final_state: bool,
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    shape = _state_shape(q, v, level_weights) if return_final_state else (0,)
+    shape = state_shape(q, v, level_weights) if return_final_state else (0,)
     return v.new_empty(v.shape), v.new_empty(shape, dtype=state_dtype(v.dtype))
 
 
@@ -152,7 +153,7 @@ def _(
     beta: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    new_state = v.new_empty(_state_shape(q, v, level_weights), dtype=state_dtype(v.dtype))
+    new_state = v.new_empty(state_shape(q, v, level_weights), dtype=state_dtype(v.dtype))
     return v.new_empty(v.shape), new_state
 
 
@@ -167,7 +168,7 @@ def _attention_gradient(ctx: Any, grad_o: Tensor, grad_state: Tensor) -> tuple[A
     grads = torch.ops.llcompile.loglinear_attention_backward(
         grad_o, grad_state, *tensors, ctx.scale, ctx.return_final_state, lengths
     )
-    return (*_present(tensors, grads), None, None, None)
+    return (*present(tensors, grads), None, None, None)
 
 
 def _save_step(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -185,13 +186,14 @@ def _step_gradient(ctx: Any, grad_o: Tensor, grad_state: Tensor) -> tuple[Any, .
     grads = torch.ops.llcompile.loglinear_attention_backward(
         grad_o.unsqueeze(1), grad_state, *longer, state, ctx.scale, True, None
     )
-    dq, dk, dv, dw, dg, dbeta, dstate = _present([*longer, state], grads)
+    dq, dk, dv, dw, dg, dbeta, dstate = present([*longer, state], grads)
     shorter = [x if x is None else x.squeeze(1) for x in (dq, dk, dv, dw, None if per_head else dg, dbeta)]
     dq, dk, dv, dw, dg_token, dbeta = shorter
     return dq, dk, dv, dw, dstate, dg if per_head else dg_token, dbeta, None
 
 
-def _present(inputs: Any, grads: Any) -> list[Tensor | None]:
+def present(inputs: Any, grads: Any) -> list[Tensor | None]:
+    """The gradients of the inputs that there are; None in place of the others' empty ones."""
     return [None if x is None else grad for x, grad in zip(inputs, grads, strict=True)]
 
 

@@ -104,7 +104,7 @@ def _(
     attention_mask: Tensor | None,
     seq_idx: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    one = operators._state_shape(q, v, level_weights)
+    one = operators.state_shape(q, v, level_weights)
     sequences = one[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     shape = (sequences, *one[1:]) if return_final_state else (0,)
     return v.new_empty(v.shape), v.new_empty(shape, dtype=state_dtype(v.dtype))
@@ -127,7 +127,7 @@ def _gradient(ctx: Any, grad_o: Tensor, grad_state: Tensor) -> tuple[Any, ...]:
     grads = torch.ops.llcompile.loglinear_attention_ragged_backward(
         grad_o, grad_state, *tensors, ctx.scale, ctx.return_final_state, cu_seqlens, mask, seq_idx
     )
-    return (*operators._present(tensors, grads), None, None, None, None, None)
+    return (*operators.present(tensors, grads), None, None, None, None, None)
 
 
 _attention.register_autograd(_gradient, setup_context=_save)

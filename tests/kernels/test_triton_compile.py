@@ -89,15 +89,17 @@ def test_limits_leave_something():
         assert len(list(representative("small", chip))) == len(list(representative("small", "sm_90")))
 
 
-def in_full(*groups: str, chips: tuple[str, ...]) -> pytest.MarkDecorator:
-    """A test for each description of some groups on each of some chips."""
-    rows = [(chip, d) for chip in chips for group in groups for d in representative(group, chip)]
+def in_full(*sets: tuple[tuple[str, ...], tuple[str, ...]]) -> pytest.MarkDecorator:
+    """A test for each description of some groups on each of some chips; a set is chips and groups."""
+    rows = [
+        (chip, d) for chips, groups in sets for chip in chips for group in groups for d in representative(group, chip)
+    ]
     names = [f"{chip}-{d.decay}-{d.correction}-{d.key_dim}-{d.value_dim}" for chip, d in rows]
     return pytest.mark.parametrize(("chip", "d"), rows, ids=names)
 
 
 @pytest.mark.slow
-@in_full(*UNSPILLED, chips=("sm_90",))
+@in_full((("sm_90",), UNSPILLED))
 def test_hopper_in_full(results, chip, d):
     """Every kernel of every family at K, V of 64 and 128: nothing spills."""
     print(HEADING)
@@ -107,28 +109,18 @@ def test_hopper_in_full(results, chip, d):
         assert report.spilled == 0, report.row()
 
 
-@pytest.mark.slow
-@in_full("float32", "odd", "wide", chips=("sm_90",))
-def test_hopper_beyond(results, chip, d):
-    """fp32 operands, odd sizes and the largest K: it fits."""
-    print(HEADING)
-    for kernel in kernel_names(d):
-        holds(results.report(d, kernel, chip))
+# What must compile, fit and use matrix instructions, spills or not: chips, and the groups that are theirs.
+FITTING = (
+    (("sm_90",), ("float32", "odd", "wide")),
+    (("sm_80", "sm_100", "gfx942"), ("large",)),
+    (("sm_86", "sm_89", "sm_120"), ("small",)),  # where a program may have 99 KB of shared memory
+)
 
 
 @pytest.mark.slow
-@in_full("large", chips=("sm_80", "sm_100", "gfx942"))
-def test_other_chips(results, chip, d):
-    """Every kernel of every family compiles, fits, and uses matrix instructions."""
-    print(HEADING)
-    for kernel in kernel_names(d):
-        holds(results.report(d, kernel, chip))
-
-
-@pytest.mark.slow
-@in_full("small", chips=("sm_86", "sm_89", "sm_120"))
-def test_small_chips(results, chip, d):
-    """The same where a program may have 99 KB of shared memory, at K = V = 64."""
+@in_full(*FITTING)
+def test_it_fits(results, chip, d):
+    """Every kernel of every family."""
     print(HEADING)
     for kernel in kernel_names(d):
         holds(results.report(d, kernel, chip))

@@ -121,3 +121,12 @@ def test_a_gate_is_no_mask() -> None:
         row = compiled(mixer)(x, mask=given)[1:, 4:]
         followed = given is mask and isinstance(mixer, Gated)
         assert (difference(row, alone) < 1e-5) == followed
+
+
+def test_the_look_shows_the_kernels_of_padded_rows() -> None:
+    """Kernels read padded rows as packed sequences; those are shown, and not others."""
+    model = tiny.build("mamba2")
+    look = llcompile.inspect(model, torch.zeros(2, 9, dtype=torch.long), attention_mask=torch.ones(2, 9).long())
+    (kernels,) = look.kernels
+    assert kernels.description.packed
+    assert "packed=True" in kernels.source

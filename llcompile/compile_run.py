@@ -34,6 +34,7 @@ def new_session(
         names=names or {},
         dry_run=dry_run,
         compiles=compiles,
+        asked=options.asked,
     )
     return Session(module, settings)
 

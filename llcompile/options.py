@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from llcompile.errors import OptionError
 from llcompile.level_kinds import KINDS
@@ -31,6 +31,9 @@ class Options:
     strict: bool = False
     inner: str = "inductor"
     inductor: Mapping[str, Any] = field(default_factory=dict)
+
+    # The names that `parse` was given; the others have their defaults, which contradict nothing.
+    given: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
         for name, kind in _TYPES.items():
@@ -64,10 +67,18 @@ class Options:
                     f"backend 'loglinear' has no option {name!r}{_nearest(str(name), known)}"
                     f" Known options: {', '.join(known)}. Inductor's own go under options={{'inductor': {{...}}}}."
                 )
-        return cls(**(given or {}))
+        options = cls(**(given or {}))
+        object.__setattr__(options, "given", frozenset(given or {}))
+        return options
+
+    @property
+    def asked(self) -> Mapping[str, Any]:
+        """What was said about level weights, by the names that `LevelWeights` has for it: its kind and levels."""
+        return {name: getattr(self, option) for option, name in _ASKED.items() if option in self.given}
 
 
 _TYPES: dict[str, Any] = {"level_weights": str, "levels": int, "strict": bool, "inner": str, "inductor": Mapping}
+_ASKED = {"level_weights": "kind", "levels": "levels"}
 _CHOICES: dict[str, tuple[str, ...]] = {"level_weights": (*KINDS, "none"), "inner": INNER}
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import re
+import textwrap
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +20,8 @@ from llcompile.passes.discover import module_of
 
 # Where a piece begins: what lies between these and a mixer says how its operands are bounded.
 _PROJECTIONS = ("linear", "matmul", "bmm", "conv1d", "embedding", "layer_norm", "rms_norm")
-_WRITTEN_OUT = 64  # numbers of a constant that stand in the source; of a larger one only the shape matters
+_WRITTEN_OUT = 64  # numbers of a buffer that stand in the source one by one
+_PACKED = 1 << 16  # and of one that stands there in base64: a mask, a table of decays; of a larger one only the shape
 
 
 @dataclass(frozen=True)
@@ -28,15 +32,21 @@ class RegionSource:
         imports: lines that import what it calls.
         code: the method `forward`, indented by nothing.
         operands: for each argument a line of Python that makes it, with its shape and dtype.
+        buffers: the same for each buffer that `forward` reads: by its numbers, such as those of a mask, a mixer may be
+            recognised.
     """
 
     imports: tuple[str, ...]
     code: str
     operands: tuple[str, ...]
+    buffers: tuple[str, ...] = ()
 
 
-def region_source(core: Iterable[fx.Node]) -> RegionSource:
+def region_source(core: Iterable[fx.Node], result: fx.Node | None = None) -> RegionSource:
     """The nodes and what bounds their operands, up to the projections, as source.
+
+    `result` is what it comes to; without one, everything of the core that other code reads. (What else a mixer's code
+    hands to other code may be an intermediate that only dead code reads, and would make it another mixer.)
 
     Raises:
         ReproError: the piece has a body of control flow in it.
@@ -46,22 +56,30 @@ def region_source(core: Iterable[fx.Node]) -> RegionSource:
     piece = _with_bounds(set(core), module)
     nodes = [node for node in graph.nodes if node in piece]
     inputs = [node for node in graph.nodes if node not in piece and any(user in piece for user in node.users)]
+    held = {node: numbers for node in inputs if (numbers := _numbers(node)) is not None}
     copy, made = fx.Graph(), {}
     for node in inputs:
-        made[node] = copy.placeholder(_short(node.name))
+        if node not in held:
+            made[node] = copy.placeholder(_short(node.name))
+    for node in held:
+        made[node] = copy.create_node("get_attr", f"buffer_{_short(node.name)}")
     for node in nodes:
         made[node] = copy.node_copy(node, made.__getitem__)
         leaf = leaf_of(node.target)
         made[node].target = node.target if leaf is None else leaf.function
-    results = [made[node] for node in nodes if node in core and any(user not in piece for user in node.users)]
+    read = [node for node in nodes if node in core and any(user not in piece for user in node.users)]
+    results = [made[node] for node in (read if result is None else [result])]
     copy.output(results[0] if len(results) == 1 else tuple(results))
     written = copy.python_code("self")
     code, imports = _unannotated(written.src), []
     for name, value in written.globals.items():
         if re.search(rf"\b{name}\b", code) and name != "torch":
-            imports.append(_import(name, value))
-            code = re.sub(rf"\b{name}\b", _plain_name(name, value), code)
-    return RegionSource(tuple(imports), code, tuple(f"{made[node].name} = {_operand(node)}" for node in inputs))
+            plain = _plain_name(name, value)
+            known_as = name if _is_used(plain, code) else plain  # a result may be called like the function it is of
+            imports.append(_import(name, value, known_as))
+            code = re.sub(rf"\b{name}\b", known_as, code)
+    operands = tuple(f"{made[node].name} = {_operand(node)}" for node in inputs if node not in held)
+    return RegionSource(tuple(imports), code, operands, tuple(f"{made[n].target} = {_written(held[n])}" for n in held))
 
 
 def _short(name: str) -> str:
@@ -97,10 +115,17 @@ def _plain_name(name: str, value: Any) -> str:
     return getattr(value, "__name__", name)
 
 
-def _import(name: str, value: Any) -> str:
+def _is_used(name: str, code: str) -> bool:
+    """Whether the code has a name of its own that is this one; attributes do not count."""
+    return re.search(rf"(?<![.\w]){re.escape(name)}\b", code) is not None
+
+
+def _import(name: str, value: Any, known_as: str) -> str:
     if isinstance(value, float):  # inf and nan
         return f"from math import {name}"
-    return f"from {'torch' if name == 'device' else value.__module__} import {_plain_name(name, value)}"
+    plain = _plain_name(name, value)
+    alias = "" if plain == known_as else f" as {known_as}"
+    return f"from {'torch' if name == 'device' else value.__module__} import {plain}{alias}"
 
 
 def _unannotated(source: str) -> str:
@@ -113,17 +138,22 @@ def _operand(node: fx.Node) -> str:
     value = node.meta.get("example_value")
     if not isinstance(value, torch.Tensor):
         return repr(value)
-    held = _numbers(node)
     shape, dtype = [int(dynamo.hint(n) or 1) for n in value.shape], value.dtype
-    if held is not None:
-        return f"torch.tensor({held.tolist()}, dtype={dtype})"
     if dtype.is_floating_point:
         return f"torch.randn({shape}, dtype={dtype})"
     return f"torch.ones({shape}, dtype={dtype})"
 
 
+def _written(held: torch.Tensor) -> str:
+    if held.numel() <= _WRITTEN_OUT:
+        return f"torch.tensor({held.tolist()}, dtype={held.dtype})"
+    packed = base64.b64encode(zlib.compress(held.contiguous().view(torch.uint8).numpy().tobytes(), 9)).decode()
+    lines = "\n".join(f'    "{line}"' for line in textwrap.wrap(packed, 100))
+    return f"unpacked({list(held.shape)}, {held.dtype},\n{lines},\n)"
+
+
 def _numbers(node: fx.Node) -> torch.Tensor | None:
-    """The numbers of a small buffer or constant; a parameter's are nobody's business."""
+    """The numbers of a buffer or constant that is not large; a parameter's are nobody's business."""
     held = dynamo.input_value(node)
     known = isinstance(held, torch.Tensor) and id(held) in dynamo.module_tensors() and not held.is_meta
-    return held.detach().cpu() if known and held.numel() <= _WRITTEN_OUT else None
+    return held.detach().cpu() if known and held.numel() <= _PACKED else None

@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from llcompile import files
+from llcompile.errors import ReproError
 from llcompile.inspect_command import SPEC_HELP, add_model_arguments, load
 
 
@@ -28,12 +29,23 @@ def run(args: argparse.Namespace) -> int:
     """Write the file."""
     if args.out != "-":
         files.check_target(args.out)
-    model, example = load(args.spec, args.set, args.length, args.device)
-    from llcompile.repro import reproducer
-
-    text = reproducer(model, example, {}, args.mixer)
+    text = _text(args)
     if args.out == "-":
         sys.stdout.write(text)
     else:
         print(f"wrote {files.write_text(args.out, text)}; python {args.out} runs it")
     return 0
+
+
+def _text(args: argparse.Namespace) -> str:
+    from llcompile.repro import reproducer
+
+    model, example = load(args.spec, args.set, args.length, args.device)
+    try:
+        return reproducer(model, example, {}, args.mixer)
+    except ReproError:
+        # On meta nothing costs memory, but a mask or a table of decays has no numbers, and some mixers need them.
+        if not any(parameter.is_meta for parameter in model.parameters()):
+            raise
+    model, example = load(args.spec, args.set, args.length, "cpu")
+    return reproducer(model, example, {}, args.mixer)

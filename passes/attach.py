@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from llcompile.errors import LevelWeightsError
 from llcompile.passes.origin import projection_input
 from llcompile.passes.session import Session, Site
+
+# The options that say what level weights are like, by what they are about.
+_OPTIONS = {"kind": "level_weights", "levels": "levels"}
 
 
 def attach(session: Session) -> int:
@@ -40,4 +45,19 @@ def _attach(session: Session, site: Site) -> None:
             f"{weights.in_features}, but the mixer at {site.where} has {shape.heads} heads and an input of width "
             f"{width}. Call llcompile.revert(model) and convert it again."
         )
+    _check_asked(session, site, weights)
     site.level_weights = weights
+
+
+def _check_asked(session: Session, site: Site, weights: Any) -> None:
+    """What was asked for must not contradict level weights that are there; "static" is what an absent input gives."""
+    asked = {name: value for name, value in session.settings.asked.items() if getattr(weights, name) != value}
+    if site.source is None and weights.kind == "static":
+        asked.pop("kind", None)
+    if asked:
+        said = " and ".join(f"{_OPTIONS[name]}={value!r}" for name, value in asked.items())
+        raise LevelWeightsError(
+            f"options ask for {said}, but {site.module or 'the model'}.{site.attribute} has level weights already, of "
+            f"kind {weights.kind!r} with {weights.levels} levels. Leave the option out to use them; or call "
+            "llcompile.revert(model), which deletes them with what they have learned, and convert the model again."
+        )

@@ -26,6 +26,7 @@ class Settings:
     Args:
         kind: kind of the level weights, or "none" for the linear operator.
         levels: number of levels that new level weights get.
+        asked: what of these (kind, levels) was asked for in so many words, and no default.
         make: makes new level weights: (kind, heads, levels, in_features, like) -> module.
         find: the level weights that a module owns under a name already, or None.
         attach: registers level weights on a module under a name.
@@ -45,6 +46,7 @@ class Settings:
     names: Mapping[int, str] = field(default_factory=dict)
     dry_run: bool = False
     compiles: bool = False
+    asked: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass

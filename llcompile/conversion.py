@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect as inspect_module
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +19,7 @@ from llcompile.options import Options
 from llcompile.passes import discover, dynamo
 from llcompile.passes.session import Session
 from llcompile.report import Report
+from llcompile.transaction import transaction
 
 Visit = Callable[[Session], None]
 
@@ -154,13 +154,13 @@ def _run(model: nn.Module, capture: _Capture, args: tuple[Any, ...], kwargs: dic
 
     # What other models have taught Dynamo about lengths that vary must not make this trace another one.
     static = torch._dynamo.config.patch(automatic_dynamic_shapes=False)
-    with _unchanged(model), torch.no_grad(), static:
+    with transaction(model, args, kwargs), torch.no_grad(), static:
         dynamo.traced_once(run, capture)(*args, **kwargs)
 
 
 def _expect_graph(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """A model that computes something must have become a graph."""
-    with _unchanged(model), torch.no_grad():
+    with transaction(model, args, kwargs), torch.no_grad():
         refused = dynamo.no_graph(model.forward, args, kwargs)
     if refused is not None:
         reason, where = refused
@@ -170,21 +170,6 @@ def _expect_graph(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
             f"no graph could be made of {type(model).__name__}, so nothing is known about it: {reason} ({where}). "
             "TORCH_LOGS=graph_breaks says more; nothing was changed."
         )
-
-
-@contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Puts buffers and the random state back as they were before the example run."""
-    buffers = {name: value.detach().clone() for name, value in model.named_buffers() if not value.is_meta}
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        with torch.no_grad():
-            for name, value in model.named_buffers():
-                if name in buffers and value.shape == buffers[name].shape:
-                    value.copy_(buffers[name])
 
 
 def _check_model(model: Any, call: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from llcompile.passes.behaviour import behaviour
 from llcompile.passes.draws import draw_call, small_sizes
 from llcompile.passes.lower import lower
 from llcompile.passes.records import Certificate
@@ -31,23 +32,32 @@ _proofs: dict[Any, Certificate | str] = {}
 
 def prove(session: Session) -> int:
     """Gives every open site its certificate or declines it; returns how many were proved."""
+    failed: dict[Any, str] = {}
     for site in session.sites:
         if site.open and site.leaf is not None:
-            _prove(site, session.settings.kind != "none")
+            _prove(site, session.settings.kind != "none", failed)
     return sum(site.open for site in session.sites)
 
 
-def _prove(site: Site, weighted: bool) -> None:
+def _prove(site: Site, weighted: bool, failed: dict[Any, str]) -> None:
+    """`failed` are proofs that did not run in this look: want of memory, say, which need not last."""
     assert site.call is not None
-    key = (site.known.function, weighted, _fingerprint(site))
-    if key not in _proofs:
+    key = (site.known.function, behaviour(site.known.plain), weighted, _fingerprint(site))
+    if key not in _proofs and key not in failed:
         with _disable_current_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
-            _proofs[key] = torch._dynamo.disable(_run_proof)(site, weighted)
-    result = _proofs[key]
+            try:
+                _proofs[key] = torch._dynamo.disable(_run_proof)(site, weighted)
+            except _DoesNotRun as error:
+                failed[key] = str(error)
+    result = _proofs[key] if key in _proofs else failed[key]
     if isinstance(result, Certificate):
         site.certificate = result
     else:
         site.decline(result, "the call runs the library's own code, so the model is what it was")
+
+
+class _DoesNotRun(Exception):
+    """Neither the function nor anything that stands for it runs here and now."""
 
 
 def _fingerprint(site: Site) -> Any:
@@ -101,7 +111,7 @@ def _run_proof(site: Site, weighted: bool) -> Certificate | str:
                 return Certificate(worst, dtype, len(LENGTHS), original.against)
         against = f" with {original.against}" if original.against else ""
         return f"agrees{against} at w = 1 to {worst:.0e} only, where {original.budgets[-1][1]:.0e} is the bound"
-    return f"it cannot be proved on this machine: {'; '.join(failures)}"
+    raise _DoesNotRun(f"it cannot be proved on this machine: {'; '.join(failures)}")
 
 
 def _originals(site: Site) -> Iterator[Original]:

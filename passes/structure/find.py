@@ -29,7 +29,7 @@ from llcompile.passes.structure.found import Findings, Found, Missed, count
 from llcompile.passes.structure.frame import Frame, Row
 from llcompile.passes.structure.lifted import MOVES, SHAPES, Lifted, Source, sample_of
 from llcompile.passes.structure.measured import Measured, meet
-from llcompile.passes.structure.memo import fingerprint, recall, remember
+from llcompile.passes.structure.memo import fingerprint, is_lasting, recall, remember
 from llcompile.passes.structure.probe import Probe
 from llcompile.passes.structure.program import Op, Program, Value
 from llcompile.passes.structure.ranges import Range, ranges
@@ -49,7 +49,7 @@ _COMPARISONS = frozenset(
 _LONGEST = 4096  # a window wider than this is not looked for
 _JOINS = MOVES | {"cat", "stack", "repeat", "constant_pad_nd"}
 _SOFTMAXES = ("_softmax", "_safe_softmax", "_log_softmax")
-_NOT_RUN = (CannotArrange, RuntimeError, IndexError, AssertionError, TypeError, ValueError)
+_NOT_RUN = (CannotArrange, RuntimeError, MemoryError, IndexError, AssertionError, TypeError, ValueError)
 _SCATTERS = ("select_scatter", "slice_scatter", "index_put")
 _CHOSEN = "a top-k, a threshold or buckets leave tokens out; log-linear attention sees the whole past"
 _ASKED = 8000  # operations of a part that is run again and again to say why it is no mixer
@@ -323,16 +323,22 @@ class _Search:
         self._expect_contraction(frame, axes, result)
         bounds = {s: self._range(s) for s in part.sources}
         key = fingerprint(part, axes, result, bounds)
+        if key in self.findings.failed:
+            raise self.findings.failed[key]
         known = recall(key, part, axes, result)
         if known is None:
             self.findings.counts["proofs"] += 1
             try:
                 known = self._prove(frame, part, axes, result, bounds)
-            except Miss as miss:
+            except Miss as found:
+                miss, lasting = found, is_lasting(found)
                 if not miss.near and meet(axes, result, frame):
                     miss = Miss(miss.reason, 1, miss.hint)
-                remember(key, part, axes, result, miss)
-                raise miss from miss.__cause__
+                if lasting:
+                    remember(key, part, axes, result, miss)
+                else:
+                    self.findings.failed[key] = miss
+                raise miss from found.__cause__
             remember(key, part, axes, result, known)
         if known[0].assumed and known[0].decay is not None:
             expect_decay(known[0].decay)
@@ -409,15 +415,17 @@ class _Search:
         bounds: Mapping[Source, Range],
         whole: bool = False,
     ) -> Probe:
+        failure: Exception | None = None
         for sizing in (small(frame, part, keep_time=whole), Sizing(frame)):
             probe = Probe(part, axes, result, sizing, bounds)
             try:
                 probe.run()
-            except (RuntimeError, IndexError, AssertionError, TypeError, ValueError) as error:
+            except _NOT_RUN as error:
+                failure = error
                 log.debug("structure: %s does not run at %s: %s", part.result, sizing.shape(part.result), error)
                 continue
             return probe
-        raise Miss("it does not run by itself")
+        raise Miss("it does not run by itself") from failure
 
     def _range(self, source: Source) -> Range:
         return self.ranges.get(sample_of(source), (-float("inf"), float("inf")))

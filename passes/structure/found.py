@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import fx
 
@@ -164,12 +165,14 @@ class Findings:
         found: the mixers.
         denominators: id of a mixer -> the parts that sum its scores alone, for a normalisation in the code.
         missed: the near misses, the nearest of each cluster.
+        failed: fingerprint of a part that did not run -> the miss that it is in this look; another may have the memory.
         counts: uses of each axis rule, and of each step here.
     """
 
     program: Program
     found: list[Found] = field(default_factory=list)
     missed: list[Missed] = field(default_factory=list)
+    failed: dict[Any, Miss] = field(default_factory=dict)
     denominators: dict[int, list[Found]] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
 

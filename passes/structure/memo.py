@@ -80,6 +80,11 @@ def recall(key: Any, part: Part, rows: Rows, result: tuple[Row, ...]) -> tuple[R
     return _mapped(answer.reading, lambda i: part.sources[i], lambda i: atoms[i], rows, result), answer.certificate
 
 
+def is_lasting(miss: Miss) -> bool:
+    """Whether the same part will be missed again: not where it did not run, for want of memory perhaps."""
+    return not isinstance(miss.__cause__, (RuntimeError, MemoryError))
+
+
 def remember(
     key: Any, part: Part, rows: Rows, result: tuple[Row, ...], found: tuple[Reading, Certificate] | Miss
 ) -> None:

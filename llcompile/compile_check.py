@@ -7,6 +7,7 @@ the only one that touches that class.
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -22,22 +23,27 @@ def install(backend: Callable[..., Any], prepare: Callable[[], None]) -> None:
     original = wrapper.__init__
 
     @functools.wraps(original)
-    def checked(self: Any, backend_: Any, mode: Any, options: Any, dynamic: Any) -> None:
-        original(self, backend_, mode, options, dynamic)
-        if self.compiler_fn is backend:
-            Options.parse(options)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        # Whatever this release of torch takes: a later one hands more over, also for other backends.
+        original(self, *args, **kwargs)
+        if getattr(self, "compiler_fn", None) is backend:
+            Options.parse(_options(original, (self, *args), kwargs))
             prepare()
 
     wrapper.__init__ = checked  # type: ignore[method-assign]
-    _check_caller(original.__code__)
+    _check_caller(wrapper)
     prepare()
 
 
-def _check_caller(code: Any) -> None:
+def _options(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return inspect.signature(function).bind(*args, **kwargs).arguments.get("options")
+
+
+def _check_caller(wrapper: type) -> None:
     """`backend="loglinear"` imports us from within the wrapper's __init__: look at the options it was given."""
     frame = sys._getframe(1)
     while frame is not None:
-        if frame.f_code is code:
+        if frame.f_code.co_name == "__init__" and isinstance(frame.f_locals.get("self"), wrapper):
             Options.parse(frame.f_locals.get("options"))
             return
         frame = frame.f_back  # type: ignore[assignment]

@@ -12,7 +12,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all bench lint format clean
+.PHONY: help demo test test-all matrix matrix-smoke bench lint format clean
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.llcompile-installed
@@ -20,13 +20,17 @@ SOURCES := llcompile kernels passes patterns tests examples benchmarks
 # One torch thread per worker: two workers with two threads each on two cores are slower than one worker alone.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 # pip's own -q shows nothing for minutes; one line for each package shows that something happens.
-PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install
+# The releases that the tests were run with; `make CONSTRAINTS=` takes the newest of everything.
+CONSTRAINTS ?= constraints.txt
+PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install $(addprefix -c ,$(CONSTRAINTS))
 PIP_LINES := sed -u -n -E -e 's/^ *Collecting ([^ (]+).*/    + \1/p' -e 's/^ *(Downloading .*)/      \1/p' -e '/^Successfully/p'
 
 help:
 	@echo "make demo     converts two models of transformers, then trains one before and after (at most 6 minutes)"
 	@echo "make test     runs the tests, the slow ones apart"
 	@echo "make test-all runs the slow ones, too"
+	@echo "make matrix   tries a dozen pairs of releases and writes docs/compatibility.md (an hour, gigabytes)"
+	@echo "make matrix-smoke  the newest and the oldest torch with the newest transformers"
 	@echo "make bench    times the operator on this machine's CPU"
 	@echo "make lint     ruff and mypy"
 	@echo "make format   lets ruff rewrite the sources"
@@ -43,6 +47,10 @@ test: $(STAMP)
 test-all: $(STAMP)
 	@echo "==> all tests, the slow ones too"
 	@$(PYTEST) $(ARGS)
+
+# Environments of their own, made and removed one after the other; they need nothing of .venv.
+matrix matrix-smoke:
+	@$(PYTHON) .ci/matrix.py $(if $(filter matrix,$@),all --write docs/compatibility.md,smoke) $(ARGS)
 
 bench: $(STAMP)
 	@echo "==> llcompile bench operator --device cpu $(ARGS)"
@@ -74,9 +82,9 @@ $(BIN)/python:
 	@$(PYTHON) -m venv --clear $(VENV)
 
 # torch comes first and alone, so that pip takes a CPU build where one is on hand and the rest builds upon it.
-$(STAMP): pyproject.toml | $(BIN)/python
+$(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "==> installing torch into $(VENV) (a CPU build is enough; once)"
-	@$(PIP) 'torch>=2.11,<2.14' | $(PIP_LINES)
+	@$(PIP) torch | $(PIP_LINES)
 	@echo "==> installing llcompile and what its demo, tests and checks use"
 	@rm -rf llcompile.egg-info  # an old one would hide new entry points from programs started in this folder
 	@$(PIP) -e '.[dev]' | $(PIP_LINES)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import fx
 
-from llcompile import attachment, compile_check, compile_run, inner, logs, recompile_room
+from llcompile import attachment, compile_check, compile_run, inner, logs, recompile_room, versions
 from llcompile.errors import LateAttachWarning, LLCompileError, StateAdoptedWarning
 from llcompile.level_weights import LevelWeights
 from llcompile.options import Options
@@ -29,6 +29,7 @@ def loglinear(
     *,
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
+    **_: Any,
 ) -> Callable[..., Any]:
     """Compiles one Dynamo graph: its linear-time mixers become log-linear, the rest goes to the inner compiler.
 
@@ -37,12 +38,14 @@ def loglinear(
         example_inputs: its inputs (replaced by those of the rewritten graph, which reads the level weights as well).
         mode: a mode of Inductor ("max-autotune", ...); expanded to its options.
         options: see `llcompile.Options`.
+        _: what a later torch.compile hands to every backend, as the `name` of torch 2.15.
 
     Raises:
         OptionError: unknown or ill-typed options.
         StrictError: `strict=True`, and a linear-time mixer stays unconverted or nothing was found.
         LevelWeightsError: the module owns level weights of another size.
     """
+    versions.announce()
     recompile_room.make_room(dynamo.root_module())
     try:
         return _compile(module, Options.parse(options), mode)

@@ -33,14 +33,19 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "doctor",
         help="say what works on this machine and why the rest does not",
-        description="Says what works on this machine and why not. Exit code 1 if the backend cannot run.",
+        description="Says what works on this machine and why not, and tries it: tiny models are converted, compiled "
+        "and trained. Exit code 1 if the backend cannot run or something converted does not act.",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--no-self-test", action="store_true", help="only look, compile nothing")
+    parser.add_argument("--inner", default="eager", help="compiler behind ours in the self-test (default: eager)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print all findings; 1 if one of them keeps the backend from running."""
+    """Print all findings; 1 if one of them keeps the backend from running or does not act."""
     findings = look()
+    if not args.no_self_test:
+        findings += self_test(args.inner)
     if args.json:
         print(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:
@@ -51,6 +56,17 @@ def run(args: argparse.Namespace) -> int:
 def look() -> list[Finding]:
     """All findings, in the order in which they build upon each other."""
     return [finding for check in CHECKS for finding in check()]
+
+
+def self_test(inner: str = "eager") -> list[Finding]:
+    """What acts here: a tiny model for each family and each importable library, through the real backend."""
+    from llcompile import self_test
+
+    advice = "please report it: `llcompile doctor --json` has what is needed"
+    return [
+        Finding(f"self-test: {row.name}", row.detail, row.acts, advice if row.acts is False else "")
+        for row in self_test.every(inner)
+    ]
 
 
 def _python() -> Iterator[Finding]:
@@ -65,9 +81,7 @@ def _torch() -> Iterator[Finding]:
 
     from llcompile.autoload import KERNEL_LOG_NAME, LOG_NAME
 
-    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    known = (2, 11) <= version < (2, 14)
-    yield Finding("torch", torch.__version__, known, "" if known else "llcompile is tested with torch 2.11 to 2.13")
+    yield _against_tested("torch", "torch")
     named = LOG_NAME in torch._dynamo.list_backends(exclude_tags=())
     yield Finding(
         "backend name",
@@ -116,6 +130,28 @@ def _devices() -> Iterator[Finding]:
     yield Finding("triton", _version("triton") if triton else "not installed", True if triton else None)
 
 
+def _against_tested(topic: str, distribution: str, more: str = "") -> Finding:
+    """A library's version, and whether it lies within those that were tested."""
+    from llcompile import versions
+    from llcompile.tested import TESTED
+
+    version = versions.installed(distribution) or "of unknown version"
+    found = f"{version}, {more}" if more else version
+    if distribution not in TESTED:
+        return Finding(topic, found)
+    oldest, newest = TESTED[distribution]
+    if versions.older(distribution):
+        advice = f"llcompile is tested with {topic} {oldest} to {newest}: pip install -U {topic}"
+        return Finding(topic, found, False, advice)
+    if versions.newer(distribution):
+        return Finding(topic, found, True, f"newer than {newest}, the newest tested: the self-test says what acts")
+    return Finding(topic, found)
+
+
+# The distribution whose version counts, where its name is not the module's.
+_DISTRIBUTIONS = {"fla": "fla-core", "mamba_ssm": "mamba-ssm"}
+
+
 def _isa(torch: Any) -> str:
     return str(torch.backends.cpu.get_cpu_capability())
 
@@ -130,7 +166,7 @@ def _libraries() -> Iterator[Finding]:
             yield Finding(library, f"not installed; its {len(rows)} known functions cost nothing", None)
         else:
             names = sorted({row.function for row in rows})
-            yield Finding(library, f"{_version(library)}, with rows for {', '.join(names)}")
+            yield _against_tested(library, _DISTRIBUTIONS.get(library, library), f"rows for {', '.join(names)}")
 
 
 def _kernels() -> Iterator[Finding]:

@@ -104,3 +104,7 @@ class EagerStateWarning(LLCompileWarning):
 
 class OptimizerWarning(LLCompileWarning):
     """An optimiser stepped a converted model without its level weights."""
+
+
+class UntestedVersionWarning(LLCompileWarning):
+    """Torch or a library is newer than every release that llcompile was tested with."""

@@ -97,12 +97,12 @@ def test_an_error_of_ours_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: p
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["doctor", "--json"]) in (0, 1)
+    assert cli.main(["doctor", "--json", "--no-self-test"]) in (0, 1)
     findings = {finding["topic"]: finding for finding in json.loads(capsys.readouterr().out)}
     libraries = {row.library for row in ROWS}
     assert {"llcompile", "python", "torch", "C++ compiler", "cpu", *libraries} <= set(findings)
     assert all(finding["advice"] for finding in findings.values() if finding["ok"] is False)
-    assert cli.main(["doctor"]) in (0, 1)
+    assert cli.main(["doctor", "--no-self-test"]) in (0, 1)
     assert "torch" in capsys.readouterr().out
 
 

@@ -1,0 +1,8 @@
+"""`python -m llcompile`: the command line, where its script is not on the path."""
+
+import sys
+
+from llcompile.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

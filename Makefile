@@ -19,9 +19,9 @@ STAMP := $(VENV)/.llcompile-installed
 SOURCES := llcompile kernels passes patterns tests examples benchmarks
 # One torch thread per worker: two workers with two threads each on two cores are slower than one worker alone.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
-# pip's own -q shows nothing for minutes; one line for each package shows that something happens.
 # The releases that the tests were run with; `make CONSTRAINTS=` takes the newest of everything.
 CONSTRAINTS ?= constraints.txt
+# pip's own -q shows nothing for minutes; one line for each package shows that something happens.
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install $(addprefix -c ,$(CONSTRAINTS))
 PIP_LINES := sed -u -n -E -e 's/^ *Collecting ([^ (]+).*/    + \1/p' -e 's/^ *(Downloading .*)/      \1/p' -e '/^Successfully/p'
 

@@ -39,7 +39,7 @@ class Outcome:
     detail: str
 
 
-class Failed(Exception):
+class _Failed(Exception):
     """What a row expected and did not see."""
 
 
@@ -100,7 +100,7 @@ def _row(name: str, check: Callable[[], str]) -> Outcome:
             return Outcome(name, True, f"acts: {check()}")
     except ImportError as error:
         return Outcome(name, None, f"cannot be imported here: {_first_line(error)}")
-    except Failed as error:
+    except _Failed as error:
         return Outcome(name, False, str(error))
     except Exception as error:  # whatever a new release of a library brings
         return Outcome(name, False, f"{type(error).__name__}: {_first_line(error)}")
@@ -125,7 +125,7 @@ def _acts(
     """Converts, compiles and trains a model; says what was seen.
 
     Raises:
-        Failed: something did not act.
+        _Failed: something did not act.
     """
     import llcompile
 
@@ -133,16 +133,16 @@ def _acts(
     report = llcompile.convert(model, *args, **kwargs)
     if report.declined or not report.converted:
         reason = report.declined[0].reason if report.declined else "nothing was found"
-        raise Failed(f"declined: {reason}")
+        raise _Failed(f"declined: {reason}")
     model.compile(backend="loglinear", options={"inner": inner})
     before = run(model)
     if expected is not None and (error := _difference(before, expected)) > EQUAL:
-        raise Failed(f"at level weights of 1 the output differs from the model's own by {error:.0e}")
+        raise _Failed(f"at level weights of 1 the output differs from the model's own by {error:.0e}")
     weights = [p for module in model.modules() if isinstance(module, LevelWeights) for p in module.parameters()]
     _add_noise(weights)
     moved = _difference(run(model), before)
     if moved < MOVED:
-        raise Failed(f"noise on the level weights moves the output by {moved:.0e}: they do not act")
+        raise _Failed(f"noise on the level weights moves the output by {moved:.0e}: they do not act")
     _train(model, run, weights)
     return f"noise moves the output by {moved:.0e}, {len(weights)} of {len(weights)} level weights train"
 
@@ -160,13 +160,13 @@ def _train(model: nn.Module, run: Run, weights: list[nn.Parameter]) -> None:
     loss.backward()
     without = sum(p.grad is None or not bool(p.grad.abs().max() > 0) for p in weights)
     if without:
-        raise Failed(f"{without} of {len(weights)} level weights have no gradient")
+        raise _Failed(f"{without} of {len(weights)} level weights have no gradient")
     moving = [p for p in model.parameters() if p.grad is not None]
     slope = sum(float(p.grad.square().sum()) for p in moving if p.grad is not None)
     torch.optim.SGD(moving, lr=0.01 * float(loss) / slope).step()
     after = (run(model) - target).square().mean()
     if not bool(after < loss):
-        raise Failed(f"a training step takes the loss from {float(loss):.6f} to {float(after):.6f}")
+        raise _Failed(f"a training step takes the loss from {float(loss):.6f} to {float(after):.6f}")
 
 
 def _difference(a: Tensor, b: Tensor) -> float:
@@ -215,7 +215,7 @@ def _transformers(model_type: str, inner: str) -> str:
         full = model(made.sequences[:, :-1], use_cache=False).logits[:, -1]
     error = _difference(made.logits[-1], full)
     if error > EQUAL:
-        raise Failed(f"the last generated token's logits differ from those of a full pass by {error:.0e}")
+        raise _Failed(f"the last generated token's logits differ from those of a full pass by {error:.0e}")
     return f"{seen}, generates as a full pass does"
 
 

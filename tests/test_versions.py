@@ -164,13 +164,6 @@ def test_bounds_of_the_package_are_those_that_were_tested() -> None:
     for name in ("torch", "transformers"):
         oldest = ".".join(tested.TESTED[name][0].split(".")[:2])
         assert f'"{name}>={oldest}"' in project
-    page = (ROOT / "docs" / "compatibility.md").read_text()
-    acting = [line.split("|")[1:4] for line in page.splitlines() if "| yes |" in line]
-    for column, name in enumerate(("torch", "transformers")):
-        seen = {cells[column].strip().split("+")[0] for cells in acting}
-        assert set(tested.TESTED[name]) <= seen
-    minor = {cells[2].strip().rpartition(".")[0] for cells in acting}
-    assert {m for m in ("3.10", "3.11", "3.12", "3.13") if f"Python :: {m}" in project} <= minor
 
 
 def test_python_m_llcompile() -> None:

@@ -13,6 +13,7 @@ from llcompile.passes.check import check
 from llcompile.passes.discover import discover
 from llcompile.passes.identify import identify
 from llcompile.passes.padding import padding
+from llcompile.passes.place import placing
 from llcompile.passes.prove import prove
 from llcompile.passes.recognise import recognise
 from llcompile.passes.rewrite import rewrite
@@ -24,7 +25,7 @@ log = logging.getLogger("llcompile")
 Pass = Callable[[Session], int]
 
 # What is there and what it is; nothing is changed.
-LOOK: tuple[Pass, ...] = (discover, recognise, identify, bind, states, prove, padding)
+LOOK: tuple[Pass, ...] = (discover, recognise, identify, bind, states, placing, prove, padding)
 # What is done about it.
 CHANGE: tuple[Pass, ...] = (rewrite,)
 

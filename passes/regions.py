@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch import fx
 from torch._ops import HigherOrderOperator
+
+from llcompile.passes.effects import Effects
 
 
 @dataclass(eq=False)
@@ -35,6 +38,11 @@ class Region:
     def root(self) -> Region:
         """The region of the whole program."""
         return self if self.parent is None else self.parent.root
+
+    @functools.cached_property
+    def effects(self) -> Effects:
+        """What the graph's nodes write to; asked for before a pass has changed the graph."""
+        return Effects(self.module, self.graph)
 
     @property
     def closed(self) -> str:

@@ -11,6 +11,7 @@ from torch.fx.proxy import GraphAppendingTracer
 
 from llcompile.passes.emit import infer_values, weight_inputs
 from llcompile.passes.lower import lower, lower_call
+from llcompile.passes.regions import Region
 from llcompile.passes.rewrite_part import write_part
 from llcompile.passes.session import Session, Site
 
@@ -34,6 +35,7 @@ def _restore(graph: fx.Graph, site: Site) -> None:
     with graph.inserting_before(site.node):
         original = graph.call_function(plain_call(site), (), dict(site.node.kwargs))
     original.meta = dict(site.node.meta)
+    site.region.effects.place(original, site.region.effects.shows(site.node), like=site.node)
     site.node.replace_all_uses_with(original)
     graph.erase_node(site.node)
 
@@ -73,7 +75,8 @@ def _write_operator(session: Session, site: Site, inputs: dict[tuple[int, str], 
     new = [node for node in graph.nodes if node not in before]
     infer_values(new, site.node)
     site.written.extend(new)
-    _replace(graph, site.node, result)
+    site.region.effects.add(new)
+    _replace(site.region, site.node, result)
 
 
 def _write_weights(
@@ -94,15 +97,18 @@ def _write_weights(
     return weights if has_time else weights.squeeze(1)
 
 
-def _replace(graph: fx.Graph, node: fx.Node, result: Any) -> None:
+def _replace(region: Region, node: fx.Node, result: Any) -> None:
     """Puts `result` (a proxy, or a tuple of proxies and None) in the node's place and erases the node."""
+    graph, effects = region.graph, region.effects
+    replaced = [(node, result)]
     if isinstance(result, tuple):
-        for user in list(node.users):
+        for user in node.users:
             assert user.target is operator.getitem, f"{user.format_node()} reads a tuple whole"
-            part = result[user.args[1]]  # type: ignore[index]
-            if part is not None:
-                user.replace_all_uses_with(part.node)
-            graph.erase_node(user)
-    else:
-        node.replace_all_uses_with(result.node)
+        replaced = [(user, result[user.args[1]]) for user in node.users]  # type: ignore[index]
+    for old, new in replaced:
+        if new is not None:
+            effects.place(new.node, effects.shows(old), like=old)
+            old.replace_all_uses_with(new.node)
+        if old is not node:
+            graph.erase_node(old)
     graph.erase_node(node)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,8 +11,12 @@ from torch import fx
 from torch.fx.proxy import GraphAppendingTracer
 
 from llcompile.passes import dynamo
+from llcompile.passes.dead import erase_dead, live
+from llcompile.passes.effects import Effects
 from llcompile.passes.emit import infer_values, weight_inputs
 from llcompile.passes.lower import OperatorCall, Sequences, call_operator
+from llcompile.passes.place import Place
+from llcompile.passes.place import place as placed
 from llcompile.passes.session import Session, Site
 from llcompile.passes.structure.axes import Atom, Axis
 from llcompile.passes.structure.found import Found
@@ -34,13 +37,14 @@ def write_part(session: Session, site: Site, inputs: dict[tuple[int, str], fx.No
 
 
 def _write(session: Session, site: Site, found: Found, tensors: list[fx.Node]) -> None:
-    graph, anchor = site.region.graph, found.anchor
-    before = set(graph.nodes)
+    graph, effects = site.region.graph, site.region.effects
+    lived, before = live(graph, effects), set(graph.nodes)
+    reads = [node for node in (_weighed(site), site.mask) if node is not None]
+    place = placed(graph, effects, found, reads, trains=torch.is_grad_enabled())
     tracer = GraphAppendingTracer(graph)
-    as_proxy = lambda node: fx.Proxy(node, tracer)  # noqa: E731
-    # A result that was written piece by piece is whole after the last piece.
-    written = found.output.node is None
-    with graph.inserting_before(anchor.next if written else anchor):
+    copies = {node: _copy(graph, node) for node in place.copied}
+    as_proxy = lambda node: fx.Proxy(copies.get(node, node), tracer)  # noqa: E731
+    with graph.inserting_before(place.anchor.next):
         values = {source: _as_operand(graph, source, as_proxy) for source in found.reading.rows}
         _guard(site, found, values)
         size = _sizes(found, values)
@@ -52,12 +56,22 @@ def _write(session: Session, site: Site, found: Found, tensors: list[fx.Node]) -
             result = result.to(found.part.result.dtype)
         if found.tail is not None:
             result = _with_tail(graph, found.tail, result, as_proxy)
-        result = _laid_out(result, _example(found, anchor))
+        result = _laid_out(result, place.result.meta.get("example_value"))
+        # The operator keeps what it returns for its backward.
+        result = result.clone() if place.written else result
     new = [node for node in graph.nodes if node not in before]
-    infer_values(new, anchor)
+    infer_values(new, place.anchor)
+    effects.add(new)
     site.written.extend(new)
-    _put(site, found, result.node, set(new))
-    _remove(graph, found)
+    _put(graph, effects, place, result.node)
+    erase_dead(graph, effects, lived)
+
+
+def _copy(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """A copy of an operand as it is when it is computed."""
+    after = node if node.op != "placeholder" else list(graph.find_nodes(op="placeholder"))[-1]
+    with graph.inserting_after(after):
+        return graph.call_method("clone", (node,))
 
 
 def _guard(site: Site, found: Found, values: Mapping[Source, Any]) -> None:
@@ -73,12 +87,6 @@ def _sequences(site: Site, as_proxy: Callable[[fx.Node], fx.Proxy]) -> Sequences
         return None
     mask = as_proxy(site.mask)
     return Sequences(attention_mask=mask.eq(0) if site.mask_inverted else mask)
-
-
-def _example(found: Found, anchor: fx.Node) -> Any:
-    """The result as the graph had it."""
-    readers = (node for (_, node), value in found.program.reads.items() if value is found.output)
-    return (found.output.node or next(readers, anchor)).meta.get("example_value")
 
 
 def _laid_out(result: Any, example: Any) -> Any:
@@ -140,7 +148,7 @@ def _weights(
     weights = site.level_weights
     if weights is None:
         return None
-    source = site.source if weights.in_features is not None else None
+    source = _weighed(site)
     like = value if source is None else _batch_first(found, source, as_proxy(source))
     dtype = found.part.result.dtype if source is None else source.meta["example_value"].dtype
     made = session.settings.function(weights, dtype)(like, *tensors)  # [B, T, H, L]
@@ -148,6 +156,12 @@ def _weights(
     if source is None or not missing or not found.is_shorter(source):
         return made
     return torch.nn.functional.pad(made, (0, 0, 0, 0, 0, missing), value=1.0)  # positions that are cut off again
+
+
+def _weighed(site: Site) -> fx.Node | None:
+    """The node that the level weights are computed from; None where they read nothing."""
+    weights = site.level_weights
+    return None if weights is None or weights.in_features is None else site.source
 
 
 def _count(axis: Axis) -> int:
@@ -163,102 +177,13 @@ def _batch_first(found: Found, node: fx.Node, x: fx.Proxy) -> Any:
     return x if axes == (0, 1) else x.transpose(0, 1)
 
 
-def _put(site: Site, found: Found, result: fx.Node, new: set[fx.Node]) -> None:
-    """Has every node that read the part's result read the new one."""
-    own = {op.node for op in found.ops}
-    position = {node: i for i, node in enumerate(site.region.graph.nodes)}
-    for (user, node), value in found.program.reads.items():
-        reads = value is found.output and user in position and user not in new
-        if reads and position[user] > position[result] and not (user in own and _writes(user, node)):
-            user.replace_input_with(node, result)
-
-
-def _writes(user: fx.Node, node: fx.Node) -> bool:
-    """Whether a node changes another in place."""
-    if not user.args or user.args[0] is not node:
-        return False
-    if user.target is operator.setitem:
-        return True
-    return user.op == "call_method" and str(user.target).endswith("_") and not str(user.target).endswith("__")
-
-
-def _remove(graph: fx.Graph, found: Found) -> None:
-    """Erases the nodes of the part that nothing reads any more, with their writes into tensors of the part."""
-    _erase_unread(graph)
-    ops = set(found.ops)
-    # Nodes that compute the same have one operation between them.
-    own = {op.node for op in ops} | {node for node, value in found.program.results.items() if value.op in ops}
-    writes: dict[fx.Node, list[fx.Node]] = {}
-    for node in graph.nodes:
-        if node in own and node.args and isinstance(node.args[0], fx.Node) and _writes(node, node.args[0]):
-            writes.setdefault(_root(node.args[0]), []).append(node)
-    written = {node for group in writes.values() for node in group}
-    live: set[fx.Node] = set()
-    pending = [node for node in graph.nodes if node not in own]
-    while pending:
-        node = pending.pop()
-        if node in live:
-            continue
-        live.add(node)
-        pending.extend(n for n in node.all_input_nodes if n in own)
-        pending.extend(writes.get(_root(node), ()) if node in own and node not in written else ())
-    for node in reversed(list(graph.nodes)):
-        if node in own and node not in live and not node.users:
-            graph.erase_node(node)
-    _sweep(graph)
-
-
-def _erase_unread(graph: fx.Graph) -> None:
-    """Erases tensors that the code computes and never reads: they would keep the part alive that they read."""
-    for node in reversed(list(graph.nodes)):
-        pure = node.op in ("call_function", "call_method") and not node.is_impure()
-        written = pure and bool(node.args) and isinstance(node.args[0], fx.Node) and _writes(node, node.args[0])
-        if pure and not written and not node.users and _is_tensor(node):
-            graph.erase_node(node)
-
-
-def _sweep(graph: fx.Graph) -> None:
-    """Erases what only the removed operations read: masks, sizes, views of operands."""
-    for node in reversed(list(graph.nodes)):
-        pure = node.op in ("call_function", "call_method") and not node.is_impure() and not _is_bracket(node)
-        written = pure and bool(node.args) and isinstance(node.args[0], fx.Node) and _writes(node, node.args[0])
-        if pure and not node.users and not written:
-            graph.erase_node(node)
-    _erase_empty_brackets(graph)
-
-
-# What Dynamo writes around the operations of a vmap.
-_OPENS, _CLOSES, _LOADS = "_vmap_increment_nesting", "_vmap_decrement_nesting", "lazy_load_decompositions"
-
-
-def _is_bracket(node: fx.Node) -> bool:
-    return _name(node) in (_OPENS, _CLOSES, _LOADS)
-
-
-def _name(node: fx.Node) -> str:
-    return str(getattr(node.target, "__name__", ""))
-
-
-def _erase_empty_brackets(graph: fx.Graph) -> None:
-    """Erases each vmap that no operation is left of."""
-    opened: list[fx.Node] = []
-    for node in list(graph.nodes):
-        if _name(node) == _OPENS:
-            opened.append(node)
-        elif _name(node) == _CLOSES and opened:
-            start = opened.pop()
-            if start.next is node:
-                graph.erase_node(node)
-                graph.erase_node(start)
-
-
-def _is_tensor(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("example_value"), torch.Tensor)
-
-
-def _root(node: fx.Node) -> fx.Node:
-    """The tensor that a view shows."""
-    views = {operator.getitem, "view", "transpose", "permute", "unsqueeze", "squeeze", "select", "narrow", "mT", "T"}
-    while node.target in views and node.args and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    return node
+def _put(graph: fx.Graph, effects: Effects, place: Place, result: fx.Node) -> None:
+    """Has every node behind the part read the new result in the place of the old one."""
+    nodes = list(graph.nodes)
+    behind = set(nodes[nodes.index(result) + 1 :])
+    for carrier in place.carriers:
+        for user in [user for user in carrier.users if user in behind]:
+            user.replace_input_with(carrier, result)
+    old, new = effects.shows(place.result), effects.new()
+    effects.rename(behind, old, new)
+    effects.place(result, new, like=place.result)

@@ -22,14 +22,19 @@ def lifted_function(
         source: what to compute.
         finish: what to do with it in the end.
     """
-    bases: dict[Value, None] = {}
-    _collect(source, bases)
-    values = list(bases)
+    values = bases_of(source)
 
     def lifted(*tensors: Tensor) -> Tensor:
         return finish(_evaluate(source, dict(zip(values, tensors, strict=True)), {}))
 
     return lifted, values
+
+
+def bases_of(source: Lifted) -> list[Value]:
+    """The values that a source is computed from."""
+    bases: dict[Value, None] = {}
+    _collect(source, bases)
+    return list(bases)
 
 
 def _collect(source: Lifted, bases: dict[Value, None]) -> None:

@@ -1,0 +1,181 @@
+"""Place: where in the graph a part's result is read, and what its operands still hold there.
+
+The part was recognised in a program without writes; the graph has them. An operand may be changed in place between its
+use and the end of the part, the result afterwards, both through views of them. Where the operator cannot be put in
+without changing what the program means, the part is declined.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import fx
+
+from llcompile.passes.discover import user_line
+from llcompile.passes.effects import Effects, Storages
+from llcompile.passes.session import Session
+from llcompile.passes.structure.found import Found
+from llcompile.passes.structure.lift import bases_of
+from llcompile.passes.structure.lifted import Lifted, Source
+from llcompile.passes.structure.program import Value
+
+
+class CannotPlace(Exception):
+    """The rewrite would change what the program means: the reason, and what to do."""
+
+    def __init__(self, reason: str, hint: str) -> None:
+        super().__init__(reason)
+        self.reason, self.hint = reason, hint
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a part's result goes.
+
+    Args:
+        anchor: the node after which it is computed.
+        result: a node that shows the part's result behind the anchor.
+        carriers: the nodes in whose place the new result is read behind the anchor.
+        written: whether the program changes the result in place.
+        copied: operands that are changed in place, of which a copy is read.
+    """
+
+    anchor: fx.Node
+    result: fx.Node
+    carriers: tuple[fx.Node, ...]
+    written: bool
+    copied: frozenset[fx.Node]
+
+
+def place(graph: fx.Graph, effects: Effects, found: Found, reads: Iterable[fx.Node] = (), trains: bool = True) -> Place:
+    """Where the operator goes for a part.
+
+    Args:
+        graph: the part's.
+        effects: the graph's.
+        found: the part.
+        reads: nodes that the rewrite reads beside the part's operands.
+        trains: gradients are taken here: an operand must keep its numbers until then.
+
+    Raises:
+        CannotPlace: the rewrite would change what the program means.
+    """
+    return _Placer(graph, effects, found).place([*operand_nodes(found), *reads], trains)
+
+
+def placing(session: Session) -> int:
+    """Declines each hand-written mixer whose rewrite would change the program; returns how many."""
+    before = sum(site.open for site in session.sites)
+    for site in session.sites:
+        for found in (*site.denominators, site.found) if site.open else ():
+            if found is not None:
+                try:
+                    place(site.region.graph, site.region.effects, found)
+                except CannotPlace as problem:
+                    site.decline(problem.reason, problem.hint)
+    return before - sum(site.open for site in session.sites)
+
+
+def operand_nodes(found: Found) -> list[fx.Node]:
+    """The nodes that the operator's operands are read from.
+
+    Raises:
+        CannotPlace: an operand is what a tensor was at a time at which no node returned it.
+    """
+    values = dict.fromkeys(v for source in found.reading.rows for v in _values(source))
+    if found.tail is not None:
+        joined = found.tail.joined
+        values.update(dict.fromkeys(v for v in _values(found.tail.root) if v is not joined))
+    nodes = []
+    for value in values:
+        if value.node is None:
+            raise CannotPlace("an operand is changed in place while it is read", "write the changed operand anew")
+        nodes.append(value.node)
+    return nodes
+
+
+class _Placer:
+    def __init__(self, graph: fx.Graph, effects: Effects, found: Found) -> None:
+        self.effects, self.found, self.anchor = effects, found, found.anchor
+        self.nodes = list(graph.nodes)
+        self.position = {node: i for i, node in enumerate(self.nodes)}
+        self.end = self.position[self.anchor]
+
+    def place(self, operands: list[fx.Node], trains: bool) -> Place:
+        carriers = self._carriers()
+        result = self.found.output.node
+        result = next(node for node in carriers if self._is_before(node)) if result is None else result
+        shown = self.effects.shows(result)
+        if self.effects.outlives(shown):
+            raise CannotPlace(
+                "its output is written into a tensor that is there before and after the call (an input, a buffer)",
+                "compute the output in a tensor of its own, and copy it",
+            )
+        written = self._writes(shown, self.end)
+        apart = [node for node in carriers if shown.isdisjoint(self.effects.shows(node))]
+        changed = written or [w for node in apart for w in self._writes(self.effects.shows(node), self.end)]
+        if changed and apart:
+            raise CannotPlace(f"it is computed twice, and one is changed in place at {_line(changed[0])}", _PLAIN)
+        if written:
+            carriers = self._shown_alike(shown, result, written[0])
+        else:
+            carriers = [n for n in carriers if n in apart or self.effects.view(n) == self.effects.view(result)]
+        copied = frozenset(node for node in operands if self._changes(node, trains))
+        return Place(self.anchor, result, tuple(carriers), bool(written), copied)
+
+    def _carriers(self) -> list[fx.Node]:
+        """The nodes that are the part's result when something behind the anchor reads them."""
+        program, output = self.found.program, self.found.output
+        found = dict.fromkeys(
+            node
+            for (user, node), value in program.reads.items()
+            if value is output and self.position.get(user, -1) > self.end and node in self.position
+        )
+        if output.node is not None:
+            found.setdefault(output.node)
+        return list(found)
+
+    def _shown_alike(self, shown: Storages, result: fx.Node, write: fx.Node) -> list[fx.Node]:
+        """All nodes that show the changed memory behind the anchor: they have to show it as the result does."""
+        nodes = [
+            node
+            for node in self.nodes[: self.end + 1]
+            if not shown.isdisjoint(self.effects.shows(node)) and any(map(self._is_behind, node.users))
+        ]
+        for node in nodes:
+            if self.effects.view(node) != self.effects.view(result) or self.effects.shows(node) != shown:
+                raise CannotPlace(
+                    f"its output is changed in place at {_line(write)}, and read through a view that is older than it",
+                    _PLAIN,
+                )
+        return nodes
+
+    def _changes(self, operand: fx.Node, trains: bool) -> bool:
+        """Whether an operand is not any more what it was, when the operator or its backward reads it."""
+        if not self._is_before(operand):
+            raise CannotPlace("an operand is computed a second time, behind it", "compute it once")
+        writes = self._writes(self.effects.shows(operand), self.position[operand])
+        return bool(writes) and (trains or self._is_before(writes[0]))
+
+    def _writes(self, storages: Storages, position: int) -> list[fx.Node]:
+        """What changes the memory behind a position."""
+        later = self.nodes[position + 1 :]
+        return [node for node in later if not storages.isdisjoint(self.effects.writes(node))]
+
+    def _is_before(self, node: fx.Node) -> bool:
+        return self.position.get(node, self.end + 1) <= self.end
+
+    def _is_behind(self, node: fx.Node) -> bool:
+        return self.position.get(node, -1) > self.end
+
+
+_PLAIN = "write it without the in-place statement (o = o * 2)"
+
+
+def _line(node: fx.Node) -> str:
+    return user_line(node.meta) or node.name
+
+
+def _values(source: Source) -> list[Value]:
+    return bases_of(source) if isinstance(source, Lifted) else [source]

@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from llcompile.passes import dynamo
-from llcompile.passes.mechanisms.vocabulary import MADE, PRODUCTS, READS, SHAPED, is_write, operation
+from llcompile.passes.mechanisms.vocabulary import MADE, PRODUCTS, SHAPED, operation
 from llcompile.passes.regions import Region
 
 Shape = tuple[int, ...]
@@ -44,8 +44,8 @@ class Facts:
     learned: set[fx.Node] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        written: dict[fx.Node, fx.Node] = {}  # a tensor -> what was last written to it
-        whole: dict[fx.Node, fx.Node] = {}  # a part of a tensor, or the result of a write to it -> the tensor
+        effects = self.region.effects
+        written: dict[int, fx.Node] = {}  # memory -> what was last written to it
         for position, node in enumerate(self.region.graph.nodes):
             self.position[node] = position
             name = self.names[node] = operation(node)
@@ -53,17 +53,17 @@ class Facts:
             if shape is not None:
                 self.shapes[node] = shape
             read = node.all_input_nodes[:1] if name in SHAPED else node.all_input_nodes
-            read = [written.get(whole.get(n, n), n) for n in read] if written else read
+            read = [self._at_last(n, effects.shows(n), written) for n in read] if written else read
             self.inputs[node], self.users[node] = read, []
             for n in read:
                 self.users[n].append(node)
-            if name in READS and read:
-                whole[node] = whole.get(node.all_input_nodes[0], node.all_input_nodes[0])
-            elif is_write(node):
-                target = node.args[0]
-                root = whole.get(target, target)  # type: ignore[arg-type, call-overload]
-                whole[node], written[root] = root, node
+            written.update(dict.fromkeys(effects.writes(node), node))
             self._classify(node, read)
+
+    def _at_last(self, node: fx.Node, shown: Iterable[int], written: Mapping[int, fx.Node]) -> fx.Node:
+        """The node, or what was written to its memory since."""
+        writes = [written[number] for number in shown if number in written]
+        return max([node, *writes], key=lambda n: self.position[n])
 
     def _classify(self, node: fx.Node, read: list[fx.Node]) -> None:
         if node.op == "placeholder":
@@ -72,8 +72,8 @@ class Facts:
             return
         elif not self.activations.isdisjoint(read):
             self.activations.add(node)
-            if is_write(node):
-                self.activations.add(node.args[0])  # type: ignore[arg-type]
+            effects, changed = self.region.effects, self.region.effects.writes(node)
+            self.activations.update(n for n in read if changed and not changed.isdisjoint(effects.shows(n)))
         elif not self.learned.isdisjoint(read):
             self.learned.add(node)
 

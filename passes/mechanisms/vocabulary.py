@@ -8,7 +8,6 @@ from torch import fx
 
 # In-place operators of Python, which are not told apart from the others.
 _INPLACE = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "truediv", "imatmul": "matmul"}
-_WRITES = {*_INPLACE, "setitem", "ior", "iand"}
 _SYNONYMS = {
     "subtract": "sub",
     "multiply": "mul",
@@ -57,15 +56,6 @@ def operation(node: fx.Node) -> str:
         packet = getattr(target, "_overloadpacket", target)
         name = _names[target] = _plain(str(getattr(packet, "__name__", None) or packet))
     return name
-
-
-def is_write(node: fx.Node) -> bool:
-    """Whether the node changes its first argument."""
-    if not node.args or not isinstance(node.args[0], fx.Node):
-        return False
-    if node.op == "call_method":
-        return str(node.target).endswith("_") and not str(node.target).endswith("__")
-    return node.op == "call_function" and getattr(node.target, "__name__", "") in _WRITES
 
 
 def _plain(name: str) -> str:

@@ -9,7 +9,7 @@ from llcompile.passes.structure.program import Op, Value
 from llcompile.passes.structure.reading import Reading
 
 # What code does to a denominator before it divides.
-_AROUND = MOVES | {"add", "abs", "clamp", "clamp_min", "maximum", "mul"}
+_AROUND = MOVES | {"detach", "add", "abs", "clamp", "clamp_min", "maximum", "mul"}
 
 
 def pair_denominators(findings: Findings) -> None:

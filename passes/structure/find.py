@@ -19,6 +19,7 @@ from llcompile.passes.capture import leaf_of
 from llcompile.passes.records import Certificate
 from llcompile.passes.regions import Region
 from llcompile.passes.structure.assume import expect_decay, learned
+from llcompile.passes.structure.barriers import expect_no_barrier
 from llcompile.passes.structure.certify import certify
 from llcompile.passes.structure.classify import Miss, classify
 from llcompile.passes.structure.cut import Cutter, Part
@@ -342,6 +343,7 @@ class _Search:
             remember(key, part, axes, result, known)
         if known[0].assumed and known[0].decay is not None:
             expect_decay(known[0].decay)
+        expect_no_barrier(part, tail, self.times, self.findings.program)
         return Found(part, *known, frame, self.times, self.findings.program, tail)
 
     def _prove(

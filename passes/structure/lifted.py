@@ -132,7 +132,7 @@ class Lifter:
         )
         shape = mapped(lambda a: id(a) if isinstance(a, (Value, Lifted)) else a, (args, kwargs))
         count, position = next(iter(found_at))
-        key = (op.target, value.index, repr(shape))
+        key = (op.target, op.mode, value.index, repr(shape))
         if key not in self._lifted:
             self._lifted[key] = Lifted(op, args, kwargs, index=value.index, sample=value, count=count)
         return self._lifted[key], position

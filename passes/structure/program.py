@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from llcompile.passes.structure.modes import USUAL, Mode
+
 
 @dataclass(eq=False)
 class Value:
@@ -41,7 +43,16 @@ class Value:
 
 @dataclass(eq=False)
 class Op:
-    """One ATen call. `args` and `kwargs` hold values where the call takes tensors; `node` is where it comes from."""
+    """One ATen call.
+
+    Args:
+        target: what is called.
+        args, kwargs: its arguments, values where the call takes tensors.
+        node: the graph's node that it comes from.
+        number: its place in the program.
+        inputs, outputs: its values.
+        mode: the modes that it runs in.
+    """
 
     target: Any
     args: tuple[Any, ...]
@@ -50,6 +61,7 @@ class Op:
     number: int = 0
     inputs: list[Value] = field(default_factory=list)
     outputs: list[Value] = field(default_factory=list)
+    mode: Mode = USUAL
 
     @functools.cached_property
     def name(self) -> str:
@@ -69,12 +81,14 @@ class Program:
         inputs: values of placeholders and constants.
         results: node -> the value that it returns.
         reads: (user, node) -> the value that `user` sees of `node`; another one than `results` after a mutation.
+        grad: whether gradients are taken where the graph starts.
     """
 
     ops: list[Op] = field(default_factory=list)
     inputs: list[Value] = field(default_factory=list)
     results: dict[fx.Node, Value] = field(default_factory=dict)
     reads: dict[tuple[fx.Node, fx.Node], Value] = field(default_factory=dict)
+    grad: bool = True
 
     def values(self) -> Iterator[Value]:
         """Inputs first, then results in the order of the operations."""

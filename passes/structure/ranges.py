@@ -154,8 +154,8 @@ def _sum(op: Op, r: list[Range]) -> Range:
 
 
 _SHAPES = (
-    "view _unsafe_view reshape permute transpose t unsqueeze squeeze expand clone contiguous _to_copy select slice "
-    "unbind split split_with_sizes repeat cat stack index index_select flip roll mean amax amin lift_fresh_copy "
+    "view _unsafe_view reshape permute transpose t unsqueeze squeeze expand clone contiguous _to_copy detach select "
+    "slice unbind split split_with_sizes repeat cat stack index index_select flip roll mean amax amin lift_fresh_copy "
     "diagonal"
 )
 _RULES: dict[str, Callable[[Op, list[Range]], Range]] = {

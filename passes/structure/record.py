@@ -13,12 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from llcompile.passes import dynamo
 from llcompile.passes.capture import leaf_of
 from llcompile.passes.regions import Region
+from llcompile.passes.structure.modes import Mode, Modes
 from llcompile.passes.structure.nested import leaves, mapped
 from llcompile.passes.structure.program import Op, Program, Value
 
 aten = torch.ops.aten
 # Results of these are their first argument, as far as numbers go.
-_SAME = {aten.alias.default, aten.detach.default}
+_SAME = {aten.alias.default}
 _CONSTANTS = {aten.lift_fresh.default, aten.lift_fresh_copy.default}
 
 
@@ -80,6 +81,9 @@ class _Recorder:
         self.program = Program()
         self.node: fx.Node | None = None
         self.pending: Value | None = None  # the value that the next `empty_strided` stands for
+        self.modes = Modes(region.graph, torch.is_grad_enabled())
+        self.program.grad = self.modes.now.grad
+        self.now = self.modes.now  # of the operation that is noted next
         self.known: dict[int, Value] = {}
         self.folds = False  # numbers of counters are computed, not recorded
         self.twins: dict[Any, Op] = {}
@@ -89,21 +93,31 @@ class _Recorder:
         """Runs the graph node by node."""
         results: dict[fx.Node, Any] = {}
         module_tensors = dynamo.module_tensors()
+        made: dict[fx.Node, Mode] = {}
         for node in self.region.graph.nodes:
             self.node = node
-            if node.op == "output":
-                self._read(node, results)
+            self._read(node, results, made)
+            if node.op == "output" or self.modes.switch(node):
                 continue
-            self._read(node, results)
-            results[node] = self._result(node, results, module_tensors)
+            self.now = made[node] = self.modes.now
+            results[node] = self._typed(node, self._result(node, results, module_tensors))
             value = self._value(results[node])
             if value is not None:
                 value.node = value.node or node
                 self.program.results[node] = value
         return ()
 
-    def _read(self, node: fx.Node, results: Mapping[fx.Node, Any]) -> None:
+    def _typed(self, node: fx.Node, result: Any) -> Any:
+        """The result in the dtype that it has: autocast does nothing on meta tensors."""
+        example = node.meta.get("example_value")
+        if not isinstance(result, Tensor) or not isinstance(example, Tensor) or result.dtype == example.dtype:
+            return result
+        return result.to(example.dtype) if _is_float(result) and _is_float(example) else result
+
+    def _read(self, node: fx.Node, results: Mapping[fx.Node, Any], made: Mapping[fx.Node, Mode]) -> None:
         for source in node.all_input_nodes:
+            # A view of what was written to since is made anew, in the mode in which it was made.
+            self.now = made.get(source, self.modes.now)
             value = self._value(results.get(source))
             if value is not None:
                 self.program.reads[node, source] = value
@@ -128,13 +142,15 @@ class _Recorder:
                 return self._opaque(node, args, kwargs)
         if isinstance(node.target, torch._ops.HigherOrderOperator) or leaf_of(node.target) is not None:
             return self._opaque(node, args, kwargs)
+        if node.op == "call_module":
+            return self._opaque(node, args, kwargs)
         args = _below_functionalisation(node, args)
         try:
-            if node.op == "call_method":
-                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            if node.op == "call_module":
-                return self._opaque(node, args, kwargs)
-            return node.target(*args, **kwargs)  # type: ignore[operator]
+            return _run(node, args, kwargs)
+        except Exception:
+            pass
+        try:  # autocast would give all operands one dtype
+            return _run(node, *_of_one_dtype(node, args, kwargs))
         except Exception:
             return self._opaque(node, args, kwargs)
 
@@ -164,7 +180,7 @@ class _Recorder:
         """One operation for the whole node; its results have the shapes that Dynamo knows."""
         example = node.meta.get("example_value")
         plain = mapped(lambda a: self._value(a) if isinstance(a, Tensor) else a, (args, kwargs))
-        op = Op(_runner(node), tuple(plain[0]), dict(plain[1]), node, number=len(self.program.ops))
+        op = Op(_runner(node), tuple(plain[0]), dict(plain[1]), node, len(self.program.ops), mode=self.now)
         op.inputs = [v for v in leaves(plain) if isinstance(v, Value)]
         for value in op.inputs:
             value.users.append(op)
@@ -254,7 +270,7 @@ class _Recorder:
         if run.get("device") is not None:
             run["device"] = torch.device("meta")
         result = func(*args, **run)
-        if func in _SAME:
+        if func in _SAME or (func is aten.detach.default and self.known[id(args[0])].data is not None):
             self._know(result, self.known[id(args[0])])
             return result
         if func is aten.copy.default:
@@ -277,14 +293,14 @@ class _Recorder:
     def _append(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> Value:
         assert self.node is not None
         plain = mapped(lambda a: self.known[id(a)] if isinstance(a, Tensor) else a, (args, dict(kwargs)))
-        key = (func, repr(plain), tuple(id(v) for v in leaves(plain) if isinstance(v, Value)))
+        key = (self.now, func, repr(plain), tuple(id(v) for v in leaves(plain) if isinstance(v, Value)))
         if key in self.twins and torch.Tag.nondeterministic_seeded not in func.tags:
             # Functionalisation makes a view anew whenever it is read.
             made = [leaf for leaf in leaves(result) if isinstance(leaf, Tensor)]
             for tensor, value in zip(made, self.twins[key].outputs, strict=True):
                 self._know(tensor, value)
             return self.twins[key].outputs[0]
-        op = Op(func, tuple(plain[0]), plain[1], self.node, number=len(self.program.ops))
+        op = Op(func, tuple(plain[0]), plain[1], self.node, len(self.program.ops), mode=self.now)
         self.twins[key] = op
         op.inputs = [v for v in leaves(plain) if isinstance(v, Value)]
         for value in dict.fromkeys(op.inputs):
@@ -319,6 +335,27 @@ class _Recorder:
     def _value(self, result: Any) -> Value | None:
         """The value that a tensor of the run stands for at this moment (after the mutations so far)."""
         return self.known.get(id(_unwrapped(result))) if isinstance(result, Tensor) else None
+
+
+def _run(node: fx.Node, args: Any, kwargs: Any) -> Any:
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    if node.target is torch._C._autograd._get_data_attr:  # x.data: no dispatcher sees it
+        return args[0].detach()
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _of_one_dtype(node: fx.Node, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """The arguments in the dtype of the result, where they are of several."""
+    example = node.meta.get("example_value")
+    floats = {a.dtype for a in leaves((args, kwargs)) if _is_float(a)}
+    if not _is_float(example) or len(floats) < 2:
+        raise TypeError(str(node.target))
+    return mapped(lambda a: a.to(example.dtype) if _is_float(a) else a, (args, dict(kwargs)))  # type: ignore[no-any-return]
+
+
+def _is_float(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
 
 
 def _unwrapped(result: Any) -> Any:

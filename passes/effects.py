@@ -248,6 +248,8 @@ def is_nesting(node: fx.Node) -> bool:
 
 
 def _state(tensor: Tensor) -> tuple[object, ...]:
+    if tensor.layout != torch.strided:
+        return (tensor._version,)
     return tensor._version, tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
 
 
@@ -259,10 +261,16 @@ def _bare(tensor: Tensor) -> Tensor:
 
 
 def _address(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    """Equal for tensors that show one memory."""
+    try:
+        return _bare(tensor).untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # sparse ones, and other kinds that are made of several
+        return id(tensor)
 
 
 def _empty(like: Tensor) -> Tensor:
+    if like.layout != torch.strided:
+        return torch.empty([_number(n) for n in like.shape], dtype=like.dtype, device="meta")
     sizes, strides = ([_number(n) for n in numbers] for numbers in (like.shape, like.stride()))
     return torch.empty_strided(sizes, strides, dtype=like.dtype, device="meta")
 

@@ -43,7 +43,10 @@ def _write(session: Session, site: Site, found: Found, tensors: list[fx.Node]) -
     place = placed(graph, effects, found, reads, trains=torch.is_grad_enabled())
     tracer = GraphAppendingTracer(graph)
     copies = {node: _copy(graph, node) for node in place.copied}
-    as_proxy = lambda node: fx.Proxy(copies.get(node, node), tracer)  # noqa: E731
+
+    def as_proxy(node: fx.Node) -> fx.Proxy:
+        return fx.Proxy(copies.get(node, node), tracer)
+
     with graph.inserting_before(place.anchor.next):
         values = {source: _as_operand(graph, source, as_proxy) for source in found.reading.rows}
         _guard(site, found, values)

@@ -340,7 +340,7 @@ class _Recorder:
 def _run(node: fx.Node, args: Any, kwargs: Any) -> Any:
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    if node.target is torch._C._autograd._get_data_attr:  # x.data: no dispatcher sees it
+    if node.target is getattr(torch._C._autograd, "_get_data_attr", None):  # x.data: no dispatcher sees it
         return args[0].detach()
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
@@ -349,9 +349,10 @@ def _of_one_dtype(node: fx.Node, args: Any, kwargs: Any) -> tuple[Any, Any]:
     """The arguments in the dtype of the result, where they are of several."""
     example = node.meta.get("example_value")
     floats = {a.dtype for a in leaves((args, kwargs)) if _is_float(a)}
-    if not _is_float(example) or len(floats) < 2:
+    if not isinstance(example, Tensor) or not _is_float(example) or len(floats) < 2:
         raise TypeError(str(node.target))
-    return mapped(lambda a: a.to(example.dtype) if _is_float(a) else a, (args, dict(kwargs)))  # type: ignore[no-any-return]
+    given = mapped(lambda a: a.to(example.dtype) if _is_float(a) else a, (args, dict(kwargs)))
+    return given[0], given[1]
 
 
 def _is_float(x: Any) -> bool:

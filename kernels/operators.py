@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import choice
+from . import choice, torch_operator
 from .layout import Operands
 from .state import check_positions, check_state, state_dtype
 
 
-@torch.library.custom_op("llcompile::loglinear_attention", mutates_args=())
 def _attention(
     q: Tensor,
     k: Tensor,
@@ -32,7 +31,6 @@ def _attention(
     return run(Operands(q, k, v, level_weights, log_decay, beta, initial_state, lengths), scale, return_final_state)
 
 
-@torch.library.custom_op("llcompile::loglinear_attention_backward", mutates_args=())
 def _attention_backward(
     grad_o: Tensor,
     grad_state: Tensor,
@@ -51,7 +49,6 @@ def _attention_backward(
     return run_backward(operands, scale, grad_o, grad_state if return_final_state else None)  # type: ignore[return-value]
 
 
-@torch.library.custom_op("llcompile::loglinear_attention_step", mutates_args=())
 def _attention_step(
     q: Tensor,
     k: Tensor,
@@ -106,8 +103,7 @@ def state_shape(q: Tensor, v: Tensor, w: Tensor | None) -> tuple[Any, ...]:
     return (v.shape[0], v.shape[-2], *levels, q.shape[-1], v.shape[-1])
 
 
-@_attention.register_fake
-def _(
+def _attention_shapes(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -123,8 +119,7 @@ def _(
     return v.new_empty(v.shape), v.new_empty(shape, dtype=state_dtype(v.dtype))
 
 
-@_attention_backward.register_fake
-def _(
+def _attention_backward_shapes(
     grad_o: Tensor,
     grad_state: Tensor,
     q: Tensor,
@@ -142,8 +137,7 @@ def _(
     return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs)
 
 
-@_attention_step.register_fake
-def _(
+def _attention_step_shapes(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -197,5 +191,12 @@ def present(inputs: Any, grads: Any) -> list[Tensor | None]:
     return [None if x is None else grad for x, grad in zip(inputs, grads, strict=True)]
 
 
-_attention.register_autograd(_attention_gradient, setup_context=_save_attention)
-_attention_step.register_autograd(_step_gradient, setup_context=_save_step)
+torch_operator.define(
+    "loglinear_attention_backward", _attention_backward, _attention_backward_shapes
+)
+torch_operator.define(
+    "loglinear_attention", _attention, _attention_shapes, _save_attention, _attention_gradient
+)
+torch_operator.define(
+    "loglinear_attention_step", _attention_step, _attention_step_shapes, _save_step, _step_gradient
+)

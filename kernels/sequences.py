@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import operators
+from . import operators, torch_operator
 from .layout import Operands
 from .operands import check_bounds, check_indices, check_mask
 from .ragged import Spans, spans_of_bounds, spans_of_indices, spans_of_mask
 from .state import state_dtype
 
 
-@torch.library.custom_op("llcompile::loglinear_attention_ragged", mutates_args=())
 def _attention(
     q: Tensor,
     k: Tensor,
@@ -39,7 +38,6 @@ def _attention(
     return o.reshape(v.shape), state
 
 
-@torch.library.custom_op("llcompile::loglinear_attention_ragged_backward", mutates_args=())
 def _attention_backward(
     grad_o: Tensor,
     grad_state: Tensor,
@@ -89,8 +87,7 @@ def _flat(x: Tensor) -> Tensor:
     return x if x.dim() < 3 else x.flatten(0, 1)[None]
 
 
-@_attention.register_fake
-def _(
+def _attention_shapes(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -110,8 +107,7 @@ def _(
     return v.new_empty(v.shape), v.new_empty(shape, dtype=state_dtype(v.dtype))
 
 
-@_attention_backward.register_fake
-def _(grad_o: Tensor, grad_state: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _attention_backward_shapes(grad_o: Tensor, grad_state: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     q, inputs = rest[0], rest[:7]
     return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs)
 
@@ -130,4 +126,5 @@ def _gradient(ctx: Any, grad_o: Tensor, grad_state: Tensor) -> tuple[Any, ...]:
     return (*operators.present(tensors, grads), None, None, None, None, None)
 
 
-_attention.register_autograd(_gradient, setup_context=_save)
+torch_operator.define("loglinear_attention_ragged_backward", _attention_backward, _attention_backward_shapes)
+torch_operator.define("loglinear_attention_ragged", _attention, _attention_shapes, _save, _gradient)

@@ -26,6 +26,10 @@ class KernelCacheError(KernelError):
     """The folder for generated kernels cannot be written."""
 
 
+class DerivativeError(LLCompileError, NotImplementedError):
+    """A derivative that the operators do not have was asked for: forward mode, or a second one."""
+
+
 class OptionError(LLCompileError, ValueError):
     """An option of the backend is unknown or has a wrong type or value."""
 

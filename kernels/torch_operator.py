@@ -1,0 +1,110 @@
+"""Makes an operator of torch out of functions: its values, its shapes and its gradient.
+
+``torch.library.custom_op`` does the same, but the autograd kernel that it writes refuses to run below ``torch.func.grad``
+and drops the tangents of forward mode without a word. So this file has a kernel of its own, and all that it takes from
+torch's private interfaces is in this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import _C, Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd.forward_ad import unpack_dual
+from torch.autograd.function import _SingleLevelFunction
+
+from ..errors import DerivativeError
+
+NAMESPACE = "llcompile"
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+Save = Callable[[Any, tuple[Any, ...], Any], None]  # (ctx, inputs, output)
+Gradient = Callable[..., tuple[Any, ...]]  # (ctx, *gradients of the outputs) -> a gradient for each input
+
+
+def define(
+    name: str,
+    values: Callable[..., Any],
+    shapes: Callable[..., Any],
+    save: Save | None = None,
+    gradient: Gradient | None = None,
+) -> None:
+    """Register ``torch.ops.llcompile.<name>``.
+
+    Args:
+        values: computes the outputs, which must be new tensors; its annotations are the schema.
+        shapes: makes empty outputs, from shapes and dtypes alone.
+        save: keeps on ``ctx`` what ``gradient`` needs.
+        gradient: a gradient for each input, None where there is none. Without it the operator cannot be differentiated,
+            and says so (:class:`DerivativeError`) when that is tried.
+    """
+    schema = torch.library.infer_schema(values, mutates_args=())
+    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    operator = getattr(getattr(torch.ops, NAMESPACE), name).default
+    # Dynamo must not look into the functions: called between two graphs of a user's, they are frames like any other.
+    _library.impl(name, torch._disable_dynamo(values), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", shapes, lib=_library)
+    _library.impl(name, torch._disable_dynamo(_autograd(operator, save, gradient)), "Autograd", with_keyset=True)
+
+
+def _autograd(operator: Any, save: Save | None, gradient: Gradient | None) -> Callable[..., Any]:
+    """The kernel that stands above the values: it records what the backward pass needs."""
+    function = _function(operator, save, gradient)
+    defaults = [argument.default_value for argument in operator._schema.arguments]
+
+    def kernel(keys: Any, *given: Any) -> Any:
+        inputs = (*given, *defaults[len(given) :])
+        _refuse_tangents(operator, inputs)
+        if not (torch.is_grad_enabled() and _C._any_requires_grad(*inputs)):
+            return _below(operator, keys, inputs)
+        # The dispatcher has one level of torch.func's at hand here, never more.
+        with enable_single_level_autograd_function():
+            return function.apply(keys, *inputs)
+
+    return kernel
+
+
+def _function(operator: Any, save: Save | None, gradient: Gradient | None) -> Any:
+    """The autograd function of ``operator``; its first argument are the keys that the dispatcher came with."""
+
+    def forward(keys: Any, *inputs: Any) -> Any:
+        with torch.enable_grad():  # a function's forward has it off, and what is below may be another level's autograd
+            return _below(operator, keys, inputs)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        if save is not None:
+            save(ctx, inputs[1:], output)
+
+    def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+        if gradient is None:
+            raise DerivativeError(
+                f"{operator} has no derivative: it is a gradient itself, and a second derivative was asked for "
+                "(create_graph=True, a gradient penalty, torch.func.hessian). llcompile's operators have first "
+                "derivatives only; take second ones of the model as it is without the backend (llcompile.revert, or "
+                "the model not compiled), where the mixer is plain torch"
+            )
+        return (None, *gradient(ctx, *gradients))
+
+    functions = {"forward": forward, "setup_context": setup_context, "backward": backward}
+    name = f"{operator._opname.title().replace('_', '')}Function"
+    return type(name, (_SingleLevelFunction,), {key: staticmethod(f) for key, f in functions.items()})
+
+
+def _below(operator: Any, keys: Any, inputs: tuple[Any, ...]) -> Any:
+    """What the dispatcher has below autograd."""
+    with _C._AutoDispatchBelowAutograd():
+        return operator.redispatch(keys & _C._after_autograd_keyset, *inputs)
+
+
+def _refuse_tangents(operator: Any, inputs: tuple[Any, ...]) -> None:
+    """Forward mode would go on with the values alone, that is with a derivative of 0."""
+    for x in inputs:
+        if isinstance(x, Tensor) and unpack_dual(x).tangent is not None:
+            raise DerivativeError(
+                f"{operator} has no forward-mode derivative, and an input of shape {list(x.shape)} carries a tangent "
+                "(torch.func.jvp, jacfwd, linearize, hessian, torch.autograd.forward_ad); use reverse mode "
+                "(backward, torch.func.grad, vjp, jacrev), or the model as it is without the backend"
+            )

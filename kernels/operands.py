@@ -10,6 +10,9 @@ from torch import Tensor
 
 from ..errors import OperandError
 
+# What PyTorch computes in. Other floating dtypes (float8 and below) are for storage.
+COMPUTE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
 
 def check_sequence(
     q: Tensor, k: Tensor, v: Tensor, w: Tensor | None, log_decay: Tensor | None, beta: Tensor | None, scale: float
@@ -153,6 +156,11 @@ def _check_types(**operands: Tensor | None) -> None:
             raise OperandError(f"{name} must be a tensor, got {type(x).__name__}")
         if not x.dtype.is_floating_point:
             raise OperandError(f"{name} has dtype {x.dtype}; expected a floating one, cast it with .float()")
+        if x.dtype not in COMPUTE_DTYPES:
+            raise OperandError(
+                f"{name} has dtype {x.dtype}, in which numbers are stored and not computed with; cast it with "
+                ".to(torch.bfloat16) or .float()"
+            )
 
 
 def _check_rank(name: str, x: Tensor, axes: str) -> None:

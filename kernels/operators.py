@@ -68,14 +68,20 @@ def run(x: Operands, scale: float, return_final_state: bool) -> tuple[Tensor, Te
     """The forward pass on values, by the implementation that is chosen."""
     _check_state(x.initial_state, x.rows, x.q, x.v, x.level_weights, x.v.shape[1], "initial_state")
     with torch.no_grad(), torch.autocast(x.v.device.type, enabled=False):
-        return choice.forward(x, scale, return_final_state)
+        return choice.forward(_widened(x), scale, return_final_state)
 
 
 def run_backward(x: Operands, scale: float, grad_o: Tensor, grad_state: Tensor | None) -> tuple[Tensor, ...]:
     """The gradients of the first seven of ``x``, each as its input is; empty where there is no input."""
     with torch.no_grad(), torch.autocast(x.v.device.type, enabled=False):
-        grads = choice.backward(x, scale, grad_o, grad_state)
+        grads = choice.backward(_widened(x), scale, grad_o, grad_state)
     return tuple(_as_input(tensor, g, x.q) for tensor, g in zip(x[:7], grads, strict=True))
+
+
+def _widened(x: Operands) -> Operands:
+    """With a state that a cache kept in fewer bits in the dtype that states are computed in."""
+    state = x.initial_state
+    return x if state is None else x._replace(initial_state=state.to(state_dtype(x.v.dtype)))
 
 
 def _check_state(
@@ -191,12 +197,6 @@ def present(inputs: Any, grads: Any) -> list[Tensor | None]:
     return [None if x is None else grad for x, grad in zip(inputs, grads, strict=True)]
 
 
-torch_operator.define(
-    "loglinear_attention_backward", _attention_backward, _attention_backward_shapes
-)
-torch_operator.define(
-    "loglinear_attention", _attention, _attention_shapes, _save_attention, _attention_gradient
-)
-torch_operator.define(
-    "loglinear_attention_step", _attention_step, _attention_step_shapes, _save_step, _step_gradient
-)
+torch_operator.define("loglinear_attention_backward", _attention_backward, _attention_backward_shapes)
+torch_operator.define("loglinear_attention", _attention, _attention_shapes, _save_attention, _attention_gradient)
+torch_operator.define("loglinear_attention_step", _attention_step, _attention_step_shapes, _save_step, _step_gradient)

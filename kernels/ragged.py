@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import slabs
+from . import finite, slabs
 from .layout import Operands
 
 
@@ -48,9 +48,9 @@ def spans_of_indices(seq_idx: Tensor) -> Spans:
 def forward(x: Operands, scale: float, return_final_state: bool) -> tuple[Tensor, Tensor]:
     """The forward pass on ATen operations, of rows or of sequences where they are."""
     if x.starts is None:
-        return slabs.forward(x, scale, return_final_state)
+        return finite.forward(x, scale, return_final_state)
     rows = _rows(x)
-    o, state = slabs.forward(_in_rows(x, rows), scale, return_final_state)
+    o, state = finite.forward(_in_rows(x, rows), scale, return_final_state)
     return _from_rows(o, rows), state
 
 

@@ -3,13 +3,13 @@
 A state is one plain floating tensor with the batch first, so that caches can store, move and reorder it like any other:
 
 * linear state (no level weights): ``[B, H, K, V]``;
-* level state of ``L`` levels: ``[B, H, 1 + L, K, V]``. Slot 0 of the level axis is a header: its element
-  ``[b, h, 0, 0, 0]`` holds the position of row ``b`` (tokens absorbed so far), everything else in it is 0.
-  Slots ``1 .. L`` are the states of levels ``0 .. L - 1`` as the last query saw them; the last level also holds
-  everything that belongs higher.
+* level state of ``L`` levels: ``[B, H, 1 + L, K, V]``. Slot 0 of the level axis is a header: ``[b, h, 0]`` holds the
+  position of row ``b`` (tokens absorbed so far), as :mod:`.header` writes it. Slots ``1 .. L`` are the states of levels
+  ``0 .. L - 1`` as the last query saw them; the last level also holds everything that belongs higher.
 
-A tensor of zeros is a valid empty state at position 0. Positions are exact up to 2**24 in float32 (2**53 in float64),
-and a state that would count further is an error where its values are at hand.
+A tensor of zeros is a valid empty state at position 0. The operators give float32 and float64 states; a cache may hold
+them in any dtype that keeps the header. Positions are exact up to 2**24 (2**53 in float64), and a state that would
+count further, or whose header is damaged, is an error where its values are at hand.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import StateError
+from . import header
 
 
 def state_dtype(operand: torch.dtype) -> torch.dtype:
@@ -46,10 +47,9 @@ def is_level_state(state: Tensor) -> bool:
 
 def pack_state(levels: Tensor, position: Tensor) -> Tensor:
     """Join level states ``[B, H, L, K, V]`` and positions ``[B]`` into a state ``[B, H, 1 + L, K, V]``."""
-    batch, heads, _, key_dim, value_dim = levels.shape
-    header = levels.new_zeros(batch, heads, 1, key_dim, value_dim)
-    header[:, :, 0, 0, 0] = position.to(levels.dtype)[:, None]
-    return torch.cat([header, levels], dim=2)
+    _, heads, _, key_dim, value_dim = levels.shape
+    first = header.write(position, key_dim, value_dim, levels.dtype)
+    return torch.cat([first[:, None, None].expand(-1, heads, -1, -1, -1), levels], dim=2)
 
 
 def unpack_state(state: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,7 +59,7 @@ def unpack_state(state: Tensor) -> tuple[Tensor, Tensor]:
 
 def position_of(state: Tensor) -> Tensor:
     """Positions ``[B]`` (int64) of a level state's rows."""
-    return state[:, 0, 0, 0, 0].detach().round().to(torch.int64)
+    return header.read(state[:, 0, 0])
 
 
 def level_states(state: Tensor) -> Tensor:
@@ -94,19 +94,32 @@ def check_state(
         raise StateError(f"{name} has shape {list(shape)}: a level state needs a header and at least one level")
     if not state.dtype.is_floating_point:
         raise StateError(f"{name} has dtype {state.dtype}; expected float32 or float64")
+    if state.dim() == 5 and not header.keeps(state.dtype, key_dim * value_dim):
+        raise StateError(
+            f"{name} has shape {list(shape)} and dtype {state.dtype}, which cannot hold the position in a header of "
+            f"K * V = {key_dim * value_dim} numbers; keep this state in float32"
+        )
 
 
 def check_positions(state: Tensor, tokens: int, name: str = "initial_state") -> None:
     """Raise :class:`StateError` where a level state cannot count ``tokens`` more; on a CPU only, others would wait."""
-    if not is_level_state(state) or state.device.type != "cpu" or state.shape[0] == 0 or state.shape[1] == 0:
+    if not is_level_state(state) or state.device.type != "cpu" or not state.numel():
         return
-    largest = 2 ** (53 if state.dtype == torch.float64 else 24)
-    position = state[:, 0, 0, 0, 0].detach().double()
-    wrong = ~((position >= 0) & (position + tokens <= largest) & (position == position.round()))
-    if bool(wrong.any()):
+    first = state[:, 0, 0]  # [B, K, V]
+    largest = header.largest(state.dtype, first[0].numel())
+    position = header.read(first)
+    if bool((wrong := header.damage(first)).any()):
         row = int(wrong.nonzero()[0])
         raise StateError(
-            f"{name} stands at position {float(position[row]):.10g} in row {row} and {tokens} more tokens come in, but "
+            f"{name} of dtype {state.dtype} has lost the position of row {row}: its header begins with "
+            f"{first[row].detach().flatten()[: header.DIGITS].tolist()}. It was rounded (by a cache of fewer bits, "
+            "where it is of an earlier version, or has K * V < 8), scaled or quantised; start from an empty state, and "
+            "keep states in float32"
+        )
+    if bool((wrong := position + tokens > largest).any()):
+        row = int(wrong.nonzero()[0])
+        raise StateError(
+            f"{name} stands at position {int(position[row])} in row {row} and {tokens} more tokens come in, but "
             f"a {state.dtype} state counts whole tokens from 0 to {largest}; start from an empty state, or keep it in "
             "float64"
         )

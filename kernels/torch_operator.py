@@ -1,8 +1,8 @@
 """Makes an operator of torch out of functions: its values, its shapes and its gradient.
 
-``torch.library.custom_op`` does the same, but the autograd kernel that it writes refuses to run below ``torch.func.grad``
-and drops the tangents of forward mode without a word. So this file has a kernel of its own, and all that it takes from
-torch's private interfaces is in this file.
+``torch.library.custom_op`` does the same, but the autograd kernel that it writes refuses to run below
+``torch.func.grad`` and drops the tangents of forward mode without a word. So this file has a kernel of its own, and all
+that it takes from torch's private interfaces is in this file.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from torch import _C, Tensor
+from torch._compile import _disable_dynamo
 from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd.forward_ad import _set_fwd_grad_enabled, unpack_dual
 from torch.autograd.function import _SingleLevelFunction
 
 from ..errors import DerivativeError
@@ -45,9 +46,9 @@ def define(
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     operator = getattr(getattr(torch.ops, NAMESPACE), name).default
     # Dynamo must not look into the functions: called between two graphs of a user's, they are frames like any other.
-    _library.impl(name, torch._disable_dynamo(values), "CompositeExplicitAutograd")
+    _library.impl(name, _disable_dynamo(values), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", shapes, lib=_library)
-    _library.impl(name, torch._disable_dynamo(_autograd(operator, save, gradient)), "Autograd", with_keyset=True)
+    _library.impl(name, _disable_dynamo(_autograd(operator, save, gradient)), "Autograd", with_keyset=True)
 
 
 def _autograd(operator: Any, save: Save | None, gradient: Gradient | None) -> Callable[..., Any]:
@@ -71,7 +72,8 @@ def _function(operator: Any, save: Save | None, gradient: Gradient | None) -> An
     """The autograd function of ``operator``; its first argument are the keys that the dispatcher came with."""
 
     def forward(keys: Any, *inputs: Any) -> Any:
-        with torch.enable_grad():  # a function's forward has it off, and what is below may be another level's autograd
+        # A function's forward has both modes off, and what is below may be another level of torch.func's.
+        with torch.enable_grad(), _set_fwd_grad_enabled(True):
             return _below(operator, keys, inputs)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -88,7 +90,11 @@ def _function(operator: Any, save: Save | None, gradient: Gradient | None) -> An
             )
         return (None, *gradient(ctx, *gradients))
 
-    functions = {"forward": forward, "setup_context": setup_context, "backward": backward}
+    functions: dict[str, Callable[..., Any]] = {
+        "forward": forward,
+        "setup_context": setup_context,
+        "backward": backward,
+    }
     name = f"{operator._opname.title().replace('_', '')}Function"
     return type(name, (_SingleLevelFunction,), {key: staticmethod(f) for key, f in functions.items()})
 

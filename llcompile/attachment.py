@@ -12,21 +12,23 @@ from torch import nn
 
 from llcompile import eager_states, export_hook
 from llcompile.errors import LevelWeightsError, LevelWeightsIgnoredWarning
+from llcompile.kernels.operands import COMPUTE_DTYPES
 from llcompile.level_kinds import compute_dtype, level_weights_function
 from llcompile.level_weights import LevelWeights
 from llcompile.optimizer_watch import watch
 
 
 def make(kind: str, heads: int, levels: int, in_features: int | None, owner: nn.Module) -> LevelWeights:
-    """New level weights in the dtype and on the device of the owner's parameters."""
-    tensor = next((p for p in owner.parameters() if p.is_floating_point()), None)
+    """New level weights on the device of the owner's parameters, in their dtype if it is one to train in."""
+    floating = [p for p in owner.parameters() if p.is_floating_point()]
+    tensor = next((p for p in floating if p.dtype in COMPUTE_DTYPES), floating[0] if floating else None)
     return LevelWeights(
         kind,
         heads,
         levels,
         None if kind == "static" else in_features,
         device=None if tensor is None else tensor.device,
-        dtype=None if tensor is None else tensor.dtype,
+        dtype=tensor.dtype if tensor is not None and tensor.dtype in COMPUTE_DTYPES else None,
     ).train(owner.training)
 
 

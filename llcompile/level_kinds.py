@@ -69,8 +69,11 @@ class LevelKind:
 
 
 def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """The dtype in which level weights are computed for operands of these dtypes: float32, or float64 if one is."""
-    return functools.reduce(torch.promote_types, dtypes, torch.float32)
+    """The dtype in which level weights are computed for operands of these dtypes: float32, or float64 if one is.
+
+    Not torch's promotion, which knows none of the float8 dtypes that weights are stored in.
+    """
+    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def _project(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:

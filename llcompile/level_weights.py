@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 from llcompile.errors import CheckpointError, LevelWeightsError
+from llcompile.kernels.operands import COMPUTE_DTYPES
 from llcompile.level_kinds import (
     KINDS,
     Sizes,
@@ -129,8 +130,8 @@ class LevelWeights(nn.Module):
     def is_identity(self) -> bool:
         """True only if w is exactly 1 for every finite input. Not for use inside compiled code: it reads values.
 
-        False also where the values cannot be read (meta and fake tensors, a CUDA graph being captured), and where only
-        a cancellation inside kind mlp would make w 1.
+        False also where the values cannot be read (meta and fake tensors, tensors below torch.vmap, a CUDA graph being
+        captured), and where only a cancellation inside kind mlp would make w 1.
 
         A False is remembered until a tensor changes. A True is looked up again at each call, because some optimisers
         (bitsandbytes, anything that writes to ``.data``) change values without counting a version, and a stale True
@@ -141,11 +142,12 @@ class LevelWeights(nn.Module):
             return False
         if any(value.is_meta or isinstance(value, FakeTensor) for value in values) or _capturing(values):
             return False
-        if bool(find_kind(self.kind).is_one(*values, sizes=self.sizes)):
-            self._not_one = None
-            return True
-        self._not_one = _Seen(values)
-        return False
+        try:
+            one = bool(find_kind(self.kind).is_one(*map(_comparable, values), sizes=self.sizes))
+        except RuntimeError:  # below torch.vmap there is not one value to read
+            return False
+        self._not_one = None if one else _seen(values)
+        return one
 
     @classmethod
     def from_paper(
@@ -256,6 +258,21 @@ class _Seen:
             ref() is tensor and version is not None and version == _version(tensor) and _same_memory(alias, tensor)
             for tensor, (ref, version, alias) in zip(tensors, self._seen, strict=True)
         )
+
+
+def _seen(tensors: list[Tensor]) -> _Seen | None:
+    """None where there is no memory to know them by: torch.func's transforms wrap tensors, and the wrappers die."""
+    seen = _Seen(tensors)
+    try:
+        seen.still(tensors)
+    except RuntimeError:
+        return None
+    return seen
+
+
+def _comparable(tensor: Tensor) -> Tensor:
+    """In a dtype that can be compared; values of float8 are for storage."""
+    return tensor if tensor.dtype in COMPUTE_DTYPES else tensor.float()
 
 
 def _same_memory(alias: Tensor, tensor: Tensor) -> bool:

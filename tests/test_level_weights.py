@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses import FakeTensorMode
 
+from llcompile import attachment
 from llcompile.errors import CheckpointError, LevelWeightsError
 from llcompile.level_kinds import KINDS, compute_dtype, level_weights_function, paper_gain
 from llcompile.level_weights import LevelWeights
@@ -413,3 +414,49 @@ def test_lives_in_a_transformers_model(kind: str, tmp_path: Path) -> None:
     again.backbone.layers[0].mixer.loglinear = build(kind, levels=7)
     with pytest.raises(CheckpointError, match=r"backbone\.layers\.0\.mixer\.loglinear"):
         again.load_state_dict(state, strict=False)
+
+
+TRANSFORMS = {
+    "none": lambda model, x: model(x),
+    "grad": lambda model, x: torch.func.grad(lambda z: model(z).sum())(x),
+    "grad of parameters": lambda model, x: torch.func.grad(lambda p: torch.func.functional_call(model, p, (x,)).sum())(
+        {name: p.detach() for name, p in model.named_parameters()}
+    ),
+    "jvp": lambda model, x: torch.func.jvp(model, (x,), (x,)),
+    "vmap of an ensemble": lambda model, x: torch.func.vmap(lambda p: torch.func.functional_call(model, p, (x,)))(
+        {name: torch.stack([p, p]).detach() for name, p in model.named_parameters()}
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore::llcompile.errors.LevelWeightsIgnoredWarning")
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_a_transform_of_torch_func_leaves_nothing(transform: str) -> None:
+    """Trained level weights are asked in eager whether they are 1; what the transform showed them dies with it."""
+    model = nn.Sequential(nn.Linear(4, 4))
+    weights = LevelWeights("linear", 2, 3, 4)
+    attachment.attach(model[0], "loglinear", weights)
+    with torch.no_grad():
+        weights.bias.add_(0.5)
+    x = torch.randn(2, 4)
+    want = model(x)
+    TRANSFORMS[transform](model, x)
+    assert torch.equal(model(x), want)
+    assert not weights.is_identity()
+    weights.reset_parameters()
+    assert weights.is_identity()
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_stored_in_float8(kind: str, dtype: torch.dtype) -> None:
+    """Level weights are computed, and asked whether they are 1, in float32; new ones are never made in float8."""
+    weights = LevelWeights(kind, 2, 3, None if kind == "static" else 4).to(dtype)
+    assert weights.is_identity()
+    w = weights(torch.randn(2, 5, 4).to(dtype))
+    assert w.dtype == torch.float32
+    assert torch.equal(w, torch.ones(2, 5, 2, 3))
+    made = attachment.make(kind, 2, 3, 4, nn.Linear(4, 4).to(dtype))
+    assert {p.dtype for p in made.parameters()} == {torch.float32}
+    mixed = nn.Sequential(nn.Linear(4, 4).to(dtype), nn.Linear(4, 4).bfloat16())
+    assert {p.dtype for p in attachment.make(kind, 2, 3, 4, mixed).parameters()} == {torch.bfloat16}

@@ -2,16 +2,22 @@
 
 A file's name holds the hash of its content, so two processes that write one write the same, each under a name of its
 own that is then moved into place. A file whose content no longer has its hash is written anew.
+
+What runs is the text whose hash was checked, from memory: nobody can change it in between, and no bytecode is read or
+written. A folder that other people can write to is refused all the same, and a file of somebody else is not used.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
+import linecache
 import logging
 import os
+import stat
 import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -21,7 +27,11 @@ from ...logs import artifact, kernel_log
 # The environment variable that says where generated files go.
 FOLDER_VARIABLE = "LLCOMPILE_KERNEL_DIR"
 
+# Temporary files: how their names end, and after how many seconds nobody is writing them any more.
+_TEMPORARY = ".tmp"
+_LEFT_OVER = 3600.0
 
+_loading = threading.RLock()
 _log = logging.getLogger("llcompile.kernels")
 
 
@@ -36,10 +46,12 @@ def folder() -> Path:
 def file_of(source: str, name: str, place: Path | None = None) -> Path:
     """The file that holds ``source``, in ``place`` (default: :func:`folder`), written if it is not there or damaged.
 
-    Raises :class:`KernelCacheError` where it cannot be written.
+    Raises :class:`KernelCacheError` where it cannot be written, and for a default folder that is not this user's alone.
     """
     content = source.encode()
-    path = (place or folder()) / f"{name}_{hashlib.sha256(content).hexdigest()[:16]}.py"
+    path = (place or folder()) / f"{name}_{_hash(content)}.py"
+    if place is None and path.parent.is_dir():
+        _check_folder(path.parent)
     found = _read(path)
     if found != content:
         if found is not None:
@@ -49,34 +61,52 @@ def file_of(source: str, name: str, place: Path | None = None) -> Path:
 
 
 def load(path: Path) -> ModuleType:
-    """Import a generated file, once per process."""
+    """Run a generated file, once per process.
+
+    Raises :class:`KernelCacheError` where it cannot be read, or has not the hash in its name.
+    """
     name = f"llcompile_generated_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
-    if name in sys.modules:
+    with _loading:
+        if name not in sys.modules:
+            sys.modules[name] = _run(name, path)  # only now: another thread must not find it half made
         return sys.modules[name]
-    _show(path)
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
+
+
+def _run(name: str, path: Path) -> ModuleType:
+    content = _read(path)
+    if content is None or not path.stem.endswith(f"_{_hash(content)}"):
+        wrong = "cannot be read" if content is None else "is damaged"
+        raise KernelCacheError(
+            f"{path} {wrong}: generated kernels run only if their content has the hash in the file's name. Remove the "
+            "file; it is written anew"
+        )
+    text = content.decode()
+    _show(path, text)
+    module = ModuleType(name)
+    module.__file__ = str(path)
+    # Triton asks for the source of its functions by their file: it gets the text that was checked. No time of change
+    # (None) means that it stays.
+    linecache.cache[str(path)] = (len(text), None, text.splitlines(keepends=True), str(path))
+    exec(compile(text, str(path), "exec", dont_inherit=True), module.__dict__)
     return module
 
 
-def _show(path: Path) -> None:
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _show(path: Path, text: str) -> None:
     shown = kernel_log()
     if shown.isEnabledFor(logging.DEBUG):
-        shown.debug("%s\n%s", path, path.read_text())
-    artifact(f"loglinear_kernels_{path.stem}", path.read_text)
+        shown.debug("%s\n%s", path, text)
+    artifact(f"loglinear_kernels_{path.stem}", lambda: text)
 
 
 def _read(path: Path) -> bytes | None:
+    """The content of a file of ours; None where there is none, or it is somebody else's."""
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            return file.read() if _ours(os.fstat(file.fileno())) else None
     except OSError:
         return None
 
@@ -84,8 +114,8 @@ def _read(path: Path) -> bytes | None:
 def write(path: Path, content: bytes) -> None:
     """Put ``content`` in place whole, whoever reads or writes at the same time; raises :class:`KernelCacheError`."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=".tmp")
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=_TEMPORARY)
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(content)
@@ -93,8 +123,43 @@ def write(path: Path, content: bytes) -> None:
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
+        _remove_left_over(path.parent)
     except OSError as error:
         raise KernelCacheError(
             f"generated kernels cannot be written to {path.parent} ({error.strerror or error}); "
             f"set the environment variable {FOLDER_VARIABLE} to a folder that can be written"
         ) from error
+
+
+def _check_folder(place: Path) -> None:
+    """Raise :class:`KernelCacheError` for a folder in which another user can put files in place of ours."""
+    found = place.stat()
+    if _ours(found) or (found.st_uid in (0, _user()) and found.st_mode & stat.S_ISVTX):
+        return
+    wrong = "belongs to another user" if found.st_uid not in (0, _user()) else "can be written by other users"
+    raise KernelCacheError(
+        f"the folder for generated kernels, {place}, {wrong}, and what is in it runs as you; set the environment "
+        f"variable {FOLDER_VARIABLE} to a folder of your own, or take the right to write from others (chmod go-w)"
+    )
+
+
+def _ours(found: os.stat_result) -> bool:
+    """Whether only this user (or root) can change what was found; a group of one's own counts as oneself."""
+    if os.name != "posix":
+        return True
+    others = stat.S_IWOTH | (0 if found.st_gid in (0, os.getegid()) else stat.S_IWGRP)
+    return found.st_uid in (0, _user()) and not found.st_mode & others
+
+
+def _user() -> int:
+    return os.geteuid() if os.name == "posix" else 0
+
+
+def _remove_left_over(place: Path) -> None:
+    """Temporary files of processes that were killed while they wrote."""
+    for left in place.glob(f".*{_TEMPORARY}"):
+        try:
+            if time.time() - left.stat().st_mtime > _LEFT_OVER:
+                left.unlink()
+        except OSError:  # another process was faster, or it is not ours
+            continue

@@ -17,7 +17,7 @@ def decode(
     #if weighted
     weight_ptr, weight_row, weight_head,
     #end
-    old_states,  # [lanes, K, V] or [lanes, 1 + L, K, V], slot 0 holding the position
+    old_states,  # [lanes, K, V] or [lanes, 1 + L, K, V], slot 0 the header with the position
     states,  # the same, out
     outputs,  # [B, H, V] out
     scale, heads,
@@ -46,14 +46,13 @@ def decode(
     #end
     #if weighted
     base = lane * (1 + LEVELS) * KEY_DIM * VALUE_DIM
-    position = tl.floor(tl.load(old_states + base) + 0.5).to(tl.int32)
+    position = read_position(old_states + base)
     # The level that fills up: everything below it empties into it. At position 0 nothing moves.
     filling = 0
     if position > 0:
         filling = tl.minimum(high_bit(position & -position) + 1, LEVELS - 1)
-    header = (channel[:, None] == 0) & (value_column[None, :] == 0)
-    header = tl.where(header, (position + 1).to(tl.float32), 0.0)
-    store_state(states + base, channel, value_column, header)
+    header = position_header(position + 1, channel[:, None] * VALUE_DIM + value_column[None, :])
+    store_state(states + base, channel, value_column, header.to(tl.float32))
     out = tl.zeros([VALUE_TILE], tl.float32)
     merged = tl.zeros([KEY_TILE, VALUE_TILE], tl.float32)
     for level in range(0, LEVELS):

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .. import header
 from ..layout import Operands
 from ..state import is_level_state
 from .chips import Backend
@@ -96,6 +97,7 @@ class Description:
             "padded": self.padded,
             "packed": self.packed,
             "grouped": self.repeat > 1,
+            "digits": header.has_digits(self.key_dim * self.value_dim),
         }
 
     def text(self) -> str:

@@ -70,6 +70,31 @@ def add_column(base, token, stride, real, x):
 
 
 @triton.jit
+def read_position(header):
+    """The position that a level state's header holds (llcompile.kernels.header)."""
+    #if digits
+    digit = tl.arange(0, DIGITS)
+    numbers = tl.floor(tl.load(header + digit) + 0.5).to(tl.int32)
+    return tl.sum(numbers << (digit * DIGIT_BITS), 0)
+    #else
+    number = tl.floor(tl.load(header) + 0.5).to(tl.int32)
+    return tl.where(number < 0, (-number - 1) >> 1, number)
+    #end
+
+
+@triton.jit
+def position_header(position, entry):
+    """What stands in the entries of a header, given by their number."""
+    #if digits
+    rest = position >> (tl.minimum(entry, DIGITS - 1) * DIGIT_BITS)
+    digit = rest - ((rest >> DIGIT_BITS) << DIGIT_BITS)
+    return tl.where(entry < DIGITS - 1, digit, tl.where(entry == DIGITS - 1, rest, 0))
+    #else
+    return tl.where(entry == 0, -(2 * position + 1), 0)
+    #end
+
+
+@triton.jit
 def load_log_decays(base, token, stride, real):
     """Log decay per token [C]; a decay of 0 becomes a large finite exponent, which survives sums."""
     return tl.maximum(load_column(base, token, stride, real), LOWEST)

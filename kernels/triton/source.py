@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
+from .. import header
 from .backward import BACKWARD, BACKWARD_BLOCKS
 from .blocks import BLOCKS
 from .chunk_backward import CHUNK_BACKWARD, CHUNK_BACKWARD_BLOCKS
@@ -101,6 +102,8 @@ def _constants(d: Description) -> str:
         ("BLOCK", BLOCK, "tokens within which decays per channel are applied pair by pair"),
         ("EDGE", d.chunk.bit_length() - 1, "log2 C: levels up to it are inside a chunk"),
         ("LEVELS", d.levels or 0, "level weights per token"),
+        ("DIGITS", header.DIGITS, "of the position in the header of a level state"),
+        ("DIGIT_BITS", header.BITS, "of one of them"),
         ("LOWEST", -1e30, "stands for the logarithm of 0: finite, so that sums of it are"),
         ("OPERAND", f"tl.{d.dtype_name}", "dtype of the operands"),
         ("PRECISION", f'"{precision}"', "of products of fp32 tiles"),

@@ -19,6 +19,12 @@ from llcompile.ops import loglinear_attention, loglinear_attention_step
         ({"v": torch.zeros(2, 9, 3, 3).double()}, OperandError, "multiple of the groups"),
         ({"v": torch.zeros(2, 9, 4, 3)}, OperandError, "share a dtype"),
         ({"q": torch.zeros(2, 9, 2, 5).long()}, OperandError, "q has dtype"),
+        (
+            {n: torch.zeros(2, 9, 4, 3).to(torch.float8_e5m2) for n in "qkv"},
+            OperandError,
+            "q has dtype .*are stored and",
+        ),
+        ({"level_weights": torch.zeros(2, 9, 4, 5).to(torch.float8_e4m3fn)}, OperandError, "level_weights has dtype"),
         ({"level_weights": torch.zeros(2, 9, 3, 5)}, OperandError, "level_weights has shape"),
         ({"level_weights": 1.0}, OperandError, "level_weights must be a tensor"),
         ({"log_decay": torch.zeros(2, 9, 4, 2)}, OperandError, "log_decay has shape"),

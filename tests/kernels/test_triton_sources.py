@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib.util
+import inspect
 import itertools
+import linecache
 import os
+import py_compile
 import stat
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -131,6 +136,81 @@ def test_folder_that_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.setenv(cache.FOLDER_VARIABLE, str(tmp_path / "file" / "kernels"))
     with pytest.raises(KernelCacheError, match=cache.FOLDER_VARIABLE):
         cache.file_of("x = 1\n", "part")
+
+
+def test_nothing_but_the_checked_text_runs(folder):
+    """Not the bytecode beside it, not what a file was changed to, not what it is changed to while it is looked at."""
+    path = cache.file_of("def f():\n    return 'ours'\n", "part")
+    other = folder / "other.py"
+    other.write_text("def f():\n    return 'other'\n")
+    compiled = Path(importlib.util.cache_from_source(str(path)))
+    compiled.parent.mkdir()
+    py_compile.compile(str(other), str(compiled), invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+    module = cache.load(path)
+    assert module.f() == "ours"
+    path.write_text(other.read_text())
+    linecache.checkcache()
+    assert "ours" in inspect.getsource(module.f)  # what Triton is given
+    assert cache.load(path) is module
+    changed = cache.file_of("x = 3\n", "part")
+    changed.write_text("x = 4\n")
+    with pytest.raises(KernelCacheError, match=r"is damaged: .* hash in the file's name"):
+        cache.load(changed)
+    with pytest.raises(KernelCacheError, match="cannot be read"):
+        cache.load(folder / f"gone_{changed.stem[-16:]}.py")
+    with pytest.raises(KernelCacheError, match="is damaged"):
+        cache.load(other)
+    assert not list(compiled.parent.glob("*other*"))
+
+
+def test_a_module_is_whole_when_a_thread_finds_it(folder):
+    """Threads that load at once wait for the one that runs it."""
+    sources = [f"import time\nfirst = {i}\ntime.sleep(0.02)\nlast = {i}\n" for i in range(4)]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda i: cache.load(cache.file_of(sources[i % 4], "slow")).last, range(32)))
+    assert found == [i % 4 for i in range(32)]
+    path = cache.file_of("raise ValueError('mine')\n", "part")
+    for _ in range(2):  # and one that fails is not kept
+        with pytest.raises(ValueError, match="mine"):
+            cache.load(path)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="owners and modes are POSIX's")
+def test_folders_and_files_of_others(folder, monkeypatch):
+    """Refused with a sentence, where the kernels are to run; the control is a folder of one's own."""
+    path = cache.file_of("x = 5\n", "part")
+    assert stat.S_IMODE(folder.stat().st_mode) & 0o022 == 0
+    folder.chmod(0o777)
+    with pytest.raises(KernelCacheError, match=f"{folder}, can be written by other users.*{cache.FOLDER_VARIABLE}"):
+        cache.file_of("x = 5\n", "part")
+    folder.chmod(0o1777)  # as /tmp: files there are their owners'
+    assert cache.file_of("x = 5\n", "part") == path
+    path.chmod(0o666)
+    with pytest.raises(KernelCacheError):
+        cache.load(path)
+    assert cache.load(cache.file_of("x = 5\n", "part")).x == 5  # written anew
+    folder.chmod(0o755)
+    me = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: me + 1)
+    if me:  # root's folders are everybody's
+        with pytest.raises(KernelCacheError, match="belongs to another user"):
+            cache.file_of("x = 5\n", "part")
+    else:
+        os.chown(folder, 12345, -1)
+        with pytest.raises(KernelCacheError, match="belongs to another user"):
+            cache.file_of("x = 5\n", "part")
+
+
+def test_temporary_files_of_the_dead(folder):
+    """Removed once they are old; those that somebody may be writing stay."""
+    cache.file_of("x = 6\n", "part")
+    old, new = folder / ".part.a.tmp", folder / ".part.b.tmp"
+    old.write_text("x")
+    new.write_text("x")
+    os.utime(old, (0, 0))
+    cache.file_of("x = 7\n", "part")
+    assert not old.exists()
+    assert new.exists()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ...kernels.state import empty_state
+from ...kernels.state import empty_state, pack_state
 from ...ops import loglinear_attention, loglinear_attention_step
 from .cases import LEVELS, Case
 from .operands import Tensors
@@ -28,8 +28,7 @@ def step(x: Tensors, case: Case) -> Callable[[], object]:
     state.normal_()
     if levels is not None:
         state[:, :, 1:] *= _held(case.position, levels, state.device)[:, None, None]
-        state[:, :, 0] = 0
-        state[:, :, 0, 0, 0] = case.position
+        state = pack_state(state[:, :, 1:], torch.full((case.batch,), case.position, device=state.device))
     q, k, v, w, g, beta = (None if (t := x.get(name)) is None else t[:, 0] for name in _NAMES)
     assert q is not None
     assert k is not None

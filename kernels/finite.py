@@ -1,0 +1,76 @@
+"""What is not finite at one token leaves the tokens before it as they are, on a CPU.
+
+A chunk's products take a token that is not yet seen times 0, and 0 times NaN is NaN. So a call whose output is not
+finite is run again without the tokens from which that may have come, for the outputs of the tokens before them. That
+costs nothing but a sum where all is finite. Nobody looks on an accelerator, as that would wait for it. Gradients are
+left as they are: those of the code that a mixer replaces are not finite either.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import slabs
+from .layout import Operands
+from .state import state_dtype
+
+# Operands beyond one of these are taken for the cause, in this order: what is not finite, what overflows when it is
+# squared, and what does with two more factors.
+_BOUNDS = (math.inf, 1e18, 1e9)
+
+
+def forward(x: Operands, scale: float, return_final_state: bool) -> tuple[Tensor, Tensor]:
+    """As :func:`.engine.forward`, of rows."""
+    o, state = slabs.forward(x, scale, return_final_state)
+    if o.device.type == "cpu" and not _is_finite(o):
+        o = _with_the_past(x, scale, o)
+    return o, state
+
+
+def _is_finite(o: Tensor) -> bool:
+    return math.isfinite(o.sum(dtype=state_dtype(o.dtype)).item())
+
+
+def _with_the_past(x: Operands, scale: float, o: Tensor) -> Tensor:
+    """The output, with what the tokens before the first cause would be without it."""
+    token = torch.arange(x.v.shape[1])
+    for bound in _BOUNDS:
+        wrong = ~o.isfinite().flatten(2).all(2)  # [B, T]
+        before = token < _first_beyond(x, bound)[:, None]
+        if not bool((wrong & before).any()):
+            continue
+        kept = slabs.forward(_only(x, before), scale, return_final_state=False)[0]
+        o = torch.where((wrong & before)[:, :, None, None], kept, o)
+    return o
+
+
+def _first_beyond(x: Operands, bound: float) -> Tensor:
+    """The first token ``[B]`` of each row with an operand beyond ``bound``; T where there is none."""
+    rows, tokens = x.v.shape[:2]
+    beyond = torch.zeros(rows, tokens, dtype=torch.bool)
+    for operand in (x.q, x.k, x.v, x.level_weights, x.beta):
+        if operand is not None:
+            beyond |= ~(operand.abs() < bound).flatten(2).all(2)
+    if x.log_decay is not None and x.log_decay.dim() > 2:  # -inf is a decay like others
+        beyond |= ~(x.log_decay < math.inf).reshape(rows, tokens, -1).all(2)
+    if x.lengths is not None:
+        beyond &= torch.arange(tokens) < x.lengths[:, None]
+    return torch.where(beyond.any(1), beyond.to(torch.int8).argmax(1), tokens)
+
+
+def _only(x: Operands, kept: Tensor) -> Operands:
+    """The operands at the tokens that are kept ``[B, T]``, 0 at the others."""
+
+    def at(operand: Tensor | None) -> Tensor | None:
+        if operand is None or operand.dim() < 3:
+            return operand
+        return torch.where(kept[(...,) + (None,) * (operand.dim() - 2)], operand, 0)
+
+    q, k, v, w, g, beta = (at(t) for t in x[:6])
+    assert q is not None
+    assert k is not None
+    assert v is not None
+    return Operands(q, k, v, w, g, beta, x.initial_state, x.lengths)

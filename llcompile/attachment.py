@@ -12,10 +12,13 @@ from torch import nn
 
 from llcompile import eager_states, export_hook
 from llcompile.errors import LevelWeightsError, LevelWeightsIgnoredWarning
+from llcompile.held import copies, held, inside, values
 from llcompile.kernels.operands import COMPUTE_DTYPES
 from llcompile.level_kinds import compute_dtype, level_weights_function
 from llcompile.level_weights import LevelWeights
 from llcompile.optimizer_watch import watch
+from llcompile.passes import dynamo
+from llcompile.passes.marks import mark
 
 
 def make(kind: str, heads: int, levels: int, in_features: int | None, owner: nn.Module) -> LevelWeights:
@@ -38,13 +41,14 @@ def find(owner: nn.Module, name: str) -> LevelWeights | None:
     Raises:
         LevelWeightsError: the name is taken by something else.
     """
-    held = getattr(owner, name, None)
-    if held is not None and not isinstance(held, LevelWeights):
+    child = getattr(owner, name, None)
+    weights = inside(name, child)
+    if child is not None and weights is None:
         raise LevelWeightsError(
-            f"{type(owner).__name__} has an attribute {name!r} of type {type(held).__name__} already, where its level "
+            f"{type(owner).__name__} has an attribute {name!r} of type {type(child).__name__} already, where its level "
             "weights would go. Rename it before converting the model."
         )
-    return held
+    return weights
 
 
 def attach(owner: nn.Module, name: str, weights: nn.Module) -> None:
@@ -59,9 +63,8 @@ def attach(owner: nn.Module, name: str, weights: nn.Module) -> None:
 def attached(model: nn.Module) -> Iterator[tuple[nn.Module, str, LevelWeights]]:
     """(owner, name, level weights) for everything that was attached below `model`."""
     for owner in list(model.modules()):
-        for name, child in list(owner.named_children()):
-            if isinstance(child, LevelWeights):
-                yield owner, name, child
+        for name, weights in list(held(owner)):
+            yield owner, name, weights
 
 
 def detach(model: nn.Module) -> int:
@@ -75,7 +78,7 @@ def detach(model: nn.Module) -> int:
 def detach_one(owner: nn.Module, name: str) -> None:
     """Removes the level weights that `owner` has under `name`, and the hook with the last of them."""
     delattr(owner, name)
-    if not any(isinstance(child, LevelWeights) for child in owner.children()):
+    if not any(True for _ in held(owner)):
         for hooks in (owner._forward_pre_hooks, owner._forward_hooks):
             for key, hook in list(hooks.items()):
                 if hook in (expect_use, warn_if_ignored):
@@ -99,32 +102,81 @@ def mark_used(tensors: Iterable[torch.Tensor]) -> None:
 
 
 def expect_use(owner: nn.Module, arguments: Any) -> None:
-    """Forward pre-hook: from here on, a compiled graph that reads the level weights marks them as used."""
+    """Forward pre-hook: from here on, a compiled graph that reads the level weights marks them as used.
+
+    While Dynamo traces it for our backend, it hands the level weights to the graph, as they are in this call.
+    """
     if not torch.compiler.is_dynamo_compiling():
-        for weights in _held(owner):
-            _used.difference_update(_ids(weights))
+        _forget_use(owner)
+    elif _compiles_for_us():
+        for name, child in owner._modules.items():
+            if inside(name, child) is not None:
+                mark(name, *values(child))
+
+
+@torch.compiler.disable
+def _forget_use(owner: nn.Module) -> None:
+    for name in owner._modules:
+        _used.difference_update(ids(owner, name))
 
 
 def warn_if_ignored(owner: nn.Module, arguments: Any, output: Any) -> None:
-    """Forward hook: warns when level weights other than 1 had no part in the output.
+    """Forward hook: warns when level weights had no part in an output that was computed eagerly.
 
-    Eagerly it looks whether a compiled graph used the weights since `expect_use`. While Dynamo traces it, it asks which
-    backend is compiling: ours reads the weights, another one does not. After an error (it is always called) there is no
-    output, and a state that only compiled code can read may be why.
+    That is meant where nobody asked for our backend, and weights of 1 may be left out; it is not in a call that was
+    compiled by us, which Dynamo has left (a function that it skips, a limit of recompilations). After an error (the
+    hook is always called) there is no output, and a state that only compiled code can read may be why.
     """
-    if torch.compiler.is_dynamo_compiling():
-        _note_backend()
+    if not torch.compiler.is_dynamo_compiling():
+        _warn_if_unused(owner, output)
+
+
+# In the call of a compiled module they run before and after the frame that Dynamo compiles, and are no frames for it.
+for _hook in (expect_use, warn_if_ignored):
+    dynamo.leave_out(_hook)
+
+
+@torch.compiler.disable
+def _warn_if_unused(owner: nn.Module, output: Any) -> None:
+    all_held = list(held(owner))
+    unused = [weights for name, weights in all_held if _used.isdisjoint(ids(owner, name))]
+    if not unused:
         return
-    unused = [weights for weights in _held(owner) if _used.isdisjoint(_ids(weights))]
-    if unused and output is None and sys.exc_info()[1] is not None:
+    if output is None and sys.exc_info()[1] is not None:
         eager_states.explain(type(owner).__name__, {weights.levels for weights in unused})
+    elif _is_compiled_by_us():
+        if len(unused) == len(all_held):
+            _warn(f"{type(owner).__name__} has level weights, and {_LEFT_OUT}")
     elif any(not weights.is_identity() for weights in unused):
         _warn(f"the level weights of {type(owner).__name__} are no longer 1, and the model was run eagerly")
 
 
+_LEFT_OUT = (
+    "it was run eagerly in a call that is compiled: Dynamo has left a function out or given up "
+    "(TORCH_LOGS=graph_breaks,recompiles says why; torch._dynamo.config.recompile_limit is the limit of graphs for "
+    "one function)"
+)
+
+
+def _is_compiled_by_us() -> bool:
+    """Whether this call is part of one that torch.compile runs for our backend, with level weights."""
+    backend, keywords = dynamo.backend_below()
+    return runs_levels(backend) and (keywords.get("options") or {}).get("level_weights") != "none"
+
+
+def warn_other_backend() -> None:
+    """Warns that another backend compiles a model with level weights."""
+    _warn("this model has level weights, and it is being compiled by another backend")
+
+
+def runs_levels(backend: Any) -> bool:
+    """Whether graphs that this backend compiled run with their level weights (those of convert's run do not)."""
+    return getattr(backend, "_llcompile_runs", False) is True
+
+
 def warn_if_switched_off(owners: Iterable[nn.Module | None]) -> None:
     """Warns when one of the modules has level weights other than 1, which `level_weights="none"` leaves out."""
-    held = [(owner, weights) for owner in owners if owner is not None for weights in _held(owner)]
+    held = [(owner, weights) for owner in owners if owner is not None for _, weights in held(owner)]
     named = sorted({type(owner).__name__ for owner, weights in held if not weights.is_identity()})
     if named:
         _warn(f"the level weights of {', '.join(named)} are no longer 1, and level_weights='none' switches them off")
@@ -138,28 +190,16 @@ def warn_if_declined(mixers: Iterable[tuple[nn.Module | None, str, str]]) -> Non
             _warn(f"the level weights of {type(owner).__name__} are no longer 1, and its mixer runs as it is: {reason}")
 
 
-def warn_if_missed(modules: Iterable[nn.Module], mixers: Iterable[nn.Module | None]) -> None:
-    """Warns when modules with level weights other than 1 ran, and no mixer of theirs is among those that were found."""
-    found = {id(owner) for owner in mixers}
-    for module in modules:
-        if id(module) not in found and any(not weights.is_identity() for weights in _held(module)):
-            _warn(f"the level weights of {type(module).__name__} are no longer 1, and no mixer of it is in this graph")
-
-
-def _ids(weights: LevelWeights) -> list[int]:
-    return [id(tensor) for _, tensor in weights.tensors()]
-
-
-def _held(owner: nn.Module) -> list[LevelWeights]:
-    return [child for child in owner.children() if isinstance(child, LevelWeights)]
+def ids(owner: nn.Module, name: str) -> list[int]:
+    """The ids of the tensors of the level weights that a module has under a name."""
+    return [id(tensor) for weights in copies(name, owner._modules[name]) for _, tensor in weights.tensors()]
 
 
 @torch._dynamo.assume_constant_result
-def _note_backend() -> None:
+def _compiles_for_us() -> bool:
     from llcompile.backend import is_ours
 
-    if not is_ours():
-        _warn("this model has level weights, and it is being compiled by another backend")
+    return is_ours(has_level_weights=True)
 
 
 def _warn(situation: str) -> None:

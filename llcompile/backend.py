@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
-from torch import fx
+from torch import fx, nn
 
-from llcompile import attachment, compile_check, compile_run, inner, logs, recompile_room, versions
-from llcompile.errors import LateAttachWarning, LLCompileError, StateAdoptedWarning
-from llcompile.level_weights import LevelWeights
+from llcompile import adapters, attachment, compile_check, compile_run, inner, logs, missed, recompile_room, versions
+from llcompile.errors import LateAttachWarning, LLCompileError, StateAdoptedWarning, WrappedBackendError
+from llcompile.held import held
 from llcompile.options import Options
-from llcompile.passes import capture, dynamo, pipeline, states
+from llcompile.passes import capture, dynamo, pipeline, reach, splitters, states
 from llcompile.passes.session import Session, Site
 from llcompile.report import Report
 
@@ -44,32 +45,38 @@ def loglinear(
         OptionError: unknown or ill-typed options.
         StrictError: `strict=True`, and a linear-time mixer stays unconverted or nothing was found.
         LevelWeightsError: the module owns level weights of another size.
+        MissedLevelWeightsError: `on_miss="raise"`, and level weights of a module that ran have no part in the graph.
     """
     versions.announce()
-    recompile_room.make_room(dynamo.root_module())
     try:
-        return _compile(module, Options.parse(options), mode)
+        parsed = Options.parse(options)
+        if dynamo.trace_note("rewritten"):  # the whole, before it was cut or copied
+            return inner.compile_graph(module, example_inputs, parsed, mode)
+        if dynamo.trace_note("asked") is False or not dynamo.is_traced_graph(module):
+            _trace_as_ours(parsed)
+        finish = _rewrite(module, parsed)
+        return finish(inner.compile_graph(module, dynamo.example_inputs(module.graph), parsed, mode))
     except LLCompileError as error:
         raise dynamo.surfaced(error).with_traceback(error.__traceback__) from None
 
 
-def _compile(module: fx.GraphModule, parsed: Options, mode: str | None) -> Callable[..., Any]:
+def _rewrite(module: fx.GraphModule, parsed: Options) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Rewrites a Dynamo graph; what it returns is to be called with the compiled graph and gives what is to run."""
     global _last_report
+    recompile_room.make_room(reach.root_module())
     session = compile_run.new_session(module, parsed, compiles=True)
     try:
         report = compile_run.look(session)
         compile_run.check_strict(report, parsed)
+        if parsed.level_weights != "none":
+            missed.check(session, parsed.on_miss)
     except LLCompileError:
         for owner, name in session.attached:
             attachment.detach_one(owner, name)
         raise
     if parsed.level_weights == "none":
         attachment.warn_if_switched_off(site.owner for site in session.sites)
-    else:
-        attachment.warn_if_declined(
-            (site.owner, site.attribute, site.reason) for site in session.sites if not site.open
-        )
-        _warn_missed(session)
+    adapters.warn_if_frozen(_read(session), dynamo.example_inputs(module.graph))
     broken = compile_run.give_up_opaque(session)
     adopted = states.adopt(session)
     if session.attached:
@@ -85,11 +92,12 @@ def _compile(module: fx.GraphModule, parsed: Options, mode: str | None) -> Calla
     logs.artifact("loglinear_report", lambda: json.dumps(report.to_dict(), default=str), "json")
     logs.artifact("loglinear_graph", lambda: module.print_readable(print_output=False))
     positions = _weight_positions(session)
-    compiled = inner.compile_graph(module, dynamo.example_inputs(module.graph), parsed, mode)
-    return _marking_use(compiled, positions)
+    dynamo.note_trace("rewritten", True)
+    return functools.partial(_marking_use, positions=positions)
 
 
 loglinear._llcompile = True  # type: ignore[attr-defined]
+loglinear._llcompile_runs = True  # type: ignore[attr-defined]
 
 
 def last_report() -> Report:
@@ -97,19 +105,75 @@ def last_report() -> Report:
     return _last_report
 
 
-def is_ours() -> bool:
-    """Whether the trace under way ends in one of our backends."""
-    return getattr(dynamo.tracing_backend()[0], "_llcompile", False)
+def is_ours(has_level_weights: bool = False) -> bool:
+    """Whether the trace under way ends in one of our backends.
+
+    What wraps a backend may hide it. Then the answer is no until it calls us (see `_trace_as_ours`), and only if it
+    does not is the user told that level weights of this trace (`has_level_weights`) have no effect.
+    """
+    late = dynamo.backend_mark(_LATE)
+    ours = late is not None or getattr(dynamo.tracing_backend()[0], "_llcompile", False) is True
+    dynamo.note_trace("asked", ours)
+    if late is not None:
+        dynamo.around_backend(_rewrite_first)
+    elif has_level_weights and not ours:
+        dynamo.around_backend(_warn_if_other)
+    return ours
+
+
+# What a backend that turned out to call ours is marked with: our options.
+_LATE = "_llcompile_options"
+
+
+def _trace_as_ours(parsed: Options) -> NoReturn:
+    """The trace was made for a backend that hid us: once more, with what we have Dynamo trace in its own way."""
+    hidden = dynamo.tracing_backend()[0]
+    known = dynamo.backend_mark(_LATE) is not None
+    dynamo.mark_backend(_LATE, parsed)
+    if known or dynamo.backend_mark(_LATE) is None:
+        raise WrappedBackendError(
+            f"{hidden!r} hands backend 'loglinear' a piece or a copy of a graph that Dynamo traced, whose modules and "
+            "inputs are not known. Give torch.compile the backend itself, or a functools.partial of it."
+        )
+    dynamo.restart("a wrapper that calls the backend 'loglinear' was taken for another backend")
+
+
+def _rewrite_first(backend: Callable[..., Any], module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+    """In the place of a wrapper that calls us in the end: it is handed the rewritten graph."""
+    try:
+        finish = _rewrite(module, dynamo.backend_mark(_LATE))
+    except LLCompileError as error:
+        raise dynamo.surfaced(error).with_traceback(error.__traceback__) from None
+    return finish(backend(module, dynamo.example_inputs(module.graph)))
+
+
+def _rewrite_whole(module: fx.GraphModule, backend: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]] | None:
+    """In the place of what is going to split a graph."""
+    function, keywords = dynamo.unwrapped(backend)
+    late = dynamo.backend_mark(_LATE)
+    if dynamo.trace_note("rewritten") or (late is None and function is not loglinear):
+        return None
+    try:
+        return _rewrite(module, late or Options.parse(keywords.get("options")))
+    except LLCompileError as error:
+        raise dynamo.surfaced(error).with_traceback(error.__traceback__) from None
+
+
+def _warn_if_other(backend: Callable[..., Any], module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+    """In the place of a backend that is not known to be ours: had it called us, the trace would be no more."""
+    compiled: Callable[..., Any] = backend(module, inputs)
+    attachment.warn_other_backend()
+    return compiled
 
 
 def levels_of_trace() -> int | None:
     """Number of levels of the mixer being traced; None for the linear operator."""
     _, keywords = dynamo.tracing_backend()
-    if (keywords.get("options") or {}).get("level_weights") == "none":
-        return None
-    owner = dynamo.innermost_module()
-    held = [c for c in owner.children() if isinstance(c, LevelWeights)] if owner is not None else []
-    return held[0].levels if held else None
+    late = dynamo.backend_mark(_LATE)
+    kind = (keywords.get("options") or {}).get("level_weights") if late is None else late.level_weights
+    owner = reach.innermost_module() if kind != "none" else None
+    found = [] if owner is None else [weights for _, weights in held(owner)]
+    return found[0].levels if found else None
 
 
 def prepare() -> None:
@@ -129,13 +193,6 @@ def _warn_late(session: Session) -> None:
     )
 
 
-def _warn_missed(session: Session) -> None:
-    """A part of a module's forward may have no mixer in it; the whole of it has."""
-    if dynamo.is_whole_frame():
-        modules = [module for region in session.regions for module in dynamo.modules_in(region.graph)]
-        attachment.warn_if_missed(modules, [site.owner for site in session.sites])
-
-
 def _warn_adopted(sites: list[Site]) -> None:
     modules = list(dict.fromkeys(site.module for site in sites))
     some = ", ".join(modules[:3]) + ", ..." * (len(modules) > 3)
@@ -148,10 +205,15 @@ def _warn_adopted(sites: list[Site]) -> None:
     )
 
 
+def _read(session: Session) -> list[tuple[nn.Module, str]]:
+    """The owners whose level weights the graph reads, and the names of those."""
+    sites = [s for s in session.sites if s.open and s.level_weights is not None]
+    return [(s.owner, s.attribute) for s in sites if s.owner is not None]
+
+
 def _weight_positions(session: Session) -> list[int]:
     """Which of the graph's inputs are tensors of level weights."""
-    weights = [s.level_weights for s in session.sites if s.open and s.level_weights is not None]
-    ours = {id(tensor) for w in weights for _, tensor in w.tensors()}
+    ours = {key for owner, name in _read(session) for key in attachment.ids(owner, name)}
     return [i for i, value in enumerate(dynamo.example_inputs(session.graph)) if id(value) in ours]
 
 
@@ -175,3 +237,4 @@ def _marking_use(compiled: Callable[..., Any], positions: list[int]) -> Callable
 
 
 compile_check.install(loglinear, prepare)
+splitters.install(_rewrite_whole)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from llcompile import attachment
+from llcompile import attachment, held
 from llcompile.errors import StrictError
 from llcompile.options import Options
 from llcompile.passes import capture, dynamo, pipeline
@@ -30,6 +30,7 @@ def new_session(
         make=attachment.make,
         find=attachment.find,
         attach=attachment.attach,
+        path=held.path,
         function=attachment.function,  # type: ignore[arg-type]
         names=names or {},
         dry_run=dry_run,

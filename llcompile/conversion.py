@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from llcompile import attachment, backend, compile_run, recompile_room
+from llcompile import adapters, attachment, backend, compile_run, recompile_room
 from llcompile.errors import CaptureError, LLCompileError, ModelError
 from llcompile.look.collect import collect, without_graph
 from llcompile.look.look import Look, Subject
 from llcompile.look.records import MixerLook
 from llcompile.options import Options
-from llcompile.passes import discover, dynamo
+from llcompile.passes import discover, dynamo, reach
 from llcompile.passes.session import Session
 from llcompile.report import Report
 from llcompile.transaction import transaction
@@ -112,7 +112,9 @@ def _captured(
         if not isinstance(error, Exception):
             raise
         raise CaptureError(_capture_message(model, args, kwargs, error)) from error
-    if any(id(weights) not in before for _, _, weights in attachment.attached(model)):
+    new = [(owner, name) for owner, name, weights in attachment.attached(model) if id(weights) not in before]
+    if new:
+        adapters.enlist(model, new)
         dynamo.forget_compiled()
     return report, capture
 
@@ -133,7 +135,7 @@ class _Capture:
         self.kwargs = {"options": {"level_weights": options.level_weights}}
 
     def __call__(self, module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        recompile_room.make_room(dynamo.root_module())
+        recompile_room.make_room(reach.root_module())
         session = compile_run.new_session(module, self.options, self.names, self.dry_run)
         found = compile_run.look(session)
         self.report = self.report.merged(found)

@@ -50,6 +50,14 @@ class CheckpointError(LevelWeightsError):
     """A checkpoint holds level weights of another kind or size."""
 
 
+class MissedLevelWeightsError(LevelWeightsError):
+    """A module that owns level weights ran in a compiled call whose graph does not read them."""
+
+
+class WrappedBackendError(LLCompileError, RuntimeError):
+    """A wrapper around the backend keeps it from seeing what it must."""
+
+
 class MixerError(LLCompileError, ValueError):
     """A Mixer node breaks one of its own rules (a bug of a row or of a pass, not of the user)."""
 
@@ -96,6 +104,10 @@ class LevelWeightsIgnoredWarning(LLCompileWarning):
 
 class LateAttachWarning(LLCompileWarning):
     """Level weights were attached at the first compiled call; optimisers built earlier do not know them."""
+
+
+class LevelWeightsFrozenWarning(LLCompileWarning):
+    """Level weights were frozen with other parameters of their mixer, and a training runs without them."""
 
 
 class StateAdoptedWarning(LLCompileWarning):

@@ -112,12 +112,16 @@ class LevelWeights(nn.Module):
         """(name, tensor) pairs, in the order in which ``level_weights_function(kind, ...)`` takes them after x."""
         return [(row.name, getattr(self, row.name)) for row in find_kind(self.kind).tensors]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | None) -> Any:
         """w [B, T, H, L] in float32 (float64 if x or a parameter is) for x [B, T, D], or [B, T, ...] if static.
+
+        For None it is the list of its tensors, in the order of `tensors()`: what a wrapper around it hands on.
 
         Raises:
             LevelWeightsError: x has another last size than ``in_features``, or fewer than two dimensions.
         """
+        if x is None:
+            return self._values()
         if x.dim() < 2 or (self.in_features is not None and x.shape[-1] != self.in_features):
             raise LevelWeightsError(
                 f"level weights of kind {self.kind!r} take [B, T, {self.in_features or '...'}], got {list(x.shape)}"

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from llcompile.errors import OptimizerWarning
-from llcompile.level_weights import LevelWeights
+from llcompile.held import copies, held
 
 _owners: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _checked: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
@@ -48,7 +48,7 @@ def _check(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 
 
 def _trains_without_levels(owner: nn.Module, known: set[int]) -> bool:
-    levels = [c for c in owner.children() if isinstance(c, LevelWeights)]
+    levels = [copy for name, _ in held(owner) for copy in copies(name, owner._modules[name])]
     fresh = {id(p) for c in levels for p in c.parameters() if p.requires_grad}
     others = {id(p) for p in owner.parameters()} - fresh
     if not fresh or fresh & known or not others & known:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from llcompile.errors import OptionError
 from llcompile.level_kinds import KINDS
 
+ON_MISS = ("raise", "warn")
 INNER = ("inductor", "aot_eager", "eager")
 
 
@@ -22,6 +23,8 @@ class Options:
         levels: number of levels L of new level weights. Sequences of up to 2^(L-1) tokens have a weight for each of
             their levels; the last weight serves all levels beyond.
         strict: raise where a linear-time mixer stays unconverted or nothing is found.
+        on_miss: what happens where a module that owns level weights runs and the graph does not read them: "raise"
+            (the default), or "warn".
         inner: the compiler of the rewritten graph: "inductor", "aot_eager" or "eager".
         inductor: options for Inductor itself, as in `torch.compile(options=...)`.
     """
@@ -29,6 +32,7 @@ class Options:
     level_weights: str = "linear"
     levels: int = 17
     strict: bool = False
+    on_miss: str = "raise"
     inner: str = "inductor"
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
@@ -77,9 +81,16 @@ class Options:
         return {name: getattr(self, option) for option, name in _ASKED.items() if option in self.given}
 
 
-_TYPES: dict[str, Any] = {"level_weights": str, "levels": int, "strict": bool, "inner": str, "inductor": Mapping}
+_TYPES: dict[str, Any] = {
+    "level_weights": str,
+    "levels": int,
+    "strict": bool,
+    "on_miss": str,
+    "inner": str,
+    "inductor": Mapping,
+}
 _ASKED = {"level_weights": "kind", "levels": "levels"}
-_CHOICES: dict[str, tuple[str, ...]] = {"level_weights": (*KINDS, "none"), "inner": INNER}
+_CHOICES: dict[str, tuple[str, ...]] = {"level_weights": (*KINDS, "none"), "inner": INNER, "on_miss": ON_MISS}
 
 
 def _article(kind: type) -> str:

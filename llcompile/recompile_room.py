@@ -1,8 +1,9 @@
-"""Room for models that Dynamo compiles in pieces: its limit of recompilations counts for each module.
+"""Room for models that Dynamo compiles in pieces, or for many kinds of calls: its limit counts for each module.
 
 Dynamo counts the graphs of a function for all modules that share it. A model whose graph breaks in every layer (and one
 whose layers are compiled one by one) meets `torch._dynamo.config.recompile_limit` (8) after a few layers; from there on
-the library's own code runs, which ignores level weights and cannot read a state with levels.
+the library's own code runs, which ignores level weights and cannot read a state with levels. A decorator around
+`forward` is one function for all models of a library, and a graph of its own for each set of keywords.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from weakref import WeakSet
 import torch
 from torch import nn
 
+# With and without a cache, prefill and decoding, padded and not, with gradients and without: kinds of calls multiply.
+_KINDS_OF_CALLS = 4
+
 log = logging.getLogger("llcompile")
 
 _modules: WeakSet[nn.Module] = WeakSet()
@@ -21,7 +25,7 @@ _given = _raised = 0
 
 
 def make_room(module: nn.Module | None) -> None:
-    """Notes a module whose frame is being compiled, and allows as many graphs as the user does, for each of them.
+    """Notes a module whose frame is being compiled, and allows a multiple of the graphs that the user does, for each.
 
     Only ever raises the limits in force; a `recompile_limit` of a torch.compile call itself stays as it is.
     """
@@ -32,8 +36,10 @@ def make_room(module: nn.Module | None) -> None:
     config = torch._dynamo.config
     if config.recompile_limit != _raised:
         _given = config.recompile_limit
-    _raised = _given * len(_modules)
+    _raised = _given * _KINDS_OF_CALLS * len(_modules)
     if config.recompile_limit < _raised:
-        log.info("torch._dynamo.config.recompile_limit is now %d, %d for each module", _raised, _given)
+        log.info(
+            "torch._dynamo.config.recompile_limit is now %d, %d for each module", _raised, _raised // len(_modules)
+        )
         config.recompile_limit = _raised
         config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, _raised)

@@ -27,6 +27,15 @@ def attach(session: Session) -> int:
     return len(session.attached)
 
 
+def _expect_path(session: Session, site: Site) -> None:
+    """No hook of the owner has handed its level weights in, so they must be where Dynamo can read them."""
+    assert site.owner is not None
+    try:
+        session.settings.path(site.owner, site.attribute)
+    except LookupError as error:
+        site.decline(f"its level weights cannot be read in this frame: {error}", "compile the model as a whole")
+
+
 def _attach(session: Session, site: Site) -> None:
     settings, owner, shape = session.settings, site.owner, site.shape
     assert owner is not None
@@ -39,6 +48,8 @@ def _attach(session: Session, site: Site) -> None:
         if not settings.dry_run:
             settings.attach(owner, site.attribute, weights)
             session.attached.append((owner, site.attribute))
+    elif session.settings.compiles and not session.marks:
+        _expect_path(session, site)
     if weights.heads != shape.heads or (weights.in_features is not None and weights.in_features != width):
         raise LevelWeightsError(
             f"{site.module}.{site.attribute} was made for {weights.heads} heads and an input of width "

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llcompile.passes import dynamo
+from llcompile.passes import dynamo, reach
 from llcompile.passes.lower import lower_call
 from llcompile.patterns.known import KnownFunction, rows
 from llcompile.patterns.known.arguments import Mismatch, axis_size
@@ -106,7 +106,7 @@ _levels_of_trace: Callable[[], int | None] = lambda: None  # noqa: E731  (set by
 
 def call_key(leaf: Leaf, arguments: Mapping[str, Any], module: nn.Module | None = None) -> Any:
     """What tells calls apart whose fate may differ: the module, which operands are given and their rank, constants."""
-    module = module or dynamo.innermost_module()
+    module = module or reach.innermost_module()
     facts = tuple(
         (name, value.dim() if isinstance(value, torch.Tensor) else repr(value))
         for name, value in sorted(arguments.items())

@@ -6,7 +6,9 @@ moves something fails there and not in a user's model.
 
 from __future__ import annotations
 
+import functools
 import re
+import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,67 +20,116 @@ from torch import fx, nn
 from torch._dynamo.backends.debugging import make_eager_backend_with_torch_function_modes
 from torch._dynamo.exc import ShortenTraceback, TensorifyScalarRestartAnalysis, Unsupported
 from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX
-from torch._dynamo.source import AttrSource, GlobalSource, LocalSource
-from torch._dynamo.symbolic_convert import InstructionTranslator
-from torch._dynamo.variables.builder import VariableBuilder
-from torch._guards import Source
 from torch._higher_order_ops.utils import setup_compilation_env
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import _pop_mode_temporarily
 
+from llcompile.passes.reach import current_translator, held_modules
+
 # What Dynamo calls some breaks among friends.
+_EVAL_FRAME = torch._dynamo.eval_frame.__file__
 _REASONS = {"generic_jump": "it branches on the values of a tensor"}
 
 
-def current_translator() -> InstructionTranslator | None:
-    """The frame that Dynamo is tracing at this moment in this thread, or None."""
-    try:
-        return InstructionTranslator.current_tx()
-    except AttributeError:
-        return None
-
-
 def tracing_backend() -> tuple[Any, dict[str, Any]]:
-    """The backend of the trace under way, without Dynamo's wrappers, and the keyword arguments it will be given."""
+    """The backend of the trace under way, without the wrappers around it, and the keyword arguments for it."""
     translator = current_translator()
-    function: Any = translator.output.compiler_fn if translator is not None else None
+    return (None, {}) if translator is None else unwrapped(translator.output.compiler_fn)
+
+
+def unwrapped(function: Any) -> tuple[Any, dict[str, Any]]:
+    """A backend without what wraps it (torch.compile, DDP's optimizer, a partial), and its keyword arguments."""
     keywords: dict[str, Any] = {}
-    for _ in range(8):  # wrappers are nested two or three deep
-        keywords = getattr(function, "kwargs", None) or keywords
-        inner = getattr(function, "_torchdynamo_orig_backend", None) or getattr(function, "compiler_fn", None)
+    for _ in range(12):  # wrappers are nested a few deep
+        given = getattr(function, "keywords" if isinstance(function, functools.partial) else "kwargs", None)
+        keywords = {**keywords, **given} if isinstance(given, dict) else keywords
+        inner = next((f for read in _INNER if (f := read(function)) is not None), None)
         if inner is None:
             break
         function = inner
     return function, keywords
 
 
-def innermost_module() -> nn.Module | None:
-    """The nn.Module whose forward is being traced right now, or None."""
+# How each kind of wrapper holds the backend that it calls.
+_INNER: tuple[Callable[[Any], Any], ...] = (
+    lambda wrapper: getattr(wrapper, "_torchdynamo_orig_backend", None),
+    lambda wrapper: getattr(wrapper, "compiler_fn", None),
+    lambda wrapper: getattr(getattr(wrapper, "__self__", None), "backend_compile_fn", None),
+    lambda wrapper: wrapper.func if isinstance(wrapper, functools.partial) else None,
+)
+
+
+def leave_out(function: Callable[..., Any]) -> None:
+    """Keeps Dynamo from compiling calls of the function by themselves; it is traced where a caller is traced."""
+    torch._dynamo.eval_frame.skip_code(function.__code__)
+
+
+def mark_backend(name: str, value: Any) -> None:
+    """Notes something about the backend of the trace under way, for its later traces."""
     translator = current_translator()
-    if translator is None:
-        return None
-    frame = translator.output.current_tx
-    stack = list(getattr(frame, "nn_module_stack", {}) or {})
-    return find_module(stack[-1]) if stack else root_module()
+    if translator is not None:
+        setattr(_outermost(translator.output), name, value)
 
 
-def root_module() -> nn.Module | None:
-    """The module that the outermost traced frame works on, its first argument; no `nn_module_stack` names it.
-
-    That is `self` of a compiled module's forward, under whatever name a decorator gave it.
-    """
+def backend_mark(name: str) -> Any:
+    """What `mark_backend` noted about the backend of the trace under way, or None."""
     translator = current_translator()
-    if translator is None:
-        return None
-    frame = translator.output.root_tx or translator
-    arguments = frame.f_code.co_varnames[: frame.f_code.co_argcount]
-    if frame.f_code.co_name.startswith(TORCH_DYNAMO_RESUME_IN_PREFIX):
-        # What follows a graph break takes the values that were on the stack first, then the locals by name.
-        arguments = tuple(sorted(arguments, key=lambda name: name != "self"))
-        modules = [name for name in arguments if isinstance(frame.f_locals.get(name), nn.Module)]
-        arguments = (*modules, *arguments)
-    owner = frame.f_locals.get(arguments[0]) if arguments else None
-    return owner if isinstance(owner, nn.Module) else None
+    return None if translator is None else getattr(_outermost(translator.output), name, None)
+
+
+def _outermost(output: Any) -> Any:
+    """The object that stands for one torch.compile: it lives as long as the compiled function."""
+    function = output.compiler_fn
+    function = getattr(function, "_llcompile_watched", function)
+    inner = getattr(function, "_torchdynamo_orig_backend", None)
+    held = function if inner is None else inner
+    return getattr(held, "__self__", held)  # a bound method takes no attributes
+
+
+def note_trace(name: str, value: Any) -> None:
+    """Notes something for the length of the trace under way."""
+    translator = current_translator()
+    if translator is not None:
+        setattr(translator.output, f"_llcompile_{name}", value)
+
+
+def trace_note(name: str) -> Any:
+    """What `note_trace` noted, or None."""
+    translator = current_translator()
+    return None if translator is None else getattr(translator.output, f"_llcompile_{name}", None)
+
+
+def is_traced_graph(module: fx.GraphModule) -> bool:
+    """Whether this is the graph that Dynamo has traced, and not a piece or a copy of it."""
+    translator = current_translator()
+    return translator is None or translator.output.graph is module.graph
+
+
+def around_backend(around: Callable[[Callable[..., Any], fx.GraphModule, list[Any]], Any]) -> None:
+    """Has `around(backend, graph, inputs)` called in the place of the backend of the trace under way."""
+    translator = current_translator()
+    output: Any = None if translator is None else translator.output
+    if output is None or output.compiler_fn is None or hasattr(output.compiler_fn, "_llcompile_watched"):
+        return
+    given = output.compiler_fn
+
+    def watched(module: fx.GraphModule, inputs: list[Any], **configs: Any) -> Any:
+        return around(functools.partial(given, **configs), module, inputs)
+
+    watched.__name__ = getattr(given, "__name__", type(given).__name__)
+    watched._torchdynamo_orig_backend = given  # type: ignore[attr-defined]
+    watched._llcompile_watched = given  # type: ignore[attr-defined]
+    output.compiler_fn = watched
+
+
+def backend_below() -> tuple[Any, dict[str, Any]]:
+    """The backend of the innermost compiled call that is under way in Python, and its keyword arguments."""
+    frame: Any = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "compile_wrapper" and frame.f_code.co_filename == _EVAL_FRAME:
+            return unwrapped(getattr(frame.f_locals.get("self"), "callback", None))
+        frame = frame.f_back
+    return None, {}
 
 
 def position() -> dict[str, Any]:
@@ -130,19 +181,6 @@ def _user_frame(stack: list[Any]) -> str:
         return ""
     name = re.sub(rf"^{TORCH_DYNAMO_RESUME_IN_PREFIX}_(\w+)_at_\d+$", r"\1", frame.name)
     return f"{frame.filename}:{frame.lineno} in {name}"
-
-
-def modules_in(graph: fx.Graph) -> list[nn.Module]:
-    """The modules that some node of the graph was traced in."""
-    keys = {key.split("@")[0]: None for node in graph.nodes for key in node.meta.get("nn_module_stack") or ()}
-    found = (find_module(key) for key in keys if key.isdigit())
-    return [module for module in found if module is not None]
-
-
-def find_module(key: str) -> nn.Module | None:
-    """The module that a key of `nn_module_stack` (its id, with "@n" for the nth call) stands for."""
-    found = _modules_by_id().get(int(key.split("@")[0]))
-    return None if found is None else found[0]
 
 
 def restart(reason: str) -> NoReturn:
@@ -218,34 +256,6 @@ def tracing_fake_mode(graph: fx.Graph) -> Iterator[None]:
         context.fake_mode = fresh
 
 
-def add_tensor_input(graph: fx.Graph, owner: nn.Module, path: tuple[str, ...]) -> fx.Node:
-    """Makes the tensor at `owner.<path>` an input of the graph being compiled, which Dynamo fills on each call.
-
-    Dynamo's own builder makes it, so it is guarded, fakeified and reconstructed like any parameter that the traced
-    code had read: `load_state_dict(assign=True)`, `setattr` and regional compilation see the current tensor.
-
-    Raises:
-        LookupError: no object of the traced frame leads to `owner`.
-    """
-    translator = current_translator()
-    located = _modules_by_id().get(id(owner))
-    if translator is None or located is None:
-        raise LookupError(f"no local, closure or global variable of the compiled frame leads to {type(owner).__name__}")
-    _, source, names = located
-    tensor: Any = owner
-    for name in names:
-        source = AttrSource(source, name)
-    for name in path:
-        tensor = getattr(tensor, name)
-        source = AttrSource(source, name)
-    variable = VariableBuilder(translator.output.root_tx or translator, source)(tensor)  # type: ignore[arg-type]
-    node: fx.Node = variable.as_proxy().node
-    if node.graph is not graph:
-        raise LookupError(f"Dynamo put {source.name} into another graph")
-    node._dynamo_source = node.meta["grapharg"].source
-    return node
-
-
 def hold_tensor(module: fx.GraphModule, path: tuple[str, ...], tensor: torch.Tensor) -> fx.Node:
     """Makes a tensor a constant of the graph, for a graph that is looked at and does not run.
 
@@ -290,8 +300,8 @@ def module_tensors() -> frozenset[int]:
         return frozenset()
     output: Any = translator.output
     if not hasattr(output, "_llcompile_tensors"):  # kept for the length of the trace
-        modules = [root for _, root in _root_modules()]
-        held = (t for root in modules for m in root.modules() for t in (*m._buffers.values(), *vars(m).values()))
+        modules = {id(module): module for module in held_modules()}.values()
+        held = (t for m in modules for t in (*m._buffers.values(), *vars(m).values()))
         tensors = (t for t in held if isinstance(t, torch.Tensor) and not isinstance(t, nn.Parameter))
         output._llcompile_tensors = frozenset(id(_real(tensor)) for tensor in tensors)
     return output._llcompile_tensors  # type: ignore[no-any-return]
@@ -353,43 +363,3 @@ def unsubstituted(function: types.FunctionType) -> types.FunctionType:
     copy.__dict__.update(function.__dict__)
     copy.__module__, copy.__qualname__ = function.__module__, function.__qualname__
     return copy
-
-
-def _modules_by_id() -> dict[int, tuple[nn.Module, Source, tuple[str, ...]]]:
-    """Every module that the outermost frame leads to: the module, its root's source, and the names below the root."""
-    translator = current_translator()
-    if translator is None:
-        return {}
-    output: Any = translator.output
-    # Kept for the length of the trace: a lookup per layer must not walk all layers.
-    if not hasattr(output, "_llcompile_modules"):
-        output._llcompile_modules = {
-            id(module): (module, source, tuple(name.split(".")) if name else ())
-            for source, root in reversed(_root_modules())
-            for name, module in root.named_modules()
-        }
-    return output._llcompile_modules  # type: ignore[no-any-return]
-
-
-def _root_modules() -> list[tuple[Source, nn.Module]]:
-    """The modules that the outermost traced frame holds: its locals, closure cells and globals."""
-    translator = current_translator()
-    if translator is None:
-        return []
-    frame = translator.output.root_tx or translator
-    cells = set(frame.f_code.co_freevars) | set(frame.f_code.co_cellvars)
-    found: list[tuple[Source, nn.Module]] = []
-    for name, value in frame.f_locals.items():
-        if isinstance(value, types.CellType):
-            value = value.cell_contents
-        if isinstance(value, nn.Module):
-            source = LocalSource(name, is_input=name not in cells, is_derefed_cell_contents=name in cells)
-            found.append((source, value))
-        owner = getattr(value, "__self__", None)
-        if isinstance(owner, nn.Module):
-            found.append((AttrSource(LocalSource(name), "__self__"), owner))
-    for name in frame.f_code.co_names:
-        value = frame.f_globals.get(name)
-        if isinstance(value, nn.Module):
-            found.append((GlobalSource(name), value))
-    return found

@@ -4,25 +4,45 @@ from __future__ import annotations
 
 from torch import fx
 
-from llcompile.passes import dynamo
+from llcompile.errors import MissedLevelWeightsError
+from llcompile.passes import dynamo, reach
+from llcompile.passes.discover import place_of
+from llcompile.passes.marks import marked_tensors
 from llcompile.passes.session import Session, Site
 
 
 def weight_inputs(session: Session, site: Site, inputs: dict[tuple[int, str], fx.Node]) -> list[fx.Node]:
-    """The level weights' tensors as inputs of the program, each made once, handed into the site's region."""
+    """The level weights' tensors: as the owner's call has them, else as inputs of the program, each made once.
+
+    Inputs are handed into the site's region.
+    """
     if site.level_weights is None or site.owner is None:
         return []
+    marked = marked_tensors(session.marks, site.region, place_of(site.node)[0], site.attribute)
+    if marked is not None:
+        return list(marked)
     nodes = []
     for name, tensor in site.level_weights.tensors():
         key = (id(tensor), name)
         if key not in inputs:
-            path = (site.attribute, name)
+            path = (site.attribute, *session.settings.path(site.owner, site.attribute), name)
             if session.settings.dry_run:  # nothing is attached that Dynamo could read
                 inputs[key] = dynamo.hold_tensor(session.module, path, tensor)
             else:
-                inputs[key] = dynamo.add_tensor_input(session.graph, site.owner, path)
+                inputs[key] = _input(session, site, path)
         nodes.append(site.region.lift(inputs[key]))
     return nodes
+
+
+def _input(session: Session, site: Site, path: tuple[str, ...]) -> fx.Node:
+    assert site.owner is not None
+    try:
+        return reach.add_tensor_input(session.graph, site.owner, path)
+    except LookupError as error:
+        raise MissedLevelWeightsError(
+            f"{site.module or type(site.owner).__name__}: its level weights cannot be read in this frame: {error}. "
+            "Compile the model as a whole, or run the call uncompiled."
+        ) from error
 
 
 def infer_values(nodes: list[fx.Node], template: fx.Node) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 
-from llcompile.passes import dynamo
-from llcompile.passes.discover import module_of, user_line
+from llcompile.passes import reach
+from llcompile.passes.discover import module_of, place_of, user_line
 from llcompile.passes.records import Declined
 from llcompile.passes.regions import Region
 from llcompile.passes.session import Session, Site
@@ -45,8 +45,8 @@ def _add_site(
     session: Session, region: Region, found: Found, denominators: list[Found], taken: dict[tuple[str, str], int]
 ) -> None:
     node = found.anchor
-    key, name = module_of(node.meta)
-    owner = dynamo.find_module(key) if key else None
+    key, name = place_of(node)
+    owner = reach.find_module(key) if key else None
     site = Site(node, region, None, session.name(key, name), user_line(node.meta), found, denominators)
     site.owner, site.owner_missing = owner, bool(key) and owner is None
     number = taken[str(id(owner)), ""] = taken.get((str(id(owner)), ""), 0) + 1

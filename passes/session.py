@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from llcompile.passes.capture import Leaf
+from llcompile.passes.marks import Mark, take
 from llcompile.passes.records import Certificate, Declined, Untouched
 from llcompile.passes.regions import Region, regions
 from llcompile.passes.structure.found import Found
@@ -30,6 +31,7 @@ class Settings:
         make: makes new level weights: (kind, heads, levels, in_features, like) -> module.
         find: the level weights that a module owns under a name already, or None.
         attach: registers level weights on a module under a name.
+        path: the names that lead from what a module has under a name to the level weights, where a wrapper holds them.
         function: (level weights, dtype of their input) -> the pure function (input, *tensors) that they compute.
         names: id of a module -> its dotted name in the user's model, where the whole model is known; frames after a
             graph break only know a part of it.
@@ -42,6 +44,7 @@ class Settings:
     make: Callable[..., nn.Module]
     find: Callable[[nn.Module, str], Any]
     attach: Callable[[nn.Module, str, nn.Module], None]
+    path: Callable[[nn.Module, str], tuple[str, ...]]
     function: Callable[[nn.Module, torch.dtype], Callable[..., Any]]
     names: Mapping[int, str] = field(default_factory=dict)
     dry_run: bool = False
@@ -150,6 +153,7 @@ class Session:
 
     def __post_init__(self) -> None:
         self.regions = regions(self.module)
+        self.marks: tuple[Mark, ...] = take(self.regions)
         # What Dynamo made: some of it has no value, the handle of a context manager for example.
         self.given = frozenset(node for region in self.regions for node in region.graph.nodes)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from llcompile.passes import dynamo
+from llcompile.passes import reach
 from llcompile.passes.discover import module_of
 from llcompile.passes.mechanisms.facts import Facts
 
@@ -15,7 +15,7 @@ _REACH = 40
 def declares_latent(node: fx.Node) -> bool:
     """Whether the module itself names the rank of its latent: after a graph break the projections are out of sight."""
     key, _ = module_of(node.meta)
-    owner = dynamo.find_module(key) if key else None
+    owner = reach.find_module(key) if key else None
     return isinstance(getattr(owner, "kv_lora_rank", None), int)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import fx, nn
 
-from llcompile.passes import dynamo
+from llcompile.passes import dynamo, reach
 from llcompile.passes.discover import module_of
 
 
@@ -38,9 +38,9 @@ def adding_unread(graph_module: fx.GraphModule, _: list[Any]) -> Callable[..., A
     """A backend that adds the parameter `unread` of each module that multiplied to the product's result."""
     with dynamo.tracing_fake_mode(graph_module.graph):
         for node in [n for n in graph_module.graph.nodes if getattr(n.target, "__name__", "") == "mul"]:
-            owner = dynamo.find_module(module_of(node.meta)[0])
+            owner = reach.find_module(module_of(node.meta)[0])
             assert isinstance(owner, Inner)
-            added = dynamo.add_tensor_input(graph_module.graph, owner, ("unread",))
+            added = reach.add_tensor_input(graph_module.graph, owner, ("unread",))
             with graph_module.graph.inserting_after(node):
                 total = graph_module.graph.call_function(torch.add, (node, added))
             node.replace_all_uses_with(total, delete_user_cb=lambda user, total=total: user is not total)

@@ -1,0 +1,82 @@
+"""Misses: modules that ran in a frame and own level weights that its graph does not read.
+
+They are found by identity: by the marks that their pre-hooks left, by the modules that the graph's nodes were traced
+in, and by the call that the frame belongs to.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+from torch import nn
+
+from llcompile.errors import LevelWeightsIgnoredWarning, MissedLevelWeightsError
+from llcompile.held import held
+from llcompile.passes import dynamo, reach
+from llcompile.passes.session import Session
+
+_NOT_FOUND = "no linear-time mixer of it was found in this graph"
+_WHAT_TO_DO = (
+    "Its output would be the linear model's. llcompile.inspect(model, *inputs) with the inputs of this call says what "
+    "is found and why not; llcompile.revert(model) removes the level weights; options={'on_miss': 'warn'} runs it as "
+    "it is."
+)
+
+
+def check(session: Session, on_miss: str) -> None:
+    """Raises, or warns, where level weights of a module that ran have no part in what was compiled.
+
+    A frame that a graph break has cut may leave the rest to another frame, so there it only ever warns; the forward
+    hook of `attachment` says at run time what no frame has read.
+
+    Raises:
+        MissedLevelWeightsError: `on_miss="raise"`.
+    """
+    messages = [_message(session, owner, names) for owner, names in misses(session)]
+    if not messages:
+        return
+    if on_miss == "raise" and dynamo.is_whole_frame():
+        raise MissedLevelWeightsError("\n".join([*messages, _WHAT_TO_DO]))
+    warnings.warn("\n".join([*messages, _WHAT_TO_DO]), LevelWeightsIgnoredWarning, stacklevel=2)
+
+
+def misses(session: Session) -> Iterator[tuple[nn.Module, list[str]]]:
+    """Each owner whose level weights are not read though it ran, with their names.
+
+    Of several level weights of one owner some may belong to a mixer that does not run in this mode; they are missed if
+    their mixer is there and was declined, or if none of the owner's is read.
+    """
+    read = {(id(s.owner), s.attribute) for s in session.sites if s.open and s.level_weights is not None}
+    declined = {(id(s.owner), s.attribute) for s in session.sites if not s.open}
+    for owner in _ran(session):
+        names = [name for name, _ in held(owner)]
+        unread = [name for name in names if (id(owner), name) not in read]
+        if len(unread) < len(names):
+            unread = [name for name in unread if (id(owner), name) in declined]
+        if unread:
+            yield owner, unread
+
+
+def _ran(session: Session) -> list[nn.Module]:
+    """The modules that ran, from beginning to end, in the frame."""
+    found = [reach.find_module(mark.owner) for mark in session.marks]
+    for region in session.regions:
+        found.extend(reach.modules_in(region.graph))
+    if dynamo.is_whole_frame() and reach.is_call_of_a_module():
+        found.append(reach.root_module())
+    return list({id(module): module for module in found if module is not None}.values())
+
+
+def _message(session: Session, owner: nn.Module, names: list[str]) -> str:
+    sites = [site for site in session.sites if site.owner is owner]
+    module = next((site.module for site in sites if site.module), "")
+    module = module or session.settings.names.get(id(owner), "") or reach.path_of(owner)
+    reasons = [f"{site.reason} ({site.where})" for site in sites if not site.open]
+    records = (*session.near_misses, *session.refused)
+    reasons = reasons or [f"{r.reason} ({r.where})" for r in records if module and r.module == module]
+    where = f"{type(owner).__name__} {module!r}" if module else type(owner).__name__
+    return (
+        f"{where} has level weights ({', '.join(names)}) and ran in this call, and the compiled graph does not read "
+        f"them: {'; '.join(dict.fromkeys(reasons)) or _NOT_FOUND}."
+    )

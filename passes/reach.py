@@ -1,0 +1,246 @@
+"""Reach: from the frame that Dynamo traces to the modules that run in it, by identity, and to their tensors.
+
+Dynamo keeps each object that traced code touches, with the source that leads to it: it does not matter whether the
+frame holds a model in an argument, a container, a closure, or behind a decorator.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import types
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import fx, nn
+from torch._dynamo.exc import Unsupported
+from torch._dynamo.source import AttrSource, GetItemSource, GlobalSource, LocalSource
+from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._dynamo.variables.builder import VariableBuilder
+from torch._guards import Source
+
+# Values of a frame are looked into so many containers deep.
+_DEPTH = 3
+
+
+def current_translator() -> InstructionTranslator | None:
+    """The frame that Dynamo is tracing at this moment in this thread, or None."""
+    try:
+        return InstructionTranslator.current_tx()
+    except AttributeError:
+        return None
+
+
+def innermost_module() -> nn.Module | None:
+    """The nn.Module whose forward is being traced right now, or None."""
+    translator = current_translator()
+    if translator is None:
+        return None
+    stack = list(getattr(translator.output.current_tx, "nn_module_stack", {}) or {})
+    return find_module(stack[-1]) if stack else root_module()
+
+
+def root_module() -> nn.Module | None:
+    """The module that the outermost traced frame works for; no `nn_module_stack` names it.
+
+    That is the module whose call is under way in Python, as a trace of that call would say; where the frame is no part
+    of a module's call, the first one that it holds.
+    """
+    if current_translator() is None:
+        return None
+    running = running_module()
+    if running is not None and find_module(str(id(running))) is not None:
+        return running
+    return next((module for _, module in _held()), None)
+
+
+def running_module() -> nn.Module | None:
+    """The innermost module whose call is under way in Python."""
+    frame: Any = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "_call_impl":
+            module = frame.f_locals.get("self")
+            if isinstance(module, nn.Module) and not isinstance(module, fx.GraphModule):
+                return module
+        frame = frame.f_back
+    return None
+
+
+def innermost_holding(parameter: nn.Parameter, called: Iterable[nn.Module]) -> nn.Module | None:
+    """The smallest module that holds a parameter, of those that traced code has touched and not `called`."""
+    ids = {id(module) for module in called}
+    fitting = [m for m in _touched().values() if id(m) not in ids and any(p is parameter for p in m.parameters())]
+    return min(fitting, key=lambda module: sum(1 for _ in module.modules()), default=None)
+
+
+def is_call_of_a_module() -> bool:
+    """Whether the outermost traced frame is (a part of) the call of the module that `root_module` gives."""
+    running = running_module()
+    return running is not None and running is root_module()
+
+
+def modules_in(graph: fx.Graph) -> list[nn.Module]:
+    """The modules that some node of the graph was traced in."""
+    keys = {key.split("@")[0]: None for node in graph.nodes for key in node.meta.get("nn_module_stack") or ()}
+    found = (find_module(key) for key in keys if key.isdigit())
+    return [module for module in found if module is not None]
+
+
+def find_module(key: str) -> nn.Module | None:
+    """The module that a key of `nn_module_stack` (its id, with "@n" for the nth call) stands for."""
+    wanted = int(key.split("@")[0])
+    touched = _touched().get(wanted)
+    if touched is not None:
+        return touched
+    found = _below().get(wanted)
+    return None if found is None else found[0]
+
+
+def path_of(module: nn.Module) -> str:
+    """The dotted name of a module below the first one that the frame holds, or ""."""
+    for _, root in _held():
+        for name, child in root.named_modules():
+            if child is module:
+                return name
+    return ""
+
+
+def held_modules() -> list[nn.Module]:
+    """Every module that the traced frame holds or touches."""
+    return [*_touched().values(), *(module for module, _, _ in _below().values())]
+
+
+def add_tensor_input(graph: fx.Graph, owner: nn.Module, path: tuple[str, ...]) -> fx.Node:
+    """Makes the tensor at `owner.<path>` an input of the graph being compiled, which Dynamo fills on each call.
+
+    Dynamo itself reads the attributes, so the tensor is guarded, fakeified and reconstructed like any parameter that
+    the traced code had read: `load_state_dict(assign=True)`, `setattr` and regional compilation see the current one.
+
+    Raises:
+        LookupError: no object of the traced frame leads to the tensor.
+    """
+    translator = current_translator()
+    variable = None if translator is None else _variable(owner)
+    if translator is None or variable is None:
+        raise LookupError(f"nothing that the compiled frame holds leads to {type(owner).__name__}")
+    frame = translator.output.root_tx or translator
+    try:
+        for name in path:
+            variable = variable.var_getattr(frame, name)
+        node = variable.as_proxy().node
+    except (Unsupported, NotImplementedError) as error:
+        raise LookupError(f"Dynamo cannot read {type(owner).__name__}.{'.'.join(path)}: {error}") from error
+    if node.graph is not graph or "grapharg" not in node.meta:
+        raise LookupError(f"Dynamo does not make {type(owner).__name__}.{'.'.join(path)} an input of the graph")
+    node._dynamo_source = node.meta["grapharg"].source
+    assert isinstance(node, fx.Node)
+    return node
+
+
+def _variable(module: nn.Module) -> Any:
+    """What Dynamo has of a module, made where the traced code has not touched it; None where nothing leads to it."""
+    translator = current_translator()
+    assert translator is not None
+    frame = translator.output.root_tx or translator
+    variable = _variables().get(id(module))
+    if variable is not None or id(module) not in _below():
+        return variable
+    _, root, names = _below()[id(module)]
+    variable = VariableBuilder(frame, root)(_below_root(module)) if isinstance(root, Source) else root
+    for name in names:
+        variable = variable.var_getattr(frame, name)
+    return variable
+
+
+def _below_root(module: nn.Module) -> nn.Module:
+    _, root, _ = _below()[id(module)]
+    return next(held for source, held in _held() if source is root)
+
+
+def _variables() -> dict[int, Any]:
+    """By id, what Dynamo has of each module that traced code has touched."""
+    translator = current_translator()
+    if translator is None:
+        return {}
+    known: Mapping[int, Any] = translator.output.side_effects.id_to_variable
+    return {key: v for key, v in known.items() if v.source is not None and isinstance(_value(v), nn.Module)}
+
+
+def _value(variable: Any) -> Any:
+    return vars(variable).get("value")  # `value` is computed, and may fail, in other kinds of variables
+
+
+def _touched() -> dict[int, nn.Module]:
+    return {key: _value(variable) for key, variable in _variables().items()}
+
+
+def _below() -> dict[int, tuple[nn.Module, Any, tuple[str, ...]]]:
+    """By id, the modules below those that the frame touches or holds: the module, where to start, and the names."""
+    translator = current_translator()
+    if translator is None:
+        return {}
+    output: Any = translator.output
+    variables = _variables()
+    count, kept = getattr(output, "_llcompile_below", (-1, {}))
+    found: dict[int, tuple[nn.Module, Any, tuple[str, ...]]] = kept
+    if count != len(variables):  # kept until the trace has touched more
+        memo: set[nn.Module] = set()
+        found = {}
+        roots: list[tuple[Any, nn.Module]] = [(variable, _value(variable)) for variable in variables.values()]
+        for root, module in (*roots, *_held()):
+            for name, child in module.named_modules(memo):
+                found.setdefault(id(child), (child, root, tuple(name.split(".")) if name else ()))
+        output._llcompile_below = (len(variables), found)
+    return found
+
+
+def _held() -> list[tuple[Source, nn.Module]]:
+    """The modules that the outermost traced frame holds: in its arguments, other locals, cells and globals."""
+    translator = current_translator()
+    if translator is None:
+        return []
+    output: Any = translator.output
+    if not hasattr(output, "_llcompile_held"):  # kept for the length of the trace
+        frame = output.root_tx or translator
+        output._llcompile_held = list(_frame_modules(frame))
+    return output._llcompile_held  # type: ignore[no-any-return]
+
+
+def _frame_modules(frame: Any) -> Iterator[tuple[Source, nn.Module]]:
+    code = frame.f_code
+    cells = set(code.co_freevars) | set(code.co_cellvars)
+    # `self` first: what follows a graph break takes the values that were on the stack before the locals.
+    for name, value in sorted(frame.f_locals.items(), key=lambda item: item[0] != "self"):
+        if isinstance(value, types.CellType):
+            try:
+                value = value.cell_contents
+            except ValueError:  # not filled yet
+                continue
+        source = LocalSource(name, is_input=name not in cells, is_derefed_cell_contents=name in cells)
+        yield from _modules_of(source, value)
+    for name in code.co_names:
+        if name in frame.f_globals:
+            yield from _modules_of(GlobalSource(name), frame.f_globals[name])
+
+
+def _modules_of(source: Source, value: Any, depth: int = _DEPTH) -> Iterator[tuple[Source, nn.Module]]:
+    if isinstance(value, nn.Module):
+        yield source, value
+    elif depth:
+        for inner, element in _elements(source, value):
+            yield from _modules_of(inner, element, depth - 1)
+
+
+def _elements(source: Source, value: Any) -> Iterable[tuple[Source, Any]]:
+    """What a method, partial or container leads to."""
+    if isinstance(value, types.MethodType):
+        return [(AttrSource(source, "__self__"), value.__self__)]
+    if isinstance(value, functools.partial):
+        arguments = AttrSource(source, "args")
+        return [
+            (AttrSource(source, "func"), value.func),
+            *((GetItemSource(arguments, i), x) for i, x in enumerate(value.args)),
+        ]
+    if type(value) in (list, tuple):
+        return [(GetItemSource(source, i), element) for i, element in enumerate(value[:64])]
+    return []

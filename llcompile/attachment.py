@@ -176,8 +176,8 @@ def runs_levels(backend: Any) -> bool:
 
 def warn_if_switched_off(owners: Iterable[nn.Module | None]) -> None:
     """Warns when one of the modules has level weights other than 1, which `level_weights="none"` leaves out."""
-    held = [(owner, weights) for owner in owners if owner is not None for _, weights in held(owner)]
-    named = sorted({type(owner).__name__ for owner, weights in held if not weights.is_identity()})
+    found = [(owner, weights) for owner in owners if owner is not None for _, weights in held(owner)]
+    named = sorted({type(owner).__name__ for owner, weights in found if not weights.is_identity()})
     if named:
         _warn(f"the level weights of {', '.join(named)} are no longer 1, and level_weights='none' switches them off")
 

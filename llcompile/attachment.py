@@ -19,6 +19,7 @@ from llcompile.level_weights import LevelWeights
 from llcompile.optimizer_watch import watch
 from llcompile.passes import dynamo
 from llcompile.passes.marks import mark
+from llcompile.passes.owner_input import Call
 
 
 def make(kind: str, heads: int, levels: int, in_features: int | None, owner: nn.Module) -> LevelWeights:
@@ -56,7 +57,7 @@ def attach(owner: nn.Module, name: str, weights: nn.Module) -> None:
     owner.add_module(name, weights)
     watch(owner)
     if warn_if_ignored not in owner._forward_hooks.values():
-        owner.register_forward_pre_hook(expect_use)
+        owner.register_forward_pre_hook(expect_use, with_kwargs=True)
         owner.register_forward_hook(warn_if_ignored, always_call=True)
 
 
@@ -83,6 +84,7 @@ def detach_one(owner: nn.Module, name: str) -> None:
             for key, hook in list(hooks.items()):
                 if hook in (expect_use, warn_if_ignored):
                     del hooks[key]
+                    owner._forward_pre_hooks_with_kwargs.pop(key, None)
                     owner._forward_hooks_always_called.pop(key, None)
 
 
@@ -101,13 +103,15 @@ def mark_used(tensors: Iterable[torch.Tensor]) -> None:
     _used.update(map(id, tensors))
 
 
-def expect_use(owner: nn.Module, arguments: Any) -> None:
+def expect_use(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook: from here on, a compiled graph that reads the level weights marks them as used.
 
-    While Dynamo traces it for our backend, it hands the level weights to the graph, as they are in this call.
+    While Dynamo traces it for our backend, it hands the level weights to the graph, as they are in this call. Otherwise
+    the input is kept until the call ends, for a graph that begins after a graph break inside of the module.
     """
     if not torch.compiler.is_dynamo_compiling():
         _forget_use(owner)
+        _keep_input(owner, Call(args, kwargs))
     elif _compiles_for_us():
         for name, child in owner._modules.items():
             if inside(name, child) is not None:
@@ -120,6 +124,12 @@ def _forget_use(owner: nn.Module) -> None:
         _used.difference_update(ids(owner, name))
 
 
+@torch.compiler.disable
+def _keep_input(owner: nn.Module, call: Call | None) -> None:
+    for _, weights in held(owner):
+        weights.owner_input = call.of_width(weights.in_features) if call and weights.in_features else None
+
+
 def warn_if_ignored(owner: nn.Module, arguments: Any, output: Any) -> None:
     """Forward hook: warns when level weights had no part in an output that was computed eagerly.
 
@@ -128,6 +138,7 @@ def warn_if_ignored(owner: nn.Module, arguments: Any, output: Any) -> None:
     hook is always called) there is no output, and a state that only compiled code can read may be why.
     """
     if not torch.compiler.is_dynamo_compiling():
+        _keep_input(owner, None)
         _warn_if_unused(owner, output)
 
 

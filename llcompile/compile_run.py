@@ -29,6 +29,7 @@ def new_session(
         levels=options.levels,
         make=attachment.make,
         find=attachment.find,
+        held=lambda owner: list(held.held(owner)),
         attach=attachment.attach,
         path=held.path,
         function=attachment.function,  # type: ignore[arg-type]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,10 @@ from llcompile.level_kinds import (
     level_weights_function,
     paper_gain,
 )
+
+if TYPE_CHECKING:
+    from llcompile.passes.names import CodePlace
+    from llcompile.passes.origin import Role
 
 __all__ = ["KINDS", "LevelWeights", "compute_dtype", "level_weights_function", "paper_gain"]
 
@@ -81,6 +85,11 @@ class LevelWeights(nn.Module):
         # A tensor and not an "extra state": safetensors holds tensors only.
         self.register_buffer("descriptor", self._descriptor(device))
         self._not_one: _Seen | None = None
+        # Where its mixer stands in the user's code, which tensor it reads there (passes/names.py, passes/origin.py),
+        # and that tensor while a call of the owner is under way (passes/owner_input.py).
+        self.place: CodePlace | None = None
+        self.role: Role | None = None
+        self.owner_input: Tensor | None = None
         self.reset_parameters()
 
     @property
@@ -244,7 +253,11 @@ class LevelWeights(nn.Module):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_not_one": None}  # weak references neither pickle nor copy
+        # Weak references neither pickle nor copy, and what a call is about goes with it.
+        return {**self.__dict__, "_not_one": None, "owner_input": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({"place": None, "role": None, "owner_input": None, **state})
 
 
 class _Seen:

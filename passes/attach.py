@@ -4,12 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import fx
+
 from llcompile.errors import LevelWeightsError
-from llcompile.passes.origin import projection_input
+from llcompile.passes import dynamo
+from llcompile.passes.origin import Role, given, is_projected, projection_input, role_of
+from llcompile.passes.owner_input import Call, call_under_way
 from llcompile.passes.session import Session, Site
 
 # The options that say what level weights are like, by what they are about.
 _OPTIONS = {"kind": "level_weights", "levels": "levels"}
+_NO_OWNER = (
+    "its module cannot be reached from the compiled frame, so it has no place for level weights",
+    "a graph break above this line splits the module's forward; TORCH_LOGS=graph_breaks shows it",
+)
+_NO_INPUT = (
+    "a graph break stands between its projections and its mixing, and what its level weights read is not in this graph",
+    "move what breaks the graph (a hook, .item(), a print) out of the module; TORCH_LOGS=graph_breaks shows it",
+)
+_OTHER_INPUT = (
+    "what its level weights read when they were made is not what its operands are projected from in this graph",
+    "run the code that convert saw, or call llcompile.revert(model) and convert the model as it runs now",
+)
 
 
 def attach(session: Session) -> int:
@@ -17,12 +33,9 @@ def attach(session: Session) -> int:
     if session.settings.kind == "none":
         return 0
     for site in session.sites:
-        if site.open and site.owner_missing:
-            site.decline(
-                "its module cannot be reached from the compiled frame, so it has no place for level weights",
-                "a graph break above this line splits the module's forward; TORCH_LOGS=graph_breaks shows it",
-            )
-        if site.open and site.owner is not None:
+        if site.open and site.owner is None:
+            site.decline(*_NO_OWNER)
+        if site.open:
             _attach(session, site)
     return len(session.attached)
 
@@ -40,9 +53,16 @@ def _attach(session: Session, site: Site) -> None:
     settings, owner, shape = session.settings, site.owner, site.shape
     assert owner is not None
     assert shape is not None
-    site.source = projection_input(site)
-    width = None if site.source is None else int(site.source.meta["example_value"].shape[-1])
     weights = settings.find(owner, site.attribute)
+    if weights is not None and weights.heads != shape.heads:
+        raise LevelWeightsError(
+            f"{site.module}.{site.attribute} was made for {weights.heads} heads and an input of width "
+            f"{weights.in_features}, but the mixer at {site.where} has {shape.heads} heads. "
+            "Call llcompile.revert(model) and convert it again."
+        )
+    role, width = _find_source(site, weights)
+    if not site.open:
+        return
     if weights is None:
         weights = settings.make(settings.kind if width else "static", shape.heads, settings.levels, width, owner)
         if not settings.dry_run:
@@ -50,12 +70,12 @@ def _attach(session: Session, site: Site) -> None:
             session.attached.append((owner, site.attribute))
     elif session.settings.compiles and not session.marks:
         _expect_path(session, site)
-    if weights.heads != shape.heads or (weights.in_features is not None and weights.in_features != width):
-        raise LevelWeightsError(
-            f"{site.module}.{site.attribute} was made for {weights.heads} heads and an input of width "
-            f"{weights.in_features}, but the mixer at {site.where} has {shape.heads} heads and an input of width "
-            f"{width}. Call llcompile.revert(model) and convert it again."
-        )
+    if not settings.dry_run:
+        # What a checkpoint does not say is learned from the first graph that tells.
+        weights.place = weights.place or site.place
+        weights.role = weights.role or role
+        if site.owner_input is not None and settings.compiles:
+            weights.owner_input = site.owner_input
     _check_asked(session, site, weights)
     site.level_weights = weights
 
@@ -63,7 +83,7 @@ def _attach(session: Session, site: Site) -> None:
 def _check_asked(session: Session, site: Site, weights: Any) -> None:
     """What was asked for must not contradict level weights that are there; "static" is what an absent input gives."""
     asked = {name: value for name, value in session.settings.asked.items() if getattr(weights, name) != value}
-    if site.source is None and weights.kind == "static":
+    if site.source is None and site.owner_input is None and weights.kind == "static":
         asked.pop("kind", None)
     if asked:
         said = " and ".join(f"{_OPTIONS[name]}={value!r}" for name, value in asked.items())
@@ -72,3 +92,70 @@ def _check_asked(session: Session, site: Site, weights: Any) -> None:
             f"kind {weights.kind!r} with {weights.levels} levels. Leave the option out to use them; or call "
             "llcompile.revert(model), which deletes them with what they have learned, and convert the model again."
         )
+
+
+def _find_source(site: Site, weights: Any) -> tuple[Role | None, int | None]:
+    """Finds what the level weights read, in the graph or among the owner's arguments: its role and its width.
+
+    Declines the site where level weights are there, or would be, and cannot be fed.
+    """
+    assert site.owner is not None
+    role = None if weights is None else weights.role
+    call = call_under_way(site.owner)
+    node = projection_input(site)
+    cut = _is_cut_off(site, call)
+    if node is not None and not _is_wide(weights) and dynamo.is_handed_in_twice(site.region.outer(node)):
+        return None, None  # another call may hand in another tensor for each operand
+    if weights is not None and not _is_wide(weights):
+        site.source = node
+        return None, None
+    if node is not None and (not cut or is_projected(node)):
+        found = role_of(site, node)
+        width = _width(node)
+        if weights is None or (width == weights.in_features and (role is None or role.fits(found))):
+            site.source = node
+            return found, width
+    elif node is None and not cut and weights is None:
+        return None, None  # no tensor is what all operands come from
+    if call is not None and cut and (role is None or role.own):
+        tensor = call.sequence(*_sizes(site))
+        if tensor is not None and (weights is None or tensor.shape[-1] == weights.in_features):
+            site.owner_input = tensor
+            return Role(True, frozenset()), int(tensor.shape[-1])
+    site.decline(*(_NO_INPUT if cut else _OTHER_INPUT))
+    return None, None
+
+
+def _is_wide(weights: Any) -> bool:
+    """Whether there are level weights that read an input."""
+    return weights is not None and weights.in_features is not None
+
+
+def _is_cut_off(site: Site, call: Call | None) -> bool:
+    """Whether the graph begins behind a break inside of the owner's forward: the operands come from what is handed in
+    and is no argument of the owner."""
+    inputs = [dynamo.input_value(site.region.outer(node)) for node in _roots(site)]
+    if call is not None:
+        return any(not call.holds(value) for value in inputs)
+    return dynamo.is_resumed() and bool(inputs) and not _is_called(site)
+
+
+def _is_called(site: Site) -> bool:
+    """Whether the owner's call is a part of this graph."""
+    return any(key.split("@")[0] == str(id(site.owner)) for key in site.node.meta.get("nn_module_stack") or {})
+
+
+def _roots(site: Site) -> list[fx.Node]:
+    return [node for node in given(site) if node.op == "placeholder"]
+
+
+def _width(node: fx.Node) -> int:
+    return int(node.meta["example_value"].shape[-1])
+
+
+def _sizes(site: Site) -> tuple[Any, Any]:
+    """How many rows and tokens the mixer has, in the example."""
+    if site.found is not None:
+        return site.found.rows_and_tokens
+    assert site.call is not None
+    return dynamo.hint(site.call.sizes["B"]), dynamo.hint(site.call.sizes.get("T", 1))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,22 +29,17 @@ _OURS = tuple(str(Path(p.__path__[0]).resolve()) + os.sep for p in (llcompile, p
 
 def discover(session: Session) -> int:
     """Fills `session.sites`; returns how many mixers were found."""
-    # By path, too: a module that stands in two places of the model is called twice, and has one mixer.
-    calls: Counter[tuple[str, str]] = Counter()
     captured = [(r, n, leaf_of(n.target)) for r in session.regions for n in r.graph.nodes if n.op == "call_function"]
     for region, node, leaf in captured:
         if leaf is None:
             continue
         key, name = place_of(node)
-        calls[key, name] += 1
         site = Site(node, region, leaf, session.name(key, name), user_line(node.meta))
         if region.closed:
             site.decline(f"it stands in the body of {region.closed}, which takes no further operands", _CLOSED)
         if key:
             site.owner = reach.find_module(key)
             site.owner_missing = site.owner is None
-        if calls[key, name] > 1:
-            site.attribute = f"loglinear_{calls[key, name]}"
         session.sites.append(site)
     session.refused.extend(refused_calls(session.settings.names))
     return len(session.sites)
@@ -96,8 +90,13 @@ def module_of(meta: Mapping[str, Any]) -> tuple[str, str]:
     return key, name.lstrip(".")
 
 
+def user_frames(meta: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The frames (file, line, function) of the user's code that led to a node, the outermost first."""
+    frames = [m.groupdict() for m in _FRAME.finditer(meta.get("stack_trace") or "")]
+    return [f for f in frames if not str(Path(f["file"]).resolve()).startswith(_OURS)]
+
+
 def user_line(meta: Mapping[str, Any]) -> str:
     """`file:line in function` of the user's code that made a node, or ""."""
-    frames = [m.groupdict() for m in _FRAME.finditer(meta.get("stack_trace") or "")]
-    frames = [f for f in frames if not str(Path(f["file"]).resolve()).startswith(_OURS)]
+    frames = user_frames(meta)
     return "{file}:{line} in {function}".format(**frames[-1]) if frames else ""

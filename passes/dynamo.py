@@ -24,6 +24,7 @@ from torch._higher_order_ops.utils import setup_compilation_env
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import _pop_mode_temporarily
 
+from llcompile.passes.owner_input import HELD
 from llcompile.passes.reach import current_translator, held_modules
 
 # What Dynamo calls some breaks among friends.
@@ -293,6 +294,27 @@ def input_name(node: fx.Node) -> str:
     return "" if source is None else str(source.name)
 
 
+def is_handed_in_twice(node: fx.Node) -> bool:
+    """Whether a placeholder's tensor came in under several names in this call (Dynamo has guarded that it does)."""
+    translator, name = current_translator(), input_name(node)
+    if translator is None or not name:
+        return False
+    for guard in translator.output.guards:
+        create = guard.create_fn
+        if getattr(getattr(create, "func", None), "__name__", "") == "DUPLICATE_INPUT":
+            other = getattr(create, "keywords", {}).get("source_b")
+            if name in (guard.name, getattr(other, "name", None)):
+                return True
+    return False
+
+
+def is_resumed() -> bool:
+    """Whether the frame being compiled is what follows a graph break."""
+    translator = current_translator()
+    frame = None if translator is None else translator.output.root_tx or translator
+    return frame is not None and frame.f_code.co_name.startswith(TORCH_DYNAMO_RESUME_IN_PREFIX)
+
+
 def module_tensors() -> frozenset[int]:
     """Ids of the tensors that the frame's modules hold and do not train: buffers, and plain attributes."""
     translator = current_translator()
@@ -301,10 +323,16 @@ def module_tensors() -> frozenset[int]:
     output: Any = translator.output
     if not hasattr(output, "_llcompile_tensors"):  # kept for the length of the trace
         modules = {id(module): module for module in held_modules()}.values()
-        held = (t for m in modules for t in (*m._buffers.values(), *vars(m).values()))
+        held = (t for m in modules for t in _held_by(m))
         tensors = (t for t in held if isinstance(t, torch.Tensor) and not isinstance(t, nn.Parameter))
         output._llcompile_tensors = frozenset(id(_real(tensor)) for tensor in tensors)
     return output._llcompile_tensors  # type: ignore[no-any-return]
+
+
+def _held_by(module: nn.Module) -> Iterator[Any]:
+    """What a module holds between calls: not its input, which level weights hold during one."""
+    yield from module._buffers.values()
+    yield from (value for name, value in vars(module).items() if name != HELD)
 
 
 def _real(value: Any) -> Any:

@@ -8,6 +8,7 @@ from llcompile.errors import MissedLevelWeightsError
 from llcompile.passes import dynamo, reach
 from llcompile.passes.discover import place_of
 from llcompile.passes.marks import marked_tensors
+from llcompile.passes.owner_input import HELD
 from llcompile.passes.session import Session, Site
 
 
@@ -43,6 +44,17 @@ def _input(session: Session, site: Site, path: tuple[str, ...]) -> fx.Node:
             f"{site.module or type(site.owner).__name__}: its level weights cannot be read in this frame: {error}. "
             "Compile the model as a whole, or run the call uncompiled."
         ) from error
+
+
+def owner_input(session: Session, site: Site) -> fx.Node:
+    """What the owner was called with, [B, T, D], as an input of the program, handed into the site's region."""
+    assert site.owner is not None
+    assert site.owner_input is not None
+    if session.settings.dry_run:
+        path = (site.attribute, HELD)
+        return site.region.lift(dynamo.hold_tensor(session.module, path, site.owner_input))
+    path = (site.attribute, *session.settings.path(site.owner, site.attribute), HELD)
+    return site.region.lift(_input(session, site, path))
 
 
 def infer_values(nodes: list[fx.Node], template: fx.Node) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import networkx as nx
@@ -10,7 +12,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from llcompile.passes import dynamo
+from llcompile.passes import dynamo, reach
 from llcompile.passes.session import Site
 
 # Calls that project features: the level weights read what these read.
@@ -18,6 +20,34 @@ _PROJECTIONS = {F.linear, torch._C._nn.linear, torch.matmul, torch.nn.functional
 # Steps between a tensor and its projection that do not change what it is.
 _TRANSPARENT = {"to", "float", "contiguous", "type", "half", "bfloat16"}
 _ROOT, _SINK = "root", "sink"
+
+
+@dataclass(frozen=True)
+class Role:
+    """What level weights read, in words that hold in every frame.
+
+    Args:
+        own: it is an input of the module that owns the mixer.
+        readers: names, below the owner, of the parameters that project it.
+    """
+
+    own: bool
+    readers: frozenset[str]
+
+    def fits(self, other: Role) -> bool:
+        """Whether both are the same tensor of the user's program."""
+        return bool(self.readers & other.readers) or (self.own and other.own)
+
+
+def role_of(site: Site, node: fx.Node) -> Role:
+    """The role of a node of the site's graph."""
+    assert site.owner is not None
+    names = {id(parameter): name for name, parameter in site.owner.named_parameters()}
+    held = (dynamo.input_value(site.region.outer(n)) for reader in _readers(node) for n in reader.all_input_nodes)
+    readers = frozenset(names[id(parameter)] for parameter in held if id(parameter) in names)
+    keys = {key.split("@")[0] for key in node.meta.get("nn_module_stack") or {}}
+    inside = str(id(site.owner)) in keys or reach.root_module() is site.owner
+    return Role(node.op == "placeholder" or not inside, readers)
 
 
 def projection_input(site: Site) -> fx.Node | None:
@@ -31,7 +61,7 @@ def projection_input(site: Site) -> fx.Node | None:
     else:
         batch, length = _batch_and_length(site)
         candidates = [n for n in _dominators(site) if _is_sequence(n, batch, length)]
-    projected = [n for n in candidates if _is_projected(n)]
+    projected = [n for n in candidates if is_projected(n)]
     return next(iter(projected or candidates), None)
 
 
@@ -54,8 +84,14 @@ def data_inputs(node: fx.Node) -> list[fx.Node]:
     return [n for n in node.all_input_nodes if not isinstance(n.meta.get("example_value"), sizes)]
 
 
-def _dominators(site: Site) -> list[fx.Node]:
-    """Common dominators of the operands, the nearest first."""
+def given(site: Site) -> list[fx.Node]:
+    """The program's inputs that the operands are computed from: no parameters, buffers, caches and masks."""
+    graph = _above(site)
+    return list(graph.successors(_ROOT)) if _ROOT in graph else []
+
+
+def _above(site: Site) -> nx.DiGraph[Any]:
+    """Everything that the operands are computed from: from the root, over the inputs, to the operands and the sink."""
     operands = operand_nodes(site)
     graph: nx.DiGraph[Any] = nx.DiGraph()
     graph.add_edges_from((operand, _SINK) for operand in operands)
@@ -71,6 +107,12 @@ def _dominators(site: Site) -> list[fx.Node]:
             if parent not in seen:
                 seen.add(parent)
                 pending.append(parent)
+    return graph
+
+
+def _dominators(site: Site) -> list[fx.Node]:
+    """Common dominators of the operands, the nearest first."""
+    graph = _above(site)
     if _ROOT not in graph:
         return []
     immediate = nx.immediate_dominators(graph, _ROOT)
@@ -104,10 +146,14 @@ def _is_sequence(node: fx.Node, batch: Any, length: Any) -> bool:
     )
 
 
-def _is_projected(node: fx.Node) -> bool:
+def is_projected(node: fx.Node) -> bool:
+    """Whether a projection of features reads the node."""
+    return next(_readers(node), None) is not None
+
+
+def _readers(node: fx.Node) -> Iterator[fx.Node]:
     for user in node.users:
         if user.op == "call_function" and user.target in _PROJECTIONS and user.args and user.args[0] is node:
-            return True
-        if user.op == "call_method" and user.target in _TRANSPARENT and _is_projected(user):
-            return True
-    return False
+            yield user
+        if user.op == "call_method" and user.target in _TRANSPARENT:
+            yield from _readers(user)

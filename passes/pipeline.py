@@ -11,7 +11,9 @@ from llcompile.passes.attach import attach
 from llcompile.passes.bind import bind
 from llcompile.passes.check import check
 from llcompile.passes.discover import discover
+from llcompile.passes.functions import functions
 from llcompile.passes.identify import identify
+from llcompile.passes.names import names
 from llcompile.passes.padding import padding
 from llcompile.passes.place import placing
 from llcompile.passes.prove import prove
@@ -25,7 +27,7 @@ log = logging.getLogger("llcompile")
 Pass = Callable[[Session], int]
 
 # What is there and what it is; nothing is changed.
-LOOK: tuple[Pass, ...] = (discover, recognise, identify, bind, states, placing, prove, padding)
+LOOK: tuple[Pass, ...] = (functions, discover, recognise, names, identify, bind, states, placing, prove, padding)
 # What is done about it.
 CHANGE: tuple[Pass, ...] = (rewrite,)
 

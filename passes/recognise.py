@@ -22,9 +22,6 @@ _LEFT = "the code runs as it is"
 def recognise(session: Session) -> int:
     """Adds a site for each hand-written mixer, and a record for each near miss; returns how many mixers there are."""
     before = len(session.sites)
-    taken: dict[tuple[str, str], int] = {}
-    for site in session.sites:
-        taken[str(id(site.owner)), ""] = taken.get((str(id(site.owner)), ""), 0) + 1
     for region in session.regions:
         if region.closed:
             continue
@@ -32,7 +29,7 @@ def recognise(session: Session) -> int:
         session.structure_counts.update(findings.counts)
         log.debug("recognise: %s", ", ".join(f"{rule} {n}" for rule, n in sorted(findings.counts.items())))
         for found in findings.found:
-            _add_site(session, region, found, findings.denominators.get(id(found), []), taken)
+            _add_site(session, region, found, findings.denominators.get(id(found), []))
         for missed in findings.missed:
             record = _declined(session, missed)
             session.near_misses.append(record)
@@ -41,17 +38,12 @@ def recognise(session: Session) -> int:
     return len(session.sites) - before
 
 
-def _add_site(
-    session: Session, region: Region, found: Found, denominators: list[Found], taken: dict[tuple[str, str], int]
-) -> None:
+def _add_site(session: Session, region: Region, found: Found, denominators: list[Found]) -> None:
     node = found.anchor
     key, name = place_of(node)
     owner = reach.find_module(key) if key else None
     site = Site(node, region, None, session.name(key, name), user_line(node.meta), found, denominators)
     site.owner, site.owner_missing = owner, bool(key) and owner is None
-    number = taken[str(id(owner)), ""] = taken.get((str(id(owner)), ""), 0) + 1
-    if number > 1:
-        site.attribute = f"loglinear_{number}"
     site.cell, site.certificate = found.reading.family, found.certificate
     site.shape = MixerShape(*found.sizes)
     session.sites.append(site)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 from torch.fx.proxy import GraphAppendingTracer
 
-from llcompile.passes.emit import infer_values, weight_inputs
+from llcompile.passes.emit import infer_values, owner_input, weight_inputs
 from llcompile.passes.lower import lower, lower_call
 from llcompile.passes.regions import Region
 from llcompile.passes.rewrite_part import write_part
@@ -20,6 +20,8 @@ def rewrite(session: Session) -> int:
     """Replaces every captured call; returns how many were rewritten as our operator."""
     inputs: dict[tuple[int, str], fx.Node] = {}
     for site in session.sites:
+        if site.open and site.owner_input is not None:
+            site.source = owner_input(session, site)
         if site.leaf is None:
             if site.open:
                 write_part(session, site, inputs)

@@ -152,11 +152,14 @@ def _weights(
     if weights is None:
         return None
     source = _weighed(site)
-    like = value if source is None else _batch_first(found, source, as_proxy(source))
+    if source is None:
+        like = value
+    else:
+        like = _batch_first(found, source, as_proxy(source)) if site.owner_input is None else as_proxy(source)
     dtype = found.part.result.dtype if source is None else source.meta["example_value"].dtype
     made = session.settings.function(weights, dtype)(like, *tensors)  # [B, T, H, L]
     missing = _count(found.times.leaves) - _count(found.times.shorter)
-    if source is None or not missing or not found.is_shorter(source):
+    if source is None or not missing or (site.owner_input is None and not found.is_shorter(source)):
         return made
     return torch.nn.functional.pad(made, (0, 0, 0, 0, 0, missing), value=1.0)  # positions that are cut off again
 

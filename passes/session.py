@@ -30,6 +30,7 @@ class Settings:
         asked: what of these (kind, levels) was asked for in so many words, and no default.
         make: makes new level weights: (kind, heads, levels, in_features, like) -> module.
         find: the level weights that a module owns under a name already, or None.
+        held: (name, level weights) for all that a module owns already.
         attach: registers level weights on a module under a name.
         path: the names that lead from what a module has under a name to the level weights, where a wrapper holds them.
         function: (level weights, dtype of their input) -> the pure function (input, *tensors) that they compute.
@@ -43,6 +44,7 @@ class Settings:
     levels: int
     make: Callable[..., nn.Module]
     find: Callable[[nn.Module, str], Any]
+    held: Callable[[nn.Module], list[tuple[str, Any]]]
     attach: Callable[[nn.Module, str, nn.Module], None]
     path: Callable[[nn.Module, str], tuple[str, ...]]
     function: Callable[[nn.Module, torch.dtype], Callable[..., Any]]
@@ -70,11 +72,15 @@ class Site:
     owner: nn.Module | None = None
     owner_missing: bool = False
     attribute: str = "loglinear"
+    # Where it stands in the user's code (see passes/names.py).
+    place: Any = None
     call: Arguments | None = None
     cell: tuple[Decay, Correction] | None = None
     shape: MixerShape | None = None
     certificate: Certificate | None = None
     source: fx.Node | None = None
+    # What the owner was called with, where level weights read that and this graph does not hold it.
+    owner_input: torch.Tensor | None = None
     level_weights: Any = None
     # [B, T] in the graph, non-zero at tokens that are no padding (`mask_inverted`: at padding).
     mask: fx.Node | None = None

@@ -14,10 +14,6 @@ from llcompile.passes.session import Session, Site
 from llcompile.patterns.known.arguments import is_level_state, state_argument
 from llcompile.patterns.known.states import state_problem
 
-_INLINE = (
-    "it hands its state on to code that is written out in the model, which would forget the levels between two calls"
-)
-_WITHOUT_CACHE = "run it without a cache (use_cache=False, in generate() too), or with level_weights='none'"
 _NO_PLACE = "its state has no levels and is computed by the model, so that there is no place to keep levels in"
 
 
@@ -27,12 +23,6 @@ def states(session: Session) -> int:
     Raises:
         StateError: it was made by another model, for other sizes, or of another kind.
     """
-    for site in session.sites:
-        # In training the state is returned by habit, and nobody decodes from it.
-        training = site.owner is not None and site.owner.training
-        kept = session.settings.kind != "none" and session.settings.compiles and not training
-        if site.found is not None and kept and site.found.hands_on():
-            site.decline(_INLINE, _WITHOUT_CACHE)
     held = [site for site in session.sites if site.leaf is not None and _state_node(site) is not None]
     for site in held:
         levels = _levels(session, site)

@@ -104,13 +104,16 @@ class _Classifier:
 
     def _reaches(self, timed: list[Source]) -> None:
         """Which positions of the result depend on one position of each source."""
-        probe, middle = self.probe, self.probe.length // 2
+        probe = self.probe
+        # Of two positions, the first has a later one, and the second an earlier one.
+        middle = 0 if probe.length == 2 else probe.length // 2
         noncausal = None
         for source in timed:
-            other = probe.by_time(probe.run({source: probe.at_one_time(source, middle)}))
-            size = self.base.abs().amax().clamp_min(1e-300)
-            rows = ((other - self.base).abs().amax(1) > 1e-11 * size).nonzero().flatten().tolist()
-            if not rows:
+            rows = self._reached(source, middle)
+            if probe.length == 2 and self._reached(source, 1)[:1] == [0]:
+                self.reach[source] = "before"
+                noncausal = noncausal or "not causal: output 0 depends on input 1"
+            elif not rows:
                 self.reach[source] = "none"
             elif rows == [middle]:
                 self.reach[source] = "own"
@@ -122,6 +125,13 @@ class _Classifier:
                 if rows[-1] < probe.length - 1:
                     self.reach[source] = "window"
         self.noncausal = noncausal
+
+    def _reached(self, source: Source, position: int) -> list[int]:
+        """The positions of the result that depend on one position of a source."""
+        other = self.probe.by_time(self.probe.run({source: self.probe.at_one_time(source, position)}))
+        size = self.base.abs().amax().clamp_min(1e-300)
+        found: list[int] = ((other - self.base).abs().amax(1) > 1e-11 * size).nonzero().flatten().tolist()
+        return found
 
     def _no_query(self, timed: list[Source]) -> tuple[str, int]:
         if self.noncausal:

@@ -14,7 +14,7 @@ from llcompile.passes.records import Certificate
 from llcompile.passes.structure.axes import Axis
 from llcompile.passes.structure.classify import Miss
 from llcompile.passes.structure.cut import Part
-from llcompile.passes.structure.facts import WEIGHTED, Times
+from llcompile.passes.structure.facts import Times
 from llcompile.passes.structure.frame import Frame
 from llcompile.passes.structure.lifted import Lifted, Source
 from llcompile.passes.structure.program import Op, Program, Value
@@ -58,6 +58,12 @@ class Found:
         return count(tuple(leaf.size for leaf in batch)), count(tuple(leaf.size for leaf in time))
 
     @property
+    def rows_and_tokens(self) -> tuple[int, int]:
+        """How many rows and tokens come in: time is as it was before it was padded."""
+        batch, time = self.reading.axes.batch, self.times.shorter
+        return count(tuple(leaf.size for leaf in batch)), count(tuple(leaf.size for leaf in time))
+
+    @property
     def sizes(self) -> tuple[int, int, int, int]:
         """Heads, groups, key width, value width."""
         axes = self.reading.axes
@@ -75,24 +81,26 @@ class Found:
             found.append("its decay is a parameter taken as it is: every call checks that it lies in (0, 1]")
         if self.hands_on():
             found.append(
-                "it hands on a linear state: evaluated with a cache it stays linear, without one it has levels"
+                "it returns the sum of its levels as its state; a call that such a state comes back to is refused"
             )
         return tuple(found)
 
     def hands_on(self) -> bool:
-        """Whether the graph returns a state (what else the operands become, joined over time), or writes it away."""
+        """Whether the graph returns a state, or writes one away: what else the operands become, summed over time.
+
+        By its size: a number for each row, head, key and value feature. Nothing is decided by it.
+        """
         operands = [value for source in self.reading.operands for value in _values(source)]
         seen = {self.part.result, self.output, *operands}
         pending = operands
         states: set[Value] = set()
+        size = self.rows_and_tokens[0] * self.sizes[0] * self.sizes[2] * self.sizes[3]
         while pending:
             for user in pending.pop().users:
-                if user.name in WEIGHTED and any(not self.times.facts[v].data for v in user.inputs):
-                    continue  # features again
                 new = [value for value in user.outputs if value not in seen]
                 seen.update(new)
                 pending.extend(new)
-                states.update(v for v in new if self.times.facts[v].mixed and v.dtype.is_floating_point)
+                states.update(v for v in new if self.times.facts[v].form != "sequence" and count(v.shape) == size)
         nodes = (node for node, held in self.program.results.items() if held in states)
         return any(user.op == "output" or user.target == "copy_" for node in nodes for user in node.users)
 

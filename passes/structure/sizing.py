@@ -50,8 +50,10 @@ def small(times: Frame, part: Part, keep_time: bool, variant: int = 0) -> Sizing
             for leaf in times.axis_leaves(axis):
                 if id(leaf) in sizing.sizes:
                     continue
-                keep = leaf.pinned or leaf.size <= _SHORT or (keep_time and times.is_time(leaf))
                 whole = times.is_time(leaf) and len(times.leaves) == 1
+                # A sequence of two or three tokens shows too little of what a part does with the past.
+                short = leaf.size <= _SHORT and not whole
+                keep = leaf.pinned or short or (keep_time and times.is_time(leaf))
                 sizing.sizes[id(leaf)] = leaf.size if keep else 11 + 6 * variant if whole else _SMALL[number % 5]
                 number += not keep
     return sizing

@@ -180,7 +180,7 @@ def _constant_decay(probe: Probe, reading: Reading, ours: Tensor, base: Tensor) 
     heads = _by_head(probe, reading, theirs), _by_head(probe, reading, own)
     ratio = (heads[0] * heads[1]).sum(-1) / (heads[1] * heads[1]).sum(-1).clamp_min(1e-300)  # [T, H]
     ratio = ratio / ratio[:1]
-    if not bool((ratio > 0).all()) or ratio.shape[0] < 3:
+    if not bool((ratio > 0).all()) or ratio.shape[0] < 2:
         return None
     # From the last position at which the impulse is still strong: the further, the more exact.
     strong = int((ratio.amin(1) > 1e-3).nonzero().flatten()[-1])

@@ -17,7 +17,7 @@ def _unused(*_: Any, **__: Any) -> Any:
     raise AssertionError("identify attaches nothing")
 
 
-SETTINGS = Settings(kind="linear", levels=8, make=_unused, find=_unused, attach=_unused, function=_unused)
+SETTINGS = Settings(kind="linear", levels=8, make=_unused, find=_unused, held=_unused, attach=_unused, function=_unused)
 
 
 class Watch:

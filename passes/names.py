@@ -1,0 +1,203 @@
+"""Names: a mixer's level weights by where it stands in the user's code: the same in every mode, length and frame.
+
+Level weights belong to a place and not to an order in a graph: a mixer that only trains, a graph break between two of
+them or a short sequence must not hand one mixer's weights to another.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import linecache
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from llcompile.passes import dynamo
+from llcompile.passes.discover import place_of, user_frames
+from llcompile.passes.origin import operand_nodes
+from llcompile.passes.session import Session, Site
+
+_AMBIGUOUS = "its module has several level weights, and which of them are its own cannot be told"
+
+
+@dataclass(frozen=True)
+class CodePlace:
+    """Where a mixer stands.
+
+    Args:
+        lines: (function, line within it) from the owner's forward inwards; a frame after a graph break may know the
+            last of them only.
+        operands: names, below the owner, of the parameters that its operands are projected with; fewer where a graph
+            break stands between.
+        number: which of the mixers with these lines and operands it is, in one call of the owner.
+    """
+
+    lines: tuple[tuple[str, int], ...]
+    operands: frozenset[str]
+    number: int = 0
+
+    @property
+    def functions(self) -> tuple[str, ...]:
+        """The lines' functions."""
+        return tuple(function for function, _ in self.lines)
+
+
+def names(session: Session) -> int:
+    """Finds each site's place, and the name that its level weights have or will have; returns how many have some."""
+    calls: dict[Any, list[Site]] = {}
+    for site in session.sites:
+        # A module that is called twice has one mixer: each call is named by itself.
+        calls.setdefault((id(site.owner), *place_of(site.node)), []).append(site)
+    known: dict[nn.Module | None, dict[str, Any]] = {}
+    for sites in calls.values():
+        owner = sites[0].owner
+        if owner not in known:
+            known[owner] = {n: w.place for n, w in ([] if owner is None else session.settings.held(owner))}
+        _number(sites)
+        _name(sites, known[owner])
+    return sum(site.owner is not None for site in session.sites)
+
+
+def _number(sites: list[Site]) -> None:
+    seen: Counter[Any] = Counter()
+    for site in sites:
+        lines, operands = _lines(site), _operands(site)
+        site.place = CodePlace(lines, operands, seen[lines, operands])
+        seen[lines, operands] += 1
+
+
+def _name(sites: list[Site], held: dict[str, CodePlace | None]) -> None:
+    """Gives each site the name of the level weights of its place, or a free one; `held` says which there are."""
+    known = {name: place for name, place in held.items() if place is not None}
+    pending = list(sites)
+    for rule in _RULES:
+        for site in list(pending):
+            fits = [name for name, place in known.items() if rule(place, _place(site))]
+            if len(fits) > 1:
+                site.decline(_AMBIGUOUS, "a graph break stands inside of the mixer; TORCH_LOGS=graph_breaks shows it")
+            if fits:
+                pending.remove(site)
+                site.attribute = fits[0]
+            if len(fits) == 1:
+                del known[fits[0]]
+    unplaced = [name for name, place in held.items() if place is None]
+    if len(unplaced) > len(pending) > 0:
+        for site in pending:
+            site.decline(_AMBIGUOUS, "they come from a checkpoint and fewer mixers run here; convert the model again")
+    free = (name for name in _names() if name not in held)
+    for site in pending:
+        site.attribute = unplaced.pop(0) if unplaced else next(free)
+        held[site.attribute] = _place(site)
+
+
+def _place(site: Site) -> CodePlace:
+    assert isinstance(site.place, CodePlace)
+    return site.place
+
+
+def _names() -> Iterator[str]:
+    yield "loglinear"
+    number = 2
+    while True:
+        yield f"loglinear_{number}"
+        number += 1
+
+
+def _ends(first: tuple[Any, ...], second: tuple[Any, ...]) -> bool:
+    """Whether one is the end of the other: a frame after a graph break starts further inside."""
+    count = min(len(first), len(second))
+    return count > 0 and first[-count:] == second[-count:]
+
+
+def _overlap(first: CodePlace, second: CodePlace) -> bool:
+    return first.operands <= second.operands or second.operands <= first.operands
+
+
+# The nearest first. Where lines differ (the last operation of a loop stands elsewhere at another length), the operands
+# must tell; where a break hides the operands, the lines must.
+_RULES: tuple[Callable[[CodePlace, CodePlace], bool], ...] = (
+    lambda a, b: a == b,
+    lambda a, b: bool(a.operands) and a.operands == b.operands and a.number == b.number and _ends(a.lines, b.lines),
+    lambda a, b: (
+        bool(a.operands) and a.operands == b.operands and a.number == b.number and _ends(a.functions, b.functions)
+    ),
+    lambda a, b: _overlap(a, b) and a.number == b.number and _ends(a.lines, b.lines),
+)
+
+
+def _lines(site: Site) -> tuple[tuple[str, int], ...]:
+    frames = user_frames(site.node.meta)
+    start = _start(frames, site.owner)
+    return tuple(_definition(f["file"], int(f["line"]), f["function"]) for f in frames[start:])
+
+
+def _start(frames: list[dict[str, str]], owner: nn.Module | None) -> int:
+    """The last frame that is the owner's forward; 0 where the trace began inside of it."""
+    forward = getattr(inspect.unwrap(type(owner).forward), "__code__", None) if owner is not None else None
+    if forward is None:
+        return 0
+    spans = [line for _, _, line in forward.co_lines() if line]
+    inside = (
+        i
+        for i, f in enumerate(frames)
+        if f["file"] == forward.co_filename and spans and forward.co_firstlineno <= int(f["line"]) <= max(spans)
+    )
+    return max(inside, default=0)
+
+
+def _definition(file: str, line: int, function: str) -> tuple[str, int]:
+    """The innermost function around a line, and the line within it; a comment above the function moves neither."""
+    found = [span for span in _definitions(file, len(linecache.getlines(file))) if span[0] <= line <= span[1]]
+    if not found:
+        return function, line
+    start, _, name = max(found)
+    return name, line - start
+
+
+@functools.lru_cache(maxsize=64)
+def _definitions(file: str, length: int) -> list[tuple[int, int, str]]:
+    """(first line, last line, qualified name) of each function of a file; `length` in lines tells versions apart."""
+    try:
+        tree = ast.parse("".join(linecache.getlines(file)))
+    except (SyntaxError, ValueError):
+        return []
+    return list(_walk(tree, ""))
+
+
+def _walk(node: ast.AST, prefix: str) -> Iterator[tuple[int, int, str]]:
+    for child in ast.iter_child_nodes(node):
+        name = prefix
+        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            name = f"{prefix}.{child.name}" if prefix else child.name
+            if not isinstance(child, ast.ClassDef):
+                yield child.lineno, child.end_lineno or child.lineno, name
+        yield from _walk(child, name)
+
+
+def _operands(site: Site) -> frozenset[str]:
+    """The owner's parameters that the operands are made with, the nearest on each way."""
+    if site.owner is None:
+        return frozenset()
+    names = {id(parameter): name for name, parameter in site.owner.named_parameters() if ".loglinear" not in f".{name}"}
+    found: set[str] = set()
+    pending, seen = list(operand_nodes(site)), set[fx.Node]()
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        own = [names.get(id(_held(site, n))) for n in node.all_input_nodes if isinstance(_held(site, n), nn.Parameter)]
+        found.update(name for name in own if name is not None)
+        if not own:
+            pending.extend(node.all_input_nodes)
+    return frozenset(found)
+
+
+def _held(site: Site, node: fx.Node) -> Any:
+    outer = site.region.outer(node) if node.op == "placeholder" else node
+    return dynamo.input_value(outer) if outer.op == "placeholder" else None

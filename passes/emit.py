@@ -51,8 +51,7 @@ def owner_input(session: Session, site: Site) -> fx.Node:
     assert site.owner is not None
     assert site.owner_input is not None
     if session.settings.dry_run:
-        path = (site.attribute, HELD)
-        return site.region.lift(dynamo.hold_tensor(session.module, path, site.owner_input))
+        return site.region.lift(dynamo.hold_tensor(session.module, (site.attribute, HELD), site.owner_input))
     path = (site.attribute, *session.settings.path(site.owner, site.attribute), HELD)
     return site.region.lift(_input(session, site, path))
 

@@ -57,13 +57,16 @@ def test_a_build_without_cuda_is_left_alone(script: ModuleType, tmp_path: Path) 
 @pytest.mark.parametrize("script", ["matrix"], indirect=True)
 class TestMatrix:
     def result(self, script: ModuleType, *ok: bool | None) -> object:
-        lines = [{"topic": f"self-test: {i}", "found": "moved | 0", "ok": one} for i, one in enumerate(ok)]
+        lines = [
+            {"topic": f"self-test: transformers: {i}", "found": "moved | 0", "ok": one} for i, one in enumerate(ok)
+        ]
         return script.Result(script.Row("2.15.0", "5.24.0", "3.11"), {"torch": "2.15.0+cu132"}, lines)
 
     def test_a_row_needs_every_line(self, script: ModuleType) -> None:
         assert self.result(script, True, None).acts
         assert not self.result(script, True, False).acts
         assert not self.result(script).acts
+        assert not self.result(script, None).acts
         assert not script.Result(script.Row("2.15.0", "5.24.0"), problem="no Python 3.9").acts
 
     def test_the_page(self, script: ModuleType) -> None:
@@ -72,7 +75,7 @@ class TestMatrix:
         )
         table = page[page.index("| torch") :].splitlines()
         assert {line.count("|") for line in table} == {8}
-        assert "| 2.15.0+cu132 | 5.24.0 | 3.11 | - | - | **no** | 1 of 2 act; 1: moved / 0 |" in table
+        assert "| 2.15.0+cu132 | 5.24.0 | 3.11 | - | - | **no** | 1 of 2 act; transformers: 1: moved / 0 |" in table
         assert "not tried | refused |" in table[-1]
 
     def test_what_a_registry_refuses_is_said(self, script: ModuleType) -> None:

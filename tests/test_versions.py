@@ -60,6 +60,15 @@ class TestSelfTest:
         assert [row.acts for row in rows] == [False, None]
         assert rows[0].detail == "AttributeError: it was renamed"
 
+    @pytest.mark.usefixtures("fresh_dynamo")
+    def test_code_that_does_not_run_here_is_no_failure(self) -> None:
+        def mix(*_: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("0 active drivers")
+
+        row = self_test._row("a library", lambda: self_test._layer(self_test.Calls(mix), "eager"))
+        assert row.acts is None
+        assert "0 active drivers" in row.detail
+
     def test_the_random_stream_is_left_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(self_test, "LIBRARIES", {"json": {"a": lambda inner: str(torch.rand(1))}})
         before = torch.get_rng_state()

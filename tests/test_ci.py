@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import json
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 
@@ -77,6 +79,13 @@ class TestMatrix:
         assert {line.count("|") for line in table} == {8}
         assert "| 2.15.0+cu132 | 5.24.0 | 3.11 | - | - | **no** | 1 of 2 act; transformers: 1: moved / 0 |" in table
         assert "not tried | refused |" in table[-1]
+
+    def test_kept_results_come_back(self, script: ModuleType, tmp_path: Path) -> None:
+        result = self.result(script, True)
+        refused = script.Result(script.Row("9.9", "1"), problem="refused")
+        for name, one in (("0", result), ("1", refused)):
+            (tmp_path / f"{name}.json").write_text(json.dumps(asdict(one)))
+        assert script._kept(tmp_path, (result.row, refused.row)) == {result.row: result}
 
     def test_what_a_registry_refuses_is_said(self, script: ModuleType) -> None:
         said = script._last_line("WARNING: x\nERROR: No matching distribution found for torch==2.15.0\n[notice] y\n")

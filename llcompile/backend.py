@@ -5,13 +5,25 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import threading
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from torch import fx, nn
 
-from llcompile import adapters, attachment, compile_check, compile_run, inner, logs, missed, recompile_room, versions
+from llcompile import (
+    adapters,
+    attachment,
+    compile_check,
+    compile_run,
+    fresh,
+    inner,
+    logs,
+    missed,
+    recompile_room,
+    versions,
+)
 from llcompile.errors import LateAttachWarning, LLCompileError, StateAdoptedWarning, WrappedBackendError
 from llcompile.held import held
 from llcompile.options import Options
@@ -21,7 +33,12 @@ from llcompile.report import Report
 
 log = logging.getLogger("llcompile")
 
-_last_report = Report()
+
+class _Last(threading.local):
+    report = Report()
+
+
+_last = _Last()
 
 
 def loglinear(
@@ -49,33 +66,28 @@ def loglinear(
     """
     versions.announce()
     try:
-        parsed = Options.parse(options)
-        if dynamo.trace_note("rewritten"):  # the whole, before it was cut or copied
-            return inner.compile_graph(module, example_inputs, parsed, mode)
-        if dynamo.trace_note("asked") is False or not dynamo.is_traced_graph(module):
-            _trace_as_ours(parsed)
-        finish = _rewrite(module, parsed)
-        return finish(inner.compile_graph(module, dynamo.example_inputs(module.graph), parsed, mode))
+        with fresh.kept_on_success():
+            parsed = Options.parse(options)
+            if dynamo.trace_note("rewritten"):  # the whole, before it was cut or copied
+                return inner.compile_graph(module, example_inputs, parsed, mode)
+            if dynamo.trace_note("asked") is False or not dynamo.is_traced_graph(module):
+                _trace_as_ours(parsed)
+            finish = _rewrite(module, parsed)
+            return finish(inner.compile_graph(module, dynamo.example_inputs(module.graph), parsed, mode))
     except LLCompileError as error:
         raise dynamo.surfaced(error).with_traceback(error.__traceback__) from None
 
 
 def _rewrite(module: fx.GraphModule, parsed: Options) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Rewrites a Dynamo graph; what it returns is to be called with the compiled graph and gives what is to run."""
-    global _last_report
     recompile_room.make_room(reach.root_module())
     session = compile_run.new_session(module, parsed, compiles=True)
-    try:
-        report = compile_run.look(session)
-        compile_run.check_strict(report, parsed)
-        if parsed.level_weights != "none":
-            missed.check(session, parsed.on_miss)
-    except LLCompileError:
-        for owner, name in session.attached:
-            attachment.detach_one(owner, name)
-        raise
+    report = compile_run.look(session)
+    compile_run.check_strict(report, parsed)
     if parsed.level_weights == "none":
         attachment.warn_if_switched_off(site.owner for site in session.sites)
+    else:
+        missed.check(session, parsed.on_miss)
     adapters.warn_if_frozen(_read(session), dynamo.example_inputs(module.graph))
     broken = compile_run.give_up_opaque(session)
     adopted = states.adopt(session)
@@ -87,7 +99,7 @@ def _rewrite(module: fx.GraphModule, parsed: Options) -> Callable[[Callable[...,
         # Traced once more, so that Dynamo itself sees the new modules (their guards, hooks and states).
         dynamo.restart("level weights were attached, states got levels, or a declined call must run by itself")
     pipeline.change(session)
-    _last_report = report
+    _last.report = report
     log.info("%s", report)
     logs.artifact("loglinear_report", lambda: json.dumps(report.to_dict(), default=str), "json")
     logs.artifact("loglinear_graph", lambda: module.print_readable(print_output=False))
@@ -101,8 +113,8 @@ loglinear._llcompile_runs = True  # type: ignore[attr-defined]
 
 
 def last_report() -> Report:
-    """The report on the graph that the backend compiled last in this process."""
-    return _last_report
+    """The report on the graph that the backend compiled last in this thread."""
+    return _last.report
 
 
 def is_ours(has_level_weights: bool = False) -> bool:
@@ -141,7 +153,8 @@ def _trace_as_ours(parsed: Options) -> NoReturn:
 def _rewrite_first(backend: Callable[..., Any], module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
     """In the place of a wrapper that calls us in the end: it is handed the rewritten graph."""
     try:
-        finish = _rewrite(module, dynamo.backend_mark(_LATE))
+        with fresh.kept_on_success(done=False):
+            finish = _rewrite(module, dynamo.backend_mark(_LATE))
     except LLCompileError as error:
         raise dynamo.surfaced(error).with_traceback(error.__traceback__) from None
     return finish(backend(module, dynamo.example_inputs(module.graph)))
@@ -154,7 +167,8 @@ def _rewrite_whole(module: fx.GraphModule, backend: Any) -> Callable[[Callable[.
     if dynamo.trace_note("rewritten") or (late is None and function is not loglinear):
         return None
     try:
-        return _rewrite(module, late or Options.parse(keywords.get("options")))
+        with fresh.kept_on_success(done=False):
+            return _rewrite(module, late or Options.parse(keywords.get("options")))
     except LLCompileError as error:
         raise dynamo.surfaced(error).with_traceback(error.__traceback__) from None
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from llcompile import attachment, held
+from llcompile import attachment, fresh, held
 from llcompile.errors import StrictError
 from llcompile.options import Options
 from llcompile.passes import capture, dynamo, pipeline
@@ -30,9 +30,10 @@ def new_session(
         make=attachment.make,
         find=attachment.find,
         held=lambda owner: list(held.held(owner)),
-        attach=attachment.attach,
+        attach=fresh.attach if compiles else attachment.attach,
         path=held.path,
         function=attachment.function,  # type: ignore[arg-type]
+        withheld=attachment.withheld,
         names=names or {},
         dry_run=dry_run,
         compiles=compiles,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect as inspect_module
+import threading
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -10,14 +12,15 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from llcompile import adapters, attachment, backend, compile_run, recompile_room
+from llcompile import adapters, attachment, backend, compile_run, recompile_room, versions
+from llcompile import verify as verify_
 from llcompile.errors import CaptureError, LLCompileError, ModelError
 from llcompile.look.collect import collect, without_graph
 from llcompile.look.look import Look, Subject
 from llcompile.look.records import MixerLook
 from llcompile.options import Options
 from llcompile.passes import discover, dynamo, reach
-from llcompile.passes.session import Session
+from llcompile.passes.session import Session, Site
 from llcompile.report import Report
 from llcompile.transaction import transaction
 
@@ -25,17 +28,24 @@ Visit = Callable[[Session], None]
 
 
 def convert(
-    model: nn.Module, *example_args: Any, options: dict[str, Any] | None = None, **example_kwargs: Any
+    model: nn.Module,
+    *example_args: Any,
+    options: dict[str, Any] | None = None,
+    verify: bool = True,
+    **example_kwargs: Any,
 ) -> Report:
     """Attaches level weights to every linear-time mixer of `model`, so that an optimiser built next knows them.
 
     The model computes what it did before: all level weights start at exactly 1. They take effect when the model runs
-    through `torch.compile(model, backend="loglinear")`.
+    through `torch.compile(model, backend="loglinear")`. The conversion ends by running what will run: the converted
+    model, on the example inputs, compared with the model's own output and gradients (`report.certificate`). A mixer
+    that makes a difference, or whose level weights have no effect, is declined with what was measured.
 
     Args:
         model: any nn.Module that Dynamo can trace; changed in place (modules named `loglinear` are added).
         example_args, example_kwargs: inputs that the model runs on; their values do not matter.
         options: as for the backend; `level_weights`, `levels` and `strict` have a meaning here.
+        verify: False leaves the run at the end out; the report says so.
 
     Returns:
         What was converted, declined and left untouched.
@@ -45,7 +55,7 @@ def convert(
         CaptureError: the model does not run on the example inputs, or cannot be traced.
         OptionError, LevelWeightsError, StrictError: see `llcompile.errors`. The model is as it was.
     """
-    report, _ = _captured(model, example_args, example_kwargs, options, dry_run=False)
+    report, _ = _captured(model, example_args, example_kwargs, options, dry_run=False, check=verify)
     return report
 
 
@@ -83,6 +93,10 @@ def visit_graphs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     return report
 
 
+# Dynamo's settings and the warnings' filters, which a conversion changes for its time, belong to all threads.
+_one_at_a_time = threading.RLock()
+
+
 def _captured(
     model: nn.Module,
     args: tuple[Any, ...],
@@ -90,33 +104,80 @@ def _captured(
     given: dict[str, Any] | None,
     dry_run: bool,
     visit: Visit | None = None,
+    check: bool = False,
 ) -> tuple[Report, _Capture]:
     options = Options.parse(given)
     _check_model(model, "inspect" if dry_run else "convert")
     backend.prepare()
-    before = {id(weights) for _, _, weights in attachment.attached(model)}
-    capture = _Capture(model, options, dry_run, visit)
-    discover.refused_calls({})  # what another run has left
-    try:
-        _run(model, capture, args, kwargs)
-        if not capture.report.graphs:
-            _expect_graph(model, args, kwargs)
-        broken = Report(declined=tuple(discover.refused_calls(capture.names)))  # after the last graph
-        report = _titled(capture.report.merged(broken), model)
-        compile_run.check_strict(report, options)
-    except BaseException as error:
-        detach_new(model, before)
-        own = _own_error(error)
-        if own is not None:
-            raise own from None
-        if not isinstance(error, Exception):
-            raise
-        raise CaptureError(_capture_message(model, args, kwargs, error)) from error
-    new = [(owner, name) for owner, name, weights in attachment.attached(model) if id(weights) not in before]
-    if new:
+    versions.announce()
+    with _one_at_a_time:
+        before = {id(weights) for _, _, weights in attachment.attached(model)}
+        withheld = attachment.forget_withheld(model)
+        capture = _Capture(model, options, dry_run, visit, before)
+        try:
+            report = _titled(_look(model, capture, args, kwargs), model)
+            if not dry_run:
+                report = _verified(model, capture, args, kwargs, report) if check else _unverified(report)
+            compile_run.check_strict(report, options)
+        except BaseException as error:
+            detach_new(model, before)
+            attachment.forget_withheld(model)
+            attachment.put_withheld(withheld)
+            raise _as_ours(model, args, kwargs, error) from error
+        finally:
+            new = [(owner, name) for owner, name, weights in attachment.attached(model) if id(weights) not in before]
+            dynamo.forget_compiled({type(owner) for owner, _ in new}, capture.is_ours)
         adapters.enlist(model, new)
-        dynamo.forget_compiled()
+        if dry_run:
+            attachment.put_withheld(withheld)
     return report, capture
+
+
+def _look(model: nn.Module, capture: _Capture, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Report:
+    discover.refused_calls({})  # what another run has left
+    _run(model, capture, args, kwargs)
+    if not capture.report.graphs:
+        _expect_graph(model, args, kwargs)
+    broken = Report(declined=tuple(discover.refused_calls(capture.names)))  # after the last graph
+    return capture.report.merged(broken)
+
+
+def _verified(
+    model: nn.Module, capture: _Capture, args: tuple[Any, ...], kwargs: dict[str, Any], report: Report
+) -> Report:
+    """The report after the converted model's run; mixers that are to blame lose their level weights."""
+    verdict = verify_.verify(model, args, kwargs, capture.options, list(capture.found.values()))
+    for mixer, reason in verdict.blamed.items():
+        attachment.withhold(mixer.owner, mixer.attribute, reason)
+        if mixer.fresh and mixer.weights is not None:
+            attachment.detach_one(mixer.owner, mixer.attribute)
+    return replace(verify_.judged(report, verdict), certificate=verdict.certificate, unverified=verdict.unverified)
+
+
+def _unverified(report: Report) -> Report:
+    return replace(report, unverified="convert was called with verify=False")
+
+
+def _as_ours(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: BaseException) -> BaseException:
+    """The error that the user meets: our own from inside of Dynamo's wrapping, or what the run came to."""
+    own = _own_error(error)
+    if own is not None:
+        own.__suppress_context__ = True
+        return own
+    if not isinstance(error, Exception):
+        return error
+    return CaptureError(_capture_message(model, args, kwargs, error, _own_run(model, args, kwargs)))
+
+
+def _own_run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Exception | None:
+    """What the model raises on the example inputs without us, or None."""
+    try:
+        with transaction(model, args, kwargs), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model(*args, **kwargs)
+    except Exception as error:
+        return error
+    return None
 
 
 class _Capture:
@@ -125,12 +186,16 @@ class _Capture:
     _llcompile = True
     __name__ = "loglinear_capture"
 
-    def __init__(self, model: nn.Module, options: Options, dry_run: bool, visit: Visit | None) -> None:
+    def __init__(
+        self, model: nn.Module, options: Options, dry_run: bool, visit: Visit | None, before: set[int]
+    ) -> None:
         self.names = {id(module): name for name, module in model.named_modules()}
         self.options = options
         self.dry_run = dry_run
         self.visit = visit
+        self.before = before
         self.report = Report()
+        self.found: dict[tuple[int, str], verify_.Mixer] = {}
         self.mixers: list[MixerLook] = []
         self.kwargs = {"options": {"level_weights": options.level_weights}}
 
@@ -140,6 +205,9 @@ class _Capture:
         found = compile_run.look(session)
         self.report = self.report.merged(found)
         if not self.dry_run:
+            self.found.update(
+                {m.key: m for m in map(self._mixer, compile_run.distinct(session.sites)) if m is not None}
+            )
             return compile_run.original_code(session)
         if self.visit is not None:
             self.visit(session)
@@ -148,6 +216,17 @@ class _Capture:
         again = {(mixer.module, mixer.where) for mixer in mixers}
         self.mixers = [m for m in self.mixers if (m.module, m.where) not in again] + mixers
         return original
+
+    def is_ours(self, other: Any) -> bool:
+        """Whether compiled code was made for a conversion, and serves no call of the user's."""
+        return type(other) in (_Capture, verify_.Backend)
+
+    def _mixer(self, site: Site) -> verify_.Mixer | None:
+        if site.owner is None:
+            return None
+        proof = "" if site.certificate is None else site.certificate.dtype
+        fresh = id(site.level_weights) not in self.before
+        return verify_.Mixer(site.owner, site.attribute, site.module, site.where, proof, fresh)
 
 
 def _run(model: nn.Module, capture: _Capture, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -195,11 +274,22 @@ def _own_error(error: BaseException | None) -> LLCompileError | None:
     return None
 
 
-def _capture_message(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception) -> str:
-    shown = [_shown(a) for a in args] + [f"{k}={_shown(v)}" for k, v in kwargs.items()]
+def _capture_message(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception, own: Exception | None
+) -> str:
+    shown = ", ".join([*map(_shown, args), *(f"{k}={_shown(v)}" for k, v in kwargs.items())]) or "none given"
+    name = type(model).__name__
+    if own is not None:
+        what = f"{type(own).__name__}: {own}"
+        return (
+            f"{name} does not run on the example inputs ({shown}): {what}. Pass inputs that model(*inputs) takes; "
+            "nothing was changed."
+        )
+    cause = getattr(error, "inner_exception", None) or error
     return (
-        f"{type(model).__name__} does not run on the example inputs ({', '.join(shown) or 'none given'}): "
-        f"{type(error).__name__}: {error}. Pass inputs that model(*inputs) takes; nothing was changed."
+        f"{name} runs on the example inputs ({shown}), and looking at it failed: {type(cause).__name__}: {cause}. "
+        "This is a fault of llcompile or of Dynamo, not of the inputs; nothing was changed. Please report it with the "
+        "traceback above; torch.compile(model, backend='eager') shows whether Dynamo can trace the model."
     )
 
 

@@ -113,9 +113,15 @@ class LevelWeights(nn.Module):
             for row, tensor in zip(find_kind(self.kind).tensors, self._values(), strict=True):
                 if row.start is None:
                     _fill_uniform(tensor)
-                else:
-                    tensor.fill_(row.start)
+        self.set_to_one()
         self._renew_descriptor()
+
+    @torch.no_grad()
+    def set_to_one(self) -> None:
+        """Gives the tensors that decide it the values at which w is exactly 1; nothing is drawn."""
+        for row, tensor in zip(find_kind(self.kind).tensors, self._values(), strict=True):
+            if row.start is not None:
+                tensor.fill_(row.start)
 
     def tensors(self) -> list[tuple[str, Tensor]]:
         """(name, tensor) pairs, in the order in which ``level_weights_function(kind, ...)`` takes them after x."""

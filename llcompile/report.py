@@ -9,9 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from llcompile.passes.records import Certificate, Converted, Declined, GraphBreak, Untouched
+from llcompile.passes.records import Certificate, Converted, Declined, GraphBreak, ModelCertificate, Untouched
 
-__all__ = ["Certificate", "Converted", "Declined", "GraphBreak", "Report", "Untouched"]
+__all__ = ["Certificate", "Converted", "Declined", "GraphBreak", "ModelCertificate", "Report", "Untouched"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,8 @@ class Report:
         untouched: other mechanisms, by their usual name.
         graphs: number of graphs that Dynamo made of the model (1 without graph breaks).
         breaks: the graph breaks, each with its line.
+        certificate: of the whole model, by a run on the example inputs (`convert` makes it); None where there is none.
+        unverified: why `convert` could make no certificate, or did not; "" where it did, or had nothing to do.
     """
 
     converted: tuple[Converted, ...] = ()
@@ -32,6 +34,13 @@ class Report:
     graphs: int = 0
     title: str = field(default="", compare=False)
     breaks: tuple[GraphBreak, ...] = ()
+    certificate: ModelCertificate | None = None
+    unverified: str = ""
+
+    @property
+    def verified(self) -> bool:
+        """Whether the converted model was run and agreed with the model's own output."""
+        return self.certificate is not None
 
     @property
     def parameters(self) -> int:
@@ -51,6 +60,8 @@ class Report:
             self.graphs + other.graphs,
             self.title or other.title,
             tuple(dict.fromkeys((*self.breaks, *other.breaks))),
+            self.certificate or other.certificate,
+            self.unverified or other.unverified,
         )
 
     def __str__(self) -> str:
@@ -80,7 +91,19 @@ class Report:
                 kinds.setdefault(record.kind, []).append(record.module)
             for kind, modules in kinds.items():
                 yield f"left untouched, {kind}: {', '.join(m or '(root)' for m in modules)}"
+        if self.certificate is not None:
+            yield _verified(self.certificate)
+        elif self.unverified:
+            yield f"not verified: {self.unverified}"
         yield from (f"the graph breaks at {broken.where}: {broken.reason}" for broken in self.breaks)
+
+
+def _verified(c: ModelCertificate) -> str:
+    gradients = "" if c.gradient_error is None else f", gradients to {c.gradient_error:.1e}"
+    act = f"; {len(c.acts)} mixers act" if c.acts else ""
+    return (
+        f"verified on the example inputs: outputs agree to {c.error:.1e}{gradients} ({c.dtype}){act}; {c.seconds:.1f} s"
+    )
 
 
 def _converted_table(records: tuple[Converted, ...]) -> Table:

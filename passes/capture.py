@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
+import threading
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -69,7 +70,7 @@ class Leaf:
             reason = str(mismatch)
         if not self.row.opaque:
             return self.function(**self._with_own_state(arguments, levels, lowered=False))
-        _refused.append(Refused(self.row, reason, dynamo.position()))
+        _trace.refused.append(Refused(self.row, reason, dynamo.position()))
         # Dynamo breaks the graph here: the function runs outside of it, as it does without us.
         raise NotImplementedError(f"{self.row.function}: {reason}")
 
@@ -95,8 +96,14 @@ class Refused:
     meta: dict[str, Any]
 
 
-# Until the report takes them.
-_refused: list[Refused] = []
+class _Trace(threading.local):
+    """What the trace in this thread has come across, until its report takes it."""
+
+    def __init__(self) -> None:
+        self.refused: list[Refused] = []
+
+
+_trace = _Trace()
 # Calls of opaque functions that were declined after a trace, and why: the next trace breaks the graph there.
 _given_up: dict[Any, str] = {}
 _leaves: dict[int, Leaf] = {}
@@ -124,8 +131,7 @@ def give_up(leaf: Leaf, arguments: Mapping[str, Any], module: nn.Module | None, 
 
 def take_refused() -> list[Refused]:
     """The calls that were declined during the trace since this was last asked."""
-    taken = list(_refused)
-    _refused.clear()
+    taken, _trace.refused = _trace.refused, []
     return taken
 
 

@@ -87,7 +87,11 @@ def module_of(meta: Mapping[str, Any]) -> tuple[str, str]:
     path = stack[key][0]
     name = re.sub(r"^L\['?\w+'?\]\.?|^G\['?\w+'?\]\.?", "", path)
     name = re.sub(r"\._modules\['([^']+)'\]|\[['\"]?(\w+)['\"]?\]", lambda m: "." + (m.group(1) or m.group(2)), name)
-    return key, name.lstrip(".")
+    name = name.lstrip(".")
+    if not key.split("@")[0].isdigit():
+        exported = reach.exported_module(name)
+        return ("", name) if exported is None else (str(id(exported)), name)
+    return key, name
 
 
 def user_frames(meta: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -9,16 +9,22 @@ from __future__ import annotations
 import functools
 import re
 import sys
+import threading
 import types
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from torch import fx, nn
+from torch._C._dynamo import eval_frame
+from torch._dynamo import convert_frame
 from torch._dynamo.backends.debugging import make_eager_backend_with_torch_function_modes
+from torch._dynamo.callback import callback_handler
 from torch._dynamo.exc import ShortenTraceback, TensorifyScalarRestartAnalysis, Unsupported
+from torch._dynamo.guards import DeletedGuardManagerWrapper
 from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX
 from torch._higher_order_ops.utils import setup_compilation_env
 from torch._subclasses.fake_tensor import FakeTensor
@@ -26,6 +32,9 @@ from torch.overrides import _pop_mode_temporarily
 
 from llcompile.passes.owner_input import HELD
 from llcompile.passes.reach import current_translator, held_modules
+
+# What `restart` raises.
+Restart = TensorifyScalarRestartAnalysis
 
 # What Dynamo calls some breaks among friends.
 _EVAL_FRAME = torch._dynamo.eval_frame.__file__
@@ -184,13 +193,19 @@ def _user_frame(stack: list[Any]) -> str:
     return f"{frame.filename}:{frame.lineno} in {name}"
 
 
+def at_compile_end(callback: Callable[[Any], None]) -> None:
+    """Calls `callback` whenever a compilation of Dynamo's has ended, whether it failed or not."""
+    if callback not in callback_handler.end_callbacks:
+        callback_handler.register_end_callback(callback)
+
+
 def restart(reason: str) -> NoReturn:
     """Has Dynamo trace the frame once more, from a backend that changed a module which the trace had read."""
     translator = current_translator()
     if translator is not None:
         # Dynamo expects a second trace to take the path of the first; after the change it takes another one.
         translator.speculation_log.clear()
-    raise TensorifyScalarRestartAnalysis(restart_reason=reason)
+    raise Restart(restart_reason=reason)
 
 
 def surfaced(error: Exception) -> Exception:
@@ -204,12 +219,61 @@ def surfaced(error: Exception) -> Exception:
     return shown(*error.args, first_useful_frame=None)  # type: ignore[no-any-return]
 
 
-def forget_compiled() -> None:
-    """Drops all compiled code, which does not notice a hook that a module gets later (Dynamo guards no hooks).
+# Compiled code that was forgotten last: another thread may be in the middle of it.
+_forgotten: deque[Any] = deque(maxlen=256)
 
-    Otherwise what another backend compiled before the model was converted would run on and ignore the level weights.
+
+def forget_compiled(kinds: Iterable[type], is_passing: Callable[[Any], bool]) -> None:
+    """Has every frame that was compiled with a module of these classes compiled again, when it is called next.
+
+    Dynamo guards no hooks, so that what another backend compiled before a model was converted would run on and ignore
+    its level weights. Nothing else is forgotten: other threads run other models' compiled code.
+
+    Args:
+        kinds: classes of the modules that have changed.
+        is_passing: whether code compiled for a backend is for nobody any more, and may be dropped.
     """
-    torch._dynamo.reset()
+    texts = [f", {id(kind)})" for kind in set(kinds)]  # as a guard on a type says it
+    with convert_frame.compile_lock:
+        for code in [code for ref in list(convert_frame.input_codes.seen) if (code := ref()) is not None]:
+            entries = eval_frame._debug_get_cache_entry_list(code)
+            passing = entries and all(is_passing(_innermost(entry.backend)) for entry in entries)
+            stale = [e for e in entries if any(text in part for part in e.guard_manager.code_parts for text in texts)]
+            if passing or (stale and not _others_run(code)):
+                eval_frame.reset_code(code)  # the graphs no longer count towards the limit of recompilations
+                continue
+            for entry in stale:
+                _invalidate(entry)
+
+
+def _others_run(code: types.CodeType) -> bool:
+    """Whether another thread may be in the middle of finding or running compiled code of this code object."""
+    own, folder = threading.get_ident(), str(Path(torch._dynamo.__file__).parent)
+    for thread, top in sys._current_frames().items():
+        frame: types.FrameType | None = None if thread == own else top
+        while frame is not None:
+            if frame.f_code is code or frame.f_code.co_filename.startswith(folder):
+                return True
+            frame = frame.f_back
+    return False
+
+
+def _invalidate(entry: Any) -> None:
+    """Has compiled code never be found again; whoever runs it goes on."""
+    state = entry.guard_manager.extra_state
+    if state is not None:
+        _forgotten.append((entry.guard_manager, entry.code))
+        state.invalidate(entry, DeletedGuardManagerWrapper("a module that it runs was converted by llcompile"))
+
+
+def _innermost(backend: Any) -> Any:
+    """A backend without Dynamo's wrappers."""
+    for _ in range(8):  # wrappers are nested two or three deep
+        inner = getattr(backend, "_torchdynamo_orig_backend", None) or getattr(backend, "compiler_fn", None)
+        if inner is None:
+            break
+        backend = inner
+    return backend
 
 
 def traced_once(function: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:

@@ -21,13 +21,26 @@ from llcompile.passes.recognise import recognise
 from llcompile.passes.rewrite import rewrite
 from llcompile.passes.session import Session
 from llcompile.passes.states import states
+from llcompile.passes.withhold import withhold
 
 log = logging.getLogger("llcompile")
 
 Pass = Callable[[Session], int]
 
 # What is there and what it is; nothing is changed.
-LOOK: tuple[Pass, ...] = (functions, discover, recognise, names, identify, bind, states, placing, prove, padding)
+LOOK: tuple[Pass, ...] = (
+    functions,
+    discover,
+    recognise,
+    names,
+    withhold,
+    identify,
+    bind,
+    states,
+    placing,
+    prove,
+    padding,
+)
 # What is done about it.
 CHANGE: tuple[Pass, ...] = (rewrite,)
 

@@ -86,8 +86,24 @@ def modules_in(graph: fx.Graph) -> list[nn.Module]:
     return [module for module in found if module is not None]
 
 
+def exported_module(path: str) -> nn.Module | None:
+    """The module at a path of the one exported model that the frame leads to.
+
+    Dynamo gives the nodes of an exported model (`torch.export.export(m).module()`) the names of the export.
+    """
+    models = {id(module): module for module in held_modules() if isinstance(module, fx.GraphModule)}
+    if len(models) != 1:
+        return None
+    try:
+        return next(iter(models.values())).get_submodule(path)
+    except AttributeError:
+        return None
+
+
 def find_module(key: str) -> nn.Module | None:
     """The module that a key of `nn_module_stack` (its id, with "@n" for the nth call) stands for."""
+    if not key.split("@")[0].isdigit():
+        return None
     wanted = int(key.split("@")[0])
     touched = _touched().get(wanted)
     if touched is not None:

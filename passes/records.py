@@ -25,6 +25,25 @@ class Certificate:
 
 
 @dataclass(frozen=True)
+class ModelCertificate:
+    """The whole converted model, run through the backend on the example inputs and compared with the model's own run.
+
+    Args:
+        error: largest difference of any output at w = 1, relative to that output's largest value.
+        gradient_error: the same for the gradients of the model's own parameters; None where it has none.
+        acts: the modules whose level weights move the output and get a gradient.
+        dtype: precision of the model.
+        seconds: what the check took.
+    """
+
+    error: float
+    gradient_error: float | None
+    acts: tuple[str, ...]
+    dtype: str
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Converted:
     """A mixer that was rewritten. `parameters` counts the new level weights; `origin` is "function" or "graph".
 

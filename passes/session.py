@@ -34,6 +34,7 @@ class Settings:
         attach: registers level weights on a module under a name.
         path: the names that lead from what a module has under a name to the level weights, where a wrapper holds them.
         function: (level weights, dtype of their input) -> the pure function (input, *tensors) that they compute.
+        withheld: why the mixer with a module's level weights of a name stays as it is, or "".
         names: id of a module -> its dotted name in the user's model, where the whole model is known; frames after a
             graph break only know a part of it.
         dry_run: find out everything and change nothing.
@@ -48,6 +49,7 @@ class Settings:
     attach: Callable[[nn.Module, str, nn.Module], None]
     path: Callable[[nn.Module, str], tuple[str, ...]]
     function: Callable[[nn.Module, torch.dtype], Callable[..., Any]]
+    withheld: Callable[[nn.Module, str], str] = lambda owner, name: ""
     names: Mapping[int, str] = field(default_factory=dict)
     dry_run: bool = False
     compiles: bool = False

@@ -616,6 +616,12 @@ def test_convert_changes_nothing_else() -> None:
 # -- inspect
 
 
+def without_run(report: llcompile.Report) -> dict[str, Any]:
+    """What `inspect` can say of what `convert` says: the run at the end is left out."""
+    assert report.verified
+    return {**report.to_dict(), "certificate": None}
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_inspect_changes_nothing(training: bool) -> None:
     model = Counting().train(training)
@@ -623,7 +629,7 @@ def test_inspect_changes_nothing(training: bool) -> None:
     look = llcompile.inspect(model, small.ids())
     assert_same(snapshot(model), before)
     made = llcompile.convert(model, small.ids())
-    assert look.report.to_dict() == made.to_dict()
+    assert look.report.to_dict() == without_run(made)
     assert "2 of 2 linear-time mixers" in str(look)
 
 
@@ -650,4 +656,4 @@ def test_inspect_and_convert_in_bfloat16() -> None:
     look = llcompile.inspect(model, small.ids())
     assert len(look.converted) == 2
     assert all(c.certificate.dtype in ("float64", "float32") for c in look.converted)
-    assert look.report.to_dict() == llcompile.convert(model, small.ids()).to_dict()
+    assert look.report.to_dict() == without_run(llcompile.convert(model, small.ids()))

@@ -1,0 +1,115 @@
+"""Comparing two runs of a model: all tensors that it returns, and the gradients of its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree
+
+from llcompile.level_weights import LevelWeights
+from llcompile.patterns.known.arguments import is_level_state
+
+_FLOOR = 1e-3  # of the largest value of all: what is smaller is compared with that
+
+
+@dataclass
+class Result:
+    """One run.
+
+    Args:
+        outputs: all floating-point tensors that the model returned.
+        gradients: those of the model's own parameters, by name.
+        levels: id of a parameter of level weights -> whether it has a gradient.
+        graded: whether anything that was returned has one.
+    """
+
+    outputs: list[torch.Tensor]
+    gradients: dict[str, torch.Tensor] = field(default_factory=dict)
+    levels: dict[int, bool] = field(default_factory=dict)
+    graded: bool = False
+
+    def take_gradients(
+        self, outputs: list[torch.Tensor], own: Mapping[str, torch.Tensor], held: Sequence[LevelWeights]
+    ) -> None:
+        """Gradients of a fixed function of the outputs; nothing is added to any `.grad`."""
+        differentiable = [(i, out) for i, out in enumerate(outputs) if out.requires_grad]
+        levels = [p for weights in held for p in weights.parameters() if p.requires_grad]
+        inputs = [*own.values(), *levels]
+        if not differentiable or not inputs:
+            return
+        signs = [_direction(i, out) for i, out in differentiable]
+        grads = torch.autograd.grad([out for _, out in differentiable], inputs, signs, allow_unused=True)
+        zeros = [torch.zeros_like(p) if g is None else g.detach() for p, g in zip(inputs, grads, strict=True)]
+        dense = [g.to_dense() if g.layout != torch.strided else g for g in zeros]
+        self.gradients = dict(zip(own, dense, strict=False))
+        self.levels = {id(p): bool(g.any()) for p, g in zip(levels, dense[len(own) :], strict=True)}
+        self.graded = True
+
+    def has_levels(self, weights: LevelWeights | None) -> bool:
+        """Whether every parameter of these level weights that is trained has a gradient."""
+        trained = [] if weights is None else [p for p in weights.parameters() if p.requires_grad]
+        return bool(trained) and all(self.levels.get(id(p), False) for p in trained)
+
+
+def leaves(value: Any) -> list[torch.Tensor]:
+    """The floating-point tensors that a value holds, in order."""
+    found: list[torch.Tensor] = []
+    for leaf in _pytree.tree_leaves(value):
+        if isinstance(leaf, torch.Tensor):
+            if leaf.is_floating_point() or leaf.is_complex():
+                found.append(leaf)
+        elif is_dataclass(leaf) and not isinstance(leaf, type):
+            found.extend(leaves([getattr(leaf, f.name, None) for f in fields(leaf)]))
+    return found
+
+
+def difference(got: Result, want: Result) -> float:
+    """The largest difference of any output, relative to that output's largest value."""
+    if len(got.outputs) != len(want.outputs):
+        return float("inf")
+    return _largest([(_as_linear(a, b), b) for a, b in zip(got.outputs, want.outputs, strict=True)])
+
+
+def gradient_difference(got: Result, want: Result) -> float | None:
+    """The same for the gradients of the model's own parameters; None where the model has none."""
+    if not want.graded or not want.gradients:
+        return None
+    got_ = {name: got.gradients.get(name, torch.zeros_like(g)) for name, g in want.gradients.items()}
+    return _largest([(got_[name], grad) for name, grad in want.gradients.items()])
+
+
+def _direction(i: int, out: torch.Tensor) -> torch.Tensor:
+    """Fixed weights for the sum that is differentiated: the same in both runs, positive and negative."""
+    drawn = torch.randn(out.shape, generator=torch.Generator().manual_seed(i), dtype=torch.float32)
+    return drawn.to(out.device, out.dtype)
+
+
+def _as_linear(got: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
+    """A level state as the linear state that the model itself returns in its place."""
+    if got.shape == want.shape or not is_level_state(got) or got.dim() != want.dim() + 1:
+        return got
+    linear = got[:, :, 1:].sum(2)
+    return linear if linear.shape == want.shape else linear.transpose(-1, -2)
+
+
+def _largest(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    if any(a.shape != b.shape for a, b in pairs):
+        return float("inf")
+    whole = max((_size(b) for _, b in pairs), default=0.0)
+    return max((_relative(a, b, whole) for a, b in pairs), default=0.0)
+
+
+def _size(x: torch.Tensor) -> float:
+    finite = x.detach()[x.detach().isfinite()]
+    return float(finite.abs().max()) if finite.numel() else 0.0
+
+
+def _relative(got: torch.Tensor, want: torch.Tensor, whole: float) -> float:
+    finite = want.isfinite()
+    if not torch.equal(finite, got.isfinite()):
+        return float("inf")
+    apart = (got - want)[finite].abs()
+    return float(apart.max()) / max(_size(want), _FLOOR * whole, 1e-30) if apart.numel() else 0.0

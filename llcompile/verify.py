@@ -1,0 +1,384 @@
+"""The end of a conversion: what will run is run, and compared with the model's own output and gradients.
+
+The model goes through the backend on the example inputs, in its own training mode and the caller's grad mode, with an
+inner compiler that changes nothing. Level weights of 1 must give what the model gives; level weights off 1 must
+change it, and must have gradients. What does not pass costs the mixers that are to blame, never the run.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from llcompile import attachment, backend
+from llcompile.compare import Result, difference, gradient_difference, leaves
+from llcompile.level_weights import LevelWeights
+from llcompile.options import Options
+from llcompile.passes import dynamo
+from llcompile.passes.records import Declined, ModelCertificate
+from llcompile.report import Report
+from llcompile.transaction import Snapshot, put_back
+
+# (precision, largest difference), relative to the largest value; beyond, the model's own sensitivity decides.
+BUDGETS = {torch.float64: 1e-8, torch.float32: 2e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_AMPLIFIED = 30  # times what rounding at the mixers alone does to the output
+_NOISE = 0.3
+_ALONE = 6  # groups of mixers that are tried by themselves before all are declined
+
+_HINT = "it runs as it is; the rest of the model is converted"
+_KEPT_HINT = "it runs as it is; the level weights that it had before are kept"
+_IDLE = (
+    "noise on its level weights does not change what the model returns: nothing that is returned depends on the mixer, "
+    "or the compiled program does not read its level weights"
+)
+_NO_GRADIENT = (
+    "its level weights change the output and get no gradient: the program around the mixer stops gradients "
+    "(detach, no_grad, or an autograd.Function of its own)"
+)
+
+
+@dataclass(frozen=True)
+class Mixer:
+    """A converted mixer: where its level weights are, and what the report calls it."""
+
+    owner: nn.Module
+    attribute: str
+    module: str
+    where: str
+    proof: str
+    fresh: bool = True
+
+    @property
+    def key(self) -> tuple[int, str]:
+        """What `attachment.withhold` knows it by."""
+        return id(self.owner), self.attribute
+
+    @property
+    def weights(self) -> LevelWeights | None:
+        """Its level weights; None for the linear operator."""
+        return attachment.find(self.owner, self.attribute)
+
+
+@dataclass
+class Verdict:
+    """What the run showed: the certificate, or why there is none, and the mixers that must not be rewritten."""
+
+    certificate: ModelCertificate | None = None
+    unverified: str = ""
+    blamed: dict[Mixer, str] = field(default_factory=dict)
+    notes: dict[Mixer, str] = field(default_factory=dict)
+
+
+def judged(report: Report, verdict: Verdict) -> Report:
+    """The report with the mixers that are to blame among the declined, and the notes."""
+    blamed = [(m.module, m.where, reason, m.fresh) for m, reason in verdict.blamed.items()]
+    notes = {(m.module, m.where): note for m, note in verdict.notes.items()}
+    kept, declined = [], list(report.declined)
+    for record in report.converted:
+        found = next((b for b in blamed if b[:2] == (record.module, record.where)), None)
+        if found is None:
+            note = notes.get((record.module, record.where))
+            kept.append(record if note is None else replace(record, notes=(*record.notes, note)))
+            continue
+        blamed.remove(found)
+        declined.append(Declined(record.module, found[2], record.where, _HINT if found[3] else _KEPT_HINT))
+    return replace(report, converted=tuple(kept), declined=tuple(declined))
+
+
+class _Unverified(Exception):
+    """There is nothing to compare with; says why."""
+
+
+def verify(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options, mixers: Sequence[Mixer]
+) -> Verdict:
+    """Runs the converted model; never raises for what it finds, nor for reasons of its own."""
+    start = time.perf_counter()
+    reason = _no_values(model, args, kwargs)
+    if reason or not mixers:
+        return Verdict(unverified=reason)
+    with warnings.catch_warnings(), _identity(mixers):
+        warnings.simplefilter("ignore")
+        try:
+            verdict = _judge(_Runs(model, args, kwargs, options, mixers))
+        except _Unverified as reason_:
+            return Verdict(unverified=str(reason_))
+        except Exception as error:  # nothing is counted as verified, and the conversion goes on
+            return Verdict(unverified=_line(error))
+    if verdict.certificate is not None:
+        seconds = time.perf_counter() - start
+        verdict.certificate = replace(verdict.certificate, seconds=round(seconds, 3))
+    return verdict
+
+
+def _judge(run: _Runs) -> Verdict:
+    """Compares, and takes mixers out until what is left agrees."""
+    run.reference()
+    blamed: dict[Mixer, str] = {}
+    error, gradient_error, reason = run.compare(run.mixers)
+    if reason:
+        blamed = _to_blame(run, reason)
+        left = [m for m in run.mixers if m not in blamed]
+        error, gradient_error, reason = run.compare(left)
+        if reason:  # only together, or the search was cut short
+            blamed.update(dict.fromkeys(left, reason))
+            return Verdict(unverified="nothing is left to verify", blamed=blamed)
+        if not left:
+            return Verdict(blamed=blamed)
+    left = [m for m in run.mixers if m not in blamed]
+    acting, idle, notes = run.acting(left)
+    blamed.update(idle)
+    names = tuple(m.module for m in acting)
+    certificate = ModelCertificate(error, gradient_error, names, str(run.dtype).removeprefix("torch."), 0.0)
+    return Verdict(certificate, "", blamed, notes)
+
+
+def _to_blame(run: _Runs, reason: str) -> dict[Mixer, str]:
+    """The mixers whose rewrite makes the difference; those that stand in the same line of code are one."""
+    _, _, without = run.compare([])
+    if without:
+        raise _Unverified(f"compiled without any rewrite, the model does not give its own output either: {without}")
+    groups: dict[Any, list[Mixer]] = {}
+    for mixer in run.mixers:
+        groups.setdefault((type(mixer.owner), mixer.attribute, mixer.where), []).append(mixer)
+    if len(groups) == 1 or len(groups) > _ALONE:
+        return dict.fromkeys(run.mixers, reason)
+    blamed: dict[Mixer, str] = {}
+    for group in groups.values():
+        _, _, alone = run.compare(group)
+        if alone:
+            blamed.update(dict.fromkeys(group, alone))
+    return blamed or dict.fromkeys(run.mixers, reason)
+
+
+class _Runs:
+    """The model, run in several ways from the same state."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        options: Options,
+        mixers: Sequence[Mixer],
+    ) -> None:
+        self.model, self.args, self.kwargs, self.mixers = model, args, kwargs, list(mixers)
+        # What was not asked for stays unsaid: it would contradict level weights of another kind.
+        asked = {name: getattr(options, name) for name in options.given}
+        self.options = {**asked, "inner": "eager", "strict": False, "on_miss": "warn", "inductor": {}}
+        self.snapshot = Snapshot(model, args, kwargs)
+        levels = {id(p) for _, _, weights in attachment.attached(model) for p in weights.parameters()}
+        self.own = {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in levels}
+        self.dtype = torch.float32
+        self.compiled: tuple[frozenset[tuple[int, str]], Callable[..., Any]] | None = None
+
+    def reference(self) -> None:
+        """The model's own output and gradients."""
+        try:
+            self.want = self.run(self._call)
+        except Exception as error:
+            raise _Unverified(f"the model does not run without the backend here: {_line(error)}") from error
+        if not self.want.outputs:
+            raise _Unverified("the model returns no floating-point tensor")
+        if not all(out.isfinite().any() for out in self.want.outputs):
+            raise _Unverified("the model's own output is not finite")
+        exact = all(m.proof == "float64" for m in self.mixers)
+        dtypes = [t.dtype for t in (*self.model.parameters(), *self.want.outputs) if t.dtype in BUDGETS]
+        self.dtype = max(dtypes, key=lambda d: BUDGETS[d])
+        if self.dtype == torch.float64 and not exact:
+            self.dtype = torch.float32  # some of it computes in float32 inside
+
+    def compare(self, mixers: Iterable[Mixer]) -> tuple[float, float | None, str]:
+        """(error, gradient error, why they are too large or "") with these mixers rewritten and no other."""
+        try:
+            got = self.run(self.through_backend(mixers))
+        except _Unverified:
+            raise
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise _Unverified(_line(error)) from error
+        except Exception as error:
+            return float("inf"), None, f"the rewritten program does not run on the example inputs: {_line(error)}"
+        off, gradient_off = difference(got, self.want), gradient_difference(got, self.want)
+        if max(off, gradient_off or 0.0) <= BUDGETS[self.dtype]:
+            return off, gradient_off, ""
+        self.expect_repeatable()
+        bounds = [max(BUDGETS[self.dtype], _AMPLIFIED * rounding) for rounding in self.rounding()]
+        what = f"at level weights of 1 in {str(self.dtype).removeprefix('torch.')} on the example inputs"
+        if off > bounds[0]:
+            return off, gradient_off, f"the model's output would change by {off:.1e} of its largest value {what}"
+        if gradient_off is not None and gradient_off > bounds[1]:
+            return off, gradient_off, f"the gradients of its parameters would change by {gradient_off:.1e} {what}"
+        return off, gradient_off, ""
+
+    def rounding(self) -> tuple[float, float]:
+        """What rounding at the mixers alone does to the output and the gradients."""
+        epsilon, generator = torch.finfo(self.dtype).eps, torch.Generator().manual_seed(0)
+
+        def disturb(owner: nn.Module, inputs: Any, output: Any) -> Any:
+            for out in leaves(output):
+                if out.numel() and not out.is_inference():
+                    drawn = torch.randn(out.shape, generator=generator).to(out.device, out.dtype)
+                    out.data.add_(drawn * epsilon * out.detach().abs().max())
+
+        hooks = [m.owner.register_forward_hook(disturb) for m in self.mixers]
+        try:
+            got = self.run(self._call)
+        except Exception:
+            return 0.0, 0.0
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return difference(got, self.want), gradient_difference(got, self.want) or 0.0
+
+    def expect_repeatable(self) -> None:
+        """A model that gives something else each time cannot be compared with."""
+        again = difference(self.run(self._call), self.want)
+        if again > BUDGETS[self.dtype]:
+            raise _Unverified(f"the model's own output changes by {again:.1e} from run to run")
+
+    def acting(self, mixers: list[Mixer]) -> tuple[list[Mixer], dict[Mixer, str], dict[Mixer, str]]:
+        """The mixers whose level weights act; those that do not, with the reason; and notes on the rest."""
+        weighted = [m for m in mixers if m.weights is not None]
+        if not weighted:
+            return [], {}, {}
+        with _noise([m.weights for m in weighted], self.model):
+            base = self.run(self.through_backend(mixers), weighted)
+        silent = [m for m in weighted if not base.has_levels(m.weights)]
+        moving = {m for m in silent if self._moves(m, mixers, base)}
+        idle: dict[Mixer, str] = {}
+        notes: dict[Mixer, str] = {}
+        for mixer in silent:
+            if mixer in moving and not base.graded:
+                continue
+            if mixer not in moving and self._is_zero(mixer):
+                notes[mixer] = (
+                    "its output is zero on the example inputs, so that they do not show its level weights acting"
+                )
+                continue
+            idle[mixer] = _NO_GRADIENT if mixer in moving else _IDLE
+        acting = [m for m in weighted if m not in idle and m not in notes]
+        return acting, idle, notes
+
+    def _moves(self, mixer: Mixer, mixers: list[Mixer], base: Result) -> bool:
+        """Whether other values of these level weights alone give another output."""
+        others = [m.weights for m in mixers if m.weights is not None]
+        with _noise(others, self.model), _noise([mixer.weights], None, seed=1):
+            return difference(self.run(self.through_backend(mixers)), base) > 4 * torch.finfo(self.dtype).eps
+
+    def _is_zero(self, mixer: Mixer) -> bool:
+        """Whether the mixer's module gives nothing but zeros on the example inputs."""
+        seen: list[bool] = []
+        look = lambda owner, inputs, out: seen.extend(not o.any() for o in leaves(out))  # noqa: E731
+        hook = mixer.owner.register_forward_hook(look)
+        try:
+            self.run(self._call)
+        finally:
+            hook.remove()
+        return bool(seen) and all(seen)
+
+    def run(self, call: Callable[..., Any], weighted: Sequence[Mixer] = ()) -> Result:
+        """Outputs and gradients of one run, after which all is as it was."""
+        self.snapshot.restore_random_state()
+        try:
+            outputs = leaves(call(*self.args, **self.kwargs))
+            result = Result([out.detach().clone() for out in outputs])
+            result.take_gradients(outputs, self.own, [m.weights for m in weighted if m.weights is not None])
+            return result
+        finally:
+            put_back(self.model, self.snapshot)
+
+    def through_backend(self, mixers: Iterable[Mixer]) -> Callable[..., Any]:
+        """The model, compiled with these mixers rewritten and no other; compiled once."""
+        kept = frozenset(m.key for m in mixers)
+        if self.compiled is None or self.compiled[0] != kept:
+            self.compiled = kept, dynamo.traced_once(self._as_function(), Backend(self.options))
+        compiled, without = self.compiled[1], frozenset(m.key for m in self.mixers) - kept
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            static = torch._dynamo.config.patch(automatic_dynamic_shapes=False)
+            with attachment.withholding(without), static:
+                return compiled(*args, **kwargs)
+
+        return call
+
+    def _as_function(self) -> Callable[..., Any]:
+        model = self.model
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return model(*args, **kwargs)
+
+        return run
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+
+class Backend:
+    """The backend itself, with the options of this conversion and an inner compiler that changes nothing."""
+
+    _llcompile = _llcompile_runs = True
+    __name__ = "loglinear_verify"
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.kwargs = {"options": options}
+
+    def __call__(self, module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        """As `backend.loglinear`."""
+        return backend.loglinear(module, example_inputs, options=self.kwargs["options"])
+
+
+def _no_values(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    tensors = [*model.parameters(), *model.buffers(), *leaves((args, kwargs))]
+    return "the model is on the device meta, so that it has no values" if any(t.is_meta for t in tensors) else ""
+
+
+@contextmanager
+def _identity(mixers: Sequence[Mixer]) -> Iterator[None]:
+    """Level weights that were trained before stand at 1 for the comparison."""
+    held = [m.weights for m in mixers if not m.fresh]
+    with _kept([t for weights in held if weights is not None for _, t in weights.tensors()]):
+        for weights in held:
+            if weights is not None:
+                weights.set_to_one()
+        yield
+
+
+@contextmanager
+def _noise(held: Iterable[LevelWeights | None], model: nn.Module | None, seed: int = 0) -> Iterator[None]:
+    """Noise on level weights and, so that nothing hides them, on parameters of the model that are zero as a whole."""
+    learned = [p for weights in held if weights is not None for p in weights.parameters()]
+    own = [] if model is None else [p for p in model.parameters() if p.dtype in BUDGETS and p.numel()]
+    zero = [p for p in own if not p.any()]
+    ours = {id(p) for p in learned}
+    tensors = learned + [p for p in zero if id(p) not in ours]
+    with _kept(tensors):
+        for i, tensor in enumerate(tensors):
+            drawn = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(seed * 7919 + i))
+            with torch.no_grad():
+                tensor.add_(_NOISE * drawn.to(tensor.device, tensor.dtype))
+        yield
+
+
+@contextmanager
+def _kept(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+    """These tensors are bit for bit what they were."""
+    before = [tensor.detach().clone() for tensor in tensors]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in zip(tensors, before, strict=True):
+                tensor.copy_(value)
+
+
+def _line(error: BaseException) -> str:
+    """The first line of an error; Dynamo's wrapping says nothing."""
+    inner = getattr(error, "inner_exception", None) or error
+    return f"{type(inner).__name__}: {inner}".split("\n")[0]

@@ -70,6 +70,10 @@ class BenchError(LLCompileError, RuntimeError):
     """A measurement was asked for that cannot be made here, or a file of results cannot be read."""
 
 
+class DemoError(LLCompileError, RuntimeError):
+    """The demo saw a conversion that does not act: its level weights do not move the output, or get no gradient."""
+
+
 class ReproError(LLCompileError, ValueError):
     """No reproducer can be written: nothing has that name, or its code cannot stand in a file of its own."""
 

@@ -16,12 +16,17 @@ pytest.importorskip("transformers")
 from rich.console import Console
 
 from llcompile import cli, demo
-from llcompile.demo import show
+from llcompile.demo import acts, show
+from llcompile.demo.acting import Acting, check_acts, check_differs
 from llcompile.demo.experiment import Bench, Outcome
-from llcompile.demo.models import recall_model
+from llcompile.demo.models import TOUR, recall_model
 from llcompile.demo.progress import Bars
 from llcompile.demo.recall import DISTANCES, IGNORED, Accuracy, Exam, Task
 from llcompile.demo.training import ARMS, Plan, Runner, is_level_weight, learn
+from llcompile.errors import DemoError
+from llcompile.level_weights import LevelWeights
+from llcompile.passes import pipeline
+from llcompile.passes.session import Session
 
 SMALL = Task(length=32, pairs=6, keys=12, values=4)
 SHORT = Plan(steps=3, more=2, batch=4, measures=2)
@@ -114,6 +119,8 @@ def test_one_seed_from_end_to_end(fresh_dynamo: None) -> None:
     outcome = bench.run(3, Silence())
     assert outcome.converted == outcome.before
     assert outcome.moved < 1e-5
+    assert outcome.acting.moved["backbone.layers.0.mixer"] > 1e-3
+    assert set(outcome.without) == {"level weights alone", "all weights"}
     assert set(outcome.after) == set(outcome.curves) == {arm.name for arm in ARMS}
     assert [step for step, _ in outcome.curves["all weights"]] == [0, 1, 2]
     # All start from the checkpoint, whatever ran before them on the same model.
@@ -133,13 +140,94 @@ def test_each_arm_trains_what_its_name_says(fresh_dynamo: None) -> None:
         assert bool(moved - levels) == (arm.name != "level weights alone")
 
 
+# -- a conversion that does nothing
+
+change = pipeline.change
+
+
+def no_rewrite(session: Session) -> None:
+    """What `pipeline.change` would do if every mixer were declined without a word."""
+    for site in session.sites:
+        site.decline("not today")
+    change(session)
+
+
+@pytest.fixture
+def silent(monkeypatch: pytest.MonkeyPatch, fresh_dynamo: None) -> None:
+    """Everything says that the model was converted, and the compiled graph is the linear one."""
+    monkeypatch.setattr(pipeline, "change", no_rewrite)
+
+
+@pytest.mark.filterwarnings("ignore::llcompile.errors.LLCompileWarning")
+def test_a_conversion_that_does_nothing_stops_the_demo(silent: None) -> None:
+    bench = Bench(SMALL, SHORT, inner="eager")
+    assert bench.report.converted
+    with pytest.raises(DemoError, match=r"noise on the level weights of backbone\.layers\.0\.mixer does not move"):
+        bench.run(0, Silence())
+
+
+@pytest.mark.filterwarnings("ignore::llcompile.errors.LLCompileWarning")
+def test_a_model_of_the_tour_that_does_not_act_stops_the_demo(silent: None) -> None:
+    sizes = {**dict(TOUR)["mamba2"], "num_hidden_layers": 1}
+    with pytest.raises(DemoError, match="Mamba2ForCausalLM was converted and does not act"):
+        acts.convert_and_compare("mamba2", sizes)
+
+
+def test_a_model_of_the_tour_acts(fresh_dynamo: None) -> None:
+    report, moved, acting, _ = acts.convert_and_compare(*TOUR[0])
+    assert len(report.converted) == len(acting.moved) == 2
+    assert moved < 1e-5
+    assert min(acting.moved.values()) > 1e-3
+    assert "The level weights act" in str(acting)
+
+
+class Scaled(torch.nn.Module):
+    """Has level weights, and one of them may have no part in the output."""
+
+    def __init__(self, used: int, learns: bool = True) -> None:
+        super().__init__()
+        self.first, self.second = (torch.nn.Identity() for _ in range(2))
+        for owner in (self.first, self.second):
+            owner.add_module("loglinear", LevelWeights("static", 1, 3))
+        self.used, self.learns = used, learns
+
+    def forward(self) -> torch.Tensor:
+        owners = (self.first, self.second)[: self.used]
+        logits = sum(owner.loglinear(torch.ones(1, 2)).flatten(1) for owner in owners) * torch.ones(1, 6)
+        return logits if self.learns else logits.detach()
+
+
+def test_each_mixer_has_to_act_and_to_learn() -> None:
+    model = Scaled(2)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    acting = check_acts(model, model, "it")
+    assert set(acting.moved) == {"first", "second"}
+    assert acting.gradients == 2
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    with pytest.raises(DemoError, match="level weights of second does not move"):
+        check_acts(one := Scaled(1), one, "it")
+    with pytest.raises(DemoError, match="no gradient arrives at first"):
+        check_acts(deaf := Scaled(2, learns=False), deaf, "it")
+    with pytest.raises(DemoError, match="nothing of it was converted"):
+        check_acts(torch.nn.Linear(2, 2), lambda: torch.ones(2), "it")
+
+
+def test_numbers_of_the_control_stop_the_demo() -> None:
+    mine = torch.randn(2, 3)
+    check_differs("all weights", mine, {"staying linear": mine + 1e-6})
+    with pytest.raises(DemoError, match=r"'all weights' was converted.* bit for bit those of staying linear"):
+        check_differs("all weights", mine, {"the start": mine + 1, "staying linear": mine.clone()})
+
+
 def outcome(seed: int, control: float, alone: float, everything: float) -> Outcome:
     def accuracy(share: float) -> Accuracy:
         return Accuracy(share, (share,) * SMALL.octaves, 2000)
 
     after = dict(zip((arm.name for arm in ARMS), map(accuracy, (control, alone, everything)), strict=True))
     curves = {name: [(0, 0.5), (2, share.overall)] for name, share in after.items()}
-    return Outcome(seed, accuracy(0.5), accuracy(0.5), 1e-7, [(0, 0.1), (3, 0.5)], curves, after)
+    without = {arm.name: accuracy(0.25) for arm in ARMS if arm.converted}
+    acting = Acting({"backbone.layers.0.mixer": 0.4}, 2)
+    return Outcome(seed, accuracy(0.5), accuracy(0.5), 1e-7, acting, [(0, 0.1), (3, 0.5)], curves, after, without)
 
 
 def test_losses_are_called_losses() -> None:
@@ -216,6 +304,8 @@ def test_the_whole_demo_in_short(tmp_path: Path, capsys: pytest.CaptureFixture[s
     printed = capsys.readouterr().out
     for text in ("Mamba2ForCausalLM", "Qwen3NextForCausalLM", "softmax attention", "deviation", "Next, with"):
         assert text in printed
+    assert printed.count("The level weights act: noise on those of one mixer moves the logits by") == 3
+    assert printed.count("with its level weights put back to 1") == 2
     assert (tmp_path / "recall.png").stat().st_size > 10_000
     assert len(json.loads((tmp_path / "recall.json").read_text())["outcomes"]) == 2
 

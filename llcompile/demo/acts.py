@@ -14,7 +14,8 @@ from rich.console import Console
 
 import llcompile
 from llcompile.demo import show
-from llcompile.demo.experiment import Bench, Outcome, change
+from llcompile.demo.acting import Acting, change, check_acts
+from llcompile.demo.experiment import Bench, Outcome
 from llcompile.demo.models import TOUR, tour_model
 from llcompile.demo.progress import Bars
 from llcompile.demo.recall import Task
@@ -23,33 +24,50 @@ from llcompile.report import Report
 
 
 def tour(console: Console) -> None:
-    """Converts models of transformers; prints their reports and how far their logits moved."""
+    """Converts models of transformers; prints their reports, how far their logits moved, and that they act.
+
+    Raises:
+        DemoError: one of them does not.
+    """
     console.rule("1. Models of transformers, unedited, with random weights")
     for model_type, sizes in TOUR:
         with Bars(console) as bars:
             done = bars.stage(f"converting {model_type}")
-            report, moved, seconds = convert_and_compare(model_type, sizes)
+            report, moved, acting, seconds = convert_and_compare(model_type, sizes)
             done()
         print(report)
         console.print(
-            f"convert took {seconds:.1f} s; the logits moved by max |difference| / max |logit| = {moved:.1e}\n",
+            f"convert took {seconds:.1f} s; the logits moved by max |difference| / max |logit| = {moved:.1e}, "
+            f"since every level weight is 1.\n{acting}\n",
             soft_wrap=True,
         )
 
 
-def convert_and_compare(model_type: str, sizes: dict[str, Any]) -> tuple[Report, float, float]:
-    """Converts one model. Returns the report, how far its logits moved, and the seconds that convert took."""
+def convert_and_compare(model_type: str, sizes: dict[str, Any]) -> tuple[Report, float, Acting, float]:
+    """Converts one model.
+
+    Returns:
+        The report, how far the logits moved, how the level weights act, and the seconds that convert took.
+
+    Raises:
+        DemoError: the converted model does not act.
+    """
     model = tour_model(model_type, sizes)
     tokens = torch.randint(sizes["vocab_size"], (2, 100), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         before = model(tokens, use_cache=False).logits
-        began = time.perf_counter()
-        report = llcompile.convert(model, tokens, use_cache=False)
-        seconds = time.perf_counter() - began
-        # The rewritten graph runs as it is: for one forward pass, Inductor would compile most of a minute.
-        run = torch.compile(model, backend="loglinear", options={"inner": "eager"})
-        after = run(tokens, use_cache=False).logits
-    return report, change(before, after), seconds
+    began = time.perf_counter()
+    report = llcompile.convert(model, tokens, use_cache=False)
+    seconds = time.perf_counter() - began
+    # The rewritten graph runs as it is: for a few passes, Inductor would compile most of a minute.
+    compiled = torch.compile(model, backend="loglinear", options={"inner": "eager"})
+
+    def run() -> torch.Tensor:
+        logits: torch.Tensor = compiled(tokens, use_cache=False).logits
+        return logits
+
+    moved = change(before, run().detach())
+    return report, moved, check_acts(model, run, type(model).__name__), seconds
 
 
 def recall(console: Console, args: argparse.Namespace) -> list[Outcome]:
@@ -69,10 +87,11 @@ def recall(console: Console, args: argparse.Namespace) -> list[Outcome]:
             bars.prefix = f"seed {seed}: " if args.seeds > 1 else ""
             outcomes.append(bench.run(seed, bars))
     moved = max(outcome.moved for outcome in outcomes)
-    console.print(f"At conversion the logits moved by max |difference| / max |logit| = {moved:.1e}\n", soft_wrap=True)
+    console.print(f"At conversion the logits moved by max |difference| / max |logit| = {moved:.1e}", soft_wrap=True)
+    console.print(f"{outcomes[0].acting}\n", soft_wrap=True)
     console.print(show.accuracies(outcomes, plan))
     console.print(show.by_distance(outcomes, plan, task))
-    for line in show.verdict(outcomes):
+    for line in (*show.verdict(outcomes), "\nwhat the level weights do in the trained models:", *show.effect(outcomes)):
         console.print(line, soft_wrap=True)
     written = [show.plot(outcomes, task, plan, args.out), show.save(outcomes, task, plan, args.out)]
     console.print("written: " + ", ".join(str(path) for path in written if path), soft_wrap=True)

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 import llcompile
+from llcompile.demo.acting import Acting, change, check_acts, check_differs
 from llcompile.demo.models import recall_model
 from llcompile.demo.recall import Accuracy, Exam, Task
 from llcompile.demo.training import ARMS, Curve, Plan, Runner, learn
@@ -30,17 +31,21 @@ class Outcome:
         before: the linear model at the end of its training, run by Inductor as transformers wrote it.
         converted: the same weights run by the backend, every level weight 1.
         moved: how far the logits moved by conversion, max |difference| / max |logit|.
+        acting: how the level weights act at conversion.
         learned: the curve before conversion.
         curves, after: for each arm its curve from the conversion on, and where it ended.
+        without: for each converted arm, where it is with its level weights put back to 1.
     """
 
     seed: int
     before: Accuracy
     converted: Accuracy
     moved: float
+    acting: Acting
     learned: Curve
     curves: dict[str, Curve]
     after: dict[str, Accuracy]
+    without: dict[str, Accuracy]
 
 
 class Bench:
@@ -53,7 +58,11 @@ class Bench:
         self.report, self.linear, self.converted = _compiled(task, example, inner)
 
     def run(self, seed: int, watcher: Watcher) -> Outcome:
-        """Everything for one seed."""
+        """Everything for one seed.
+
+        Raises:
+            DemoError: the converted model does not depend on its level weights, before or after it was trained.
+        """
         task, plan, linear, converted = self.task, self.plan, self.linear, self.converted
         linear.load(Runner(recall_model(task, seed)).state())
         done = watcher.stage("compiling the linear model (Inductor)")
@@ -66,8 +75,10 @@ class Bench:
         converted.load(checkpoint)
         done = watcher.stage("compiling the converted model (loglinear)")
         before, same, moved = linear.accuracy(self.exam), converted.accuracy(self.exam), self._moved()
+        acting = check_acts(converted.model, self._of(converted), "the converted model")
         done()
-        curves, after = {}, {}
+        seen = {"the same model before that training": self._of(linear)().detach()}
+        curves, after, without = {}, {}, {}
         for arm in ARMS:
             runner = converted if arm.converted else linear
             runner.load(checkpoint)
@@ -75,16 +86,21 @@ class Bench:
             groups = arm.groups(runner.model, plan)
             curves[arm.name] = learn(runner, self.exam, plan, groups, plan.more, 2 * seed + 1, tick)
             after[arm.name] = runner.accuracy(self.exam)
-        return Outcome(seed, before, same, moved, learned, curves, after)
+            logits = self._of(runner)().detach()
+            if arm.converted:
+                runner.reset_levels()
+                without[arm.name] = runner.accuracy(self.exam)
+                check_differs(
+                    arm.name, logits, {**seen, "its own with all level weights 1": self._of(runner)().detach()}
+                )
+            seen[arm.name] = logits
+        return Outcome(seed, before, same, moved, acting, learned, curves, after, without)
 
     def _moved(self) -> float:
-        tokens = self.exam.batches[0].tokens
-        return change(self.linear.logits(tokens), self.converted.logits(tokens))
+        return change(self._of(self.linear)(), self._of(self.converted)())
 
-
-def change(before: torch.Tensor, after: torch.Tensor) -> float:
-    """max |difference| / max |logit|."""
-    return ((after - before).abs().max() / before.abs().max()).item()
+    def _of(self, runner: Runner) -> Callable[[], torch.Tensor]:
+        return lambda: runner.logits(self.exam.batches[0].tokens)
 
 
 def _compiled(task: Task, example: torch.Tensor, inner: str) -> tuple[Report, Runner, Runner]:

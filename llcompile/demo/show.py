@@ -80,6 +80,15 @@ def verdict(outcomes: Sequence[Outcome]) -> list[str]:
     return lines
 
 
+def effect(outcomes: Sequence[Outcome]) -> list[str]:
+    """A line for each way of going on with level weights: what the trained level weights do in the model."""
+    lines = []
+    for arm in outcomes[0].without:
+        trained, without = mean(o.after[arm].overall for o in outcomes), mean(o.without[arm].overall for o in outcomes)
+        lines.append(f"{arm}: {trained:.3f} as trained, {without:.3f} with its level weights put back to 1")
+    return lines
+
+
 def save(outcomes: Sequence[Outcome], task: Task, plan: Plan, folder: Path) -> Path:
     """Writes every number to recall.json; returns its path."""
     folder.mkdir(parents=True, exist_ok=True)

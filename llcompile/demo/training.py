@@ -89,6 +89,10 @@ class Runner:
         """Takes over a checkpoint; level weights, which a linear model's has not, go back to where they began."""
         self.model.load_state_dict({**self._levels_at_start, **checkpoint})
 
+    def reset_levels(self) -> None:
+        """Puts level weights back to where they began, where each is 1."""
+        self.model.load_state_dict(self._levels_at_start, strict=False)
+
     def state(self) -> State:
         """A copy of the parameters and buffers."""
         return {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}

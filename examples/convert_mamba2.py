@@ -48,7 +48,13 @@ def main() -> None:
     model = build()
     print(llcompile.convert(model, tokens))
     model.compile(backend="loglinear")
+    with torch.no_grad():
+        before = model(tokens).logits
     train(model, tokens, steps)
+    with torch.no_grad():
+        moved = (model(tokens).logits - before).abs().max().item()
+    print(f"trained: the level weights, and nothing else, moved the logits by {moved:.2f}")
+    assert moved > 1e-3, "the level weights do not act"
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "weights.pt"

@@ -3,9 +3,10 @@
 python examples/generate.py mamba2 --tokens 64
 python examples/generate.py path/to/model.json --prompt-length 500 --sample
 
-MODEL is a name in a zoo file (--zoo, or the environment variable LLCOMPILE_ZOO), or a path to a JSON file
-{"model_type": ..., "kwargs": {...}}, or to a config.json of transformers. Weights are random, so what is written makes
-no sense; what is shown is that it streams, from how many graphs, and what the cache holds.
+MODEL is one of the small models in SIZES below or a name in a file of such (--zoo, or the environment variable
+LLCOMPILE_ZOO), or a path to a JSON file {"model_type": ..., "kwargs": {...}} or to a config.json of transformers. Weights
+are random, so what is written makes no sense; what is shown is that it streams, from how many graphs, what the cache
+holds, and that the level weights act.
 """
 
 from __future__ import annotations
@@ -27,7 +28,26 @@ from transformers.generation.streamers import BaseStreamer
 
 import llcompile
 
-ZOO = Path(os.environ.get("LLCOMPILE_ZOO", "/work/shared/zoo.json"))
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "vocab_size": 128, "hidden_size": 64}
+HEADS = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}
+ATTENTION = {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+SIZES: dict[str, dict[str, Any]] = {
+    "mamba2": {
+        "num_hidden_layers": 2,
+        "num_heads": 8,
+        "head_dim": 16,
+        "state_size": 16,
+        "n_groups": 2,
+        "chunk_size": 32,
+    },
+    "qwen3_next": {"num_hidden_layers": 4, **ATTENTION, **HEADS, **EXPERTS},
+}
 
 
 class Stream(BaseStreamer):
@@ -59,21 +79,37 @@ class Stream(BaseStreamer):
         self.live.stop()
 
 
-def build(spec: str, zoo: Path = ZOO) -> Any:
+def build(spec: str, zoo: Path | None = None) -> Any:
     """The model that MODEL names, with random weights, in evaluation mode."""
     path = Path(spec)
     if path.suffix == ".json":
         entry = json.loads(path.read_text())
         name, entry = entry["model_type"], entry if "kwargs" in entry else {"kwargs": entry}
     else:
-        known = json.loads(zoo.read_text()) if zoo.is_file() else {}
+        known = {name: {"kwargs": {**SPECIAL, **sizes}} for name, sizes in SIZES.items()}
+        known |= json.loads(zoo.read_text()) if zoo else {}
         if spec not in known:
-            raise SystemExit(f"{spec!r} is not in {zoo}; it has {', '.join(known) or 'nothing'}. Or give a .json file.")
+            raise SystemExit(f"{spec!r} is none of {', '.join(known)}, and no .json file.")
         name, entry = spec, known[spec]
     sizes = {key: value for key, value in entry["kwargs"].items() if key != "model_type"}
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(name, **sizes)
     return getattr(transformers, entry.get("class", "AutoModelForCausalLM")).from_config(config).eval()
+
+
+def check_acts(model: Any, prompt: torch.Tensor) -> float:
+    """How far other level weights move the logits; the level weights are put back."""
+    kept = {name: p.detach().clone() for name, p in model.named_parameters() if ".loglinear." in name}
+    with torch.no_grad():
+        before = model(prompt).logits
+        for name in kept:
+            torch.nn.init.normal_(model.get_parameter(name))
+        moved = (model(prompt).logits - before).abs().max().item()
+        for name, value in kept.items():
+            model.get_parameter(name).copy_(value)
+    if not moved > 1e-3:
+        raise SystemExit(f"the level weights do not act: noise on them moves the logits by {moved:.1e}")
+    return moved
 
 
 def held_states(cache: Any) -> list[torch.Tensor]:
@@ -86,7 +122,8 @@ def main() -> None:
     """Build, convert, compile, generate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL")
-    parser.add_argument("--zoo", type=Path, default=ZOO, help=f"file of named configs (default {ZOO})")
+    zoo = os.environ.get("LLCOMPILE_ZOO")
+    parser.add_argument("--zoo", type=Path, default=zoo and Path(zoo), help="a file of more models, name: kwargs")
     parser.add_argument("--prompt-length", type=int, default=50)
     parser.add_argument("--tokens", type=int, default=32, help="how many to write")
     parser.add_argument("--sample", action="store_true", help="sample instead of the likeliest token")
@@ -112,6 +149,7 @@ def main() -> None:
     print(f"{counters['stats']['unique_graphs']} graphs; {len(states)} recurrent states, {size / 1024:,.0f} KiB")
     for state in states[:1]:
         print(f"the first: {list(state.shape)}" + (", [B, H, 1 + levels, K, V]" if state.dim() == 5 else ""))
+    print(f"the level weights act: noise on them moves the logits by {check_acts(model, prompt):.2f}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,35 @@
+"""`python -m tests.fuzz [COUNT]`: runs programs of a seed, and writes those that fail to /tmp."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+from tests.fuzz.program import drawn
+from tests.fuzz.run import run
+
+
+def main() -> None:
+    """Says of each program how it ended."""
+    seed = os.environ.get("LLCOMPILE_FUZZ_SEED", str(random.randrange(10**6)))
+    count = Counter[str]()
+    folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
+    for number in range(*map(int, sys.argv[1:] or ["50"])):
+        recipe, text = drawn(f"{seed}-{number}", mutate=number % 2 == 1)
+        path = folder / f"fuzz_{seed}_{number}.py"
+        path.write_text(text)
+        try:
+            ended = "converted" if run(path).converted else "left"
+        except Exception as error:
+            ended = f"FAILED {type(error).__name__}: {str(error).splitlines()[0][:300]} ({path})"
+        count[f"{'mutated' if recipe.mutation else 'mixer'} {ended.split()[0]}"] += 1
+        print(f"{number:3d} {ended}  [{recipe}]", flush=True)
+    print(f"LLCOMPILE_FUZZ_SEED={seed}: {dict(count)}")
+
+
+if __name__ == "__main__":
+    main()

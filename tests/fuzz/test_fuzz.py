@@ -1,0 +1,102 @@
+"""Compositions at random: a converted program computes what it did, with its gradients, and acts; see tests/fuzz.
+
+300 programs of a fresh seed in `make test-all`; LLCOMPILE_FUZZ_SEED repeats them. A few of a fixed seed in `make test`.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.fuzz.program import drawn
+from tests.fuzz.run import run
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+# The workers of one run of pytest-xdist have its id in common.
+SEED = os.environ.get("LLCOMPILE_FUZZ_SEED") or str(
+    random.Random(os.environ.get("PYTEST_XDIST_TESTRUNUID")).randrange(10**6)
+)
+FEW, MANY, BATCH = 12, 300, 10
+
+
+def failures(seed: str, numbers: range, folder: Path) -> tuple[list[str], int]:
+    """The programs that fail, each with what happened; and how many were converted."""
+    failed, converted = [], 0
+    for number in numbers:
+        _, text = drawn(f"{seed}-{number}", mutate=number % 2 == 1)
+        path = folder / f"fuzz_{seed}_{number}.py"
+        path.write_text(text)
+        try:
+            converted += bool(run(path).converted)
+        except Exception as error:  # whatever comes is shown beside its program
+            failed.append(f"# {type(error).__name__}: {error}\n# program {number} of seed {seed}:\n{text}")
+    return failed, converted
+
+
+@pytest.mark.parametrize("number", range(FEW))
+def test_a_few(number: int, tmp_path: Path) -> None:
+    failed, _ = failures("fixed", range(number, number + 1), tmp_path)
+    assert not failed, failed[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", range(MANY // BATCH))
+def test_many(batch: int, tmp_path: Path) -> None:
+    print(f"LLCOMPILE_FUZZ_SEED={SEED}")
+    failed, converted = failures(SEED, range(batch * BATCH, (batch + 1) * BATCH), tmp_path)
+    assert not failed, f"{len(failed)} of {BATCH} programs (LLCOMPILE_FUZZ_SEED={SEED}):\n" + "\n\n".join(failed)
+    assert converted, "half of these are mixers, and none was converted: nothing was tested"
+
+
+def test_programs_are_what_their_seed_says() -> None:
+    """The same text for the same seed; mutated ones differ from what they were made of."""
+    texts = [drawn(f"any-{number}", mutate=number % 2 == 1)[1] for number in range(60)]
+    assert texts == [drawn(f"any-{number}", mutate=number % 2 == 1)[1] for number in range(60)]
+    for number in range(1, 60, 2):
+        assert texts[number].split("class Layer")[1] != drawn(f"any-{number}", mutate=False)[1].split("class Layer")[1]
+
+
+PLAIN = """
+from torch import nn
+from tests.fuzz.check import *
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.all, self.seen = nn.Linear(12, 36), nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        q, k, v = self.all(x).chunk(3, -1)
+        o = (q @ k.mT).tril() @ v
+        return {returned}
+
+make, LENGTHS, D = Model, (14, 30, 5), 12
+
+
+def runner(model, compile):
+    return {held}
+"""
+
+
+@pytest.mark.parametrize(
+    ("returned", "held", "message"),
+    [
+        ("o * self.seen", "compile(model)", ""),
+        ("o * self.seen", "model", "noise on the level weights moves the output by 0"),
+        ("o * (1.0 if torch.compiler.is_compiling() else 1.1)", "compile(model)", "output: differs by"),
+        ("o * (self.seen if torch.compiler.is_compiling() else 1.0)", "compile(model)", "seen.grad: off by"),
+    ],
+    ids=["as it is", "run eagerly", "another output", "another gradient"],
+)
+def test_the_check_can_fail(returned: str, held: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "plain.py"
+    path.write_text(PLAIN.format(returned=returned, held=held))
+    if not message:
+        assert run(path).converted
+        return
+    with pytest.raises(AssertionError, match=message):
+        run(path)

@@ -3,10 +3,10 @@
 python examples/generate.py mamba2 --tokens 64
 python examples/generate.py path/to/model.json --prompt-length 500 --sample
 
-MODEL is one of the small models in SIZES below or a name in a file of such (--zoo, or the environment variable
-LLCOMPILE_ZOO), or a path to a JSON file {"model_type": ..., "kwargs": {...}} or to a config.json of transformers. Weights
-are random, so what is written makes no sense; what is shown is that it streams, from how many graphs, what the cache
-holds, and that the level weights act.
+MODEL is one of the small models in SIZES below, a name in a file of such (--zoo, or the environment variable
+LLCOMPILE_ZOO), or a path to a JSON file {"model_type": ..., "kwargs": {...}} or to a config.json of transformers.
+Weights are random, so what is written makes no sense; what is shown is that it streams, from how many graphs, what
+the cache holds, and that the level weights act.
 """
 
 from __future__ import annotations

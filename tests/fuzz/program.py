@@ -55,7 +55,7 @@ class Layer(nn.Module):
     def forward(self, x):
         b, t, _ = x.shape
 {forward}
-        return self.drop(self.out(o.reshape(b, t, H * V)))
+        return self.drop(self.out(o.reshape(b, t, H * V))) / 8
 
 
 class Model(nn.Module):

@@ -72,7 +72,15 @@ DECAYS = {
 }
 
 # How the mixing is written (see program.py).
-SPELLINGS = ("quadratic", "cumulative", "token loop", "step function", "chunk loop", "doubling", "delta loop")
+SPELLINGS = {  # and how often
+    "quadratic": 6,
+    "cumulative": 4,
+    "chunk loop": 3,
+    "doubling": 2,
+    "token loop": 1,
+    "step function": 1,
+    "delta loop": 1,
+}
 
 # Masks of the quadratic form; `i` counts tokens.
 MASKS = {
@@ -214,12 +222,10 @@ def draw(seed: str) -> Recipe:
     def seldom(table: dict[str, Any]) -> str:
         return next(iter(table)) if r.random() < 0.5 else r.choice(list(table))
 
-    spelling = r.choice(SPELLINGS)
+    (spelling,) = r.choices(list(SPELLINGS), list(SPELLINGS.values()))
     decay = {"doubling": "none", "delta loop": r.choice(("none", "gate"))}.get(spelling, r.choice(list(DECAYS)))
-    loop = "loop" in spelling or spelling == "step function"
-    lengths = (
-        (r.randint(6, 9), r.randint(10, 12), r.randint(3, 5)) if loop else (r.randint(12, 20), 40, r.randint(5, 11))
-    )
+    loop = "loop" in spelling or spelling == "step function"  # unrolled, so few tokens
+    lengths = (6, 8, 3) if loop else (r.randint(12, 20), 40, r.randint(5, 11))
     return Recipe(
         layout=r.choice(list(LAYOUTS)),
         feature="l2" if spelling == "delta loop" else r.choice(list(FEATURES)),
@@ -232,6 +238,6 @@ def draw(seed: str) -> Recipe:
         model=seldom(MODELS),
         hook=seldom(HOOKS),
         runner=r.choice(list(RUNNERS)),
-        layers=r.randint(1, 2),
+        layers=r.choice((1, 1, 2)),
         lengths=lengths,
     )

@@ -23,7 +23,8 @@ def main() -> None:
         path = folder / f"fuzz_{seed}_{number}.py"
         path.write_text(text)
         try:
-            ended = "converted" if run(path).converted else "left"
+            report = run(path)
+            ended = "converted" if report.converted else f"left {[d.reason for d in report.declined]}"
         except Exception as error:
             ended = f"FAILED {type(error).__name__}: {str(error).splitlines()[0][:300]} ({path})"
         count[f"{'mutated' if recipe.mutation else 'mixer'} {ended.split()[0]}"] += 1

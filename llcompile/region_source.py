@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from llcompile import source_text
 from llcompile.errors import ReproError
 from llcompile.passes import dynamo
 from llcompile.passes.capture import leaf_of
@@ -123,9 +124,10 @@ def _is_used(name: str, code: str) -> bool:
 def _import(name: str, value: Any, known_as: str) -> str:
     if isinstance(value, float):  # inf and nan
         return f"from math import {name}"
-    plain = _plain_name(name, value)
+    plain, module = _plain_name(name, value), "torch" if name == "device" else value.__module__
     alias = "" if plain == known_as else f" as {known_as}"
-    return f"from {'torch' if name == 'device' else value.__module__} import {plain}{alias}"
+    source_text.check_import(module, plain)
+    return f"from {module} import {plain}{alias}"
 
 
 def _unannotated(source: str) -> str:
@@ -137,7 +139,7 @@ def _unannotated(source: str) -> str:
 def _operand(node: fx.Node) -> str:
     value = node.meta.get("example_value")
     if not isinstance(value, torch.Tensor):
-        return repr(value)
+        return source_text.literal(value)
     shape, dtype = [int(dynamo.hint(n) or 1) for n in value.shape], value.dtype
     if dtype.is_floating_point:
         return f"torch.randn({shape}, dtype={dtype})"

@@ -16,6 +16,7 @@ from llcompile.errors import ReproError
 from llcompile.look.collect import region_nodes
 from llcompile.passes.session import Session
 from llcompile.region_source import RegionSource, region_source
+from llcompile.source_text import in_docstring
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,11 @@ def _text(piece: _Piece, model: str) -> str:
     packs = any(value.startswith("unpacked(") for _, value in buffers)
     init = [_INIT, *(f"        self.register_buffer({name!r}, {value})" for name, value in buffers), ""]
     return _FILE.format(
-        title=f"Reproducer of {named} of {model} ({piece.where}).",
-        fate=textwrap.fill(f"In the model it was {piece.fate}.", 110),
+        title=in_docstring(f"Reproducer of {named} of {model} ({piece.where})."),
+        # Broken at spaces alone: a break inside of an escape would end it.
+        fate=textwrap.fill(
+            in_docstring(f"In the model it was {piece.fate}."), 110, break_long_words=False, break_on_hyphens=False
+        ),
         versions=f"llcompile {llcompile.__version__}, torch {torch.__version__}",
         imports="\n".join((*(("import base64", "import zlib", "") * packs), "import torch", *piece.source.imports)),
         code="\n".join([*(init if buffers else ()), textwrap.indent(piece.source.code, "    ")]),

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
-from llcompile import cli
+from llcompile import cli, source_text
+from llcompile.errors import ReproError
+from llcompile.repro import reproducer
 
 ROOT = Path(__file__).resolve().parent.parent
 FACTORIES = """
@@ -100,3 +105,74 @@ def test_mistakes_leave_no_file(here: Path, capsys: pytest.CaptureFixture[str]) 
     assert cli.main(["repro", "made:near_miss", "--mixer", "0", "--out", "no/such/folder/shown.py"]) == 1
     assert "cannot write" in capsys.readouterr().err
     assert [path.name for path in here.iterdir() if path.suffix == ".py"] == ["made.py"]
+
+
+HARM = '"""\nraise SystemExit("run")\n"""\\'
+
+
+@pytest.mark.parametrize(
+    "text", [HARM, '""""', "a\\", "\\N{x}", "\r\u2028\x00'", "plain (model.py:3 in forward)", "größer"]
+)
+def test_a_name_in_a_docstring_is_read_back(text: str) -> None:
+    written = source_text.in_docstring(f"A {text} of {text}.")
+    (only,) = ast.parse(f'"""{written}\n"""').body
+    assert isinstance(only, ast.Expr)
+    assert ast.literal_eval(only.value) == f"A {text} of {text}.\n"
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "fine"),
+    [
+        ("math", "sqrt", True),
+        ("torch.nn.functional", "softplus", True),
+        ("os; import evil", "path", False),
+        ("math", "sqrt as x; import evil", False),
+        ("math", "<lambda>", False),
+        ("this", "s", False),  # importing it would run it, and nothing has imported it here
+        ("math", "no_such", False),
+        ("", "sqrt", False),
+    ],
+)
+def test_what_may_be_imported(module: str, name: str, fine: bool) -> None:
+    if fine:
+        source_text.check_import(module, name)
+    else:
+        with pytest.raises(ReproError, match="no file can import that"):
+            source_text.check_import(module, name)
+
+
+class Harmful(int):
+    def __repr__(self) -> str:
+        return "__import__('os')._exit(3)"
+
+
+def test_what_may_be_written() -> None:
+    for value in (3, -0.5, float("inf"), True, None, 'a"\n', torch.float32):
+        assert eval(source_text.literal(value), {"torch": torch}) == value
+    for value in (Harmful(3), object(), [Harmful(3)]):
+        with pytest.raises(ReproError, match="cannot be written"):
+            source_text.literal(value)
+
+
+class Strict(nn.Module):
+    """A near miss: no token sees itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.q(x) @ self.k(x).mT).tril(-1) @ self.v(x)
+
+
+def test_names_are_data() -> None:
+    """A class of any name gives the file that a class of a plain name gives, but for its docstring."""
+
+    def written(name: str) -> list[str]:
+        mixer = type(name, (Strict,), {})()
+        text = reproducer(mixer, (torch.randn(2, 20, 8),), {}, "")
+        docstring, *code = ast.parse(text).body
+        assert name in ast.literal_eval(docstring.value)  # type: ignore[attr-defined]
+        return [ast.dump(statement) for statement in code]
+
+    assert written(HARM) == written("Plain")

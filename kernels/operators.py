@@ -157,9 +157,14 @@ def _attention_step_shapes(
     return v.new_empty(v.shape), new_state
 
 
+def own(state: Tensor | None) -> Tensor | None:
+    """A copy of a state for the backward pass: before it, a cache writes the next state into the memory of this one."""
+    return None if state is None else state.clone()
+
+
 def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, scale, return_final_state, lengths = inputs
-    ctx.save_for_backward(*tensors, lengths)
+    *tensors, state, scale, return_final_state, lengths = inputs
+    ctx.save_for_backward(*tensors, own(state), lengths)
     ctx.scale, ctx.return_final_state = scale, return_final_state
 
 
@@ -172,8 +177,8 @@ def _attention_gradient(ctx: Any, grad_o: Tensor, grad_state: Tensor) -> tuple[A
 
 
 def _save_step(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, scale = inputs
-    ctx.save_for_backward(*tensors)
+    q, k, v, w, state, g, beta, scale = inputs
+    ctx.save_for_backward(q, k, v, w, own(state), g, beta)
     ctx.scale = scale
 
 

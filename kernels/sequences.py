@@ -113,8 +113,8 @@ def _attention_backward_shapes(grad_o: Tensor, grad_state: Tensor, *rest: Any) -
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, scale, return_final_state, cu_seqlens, mask, seq_idx = inputs
-    ctx.save_for_backward(*tensors, cu_seqlens, mask, seq_idx)
+    *tensors, state, scale, return_final_state, cu_seqlens, mask, seq_idx = inputs
+    ctx.save_for_backward(*tensors, operators.own(state), cu_seqlens, mask, seq_idx)
     ctx.scale, ctx.return_final_state = scale, return_final_state
 
 

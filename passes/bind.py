@@ -6,6 +6,7 @@ import torch
 
 from llcompile.errors import MixerError
 from llcompile.passes import dynamo
+from llcompile.passes.boundary import boundary
 from llcompile.passes.session import Session, Site
 from llcompile.patterns.known.arguments import Mismatch, read_call
 from llcompile.patterns.mixer import validate
@@ -15,7 +16,10 @@ def bind(session: Session) -> int:
     """Gives every site its call, mixer and sizes; returns how many were bound."""
     for site in session.sites:
         if site.leaf is not None:
-            _bind(site)
+            with boundary(site.where) as outcome:
+                _bind(site)
+            if outcome.failed:
+                site.decline(outcome.reason, outcome.hint)
     return sum(site.open for site in session.sites)
 
 

@@ -14,6 +14,7 @@ import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,7 +25,7 @@ from torch._dynamo import convert_frame
 from torch._dynamo.backends.debugging import make_eager_backend_with_torch_function_modes
 from torch._dynamo.callback import callback_handler
 from torch._dynamo.exc import ShortenTraceback, TensorifyScalarRestartAnalysis, Unsupported
-from torch._dynamo.guards import DeletedGuardManagerWrapper
+from torch._dynamo.guards import DeletedGuardManagerWrapper, install_guard
 from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX
 from torch._higher_order_ops.utils import setup_compilation_env
 from torch._subclasses.fake_tensor import FakeTensor
@@ -432,6 +433,90 @@ def dims_by_stride(x: torch.Tensor) -> list[int] | None:
     """The dimensions from the outermost in memory to the innermost; None where the tensor is not dense."""
     order = sorted(range(x.dim()), key=lambda dim: (-int(hint(x.stride(dim)) or 0), dim))
     return order if x.permute(order).is_contiguous() else None
+
+
+_CHEAP = 1 << 14  # numbers that are compared in microseconds
+
+
+class SameNumbers:
+    """A check that a tensor holds the numbers that it held; they are compared only where it may have changed."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.numbers = tensor.detach().clone()
+        self.seen = self._mark(tensor)
+
+    def __call__(self, tensor: Any) -> bool:
+        """Whether these are the numbers."""
+        # Writes through `.data` are not counted: what costs little is always compared.
+        cheap = tensor.device.type == "cpu" and tensor.numel() <= _CHEAP
+        if not cheap and self._mark(tensor) == self.seen and self.seen[1] >= 0:
+            return True
+        same = tensor.shape == self.numbers.shape and tensor.dtype == self.numbers.dtype
+        same = same and tensor.device == self.numbers.device and self._equal(tensor.detach())
+        if same:
+            self.seen = self._mark(tensor)
+        return same
+
+    def _equal(self, tensor: torch.Tensor) -> bool:
+        if tensor.is_floating_point() or tensor.is_complex():
+            return torch.allclose(tensor, self.numbers, rtol=0, atol=0, equal_nan=True)
+        return torch.equal(tensor, self.numbers)
+
+    def _mark(self, tensor: torch.Tensor) -> tuple[int, int]:
+        """Where the numbers are, and how often they were written; tensors of inference mode do not count."""
+        return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
+
+
+def guard_numbers(node: fx.Node, tensor: torch.Tensor) -> bool:
+    """Has Dynamo trace the frame again once the tensor that fills a placeholder holds other numbers than these.
+
+    False where there is no trace under way that the guard could belong to.
+    """
+    source = getattr(node, "_dynamo_source", None) or getattr(node.meta.get("grapharg"), "source", None)
+    if source is None or torch._guards.TracingContext.try_get() is None:
+        return False
+    install_guard(source.make_guard(partial(_guard_numbers, check=SameNumbers(tensor))))
+    return True
+
+
+def _guard_numbers(builder: Any, guard: Any, check: SameNumbers) -> None:
+    code = [f"the numbers of {guard.name} are those that the graph was compiled for"]
+    manager = builder.get_guard_manager(guard)
+    try:
+        manager.add_lambda_guard(check, code, guard.user_stack)
+    except TypeError:  # before torch 2.12 there was no stack
+        manager.add_lambda_guard(check, code)
+
+
+def hold(size: Any) -> bool:
+    """Makes a size that may vary a number: Dynamo guards it, and traces the frame again where it is another one.
+
+    False where the user demands that it varies (`mark_dynamic`, a dimension of an export).
+    """
+    if not isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return True
+    node = size.node
+    if not node.has_hint() or node.expr.free_symbols & _demanded(node.shape_env):
+        return False
+    if isinstance(size, torch.SymInt):
+        int(size)
+    elif isinstance(size, torch.SymFloat):
+        float(size)
+    else:
+        bool(size)
+    return True
+
+
+def _demanded(shape_env: Any) -> set[Any]:
+    """The symbols of sizes that must not become numbers."""
+    found: set[Any] = set()
+    for tracked in getattr(shape_env, "tracked_fakes", None) or ():
+        constraints = getattr(getattr(tracked, "symbolic_context", None), "constraint_sizes", None) or ()
+        for dim, constraint in enumerate(constraints):
+            if constraint is not None and not getattr(constraint, "warn_only", False):
+                size = tracked.fake.shape[dim]
+                found |= size.node.expr.free_symbols if isinstance(size, torch.SymInt) else set()
+    return found
 
 
 def is_symbolic(graph: fx.Graph) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 from torch import fx
 
+from llcompile.passes.boundary import boundary
 from llcompile.passes.discover import module_of, user_line
 from llcompile.passes.mechanisms import attention, convolutions, loops, pooling, scans, time_mixing
 from llcompile.passes.mechanisms.axes import TimeAxes
@@ -13,6 +14,7 @@ from llcompile.passes.mechanisms.facts import Facts
 from llcompile.passes.mechanisms.found import Found
 from llcompile.passes.mechanisms.vocabulary import PROJECTIONS
 from llcompile.passes.records import Declined, Untouched
+from llcompile.passes.regions import Region
 from llcompile.passes.session import Session
 
 Finder = Callable[[Facts, TimeAxes], Iterator[Found]]
@@ -30,15 +32,8 @@ def identify(session: Session) -> int:
     records: dict[tuple[str, str], Untouched] = {}
     rest: list[Untouched] = []
     for region in session.regions:
-        facts = Facts(region)
-        axes = TimeAxes(facts)
-        sites = [site.node for site in session.sites if site.node in facts.position]
-        for found in _found(facts, axes, sites):
-            record = _record(session, found)
-            if not _is_site(session, found, record.module, record.where):
-                records.setdefault((record.module, found.kind), record)
-        fed = _feeding(facts, set(sites))
-        rest.extend(_record(session, found) for find in REST for found in find(facts, axes) if found.node not in fed)
+        with boundary("the mechanisms of a graph"):
+            _name(session, region, records, rest)
     said = {r.module for r in records.values()} | {m.module for m in session.near_misses}
     said |= {site.module for site in session.sites}
     records.update({(r.module, r.kind): r for r in reversed(rest) if r.module not in said})
@@ -50,6 +45,19 @@ def identify(session: Session) -> int:
             nearest.setdefault(missed.module, missed)
     session.refused.extend(nearest.values())
     return len(records)
+
+
+def _name(session: Session, region: Region, records: dict[tuple[str, str], Untouched], rest: list[Untouched]) -> None:
+    """Adds the mechanisms of one graph, and what is one only where nothing else is found."""
+    facts = Facts(region)
+    axes = TimeAxes(facts)
+    sites = [site.node for site in session.sites if site.node in facts.position]
+    for found in _found(facts, axes, sites):
+        record = _record(session, found)
+        if not _is_site(session, found, record.module, record.where):
+            records.setdefault((record.module, found.kind), record)
+    fed = _feeding(facts, set(sites))
+    rest.extend(_record(session, found) for find in REST for found in find(facts, axes) if found.node not in fed)
 
 
 def _record(session: Session, found: Found) -> Untouched:

@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from llcompile.passes import dynamo
+from llcompile.passes.boundary import boundary
 from llcompile.passes.origin import data_inputs, is_constant_input, operand_nodes
 from llcompile.passes.session import Session, Site
 
@@ -68,7 +69,8 @@ def padding(session: Session) -> int:
     """Gives sites their padding mask where the graph has one; returns how many have."""
     for site in session.sites:
         if site.open and site.has_time and not site.packed:
-            _find(site)
+            with boundary(f"the padding of {site.where}"):
+                _find(site)
     return sum(site.mask is not None for site in session.sites)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from llcompile.passes.behaviour import behaviour
+from llcompile.passes.boundary import boundary
 from llcompile.passes.draws import draw_call, small_sizes
 from llcompile.passes.lower import lower
 from llcompile.passes.records import Certificate
@@ -35,7 +36,10 @@ def prove(session: Session) -> int:
     failed: dict[Any, str] = {}
     for site in session.sites:
         if site.open and site.leaf is not None:
-            _prove(site, session.settings.kind != "none", failed)
+            with boundary(site.where) as outcome:
+                _prove(site, session.settings.kind != "none", failed)
+            if outcome.failed:
+                site.decline(outcome.reason, outcome.hint)
     return sum(site.open for site in session.sites)
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 
-from llcompile.passes import reach
+from llcompile.passes import dynamo, lengths, reach
+from llcompile.passes.boundary import Outcome, boundary
 from llcompile.passes.discover import module_of, place_of, user_line
 from llcompile.passes.records import Declined
 from llcompile.passes.regions import Region
 from llcompile.passes.session import Session, Site
 from llcompile.passes.structure.find import find
-from llcompile.passes.structure.found import Found, Missed
+from llcompile.passes.structure.found import Findings, Found, Missed
+from llcompile.passes.structure.numbers import numbers_read
 from llcompile.patterns.mixer import MixerShape
 
 log = logging.getLogger("llcompile")
@@ -25,17 +27,33 @@ def recognise(session: Session) -> int:
     for region in session.regions:
         if region.closed:
             continue
-        findings = find(region)
+        with boundary("a graph") as outcome:
+            findings = find(region)
+        if outcome.failed:
+            session.near_misses.append(_failed(session, region, outcome))
+            continue
         session.structure_counts.update(findings.counts)
         log.debug("recognise: %s", ", ".join(f"{rule} {n}" for rule, n in sorted(findings.counts.items())))
         for found in findings.found:
+            lengths.hold(found, findings.denominators.get(id(found), []))
             _add_site(session, region, found, findings.denominators.get(id(found), []))
+        if session.settings.compiles:
+            _guard(region, findings)
         for missed in findings.missed:
             record = _declined(session, missed)
             session.near_misses.append(record)
             nodes = () if missed.part is None else (op.node for op in missed.part.ops)
             session.missed_nodes.setdefault(record, frozenset({*nodes, missed.anchor}))
     return len(session.sites) - before
+
+
+def _guard(region: Region, findings: Findings) -> None:
+    """What was read off tensors that may change is checked at every call."""
+    denominators = (f for group in findings.denominators.values() for f in group)
+    for value in numbers_read(findings.program, [*findings.found, *denominators], findings.missed):
+        assert value.node is not None
+        assert value.data is not None
+        dynamo.guard_numbers(region.outer(value.node), value.data)
 
 
 def _add_site(session: Session, region: Region, found: Found, denominators: list[Found]) -> None:
@@ -46,7 +64,16 @@ def _add_site(session: Session, region: Region, found: Found, denominators: list
     site.owner, site.owner_missing = owner, bool(key) and owner is None
     site.cell, site.certificate = found.reading.family, found.certificate
     site.shape = MixerShape(*found.sizes)
+    if found.fixed and not found.held:
+        site.decline(found.fixed, "its length varies by mark_dynamic or export: leave it to Dynamo, which adapts")
     session.sites.append(site)
+
+
+def _failed(session: Session, region: Region, outcome: Outcome) -> Declined:
+    """The record of a graph that could not be looked at."""
+    last = next(node for node in reversed(region.graph.nodes) if node.op != "output")
+    key, name = module_of(last.meta)
+    return Declined(session.name(key, name), outcome.reason, user_line(last.meta), outcome.hint)
 
 
 def _declined(session: Session, missed: Missed) -> Declined:

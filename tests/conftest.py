@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+# An exception inside of the recogniser costs a user's program a candidate, and fails a test.
+os.environ["LLCOMPILE_RAISE"] = "1"
 
 
 @pytest.fixture(autouse=True)

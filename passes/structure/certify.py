@@ -1,7 +1,8 @@
 """Certify: the proof. The part and the operator, on fresh draws, at several lengths, in float64 where memory allows.
 
-The last draw has the length of the graph, whatever it is: what only shows at that length (a window) is seen. All other
-axes are cut down, where the code names no position along them.
+The first draw has the length of the graph, whatever it is: what only shows at that length (a window) is seen. All other
+axes are cut down, where the code names no position along them. Bounds inside of the part are crossed, and gradients are
+compared, on draws of their own.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from llcompile.passes.structure.classify import Miss
 from llcompile.passes.structure.cut import Part
 from llcompile.passes.structure.frame import Row
 from llcompile.passes.structure.lifted import Source
+from llcompile.passes.structure.pieces import expect_known, expect_pieces
 from llcompile.passes.structure.probe import Probe, difference
+from llcompile.passes.structure.program import Value
 from llcompile.passes.structure.ranges import Range
 from llcompile.passes.structure.reading import Reading
 from llcompile.passes.structure.sizing import CannotArrange, Sizing, small
@@ -28,20 +31,23 @@ log = logging.getLogger("llcompile")
 # float64 throughout agrees to rounding; a part whose constants are float32 numbers, to float32's.
 BUDGETS = (("float64", 1e-10), ("float32", 2e-5))
 DRAWS = 3  # at least
+_SLIGHT = 1e-6  # of the largest gradient: what is smaller is compared with this
 _LARGE = 1 << 28  # numbers in the largest tensor of a proof, above which it is done in float32
 
 
-def certify(part: Part, reading: Reading, tried: Probe) -> tuple[Reading, Certificate]:
+def certify(part: Part, reading: Reading, tried: Probe, bounds: Mapping[Value, Range]) -> tuple[Reading, Certificate]:
     """The reading with its scale as it is at the graph's length, and its certificate.
 
     Args:
         part: the part.
         reading: what it is supposed to be.
         tried: the probe that the reading was found with; where that could not run at other sizes, the proof does not.
+        bounds: the range of every value of the program.
 
     Raises:
         Miss: a draw on which the two differ.
     """
+    expect_known(part)
     worst, draws, budget = 0.0, 0, _budget(reading)
     sizings = _sizings(part, tried)
     for number, sizing in enumerate(sizings):
@@ -56,8 +62,52 @@ def certify(part: Part, reading: Reading, tried: Probe) -> tuple[Reading, Certif
             raise Miss(
                 f"agrees at w = 1 to {worst:.0e} only (at length {length})", 3, "see docs/recognition.md for the proof"
             )
+    probe, _ = _drawn(part, reading, (sizings[-1], sizings[0]), tried.ranges, seed=200)
+    draws += expect_pieces(part, reading, probe, bounds, lambda p: _apart(p, reading), budget)
+    probe, _ = _drawn(part, reading, (sizings[-1], sizings[0]), tried.ranges, seed=300)
+    if all(op.name != "detach" for op in part.ops):
+        _expect_gradients(probe, reading)
     precision = next(name for name, budget in BUDGETS if worst <= budget)
     return reading, Certificate(worst, precision, draws)
+
+
+def _apart(probe: Probe, reading: Reading) -> float | None:
+    """How far the part and the operator are apart; None where the part has no finite result."""
+    theirs = probe.by_time(probe.run())
+    return difference(theirs, output_of(probe, reading)) if bool(torch.isfinite(theirs).all()) else None
+
+
+def _expect_gradients(probe: Probe, reading: Reading) -> None:
+    """The gradients of every source are the operator's, on a draw of their own.
+
+    Raises:
+        Miss: one of them is not: the code stops it, or makes another one of it.
+    """
+    sources = [s for s, x in probe.values.items() if x.is_floating_point()]
+    with torch.inference_mode(False), torch.enable_grad():
+        probe.values = {s: x.clone().requires_grad_(s in sources) for s, x in probe.values.items()}
+        leaves = [probe.values[s] for s in sources]
+        try:
+            theirs = _gradients(probe.by_time(probe.run()), leaves)
+        except (RuntimeError, NotImplementedError) as error:
+            log.debug("structure: %s has no backward: %s", probe.part.result, error)
+            return
+        ours = _gradients(output_of(probe, reading), leaves)
+    largest = max(float(g.abs().max()) for g in (*theirs, *ours))
+    for one, two in zip(theirs, ours, strict=True):
+        size = max(float(one.abs().max()), float(two.abs().max()), _SLIGHT * largest)
+        error = float((one - two).abs().max()) / max(size, 1e-300)
+        if not error <= BUDGETS[-1][1]:
+            raise Miss(f"its gradients are others than the operator's, by {error:.0e}", 3, "see docs/recognition.md")
+
+
+def _gradients(result: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+    """Gradients of a fixed function of a result; zeros where it does not depend."""
+    if not result.requires_grad:
+        return [torch.zeros_like(x) for x in leaves]
+    weights = torch.randn(result.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    found = torch.autograd.grad((result * weights.to(result.dtype)).sum(), leaves, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for g, x in zip(found, leaves, strict=True)]
 
 
 def _drawn(

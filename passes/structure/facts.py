@@ -139,8 +139,13 @@ def time_axes(program: Program, followed: Followed) -> list[Axis]:
             data.update(op.outputs)
             counts.update({id(leaf) for axis in followed.mixed[op] for leaf in atoms.leaves(axis)})
     mixed = {axis: max((counts[id(leaf)] for leaf in axis), default=0) for axis in present}
-    free = [axis for axis in present if mixed[axis] and not any(leaf.weight for leaf in axis)]
+    free = [axis for axis in present if mixed[axis] and not any(leaf.weight for leaf in axis) and _is_told_apart(axis)]
     return sorted(free, key=lambda axis: (-mixed[axis], axis[0].number))
+
+
+def _is_told_apart(axis: Axis) -> bool:
+    """Whether no two parts of it were taken for one (the levels of a tree in place, each over halves of the last)."""
+    return len(set(map(id, axis))) == len(axis)
 
 
 def lengthened(followed: Followed, time: Axis) -> list[Axis]:

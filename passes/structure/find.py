@@ -15,7 +15,9 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from llcompile.passes import dynamo
+from llcompile.passes.boundary import boundary
 from llcompile.passes.capture import leaf_of
+from llcompile.passes.discover import user_line
 from llcompile.passes.records import Certificate
 from llcompile.passes.regions import Region
 from llcompile.passes.structure.assume import expect_decay, learned
@@ -31,6 +33,7 @@ from llcompile.passes.structure.frame import Frame, Row
 from llcompile.passes.structure.lifted import MOVES, SHAPES, Lifted, Source, sample_of
 from llcompile.passes.structure.measured import Measured, meet
 from llcompile.passes.structure.memo import fingerprint, is_lasting, recall, remember
+from llcompile.passes.structure.positions import Positions
 from llcompile.passes.structure.probe import Probe
 from llcompile.passes.structure.program import Op, Program, Value
 from llcompile.passes.structure.ranges import Range, ranges
@@ -64,6 +67,7 @@ def find(region: Region) -> Findings:
     start = clock.perf_counter()
     findings = _find(region, 1)
     if findings.found and dynamo.is_symbolic(region.graph):
+        _expect_same(findings)
         _expect_elsewhere(region, findings)
     log.debug("structure: %d operations, %.0f ms", len(findings.program.ops), 1e3 * (clock.perf_counter() - start))
     return findings
@@ -107,18 +111,24 @@ def _is_inside(missed: Missed, other: Missed) -> bool:
     return other.part is not None and missed.value.op in other.part.ops
 
 
+def _expect_same(findings: Findings) -> None:
+    """What is computed from positions and sizes must go on as it began, or the length is fixed."""
+    for found in (*findings.found, *(f for group in findings.denominators.values() for f in group)):
+        op = Positions(found).varying()
+        if op is not None:
+            found.fixed = f"its {op.name} ({user_line(op.node.meta)}) may differ at other lengths"
+
+
 def _expect_elsewhere(region: Region, findings: Findings) -> None:
-    """A graph for many lengths is one program for each: only what is a mixer at another length, too, is taken.
+    """A graph for many lengths is one program for each: what is no mixer at another length has its length fixed.
 
     The other length is beyond any number that the code compares with (the width of a window, say).
     """
     length = max(math.prod(leaf.size for leaf in found.times.leaves) for found in findings.found)
     factor = 2 + max((int(n) for n in _compared(findings.program) if n < _LONGEST), default=0) // length
     seen = {_signature(f) for f in _find(region, factor).found}
-    for found in [f for f in findings.found if _signature(f) not in seen]:
-        findings.found.remove(found)
-        reason = f"it is a mixer at length {length}, not at {factor * length}, and the graph serves both"
-        findings.missed.append(Missed(found.output, Miss(reason, 3, "compile it with dynamic=False")))
+    for found in [f for f in findings.found if _signature(f) not in seen and not f.fixed]:
+        found.fixed = f"it is a mixer at length {length}, not at {factor * length}"
 
 
 def _compared(program: Program) -> list[float]:
@@ -189,7 +199,7 @@ class _Search:
         for part, tail in self._cuts(value):
             self.findings.counts["cuts"] += 1
             try:
-                found = self._read(part, tail)
+                found = self._read_safely(part, tail)
             except Miss as miss:
                 log.debug("structure: %s %s from %s: %s", _made_by(part.result), part.result, part.sources, miss.reason)
                 if best is None or miss.near > best.near:
@@ -317,6 +327,16 @@ class _Search:
             pending.extend(above)
         return found, alone
 
+    def _read_safely(self, part: Part, tail: Tail | None) -> Found:
+        """As `_read`; an exception of the recogniser's own is a miss of this part."""
+        missed: Miss | None = None
+        with boundary(f"{_made_by(part.result)} {part.result}") as outcome:
+            try:
+                return self._read(part, tail)
+            except Miss as miss:
+                missed = miss
+        raise missed or Miss(outcome.reason, 1, outcome.hint)
+
     def _read(self, part: Part, tail: Tail | None) -> Found:
         self._expect_sequences(part)
         frame, axes = self.cutter.frame(part)
@@ -344,7 +364,18 @@ class _Search:
         if known[0].assumed and known[0].decay is not None:
             expect_decay(known[0].decay)
         expect_no_barrier(part, tail, self.times, self.findings.program)
-        return Found(part, *known, frame, self.times, self.findings.program, tail)
+        found = Found(part, *known, frame, self.times, self.findings.program, tail)
+        self._expect_seen(found)
+        return found
+
+    def _expect_seen(self, found: Found) -> None:
+        """What has not happened at any position so far would happen at some position further on."""
+        op = Positions(found).unseen()
+        if op is not None:
+            reason = (
+                f"its {op.name} of positions ({user_line(op.node.meta)}) does nothing at length {self.cutter.length}"
+            )
+            raise Miss(reason, 3, "give an example that is longer than every window, block or bucket of the code")
 
     def _prove(
         self,
@@ -373,7 +404,7 @@ class _Search:
     ) -> tuple[Reading, Certificate]:
         try:
             probe = self._probe(frame, part, axes, result, bounds)
-            return certify(part, suppose(probe, classify(probe)), probe)
+            return certify(part, suppose(probe, classify(probe)), probe, self.ranges)
         except _NOT_RUN as error:
             raise Miss(f"it does not run by itself: {type(error).__name__}: {error}".split("\n")[0]) from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -21,6 +22,9 @@ from llcompile.passes.structure.program import Op, Program, Value
 from llcompile.passes.structure.reading import Reading
 from llcompile.passes.structure.tail import Tail
 
+# Operations that may put tokens in another order.
+_REORDERS = frozenset(["flip", "index", "index_select", "gather", "take", "take_along_dim", "sort"])
+
 
 @dataclass(eq=False)
 class Found:
@@ -33,6 +37,8 @@ class Found:
     times: Times
     program: Program
     tail: Tail | None = None
+    fixed: str = ""  # why it is known at the graph's own length only
+    held: bool = True  # whether that length could be made the only one of the graph
 
     @property
     def output(self) -> Value:
@@ -51,11 +57,39 @@ class Found:
 
     @property
     def batch_and_time(self) -> tuple[int, int] | None:
-        """How many rows and tokens it has; None where the code pads or cuts its time."""
-        if self.times.shorter != self.times.leaves:
+        """How many rows and tokens it has; None where the code pads or cuts its time, or puts it in another order."""
+        if self.times.shorter != self.times.leaves or self.order != self.times.leaves or self._reordered:
             return None
         batch, time = self.reading.axes.batch, self.times.leaves
         return count(tuple(leaf.size for leaf in batch)), count(tuple(leaf.size for leaf in time))
+
+    @functools.cached_property
+    def order(self) -> Axis:
+        """Time in the order in which the queries have it: that of a grid's columns, say, where the input has rows."""
+        (value, *_) = _values(self.reading.query)
+        rows = self.times.rows(self.times.followed.axes[value])
+        found = tuple(leaf for row in rows for leaf in row if self.times.is_time(leaf))
+        return found if len(found) == len(self.times.leaves) else self.times.leaves
+
+    @functools.cached_property
+    def _straight(self) -> tuple[set[Value], bool]:
+        """What the queries are computed from with all tokens in their order; whether anything changes that order."""
+        pending = _values(self.reading.query)
+        seen, reordered = set(pending), False
+        for value in pending:
+            if value.op is None:
+                continue
+            if value.op.name in _REORDERS and self.times.mixes_time(value.op):
+                reordered = True
+                continue
+            new = [v for v in value.op.inputs if v not in seen]
+            seen.update(new)
+            pending.extend(new)
+        return seen, reordered
+
+    @property
+    def _reordered(self) -> bool:
+        return self._straight[1]
 
     @property
     def rows_and_tokens(self) -> tuple[int, int]:
@@ -124,7 +158,10 @@ class Found:
             return None
         fact = self.times.facts[value]
         rows = self.times.rows(self.times.followed.axes[value])
-        inside = [i for i, row in enumerate(rows) if row in (self.times.leaves, self.times.shorter)]
+        wanted = {self.order, self.times.shorter} if self.order == self.times.leaves else {self.order}
+        inside = [i for i, row in enumerate(rows) if row in wanted]
+        if value not in self._straight[0]:
+            return None
         if (fact.form != "sequence" and self.times.shorter not in rows) or not fact.data or len(inside) != 1:
             return None
         batch = count(tuple(leaf.size for leaf in self.reading.axes.batch))

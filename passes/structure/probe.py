@@ -17,6 +17,7 @@ from llcompile.passes.structure.program import Value
 from llcompile.passes.structure.ranges import Range
 from llcompile.passes.structure.sizing import Sizing, arrange
 
+_WIDE, _FAR = 100.0, 8.0
 SAME = 1e-8  # relative difference up to which two float64 results are the same
 
 
@@ -83,6 +84,13 @@ class Probe:
         given = [numbers[s] if isinstance(s, Value) else numbers[s][position] for s, position in read]
         return function(*given).to(self.dtype)
 
+    def numbers_of(self, value: Value) -> Tensor:
+        """The numbers of a value inside of the part."""
+        _, read = self._function
+        function = self._written(value)
+        given = [self.values[s] if isinstance(s, Value) else self.values[s][position] for s, position in read]
+        return function(*given).to(self.dtype)
+
     @functools.cached_property
     def _function(self) -> tuple[Callable[..., Tensor], list[tuple[Source, int]]]:
         """The part as a function, and which source, at which position, each of its arguments is."""
@@ -92,12 +100,17 @@ class Probe:
                 inputs[source] = (source, 0)
             else:
                 inputs.update((value, (source, position)) for value, position in self.part.taps[source].items())
+        self._inputs = list(inputs)
+        return self._written(self.part.result), list(inputs.values())
+
+    def _written(self, value: Value) -> Callable[..., Tensor]:
+        """The part up to a value, as a function of its inputs."""
         sizes = self.sizing.shape if self.resizes else None
-        key = (self.dtype, self.resizes and frozenset(self.sizing.sizes.items()))
+        key = (value, self.dtype, self.resizes and frozenset(self.sizing.sizes.items()))
         known = self.part.functions
         if key not in known:
-            known[key] = function_of(self.part.ops, list(inputs), self.part.result, sizes, self.dtype)
-        return known[key], list(inputs.values())
+            known[key] = function_of(self.part.ops, self._inputs, value, sizes, self.dtype)
+        return known[key]
 
     def by_time(self, x: Tensor) -> Tensor:
         """A result as [T, everything else]."""
@@ -121,16 +134,27 @@ class Probe:
 
 
 def within(z: Tensor, bounds: Range) -> Tensor:
-    """Standard normal numbers as generic numbers in a range, away from its ends."""
+    """Standard normal numbers as generic numbers in a range, away from its ends, of both signs where it has them."""
     low, high = bounds
+    if high - low > _WIDE:  # one end at most is felt
+        low, high = (-math.inf if low < -_FAR else low), (math.inf if high > _FAR else high)
     if math.isinf(low) and math.isinf(high):
         return z
     unit = torch.sigmoid(1.3 * z)
+    if math.isinf(high) and low < 0:
+        return low + torch.nn.functional.softplus(z + _zero_at(-low))
+    if math.isinf(low) and high > 0:
+        return high - torch.nn.functional.softplus(_zero_at(high) - z)
     if math.isinf(high):
         return low + 0.1 + torch.nn.functional.softplus(z)
     if math.isinf(low):
         return high - 0.03 - 0.4 * torch.nn.functional.softplus(z)
     return low + (high - low) * (0.1 + 0.8 * unit)
+
+
+def _zero_at(size: float) -> float:
+    """Where a softplus is as large as this."""
+    return math.log(math.expm1(size)) if size < 30 else size
 
 
 def difference(one: Tensor, two: Tensor) -> float:

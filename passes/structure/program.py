@@ -37,6 +37,11 @@ class Value:
     number: int = 0
     users: list[Op] = field(default_factory=list)
 
+    @property
+    def is_read(self) -> bool:
+        """Whether its numbers were read off a tensor that the user's program holds, and may change."""
+        return self.data is not None and self.node is not None and self.node.op == "placeholder"
+
     def __repr__(self) -> str:
         return f"%{self.number}{list(self.shape)}"
 

@@ -269,7 +269,7 @@ class _Recorder:
         run = dict(kwargs)
         if run.get("device") is not None:
             run["device"] = torch.device("meta")
-        result = func(*args, **run)
+        result = _dispatched(func, args, run)
         if func in _SAME or (func is aten.detach.default and self.known[id(args[0])].data is not None):
             self._know(result, self.known[id(args[0])])
             return result
@@ -357,6 +357,16 @@ def _of_one_dtype(node: fx.Node, args: Any, kwargs: Any) -> tuple[Any, Any]:
 
 def _is_float(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def _dispatched(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """The call; functionalisation asks for views of what a write has left in another layout than the trace had."""
+    if func is aten.view.default:
+        try:
+            return func(*args, **kwargs)
+        except RuntimeError:
+            args = (args[0].contiguous(), *args[1:])
+    return func(*args, **kwargs)
 
 
 def _unwrapped(result: Any) -> Any:

@@ -212,12 +212,22 @@ def _fit_normaliser(probe: Probe, reading: Reading, base: Tensor) -> tuple[Readi
         own = _slope(probe, reading, base) if form == "d + e s" else epsilon
         found = replace(reading, normaliser=(form, own))
         error = difference(output_of(probe, found), base)
+        error = max(error, _turned_error(probe, found))
         if epsilon and error < AGREES:
             # Where the denominator is about as large as the epsilon, a sum and a maximum differ.
             with _queries_times(probe, reading, epsilon):
                 error = max(error, difference(output_of(probe, found), probe.by_time(probe.run())))
         best = min(best, (found, error), key=lambda pair: pair[1])
     return best
+
+
+def _turned_error(probe: Probe, reading: Reading) -> float:
+    """How far the two are apart for queries of the other sign, where there are such: |d| is not d."""
+    low, query = probe.ranges[reading.query][0], probe.values[reading.query]
+    if low >= 0:
+        return 0.0
+    with _queries_times(probe, reading, -min(1.0, 0.9 * abs(low) / float(query.abs().max()))):
+        return difference(output_of(probe, reading), probe.by_time(probe.run()))
 
 
 def _epsilon(probe: Probe, reading: Reading) -> float:

@@ -1,0 +1,62 @@
+"""Lengths: a graph that serves many lengths, with a mixer in it that is known at one, becomes a graph for that one.
+
+Dynamo then guards the length and traces the frame again for another. The level weights act at each; what is paid is a
+compilation for each length.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+from llcompile.passes import dynamo
+from llcompile.passes.structure.found import Found
+from llcompile.passes.structure.lifted import Lifted
+from llcompile.passes.structure.positions import symbolic
+from llcompile.passes.structure.program import Value
+
+log = logging.getLogger("llcompile")
+
+
+def hold(found: Found, with_it: Iterable[Found] = ()) -> None:
+    """Fixes the length of a mixer that is known at no other; notes on it where the length cannot be fixed.
+
+    Args:
+        found: the mixer.
+        with_it: its denominators.
+    """
+    group = [found, *with_it]
+    found.fixed = next((f.fixed for f in group if f.fixed), "")
+    if found.fixed:
+        found.held = hold_sizes(size for one in group for size in (*_times(one), *_numbers(one)))
+        log.debug("lengths: %s, %s", found.fixed, "fixed" if found.held else "which must vary")
+
+
+def hold_sizes(sizes: Iterable[Any]) -> bool:
+    """Makes numbers of all these sizes; False, where one of them has to vary."""
+    return all(dynamo.hold(size) for size in sizes)
+
+
+def _times(found: Found) -> Iterator[Any]:
+    """The sizes along time of what comes into the mixer."""
+    times = found.times
+    for source in found.part.sources:
+        value = source.base.value if isinstance(source, Lifted) and source.base is not None else source
+        if not isinstance(value, Value) or value.node is None or value not in times.followed.axes:
+            continue
+        example = value.node.meta.get("example_value")
+        if isinstance(example, torch.Tensor):
+            rows = times.rows(times.followed.axes[value])
+            yield from (size for size, row in zip(example.shape, rows, strict=True) if any(map(times.is_time, row)))
+
+
+def _numbers(found: Found) -> Iterator[Any]:
+    """The sizes that come into it as numbers (and, where both stand in one call, as sizes)."""
+    nodes: dict[fx.Node, None] = dict.fromkeys(op.node for op in found.ops)
+    for node in nodes:
+        floats = [size for _, size in symbolic(node) if isinstance(size, torch.SymFloat)]
+        yield from floats

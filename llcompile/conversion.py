@@ -201,6 +201,7 @@ class _Capture:
 
     def __call__(self, module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         recompile_room.make_room(reach.root_module())
+        reach.guard_modules()  # behind a graph break, equal layers would share the look at the first of them
         session = compile_run.new_session(module, self.options, self.names, self.dry_run)
         found = compile_run.look(session)
         self.report = self.report.merged(found)

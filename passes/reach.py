@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import fx, nn
 from torch._dynamo.exc import Unsupported
+from torch._dynamo.guards import GuardBuilder
 from torch._dynamo.source import AttrSource, GetItemSource, GlobalSource, LocalSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.variables.builder import VariableBuilder
@@ -124,6 +125,14 @@ def path_of(module: nn.Module) -> str:
 def held_modules() -> list[nn.Module]:
     """Every module that the traced frame holds or touches."""
     return [*_touched().values(), *(module for module, _, _ in _below().values())]
+
+
+def guard_modules() -> None:
+    """Has Dynamo trace the frame once more for another module, though its code and its sizes are the same."""
+    translator = current_translator()
+    for source, _ in _held():
+        if translator is not None:
+            translator.output.guards.add(source.make_guard(GuardBuilder.ID_MATCH))
 
 
 def add_tensor_input(graph: fx.Graph, owner: nn.Module, path: tuple[str, ...]) -> fx.Node:

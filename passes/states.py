@@ -14,6 +14,10 @@ from llcompile.passes.session import Session, Site
 from llcompile.patterns.known.arguments import is_level_state, state_argument
 from llcompile.patterns.known.states import state_problem
 
+_LINEAR = (
+    "a state without levels came in: its output reads the past through it, which level weights do not reach",
+    "run the whole sequence in one call, without a state, or use level_weights='none'",
+)
 _NO_PLACE = "its state has no levels and is computed by the model, so that there is no place to keep levels in"
 
 
@@ -23,6 +27,9 @@ def states(session: Session) -> int:
     Raises:
         StateError: it was made by another model, for other sizes, or of another kind.
     """
+    for site in session.sites:
+        if site.found is not None and session.settings.kind != "none" and site.found.takes_state():
+            site.decline(*_LINEAR)
     held = [site for site in session.sites if site.leaf is not None and _state_node(site) is not None]
     for site in held:
         levels = _levels(session, site)

@@ -138,6 +138,26 @@ class Found:
         nodes = (node for node, held in self.program.results.items() if held in states)
         return any(user.op == "output" or user.target == "copy_" for node in nodes for user in node.users)
 
+    def takes_state(self) -> bool:
+        """Whether the queries also read a linear state that came in: an input without time, of a state's size."""
+        size = self.rows_and_tokens[0] * self.sizes[0] * self.sizes[2] * self.sizes[3]
+        facts = self.times.facts
+        given = [v for v in self.program.inputs if v in facts and facts[v].data and facts[v].form == "timeless"]
+        states = self._made_of([v for v in given if v.dtype.is_floating_point and count(v.shape) == size])
+        queries = self._made_of(_values(self.reading.query))
+        readers = {op for value in states for op in value.users}
+        return any(queries.intersection(op.inputs) - states for op in readers)
+
+    def _made_of(self, values: list[Value]) -> set[Value]:
+        """The values, and what is made of them token by token."""
+        found, pending = set(values), list(values)
+        while pending:
+            made = (v for op in pending.pop().users for v in op.outputs if not self.times.facts[v].mixed)
+            new = [v for v in made if v not in found]
+            found.update(new)
+            pending.extend(new)
+        return found
+
     def activations(self) -> list[fx.Node]:
         """The nodes of the operands that depend on the model's input."""
         found: list[fx.Node] = []

@@ -10,7 +10,7 @@ import transformers
 
 import llcompile
 from llcompile.backend import last_report
-from llcompile.errors import LevelWeightsIgnoredWarning
+from llcompile.errors import MissedLevelWeightsError
 from tests import small
 from tests.models import tiny
 from tests.models.serving import greedy
@@ -56,7 +56,7 @@ def test_a_linear_state_that_comes_back_in_is_told(minimax: Any) -> None:
         prefilled = minimax(ids, use_cache=True)
         assert [c.module.split(".")[-1] for c in last_report().converted] == ["self_attn"]
         assert difference(prefilled.logits, minimax(ids, use_cache=False).logits) < 1e-5
-        with pytest.warns(LevelWeightsIgnoredWarning, match="no mixer of it is in this graph"):
+        with pytest.raises(MissedLevelWeightsError, match="the compiled graph does not read them"):
             minimax(ids[:, :1], past_key_values=prefilled.past_key_values, use_cache=True)
 
 

@@ -199,15 +199,15 @@ def _warn_if_unused(owner: nn.Module, output: Any) -> None:
         eager_states.explain(type(owner).__name__, {weights.levels for weights in unused})
     elif _is_compiled_by_us():
         if len(unused) == len(all_held):
-            _warn(f"{type(owner).__name__} has level weights, and {_LEFT_OUT}")
+            _warn(f"{type(owner).__name__} has level weights and {_LEFT_OUT}")
     elif any(not weights.is_identity() for weights in unused):
         _warn(f"the level weights of {type(owner).__name__} are no longer 1, and the model was run eagerly")
 
 
 _LEFT_OUT = (
-    "it was run eagerly in a call that is compiled: Dynamo has left a function out or given up "
-    "(TORCH_LOGS=graph_breaks,recompiles says why; torch._dynamo.config.recompile_limit is the limit of graphs for "
-    "one function)"
+    "ran in a call that is compiled, and no compiled graph read them: its mixer was declined, or Dynamo has left a "
+    "function out or given up (TORCH_LOGS=loglinear,graph_breaks,recompiles says why; "
+    "torch._dynamo.config.recompile_limit is the limit of graphs for one function)"
 )
 
 

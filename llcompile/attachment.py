@@ -20,7 +20,7 @@ from llcompile.level_kinds import compute_dtype, level_weights_function
 from llcompile.level_weights import LevelWeights
 from llcompile.optimizer_watch import watch
 from llcompile.passes import dynamo
-from llcompile.passes.marks import mark
+from llcompile.passes.marks import PARAMETER, mark
 from llcompile.passes.owner_input import Call
 
 
@@ -156,8 +156,11 @@ def expect_use(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         _keep_input(owner, Call(args, kwargs))
     elif _compiles_for_us():
         for name, child in owner._modules.items():
-            if inside(name, child) is not None:
+            if child is not None and inside(name, child) is not None:
                 mark(name, *values(child))
+                if any(not isinstance(parameter, nn.Parameter) for parameter in child.parameters()):
+                    for own, tensor in owner.named_parameters():
+                        mark(PARAMETER + own, tensor)
 
 
 @torch.compiler.disable

@@ -8,7 +8,7 @@ from torch import fx
 
 from llcompile.errors import LevelWeightsError
 from llcompile.passes import dynamo
-from llcompile.passes.origin import Role, given, is_projected, projection_input, role_of
+from llcompile.passes.origin import Role, given, is_projected, operand_nodes, projection_input, role_of
 from llcompile.passes.owner_input import Call, call_under_way
 from llcompile.passes.session import Session, Site
 
@@ -17,6 +17,10 @@ _OPTIONS = {"kind": "level_weights", "levels": "levels"}
 _NO_OWNER = (
     "its module cannot be reached from the compiled frame, so it has no place for level weights",
     "a graph break above this line splits the module's forward; TORCH_LOGS=graph_breaks shows it",
+)
+_NO_VALUES = (
+    "its level weights are on the device meta: what offloads the model does not bring them in",
+    "keep the modules named loglinear out of the offloading",
 )
 _NO_INPUT = (
     "a graph break stands between its projections and its mixing, and what its level weights read is not in this graph",
@@ -40,9 +44,14 @@ def attach(session: Session) -> int:
     return len(session.attached)
 
 
-def _expect_path(session: Session, site: Site) -> None:
-    """No hook of the owner has handed its level weights in, so they must be where Dynamo can read them."""
+def _expect_values(session: Session, site: Site, weights: Any) -> None:
+    """The level weights must be where the graph can read them, and must have values if the operands have."""
     assert site.owner is not None
+    operands = [node.meta["example_value"] for node in operand_nodes(site)]
+    if any(t.is_meta for _, t in weights.tensors()) and not any(operand.is_meta for operand in operands):
+        site.decline(*_NO_VALUES)
+    if session.marks:  # the owner's hook has handed them in
+        return
     try:
         session.settings.path(site.owner, site.attribute)
     except LookupError as error:
@@ -68,8 +77,8 @@ def _attach(session: Session, site: Site) -> None:
         if not settings.dry_run:
             settings.attach(owner, site.attribute, weights)
             session.attached.append((owner, site.attribute))
-    elif session.settings.compiles and not session.marks:
-        _expect_path(session, site)
+    elif session.settings.compiles:
+        _expect_values(session, site, weights)
     if not settings.dry_run:
         # What a checkpoint does not say is learned from the first graph that tells.
         weights.place = weights.place or site.place

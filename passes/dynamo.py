@@ -346,6 +346,8 @@ def example_inputs(graph: fx.Graph) -> list[Any]:
 
 def input_value(node: fx.Node) -> Any:
     """The object that the user's program holds for a placeholder (a Parameter, say), or None."""
+    if node.meta.get("stands_for") is not None:
+        return node.meta["stands_for"]
     argument = node.meta.get("grapharg")
     try:
         return None if argument is None else _real(argument.example)
@@ -378,6 +380,18 @@ def is_resumed() -> bool:
     translator = current_translator()
     frame = None if translator is None else translator.output.root_tx or translator
     return frame is not None and frame.f_code.co_name.startswith(TORCH_DYNAMO_RESUME_IN_PREFIX)
+
+
+def is_parameter(held: Any) -> bool:
+    """Whether a tensor of the user's program is a parameter, or stands in one's place for a `functional_call`."""
+    translator = current_translator()
+    if isinstance(held, nn.Parameter) or translator is None or not isinstance(held, torch.Tensor):
+        return isinstance(held, nn.Parameter)
+    output: Any = translator.output
+    if not hasattr(output, "_llcompile_parameters"):  # kept for the length of the trace
+        tensors = (t for module in held_modules() for t in module._parameters.values())
+        output._llcompile_parameters = {id(t) for t in tensors if t is not None and not isinstance(t, nn.Parameter)}
+    return id(held) in output._llcompile_parameters
 
 
 def module_tensors() -> frozenset[int]:

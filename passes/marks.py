@@ -13,7 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from llcompile.passes import reach
 from llcompile.passes.regions import Region
+
+# Begins the name of a mark that hands in a parameter of the owner, and no level weights.
+PARAMETER = "parameter:"
 
 
 @torch._dynamo.allow_in_graph
@@ -53,7 +57,17 @@ def take(regions: Iterable[Region]) -> tuple[Mark, ...]:
             if key and all(isinstance(tensor, fx.Node) for tensor in tensors):
                 found.append(Mark(region, key, str(name), tuple(tensors)))  # type: ignore[arg-type]
             region.graph.erase_node(node)
+    for mark_ in found:
+        _say_what_it_stands_for(mark_)
     return tuple(found)
+
+
+def _say_what_it_stands_for(found: Mark) -> None:
+    """A tensor of a `functional_call` is known as the parameter in whose place it stands."""
+    owner = reach.find_module(found.key)
+    if owner is not None and found.name.startswith(PARAMETER):
+        node = found.region.outer(found.tensors[0])
+        node.meta["stands_for"] = dict(owner.named_parameters()).get(found.name.removeprefix(PARAMETER))
 
 
 def marked_tensors(marks: Iterable[Mark], region: Region, key: str, name: str) -> tuple[fx.Node, ...] | None:

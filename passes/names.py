@@ -191,7 +191,7 @@ def _operands(site: Site) -> frozenset[str]:
         if node in seen:
             continue
         seen.add(node)
-        own = [names.get(id(_held(site, n))) for n in node.all_input_nodes if isinstance(_held(site, n), nn.Parameter)]
+        own = [names.get(id(_held(site, n))) for n in node.all_input_nodes if dynamo.is_parameter(_held(site, n))]
         found.update(name for name in own if name is not None)
         if not own:
             pending.extend(node.all_input_nodes)

@@ -9,7 +9,7 @@ from typing import Any
 import networkx as nx
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from llcompile.passes import dynamo, reach
@@ -130,7 +130,7 @@ def is_constant_input(node: fx.Node) -> bool:
     if node.op != "placeholder":  # computed outside of the region that reads it
         return False
     held = dynamo.input_value(node)
-    if isinstance(held, nn.Parameter) or (held is not None and id(held) in dynamo.module_tensors()):
+    if dynamo.is_parameter(held) or (held is not None and id(held) in dynamo.module_tensors()):
         return True
     return any(u.op == "call_method" and str(u.target).endswith("_") and u.args[0] is node for u in node.users)
 

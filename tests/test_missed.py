@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 import llcompile
 from llcompile import attachment, backend
 from llcompile.errors import LevelWeightsIgnoredWarning, MissedLevelWeightsError, OptionError, WrappedBackendError
-from tests.test_reach import EAGER, Block, Mixer, compiled, converted, difference, inputs, perturb, weights_of
+from tests.test_reach import EAGER, Block, Mixer, anything, compiled, converted, difference, inputs, perturb, weights_of
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -104,6 +104,37 @@ def test_what_dynamo_leaves_out_is_said() -> None:
     assert found
     assert "Mixer has level weights and ran in a call that is compiled, and no compiled graph read them" in found[0]
     assert told(lambda: compiled(model, level_weights="none")(inputs())) == []
+
+
+class Noted(Mixer):
+    """Takes keywords that it has no use for, behind a decorator: each set of them is a graph of its own."""
+
+    @anything
+    def forward(self, x: Tensor, **_: Any) -> Tensor:
+        return super().forward(x)
+
+
+def test_kinds_of_calls_have_room() -> None:
+    """More sets of keywords than Dynamo's limit of graphs for one function: the level weights act in all of them."""
+    with torch._dynamo.config.patch(recompile_limit=2):
+        model, x = converted(Noted), inputs()
+        perturb(weights_of(model))
+        run = compiled(model)
+        want = run(x)
+        for names in ("a", "ab", "abc", "abcd"):
+            out: list[Tensor] = []
+            assert told(lambda names=names, out=out: out.append(run(x, **dict.fromkeys(names, 1)))) == []
+            assert difference(out[0], want) < 1e-6
+
+
+def test_a_limit_of_graphs_that_is_met_is_said() -> None:
+    """Where Dynamo gives up after all, its eager run of the code is said at once."""
+    model, x = converted(Block), inputs()
+    run = compiled(model)
+    run(x)
+    with torch._dynamo.config.patch(recompile_limit=1, accumulated_recompile_limit=1):
+        found = told(lambda: run(x[:, :7]))
+    assert any("torch._dynamo.config.recompile_limit" in message for message in found)
 
 
 # -- wrapped backends

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch._C._functorch import _unwrap_functional_tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
@@ -160,7 +160,8 @@ class _Recorder:
             return self._concrete(example)
         held = dynamo.input_value(self.region.outer(node))
         value = Value(self._sizes(example.shape), example.dtype, node=node)
-        value.parameter, value.held = isinstance(held, nn.Parameter), held if isinstance(held, nn.Parameter) else None
+        value.parameter = dynamo.is_parameter(held)
+        value.held = held if value.parameter else None
         if isinstance(held, Tensor) and not value.parameter and id(held) in module_tensors and not held.is_meta:
             value.data = held
         return self._make(value, example)
@@ -173,7 +174,8 @@ class _Recorder:
             return held
         data = None if held.is_meta else held
         value = Value(self._sizes(held.shape), held.dtype, node=node, data=data)
-        value.parameter, value.held = isinstance(held, nn.Parameter), held if isinstance(held, nn.Parameter) else None
+        value.parameter = dynamo.is_parameter(held)
+        value.held = held if value.parameter else None
         return self._make(value, held)
 
     def _opaque(self, node: fx.Node, args: Any, kwargs: Any) -> Any:

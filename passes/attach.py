@@ -121,7 +121,7 @@ def _find_source(site: Site, weights: Any) -> tuple[Role | None, int | None]:
     if node is not None and (not cut or is_projected(node)):
         found = role_of(site, node)
         width = _width(node)
-        if weights is None or (width == weights.in_features and (role is None or role.fits(found))):
+        if weights is None or (width == weights.in_features and (role is None or role.fits(found, cut))):
             site.source = node
             return found, width
     elif node is None and not cut and weights is None:

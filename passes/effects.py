@@ -1,7 +1,7 @@
 """Effects: what each node of a graph writes to and whose memory it shows, found out by running it on meta tensors.
 
 A name says little: `h *= 2`, `F.relu(h, inplace=True)`, `torch.mul(h, 2, out=h)` and `h.data[0] = 1` all write. PyTorch
-counts the writes to a tensor (`_version`), so a node is run and the counts are compared.
+counts the writes to a tensor (`_version`), and its operators say what they change; so a node is run and looked at.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Effects:
         self._views: dict[fx.Node, object] = {}
         self.outside: set[int] = set()
         self._count = 0
-        runner = _Runner(self, module)
-        with _on_meta():
+        with _on_meta() as mode:
+            runner = _Runner(self, module, mode)
             for node in graph.nodes:
                 runner.step(node)
 
@@ -99,8 +99,8 @@ class Effects:
 class _Runner:
     """Runs nodes on meta tensors, in order, and notes what they do."""
 
-    def __init__(self, effects: Effects, module: fx.GraphModule) -> None:
-        self.effects, self.module = effects, module
+    def __init__(self, effects: Effects, module: fx.GraphModule, mode: _OnMeta) -> None:
+        self.effects, self.module, self.mode = effects, module, mode
         self.results: dict[fx.Node, Any] = {}
         self.numbers: dict[int, Storages] = {}  # address of a storage -> its number
         self.given: dict[int, Storages] = {}  # the same for the storages of example values
@@ -129,8 +129,11 @@ class _Runner:
     def _written(self, node: fx.Node, args: Any, tensors: list[Tensor]) -> list[Tensor]:
         """Runs the node; the tensors that are not afterwards what they were before."""
         before = [_state(tensor) for tensor in tensors]
+        self.mode.written.clear()
         self._keep(node, _run(node, *args))
-        return [tensor for tensor, state in zip(tensors, before, strict=True) if _state(tensor) != state]
+        written = self.mode.written
+        now = [(_address(tensor) in written, _state(tensor)) for tensor in tensors]
+        return [t for t, old, (wrote, new) in zip(tensors, before, now, strict=True) if wrote or old != new]
 
     def _written_by_another(self, node: fx.Node, tensors: list[Tensor]) -> list[Tensor]:
         """The same for a node that does not run on meta tensors: what its schema says, else any it could write to."""
@@ -207,9 +210,15 @@ class _OnMeta(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.known: dict[int, tuple[Tensor, Tensor]] = {}
+        self.written: set[int] = set()  # addresses of memory, as the operators' schemas have it
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = mapped(self._moved, (args, dict(kwargs or {})))
+        if func._schema.is_mutable:
+            given = zip(func._schema.arguments, args, strict=False)
+            pairs = [*given, *((a, kwargs[a.name]) for a in func._schema.arguments if a.name in kwargs)]
+            changed = (leaves(x) for a, x in pairs if a.alias_info is not None and a.alias_info.is_write)
+            self.written.update(_address(x) for xs in changed for x in xs if isinstance(x, Tensor))
         return func(*args, **kwargs)
 
     def _moved(self, leaf: Any) -> Any:
@@ -221,11 +230,11 @@ class _OnMeta(TorchDispatchMode):
 
 
 @contextmanager
-def _on_meta() -> Iterator[None]:
+def _on_meta() -> Iterator[_OnMeta]:
     level = _level()
     try:
-        with _disable_current_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False), _OnMeta():
-            yield
+        with _disable_current_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False), _OnMeta() as mode:
+            yield mode
     finally:
         while _level() > level:  # a vmap that was left early
             torch._C._functorch._vmap_decrement_nesting()

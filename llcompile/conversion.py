@@ -236,13 +236,14 @@ def _run(model: nn.Module, capture: _Capture, args: tuple[Any, ...], kwargs: dic
 
     # What other models have taught Dynamo about lengths that vary must not make this trace another one.
     static = torch._dynamo.config.patch(automatic_dynamic_shapes=False)
-    with transaction(model, args, kwargs), torch.no_grad(), static:
+    # In the caller's grad mode: `detach` and `no_grad` inside of the model are part of what it is.
+    with transaction(model, args, kwargs), static:
         dynamo.traced_once(run, capture)(*args, **kwargs)
 
 
 def _expect_graph(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """A model that computes something must have become a graph."""
-    with transaction(model, args, kwargs), torch.no_grad():
+    with transaction(model, args, kwargs):
         refused = dynamo.no_graph(model.forward, args, kwargs)
     if refused is not None:
         reason, where = refused

@@ -76,8 +76,8 @@ class Effects:
         return any(not shown.isdisjoint(written) for written in self._writes.values())
 
     def add(self, nodes: Iterable[fx.Node]) -> None:
-        """Adds nodes that a pass has made: none of them writes, and what returns nothing acts otherwise."""
-        self._acts.update(node for node in nodes if node.meta.get("example_value") is None)
+        """Adds nodes that a pass has made. What none of them reads is there for what it does: an assertion, a write."""
+        self._acts.update(node for node in nodes if not node.users)
 
     def new(self) -> Storages:
         """Memory of its own."""

@@ -95,6 +95,21 @@ def operand_nodes(found: Found) -> list[fx.Node]:
     return nodes
 
 
+def is_changed(effects: Effects, node: fx.Node, after: fx.Node) -> bool:
+    """Whether something behind a node changes, in place, what another shows."""
+    nodes = list(after.graph.nodes)
+    shown = effects.shows(node)
+    return any(not shown.isdisjoint(effects.writes(later)) for later in nodes[nodes.index(after) + 1 :])
+
+
+def copy_behind(node: fx.Node) -> fx.Node:
+    """A copy of a tensor as it is when it is computed, which later writes to it do not change."""
+    graph = node.graph
+    after = node if node.op != "placeholder" else list(graph.find_nodes(op="placeholder"))[-1]
+    with graph.inserting_after(after):
+        return graph.call_method("clone", (node,))
+
+
 class _Placer:
     def __init__(self, graph: fx.Graph, effects: Effects, found: Found) -> None:
         self.effects, self.found, self.anchor = effects, found, found.anchor

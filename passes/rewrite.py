@@ -6,11 +6,13 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import fx
 from torch.fx.proxy import GraphAppendingTracer
 
 from llcompile.passes.emit import infer_values, owner_input, weight_inputs
 from llcompile.passes.lower import lower, lower_call
+from llcompile.passes.place import copy_behind, is_changed
 from llcompile.passes.regions import Region
 from llcompile.passes.rewrite_part import write_part
 from llcompile.passes.session import Session, Site
@@ -67,9 +69,12 @@ def _write_operator(session: Session, site: Site, inputs: dict[tuple[int, str], 
     tensors = weight_inputs(session, site, inputs)
     before = set(graph.nodes)
     tracer = GraphAppendingTracer(graph)
+    saved = _saved(site) if torch.is_grad_enabled() else frozenset()
     with graph.inserting_before(site.node):
         as_proxy = lambda node: fx.Proxy(node, tracer)  # noqa: E731
-        values = {**site.call.values, **fx.map_arg(dict(site.node.kwargs), as_proxy)}  # type: ignore[arg-type,dict-item]
+        copies = {node: as_proxy(node).clone() for node in saved}
+        given = fx.map_arg(dict(site.node.kwargs), lambda n: copies[n] if n in copies else as_proxy(n))  # type: ignore[arg-type]
+        values = {**site.call.values, **given}  # type: ignore[dict-item]
         weights = _write_weights(session, site, [as_proxy(node) for node in tensors], as_proxy)
         mask = None if site.mask is None else as_proxy(site.mask)
         mask = mask.eq(0) if site.mask_inverted and mask is not None else mask
@@ -79,6 +84,13 @@ def _write_operator(session: Session, site: Site, inputs: dict[tuple[int, str], 
     site.written.extend(new)
     site.region.effects.add(new)
     _replace(site.region, site.node, result)
+
+
+def _saved(site: Site) -> frozenset[fx.Node]:
+    """The operands that are changed in place after the call, which the operator's backward still needs."""
+    state = site.node.kwargs.get(site.known.row.writes_state or "")
+    read = (node for node in site.node.all_input_nodes if node is not state)
+    return frozenset(node for node in read if is_changed(site.region.effects, node, after=site.node))
 
 
 def _write_weights(
@@ -93,6 +105,9 @@ def _write_weights(
     assert isinstance(value, fx.Node)
     like = as_proxy(value) if has_time else as_proxy(value).unsqueeze(1)
     source = site.source if site.level_weights.in_features is not None else None
+    if source is not None and is_changed(site.region.effects, source, after=source):
+        source = copy_behind(source)
+        source.meta["example_value"] = site.source.meta["example_value"]  # type: ignore[union-attr]
     dtype = (source or value).meta["example_value"].dtype
     function = session.settings.function(site.level_weights, dtype)
     weights = function(like if source is None else as_proxy(source), *tensors)

@@ -15,7 +15,7 @@ from llcompile.passes.dead import erase_dead, live
 from llcompile.passes.effects import Effects
 from llcompile.passes.emit import infer_values, weight_inputs
 from llcompile.passes.lower import OperatorCall, Sequences, call_operator
-from llcompile.passes.place import Place
+from llcompile.passes.place import Place, copy_behind
 from llcompile.passes.place import place as placed
 from llcompile.passes.session import Session, Site
 from llcompile.passes.structure.axes import Atom, Axis
@@ -42,7 +42,7 @@ def _write(session: Session, site: Site, found: Found, tensors: list[fx.Node]) -
     reads = [node for node in (_weighed(site), site.mask) if node is not None]
     place = placed(graph, effects, found, reads, trains=torch.is_grad_enabled())
     tracer = GraphAppendingTracer(graph)
-    copies = {node: _copy(graph, node) for node in place.copied}
+    copies = {node: copy_behind(node) for node in place.copied}
 
     def as_proxy(node: fx.Node) -> fx.Proxy:
         return fx.Proxy(copies.get(node, node), tracer)
@@ -68,13 +68,6 @@ def _write(session: Session, site: Site, found: Found, tensors: list[fx.Node]) -
     site.written.extend(new)
     _put(graph, effects, place, result.node)
     erase_dead(graph, effects, lived)
-
-
-def _copy(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    """A copy of an operand as it is when it is computed."""
-    after = node if node.op != "placeholder" else list(graph.find_nodes(op="placeholder"))[-1]
-    with graph.inserting_after(after):
-        return graph.call_method("clone", (node,))
 
 
 def _guard(site: Site, found: Found, values: Mapping[Source, Any]) -> None:

@@ -77,13 +77,3 @@ _SWITCHES: dict[Any, Any] = {
     torch.amp.autocast_mode._enter_autocast: _autocast,
     torch.amp.autocast_mode._exit_autocast: _leave,
 }
-
-
-def at(graph: fx.Graph, place: fx.Node) -> Mode:
-    """The modes in which a node runs."""
-    modes = Modes(graph, torch.is_grad_enabled())
-    for node in graph.nodes:
-        if node is place:
-            break
-        modes.switch(node)
-    return modes.now

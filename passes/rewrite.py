@@ -72,8 +72,8 @@ def _write_operator(session: Session, site: Site, inputs: dict[tuple[int, str], 
     saved = _saved(site) if torch.is_grad_enabled() else frozenset()
     with graph.inserting_before(site.node):
         as_proxy = lambda node: fx.Proxy(node, tracer)  # noqa: E731
-        copies = {node: as_proxy(node).clone() for node in saved}
-        given = fx.map_arg(dict(site.node.kwargs), lambda n: copies[n] if n in copies else as_proxy(n))  # type: ignore[arg-type]
+        copies = {node: graph.call_method("clone", (node,)) for node in saved}
+        given = fx.map_arg(dict(site.node.kwargs), lambda node: as_proxy(copies.get(node, node)))  # type: ignore[arg-type,return-value]
         values = {**site.call.values, **given}  # type: ignore[dict-item]
         weights = _write_weights(session, site, [as_proxy(node) for node in tensors], as_proxy)
         mask = None if site.mask is None else as_proxy(site.mask)

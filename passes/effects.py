@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from llcompile.passes import dynamo
 from llcompile.passes.capture import leaf_of
+from llcompile.passes.structure.modes import is_function
 from llcompile.passes.structure.nested import leaves, mapped
 
 Storages = frozenset[int]
@@ -193,10 +194,11 @@ def _run(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if _is_context(node) and not is_nesting(node):
         return None
     if isinstance(node.target, HigherOrderOperator):
-        body, *operands = (a for a in args if not isinstance(a, str))
-        if not isinstance(body, torch.nn.Module) or kwargs:
+        bodies = [a for a in args if isinstance(a, torch.nn.Module)]
+        if len(bodies) != 1 + is_function(node):
             raise NotImplementedError(str(node.target))
-        return body(*operands)
+        result = bodies[0](*(a for a in args if not isinstance(a, (str, torch.nn.Module))))
+        return result[0] if is_function(node) else result  # the rest is for its backward
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     if node.op != "call_function" or leaf_of(node.target) is not None:

@@ -15,12 +15,11 @@ from llcompile.passes.structure.classify import Miss
 from llcompile.passes.structure.cut import Part
 from llcompile.passes.structure.facts import Times
 from llcompile.passes.structure.lifted import Lifted
-from llcompile.passes.structure.modes import Mode
+from llcompile.passes.structure.modes import Mode, is_function
 from llcompile.passes.structure.nested import leaves
 from llcompile.passes.structure.program import Op, Program
 from llcompile.passes.structure.tail import Tail
 
-_OWN_GRADIENT = "autograd_function_apply"
 _NEAR = 3  # it is a mixer but for this
 
 
@@ -41,6 +40,8 @@ def expect_no_barrier(part: Part, tail: Tail | None, times: Times, program: Prog
             _expect_mode(op, mode)
     for op in _around(part, tail):
         _expect_mode(op, mode)
+        if op.mode.function is not None:
+            _expect_passes(op)
 
 
 def _is_followed(op: Op, times: Times) -> bool:
@@ -51,10 +52,10 @@ def _is_followed(op: Op, times: Times) -> bool:
 
 def _expect_passes(op: Op) -> None:
     hint = "leave gradients as they are inside, or do it above its queries, keys, values and gates"
+    if op.mode.function is not None or is_function(op.node):
+        raise Miss(f"a function inside has a backward of its own{_line(op)}", _NEAR, hint)
     if op.name == "detach":
         raise Miss(f"its gradient is stopped inside (detach){_line(op)}", _NEAR, hint)
-    if str(op.node.target) == _OWN_GRADIENT:
-        raise Miss(f"a function inside has a backward of its own{_line(op)}", _NEAR, hint)
     if isinstance(op.target, torch._ops.OpOverload) and op.target.namespace not in ("aten", "prims"):
         raise Miss(f"what the backward of {op.target} is, is not known{_line(op)}", _NEAR, hint)
 

@@ -17,10 +17,12 @@ class Mode(NamedTuple):
     Args:
         grad: whether gradients pass it.
         autocast: what an enclosing `torch.autocast` in the graph was called with; None outside of one.
+        function: the call of an autograd.Function that it is in, which has a backward of its own; None outside of one.
     """
 
     grad: bool = True
     autocast: tuple[Any, ...] | None = None
+    function: fx.Node | None = None
 
 
 USUAL = Mode()
@@ -52,6 +54,11 @@ class Modes:
         self._left[node] = self.now
         self.now = _SWITCHES[node.target](self.now, node.args)
         return True
+
+
+def is_function(node: fx.Node) -> bool:
+    """Whether the node calls an autograd.Function."""
+    return node.op == "call_function" and getattr(node.target, "__name__", "") == "autograd_function_apply"
 
 
 def _grad(now: Mode, args: tuple[Any, ...]) -> Mode:

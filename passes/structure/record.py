@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from llcompile.passes import dynamo
 from llcompile.passes.capture import leaf_of
 from llcompile.passes.regions import Region
-from llcompile.passes.structure.modes import Mode, Modes
+from llcompile.passes.structure.modes import Mode, Modes, is_function
 from llcompile.passes.structure.nested import leaves, mapped
 from llcompile.passes.structure.program import Op, Program, Value
 
@@ -140,6 +140,11 @@ class _Recorder:
                 return self._unrolled_while(*args)
             except _DependsOnData:
                 return self._opaque(node, args, kwargs)
+        if is_function(node):
+            try:
+                return self._applied(node, args)
+            except Exception:
+                return self._opaque(node, args, kwargs)
         if isinstance(node.target, torch._ops.HigherOrderOperator) or leaf_of(node.target) is not None:
             return self._opaque(node, args, kwargs)
         if node.op == "call_module":
@@ -216,6 +221,15 @@ class _Recorder:
             raise _DependsOnData
         finally:
             self.folds = False
+
+    def _applied(self, node: fx.Node, args: Any) -> tuple[Any, ...]:
+        """An autograd.Function as its forward, in a mode of its own; its results are never those of other code."""
+        outside, self.now = self.now, self.now._replace(function=node)
+        try:
+            outputs, _ = args[0](*args[2:])
+            return tuple(x.detach() if isinstance(x, Tensor) else x for x in outputs)
+        finally:
+            self.now = outside
 
     def _folded(self, x: Any) -> Any:
         """A counter as its number; anything else as it is."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,9 +22,10 @@ from llcompile.passes.session import Session, Site
 from llcompile.passes.structure.axes import Atom, Axis
 from llcompile.passes.structure.found import Found
 from llcompile.passes.structure.lift import lifted_function
-from llcompile.passes.structure.lifted import Lifted, Source
+from llcompile.passes.structure.lifted import Lifted, Source, sample_of
 from llcompile.passes.structure.program import Value
 from llcompile.passes.structure.tail import Tail
+from llcompile.patterns.mixer import Mixer
 
 _CALL = OperatorCall(own_state=False, single=False, wants_state=False)
 
@@ -52,6 +54,7 @@ def _write(session: Session, site: Site, found: Found, tensors: list[fx.Node]) -
         _guard(site, found, values)
         size = _sizes(found, values)
         mixer = found.reading.mixer(values, size)
+        mixer = _as_precise(found, mixer)
         weights = _weights(session, site, found, mixer.value, [as_proxy(node) for node in tensors], as_proxy)
         output, _ = call_operator(mixer, weights, _CALL, _sequences(site, as_proxy))
         result = found.reading.finish(output, values, size)
@@ -102,6 +105,18 @@ def _dtype(found: Found) -> torch.dtype | None:
     """The dtype of the operator's output, where it is known to be the result's."""
     source = found.reading.value
     return source.dtype if isinstance(source, Value) and not found.reading.post else None
+
+
+def _as_precise(found: Found, mixer: Mixer) -> Mixer:
+    """The mixer in the result's precision, where the code widens what it reads and the result is not narrowed again."""
+    operands = (found.reading.query, found.reading.key, found.reading.value)
+    given = {sample_of(source).dtype for source in operands if source is not None}
+    wide = found.part.result.dtype
+    read = [v for user in found.output.users for v in user.outputs if user.name == "_to_copy"]
+    narrowed = len(read) == len(found.output.users) > 0 and {v.dtype for v in read} <= given
+    if wide.itemsize <= min(dtype.itemsize for dtype in given) or (narrowed and len(given) == 1):
+        return mixer
+    return replace(mixer, query=mixer.query.to(wide), key=mixer.key.to(wide), value=mixer.value.to(wide))
 
 
 def _as_operand(graph: fx.Graph, source: Source, as_proxy: Callable[[fx.Node], fx.Proxy]) -> fx.Proxy:

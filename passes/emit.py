@@ -26,11 +26,11 @@ def weight_inputs(session: Session, site: Site, inputs: dict[tuple[int, str], fx
     for name, tensor in site.level_weights.tensors():
         key = (id(tensor), name)
         if key not in inputs:
-            path = (site.attribute, *session.settings.path(site.owner, site.attribute), name)
             if session.settings.dry_run:  # nothing is attached that Dynamo could read
-                inputs[key] = dynamo.hold_tensor(session.module, path, tensor)
+                inputs[key] = dynamo.hold_tensor(session.module, (site.attribute, name), tensor)
             else:
-                inputs[key] = _input(session, site, path)
+                path = session.settings.path(site.owner, site.attribute)
+                inputs[key] = _input(session, site, (site.attribute, *path, name))
         nodes.append(site.region.lift(inputs[key]))
     return nodes
 

@@ -96,9 +96,9 @@ def _expect_gradients(probe: Probe, reading: Reading) -> None:
     largest = max(float(g.abs().max()) for g in (*theirs, *ours))
     for one, two in zip(theirs, ours, strict=True):
         size = max(float(one.abs().max()), float(two.abs().max()), _SLIGHT * largest)
-        error = float((one - two).abs().max()) / max(size, 1e-300)
-        if not error <= BUDGETS[-1][1]:
-            raise Miss(f"its gradients are others than the operator's, by {error:.0e}", 3, "see docs/recognition.md")
+        apart = float((one - two).abs().max()) / max(size, 1e-300)
+        if not apart <= BUDGETS[-1][1]:
+            raise Miss(f"its gradients are others than the operator's, by {apart:.0e}", 3, "see docs/recognition.md")
 
 
 def _gradients(result: Tensor, leaves: list[Tensor]) -> list[Tensor]:

@@ -364,9 +364,9 @@ class _Search:
         if known[0].assumed and known[0].decay is not None:
             expect_decay(known[0].decay)
         expect_no_barrier(part, tail, self.times, self.findings.program)
-        found = Found(part, *known, frame, self.times, self.findings.program, tail)
-        self._expect_seen(found)
-        return found
+        mixer = Found(part, *known, frame, self.times, self.findings.program, tail)
+        self._expect_seen(mixer)
+        return mixer
 
     def _expect_seen(self, found: Found) -> None:
         """What has not happened at any position so far would happen at some position further on."""

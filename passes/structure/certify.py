@@ -89,8 +89,8 @@ def _expect_gradients(probe: Probe, reading: Reading) -> None:
         leaves = [probe.values[s] for s in sources]
         try:
             theirs = _gradients(probe.by_time(probe.run()), leaves)
-        except (RuntimeError, NotImplementedError) as error:
-            log.debug("structure: %s has no backward: %s", probe.part.result, error)
+        except (RuntimeError, NotImplementedError) as failure:
+            log.debug("structure: %s has no backward: %s", probe.part.result, failure)
             return
         ours = _gradients(output_of(probe, reading), leaves)
     largest = max(float(g.abs().max()) for g in (*theirs, *ours))

@@ -351,15 +351,15 @@ class _Search:
             self.findings.counts["proofs"] += 1
             try:
                 known = self._prove(frame, part, axes, result, bounds)
-            except Miss as found:
-                miss, lasting = found, is_lasting(found)
+            except Miss as first:
+                miss, lasting = first, is_lasting(first)
                 if not miss.near and meet(axes, result, frame):
                     miss = Miss(miss.reason, 1, miss.hint)
                 if lasting:
                     remember(key, part, axes, result, miss)
                 else:
                     self.findings.failed[key] = miss
-                raise miss from found.__cause__
+                raise miss from first.__cause__
             remember(key, part, axes, result, known)
         if known[0].assumed and known[0].decay is not None:
             expect_decay(known[0].decay)

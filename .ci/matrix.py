@@ -152,7 +152,8 @@ def _run(rows: list[Row], scratch: Path) -> Iterator[Result]:
             result.problem = f"not tried: {error}"
         result.seconds = time.monotonic() - started
         result.megabytes = _megabytes(venv)
-        print(f"    {result.seen} ({result.seconds:.0f} s, {result.megabytes} MB)", flush=True)
+        there = ", ".join(f"{name} {result.versions[name]}" for name in ("torch", "transformers") if result.versions)
+        print(f"    {there}: {result.seen} ({result.seconds:.0f} s, {result.megabytes} MB)", flush=True)
         yield result
 
 
@@ -229,7 +230,16 @@ def _interpreter(version: str | None) -> str:
 
 
 def _pip(venv: Path, *arguments: str, **environment: str) -> None:
-    command = [str(venv / "bin" / "python"), "-m", "pip", "install", "-q", "--disable-pip-version-check", *arguments]
+    command = [
+        str(venv / "bin" / "python"),
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-compile",
+        "--disable-pip-version-check",
+        *arguments,
+    ]
     _output(command, **environment)
 
 

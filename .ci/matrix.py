@@ -135,6 +135,8 @@ def _kept(folder: Path, rows: tuple[Row, ...]) -> dict[Row, Result]:
 
 
 def _run(rows: list[Row], scratch: Path) -> Iterator[Result]:
+    if not rows:
+        return
     wheel = _wheel(scratch)
     place: tuple[str | None, str] | None = None
     for row in rows:

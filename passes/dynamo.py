@@ -178,6 +178,10 @@ def no_graph(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
         torch._dynamo.optimize(lambda module, _: module, nopython=True)(function)(*args, **kwargs)
     except Unsupported as error:
         return _first_line(str(error)), _user_frame(list(error.real_stack))
+    except RuntimeError as error:
+        if "no compiled frames" not in str(error):
+            raise
+        return "Dynamo leaves it to Python as a whole, for example a checkpoint with a graph break inside", ""
     return None
 
 

@@ -237,8 +237,14 @@ def _run(model: nn.Module, capture: _Capture, args: tuple[Any, ...], kwargs: dic
     # What other models have taught Dynamo about lengths that vary must not make this trace another one.
     static = torch._dynamo.config.patch(automatic_dynamic_shapes=False)
     # In the caller's grad mode: `detach` and `no_grad` inside of the model are part of what it is.
-    with transaction(model, args, kwargs), static:
-        dynamo.traced_once(run, capture)(*args, **kwargs)
+    try:
+        with transaction(model, args, kwargs), static:
+            dynamo.traced_once(run, capture)(*args, **kwargs)
+    except Exception:
+        if capture.report.graphs or not torch.is_grad_enabled():
+            raise
+        with transaction(model, args, kwargs), static, torch.no_grad():  # some code runs without gradients only
+            dynamo.traced_once(run, capture)(*args, **kwargs)
 
 
 def _expect_graph(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

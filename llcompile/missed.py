@@ -13,7 +13,7 @@ from torch import nn
 
 from llcompile.errors import LevelWeightsIgnoredWarning, MissedLevelWeightsError
 from llcompile.held import held
-from llcompile.passes import dynamo, reach
+from llcompile.passes import dynamo, names, reach
 from llcompile.passes.session import Session
 
 _NOT_FOUND = "no linear-time mixer of it was found in this graph"
@@ -33,7 +33,7 @@ def check(session: Session, on_miss: str) -> None:
     Raises:
         MissedLevelWeightsError: `on_miss="raise"`.
     """
-    messages = [_message(session, owner, names) for owner, names in misses(session)]
+    messages = [_message(session, owner, unread) for owner, unread in misses(session)]
     if not messages:
         return
     if on_miss == "raise" and dynamo.is_whole_frame():
@@ -45,15 +45,15 @@ def misses(session: Session) -> Iterator[tuple[nn.Module, list[str]]]:
     """Each owner whose level weights are not read though it ran, with their names.
 
     Of several level weights of one owner some may belong to a mixer that does not run in this mode; they are missed if
-    their mixer is there and was declined, or if none of the owner's is read.
+    their mixer is there and was declined, if the code of their place ran, or if none of the owner's is read.
     """
     read = {(id(s.owner), s.attribute) for s in session.sites if s.open and s.level_weights is not None}
     declined = {(id(s.owner), s.attribute) for s in session.sites if not s.open}
     for owner in _ran(session):
-        names = [name for name, _ in held(owner)]
-        unread = [name for name in names if (id(owner), name) not in read]
-        if len(unread) < len(names):
-            unread = [name for name in unread if (id(owner), name) in declined]
+        places = {name: weights.place for name, weights in held(owner)}
+        unread = [name for name in places if (id(owner), name) not in read]
+        if len(unread) < len(places):
+            unread = [n for n in unread if (id(owner), n) in declined or names.has_run(session, owner, places[n])]
         if unread:
             yield owner, unread
 
@@ -68,7 +68,7 @@ def _ran(session: Session) -> list[nn.Module]:
     return list({id(module): module for module in found if module is not None}.values())
 
 
-def _message(session: Session, owner: nn.Module, names: list[str]) -> str:
+def _message(session: Session, owner: nn.Module, unread: list[str]) -> str:
     sites = [site for site in session.sites if site.owner is owner]
     module = next((site.module for site in sites if site.module), "")
     module = module or session.settings.names.get(id(owner), "") or reach.path_of(owner)
@@ -77,6 +77,6 @@ def _message(session: Session, owner: nn.Module, names: list[str]) -> str:
     reasons = reasons or [f"{r.reason} ({r.where})" for r in records if module and r.module == module]
     where = f"{type(owner).__name__} {module!r}" if module else type(owner).__name__
     return (
-        f"{where} has level weights ({', '.join(names)}) and ran in this call, and the compiled graph does not read "
+        f"{where} has level weights ({', '.join(unread)}) and ran in this call, and the compiled graph does not read "
         f"them: {'; '.join(dict.fromkeys(reasons)) or _NOT_FOUND}."
     )

@@ -11,7 +11,7 @@ import functools
 import inspect
 import linecache
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +66,7 @@ def names(session: Session) -> int:
 def _number(sites: list[Site]) -> None:
     seen: Counter[Any] = Counter()
     for site in sites:
-        lines, operands = _lines(site), _operands(site)
+        lines, operands = _lines(site.node.meta, site.owner), _operands(site)
         site.place = CodePlace(lines, operands, seen[lines, operands])
         seen[lines, operands] += 1
 
@@ -130,9 +130,16 @@ _RULES: tuple[Callable[[CodePlace, CodePlace], bool], ...] = (
 )
 
 
-def _lines(site: Site) -> tuple[tuple[str, int], ...]:
-    frames = user_frames(site.node.meta)
-    start = _start(frames, site.owner)
+def has_run(session: Session, owner: nn.Module, place: Any) -> bool:
+    """Whether the code of a mixer's place ran in this frame, whatever was found in it."""
+    lines = place.lines if isinstance(place, CodePlace) else ()
+    stacks = dict.fromkeys(n.meta.get("stack_trace") for region in session.regions for n in region.graph.nodes)
+    return bool(lines) and any(_lines({"stack_trace": stack}, owner) == lines for stack in stacks if stack)
+
+
+def _lines(meta: Mapping[str, Any], owner: nn.Module | None) -> tuple[tuple[str, int], ...]:
+    frames = user_frames(meta)
+    start = _start(frames, owner)
     return tuple(_definition(f["file"], int(f["line"]), f["function"]) for f in frames[start:])
 
 

@@ -89,6 +89,36 @@ def test_a_mixer_that_is_none_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
         compiled(model)(inputs())
 
 
+class Pair(nn.Module):
+    """Two mixers in one forward; the first is none in training, or does not run there."""
+
+    def __init__(self, runs: bool) -> None:
+        super().__init__()
+        self.runs, self.first, self.second = runs, nn.Linear(8, 24), nn.Linear(8, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.runs or not self.training:
+            q, k, v = self.first(x).chunk(3, -1)
+            x = x + torch.dropout((q @ k.mT).tril(), 0.5, self.training) @ v
+        q, k, v = self.second(x).chunk(3, -1)
+        return x + (q @ k.mT).tril() @ v
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_one_of_two_mixers(runs: bool) -> None:
+    """Level weights are missed where the code of their mixer ran, and not where it did not."""
+    model = Pair(runs).eval()
+    assert len(llcompile.convert(model, inputs()).converted) == 2
+    run = compiled(model)
+    assert told(lambda: run(inputs())) == []  # the control
+    model.train()
+    if runs:
+        with pytest.raises(MissedLevelWeightsError, match=r"Pair has level weights \(loglinear\)"):
+            run(inputs())
+    else:
+        assert told(lambda: run(inputs())) == []
+
+
 def test_the_option() -> None:
     with pytest.raises(OptionError, match="on_miss"):
         compiled(Plain(), on_miss="ignore")

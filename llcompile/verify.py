@@ -28,7 +28,6 @@ from llcompile.transaction import Snapshot, put_back
 
 # (precision, largest difference), relative to the largest value; beyond, the model's own sensitivity decides.
 BUDGETS = {torch.float64: 1e-8, torch.float32: 2e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-_GRADIENTS = 5  # times as much for gradients, which pass through more operations
 _AMPLIFIED = 30  # times what rounding at the mixers alone does to the output
 _NOISE = 0.3
 _ALONE = 6  # groups of mixers that are tried by themselves before all are declined
@@ -207,11 +206,10 @@ class _Runs:
         except Exception as error:
             return float("inf"), None, f"the rewritten program does not run on the example inputs: {_line(error)}"
         off, gradient_off = difference(got, self.want), gradient_difference(got, self.want)
-        budgets = BUDGETS[self.dtype], _GRADIENTS * BUDGETS[self.dtype]
-        if off <= budgets[0] and (gradient_off or 0.0) <= budgets[1]:
+        if max(off, gradient_off or 0.0) <= BUDGETS[self.dtype]:
             return off, gradient_off, ""
         self.expect_repeatable()
-        bounds = [max(b, _AMPLIFIED * rounding) for b, rounding in zip(budgets, self.rounding(), strict=True)]
+        bounds = [max(BUDGETS[self.dtype], _AMPLIFIED * rounding) for rounding in self.rounding()]
         what = f"at level weights of 1 in {str(self.dtype).removeprefix('torch.')} on the example inputs"
         if off > bounds[0]:
             return off, gradient_off, f"the model's output would change by {off:.1e} of its largest value {what}"

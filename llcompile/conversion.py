@@ -20,6 +20,7 @@ from llcompile.look.look import Look, Subject
 from llcompile.look.records import MixerLook
 from llcompile.options import Options
 from llcompile.passes import discover, dynamo, reach
+from llcompile.passes.forget import forget_compiled
 from llcompile.passes.session import Session, Site
 from llcompile.report import Report
 from llcompile.transaction import transaction
@@ -126,7 +127,7 @@ def _captured(
             raise _as_ours(model, args, kwargs, error) from error
         finally:
             new = [(owner, name) for owner, name, weights in attachment.attached(model) if id(weights) not in before]
-            dynamo.forget_compiled({type(owner) for owner, _ in new}, capture.is_ours)
+            forget_compiled({type(owner) for owner, _ in new}, capture.is_ours)
         adapters.enlist(model, new)
         if dry_run:
             attachment.put_withheld(withheld)

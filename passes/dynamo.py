@@ -9,10 +9,8 @@ from __future__ import annotations
 import functools
 import re
 import sys
-import threading
 import types
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -20,12 +18,10 @@ from typing import Any, NoReturn
 
 import torch
 from torch import fx, nn
-from torch._C._dynamo import eval_frame
-from torch._dynamo import convert_frame
 from torch._dynamo.backends.debugging import make_eager_backend_with_torch_function_modes
 from torch._dynamo.callback import callback_handler
 from torch._dynamo.exc import ShortenTraceback, TensorifyScalarRestartAnalysis, Unsupported
-from torch._dynamo.guards import DeletedGuardManagerWrapper, install_guard
+from torch._dynamo.guards import install_guard
 from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX
 from torch._higher_order_ops.utils import setup_compilation_env
 from torch._subclasses.fake_tensor import FakeTensor
@@ -222,63 +218,6 @@ def surfaced(error: Exception) -> Exception:
     shown = type(kind.__name__, (ShortenTraceback, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
     shown.__qualname__ = kind.__qualname__
     return shown(*error.args, first_useful_frame=None)  # type: ignore[no-any-return]
-
-
-# Compiled code that was forgotten last: another thread may be in the middle of it.
-_forgotten: deque[Any] = deque(maxlen=256)
-
-
-def forget_compiled(kinds: Iterable[type], is_passing: Callable[[Any], bool]) -> None:
-    """Has every frame that was compiled with a module of these classes compiled again, when it is called next.
-
-    Dynamo guards no hooks, so that what another backend compiled before a model was converted would run on and ignore
-    its level weights. Nothing else is forgotten: other threads run other models' compiled code.
-
-    Args:
-        kinds: classes of the modules that have changed.
-        is_passing: whether code compiled for a backend is for nobody any more, and may be dropped.
-    """
-    texts = [f", {id(kind)})" for kind in set(kinds)]  # as a guard on a type says it
-    with convert_frame.compile_lock:
-        for code in [code for ref in list(convert_frame.input_codes.seen) if (code := ref()) is not None]:
-            entries = eval_frame._debug_get_cache_entry_list(code)
-            passing = entries and all(is_passing(_innermost(entry.backend)) for entry in entries)
-            stale = [e for e in entries if any(text in part for part in e.guard_manager.code_parts for text in texts)]
-            if passing or (stale and not _others_run(code)):
-                eval_frame.reset_code(code)  # the graphs no longer count towards the limit of recompilations
-                continue
-            for entry in stale:
-                _invalidate(entry)
-
-
-def _others_run(code: types.CodeType) -> bool:
-    """Whether another thread may be in the middle of finding or running compiled code of this code object."""
-    own, folder = threading.get_ident(), str(Path(torch._dynamo.__file__).parent)
-    for thread, top in sys._current_frames().items():
-        frame: types.FrameType | None = None if thread == own else top
-        while frame is not None:
-            if frame.f_code is code or frame.f_code.co_filename.startswith(folder):
-                return True
-            frame = frame.f_back
-    return False
-
-
-def _invalidate(entry: Any) -> None:
-    """Has compiled code never be found again; whoever runs it goes on."""
-    state = entry.guard_manager.extra_state
-    if state is not None:
-        _forgotten.append((entry.guard_manager, entry.code))
-        state.invalidate(entry, DeletedGuardManagerWrapper("a module that it runs was converted by llcompile"))
-
-
-def _innermost(backend: Any) -> Any:
-    """A backend without Dynamo's wrappers."""
-    for _ in range(8):  # wrappers are nested two or three deep
-        inner = getattr(backend, "_torchdynamo_orig_backend", None) or getattr(backend, "compiler_fn", None)
-        if inner is None:
-            break
-        backend = inner
-    return backend
 
 
 def traced_once(function: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:

@@ -132,15 +132,22 @@ def test_attached_at_the_first_call_with_one_warning() -> None:
 
 
 def test_found_again_not_made_again() -> None:
+    """Whether nothing is asked for, what is there, or another kind or number of levels, which is an error."""
     model, ids = small.model(), small.ids()
     first = llcompile.convert(model, ids)
     small.perturb(model)
     held, values = [id(p) for p in weights_of(model)], [p.clone() for p in weights_of(model)]
     hooks = len(model.layers[0]._forward_hooks)
+    there = {"level_weights": model.layers[0].loglinear.kind, "levels": model.layers[0].loglinear.levels}
     with caught() as told:
-        second = llcompile.convert(model, ids, options={"level_weights": "static", "levels": 3})
+        second = llcompile.convert(model, ids, options=there)
         compiled(model)(ids)
-        compiled(model, options={"level_weights": "static"})(ids)
+        compiled(model, options=there)(ids)
+        for other in ({"level_weights": "static"}, {"levels": 3}, {"level_weights": "static", "levels": 3}):
+            with pytest.raises(LevelWeightsError, match="has level weights already"):
+                llcompile.convert(model, ids, options=other)
+            with pytest.raises(LevelWeightsError, match="has level weights already"):
+                compiled(model, options=other)(ids)
         llcompile.convert(model, small.ids(1, 90))
     assert told == []
     assert [id(p) for p in weights_of(model)] == held

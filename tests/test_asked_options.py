@@ -76,7 +76,13 @@ def test_a_contradiction_is_an_error(how: str, first: dict[str, Any], later: dic
 
 
 @pytest.mark.parametrize(
-    "first", [{}, {"levels": 9}, {"level_weights": "static"}, {"level_weights": "mlp", "levels": 4}]
+    "first",
+    [
+        {},
+        pytest.param({"levels": 9}, marks=pytest.mark.slow),
+        pytest.param({"level_weights": "static"}, marks=pytest.mark.slow),
+        pytest.param({"level_weights": "mlp", "levels": 4}, marks=pytest.mark.slow),
+    ],
 )
 def test_what_is_not_said_or_repeated_contradicts_nothing(first: dict[str, Any]) -> None:
     model, x = converted(**first)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -104,4 +105,4 @@ def test_options_are_those_of_the_code() -> None:
     from llcompile.options import Options
 
     named = re.findall(r"^\| `([a-z_]+)` \|", PAGES["options.md"], re.MULTILINE)
-    assert named == list(Options.__dataclass_fields__)
+    assert named == [field.name for field in fields(Options)]

@@ -209,6 +209,7 @@ def tuned(worker: ProcessPoolExecutor, final: bool, wanted: int, **case: object)
         assert error <= budget, f"{name}: {error:.2e} > {budget:.2e}"
 
 
+@pytest.mark.slow
 def test_tuning_leaves_results_right(worker):
     """Kernels that add to their buffers are tuned on what they then find as it was."""
     tuned(worker, True, 1, length=70, decay="token", delta=True, levels=9, state="linear")

@@ -1,4 +1,6 @@
-"""Place: where in the graph a part's result is read, and what its operands still hold there.
+"""Place: where in the graph a part's result is read, where its operands are, and what they still hold there.
+
+A value has several nodes where code computes it again, or where a rewrite has put its result in another's place.
 
 The part was recognised in a program without writes; the graph has them. An operand may be changed in place between its
 use and the end of the part, the result afterwards, both through views of them. Where the operator cannot be put in
@@ -7,7 +9,7 @@ without changing what the program means, the part is declined.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import fx
@@ -38,13 +40,15 @@ class Place:
         result: a node that shows the part's result behind the anchor.
         carriers: the nodes in whose place the new result is read behind the anchor.
         written: whether the program changes the result in place.
-        copied: operands that are changed in place, of which a copy is read.
+        reads: the node that an operand was found at -> the node that it is read from.
+        copied: those of the nodes read that are changed in place; a copy of them is read.
     """
 
     anchor: fx.Node
     result: fx.Node
     carriers: tuple[fx.Node, ...]
     written: bool
+    reads: Mapping[fx.Node, fx.Node]
     copied: frozenset[fx.Node]
 
 
@@ -136,8 +140,20 @@ class _Placer:
             carriers = self._shown_alike(shown, result, written[0])
         else:
             carriers = [n for n in carriers if n in apart or self.effects.view(n) == self.effects.view(result)]
-        copied = frozenset(node for node in operands if self._changes(node, trains))
-        return Place(self.anchor, result, tuple(carriers), bool(written), copied)
+        reads = {node: self._read(node) for node in operands}
+        copied = frozenset(node for node in reads.values() if self._changes(node, trains))
+        return Place(self.anchor, result, tuple(carriers), bool(written), reads, copied)
+
+    def _read(self, operand: fx.Node) -> fx.Node:
+        """The operand's node; where that is gone or stands behind the anchor, the first one that returned its value."""
+        if self._is_before(operand):
+            return operand
+        results = self.found.program.results
+        value = results.get(operand)
+        same = [node for node, held in results.items() if held is value and self._is_before(node)]
+        if not same:
+            raise CannotPlace("no node before its end returns one of its operands", "name the operand in a statement")
+        return min(same, key=self.position.__getitem__)
 
     def _carriers(self) -> list[fx.Node]:
         """The nodes that are the part's result when something behind the anchor reads them."""
@@ -168,8 +184,6 @@ class _Placer:
 
     def _changes(self, operand: fx.Node, trains: bool) -> bool:
         """Whether an operand is not any more what it was, when the operator or its backward reads it."""
-        if not self._is_before(operand):
-            raise CannotPlace("an operand is computed a second time, behind it", "compute it once")
         writes = self._writes(self.effects.shows(operand), self.position[operand])
         return bool(writes) and (trains or self._is_before(writes[0]))
 

@@ -47,6 +47,7 @@ def _write(session: Session, site: Site, found: Found, tensors: list[fx.Node]) -
     copies = {node: copy_behind(node) for node in place.copied}
 
     def as_proxy(node: fx.Node) -> fx.Proxy:
+        node = place.reads.get(node, node)
         return fx.Proxy(copies.get(node, node), tracer)
 
     with graph.inserting_before(place.anchor.next):
@@ -70,6 +71,7 @@ def _write(session: Session, site: Site, found: Found, tensors: list[fx.Node]) -
     effects.add(new)
     site.written.extend(new)
     _put(graph, effects, place, result.node)
+    found.program.results[result.node] = found.output  # parts behind it read it there
     erase_dead(graph, effects, lived)
 
 
@@ -124,13 +126,18 @@ def _as_operand(graph: fx.Graph, source: Source, as_proxy: Callable[[fx.Node], f
         assert source.node is not None
         return as_proxy(source.node)
     function, bases = lifted_function(source)
-    return as_proxy(graph.call_function(function, tuple(base.node for base in bases)))
+    return as_proxy(graph.call_function(function, tuple(_node(base, as_proxy) for base in bases)))
+
+
+def _node(value: Value, as_proxy: Callable[[fx.Node], fx.Proxy]) -> fx.Node:
+    assert value.node is not None
+    return as_proxy(value.node).node
 
 
 def _with_tail(graph: fx.Graph, tail: Tail, joined: fx.Proxy, as_proxy: Callable[[fx.Node], fx.Proxy]) -> fx.Proxy:
     """What the code does with each piece of the mixer's output, done to all of them."""
     function, bases = lifted_function(tail.root, tail.assembled)
-    nodes = (joined.node if base is tail.joined else base.node for base in bases)
+    nodes = (joined.node if base is tail.joined else _node(base, as_proxy) for base in bases)
     return as_proxy(graph.call_function(function, tuple(nodes)))
 
 

@@ -55,6 +55,11 @@ def gradients(model: nn.Module, output: Tensor) -> dict[str, Tensor]:
 def same(function: Function, tolerance: float = 1e-5, grads: bool = True) -> tuple[llcompile.Report, Written]:
     """Converts a layer, and compares output and gradients with those of the unconverted one; its report and itself."""
     model = Written(function)
+    return agreeing(model, tolerance, grads), model
+
+
+def agreeing(model: nn.Module, tolerance: float = 1e-5, grads: bool = True) -> llcompile.Report:
+    """Converts a model, and compares output and gradients with those of the unconverted one; the report."""
     control, x = copy.deepcopy(model), example()
     with torch.set_grad_enabled(grads):
         want = control(x.clone())
@@ -66,7 +71,7 @@ def same(function: Function, tolerance: float = 1e-5, grads: bool = True) -> tup
         for name, grad in (gradients(model, got) if grads else {}).items():
             largest = max(1.0, float(expected[name].abs().max()))
             assert float((grad - expected[name]).abs().max()) < tolerance * largest, name
-    return report, model
+    return report
 
 
 def moves(model: Written, grads: bool = True) -> float:

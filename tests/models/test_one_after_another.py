@@ -22,12 +22,6 @@ def bare(m: Written, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return mix(q, k, v)
 
 
-def changed(m: Written, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    o = mix(q, k, v)
-    o.mul_(0.5)
-    return o
-
-
 def gated(m: Written, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     total = nn.functional.logsigmoid(m.gate(x)).cumsum(1)
     decay = (total - total.mT).masked_fill(torch.ones(x.shape[1], x.shape[1]).triu(1).bool(), -torch.inf).exp()
@@ -57,7 +51,6 @@ def noise_moves_each(model: nn.Module, x: Tensor) -> bool:
     ("functions", "mixers"),
     [
         ((bare, bare, bare), 3),
-        ((changed, bare, changed), 3),
         ((gated, softmax, bare), 2),
     ],
 )

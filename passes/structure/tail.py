@@ -221,7 +221,7 @@ def _joined(value: Value, row: Row, times: Times) -> Value | None:
         shape[dim] *= len(row)
     else:
         shape.insert(0, len(row))
-    op = Op(target, (list(row), dim), {}, value.op.node, value.op.number, list(row))
+    op = Op(target, (list(row), dim), {}, value.op.node, value.op.number, list(row), mode=value.op.mode)
     made = Value(tuple(shape), first.dtype, op)
     op.outputs.append(made)
     return made

@@ -285,8 +285,8 @@ def _describe(row: Row) -> str:
 
 _HEAD = """# Compatibility
 
-Written by `make matrix` on {date} ({machine}), and only what ran: one line is one virtual environment, with
-llcompile's wheel, in which `llcompile doctor` converted, compiled and trained a tiny model for each family and for each
+Written by `make matrix` on {date} ({machine}), and only what ran: one line is one virtual environment with
+llcompile, in which `llcompile doctor` converted, compiled and trained a tiny model for each family and for each
 library there. A line acts if noise on the level weights moves each output, every level weight has a gradient, a
 training step lowers the loss, and generation agrees with a full pass. Triton is there beside FLA and mamba_ssm only.
 

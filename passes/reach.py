@@ -135,6 +135,12 @@ def guard_modules() -> None:
             translator.output.guards.add(source.make_guard(GuardBuilder.ID_MATCH))
 
 
+def _attribute(variable: Any, frame: Any, name: str) -> Any:
+    """What Dynamo reads as an attribute; torch 2.15 gave the method another name."""
+    read = getattr(variable, "var_getattr", None) or variable.tp_getattro_impl
+    return read(frame, name)
+
+
 def add_tensor_input(graph: fx.Graph, owner: nn.Module, path: tuple[str, ...]) -> fx.Node:
     """Makes the tensor at `owner.<path>` an input of the graph being compiled, which Dynamo fills on each call.
 
@@ -151,7 +157,7 @@ def add_tensor_input(graph: fx.Graph, owner: nn.Module, path: tuple[str, ...]) -
     frame = translator.output.root_tx or translator
     try:
         for name in path:
-            variable = variable.var_getattr(frame, name)
+            variable = _attribute(variable, frame, name)
         node = variable.as_proxy().node
     except (Unsupported, NotImplementedError) as error:
         raise LookupError(f"Dynamo cannot read {type(owner).__name__}.{'.'.join(path)}: {error}") from error
@@ -173,7 +179,7 @@ def _variable(module: nn.Module) -> Any:
     _, root, names = _below()[id(module)]
     variable = VariableBuilder(frame, root)(_below_root(module)) if isinstance(root, Source) else root
     for name in names:
-        variable = variable.var_getattr(frame, name)
+        variable = _attribute(variable, frame, name)
     return variable
 
 

@@ -6,5 +6,5 @@ from __future__ import annotations
 TESTED: dict[str, tuple[str, str]] = {
     "torch": ("2.11.0", "2.15.0"),
     "transformers": ("5.15.0", "5.24.0"),
-    "fla-core": ("0.4.0", "0.6.0"),
+    "fla-core": ("0.6.0", "0.6.0"),
 }

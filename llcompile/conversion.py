@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect as inspect_module
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -111,7 +112,7 @@ def _captured(
     _check_model(model, "inspect" if dry_run else "convert")
     backend.prepare()
     versions.announce()
-    with _one_at_a_time:
+    with _one_at_a_time, _uncompiled(model):
         before = {id(weights) for _, _, weights in attachment.attached(model)}
         withheld = attachment.forget_withheld(model)
         capture = _Capture(model, options, dry_run, visit, before)
@@ -132,6 +133,19 @@ def _captured(
         if dry_run:
             attachment.put_withheld(withheld)
     return report, capture
+
+
+@contextmanager
+def _uncompiled(model: nn.Module) -> Iterator[None]:
+    """Takes what `module.compile()` has set off for a while: the modules' own code is looked at, and compared with."""
+    compiled = [(m, m._compiled_call_impl) for m in model.modules() if m._compiled_call_impl is not None]
+    for module, _ in compiled:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, call in compiled:
+            module._compiled_call_impl = call
 
 
 def _look(model: nn.Module, capture: _Capture, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Report:

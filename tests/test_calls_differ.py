@@ -295,3 +295,28 @@ def test_equal_layers_around_breaks_are_all_seen() -> None:
     assert [c.module for c in llcompile.convert(model, x).converted] == [f"layers.{i}" for i in range(3)]
     run = compiled(model)
     assert movers(model, lambda: run(x)) == {f"layers.{i}.loglinear" for i in range(3)}
+
+
+class Logged(nn.Module):
+    """Breaks its graph behind the projection, as a print does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        torch._dynamo.graph_break()
+        return (q @ k.mT).tril() @ v
+
+
+@pytest.mark.parametrize("compiled_first", [False, True])
+def test_a_model_that_is_compiled_already(compiled_first: bool) -> None:
+    """`model.compile()` before `convert` hides nothing from it, and is there afterwards."""
+    model, x = nn.Sequential(Logged()), torch.randn(2, 12, 8, generator=torch.Generator().manual_seed(1))
+    if compiled_first:
+        model.compile(backend="loglinear", options={"inner": "eager"})
+    call = model._compiled_call_impl
+    report = llcompile.convert(model, x)
+    assert len(report.converted) + len(report.declined) == 1, report
+    assert model._compiled_call_impl is call

@@ -85,7 +85,8 @@ def module_of(meta: Mapping[str, Any]) -> tuple[str, str]:
         return ("", "") if root is None else (str(id(root)), "")
     key = list(stack)[-1]
     path = stack[key][0]
-    name = re.sub(r"^L\['?\w+'?\]\.?|^G\['?\w+'?\]\.?", "", path)
+    # A decorator that takes `*args` holds the model as the first of them.
+    name = re.sub(r"^L\['args'\]\[0\]\.?|^L\['?\w+'?\]\.?|^G\['?\w+'?\]\.?", "", path)
     name = re.sub(r"\._modules\['([^']+)'\]|\[['\"]?(\w+)['\"]?\]", lambda m: "." + (m.group(1) or m.group(2)), name)
     name = name.lstrip(".")
     if not key.split("@")[0].isdigit():

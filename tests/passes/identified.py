@@ -17,7 +17,16 @@ def _unused(*_: Any, **__: Any) -> Any:
     raise AssertionError("identify attaches nothing")
 
 
-SETTINGS = Settings(kind="linear", levels=8, make=_unused, find=_unused, held=_unused, attach=_unused, function=_unused)
+SETTINGS = Settings(
+    kind="linear",
+    levels=8,
+    make=_unused,
+    find=_unused,
+    held=_unused,
+    path=_unused,
+    attach=_unused,
+    function=_unused,
+)
 
 
 class Watch:
@@ -30,9 +39,9 @@ class Watch:
 
     def __call__(self, module: fx.GraphModule, inputs: list[Any]) -> Any:
         session = Session(module, SETTINGS)
-        start = time.perf_counter()
+        start = time.process_time()
         identify(session)
-        self.seconds += time.perf_counter() - start
+        self.seconds += time.process_time() - start
         self.nodes += len(module.graph.nodes)
         self.records.extend(session.untouched)
         return module.forward

@@ -26,26 +26,27 @@ PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install $(addprefix 
 PIP_LINES := sed -u -n -E -e 's/^ *Collecting ([^ (]+).*/    + \1/p' -e 's/^ *(Downloading .*)/      \1/p' -e '/^Successfully/p'
 
 help:
-	@echo "make demo     converts two models of transformers, then trains one before and after (at most 6 minutes)"
-	@echo "make test     runs the tests, the slow ones apart"
-	@echo "make test-all runs the slow ones, too"
-	@echo "make matrix   tries a dozen pairs of releases and writes docs/compatibility.md (an hour, gigabytes)"
-	@echo "make matrix-smoke  the newest and the oldest torch with the newest transformers"
-	@echo "make bench    times the operator on this machine's CPU"
-	@echo "make lint     ruff and mypy"
-	@echo "make format   lets ruff rewrite the sources"
-	@echo "make clean    removes .venv and everything that was built"
+	@echo "make demo     convert two models of transformers, then train one before and after (at most 6 minutes)"
+	@echo "make test     run the fast tests"
+	@echo "make test-all run all tests"
+	@echo "make matrix   try a dozen pairs of releases and write docs/compatibility.md (an hour, gigabytes)"
+	@echo "make matrix-smoke  try the newest and the oldest torch with the newest transformers"
+	@echo "make bench    time the operator on this machine's CPU"
+	@echo "make lint     run ruff and mypy"
+	@echo "make docs     build the site of docs/ with an API reference in build/site (own environment in .venv-docs)"
+	@echo "make format   format the sources with ruff"
+	@echo "make clean    remove .venv and everything that was built"
 
 demo: $(STAMP)
 	@echo "==> llcompile demo $(ARGS)"
 	@$(BIN)/llcompile demo $(ARGS)
 
 test: $(STAMP)
-	@echo "==> the tests (the slow ones apart: make test-all)"
+	@echo "==> the fast tests (make test-all runs all)"
 	@$(PYTEST) -m "not slow" $(ARGS)
 
 test-all: $(STAMP)
-	@echo "==> all tests, the slow ones too"
+	@echo "==> all tests"
 	@$(PYTEST) $(ARGS)
 
 # Environments of their own, made and removed one after the other; they need nothing of .venv.
@@ -73,9 +74,9 @@ clean:
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 $(BIN)/python:
-	@command -v $(PYTHON) >/dev/null || { echo "error: no '$(PYTHON)' here; install Python 3.10 or later, or say PYTHON=..." >&2; exit 1; }
+	@command -v $(PYTHON) >/dev/null || { echo "error: no '$(PYTHON)' here; install Python 3.10 or later, or set PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
-	  echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1), llcompile needs 3.10 or later; say PYTHON=python3.11, say" >&2; exit 1; }
+	  echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1), llcompile needs 3.10 or later; set PYTHON=python3.11, for example" >&2; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
 	  echo "error: $(PYTHON) has no venv module; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
 	@echo "==> making a virtual environment in $(VENV) with $$($(PYTHON) --version)"

@@ -26,17 +26,19 @@ class Command:
 
 
 COMMANDS = (
-    Command("demo", "llcompile.demo", "convert and train small models of transformers, and show what changes"),
-    Command("bench", "llcompile.bench", "time the operator on this machine"),
-    Command("inspect", "llcompile.inspect_command", "say what would become of a model, without changing it"),
-    Command("kernels", "llcompile.kernels_command", "print the generated Triton kernels, and list those on disk"),
-    Command("repro", "llcompile.repro_command", "write one mixer of a model as a file for a bug report"),
-    Command("doctor", "llcompile.doctor", "say what works on this machine and why the rest does not"),
+    Command("demo", "llcompile.demo", "convert and train small models of transformers and compare the results"),
+    Command("bench", "llcompile.bench", "run a measurement on this machine"),
+    Command("inspect", "llcompile.inspect_command", "report which mixers would be converted (dry run)"),
+    Command("kernels", "llcompile.kernels_command", "show the generated Triton kernels and compile them for a chip"),
+    Command(
+        "repro", "llcompile.repro_command", "write one mixer of a model to a file that runs by itself, for a bug report"
+    ),
+    Command("doctor", "llcompile.doctor", "check the environment and explain what is missing"),
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0, 1 for an error of ours, 2 for a command line that makes no sense."""
+    """Run one command and return its exit code: 0, 1 for an error of ours, 2 for an invalid command line."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = _asked_for(arguments)
     try:

@@ -1,4 +1,4 @@
-"""`llcompile doctor`: what works on this machine, and why the rest does not."""
+"""`llcompile doctor`: check the environment and explain what is missing."""
 
 from __future__ import annotations
 
@@ -32,13 +32,14 @@ def add_parser(subparsers: Any) -> None:
     """Add this command to the command line."""
     parser = subparsers.add_parser(
         "doctor",
-        help="say what works on this machine and why the rest does not",
-        description="Says what works on this machine and why not, and tries it: tiny models are converted, compiled "
-        "and trained. Exit code 1 if the backend cannot run or something converted does not act.",
+        help="check the environment and explain what is missing",
+        description="Check the environment and explain what is missing. Convert, compile and train a tiny model of "
+        "each family and library, unless --no-self-test is given. The exit code is 1 if the backend cannot run or "
+        "something converted does not act.",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--no-self-test", action="store_true", help="only look, compile nothing")
-    parser.add_argument("--inner", default="eager", help="compiler behind ours in the self-test (default: eager)")
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    parser.add_argument("--no-self-test", action="store_true", help="compile nothing; only check what is installed")
+    parser.add_argument("--inner", default="eager", help="inner compiler of the self-test (default: eager)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -23,36 +23,36 @@ if TYPE_CHECKING:
 
 Example = tuple[Any, tuple[Any, ...]]
 
-SPEC_HELP = """what to look at:
+SPEC_HELP = """SPEC is one of:
   a folder with config.json, or such a file   a model of transformers, with random weights
-  a model_type of transformers                such as mamba2; its default sizes unless --set says otherwise
-  package.module:factory                      a function of yours that returns (model, *example_inputs)"""
+  a model_type of transformers                such as mamba2; default sizes unless changed by --set
+  package.module:factory                      a function without arguments that returns (model, *example_inputs)"""
 
 
 def add_parser(subparsers: Any) -> None:
     """Add this command to the command line."""
     parser = subparsers.add_parser(
         "inspect",
-        help="say what would become of a model, without changing it",
-        description="Says which mixers of a model become log-linear, which do not and why. Changes nothing.",
+        help="report which mixers would be converted (dry run)",
+        description="Report which mixers of a model would be converted, and why the others would not (dry run).",
         epilog=SPEC_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_model_arguments(parser)
     parser.add_argument(
-        "--strict", action="store_true", help="exit code 1 when a linear-time mixer would stay as it is"
+        "--strict", action="store_true", help="exit with code 1 if a linear-time mixer would not be converted"
     )
-    parser.add_argument("--html", metavar="FILE", help="write a page that shows everything")
-    parser.add_argument("--json", metavar="FILE", help="write the report as JSON, too; - for standard output")
+    parser.add_argument("--html", metavar="FILE", help="write an HTML page that shows each mixer")
+    parser.add_argument("--json", metavar="FILE", help="write the report as JSON (- for standard output)")
     parser.add_argument("--mlir", metavar="FILE", help="write the rewritten model as MLIR (weights need --device cpu)")
     parser.add_argument(
-        "--dialect", choices=("torch", "linalg"), default="torch", help="of --mlir: torch, or linalg on tensors"
+        "--dialect", choices=("torch", "linalg"), default="torch", help="dialect of --mlir (default: torch)"
     )
-    parser.add_argument("--mixer", metavar="NAME", help="of --mlir: only the module of this mixer")
+    parser.add_argument("--mixer", metavar="NAME", help="with --mlir, write only the module of this mixer")
     parser.add_argument(
         "--kernels",
         metavar="DIR",
-        help="write the generated Triton kernels there, by kind and target",
+        help="write the generated Triton kernels to a folder, one file per kind and target",
     )
     parser.add_argument(
         "--chip", metavar="CHIP", action="append", default=[], help="compile the kernels for a chip (sm_90, gfx942)"
@@ -60,19 +60,23 @@ def add_parser(subparsers: Any) -> None:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """What says which model is meant, for every command that looks at one."""
+    """Add the arguments that name a model, for every command that takes one."""
     parser.add_argument("spec", metavar="SPEC", help="a config, a model_type, or module:factory; see below")
     parser.add_argument(
-        "--set", metavar="KEY=VALUE", action="append", default=[], help="change an entry of the config (VALUE is JSON)"
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="override an entry of the config (VALUE is JSON)",
     )
     parser.add_argument("--length", type=int, default=64, help="tokens in the example input (default 64)")
     parser.add_argument(
-        "--device", default="meta", help="where a transformers model is built (default meta: no memory, no values)"
+        "--device", default="meta", help="device to build a transformers model on (default meta: no memory, no values)"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the report and write what was asked for; 1 under --strict when something stays as it is."""
+    """Print the report and write the files; 1 under --strict if a mixer would not be converted."""
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -102,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_outputs(args: argparse.Namespace) -> None:
-    """Says what cannot be written before the work, not after."""
+    """Fail before the work, not after it, if an output cannot be written."""
     for path in (args.html, args.json, args.mlir):
         if path and path != "-":
             files.check_target(path)
@@ -225,7 +229,7 @@ def _read_config(path: Path) -> Any:
     except FileNotFoundError:
         raise SpecError(f"there is no {file}") from None
     except (ValueError, TypeError) as error:
-        raise SpecError(f"{file} is no config of transformers: {error}") from error
+        raise SpecError(f"{file} is not a config of transformers: {error}") from error
 
 
 def _named_config(name: str) -> Any:
@@ -234,7 +238,7 @@ def _named_config(name: str) -> Any:
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise SpecError(f"{name!r} is no file, no module:factory and no model_type of transformers{hint}")
+        raise SpecError(f"{name!r} is not a file, a module:factory or a model_type of transformers{hint}")
     return transformers.AutoConfig.for_model(name)
 
 

@@ -20,21 +20,21 @@ def add_parser(subparsers: Any) -> None:
     """Add this command to the command line."""
     parser = subparsers.add_parser(
         "kernels",
-        help="print the generated Triton kernels, and list those on disk",
-        description="The Triton kernels that are generated for an operator: their source, and what they take "
-        "on a chip. Neither a GPU nor a model is needed.",
+        help="show the generated Triton kernels and compile them for a chip",
+        description="Show the Triton kernels that are generated for an operator, and compile them for a chip to see "
+        "their registers and shared memory. Neither a GPU nor a model is needed.",
     )
     kinds = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
-    listing = kinds.add_parser("list", help="the generated files on disk, and what each was made for")
+    listing = kinds.add_parser("list", help="list the generated files on disk with their descriptions")
     listing.set_defaults(act=_list)
     kernels_matrix.add_parser(kinds)
-    show = kinds.add_parser("show", help="the source of the kernels for one operator")
+    show = kinds.add_parser("show", help="print the source of the kernels for one operator")
     show.set_defaults(act=_show)
     _add_description(show)
-    show.add_argument("--kernel", metavar="NAME", help="one kernel only")
-    show.add_argument("--keep", metavar="DIR", type=Path, help="write the file to a folder, too, and say its name")
+    show.add_argument("--kernel", metavar="NAME", help="print one kernel only")
+    show.add_argument("--keep", metavar="DIR", type=Path, help="also write the file to a folder, and print its name")
     show.add_argument(
-        "--chip", metavar="CHIP", help="compile for a chip (sm_90, say) and add registers, shared memory and spills"
+        "--chip", metavar="CHIP", help="compile for a chip (such as sm_90) and add registers, shared memory and spills"
     )
 
 
@@ -43,15 +43,17 @@ def _add_description(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--correction", choices=("none", "delta"), default="none", help="default: none")
     parser.add_argument("--key-dim", metavar="K", type=_size, default=64, help="default: 64")
     parser.add_argument("--value-dim", metavar="V", type=_size, default=64, help="default: 64")
-    parser.add_argument("--repeat", metavar="N", type=_size, default=1, help="heads to a key, H / G (default: 1)")
-    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help=f"of the operands (default: {DTYPES[0]})")
+    parser.add_argument("--repeat", metavar="N", type=_size, default=1, help="heads per group, H / G (default: 1)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default=DTYPES[0], help=f"dtype of the operands (default: {DTYPES[0]})"
+    )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--levels", metavar="L", type=_size, default=17, help="level weights per token (default: 17)")
-    form.add_argument("--linear", action="store_true", help="the linear operator, without level weights")
-    parser.add_argument("--initial-state", choices=("linear", "level"), help="a state before the first token")
+    form.add_argument("--linear", action="store_true", help="use the linear operator, without level weights")
+    parser.add_argument("--initial-state", choices=("linear", "level"), help="start from a state of this kind")
     parser.add_argument("--final-state", action="store_true", help="return the state after the last token")
     rows = parser.add_mutually_exclusive_group()
-    rows.add_argument("--padded", action="store_true", help="rows with lengths of their own")
+    rows.add_argument("--padded", action="store_true", help="rows of different lengths")
     rows.add_argument("--packed", action="store_true", help="sequences one after another in one row")
 
 

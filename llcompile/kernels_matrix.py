@@ -15,14 +15,19 @@ def add_parser(kinds: Any) -> None:
     """Add this command to those of `llcompile kernels`."""
     parser = kinds.add_parser(
         "matrix",
-        help="compile every kernel of a representative set for every chip, and say what it takes",
-        description="Prints a line for each kernel as it is compiled. With --json FILE what is found is kept, and a "
-        "second run compiles only what is not there. Exit code 1 when a kernel does not compile or does not fit.",
+        help="compile a representative set of kernels for several chips",
+        description="Compile a representative set of kernels and print their registers, shared memory and spills. With "
+        "--json FILE results are kept, and a second run compiles only what is missing. The exit code is 1 if a kernel "
+        "does not compile or does not fit.",
     )
     parser.add_argument("chips", nargs="*", metavar="CHIP", help="sm_90, gfx942, … (default: four of them)")
-    parser.add_argument("--group", action="append", metavar="NAME", help="a part of the set (default: all)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="keep what is found, and do not compile it twice")
-    parser.add_argument("--summary", action="store_true", help="compile nothing; a table of what FILE holds")
+    parser.add_argument(
+        "--group", action="append", metavar="NAME", help="compile only this part of the set (default: all)"
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="keep results in a file and do not compile anything twice"
+    )
+    parser.add_argument("--summary", action="store_true", help="compile nothing; print a table of the results in FILE")
     parser.set_defaults(act=_matrix)
 
 

@@ -15,14 +15,16 @@ def add_parser(subparsers: Any) -> None:
     """Add this command to the command line."""
     parser = subparsers.add_parser(
         "repro",
-        help="write one mixer of a model as a file that runs by itself, for a bug report",
-        description="Writes a Python file with a mixer's code, its operands and the proof. A near miss will do, too.",
+        help="write one mixer of a model to a file that runs by itself, for a bug report",
+        description="Write a Python file with the code of a mixer, or of a near miss, its operands and the proof.",
         epilog=SPEC_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_model_arguments(parser)
-    parser.add_argument("--mixer", metavar="NAME", required=True, help="the module, as `llcompile inspect` names it")
-    parser.add_argument("--out", metavar="FILE", default="repro.py", help="default repro.py; - for standard output")
+    parser.add_argument("--mixer", metavar="NAME", required=True, help="module name, as printed by `llcompile inspect`")
+    parser.add_argument(
+        "--out", metavar="FILE", default="repro.py", help="file to write (default repro.py; - for standard output)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

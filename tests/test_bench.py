@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -108,3 +109,29 @@ def test_mistakes(arguments: list[str], words: str, capsys: pytest.CaptureFixtur
     error = capsys.readouterr().err
     assert words in error
     assert error.count("\n") == 1
+
+
+MEASURED = sorted((Path(__file__).parent.parent / "benchmarks" / "results").glob("rewrite-cpu-*.json"))
+
+
+@pytest.mark.parametrize("file", MEASURED, ids=lambda file: file.stem)
+def test_committed_measurements_can_be_drawn(file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "speed.svg"
+    assert cli.main(["bench", "plot", str(file), "--out", str(out)]) == 0
+    drawn = out.read_text()
+    assert all(f">{rewrite.FORMS[form]}<" in drawn for form in ("eager", "loglinear", "loglinear:none"))
+    assert rewrite.FORMS["inductor"] not in drawn  # was not measured
+    record = json.loads(file.read_text())
+    record["results"] = [{**r, "error": "late"} for r in record["results"]]
+    for r in record["results"]:
+        r.pop("seconds", None)
+    (tmp_path / "late.json").write_text(json.dumps(record))
+    assert cli.main(["bench", "plot", str(tmp_path / "late.json"), "--out", str(out)]) == 1
+
+
+def test_the_picture_in_the_readme_is_of_the_committed_measurements(tmp_path: Path) -> None:
+    committed = Path(__file__).parent.parent / "docs" / "pictures" / "speed.svg"
+    assert cli.main(["bench", "plot", str(MEASURED[-1]), "--out", str(tmp_path / "speed.svg")]) == 0
+    assert re.findall(r">([^<>]+)</text>", (tmp_path / "speed.svg").read_text()) == re.findall(
+        r">([^<>]+)</text>", committed.read_text()
+    )

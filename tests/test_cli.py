@@ -132,7 +132,7 @@ class TestInspect:
         for text in ("{", "{}", "[1]", '{"model_type": "nonsense"}'):
             (tmp_path / "config.json").write_text(text)
             assert cli.main(["inspect", str(tmp_path)]) == cli.USAGE_ERROR
-            assert "is no config of transformers" in capsys.readouterr().err
+            assert "is not a config of transformers" in capsys.readouterr().err
 
     def test_factory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         (tmp_path / "my_factory_for_a_test.py").write_text(

@@ -79,16 +79,114 @@ def test_the_code_of_a_page_prints_what_the_page_shows(name: str, tmp_path: Path
     assert done.stdout == shown or not shown
 
 
-@pytest.mark.parametrize("name", PAGES)
-def test_links_lead_somewhere(name: str) -> None:
-    targets = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", PAGES[name])
-    assert all((ROOT / "docs" / target).exists() for target in targets)
-    files = re.findall(r"`((?:passes|patterns|kernels|tests|llcompile)/[\w/.]*)`", PAGES[name])
-    assert all((ROOT / file).exists() for file in files)
+def link_targets(text: str) -> set[str]:
+    """Every file that a page links to, without the part of it; links out of the repository aside."""
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    return {target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", prose) if "://" not in target} - {""}
+
+
+WRITTEN = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text()
+    missing = [target for target in link_targets(text) if not (page.parent / target).exists()]
+    files = re.findall(r"`((?:passes|patterns|kernels|tests|llcompile|docs|examples|benchmarks)/[\w/.-]*)`", text)
+    missing += [file for file in files if not (ROOT / file).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_to_a_part_of_a_page_name_a_heading(page: Path) -> None:
+    for target, part in re.findall(r"\]\(([^)\s#:]*)#([^)\s]+)\)", page.read_text()):
+        other = (page.parent / target).read_text() if target else page.read_text()
+        headings = re.findall(r"^#+ (.+)", other, re.MULTILINE)
+        assert part in {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+def test_every_page_can_be_reached_from_the_first() -> None:
+    reached: set[Path] = set()
+    todo = [ROOT / "docs" / "README.md"]
+    while todo:
+        page = todo.pop()
+        if page not in reached and page.suffix == ".md":
+            reached.add(page)
+            todo += [(page.parent / target).resolve() for target in link_targets(page.read_text())]
+    assert set((ROOT / "docs").rglob("*.md")) <= reached
+
+
+def test_pictures_are_shown() -> None:
+    shown = link_targets((ROOT / "README.md").read_text())
+    pictures = {path.relative_to(ROOT).as_posix() for path in (ROOT / "docs" / "pictures").glob("*.svg")}
+    assert pictures
+    assert pictures <= shown
 
 
 def test_the_first_page_has_all_pages() -> None:
     assert {n for n in PAGES if n != "README.md"} == set(re.findall(r"\]\((\w[\w-]*\.md)\)", PAGES["README.md"]))
+
+
+def test_every_decision_is_listed() -> None:
+    folder = ROOT / "docs" / "decisions"
+    listed = set(re.findall(r"\]\(([\w-]+\.md)\)", (folder / "README.md").read_text()))
+    pages = {page.name: page.read_text() for page in folder.glob("*.md") if page.name != "README.md"}
+    assert listed == set(pages)
+    for text in pages.values():
+        assert all(word in text for word in ("**Decision.**", "**Rejected.**", "**Consequences.**"))
+
+
+def test_commands_are_those_of_the_code() -> None:
+    from llcompile.cli import COMMANDS
+
+    named = re.findall(r"^\| `llcompile (\w+)", PAGES["command-line.md"], re.MULTILINE)
+    assert set(named) == {command.name for command in COMMANDS}
+
+
+USED = [*WRITTEN, *sorted((ROOT / ".github").rglob("*.yml"))]
+# A command with at least one argument, in a code span or in an indented line.
+CALLS = sorted(
+    {
+        (words[0], words[1] if words[0] in ("bench", "kernels") else "", option)
+        for page in USED
+        for line in re.findall(r"`llcompile ([^`\n]+)`|^    llcompile (.+)", page.read_text(), re.MULTILINE)
+        for words in [("".join(line).partition("#")[0]).split()]
+        for option in words
+        if option.startswith("--") and words[0].islower()
+    }
+)
+
+
+@pytest.mark.parametrize(("command", "kind", "option"), CALLS, ids=" ".join)
+def test_options_of_commands_exist(command: str, kind: str, option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from llcompile import cli
+
+    assert cli.main([command, *([kind] if kind else []), "--help"]) == 0
+    assert re.search(rf"{option}\b", capsys.readouterr().out)
+
+
+def test_a_bug_report_asks_for_what_the_tools_write() -> None:
+    text = (ROOT / ".github" / "ISSUE_TEMPLATE" / "bug.yml").read_text()
+    assert "llcompile doctor --json" in text
+    assert "llcompile repro" in text
+    assert {("doctor", "", "--json"), ("repro", "", "--mixer")} <= set(CALLS)
+
+
+def test_public_names_are_listed() -> None:
+    import llcompile
+    from llcompile import ops
+
+    listed = re.findall(r"`llcompile\.([\w.]+)`", PAGES["public-api.md"])
+    assert {name for name in llcompile.__all__ if name != "__version__"} <= set(listed)
+    assert {f"ops.{name}" for name in ops.__all__} <= set(listed)
+
+
+def test_the_picture_of_passes_is_the_pipeline() -> None:
+    from llcompile.passes import pipeline
+
+    rows = re.findall(r"^\| (\w+) \| `(passes/\w+\.py)` \|", PAGES["architecture.md"], re.MULTILINE)
+    assert [name for name, _ in rows] == [step.__name__ for step in (*pipeline.LOOK, pipeline.attach)]
+    assert all(f"def {name}(" in (ROOT / file).read_text() for name, file in rows)
 
 
 def test_every_error_and_warning_is_explained() -> None:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from llcompile.bench.rewrite import FORMS
 from llcompile.cli import COMMANDS
-from llcompile.options import Options
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -30,8 +30,16 @@ def test_example_runs(number: int, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_there_are_examples() -> None:
-    assert len(BLOCKS) >= 3
+def test_the_example_shows_that_the_weights_act() -> None:
+    assert BLOCKS
+    for code in BLOCKS:
+        assert "assert_close(after, before" in code
+        moved = code[code.index("normal_(p)") :]
+        assert re.search(r"^assert \(model\(\w+\)\.logits - \w+\)\.abs\(\)\.max\(\) > ", moved, re.MULTILINE)
+
+
+def test_it_is_short() -> None:
+    assert len(README.splitlines()) < 150
 
 
 def test_targets_exist() -> None:
@@ -41,15 +49,26 @@ def test_targets_exist() -> None:
 
 
 def test_commands_exist() -> None:
-    assert set(re.findall(r"`llcompile ([a-z]+)", README)) == {command.name for command in COMMANDS}
+    named = set(re.findall(r"`llcompile ([a-z]+)", README))
+    assert {"doctor", "bench"} <= named <= {command.name for command in COMMANDS}
 
 
-def test_folders_exist() -> None:
-    folders = re.findall(r"^\| `([a-z]+)/` \|", README, re.MULTILINE)
-    assert len(folders) >= 6
-    assert all((ROOT / folder).is_dir() for folder in folders)
-
-
-def test_options_are_the_ones_there_are() -> None:
-    table = README[README.index("## Options of the backend") : README.index("## The folders")]
-    assert re.findall(r"^\| `([a-z_]+)` \|", table, re.MULTILINE) == [field.name for field in fields(Options)]
+def test_the_speed_table_has_the_measured_numbers() -> None:
+    (file,) = set(re.findall(r"`(benchmarks/results/[\w.-]+\.json)`", README))
+    record = json.loads((ROOT / file).read_text())
+    assert record["threads"] == 1
+    found = {
+        (r["job"]["length"], r["job"]["form"]): r
+        for r in record["results"]
+        if r["job"]["backward"] and r["job"]["decay"] == "none"
+    }
+    rows = re.findall(r"^\| ([\d,]+) \| (.*) \|$", README, re.MULTILINE)
+    assert len(rows) >= 3
+    for length, cells in rows:
+        times = [found[int(length.replace(",", "")), form] for form in FORMS if form != "inductor"]
+        memory = f"{times[0]['peak_mib']:,.0f} / {times[-1]['peak_mib']:,.0f} MiB"
+        told = cells.split(" | ")
+        assert told[3] == memory
+        for shown, r in zip(told, times, strict=False):
+            digits = shown.removesuffix(" s")
+            assert float(digits) == round(r["seconds"], len(digits.partition(".")[2]))

@@ -1,7 +1,7 @@
 """``llcompile bench``: measurements on this machine, one module each.
 
-Times are the smallest of several repeats, the usual answer to other work on the same machine; the CPU time next to it
-tells how much of the wall time was ours.
+Times are the smallest of several repeats, the usual answer to other work on the same machine. The CPU time next to it
+shows how much of the wall time was ours.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ MEASUREMENTS = (
     "llcompile.bench.rewrite",
     "llcompile.bench.recognition",
     "llcompile.bench.decode",
-    "llcompile.bench.cuda.plot",
+    "llcompile.bench.plot",
 )
 
 
 def add_parser(subparsers: Any) -> None:
     """Add ``bench`` to the command line."""
-    bench = subparsers.add_parser("bench", help="measure on this machine", description=__doc__)
+    bench = subparsers.add_parser("bench", help="run a measurement on this machine", description=__doc__)
     kinds = bench.add_subparsers(dest="what", metavar="WHAT", required=True)
     for name in MEASUREMENTS:
         importlib.import_module(name).add_parser(kinds)

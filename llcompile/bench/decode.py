@@ -31,13 +31,15 @@ class Sizes:
 
 def add_parser(subparsers: Any) -> None:
     """Add ``decode`` to ``llcompile bench``."""
-    parser = subparsers.add_parser("decode", help="memory and time of one more token by context", description=__doc__)
+    parser = subparsers.add_parser(
+        "decode", help="measure memory and time of one decoded token against context length", description=__doc__
+    )
     parser.add_argument("--device", default="cpu", help="device to run on (default: cpu)")
     parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS, help="contexts (default: 1k to 1M)")
-    parser.add_argument("--quick", action="store_true", help="two short contexts: a smoke test, not a result")
+    parser.add_argument("--quick", action="store_true", help="run two short contexts as a smoke test")
     for name, size in asdict(Sizes()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=size)
-    parser.add_argument("--repeats", type=int, default=30, help="tokens that are timed; the fastest counts")
+    parser.add_argument("--repeats", type=int, default=30, help="number of timed tokens; the fastest counts")
     parser.add_argument(
         "--output", type=Path, help="JSON file (default: benchmarks/results/decode-<device>-<date>.json)"
     )

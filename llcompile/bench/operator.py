@@ -51,26 +51,26 @@ class Job:
 def add_parser(kinds: Any) -> None:
     """Add ``operator`` to the measurements."""
     parser = kinds.add_parser(
-        "operator", help="the operator: on a CPU against transformers' code, on a GPU FLA and SDPA"
+        "operator", help="time the operator, on a CPU against transformers, on a GPU against FLA and SDPA"
     )
     parser.add_argument("--device", default="cpu", help="device to run on (default: cpu)")
-    parser.add_argument("--quick", action="store_true", help="small sizes, seconds in all: a smoke test, not a result")
-    parser.add_argument(
-        "--compile-limit", type=float, default=300.0, help="seconds a peer may compile before it is given up"
-    )
+    parser.add_argument("--quick", action="store_true", help="run small sizes for a few seconds as a smoke test")
+    parser.add_argument("--compile-limit", type=float, default=300.0, help="time limit in seconds for compiling a peer")
     parser.add_argument("--lengths", type=int, nargs="+", help="lengths (default: 1k to 64k, on a GPU 2k to 256k)")
-    parser.add_argument("--families", nargs="+", metavar="DECAY/CORRECTION", help="some families only, as scalar/delta")
-    parser.add_argument("--repeats", type=int, default=5, help="repeats of each measurement; the smallest counts")
+    parser.add_argument(
+        "--families", nargs="+", metavar="DECAY/CORRECTION", help="measure only these families, such as scalar/delta"
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="repeats of each measurement; the fastest counts")
     parser.add_argument(
         "--output", type=Path, help="JSON file (default: benchmarks/results/operator-<device>-<date>.json)"
     )
     parser.add_argument(
         "--against",
         metavar="PEERS",
-        help="cuda: peers or libraries, as fla,sdpa; none for none (default: all there are)",
+        help="cuda: peers or libraries to compare with, such as fla,sdpa, or none (default: all that are installed)",
     )
     parser.add_argument(
-        "--minutes", type=float, default=10.0, help="cuda: when to stop, most telling first (default: 10)"
+        "--minutes", type=float, default=10.0, help="cuda: time limit; the most important cases run first (default: 10)"
     )
     parser.set_defaults(measure=run)
 

@@ -33,19 +33,23 @@ class Job:
 
 def add_parser(subparsers: Any) -> None:
     """Add ``bench recognition`` to the command line."""
-    parser = subparsers.add_parser("recognition", help="seconds that recognition takes", description=__doc__)
+    parser = subparsers.add_parser("recognition", help="time recognition while a model compiles", description=__doc__)
     parser.add_argument(
         "--models",
         type=Path,
         metavar="FILE",
-        help='JSON of transformers\' models: {model_type: {"class": "AutoModelForCausalLM", "kwargs": {...}}}',
+        help='JSON file with models of transformers: {model_type: {"class": "AutoModelForCausalLM", "kwargs": {...}}}',
     )
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="some of the models only")
-    parser.add_argument("--length", type=int, default=64, help="tokens that a model of the file gets (default 64)")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="measure only these models")
+    parser.add_argument(
+        "--length", type=int, default=64, help="tokens in the input of a model from the file (default 64)"
+    )
     parser.add_argument("--loop", type=int, default=256, help="length of the hand-written mixers (default 256)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where the results go (default: benchmarks/results/)")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads of torch (default: its own)")
-    parser.add_argument("--limit", type=float, default=600.0, help="seconds after which a compilation is given up")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="file for the results (default: in benchmarks/results/)"
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="number of torch threads (default: set by torch)")
+    parser.add_argument("--limit", type=float, default=600.0, help="time limit in seconds for a compilation")
     parser.set_defaults(measure=run)
 
 

@@ -1,8 +1,8 @@
 """``llcompile bench rewrite``: hand-written quadratic linear attention before and after the backend.
 
-The code has a score for each pair of tokens. Measured are the code as it is (``--inductor``: also compiled without us),
-and ``torch.compile(model, backend="loglinear")`` with and without level weights. Each measurement has a process of its
-own. The first call is apart: it compiles, and the recognition's share of it is told.
+The code has a score for each pair of tokens. It is measured as written (with ``--inductor`` also compiled by Inductor
+alone) and under ``torch.compile(model, backend="loglinear")``, with and without level weights. Each measurement runs in
+its own process. The first call, which compiles, is reported separately with the share of recognition.
 """
 
 from __future__ import annotations
@@ -44,17 +44,21 @@ class Job:
 def add_parser(subparsers: Any) -> None:
     """Add ``bench rewrite`` to the command line."""
     parser = subparsers.add_parser(
-        "rewrite", help="a hand-written mixer before and after the rewrite", description=__doc__
+        "rewrite", help="time a hand-written mixer before and after the rewrite", description=__doc__
     )
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="lengths (default: 1k to 16k)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where the results go (default: benchmarks/results/)")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads of torch (default: its own)")
-    parser.add_argument("--inductor", action="store_true", help="also the code as written, compiled by Inductor alone")
-    parser.add_argument("--decays", nargs="+", choices=DECAYS, default=DECAYS, help="variants (default: both)")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="file for the results (default: in benchmarks/results/)"
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="number of torch threads (default: set by torch)")
+    parser.add_argument(
+        "--inductor", action="store_true", help="also measure the code as written, compiled by Inductor alone"
+    )
+    parser.add_argument("--decays", nargs="+", choices=DECAYS, default=DECAYS, help="decays to measure (default: both)")
     parser.add_argument("--heads", type=int, default=2, help="heads (default 2)")
     parser.add_argument("--dim", type=int, default=64, help="width of a head (default 64)")
-    parser.add_argument("--repeats", type=int, default=3, help="repeats of each measurement; the smallest counts")
-    parser.add_argument("--limit", type=float, default=600.0, help="seconds after which a measurement is given up")
+    parser.add_argument("--repeats", type=int, default=3, help="repeats of each measurement; the fastest counts")
+    parser.add_argument("--limit", type=float, default=600.0, help="time limit in seconds for a measurement")
     parser.set_defaults(measure=run)
 
 

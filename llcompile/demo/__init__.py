@@ -20,24 +20,31 @@ def add_parser(subparsers: Any) -> None:
     """Add this command to the command line."""
     parser = subparsers.add_parser(
         "demo",
-        help="convert and train small models of transformers, and show what changes",
-        description="Converts two models of transformers, then trains a small Mamba-2 on associative recall, converts "
-        "it, and goes on in three ways. Takes 3 to 6 minutes on two CPU cores; each further seed about 2 more.",
+        help="convert and train small models of transformers and compare the results",
+        description="Convert two models of transformers. Then train a small Mamba-2 on associative recall, convert it, "
+        "and continue training in three ways. Takes 3 to 6 minutes on two CPU cores; each further seed about 2 more.",
     )
     parser.add_argument(
-        "--seeds", type=_positive, default=1, metavar="N", help="repeat the training, with mean and spread"
+        "--seeds",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="repeat the training with N seeds and print mean and spread",
     )
     parser.add_argument("--seed", type=int, default=0, help="the first seed (default 0)")
     parser.add_argument(
         "--distances",
         choices=("key", "any"),
         default="key",
-        help="whether a key tells how far back its value lies (default: key)",
+        help="key: the distance to a value depends on its key; any: it does not (default: key)",
     )
     parser.add_argument("--steps", type=_positive, help="training steps before conversion")
-    parser.add_argument("--more", type=_positive, help="training steps after it")
+    parser.add_argument("--more", type=_positive, help="training steps after conversion")
     parser.add_argument(
-        "--out", type=Path, default=Path("demo-output"), help="folder for the plot (default demo-output)"
+        "--out",
+        type=Path,
+        default=Path("demo-output"),
+        help="folder for the plot and the numbers (default demo-output)",
     )
 
 

@@ -1,14 +1,11 @@
-"""``llcompile bench plot FILE.json --out F.png``: time against T, both axes logarithmic, a panel a pass."""
+"""The picture of ``llcompile bench operator --device cuda``: time against T, both axes logarithmic, a panel a pass."""
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ...errors import BenchError
 from .cases import OURS, PHASES, Case, Phase
 
 Answer = dict[str, Any]
@@ -16,46 +13,19 @@ Answer = dict[str, Any]
 _STYLES = {"log-linear": "-", "linear": "-", "softmax": ":"}
 
 
-def add_parser(subparsers: Any) -> None:
-    """Add ``plot`` to ``llcompile bench``."""
-    parser = subparsers.add_parser("plot", help="time against T, from what 'operator --device cuda' wrote")
-    parser.add_argument("file", type=Path, metavar="FILE.json", help="results of 'operator --device cuda'")
-    parser.add_argument("--out", type=Path, required=True, help="picture to write: .png, .svg or .pdf")
-    parser.set_defaults(measure=run)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Draw; raises BenchError for a file that is no result, or without matplotlib."""
-    record = results_of(args.file)
-    draw(record, args.out)
-    print(f"written to {args.out}")
-    return 0
-
-
-def results_of(path: Path) -> Answer:
-    """The record in a file that a run wrote; raises BenchError if it is none, or if no case in it has a time."""
-    try:
-        record = json.loads(path.read_text())
-    except OSError as error:
-        raise BenchError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise BenchError(f"{path} is not JSON: {error}") from error
-    results = record.get("results", ()) if isinstance(record, dict) else ()
-    if not any("case" in r and "milliseconds" in r for r in results):
-        raise BenchError(f"{path} holds no times of 'llcompile bench operator --device cuda'")
-    return dict(record)
+def holds(result: Answer) -> bool:
+    """Whether this is a timed case."""
+    return "case" in result and "milliseconds" in result
 
 
 def draw(record: Answer, out: Path) -> None:
     """Write the picture of the size that has most measurements."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise BenchError("plots need matplotlib: pip install 'llcompile[plot]', or pip install matplotlib") from error
+    import matplotlib
+
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    timed = [(Case(**r["case"]), r) for r in record["results"] if "milliseconds" in r]
+    timed = [(Case(**r["case"]), r) for r in record["results"] if holds(r)]
     size = Counter(case.size for case, _ in timed).most_common(1)[0][0]
     timed = [(case, r) for case, r in timed if case.size == size]
     phases = [phase for phase in PHASES if any(case.phase == phase for case, _ in timed)]

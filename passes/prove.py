@@ -1,8 +1,8 @@
 """Prove: runs each known function and our operator on the same random inputs; only agreement rewrites.
 
 The inputs are small, fresh and generic (no zeros, ones or saturated gates), on the CPU in float64 whatever the model's
-device and dtype, at several lengths; every operand is checked to matter. One proof serves every call with the same
-function, constants and set of operands: the layers of a model are proved once.
+device and dtype, at several lengths; every operand is checked to matter, and gradients are compared. One proof serves
+every call with the same function, constants and set of operands: the layers of a model are proved once.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from llcompile.patterns.known.arguments import is_level_state, read_call, state_
 
 LENGTHS = (3, 70, 133)  # shorter than a chunk, across one chunk, and across two with a remainder
 LEVELS = 9  # enough for the longest of them
+_SLIGHT = 1e-6  # of the largest gradient: what is smaller is compared with this
 # float64 inputs: a function that keeps them agrees to rounding; one that casts to float32 inside, to float32's.
 BUDGETS = (("float64", 1e-10), ("float32", 2e-5))
 
@@ -102,7 +103,9 @@ def _run_proof(site: Site, weighted: bool) -> Certificate | str:
         try:
             worst = 0.0
             for seed, length in enumerate(LENGTHS):
-                worst = max(worst, _error(row, original, site, weighted, seed, length))
+                theirs = _draw(row, original, site, seed, length)
+                worst = max(worst, _error(row, original, site, weighted, seed, theirs))
+            slopes = _gradient_error(row, original, site, weighted)
             idle = _idle_operand(row, original, site)
         except Exception as error:
             what = f"{original.against or row.function} ({original.device})"
@@ -110,6 +113,8 @@ def _run_proof(site: Site, weighted: bool) -> Certificate | str:
             continue
         if idle:
             return f"its result does not depend on {idle}, so that agreement would prove nothing"
+        if worst <= original.budgets[-1][1] < slopes:
+            return f"its gradients are others than the operator's, by {slopes:.0e}"
         for dtype, budget in original.budgets:
             if worst <= budget:
                 return Certificate(worst, dtype, len(LENGTHS), original.against)
@@ -130,10 +135,21 @@ def _originals(site: Site) -> Iterator[Original]:
         yield Original(function, device="cuda", dtype=torch.bfloat16, budgets=(("bfloat16", 2e-2),))
 
 
-def _error(row: KnownFunction, original: Original, site: Site, weighted: bool, seed: int, length: int) -> float:
+def _error(
+    row: KnownFunction, original: Original, site: Site, weighted: bool, seed: int, theirs: dict[str, Any]
+) -> float:
+    """The largest relative difference of a result."""
+    transposed = _is_transposed(row, site)
+    expected, actual = _both(row, original, site, weighted, seed, theirs)
+    return max(_difference(a.cpu(), _sum_levels(b, transposed)) for a, b in zip(expected, actual, strict=True))
+
+
+def _both(
+    row: KnownFunction, original: Original, site: Site, weighted: bool, seed: int, theirs: dict[str, Any]
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """What the function and what our operator give for the same values."""
     assert site.call is not None
-    theirs = _draw(row, original, site, seed, length)
-    # The same values, rounded the same way, in float64; copies, because either side may write the state.
+    # Rounded the same way, in float64; copies, because either side may write the state.
     ours = _moved(theirs, lambda name: ("cpu", torch.float64))
     state_name = state_argument(row)
     # A state without levels that the function writes gets levels first (the pass `states`).
@@ -146,9 +162,44 @@ def _error(row: KnownFunction, original: Original, site: Site, weighted: bool, s
     if weighted:
         value = call[row.tensor_with("V").name]
         weights = torch.ones(*value.shape[:-1], LEVELS, dtype=torch.float32)
-    actual = _flat(row, lower(row, call, call, weights), ours)
-    transposed = _is_transposed(row, site)
-    return max(_difference(a.cpu(), _sum_levels(b, transposed)) for a, b in zip(expected, actual, strict=True))
+    return expected, _flat(row, lower(row, call, call, weights), ours)
+
+
+def _gradient_error(row: KnownFunction, original: Original, site: Site, weighted: bool) -> float:
+    """The largest relative difference of the gradients of a fixed function of the result, on a draw of its own.
+
+    0 where the function has no backward: there is nothing that a rewrite could change.
+    """
+    drawn = _draw(row, original, site, len(LENGTHS), LENGTHS[1])
+    written = row.writes_state
+    names = [n for n, x in drawn.items() if isinstance(x, torch.Tensor) and x.is_floating_point() and n != written]
+    leaves = [_once(drawn[name]).clone() for name in names]
+    with torch.inference_mode(False), torch.enable_grad():
+        # What is written must not be a view that was made without gradients.
+        theirs = {name: x.clone() if name == written else x for name, x in drawn.items()}
+        for name, leaf in zip(names, leaves, strict=True):
+            theirs[name] = leaf.requires_grad_().expand(drawn[name].shape)
+        expected, actual = _both(row, original, site, weighted, len(LENGTHS), theirs)
+        try:
+            slopes = _gradients(expected[0], leaves)
+        except (RuntimeError, NotImplementedError):
+            return 0.0
+        pairs = list(zip(slopes, _gradients(actual[0], leaves), strict=True))
+    largest = max(float(one.abs().max()) for one, _ in pairs)
+    worst = 0.0
+    for one, two in pairs:
+        size = max(float(one.abs().max()), float(two.abs().max()), _SLIGHT * largest, 1e-30)
+        worst = max(worst, float((one.double() - two.double()).abs().max()) / size)
+    return worst
+
+
+def _gradients(result: torch.Tensor, leaves: list[torch.Tensor]) -> list[torch.Tensor]:
+    if not result.requires_grad:
+        return [torch.zeros_like(x) for x in leaves]
+    weights = torch.randn(result.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    loss = (result * weights.to(result.device, result.dtype)).sum()
+    found = torch.autograd.grad(loss, leaves, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for g, x in zip(found, leaves, strict=True)]
 
 
 def _draw(row: KnownFunction, original: Original, site: Site, seed: int, length: int) -> dict[str, Any]:
@@ -164,10 +215,14 @@ def _moved(values: dict[str, Any], place: Callable[[str], tuple[str, torch.dtype
     moved = dict(values)
     for name, value in values.items():
         if isinstance(value, torch.Tensor):
-            once = value[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in value.stride())]
             device, dtype = place(name)
-            moved[name] = once.to(device, dtype, copy=True).expand(value.shape)
+            moved[name] = _once(value).to(device, dtype, copy=True).expand(value.shape)
     return moved
+
+
+def _once(value: torch.Tensor) -> torch.Tensor:
+    """The values of a tensor without their repetitions along broadcast axes."""
+    return value[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in value.stride())]
 
 
 def _flat(row: KnownFunction, result: Any, arguments: dict[str, Any]) -> list[torch.Tensor]:

@@ -42,6 +42,12 @@ def not_causal(q: Tensor, k: Tensor, v: Tensor, scale: Any = None, initial_state
     return torch.einsum("bhts,bshv->bthv", scores, v), None
 
 
+def stops_gradients(
+    q: Tensor, k: Tensor, v: Tensor, scale: Any = None, initial_state: Any = None
+) -> tuple[Tensor, None]:
+    return linear_attention(q, k.detach(), v)[0], None
+
+
 def no_keys(q: Tensor, k: Tensor, v: Tensor, scale: Any = None, initial_state: Any = None) -> tuple[Tensor, None]:
     return q.sum(-1, keepdim=True) * v.cumsum(1), None
 
@@ -190,6 +196,10 @@ def test_a_combination_that_the_row_does_not_cover(make: Make) -> None:
 
 def test_a_function_that_computes_something_else(make: Make) -> None:
     check_declined(make(not_causal), "agrees at w = 1 to ")
+
+
+def test_a_function_with_other_gradients(make: Make) -> None:
+    check_declined(make(stops_gradients), "its gradients are others than the operator's")
 
 
 def test_an_operand_without_effect(make: Make) -> None:

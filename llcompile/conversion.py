@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from llcompile import adapters, attachment, backend, compile_run, recompile_room, versions
+from llcompile import adapters, attachment, backend, compile_run, other_mode, recompile_room, versions
 from llcompile import verify as verify_
 from llcompile.errors import CaptureError, LLCompileError, ModelError
 from llcompile.look.collect import collect, without_graph
@@ -161,12 +161,20 @@ def _verified(
     model: nn.Module, capture: _Capture, args: tuple[Any, ...], kwargs: dict[str, Any], report: Report
 ) -> Report:
     """The report after the converted model's run; mixers that are to blame lose their level weights."""
-    verdict = verify_.verify(model, args, kwargs, capture.options, list(capture.found.values()))
+    mixers = list(capture.found.values())
+    other = other_mode.judge(model, args, kwargs, capture.options, mixers, capture.asked)
+    report = _without_blamed(report, other)
+    verdict = verify_.verify(model, args, kwargs, capture.options, [m for m in mixers if m not in other.blamed])
+    report = _without_blamed(report, verdict)
+    return replace(report, certificate=verdict.certificate, unverified=verdict.unverified)
+
+
+def _without_blamed(report: Report, verdict: verify_.Verdict) -> Report:
     for mixer, reason in verdict.blamed.items():
         attachment.withhold(mixer.owner, mixer.attribute, reason)
         if mixer.fresh and mixer.weights is not None:
             attachment.detach_one(mixer.owner, mixer.attribute)
-    return replace(verify_.judged(report, verdict), certificate=verdict.certificate, unverified=verdict.unverified)
+    return verify_.judged(report, verdict)
 
 
 def _unverified(report: Report) -> Report:
@@ -211,6 +219,7 @@ class _Capture:
         self.before = before
         self.report = Report()
         self.found: dict[tuple[int, str], verify_.Mixer] = {}
+        self.asked: set[int] = set()  # ids of modules whose `training` the code has read
         self.mixers: list[MixerLook] = []
         self.kwargs = {"options": {"level_weights": options.level_weights}}
 
@@ -220,6 +229,7 @@ class _Capture:
         session = compile_run.new_session(module, self.options, self.names, self.dry_run)
         found = compile_run.look(session)
         self.report = self.report.merged(found)
+        self.asked.update(id(module) for module in reach.modules_asked("training"))
         if not self.dry_run:
             self.found.update(
                 {m.key: m for m in map(self._mixer, compile_run.distinct(session.sites)) if m is not None}
@@ -235,7 +245,7 @@ class _Capture:
 
     def is_ours(self, other: Any) -> bool:
         """Whether compiled code was made for a conversion, and serves no call of the user's."""
-        return type(other) in (_Capture, verify_.Backend)
+        return type(other) in (_Capture, verify_.Backend, other_mode.Look)
 
     def _mixer(self, site: Site) -> verify_.Mixer | None:
         if site.owner is None:

@@ -68,15 +68,30 @@ def _ran(session: Session) -> list[nn.Module]:
     return list({id(module): module for module in found if module is not None}.values())
 
 
-def _message(session: Session, owner: nn.Module, unread: list[str]) -> str:
-    sites = [site for site in session.sites if site.owner is owner]
-    module = next((site.module for site in sites if site.module), "")
-    module = module or session.settings.names.get(id(owner), "") or reach.path_of(owner)
-    reasons = [f"{site.reason} ({site.where})" for site in sites if not site.open]
+def why(session: Session, owner: nn.Module) -> str:
+    """Why level weights of a module have no part in a graph: what was said of its mixers, or of what came near."""
+    module = _name(session, owner)
+    reasons = [f"{s.reason} ({s.where})" for s in session.sites if s.owner is owner and not s.open]
     records = (*session.near_misses, *session.refused)
-    reasons = reasons or [f"{r.reason} ({r.where})" for r in records if module and r.module == module]
+    named = bool(module) or owner is reach.root_module()
+    reasons = reasons or [f"{r.reason} ({r.where})" for r in records if named and r.module == module]
+    return "; ".join(dict.fromkeys(reasons)) or _NOT_FOUND
+
+
+def mode_name(training: bool) -> str:
+    """What PyTorch calls a module's mode."""
+    return "training" if training else "eval"
+
+
+def _name(session: Session, owner: nn.Module) -> str:
+    sites = (site.module for site in session.sites if site.owner is owner)
+    return next(filter(None, sites), "") or session.settings.names.get(id(owner), "") or reach.path_of(owner)
+
+
+def _message(session: Session, owner: nn.Module, unread: list[str]) -> str:
+    module = _name(session, owner)
     where = f"{type(owner).__name__} {module!r}" if module else type(owner).__name__
     return (
-        f"{where} has level weights ({', '.join(unread)}) and ran in this call, and the compiled graph does not read "
-        f"them: {'; '.join(dict.fromkeys(reasons)) or _NOT_FOUND}."
+        f"{where} has level weights ({', '.join(unread)}) and ran in this call, in {mode_name(owner.training)} mode, "
+        f"and the compiled graph does not read them: {why(session, owner)}."
     )

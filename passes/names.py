@@ -12,7 +12,7 @@ import inspect
 import linecache
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx, nn
@@ -57,10 +57,18 @@ def names(session: Session) -> int:
     for sites in calls.values():
         owner = sites[0].owner
         if owner not in known:
-            known[owner] = {n: w.place for n, w in ([] if owner is None else session.settings.held(owner))}
+            held = [] if owner is None else session.settings.held(owner)
+            known[owner] = {n: _as_now(w.place, owner) for n, w in held}
         _number(sites)
         _name(sites, known[owner])
     return sum(site.owner is not None for site in session.sites)
+
+
+def _as_now(place: CodePlace | None, owner: nn.Module | None) -> CodePlace | None:
+    """A place by those of its operands that still have their names: adapters and parametrisations give others."""
+    if place is None or owner is None:
+        return place
+    return replace(place, operands=place.operands.intersection(_own_parameters(owner).values()))
 
 
 def _number(sites: list[Site]) -> None:
@@ -131,8 +139,16 @@ _RULES: tuple[Callable[[CodePlace, CodePlace], bool], ...] = (
 
 
 def has_run(session: Session, owner: nn.Module, place: Any) -> bool:
-    """Whether the code of a mixer's place ran in this frame, whatever was found in it."""
+    """Whether the code of a mixer's place ran in this frame, with one of its parameters, whatever was found in it."""
     lines = place.lines if isinstance(place, CodePlace) else ()
+    now = _as_now(place, owner) if lines else None
+    read = {id(dynamo.input_value(node)) for node in session.graph.nodes if node.op == "placeholder"}
+    if (
+        now is not None
+        and now.operands
+        and not any(name in now.operands for tensor, name in _own_parameters(owner).items() if tensor in read)
+    ):
+        return False
     stacks = dict.fromkeys(n.meta.get("stack_trace") for region in session.regions for n in region.graph.nodes)
     return bool(lines) and any(_lines({"stack_trace": stack}, owner) == lines for stack in stacks if stack)
 
@@ -190,7 +206,7 @@ def _operands(site: Site) -> frozenset[str]:
     """The owner's parameters that the operands are made with, the nearest on each way."""
     if site.owner is None:
         return frozenset()
-    names = {id(parameter): name for name, parameter in site.owner.named_parameters() if ".loglinear" not in f".{name}"}
+    names = _own_parameters(site.owner)
     found: set[str] = set()
     pending, seen = list(operand_nodes(site)), set[fx.Node]()
     while pending:
@@ -203,6 +219,11 @@ def _operands(site: Site) -> frozenset[str]:
         if not own:
             pending.extend(node.all_input_nodes)
     return frozenset(found)
+
+
+def _own_parameters(owner: nn.Module) -> dict[int, str]:
+    """Names of the parameters below a module by their id, without level weights."""
+    return {id(parameter): name for name, parameter in owner.named_parameters() if ".loglinear" not in f".{name}"}
 
 
 def _held(site: Site, node: fx.Node) -> Any:

@@ -80,6 +80,21 @@ def is_call_of_a_module() -> bool:
     return running is not None and running is root_module()
 
 
+def modules_asked(attribute: str) -> list[nn.Module]:
+    """The modules of which traced code has read an attribute that Dynamo guards (`training`, say)."""
+    translator = current_translator()
+    guards = () if translator is None else translator.output.guards
+    sources = (getattr(guard, "originating_source", None) for guard in guards)
+    bases = {_text(s.base) for s in sources if isinstance(s, AttrSource) and s.member == attribute}
+    return [_value(variable) for variable in _variables().values() if _text(variable.source) in bases]
+
+
+def _text(source: Source) -> str:
+    """A source as code; a method in older releases of torch, a property in newer ones."""
+    name: Any = source.name
+    return str(name() if callable(name) else name)
+
+
 def modules_in(graph: fx.Graph) -> list[nn.Module]:
     """The modules that some node of the graph was traced in."""
     keys = {key.split("@")[0]: None for node in graph.nodes for key in node.meta.get("nn_module_stack") or ()}

@@ -163,7 +163,7 @@ def _probe(part: Part, reading: Reading, sizing: Sizing, ranges: Mapping[Source,
         z = torch.randn(probe.shape(reading.decay), generator=probe.generator, dtype=torch.float64)
         log_decay = -(4.0 / probe.length) * (0.2 + torch.nn.functional.softplus(z))
         probe.values[reading.decay] = reading.transform.inverse(log_decay / reading.rate).to(dtype)
-    if reading.beta is not None:
+    if reading.family[1] == "delta":
         # Keys of norm 1/2 to 1: with longer ones a delta rule diverges.
         key = probe.values[reading.key].double()
         held = {id(a) for a in reading.axes.key}

@@ -27,12 +27,14 @@ class Followed:
         axes: value -> its axes; `atoms.leaves` resolves each to what it is by the end.
         mixed: operation -> the axes that it mixes.
         counts: how often each rule was used, by its name.
+        live: values that the model's input has a part in.
     """
 
     atoms: Atoms
     axes: dict[Value, Axes]
     mixed: dict[Op, list[Axis]] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
+    live: set[Value] = field(default_factory=set)
 
 
 def follow(
@@ -46,7 +48,7 @@ def follow(
         atoms: what the inputs' axes are made of.
         taken: value -> the axes that it is one position of.
     """
-    found = Followed(atoms, dict(inputs))
+    found = Followed(atoms, dict(inputs), live={value for value in inputs if _is_live(value)})
     lost: dict[Value, tuple[Axis, ...]] = dict(taken)
     for op in ops:
         for value in op.inputs:
@@ -80,12 +82,18 @@ def _like_axes(program: Program, atoms: Atoms) -> dict[Value, Axes]:
 def _start(found: Followed, value: Value) -> None:
     axes = tuple(found.atoms.new(n) for n in value.shape)
     found.axes[value] = axes
+    if _is_live(value):
+        found.live.add(value)
     for axis in axes:
         for atom in axis:
             atom.weight = value.parameter
             atom.pinned = value.data is not None
     if _is_triangle(value):
         found.atoms.same(axes[-1], axes[-2])
+
+
+def _is_live(value: Value) -> bool:
+    return value.data is None and not value.parameter
 
 
 def _is_triangle(value: Value) -> bool:
@@ -108,7 +116,9 @@ def _step(found: Followed, op: Op, lost: dict[Value, tuple[Axis, ...]]) -> None:
     found.mixed[op] = call.mixed
     # Features that were summed are gone for good; of a sequence that was cut, the pieces may come together again.
     cut = call.mixed if op.name in _CUTS or rule is opaque else []
-    gone = [axis for value in op.inputs for axis in lost.get(value, ())] + cut
+    live = [value for value in op.inputs if value in found.live]
+    # Where a table of numbers or a weight was cut alike (the decays of a loop's steps), the sequence is what was cut.
+    gone = [axis for value in live or op.inputs for axis in lost.get(value, ())] + cut
     kept: dict[tuple[int, ...], Axis] = {}
     for axis in reversed(gone):
         kept.setdefault(tuple(id(leaf) for leaf in found.atoms.leaves(axis)), axis)
@@ -119,3 +129,5 @@ def _step(found: Followed, op: Op, lost: dict[Value, tuple[Axis, ...]]) -> None:
             continue
         found.axes[value] = axes
         lost[value] = tuple(kept.values())
+        if live:
+            found.live.add(value)

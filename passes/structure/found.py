@@ -111,6 +111,8 @@ class Found:
             found.append(f"its code is written out for length {count(tuple(x.size for x in self.frame.leaves))}")
         if self.reading.constant is not None:
             found.append("its decay was read from the code's numbers when it was compiled")
+        if self.reading.step is not None:
+            found.append(f"its step (beta) is a number of the code, {self.reading.step:.6g}")
         if self.reading.assumed:
             found.append("its decay is a parameter taken as it is: every call checks that it lies in (0, 1]")
         if self.hands_on():

@@ -61,7 +61,7 @@ class Reading:
         assumed: the decay is a parameter taken as it is, which must lie in (0, 1].
         constant: the log decay of each head where it is a number of the code.
         complement: what is written is multiplied with one minus the decay (a step from the state towards it).
-        full_step: a delta rule whose beta is one throughout.
+        step: the beta of a delta rule where it is a number of the code.
         post: sources that the output is multiplied with ("times"), divided by ("over"), or that are added ("plus").
         normaliser: (form, epsilon) where the output is divided by the same operator on ones.
         scale: factor on the query.
@@ -82,7 +82,7 @@ class Reading:
     constant: tuple[float, ...] | None = None
     complement: bool = False
     beta: Source | None = None
-    full_step: bool = False
+    step: float | None = None
     post: tuple[tuple[Source, str], ...] = ()
     normaliser: tuple[str, float] | None = None
     scale: float = 1.0
@@ -91,7 +91,7 @@ class Reading:
     @property
     def family(self) -> tuple[Decay, Correction]:
         """The cell of the table of families."""
-        correction: Correction = "delta" if self.full_step or self.beta is not None else "none"
+        correction: Correction = "none" if self.step is None and self.beta is None else "delta"
         if self.decay is None:
             return ("none" if self.constant is None else "scalar"), correction
         keyed = any(atom in self.axes.key for row in self.rows[self.decay] for atom in row)
@@ -134,7 +134,7 @@ class Reading:
             key=key,
             value=value,
             log_decay=log_decay,
-            beta=torch.ones_like(value[..., 0]) if self.full_step else self._beta(put),
+            beta=self._beta(put) if self.step is None else torch.full_like(value[..., 0], self.step),
             scale=self.scale,
         )
 

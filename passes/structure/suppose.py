@@ -81,7 +81,7 @@ def _with_transforms(probe: Probe, roles: Roles, key: Source, named: list[tuple[
     base = Reading(probe.rows, probe.result, axes, roles.query, key, roles.value, factors, beta=one(_BETA), post=post)
     bases = [base]
     if base.beta is None and roles.degree[key] != 1 and roles.linear_query:
-        bases.append(replace(base, full_step=True))
+        bases.append(replace(base, step=1.0))
     for one_base in bases:
         if decay is None:
             yield one_base
@@ -147,11 +147,25 @@ def _fit(probe: Probe, reading: Reading, roles: Roles, base: Tensor) -> tuple[Re
         return _fit_normaliser(probe, reading, base)
     ours = output_of(probe, reading)
     found, error = _scaled(reading, ours, base)
+    if error >= AGREES and reading.step is not None:
+        step = _constant_step(probe, reading, base)
+        if step is not None:
+            stepped = replace(reading, step=step)
+            found, error = _scaled(stepped, output_of(probe, stepped), base)
     if error >= AGREES and reading.decay is None:
-        decayed = _constant_decay(probe, reading, ours, base)
-        if decayed is not None:
-            found, error = _scaled(decayed, output_of(probe, decayed), base)
+        for headed in (reading, *_more_heads(reading)):
+            decayed = _constant_decay(probe, headed, ours, base)
+            if decayed is not None:
+                return _scaled(decayed, output_of(probe, decayed), base)
     return found, error
+
+
+def _more_heads(reading: Reading) -> Iterator[Reading]:
+    """The reading with an axis of the value as heads: only a decay of the code's own numbers may tell them apart."""
+    axes = reading.axes
+    for atom in axes.value if len(axes.value) > 1 else ():
+        rest = tuple(a for a in axes.value if a is not atom)
+        yield replace(reading, axes=replace(axes, rest=(*axes.rest, atom), value=rest))
 
 
 def output_of(probe: Probe, reading: Reading) -> Tensor:
@@ -193,6 +207,27 @@ def _constant_decay(probe: Probe, reading: Reading, ours: Tensor, base: Tensor) 
     if bool((log_decay > 1e-9).any()) or float(log_decay.abs().max()) < 1e-9:
         return None
     return replace(reading, constant=tuple(float(x) for x in log_decay))
+
+
+def _constant_step(probe: Probe, reading: Reading, base: Tensor) -> float | None:
+    """The beta that the code holds as a number, from what the second token leaves of the first.
+
+    Up to a factor that is (1 - beta) times what no correction leaves, and beta times what a step of one leaves.
+    """
+    if reading.value is None or probe.length < 2:
+        return None
+    kept, changed = probe.values, {**probe.values, reading.value: probe.at_one_time(reading.value, 0)}
+    theirs = (base - probe.by_time(probe.run(changed)))[1]
+    left = []
+    for step in (None, 1.0):
+        tried = replace(reading, step=step)
+        own = output_of(probe, tried)
+        probe.values = changed
+        left.append((own - output_of(probe, tried))[1])
+        probe.values = kept
+    without, whole = torch.linalg.lstsq(torch.stack(left, 1).double(), theirs.double()[:, None]).solution[:, 0].tolist()
+    step = whole / (without + whole) if without + whole else math.nan
+    return step if math.isfinite(step) and step > 0 else None
 
 
 def _by_head(probe: Probe, reading: Reading, x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tests.fuzz import check
+from tests.fuzz.mixing import mixing
 from tests.fuzz.recipes import (
     AROUND,
     DECAYS,
@@ -17,13 +18,12 @@ from tests.fuzz.recipes import (
     HOOKS,
     IN_PLACE,
     LAYOUTS,
-    MASKS,
     MODELS,
     MUTATIONS,
     RUNNERS,
-    Layout,
     Recipe,
     draw,
+    hooked,
 )
 
 _PROGRAM = '''"""{title}"""
@@ -105,7 +105,7 @@ def program(recipe: Recipe) -> str:
         on_operands,
         *to,
         "# mixing",
-        _mixing(recipe, layout),
+        *mixing(recipe),
         "# mixed",
         *(f"{name} = {layout.back.format(name)}" for name in ("o", "k", "v")),
         on_output,
@@ -121,7 +121,7 @@ def program(recipe: Recipe) -> str:
         forward=_indented(8, *lines),
         layers=recipe.layers,
         model=_indented(8, MODELS[recipe.model]),
-        hook=_indented(4, HOOKS[recipe.hook]),
+        hook=_indented(4, *_hooks(recipe)),
         runner=_indented(4, RUNNERS[recipe.runner]),
         check=_CHECK,
     )
@@ -151,103 +151,9 @@ def _mutated(text: str, mutation: str) -> str:
     return text
 
 
-def _mixing(recipe: Recipe, layout: Layout) -> str:
-    lead, axes = layout.lead, layout.axes
-    size = "b * H" if lead == "n" else "b, H"
-    names = {"q": f"{axes}k", "s": f"{axes}k".replace("t", "s"), "v": f"{axes}v", "sv": f"{axes}v".replace("t", "s")}
-    state = f"{lead}kv"
-    scalar, channel = recipe.decay not in ("none", "channel"), recipe.decay == "channel"
-    # The decay to a state [.., K, V], and to q or k [.., K].
-    on_state = "[..., None]" if channel else "[..., None, None]"
-    on_key = "" if channel else "[..., None]"
-    now = {name: f"{name}.select(TIME, i)" for name in "qkvg"}
-    if recipe.spelling == "quadratic":
-        # [lead, t] or [lead, t, K]
-        front = f'torch.einsum("{axes}{"k" * channel}->{lead}t{"k" * channel}", g).cumsum({len(lead)})'
-        scores = f'scores = torch.einsum("{names["q"]},{names["s"]}->{lead}ts", q, k)'
-        decayed = []
-        if scalar or channel:
-            n = len(lead)
-            decayed = [f"c = {front}", f"far = (c.unsqueeze({n + 1}) - c.unsqueeze({n}))"]
-            decayed += [f"far = far.masked_fill((i[:, None] < i){'[..., None]' * channel}, -torch.inf).exp()"]
-        if scalar:
-            decayed.append("scores = scores * far")
-        if channel:
-            scores = f'scores = torch.einsum("{names["q"]},{names["s"]},{lead}tsk->{lead}ts", q, k, far)'
-            return "\n".join([_COUNT, *decayed, scores, *_end(recipe, layout)])
-        return "\n".join([_COUNT, scores, *decayed, *_end(recipe, layout)])
-    if recipe.spelling == "cumulative":
-        keys, queries = ("k * (-c).exp()" + "", "q * c.exp()") if scalar or channel else ("k", "q")
-        c = [f"c = g.cumsum(TIME){on_key}"] if scalar or channel else []
-        states = f'states = torch.einsum("{names["q"]},{names["v"]}->{axes}kv", {keys}, v).cumsum(TIME)  # of states'
-        read = f'o = torch.einsum("{names["q"]},{axes}kv->{names["v"]}", {queries}, states)'
-        return "\n".join([*c, states, "# states", read])
-    if recipe.spelling == "doubling":
-        return "\n".join(
-            [
-                f'states, far = torch.einsum("{names["q"]},{names["v"]}->{axes}kv", k, v), 1',
-                "while far < t:",
-                "    old = states.narrow(TIME, 0, t - far)",
-                "    states = states + torch.cat([torch.zeros_like(states.narrow(TIME, 0, far)), old], TIME)",
-                "    far *= 2",
-                "# states",
-                f'o = torch.einsum("{names["q"]},{axes}kv->{names["v"]}", q, states)',
-            ]
-        )
-    if recipe.spelling == "chunk loop":
-        q, k = ("q.narrow(TIME, start, size)", "k.narrow(TIME, start, size)")
-        lines = [
-            f"state, outs = x.new_zeros({size}, K, V), []",
-            "for start in range(0, t, 4):",
-            "    size = min(4, t - start)",
-            f"    qc, kc, vc = {q}, {k}, v.narrow(TIME, start, size)",
-        ]
-        if scalar or channel:
-            lines += [
-                f"    c = g.narrow(TIME, start, size).cumsum(TIME){on_key}",
-                "    qc, kc = qc * c.exp(), kc * (-c).exp()",
-            ]
-        total = f"c.select(TIME, size - 1).exp(){'[..., None]'}"
-        lines += [
-            f'    scores = torch.einsum("{names["q"]},{names["s"]}->{lead}ts", qc, kc).tril()',
-            f'    o = torch.einsum("{lead}ts,{names["sv"]}->{names["v"]}", scores, vc)',
-            f'    outs.append(o + torch.einsum("{names["q"]},{state}->{names["v"]}", qc, state))',
-            f'    state = state + torch.einsum("{names["q"]},{names["v"]}->{state}", kc, vc)',
-            *([f"    state = {total} * state"] if scalar or channel else []),
-            "o = torch.cat(outs, TIME)",
-        ]
-        return "\n".join(lines)
-    k, v = f"{lead}k", f"{lead}v"
-    steps = [f"state = state * {now['g']}.exp(){on_state}"] if scalar or channel else []
-    if recipe.spelling == "delta loop":
-        steps += [f'old = torch.einsum("{k},{state}->{v}", {now["k"]}, state)', f"new = 0.5 * ({now['v']} - old)"]
-    else:
-        steps += [f"new = {now['v']}"]
-    steps += [f'state = state + torch.einsum("{k},{v}->{state}", {now["k"]}, new)']
-    out = f'torch.einsum("{k},{state}->{v}", {now["q"]}, state)'
-    first = f"state, outs = x.new_zeros({size}, K, V), []"
-    if recipe.spelling == "step function":
-        body = ["def step(state, i):", *(f"    {s}" for s in steps), f"    return state, {out}", "", first]
-        loop = ["for i in range(t):", "    state, out = step(state, i)", "    outs.append(out)"]
-        return "\n".join([*body, *loop, "o = torch.stack(outs, TIME)"])
-    return "\n".join(
-        [
-            first,
-            "for i in range(t):",
-            *(f"    {s}" for s in steps),
-            f"    outs.append({out})",
-            "o = torch.stack(outs, TIME)",
-        ]
-    )
-
-
-_COUNT = "i = torch.arange(t)"
-
-
-def _end(recipe: Recipe, layout: Layout) -> list[str]:
-    axes, lead = layout.axes, layout.lead
-    sv = f"{axes}v".replace("t", "s")
-    return [MASKS[recipe.mask], "# scores", f'o = torch.einsum("{lead}ts,{sv}->{axes}v", scores, v)']
+def _hooks(recipe: Recipe) -> list[str]:
+    hook = HOOKS[recipe.hook]
+    return [f"for layer in {hooked(recipe)}:", f"    {hook}"] if hook else []
 
 
 def _indented(by: int, *pieces: str) -> str:

@@ -125,16 +125,26 @@ MODELS = {
     "time first": "for layer in self.layers:\n    x = x + layer(x.transpose(0, 1).transpose(0, 1))\nreturn x",
 }
 
-# Hooks and the like, on a model made.
+# Hooks and the like, on the layers `hooked` of a model.
 HOOKS = {
     "none": "",
-    "output": "model.layers[0].register_forward_hook(lambda module, args, out: out * 0.5)",
-    "before the end": "model.layers[0].out.register_forward_pre_hook(lambda module, args: (args[0] * 2,))",
-    "a projection": "model.layers[0].k.register_forward_hook(lambda module, args, out: out + 0.1)",
-    "a graph break": "model.layers[0].out.register_forward_pre_hook(lambda module, args: torch._dynamo.graph_break())",
-    "frozen": "model.layers[0].q.requires_grad_(False)",
-    "weight norm": "nn.utils.parametrizations.weight_norm(model.layers[0].v)",
+    "output": "layer.register_forward_hook(lambda module, args, out: out * 0.5)",
+    "before the end": "layer.out.register_forward_pre_hook(lambda module, args: (args[0] * 2,))",
+    "a projection": "layer.k.register_forward_hook(lambda module, args, out: out + 0.1)",
+    "a graph break": "layer.out.register_forward_pre_hook(lambda module, args: torch._dynamo.graph_break())",
+    "frozen": "layer.q.requires_grad_(False)",
+    "weight norm": "nn.utils.parametrizations.weight_norm(layer.v)",
 }
+
+
+def hooked(recipe: Recipe) -> str:
+    """The layers that have the hook: the first, or all where equal layers are compiled one by one.
+
+    Dynamo shares code between those and does not ask whether a module has a hook (`skip_nnmodule_hook_guards`): with
+    the backend "eager", too, the hook of one of them is lost.
+    """
+    return "model.layers" if recipe.runner == "layer by layer" else "model.layers[:1]"
+
 
 # How the model is held and called: `compile` makes the compiled function (or, in the control, nothing).
 RUNNERS = {

@@ -3,7 +3,8 @@
 Libraries hand a mixer's kernel no mask: they multiply what it reads by one. So a mask is looked for in the graph, and
 taken only where the graph shows that it is one: it is made of the model's whole numbers alone (no activation has a part
 in it), it has a value for each token, and no path leads from the model's input to an operand of the mixer that does not
-pass a multiplication by it. A token at which it is zero then cannot be told from any other such token: it is padding.
+pass a multiplication by it. A token at which it is zero then cannot be told from any other such token: it is padding,
+provided that it writes nothing to the state (see padded.py).
 """
 
 from __future__ import annotations
@@ -19,10 +20,15 @@ from torch import fx
 from llcompile.passes import dynamo
 from llcompile.passes.boundary import boundary
 from llcompile.passes.origin import data_inputs, is_constant_input, operand_nodes
+from llcompile.passes.padded import writes_nothing
 from llcompile.passes.session import Session, Site
 
 _UNFOLLOWED = (
     "a padding mask is applied inside it, and it does not cover every operand: levels count from the start of a row"
+)
+_WRITTEN = (
+    "a padding mask is applied before it, and a bias behind the mask gives padded tokens values again: they are "
+    "tokens, as in the model's own code, and levels count from the start of a row"
 )
 
 
@@ -87,7 +93,9 @@ def _find(site: Site) -> None:
             mask: nodes for mask, nodes in masked.items() if site.found.batch_and_time == tuple(_sizes(mask.node))
         }
     covering = [mask for mask, nodes in masked.items() if not _reached(site, operands, nodes)]
-    if covering:
+    if covering and not writes_nothing(site, masked[covering[0]]):
+        site.notes.append(_WRITTEN)
+    elif covering:
         site.mask, site.mask_inverted = covering[0].node, covering[0].inverted
     elif masked:
         site.notes.append(_UNFOLLOWED)

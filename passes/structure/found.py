@@ -162,8 +162,12 @@ class Found:
 
     def activations(self) -> list[fx.Node]:
         """The nodes of the operands that depend on the model's input."""
+        return self.nodes_of(*self.reading.operands)
+
+    def nodes_of(self, *sources: Source) -> list[fx.Node]:
+        """The nodes that sources are made of and that depend on the model's input."""
         found: list[fx.Node] = []
-        pending = list(self.reading.operands)
+        pending = list(sources)
         while pending:
             source = pending.pop()
             if isinstance(source, Lifted):

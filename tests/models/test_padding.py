@@ -111,15 +111,24 @@ def test_a_gate_is_no_mask() -> None:
             self.mask = mask
             return super().forward(x)
 
+    class Unbiased(Gated):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = torch.nn.Linear(16, 3 * self.heads * self.size, bias=False)
+
     x, mask = torch.randn(2, 9, 16), (torch.arange(9) >= torch.tensor([[0], [4]])).long()
-    for mixer, given, notes in ((Gated(), mask, 0), (Gated(), mask.float(), 0), (Half(), mask, 1)):
+    cases = ((Unbiased(), mask, ""), (Unbiased(), mask.float(), ""), (Gated(), mask, "bias"), (Half(), mask, "cover"))
+    for mixer, given, note in cases:
+        before = mixer(x, mask=given)
         report = llcompile.convert(mixer, x, mask=given)
-        assert len(report.converted[0].notes) == notes
+        assert len(report.converted[0].notes) == bool(note)
+        assert note in "".join(report.converted[0].notes)
+        assert difference(compiled(mixer)(x, mask=given), before) < 1e-5
         small.perturb(mixer)
         torch._dynamo.reset()
         alone = compiled(mixer)(x[1:, 4:], mask=given[1:, 4:])
         row = compiled(mixer)(x, mask=given)[1:, 4:]
-        followed = given is mask and isinstance(mixer, Gated)
+        followed = given is mask and isinstance(mixer, Unbiased)
         assert (difference(row, alone) < 1e-5) == followed
 
 

@@ -1,0 +1,110 @@
+"""Padded: whether a masked token writes nothing to a mixer's state, as the code stands.
+
+A mask zeroes features; a bias behind it gives padded tokens values again, and then they are tokens like others. The
+nodes between the mask and the mixer's values are run on zeros. Products with parameters are not computed: without a
+bias they keep zeros, with one they do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+from torch.utils._python_dispatch import _disable_current_modes
+
+from llcompile.passes import dynamo
+from llcompile.passes.session import Site
+
+# Targets -> where their bias is among the arguments, None where they have none.
+_PRODUCTS: dict[Any, int | None] = {
+    **dict.fromkeys((F.linear, torch._C._nn.linear, F.conv1d, torch.conv1d, F.conv2d, torch.conv2d), 2),
+    **dict.fromkeys((torch.matmul, torch.bmm, torch.einsum, "matmul", "bmm"), None),
+}
+
+
+def writes_nothing(site: Site, masked: Iterable[fx.Node]) -> bool:
+    """Whether the values of tokens that the masked nodes zero are zero, too; where that cannot be seen, they are."""
+    values = _values(site)
+    with _disable_current_modes(), torch.no_grad(), torch.device("cpu"):
+        try:
+            results = _run(site, set(masked), values)
+            return all(_is_zero(results[value]) for value in values)
+        except Exception:  # a node that does not run on its own: the whole model's comparison decides
+            return True
+
+
+def _values(site: Site) -> list[fx.Node]:
+    if site.found is not None:
+        value = site.found.reading.value
+        return [] if value is None else site.found.nodes_of(value)
+    node = site.node.kwargs.get(site.known.row.tensor_with("V").name)
+    return [node] if isinstance(node, fx.Node) else []
+
+
+def _run(site: Site, masked: set[fx.Node], values: list[fx.Node]) -> dict[fx.Node, Any]:
+    """Results of the nodes between the masked ones, which are zero, and the values; what needs no mask is drawn."""
+    between = _between(masked, values)
+    results: dict[fx.Node, Any] = {}
+    drawn: set[fx.Node] = set()
+    for node in site.node.graph.nodes:
+        if node not in between:
+            continue
+        if node in masked:
+            results[node] = torch.zeros_like(_drawn(node))
+        elif drawn.issuperset(node.all_input_nodes):
+            results[node] = _drawn(node)
+            drawn.add(node)
+        else:
+            results[node] = _result(node, results)
+    return results
+
+
+def _between(masked: set[fx.Node], values: list[fx.Node]) -> set[fx.Node]:
+    found, pending = set(values), list(values)
+    while pending:
+        node = pending.pop()
+        new = [] if node in masked else [n for n in node.all_input_nodes if n not in found]
+        found.update(new)
+        pending.extend(new)
+    return found
+
+
+def _result(node: fx.Node, results: dict[fx.Node, Any]) -> Any:
+    if node.target in _PRODUCTS:
+        return _product(node, results)
+    args, kwargs = fx.map_arg((node.args, node.kwargs), results.__getitem__)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    assert callable(node.target)
+    return node.target(*args, **kwargs)
+
+
+def _product(node: fx.Node, results: dict[fx.Node, Any]) -> Tensor:
+    place, drawn = _PRODUCTS[node.target], _drawn(node)
+    bias = node.args[place] if place is not None and len(node.args) > place else node.kwargs.get("bias")
+    zero = any(_is_zero(results[n]) for n in node.all_input_nodes)
+    return torch.zeros_like(drawn) if zero and bias is None else drawn
+
+
+def _is_zero(result: Any) -> bool:
+    return isinstance(result, Tensor) and not bool(result.any())
+
+
+def _drawn(node: fx.Node) -> Any:
+    """Random numbers with the shape of a node's tensor; other values as they are in the example."""
+    value = node.meta.get("example_value")
+    if isinstance(value, (tuple, list)):
+        return type(value)(_random(x) for x in value)
+    return _random(value)
+
+
+def _random(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return dynamo.hint(value)
+    shape = [dynamo.hint(size) for size in value.shape]
+    if value.is_floating_point():
+        return torch.rand(shape, dtype=value.dtype) + 0.5
+    return torch.ones(shape, dtype=value.dtype)

@@ -7,6 +7,7 @@ change it, and must have gradients. What does not pass costs the mixers that are
 
 from __future__ import annotations
 
+import copy
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree
 
 from llcompile import attachment, backend
 from llcompile.compare import Result, difference, gradient_difference, leaves
@@ -29,6 +31,7 @@ from llcompile.transaction import Snapshot, put_back
 # (precision, largest difference), relative to the largest value; beyond, the model's own sensitivity decides.
 BUDGETS = {torch.float64: 1e-8, torch.float32: 2e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _AMPLIFIED = 30  # times what rounding at the mixers alone does to the output
+_OWN = 2  # times what the model's own rounding does to it in 16 bits
 _NOISE = 0.3
 _ALONE = 6  # groups of mixers that are tried by themselves before all are declined
 
@@ -209,13 +212,33 @@ class _Runs:
         if max(off, gradient_off or 0.0) <= BUDGETS[self.dtype]:
             return off, gradient_off, ""
         self.expect_repeatable()
-        bounds = [max(BUDGETS[self.dtype], _AMPLIFIED * rounding) for rounding in self.rounding()]
+        allowed = zip(self.rounding(), self.own_error(), strict=True)
+        bounds = [max(BUDGETS[self.dtype], _AMPLIFIED * rounding, _OWN * own) for rounding, own in allowed]
         what = f"at level weights of 1 in {str(self.dtype).removeprefix('torch.')} on the example inputs"
         if off > bounds[0]:
             return off, gradient_off, f"the model's output would change by {off:.1e} of its largest value {what}"
         if gradient_off is not None and gradient_off > bounds[1]:
             return off, gradient_off, f"the gradients of its parameters would change by {gradient_off:.1e} {what}"
         return off, gradient_off, ""
+
+    def own_error(self) -> tuple[float, float]:
+        """How far a model of 16 bits is from the same model in float32."""
+        if self.dtype not in (torch.bfloat16, torch.float16):
+            return 0.0, 0.0
+        model, exact = self.model, torch.float32
+        to = lambda x: x.to(exact) if isinstance(x, torch.Tensor) and x.dtype == self.dtype else x  # noqa: E731
+        try:
+            wide = copy.deepcopy(model).to(exact)
+            args, kwargs = _pytree.tree_map(to, (self.args, self.kwargs))
+            self.snapshot.restore_random_state()
+            outputs = leaves(wide(*args, **kwargs))
+            got = Result([out.detach() for out in outputs])
+            got.take_gradients(outputs, {n: p for n, p in wide.named_parameters() if n in self.own}, [])
+        except Exception:  # it holds dtypes of its own: what rounding does has to say it
+            return 0.0, 0.0
+        finally:
+            put_back(model, self.snapshot)
+        return difference(self.want, got), gradient_difference(self.want, got) or 0.0
 
     def rounding(self) -> tuple[float, float]:
         """What rounding at the mixers alone does to the output and the gradients."""

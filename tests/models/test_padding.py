@@ -56,7 +56,7 @@ def test_at_conversion_padding_is_what_it_was(name: str) -> None:
     assert difference(after[mask == 1], before[mask == 1]) < 1e-5
 
 
-@pytest.mark.parametrize("name", some(CAUSAL, quick=("mamba2", "qwen3_next")))
+@pytest.mark.parametrize("name", some(CAUSAL, quick=("mamba2",)))
 def test_generate_from_left_padded_rows(name: str) -> None:
     """Each row goes on at its own position: what it writes is what it writes alone, in full forward passes."""
     model = serving(name)

@@ -181,6 +181,7 @@ class _Runs:
         self.own = {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in levels}
         self.dtype = torch.float32
         self.kept: list[Mixer] = []
+        self.want = Result([])  # the model's own, once it has run
         self.last = Result([])
         self.compiled: tuple[frozenset[tuple[int, str]], Callable[..., Any]] | None = None
 
@@ -324,7 +325,8 @@ class _Runs:
             outputs = leaves(call(*self.args, **self.kwargs))
             result = Result([out.detach().clone() for out in outputs])
             if gradients:
-                result.take_gradients(outputs, self.own, [m.weights for m in weighted if m.weights is not None])
+                held = [m.weights for m in weighted if m.weights is not None]
+                result.take_gradients(outputs, self.own, held, self.want)
             return result
         finally:
             put_back(self.model, self.snapshot)

@@ -238,14 +238,6 @@ def warn_if_switched_off(owners: Iterable[nn.Module | None]) -> None:
         _warn(f"the level weights of {', '.join(named)} are no longer 1, and level_weights='none' switches them off")
 
 
-def warn_if_declined(mixers: Iterable[tuple[nn.Module | None, str, str]]) -> None:
-    """Warns when a mixer (its owner, the name of its level weights) is declined that has level weights other than 1."""
-    for owner, name, reason in mixers:
-        weights = None if owner is None else find(owner, name)
-        if weights is not None and not weights.is_identity():
-            _warn(f"the level weights of {type(owner).__name__} are no longer 1, and its mixer runs as it is: {reason}")
-
-
 def ids(owner: nn.Module, name: str) -> list[int]:
     """The ids of the tensors of the level weights that a module has under a name."""
     return [id(tensor) for weights in copies(name, owner._modules[name]) for _, tensor in weights.tensors()]

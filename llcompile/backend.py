@@ -28,6 +28,7 @@ from llcompile.errors import LateAttachWarning, LLCompileError, StateAdoptedWarn
 from llcompile.held import held
 from llcompile.options import Options
 from llcompile.passes import capture, dynamo, pipeline, reach, splitters, states
+from llcompile.passes.forget import forget_others
 from llcompile.passes.session import Session, Site
 from llcompile.report import Report
 
@@ -93,6 +94,7 @@ def _rewrite(module: fx.GraphModule, parsed: Options) -> Callable[[Callable[...,
     adopted = states.adopt(session)
     if session.attached:
         _warn_late(session)
+        forget_others({type(owner) for owner, _ in session.attached}, attachment.runs_levels)
     if adopted:
         _warn_adopted(adopted)
     if session.attached or broken or adopted:

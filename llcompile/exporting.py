@@ -13,7 +13,7 @@ from typing import Any
 from torch import fx, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from llcompile import attachment, compile_run
+from llcompile import attachment, compile_run, missed
 from llcompile.errors import LLCompileError
 from llcompile.options import Options
 from llcompile.passes import dynamo, pipeline
@@ -59,7 +59,7 @@ def _rewrite(module: fx.GraphModule) -> None:
     for site in session.sites:
         if (site.owner, site.attribute) in session.attached:
             site.decline(_NEW, _NEW_HINT)
-    attachment.warn_if_declined((site.owner, site.attribute, site.reason) for site in session.sites if not site.open)
+    missed.check(session, Options().on_miss)
     if compile_run.give_up_opaque(session):
         dynamo.restart("a declined call must run by itself")
     pipeline.change(session)

@@ -46,6 +46,21 @@ def forget_compiled(kinds: Iterable[type], is_passing: Callable[[Any], bool]) ->
                 _invalidate(entry)
 
 
+def forget_others(kinds: Iterable[type], is_ours: Callable[[Any], bool]) -> None:
+    """Has what other backends compiled with a module of these classes compiled again, from inside of a compilation.
+
+    Args:
+        kinds: classes of the modules that have changed.
+        is_ours: whether a backend's code has seen the change, or guards it.
+    """
+    changed = frozenset(kinds)
+    with convert_frame.compile_lock:
+        for code in [code for ref in list(convert_frame.input_codes.seen) if (code := ref()) is not None]:
+            for entry in eval_frame._debug_get_cache_entry_list(code):
+                if not is_ours(_innermost(entry.backend)) and _may_run(entry.guard_manager, code, changed):
+                    _invalidate(entry)
+
+
 def _may_run(manager: Any, code: types.CodeType, kinds: frozenset[type]) -> bool:
     """Whether code that was compiled under these guards may run a module of one of the classes.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import Mamba2Config, Mamba2ForCausalLM
 
 import llcompile
-from llcompile.errors import LevelWeightsIgnoredWarning
+from llcompile.errors import LevelWeightsIgnoredWarning, MissedLevelWeightsError
 from tests import small
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -146,3 +146,28 @@ def test_a_reverted_model_is_what_it_was() -> None:
     model = converted(small.model(), x)
     llcompile.revert(model)
     assert not operators(torch.export.export(model, (x,)))
+
+
+class Softened(nn.Module):
+    """Linear attention until `soft` is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.soft = nn.Linear(8, 24), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        scores = (q @ k.mT).tril()
+        return (scores.softmax(-1) if self.soft else scores) @ v
+
+
+@pytest.mark.parametrize("root", [True, False])
+def test_level_weights_that_the_program_would_not_read(root: bool) -> None:
+    """Whatever their value is: an error, as in a compiled call."""
+    mixer, x = Softened(), torch.randn(2, 12, 8)
+    model = mixer if root else nn.Sequential(nn.Identity(), mixer)
+    llcompile.convert(model.eval(), x)
+    assert operators(torch.export.export(model, (x,)))  # the control
+    mixer.soft = True
+    with pytest.raises(MissedLevelWeightsError, match="softmax"):
+        torch.export.export(model, (x,))

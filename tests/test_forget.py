@@ -169,3 +169,20 @@ def test_none_is_compiled_again_and_says_so() -> None:
     _perturb(model)
     with pytest.warns(LevelWeightsIgnoredWarning, match="switches them off"):
         assert torch.allclose(run(x), before, atol=1e-5)
+
+
+def test_after_weights_that_the_first_call_attached() -> None:
+    """Another backend's code, compiled before, says from then on that it ignores them."""
+    model = nn.Sequential(Mixer())
+    x = torch.randn(2, 12, 8)
+    other = torch.compile(model, backend="eager")
+    want = other(x)
+    run = torch.compile(model, backend="loglinear", options={"inner": "eager"})
+    run(x)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "loglinear" in name:
+                parameter.add_(0.5)
+        assert float((run(x) - want).abs().max()) > 1e-3  # the control: they act
+        with pytest.warns(LevelWeightsIgnoredWarning, match="another backend"):
+            assert torch.equal(other(x), want)

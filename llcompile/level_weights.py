@@ -24,6 +24,7 @@ from llcompile.level_kinds import (
 
 if TYPE_CHECKING:
     from llcompile.passes.names import CodePlace
+    from llcompile.passes.one_token import Place
     from llcompile.passes.origin import Role
 
 __all__ = ["KINDS", "LevelWeights", "compute_dtype", "level_weights_function", "paper_gain"]
@@ -89,6 +90,7 @@ class LevelWeights(nn.Module):
         # and that tensor while a call of the owner is under way (passes/owner_input.py).
         self.place: CodePlace | None = None
         self.role: Role | None = None
+        self.token: Place | None = None  # where it is found in a graph of one token (passes/one_token.py)
         self.owner_input: Tensor | None = None
         self.reset_parameters()
 
@@ -263,7 +265,7 @@ class LevelWeights(nn.Module):
         return {**self.__dict__, "_not_one": None, "owner_input": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({"place": None, "role": None, "owner_input": None, **state})
+        super().__setstate__({"place": None, "role": None, "token": None, "owner_input": None, **state})
 
 
 class _Seen:

@@ -8,6 +8,8 @@ from torch import fx
 
 from llcompile.errors import LevelWeightsError
 from llcompile.passes import dynamo
+from llcompile.passes.boundary import boundary
+from llcompile.passes.one_token import remember
 from llcompile.passes.origin import Role, given, is_projected, operand_nodes, projection_input, role_of
 from llcompile.passes.owner_input import Call, call_under_way
 from llcompile.passes.session import Session, Site
@@ -82,6 +84,9 @@ def _attach(session: Session, site: Site) -> None:
     if not settings.dry_run:
         # What a checkpoint does not say is learned from the first graph that tells.
         weights.place = weights.place or site.place
+        if site.found is not None:
+            with boundary(f"the place of {site.where}"):
+                weights.token = remember(site) or weights.token
         weights.role = weights.role or role
         if site.owner_input is not None and settings.compiles:
             weights.owner_input = site.owner_input
@@ -164,7 +169,8 @@ def _width(node: fx.Node) -> int:
 
 def _sizes(site: Site) -> tuple[Any, Any]:
     """How many rows and tokens the mixer has, in the example."""
-    if site.found is not None:
-        return site.found.rows_and_tokens
+    part = site.found or site.token
+    if part is not None:
+        return part.rows_and_tokens  # type: ignore[no-any-return]
     assert site.call is not None
     return dynamo.hint(site.call.sizes["B"]), dynamo.hint(site.call.sizes.get("T", 1))

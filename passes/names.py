@@ -74,7 +74,7 @@ def _as_now(place: CodePlace | None, owner: nn.Module | None) -> CodePlace | Non
 def _number(sites: list[Site]) -> None:
     seen: Counter[Any] = Counter()
     for site in sites:
-        lines, operands = _lines(site.node.meta, site.owner), _operands(site)
+        lines, operands = code_lines(site.node.meta, site.owner), _operands(site)
         site.place = CodePlace(lines, operands, seen[lines, operands])
         seen[lines, operands] += 1
 
@@ -150,10 +150,11 @@ def has_run(session: Session, owner: nn.Module, place: Any) -> bool:
     ):
         return False
     stacks = dict.fromkeys(n.meta.get("stack_trace") for region in session.regions for n in region.graph.nodes)
-    return bool(lines) and any(_lines({"stack_trace": stack}, owner) == lines for stack in stacks if stack)
+    return bool(lines) and any(code_lines({"stack_trace": stack}, owner) == lines for stack in stacks if stack)
 
 
-def _lines(meta: Mapping[str, Any], owner: nn.Module | None) -> tuple[tuple[str, int], ...]:
+def code_lines(meta: Mapping[str, Any], owner: nn.Module | None) -> tuple[tuple[str, int], ...]:
+    """(function, line within it) of the user's code that made a node, from the owner's forward inwards."""
     frames = user_frames(meta)
     start = _start(frames, owner)
     return tuple(_definition(f["file"], int(f["line"]), f["function"]) for f in frames[start:])

@@ -62,8 +62,9 @@ def projection_input(site: Site) -> fx.Node | None:
     The candidates are the common dominators of q, k and v; the nearest one that a projection reads is taken, so that
     the same tensor is found while prefilling, training and decoding, whatever lies between (convolutions, caches).
     """
-    if site.found is not None:
-        candidates = [n for n in _dominators(site) if site.found.batch_first(n) is not None]
+    part = site.found or site.token
+    if part is not None:
+        candidates = [n for n in _dominators(site) if part.batch_first(n) is not None]
     else:
         batch, length = _batch_and_length(site)
         candidates = [n for n in _dominators(site) if _is_sequence(n, batch, length)]
@@ -78,8 +79,9 @@ def _batch_and_length(site: Site) -> tuple[Any, Any]:
 
 def operand_nodes(site: Site) -> list[fx.Node]:
     """The nodes of the call's activations: every tensor argument that has a batch axis, the state apart."""
-    if site.found is not None:
-        return site.found.activations()
+    part = site.found or site.token
+    if part is not None:
+        return part.activations()  # type: ignore[no-any-return]
     names = [t.name for t in site.known.row.tensors if t.axes.startswith("B") and t.draw != "state"]
     return [n for n in (site.node.kwargs.get(name) for name in names) if isinstance(n, fx.Node)]
 

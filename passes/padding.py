@@ -74,7 +74,7 @@ _COMPARES = {torch.ne, "ne", operator.ne, torch.eq, "eq", operator.eq}
 def padding(session: Session) -> int:
     """Gives sites their padding mask where the graph has one; returns how many have."""
     for site in session.sites:
-        if site.open and site.has_time and not site.packed:
+        if site.open and site.has_time and not site.packed and site.token is None:
             with boundary(f"the padding of {site.where}"):
                 _find(site)
     return sum(site.mask is not None for site in session.sites)

@@ -14,6 +14,7 @@ from llcompile.passes.discover import discover
 from llcompile.passes.functions import functions
 from llcompile.passes.identify import identify
 from llcompile.passes.names import names
+from llcompile.passes.one_token import one_token
 from llcompile.passes.padding import padding
 from llcompile.passes.place import placing
 from llcompile.passes.prove import prove
@@ -33,6 +34,7 @@ LOOK: tuple[Pass, ...] = (
     discover,
     recognise,
     names,
+    one_token,
     withhold,
     identify,
     bind,

@@ -12,6 +12,7 @@ from torch.fx.proxy import GraphAppendingTracer
 
 from llcompile.passes.emit import infer_values, owner_input, weight_inputs
 from llcompile.passes.lower import lower, lower_call
+from llcompile.passes.one_token import batch_size, weigh
 from llcompile.passes.place import copy_behind, is_changed
 from llcompile.passes.regions import Region
 from llcompile.passes.rewrite_part import write_part
@@ -24,7 +25,10 @@ def rewrite(session: Session) -> int:
     for site in session.sites:
         if site.open and site.owner_input is not None:
             site.source = owner_input(session, site)
-        if site.leaf is None:
+        if site.token is not None:
+            if site.open:
+                _write_token(session, site, inputs)
+        elif site.leaf is None:
             if site.open:
                 write_part(session, site, inputs)
         elif site.open:
@@ -86,6 +90,41 @@ def _write_operator(session: Session, site: Site, inputs: dict[tuple[int, str], 
     _replace(site.region, site.node, result)
 
 
+def _write_token(session: Session, site: Site, inputs: dict[tuple[int, str], fx.Node]) -> None:
+    """Weighs what a mixer gives for one token."""
+    graph, effects = site.region.graph, site.region.effects
+    tensors = weight_inputs(session, site, inputs)
+    if site.level_weights is None:
+        return
+    tracer = GraphAppendingTracer(graph)
+    as_proxy = lambda node: fx.Proxy(node, tracer)  # noqa: E731
+    source = site.source if site.level_weights.in_features is not None else None
+    axes = None if source is None else site.token.batch_first(source)
+    source = None if source is None else _kept(site, source)
+    for part in site.token.parts:
+        before, output = set(graph.nodes), part.output
+        with graph.inserting_before(output.next):
+            if source is None:
+                x = as_proxy(output).new_zeros((batch_size(part, as_proxy(output)), 1, 1))
+            else:
+                x = as_proxy(source)
+            if source is not None and site.owner_input is None and axes != (0, 1):
+                x = x.unsqueeze(0) if axes == (-1, 0) else x.transpose(0, 1)
+            dtype = (source or output).meta["example_value"].dtype
+            weights = session.settings.function(site.level_weights, dtype)(x, *map(as_proxy, tensors))
+            result = weigh(part, as_proxy(output), weights)
+        new = [node for node in graph.nodes if node not in before]
+        infer_values(new, output)
+        effects.add(new)
+        site.written.extend(new)
+        for user in [user for user in output.users if user not in new]:
+            user.replace_input_with(output, result.node)
+        nodes = list(graph.nodes)
+        old, fresh = effects.shows(output), effects.new()
+        effects.rename(nodes[nodes.index(result.node) + 1 :], old, fresh)
+        effects.place(result.node, fresh, like=output)
+
+
 def _saved(site: Site) -> frozenset[fx.Node]:
     """The operands that are changed in place after the call, which the operator's backward still needs."""
     state = site.node.kwargs.get(site.known.row.writes_state or "")
@@ -105,13 +144,20 @@ def _write_weights(
     assert isinstance(value, fx.Node)
     like = as_proxy(value) if has_time else as_proxy(value).unsqueeze(1)
     source = site.source if site.level_weights.in_features is not None else None
-    if source is not None and is_changed(site.region.effects, source, after=source):
-        source = copy_behind(source)
-        source.meta["example_value"] = site.source.meta["example_value"]  # type: ignore[union-attr]
+    source = None if source is None else _kept(site, source)
     dtype = (source or value).meta["example_value"].dtype
     function = session.settings.function(site.level_weights, dtype)
     weights = function(like if source is None else as_proxy(source), *tensors)
     return weights if has_time else weights.squeeze(1)
+
+
+def _kept(site: Site, source: fx.Node) -> fx.Node:
+    """What the level weights read as it is when it is computed, whatever is written to it later."""
+    if not is_changed(site.region.effects, source, after=source):
+        return source
+    copy = copy_behind(source)
+    copy.meta["example_value"] = source.meta["example_value"]
+    return copy
 
 
 def _replace(region: Region, node: fx.Node, result: Any) -> None:

@@ -60,8 +60,8 @@ class Settings:
 class Site:
     """One mixer in the graph, from its discovery to its rewrite.
 
-    It is either the call of a known function (`leaf`), or a part of the graph that was recognised by what it computes
-    (`found`), with the denominators that go with it.
+    It is the call of a known function (`leaf`), or a part of the graph that was recognised by what it computes
+    (`found`), with the denominators that go with it, or by where it stands (`token`).
     """
 
     node: fx.Node
@@ -71,6 +71,8 @@ class Site:
     where: str
     found: Found | None = None
     denominators: list[Found] = field(default_factory=list)
+    # Instead of `found`: a mixer of one token, known by its place (see passes/one_token.py).
+    token: Any = None
     owner: nn.Module | None = None
     owner_missing: bool = False
     attribute: str = "loglinear"
@@ -127,8 +129,8 @@ class Site:
         """What the field calls it."""
         if self.leaf is not None:
             return self.leaf.row.family
-        assert self.found is not None
-        return FAMILIES[self.found.reading.family]
+        assert self.cell is not None
+        return FAMILIES[self.cell]
 
     @property
     def open(self) -> bool:

@@ -1,0 +1,392 @@
+"""One token: a hand-written mixer in a graph of a single token, where nothing shows which axis is time.
+
+The first token sees itself alone: all of its output is of level 0, so that it is the linear one times the weight of
+that level. What is remembered of a mixer when it is recognised among several tokens is where in the user's code its
+output and its operands are computed, and what the axes of the output are. In a graph of one token the same places are
+looked up, and the output is proved to be linear in the values, without a rest: no state has come in, and nothing that
+is not weighed was added.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Container, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from llcompile.passes import dynamo, reach
+from llcompile.passes.boundary import boundary
+from llcompile.passes.discover import place_of, user_line
+from llcompile.passes.names import code_lines
+from llcompile.passes.records import Certificate
+from llcompile.passes.regions import Region
+from llcompile.passes.session import Session, Site
+from llcompile.passes.structure.axes import Atom, Axis
+from llcompile.passes.structure.execute import function_of
+from llcompile.passes.structure.found import Found
+from llcompile.passes.structure.lifted import Lifted, Source
+from llcompile.passes.structure.program import Op, Program, Value
+from llcompile.passes.structure.record import record
+from llcompile.passes.structure.sizing import arrange
+from llcompile.patterns.mixer import MixerShape
+
+_NOT_LINEAR = "its output for one token is not linear in its values: a state came in, or something else is added to it"
+_HINT = "call it with two tokens or more"
+_BUDGET = 1e-9
+
+Call = tuple[str, str]  # of a module, as `nn_module_stack` has it: the key, and the path to the module
+
+
+@dataclass(frozen=True)
+class Spot:
+    """Where a node stands: the lines of code, what it calls, and how many such calls come after it."""
+
+    lines: tuple[tuple[str, int], ...]
+    target: str
+    after: int
+
+
+@dataclass(frozen=True)
+class PartPlace:
+    """One recognised part (the mixer, or a denominator of it).
+
+    Args:
+        output: where its result is computed.
+        rows: the axes of that, with atoms of their own.
+        batch, time, heads: the atoms of these axes.
+        values: where the operand that it is linear in is computed, or one of those that it is made of.
+    """
+
+    output: Spot
+    rows: tuple[Axis, ...]
+    batch: Axis
+    time: Axis
+    heads: Axis
+    values: tuple[Spot, ...]
+
+
+@dataclass(frozen=True)
+class Place:
+    """What is remembered of a mixer.
+
+    Args:
+        parts: the denominators and the mixer.
+        operands: where the operands are computed.
+        cell, shape: its family, and its sizes.
+    """
+
+    parts: tuple[PartPlace, ...]
+    operands: tuple[Spot, ...]
+    cell: Any
+    shape: MixerShape
+
+
+@dataclass(eq=False)
+class Part:
+    """A part that was found again: its output, sizes of atoms that differ, and nodes of the values."""
+
+    place: PartPlace
+    output: fx.Node
+    sizes: dict[int, int]
+    values: list[fx.Node]
+
+
+@dataclass(eq=False)
+class Token:
+    """A mixer of one token."""
+
+    place: Place
+    parts: list[Part]
+    operands: list[fx.Node]
+    rows_and_tokens: tuple[int, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        part = self.parts[-1]
+        self.rows_and_tokens = math.prod(part.sizes[id(atom)] for atom in part.place.batch), 1
+
+    def activations(self) -> list[fx.Node]:
+        """The nodes of the operands."""
+        return self.operands
+
+    def batch_first(self, node: fx.Node) -> tuple[int, int] | None:
+        """As `Found.batch_first`."""
+        value = node.meta.get("example_value")
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            return None
+        batch, shape = self.rows_and_tokens[0], [dynamo.hint(size) for size in value.shape]
+        if len(shape) == 2 and shape[0] == batch == 1:
+            return -1, 0
+        if len(shape) != 3:
+            return None
+        return (0, 1) if shape[:2] == [batch, 1] else (1, 0) if shape[:2] == [1, batch] else None
+
+
+def remember(site: Site) -> Place | None:
+    """Where a mixer that was recognised among several tokens would be found with one; None where that is not known."""
+    assert site.found is not None
+    group = (*site.denominators, site.found)
+    if len(site.found.reading.axes.batch) > 1 or not all(map(_is_plain, group)):
+        return None
+    spots = _Spots(site.region.graph, site.owner)
+    try:
+        parts = tuple(_part_place(spots, found) for found in group)
+        operands = tuple(spots.of(node, before=site.found.anchor) for node in site.found.activations())
+    except LookupError:
+        return None
+    return Place(parts, operands, site.cell, MixerShape(*site.found.sizes))
+
+
+def _part_place(spots: _Spots, found: Found) -> PartPlace:
+    atoms: dict[int, Atom] = {}
+    copied = lambda row: tuple(atoms.setdefault(id(a), Atom(a.size)) for a in row)  # noqa: E731
+    axes, result = found.reading.axes, found.reading.result
+    if not {*axes.batch, *axes.heads} <= {atom for row in result for atom in row}:
+        raise LookupError("its output has not all axes of its weights")
+    if {*axes.time} != {atom for row in result for atom in row if {*row} <= {*axes.time}}:
+        raise LookupError("its output has no axis of time alone, which would show that there is one token")
+    stack = _stack(found.anchor)
+    return PartPlace(
+        spots.of(found.anchor, stack[-1] if stack else None),
+        tuple(copied(row) for row in result),
+        copied(axes.batch),
+        copied(axes.time),
+        copied(axes.heads),
+        tuple(spots.of(node, before=found.anchor) for node in _values(found)),
+    )
+
+
+def one_token(session: Session) -> int:
+    """Adds a site for each remembered mixer of a module that ran with one token; returns how many."""
+    if session.settings.dry_run:  # a look shows what was recognised
+        return 0
+    before = len(session.sites)
+    seen = {(id(site.owner), site.attribute) for site in session.sites}
+    for region, owner, key in _calls(session):
+        places = {name: weights.token for name, weights in session.settings.held(owner)}
+        places = {name: place for name, place in places.items() if place and (id(owner), name) not in seen}
+        spots = _Spots(region.graph, owner) if places else None
+        for name, place in places.items():
+            assert spots is not None
+            with boundary(f"{type(owner).__name__} with one token"):
+                token = _find(spots, key, place)
+                if token is not None:
+                    session.sites.append(_site(session, region, owner, name, token))
+    return len(session.sites) - before
+
+
+def _site(session: Session, region: Region, owner: nn.Module, name: str, token: Token) -> Site:
+    node = token.parts[-1].output
+    module = session.name(*place_of(node))
+    site = Site(node, region, None, module, user_line(node.meta), owner=owner, attribute=name, token=token)
+    site.cell, site.shape = token.place.cell, token.place.shape
+    error = _error(region, token)
+    site.certificate = Certificate(error, "float64", 2)
+    if not error <= _BUDGET:
+        site.decline(_NOT_LINEAR, _HINT)
+    effects = region.effects
+    if any(effects.is_written(p.output) or effects.outlives(effects.shows(p.output)) for p in token.parts):
+        site.decline("its output for one token is changed in place", _HINT)
+    return site
+
+
+def _calls(session: Session) -> Iterator[tuple[Region, nn.Module, Call | None]]:
+    """The calls of modules that hold level weights; None for the one that the frame is."""
+    root = [None] if reach.is_call_of_a_module() else []
+    for region in session.regions:
+        for call in dict.fromkeys((*root, *(call for node in region.graph.nodes for call in _stack(node)))):
+            owner = reach.root_module() if call is None else reach.find_module(call[0])
+            if owner is not None and not region.closed and session.settings.held(owner):
+                yield region, owner, call
+
+
+def _stack(node: fx.Node) -> list[Call]:
+    """The calls of modules that a node was traced in, the outermost first."""
+    return [(key, str(entry[0])) for key, entry in (node.meta.get("nn_module_stack") or {}).items()]
+
+
+def _is_plain(found: Found) -> bool:
+    """Whether all that it gives is weighed, and nothing that is not: a normaliser inside has an epsilon, say."""
+    reading = found.reading
+    plain = found.tail is None and reading.normaliser is None and not any(how == "plus" for _, how in reading.post)
+    return plain and found.order == found.times.leaves
+
+
+def _values(found: Found) -> list[fx.Node]:
+    """The nodes of what it is linear in: the values; the keys, where there are none."""
+    bases = _bases(found.reading.value or found.reading.key)
+    return [value.node for value in bases if value.node is not None]
+
+
+def _bases(source: Source) -> list[Value]:
+    if isinstance(source, Value):
+        return [source]
+    if source.base is not None:
+        return [source.base.value]
+    return [base for a in source.args if isinstance(a, (Value, Lifted)) for base in _bases(a)]
+
+
+class _Spots:
+    """The nodes of a graph by where they stand, seen from a module."""
+
+    def __init__(self, graph: fx.Graph, owner: nn.Module | None) -> None:
+        self.nodes, self.owner = list(graph.nodes), owner
+        self.known: dict[str, tuple[tuple[str, int], ...]] = {}
+
+    def of(self, node: fx.Node, call: Call | None = None, before: fx.Node | None = None) -> Spot:
+        """The spot of a node: among those of a call, or of those before another node.
+
+        Raises:
+            LookupError: nothing says where it stands.
+        """
+        lines, target = self._lines(node), _called(node)
+        for after, other in enumerate(self._alike(lines, target, call, before)):
+            if other is node and (lines or node.op == "placeholder"):
+                return Spot(lines, target, after)
+        raise LookupError(node.name)
+
+    def at(self, spot: Spot, call: Call | None = None, before: fx.Node | None = None) -> fx.Node:
+        """The node at a spot.
+
+        Raises:
+            LookupError: there is none.
+        """
+        alike = self._alike(spot.lines, spot.target, call, before)
+        node = next(itertools.islice(alike, spot.after, None), None)
+        if node is None:
+            raise LookupError(str(spot))
+        return node
+
+    def _alike(self, lines: Any, target: str, call: Call | None, before: fx.Node | None) -> Iterator[fx.Node]:
+        """The last first."""
+        passed = before is None
+        for node in reversed(self.nodes):
+            alike = passed and _called(node) == target and (call is None or call in _stack(node))
+            if alike and self._lines(node) == lines:
+                yield node
+            passed = passed or node is before
+
+    def _lines(self, node: fx.Node) -> tuple[tuple[str, int], ...]:
+        stack = node.meta.get("stack_trace") or ""
+        if stack not in self.known:
+            self.known[stack] = code_lines(node.meta, self.owner) if stack else ()
+        return self.known[stack]
+
+
+def _called(node: fx.Node) -> str:
+    return node.op if node.op == "get_attr" else str(getattr(node.target, "__name__", node.target))
+
+
+def _find(spots: _Spots, call: Call | None, place: Place) -> Token | None:
+    """The mixer at its place, with one token; None where it is not there, or has more."""
+    parts = []
+    try:
+        output = spots.at(place.parts[-1].output, call)
+        operands = [spots.at(spot, before=output) for spot in place.operands]
+        for part in place.parts:
+            node = spots.at(part.output, call)
+            values = [spots.at(spot, before=node) for spot in part.values]
+            sizes = _sizes(part, node)
+            if sizes is None:
+                return None
+            parts.append(Part(part, node, sizes, values))
+    except LookupError:
+        return None
+    return Token(place, parts, operands)
+
+
+def _sizes(place: PartPlace, node: fx.Node) -> dict[int, int] | None:
+    """The size of each atom in a tensor of one token; None where the tensor's shape is another one."""
+    value = node.meta.get("example_value")
+    if not isinstance(value, torch.Tensor) or value.dim() != len(place.rows):
+        return None
+    sizes: dict[int, int] = {}
+    for row, size in zip(place.rows, (dynamo.hint(n) for n in value.shape), strict=True):
+        sizes.update((id(atom), atom.size) for atom in row)
+        sizes.update((id(atom), 1) for atom in row if atom in place.time)
+        free = next((atom for atom in row if atom in place.batch), None)
+        others = math.prod(sizes[id(atom)] for atom in row if atom is not free)
+        if size is None or size % others or (free is None and size != others):
+            return None
+        if free is not None:
+            sizes[id(free)] = size // others
+    return sizes
+
+
+def _error(region: Region, token: Token) -> float:
+    """How far the outputs are from being linear in the values, relative to their largest."""
+    modes = _disable_current_modes(), torch._C.DisableTorchFunction()
+    with modes[0], modes[1], torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
+        program = record(region)
+        return max(min(_off(program, v, token.operands, part.output) for v in part.values) for part in token.parts)
+
+
+def _off(program: Program, values: fx.Node, operands: list[fx.Node], output: fx.Node) -> float:
+    given, result = program.results.get(values), program.results.get(output)
+    if given is None or result is None or not given.dtype.is_floating_point:
+        return math.inf
+    held = {program.results[node] for node in operands if node in program.results} - {given}
+    ops, drawn = _between(program, given, held, result)
+    if any(not value.dtype.is_floating_point for value in drawn) or not any(result in op.outputs for op in ops):
+        return math.inf
+    run = torch._dynamo.disable(function_of(ops, [given, *drawn], result, None, torch.float64))
+    generator, worst = torch.Generator().manual_seed(0), 0.0
+    draw = lambda value: torch.randn(value.shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    for _ in range(2):
+        first, second, rest = draw(given), draw(given), [draw(value).abs() + 0.1 for value in drawn]
+        want = 2.5 * run(first, *rest) - run(second, *rest)
+        scale = float(want.abs().max())
+        if not scale > 0 or not math.isfinite(scale):
+            return math.inf
+        worst = max(worst, float((run(2.5 * first - second, *rest) - want).abs().max()) / scale)
+    return worst
+
+
+def _between(program: Program, given: Value, operands: Container[Value], result: Value) -> tuple[list[Op], list[Value]]:
+    """The operations that compute a result from a value, and what else comes in: the other operands, say.
+
+    What comes from numbers of the code alone (an empty state, a mask of positions) is computed as it is.
+    """
+    known = {v for v in program.inputs if v.data is not None}
+    inner = {given, *(v for v in program.values() if v in operands)}
+    for op in program.ops:
+        if not inner.isdisjoint(op.inputs):
+            inner.update(op.outputs)
+        elif known.issuperset(op.inputs):
+            known.update(op.outputs)
+    needed, ops, drawn = [result], set[Op](), dict[Value, None]()
+    for value in needed:  # which grows
+        if value is given or value.data is not None:
+            continue
+        if value.op is None or value in operands or not (value in inner or value in known):
+            drawn[value] = None
+        elif value.op not in ops:
+            ops.add(value.op)
+            needed.extend(value.op.inputs)
+    return [op for op in program.ops if op in ops], list(drawn)
+
+
+def weigh(part: Part, output: fx.Proxy, weights: Any) -> Any:
+    """The output times the weights of level 0 (w [B, 1, H, L])."""
+    place = part.place
+    first = weights[..., 0].unsqueeze(-1).to(part.output.meta["example_value"].dtype)
+    groups: list[Axis] = [place.batch, (), place.heads, ()]
+    return output * arrange(first, groups, place.rows, _size_of(part, output))
+
+
+def batch_size(part: Part, output: fx.Proxy) -> Any:
+    """How many rows there are: a number, or a proxy for one."""
+    size = _size_of(part, output)
+    return next((size(atom) for atom in part.place.batch), 1)
+
+
+def _size_of(part: Part, output: fx.Proxy) -> Callable[[Atom], Any]:
+    """The size of an atom; the batch's is read off the output, where it may vary."""
+    rows, batch, shape = part.place.rows, part.place.batch, part.output.meta["example_value"].shape
+    alone = [(dim, row[0]) for dim, row in enumerate(rows) if len(row) == 1 and row[0] in batch]
+    varying = {id(atom): output.size(dim) for dim, atom in alone if isinstance(shape[dim], torch.SymInt)}
+    return lambda atom: varying.get(id(atom), part.sizes[id(atom)])

@@ -7,12 +7,13 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+DOCS ?= .venv-docs
 ARGS ?=
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all matrix matrix-smoke bench lint format clean
+.PHONY: help demo test test-all docs matrix matrix-smoke bench lint format clean
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.llcompile-installed
@@ -35,7 +36,7 @@ help:
 	@echo "make lint     run ruff and mypy"
 	@echo "make docs     build the site of docs/ with an API reference in build/site (own environment in .venv-docs)"
 	@echo "make format   format the sources with ruff"
-	@echo "make clean    remove .venv and everything that was built"
+	@echo "make clean    remove the environments and everything that was built"
 
 demo: $(STAMP)
 	@echo "==> llcompile demo $(ARGS)"
@@ -57,6 +58,11 @@ bench: $(STAMP)
 	@echo "==> llcompile bench operator --device cpu $(ARGS)"
 	@$(BIN)/llcompile bench operator --device cpu $(ARGS)
 
+docs: $(DOCS)/.installed
+	@echo "==> mkdocs build --strict"
+	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict $(ARGS)
+	@echo "==> build/site/index.html"
+
 lint: $(STAMP)
 	@echo "==> ruff check"
 	@$(BIN)/ruff check .
@@ -70,7 +76,7 @@ format: $(STAMP)
 	@$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache demo-output
+	rm -rf $(VENV) $(DOCS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache demo-output
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 $(BIN)/python:
@@ -81,6 +87,14 @@ $(BIN)/python:
 	  echo "error: $(PYTHON) has no venv module; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
 	@echo "==> making a virtual environment in $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv --clear $(VENV)
+
+# The docs extra alone: docstrings are read from the source, so that neither torch nor llcompile is needed.
+$(DOCS)/.installed: pyproject.toml
+	@echo "==> making a virtual environment in $(DOCS)"
+	@$(PYTHON) -m venv --clear $(DOCS)
+	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(DOCS)/bin/python -m pip install -q \
+	  $$(sed -n 's/^docs = \[\(.*\)\]/\1/p' pyproject.toml | tr -d '",')
+	@touch $@
 
 # torch comes first and alone, so that pip takes a CPU build where one is on hand and the rest builds upon it.
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python

@@ -36,18 +36,19 @@ def convert(
     verify: bool = True,
     **example_kwargs: Any,
 ) -> Report:
-    """Attaches level weights to every linear-time mixer of `model`, so that an optimiser built next knows them.
+    """Attach level weights to every linear-time mixer of `model`. Call it before you build the optimizer.
 
     The model computes what it did before: all level weights start at exactly 1. They take effect when the model runs
-    through `torch.compile(model, backend="loglinear")`. The conversion ends by running what will run: the converted
-    model, on the example inputs, compared with the model's own output and gradients (`report.certificate`). A mixer
-    that makes a difference, or whose level weights have no effect, is declined with what was measured.
+    through `torch.compile(model, backend="loglinear")`. At the end the converted model is run on the example inputs
+    and compared with the model's own output and gradients (`report.certificate`). A mixer that makes a difference, or
+    whose level weights have no effect, is declined with what was measured.
 
     Args:
         model: any nn.Module that Dynamo can trace; changed in place (modules named `loglinear` are added).
-        example_args, example_kwargs: inputs that the model runs on; their values do not matter.
-        options: as for the backend; `level_weights`, `levels` and `strict` have a meaning here.
-        verify: False leaves the run at the end out; the report says so.
+        example_args: inputs that the model runs on; their values do not matter.
+        options: as for the backend; only `level_weights`, `levels` and `strict` are used here.
+        verify: whether to run and compare the converted model; if False, the report says so.
+        example_kwargs: keyword inputs of the model.
 
     Returns:
         What was converted, declined and left untouched.
@@ -55,22 +56,34 @@ def convert(
     Raises:
         ModelError: `model` is not an nn.Module.
         CaptureError: the model does not run on the example inputs, or cannot be traced.
-        OptionError, LevelWeightsError, StrictError: see `llcompile.errors`. The model is as it was.
+        OptionError: an option is unknown or has a wrong value.
+        LevelWeightsError: the model has level weights of another kind or size.
+        StrictError: `strict=True`, and a mixer was declined or none was found.
+
+    If an error is raised, the model is unchanged.
     """
     report, _ = _captured(model, example_args, example_kwargs, options, dry_run=False, check=verify)
     return report
 
 
 def inspect(model: nn.Module, *example_args: Any, options: dict[str, Any] | None = None, **example_kwargs: Any) -> Look:
-    """What `convert` would do: the same decisions and proofs, nothing attached, nothing changed.
+    """Report what `convert` would do, with the same decisions and proofs, and change nothing.
 
-    A model on the device `meta` will do: shapes are looked at, no values.
+    Models on the device `meta` work, too: shapes are read, values are not.
 
-    Args and raises: as for `convert`.
+    Args:
+        model: any nn.Module that Dynamo can trace; not changed.
+        example_args: inputs that the model runs on.
+        options: as for `convert`.
+        example_kwargs: keyword inputs of the model.
 
     Returns:
-        The report, and everything there is to see: `graph_before`, `graph_after`, `diff`, `costs`, `kernels`,
-        `to_html(path)`, `to_mlir()`.
+        The report, with `graph_before`, `graph_after`, `diff`, `costs`, `kernels`, `to_html(path)` and `to_mlir()`.
+
+    Raises:
+        ModelError: `model` is not an nn.Module.
+        CaptureError: the model does not run on the example inputs, or cannot be traced.
+        OptionError: an option is unknown or has a wrong value.
     """
     report, capture = _captured(model, example_args, example_kwargs, options, dry_run=True)
     subject = Subject(model, example_args, example_kwargs, Options.parse(options))
@@ -80,7 +93,7 @@ def inspect(model: nn.Module, *example_args: Any, options: dict[str, Any] | None
 
 
 def revert(model: nn.Module) -> int:
-    """Removes all level weights (and their hooks) that were attached below `model`; returns how many there were.
+    """Remove all level weights, with their hooks, from `model`, and return how many there were.
 
     Raises:
         ModelError: `model` is not an nn.Module.

@@ -38,7 +38,7 @@ class LevelWeights(nn.Module):
 
     Kinds, with their parameters (H heads, L levels, D in_features):
 
-    * ``linear`` (what ``convert`` takes unless told otherwise): w = 1 + elu(x W^T + b), ``weight`` [H*L, D] and
+    * ``linear`` (the default of ``convert``): w = 1 + elu(x W^T + b), ``weight`` [H*L, D] and
       ``bias`` [H*L], both 0 at the start.
     * ``static``: w = 1 + elu(``logits`` [H, L]), the same at all positions; x lends its first two sizes only.
     * ``mlp``: w = 1 + elu(W silu(W_in x + b_in) + b), ``weight_in`` [hidden, D], ``bias_in``, ``weight``, ``bias``;
@@ -50,10 +50,12 @@ class LevelWeights(nn.Module):
 
     Args:
         kind: one of the kinds above.
-        heads, levels: H and L, at least 1 each.
+        heads: H, at least 1.
+        levels: L, at least 1.
         in_features: D; needed by every kind except static, which takes none.
         hidden: width of the hidden layer; kind mlp only (default 64).
-        device, dtype: of the parameters (default float32; w is computed in float32 or float64 in any case).
+        device: device of the parameters.
+        dtype: dtype of the parameters (default float32); w is computed in float32 or float64 in any case.
 
     Raises:
         LevelWeightsError: unknown kind, or sizes that the kind does not take.

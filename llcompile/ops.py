@@ -34,7 +34,8 @@ def loglinear_attention(
     ``S_t = (I - beta k k^T) (decay * S_{t-1}) + beta k v^T`` (with it). Head ``h`` uses group ``h // (H // G)``.
 
     Args:
-        q, k: ``[B, T, G, K]`` of one floating dtype with ``v``; ``H % G == 0``.
+        q: ``[B, T, G, K]``; ``H % G == 0``.
+        k: ``[B, T, G, K]``; q, k and v have one floating dtype.
         v: ``[B, T, H, V]``.
         level_weights: ``[B, T, H, L]``, any floating dtype; the last level serves all higher ones. None means that
             every weight is 1, the linear operator, at linear cost.
@@ -87,12 +88,17 @@ def loglinear_attention_step(
     beta: Tensor | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Absorb one token: :func:`loglinear_attention` for ``T = 1``, without the axis T.
+    """Absorb one token: ``loglinear_attention`` for ``T = 1``, without the axis T.
 
     Args:
-        q, k: ``[B, G, K]``. v: ``[B, H, V]``. level_weights: ``[B, H, L]`` or None.
+        q: ``[B, G, K]``; ``H % G == 0``.
+        k: ``[B, G, K]``; q, k and v have one floating dtype.
+        v: ``[B, H, V]``.
+        level_weights: ``[B, H, L]`` or None.
         state: ``[B, H, K, V]`` or ``[B, H, 1 + L, K, V]``; zeros are an empty state. It is not changed.
-        log_decay: ``[B, H]``, ``[B, H, K]`` or ``[H]``. beta: ``[B, H]``. scale: a plain number.
+        log_decay: ``[B, H]``, ``[B, H, K]`` or ``[H]``.
+        beta: ``[B, H]``, turns the delta rule on.
+        scale: a plain number.
 
     Returns:
         ``o [B, H, V]`` in the dtype of ``v``, and the new state, with levels iff ``level_weights`` is given.

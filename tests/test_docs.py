@@ -204,3 +204,45 @@ def test_options_are_those_of_the_code() -> None:
 
     named = re.findall(r"^\| `([a-z_]+)` \|", PAGES["options.md"], re.MULTILINE)
     assert named == [field.name for field in fields(Options)]
+
+
+class TestSite:
+    """What `make docs` builds; the build itself fails on a link that leads nowhere (mkdocs build --strict)."""
+
+    SITE = (ROOT / "mkdocs.yml").read_text()
+
+    def test_every_page_is_in_the_navigation(self) -> None:
+        listed = re.findall(r"^ +- (?:\w+: )?([\w/-]+\.md)$", self.SITE, re.MULTILINE)
+        pages = [page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")]
+        assert sorted(listed) == sorted(pages)
+
+    def test_the_reference_has_the_public_names(self) -> None:
+        from importlib import import_module
+
+        import llcompile
+        from llcompile import ops
+
+        entries = re.findall(r"^::: ([\w.]+)\n    options: \{heading: ([\w.]+),", PAGES["reference.md"], re.MULTILINE)
+        assert len(entries) == PAGES["reference.md"].count(":::")
+        headings = dict(entries).values()
+        assert {f"llcompile.{name}" for name in llcompile.__all__ if name != "__version__"} <= set(headings)
+        assert {f"llcompile.ops.{name}" for name in ops.__all__} <= set(headings)
+        assert set(headings) <= set(re.findall(r"`(llcompile\.[\w.]+)`", PAGES["public-api.md"])) | {
+            "llcompile.errors",
+            "llcompile.patterns.known.KnownFunction",
+            "llcompile.patterns.known.Tensor",
+        }
+        for defined, heading in entries:
+            if defined == heading == "llcompile.errors":
+                continue
+            shown, name = (path.rpartition(".")[::2] for path in (defined, heading))
+            assert getattr(import_module(shown[0]), shown[1]) is getattr(import_module(name[0]), name[1])
+
+    def test_make_docs_installs_the_extra_and_fails_on_a_warning(self) -> None:
+        make = (ROOT / "Makefile").read_text()
+        (command,) = re.findall(r"mkdocs build .*", make.partition("docs: $(DOCS)")[2].partition("lint:")[0])[1:]
+        assert "--strict" in command
+        assert "--quiet" not in command  # it hides warnings from --strict
+        (extra,) = re.findall(r"^docs = \[(.*)\]$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+        assert "mkdocs-material" in extra
+        assert "mkdocstrings[python]" in extra

@@ -1,12 +1,12 @@
 """Serve a converted model: prefill a prompt, then stream tokens through the model's own cache, with a progress line.
 
 python examples/generate.py mamba2 --tokens 64
-python examples/generate.py path/to/model.json --prompt-length 500 --sample
+python examples/generate.py qwen3_next --prompt-length 100 --sample
 
-MODEL is one of the small models in SIZES below, a name in a file of such (--zoo, or the environment variable
-LLCOMPILE_ZOO), or a path to a JSON file {"model_type": ..., "kwargs": {...}} or to a config.json of transformers.
-Weights are random, so what is written makes no sense; what is shown is that it streams, from how many graphs, what
-the cache holds, and that the level weights act.
+MODEL is one of the two small models of `make demo`, a path to a config.json of transformers or to a JSON file
+{"model_type": ..., "kwargs": {...}}, or a name in a file of such models (--zoo, or the environment variable
+LLCOMPILE_ZOO). Weights are random, so the text is meaningless. The example shows that tokens are streamed, how many
+graphs were compiled, what the cache holds, and that the level weights act.
 """
 
 from __future__ import annotations
@@ -27,31 +27,13 @@ from torch._dynamo.utils import counters
 from transformers.generation.streamers import BaseStreamer
 
 import llcompile
+from llcompile.demo.models import TOUR
 
-SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "vocab_size": 128, "hidden_size": 64}
-HEADS = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
-EXPERTS = {
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
-    "shared_expert_intermediate_size": 32,
-}
-ATTENTION = {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
-SIZES: dict[str, dict[str, Any]] = {
-    "mamba2": {
-        "num_hidden_layers": 2,
-        "num_heads": 8,
-        "head_dim": 16,
-        "state_size": 16,
-        "n_groups": 2,
-        "chunk_size": 32,
-    },
-    "qwen3_next": {"num_hidden_layers": 4, **ATTENTION, **HEADS, **EXPERTS},
-}
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
 class Stream(BaseStreamer):
-    """Shows tokens as they come, and below them how far it is and how fast. Into a file, only the last view goes."""
+    """Show tokens as they are generated, with progress and speed below. In a file, only the last view is written."""
 
     def __init__(self, total: int, prompt: int) -> None:
         self.total, self.prompt, self.tokens = total, prompt, list[str]()
@@ -60,7 +42,7 @@ class Stream(BaseStreamer):
         self.prefilled = False
 
     def put(self, value: torch.Tensor) -> None:
-        """Takes the prompt first, then one token a row at a time."""
+        """Take the prompt first, then one token per row at a time."""
         if not self.prefilled:
             self.prefilled = True
             return
@@ -75,21 +57,21 @@ class Stream(BaseStreamer):
         self.live.update(Group(Text(" ".join(self.tokens)), Text(progress)), refresh=True)
 
     def end(self) -> None:
-        """The last token is there."""
+        """Stop after the last token."""
         self.live.stop()
 
 
 def build(spec: str, zoo: Path | None = None) -> Any:
-    """The model that MODEL names, with random weights, in evaluation mode."""
+    """Build the model that MODEL names, with random weights, in evaluation mode."""
     path = Path(spec)
     if path.suffix == ".json":
         entry = json.loads(path.read_text())
         name, entry = entry["model_type"], entry if "kwargs" in entry else {"kwargs": entry}
     else:
-        known = {name: {"kwargs": {**SPECIAL, **sizes}} for name, sizes in SIZES.items()}
+        known = {name: {"kwargs": {**SPECIAL, **sizes}} for name, sizes in TOUR}
         known |= json.loads(zoo.read_text()) if zoo else {}
         if spec not in known:
-            raise SystemExit(f"{spec!r} is none of {', '.join(known)}, and no .json file.")
+            raise SystemExit(f"{spec!r} is not one of {', '.join(known)}, and not a .json file.")
         name, entry = spec, known[spec]
     sizes = {key: value for key, value in entry["kwargs"].items() if key != "model_type"}
     torch.manual_seed(0)
@@ -98,7 +80,7 @@ def build(spec: str, zoo: Path | None = None) -> Any:
 
 
 def check_acts(model: Any, prompt: torch.Tensor) -> float:
-    """How far other level weights move the logits; the level weights are put back."""
+    """Return how far noise on the level weights moves the logits; restore the level weights."""
     kept = {name: p.detach().clone() for name, p in model.named_parameters() if ".loglinear." in name}
     with torch.no_grad():
         before = model(prompt).logits
@@ -113,7 +95,7 @@ def check_acts(model: Any, prompt: torch.Tensor) -> float:
 
 
 def held_states(cache: Any) -> list[torch.Tensor]:
-    """Every recurrent state that a cache of transformers holds."""
+    """Return every recurrent state in a cache of transformers."""
     layers = getattr(cache, "layers", [])
     return [s for layer in layers for s in getattr(layer, "recurrent_states", {}).values() if s is not None]
 
@@ -123,10 +105,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL")
     zoo = os.environ.get("LLCOMPILE_ZOO")
-    parser.add_argument("--zoo", type=Path, default=zoo and Path(zoo), help="a file of more models, name: kwargs")
+    parser.add_argument("--zoo", type=Path, default=zoo and Path(zoo), help="JSON file with more models, by name")
     parser.add_argument("--prompt-length", type=int, default=50)
-    parser.add_argument("--tokens", type=int, default=32, help="how many to write")
-    parser.add_argument("--sample", action="store_true", help="sample instead of the likeliest token")
+    parser.add_argument("--tokens", type=int, default=32, help="number of tokens to generate")
+    parser.add_argument("--sample", action="store_true", help="sample instead of taking the most likely token")
     parser.add_argument("--inner", default="inductor", choices=("inductor", "aot_eager", "eager"))
     args = parser.parse_args()
 

@@ -1,8 +1,8 @@
-"""Train transformers' Mamba-2 on associative recall, convert it, go on training, and print the accuracies.
+"""Train transformers' Mamba-2 on associative recall, convert it, continue training, and print the accuracies.
 
 python examples/train_recall.py --steps 2000 --more 800
 
-`llcompile demo` does the same in three ways and compares them; this is the shortest of them, all weights at once.
+`llcompile demo` does this in three ways and compares them; this example trains all weights at once.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import torch
 
 import llcompile
+from llcompile.demo.acting import check_acts
 from llcompile.demo.models import recall_model
 from llcompile.demo.recall import Exam, Task
 from llcompile.demo.training import ARMS, Plan, Runner, learn
@@ -20,8 +21,8 @@ from llcompile.demo.training import ARMS, Plan, Runner, learn
 def main() -> None:
     """Train, convert, train."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=Plan.steps, help="before conversion")
-    parser.add_argument("--more", type=int, default=Plan.more, help="after it")
+    parser.add_argument("--steps", type=int, default=Plan.steps, help="training steps before conversion")
+    parser.add_argument("--more", type=int, default=Plan.more, help="training steps after conversion")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -37,6 +38,7 @@ def main() -> None:
     print(llcompile.convert(model, exam.batches[0].tokens, use_cache=False))
     converted = Runner(model, torch.compile(model, backend="loglinear"))
     print(f"converted: {converted.accuracy(exam).overall:.3f}")
+    print(check_acts(model, lambda: converted.logits(exam.batches[0].tokens), "the model"))
 
     everything = next(arm for arm in ARMS if arm.name == "all weights")
     learn(converted, exam, plan, everything.groups(model, plan), args.more, seed=2)

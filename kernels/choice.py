@@ -157,4 +157,4 @@ def _known(choice: str) -> str:
 
 @lru_cache(maxsize=256)
 def _tell(reason: str) -> None:
-    _log.warning("calls run by the ATen lowering instead of Triton kernels, because %s", reason)
+    _log.warning("the ATen lowering is used instead of Triton kernels, because %s", reason)

@@ -112,8 +112,8 @@ def check_positions(state: Tensor, tokens: int, name: str = "initial_state") -> 
         row = int(wrong.nonzero()[0])
         raise StateError(
             f"{name} of dtype {state.dtype} has lost the position of row {row}: its header begins with "
-            f"{first[row].detach().flatten()[: header.DIGITS].tolist()}. It was rounded (by a cache of fewer bits, "
-            "where it is of an earlier version, or has K * V < 8), scaled or quantised; start from an empty state, and "
+            f"{first[row].detach().flatten()[: header.DIGITS].tolist()}. It was rounded (by a cache with fewer bits, "
+            "if an earlier version wrote it or K * V < 8), scaled or quantised; start from an empty state, and "
             "keep states in float32"
         )
     if bool((wrong := position + tokens > largest).any()):

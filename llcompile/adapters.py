@@ -53,8 +53,8 @@ def warn_if_frozen(owners: Iterable[tuple[nn.Module, str]], trained: Iterable[An
     if frozen:
         kinds = ", ".join(sorted({type(owner).__name__ for owner in frozen}))
         warnings.warn(
-            f"the level weights of {len(set(frozen))} converted mixers ({kinds}) are frozen with other parameters of "
-            "theirs, and something else is trained: they will stay as they are. Name them to what froze them (PEFT: "
+            f"the level weights of {len(set(frozen))} converted mixers ({kinds}) were frozen together with other "
+            "parameters of their mixers, so they will not be trained. Exclude them from the freezing (PEFT: "
             "modules_to_save=['loglinear']), convert the model after adapters are added, or call requires_grad_(True) "
             "on them.",
             LevelWeightsFrozenWarning,

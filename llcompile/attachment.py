@@ -48,8 +48,8 @@ def find(owner: nn.Module, name: str) -> LevelWeights | None:
     weights = inside(name, child)
     if child is not None and weights is None:
         raise LevelWeightsError(
-            f"{type(owner).__name__} has an attribute {name!r} of type {type(child).__name__} already, where its level "
-            "weights would go. Rename it before converting the model."
+            f"{type(owner).__name__} has an attribute {name!r} of type {type(child).__name__} already, so its level "
+            "weights cannot be registered there. Rename it before you convert the model."
         )
     return weights
 
@@ -208,9 +208,9 @@ def _warn_if_unused(owner: nn.Module, output: Any) -> None:
 
 
 _LEFT_OUT = (
-    "ran in a call that is compiled, and no compiled graph read them: its mixer was declined, or Dynamo has left a "
-    "function out or given up (TORCH_LOGS=loglinear,graph_breaks,recompiles says why; "
-    "torch._dynamo.config.recompile_limit is the limit of graphs for one function)"
+    "ran in a compiled call, but no compiled graph read them: its mixer was declined, or Dynamo skipped a function or "
+    "stopped compiling (TORCH_LOGS=loglinear,graph_breaks,recompiles shows why; "
+    "torch._dynamo.config.recompile_limit limits the graphs per function)"
 )
 
 

@@ -202,8 +202,8 @@ def _warn_late(session: Session) -> None:
     modules = list(dict.fromkeys(s.module for s in session.sites if (id(s.owner), s.attribute) in new))
     some = ", ".join(modules[:3]) + ", ..." * (len(modules) > 3)
     warnings.warn(
-        f"level weights were attached to {len(new)} mixers ({some}) at the first compiled call: an optimiser built "
-        "before it does not know them. Call llcompile.convert(model, *example_inputs) before the optimiser is built.",
+        f"level weights were attached to {len(new)} mixers ({some}) at the first compiled call: an optimizer built "
+        "earlier does not know them. Call llcompile.convert(model, *example_inputs) before you build the optimizer.",
         LateAttachWarning,
         stacklevel=2,
     )
@@ -213,8 +213,8 @@ def _warn_adopted(sites: list[Site]) -> None:
     modules = list(dict.fromkeys(site.module for site in sites))
     some = ", ".join(modules[:3]) + ", ..." * (len(modules) > 3)
     warnings.warn(
-        f"the states of {len(modules)} mixers ({some}) were made by a model without levels. What they hold was taken "
-        "up as their last level, and positions count from here. To have the levels of the past, prefill again through "
+        f"the states of {len(modules)} mixers ({some}) come from the unconverted model. Each was imported as a "
+        "single level, the last one, and positions count from here. To have levels for the past, prefill again through "
         "the compiled model.",
         StateAdoptedWarning,
         stacklevel=2,

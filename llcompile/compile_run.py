@@ -93,7 +93,7 @@ def check_strict(report: Report, options: Options) -> None:
         return
     if report.declined:
         reasons = "\n".join(f"  {d.module or '(root)'}: {d.reason} ({d.where})" for d in report.declined)
-        raise StrictError(f"strict=True, and {len(report.declined)} linear-time mixers stay unconverted:\n{reasons}")
+        raise StrictError(f"strict=True, and {len(report.declined)} linear-time mixers were not converted:\n{reasons}")
     if not report.converted:
         seen = ", ".join(sorted({u.kind for u in report.untouched})) or "nothing that mixes positions"
         raise StrictError(f"strict=True, and no linear-time mixer was found in the graph; what was seen: {seen}.")

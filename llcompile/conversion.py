@@ -294,8 +294,8 @@ def _expect_graph(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         code = inspect_module.unwrap(type(model).forward).__code__
         where = where or f"{code.co_filename}:{code.co_firstlineno} in {code.co_name}"
         raise CaptureError(
-            f"no graph could be made of {type(model).__name__}, so nothing is known about it: {reason} ({where}). "
-            "TORCH_LOGS=graph_breaks says more; nothing was changed."
+            f"Dynamo could not trace {type(model).__name__}, so it was not analysed: {reason} ({where}). "
+            "Set TORCH_LOGS=graph_breaks for details; nothing was changed."
         )
 
 
@@ -333,8 +333,8 @@ def _capture_message(
         )
     cause = getattr(error, "inner_exception", None) or error
     return (
-        f"{name} runs on the example inputs ({shown}), and looking at it failed: {type(cause).__name__}: {cause}. "
-        "This is a fault of llcompile or of Dynamo, not of the inputs; nothing was changed. Please report it with the "
+        f"{name} runs on the example inputs ({shown}), but its analysis failed: {type(cause).__name__}: {cause}. "
+        "This is a bug in llcompile or in Dynamo, not in the inputs; nothing was changed. Please report it with the "
         "traceback above; torch.compile(model, backend='eager') shows whether Dynamo can trace the model."
     )
 

@@ -63,7 +63,7 @@ def self_test(inner: str = "eager") -> list[Finding]:
     """What acts here: a tiny model for each family and each importable library, through the real backend."""
     from llcompile import self_test
 
-    advice = "please report it: `llcompile doctor --json` has what is needed"
+    advice = "please report it with the output of `llcompile doctor --json`"
     return [
         Finding(f"self-test: {row.name}", row.detail, row.acts, advice if row.acts is False else "")
         for row in self_test.every(inner)
@@ -145,7 +145,7 @@ def _against_tested(topic: str, distribution: str, more: str = "") -> Finding:
         advice = f"llcompile is tested with {topic} {oldest} to {newest}: pip install -U {topic}"
         return Finding(topic, found, False, advice)
     if versions.newer(distribution):
-        return Finding(topic, found, True, f"newer than {newest}, the newest tested: the self-test says what acts")
+        return Finding(topic, found, True, f"newer than {newest}, the newest tested: see the self-test below")
     return Finding(topic, found)
 
 
@@ -164,7 +164,7 @@ def _libraries() -> Iterator[Finding]:
     for library in dict.fromkeys(row.library for row in ROWS):
         rows = [row for row in ROWS if row.library == library]
         if importlib.util.find_spec(library) is None:
-            yield Finding(library, f"not installed; its {len(rows)} known functions cost nothing", None)
+            yield Finding(library, f"not installed; its {len(rows)} known functions are not used", None)
         else:
             names = sorted({row.function for row in rows})
             yield _against_tested(library, _DISTRIBUTIONS.get(library, library), f"rows for {', '.join(names)}")

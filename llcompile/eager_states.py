@@ -27,10 +27,10 @@ def explain(owner: str, levels: set[int]) -> None:
         return
     function, shape = found
     warnings.warn(
-        f"{owner} was run eagerly and fails below: {function}, the library's own code, was handed a state with levels "
-        f"of shape {list(shape)}, which only compiled code can read. Run every call on this cache through "
-        "torch.compile(model, backend='loglinear'). If they all are, Dynamo has given up compiling (it says so in a "
-        "warning): raise the limit it names, torch._dynamo.config.recompile_limit or accumulated_recompile_limit.",
+        f"{owner} was run eagerly and failed (see the error below): {function}, the library's own code, received a "
+        f"state with levels of shape {list(shape)}, which only compiled code can read. Run every call on this cache "
+        "through torch.compile(model, backend='loglinear'). If they all are, Dynamo has stopped compiling, with a "
+        "warning: raise the limit that it names, torch._dynamo.config.recompile_limit or accumulated_recompile_limit.",
         EagerStateWarning,
         stacklevel=4,
     )

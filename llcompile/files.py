@@ -51,7 +51,7 @@ def check_folder(path: str | Path) -> None:
     folder = Path(path)
     nearest = next((p for p in (folder, *folder.absolute().parents) if p.exists()), folder)
     if not nearest.is_dir():
-        raise _refused(folder, f"{nearest} is no folder")
+        raise _refused(folder, f"{nearest} is not a folder")
     if not os.access(nearest, os.W_OK):
         raise _refused(folder, f"the folder {nearest} may not be written to")
 

@@ -56,6 +56,6 @@ def _check(args: argparse.Namespace, chips: Any, groups: Any) -> None:
         if unknown:
             raise SpecError(f"there is no {what} {unknown[0]!r} here; known are {', '.join(known)}")
     if args.summary and (args.json is None or not args.json.is_file()):
-        raise SpecError(f"--summary needs --json with a file that there is, got {args.json}")
+        raise SpecError(f"--summary needs --json with an existing file, got {args.json}")
     if os.environ.get("TRITON_INTERPRET") and not args.summary:
         raise KernelError("kernels cannot be compiled while TRITON_INTERPRET is set")

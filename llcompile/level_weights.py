@@ -321,9 +321,9 @@ def _checked_sizes(kind: str, heads: int, levels: int, in_features: int | None, 
     if row.needs_input and (in_features is None or in_features < 1):
         raise LevelWeightsError(f"level weights of kind {kind!r} need in_features, the last size of the mixer's input")
     if not row.needs_input and in_features is not None:
-        raise LevelWeightsError(f"level weights of kind {kind!r} do not look at the input: leave in_features out")
+        raise LevelWeightsError(f"level weights of kind {kind!r} do not use the input: leave in_features out")
     if hidden is not None and (not row.needs_hidden or hidden < 1):
-        raise LevelWeightsError(f"hidden={hidden} is not for level weights of kind {kind!r}")
+        raise LevelWeightsError(f"hidden={hidden} is not an argument of level weights of kind {kind!r}")
     return Sizes(heads, levels, in_features or 0, (hidden or _DEFAULT_HIDDEN) if row.needs_hidden else 0)
 
 

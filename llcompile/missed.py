@@ -16,11 +16,11 @@ from llcompile.held import held
 from llcompile.passes import dynamo, names, reach
 from llcompile.passes.session import Session
 
-_NOT_FOUND = "no linear-time mixer of it was found in this graph"
+_NOT_FOUND = "no linear-time mixer of this module was found in the graph"
 _WHAT_TO_DO = (
-    "Its output would be the linear model's. llcompile.inspect(model, *inputs) with the inputs of this call says what "
-    "is found and why not; llcompile.revert(model) removes the level weights; options={'on_miss': 'warn'} runs it as "
-    "it is."
+    "Its output would be the linear model's. llcompile.inspect(model, *inputs) with the inputs of this call shows "
+    "what is found and why not; llcompile.revert(model) removes the level weights; options={'on_miss': 'warn'} runs "
+    "the model without them."
 )
 
 

@@ -59,7 +59,7 @@ def loglinear_attention(
     """
     _operands.check_sequence(q, k, v, level_weights, log_decay, beta, scale)
     if cu_seqlens is not None and attention_mask is not None:
-        raise OperandError("cu_seqlens and attention_mask both say where sequences are; give one of them")
+        raise OperandError("cu_seqlens and attention_mask both define the sequences; pass only one of them")
     batch = v.shape[0]
     if cu_seqlens is not None:
         _operands.check_bounds(cu_seqlens, v)

@@ -39,9 +39,9 @@ def _check(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         names = sorted({type(o).__name__ for o in missing})
         warnings.warn(
             f"{type(optimizer).__name__} steps parameters of {len(missing)} converted mixers ({', '.join(names)}) but "
-            "holds none of their level weights, which will stay as they are. Call llcompile.convert(model, ...) before "
+            "holds none of their level weights, so they will not be trained. Call llcompile.convert(model, ...) before "
             "the optimiser is built, or optimizer.add_param_group({'params': [...]}) with the parameters of the "
-            "modules named 'loglinear'; freeze them with requires_grad_(False) if this is meant.",
+            "modules named 'loglinear'; freeze them with requires_grad_(False) if that is intended.",
             OptimizerWarning,
             stacklevel=3,
         )

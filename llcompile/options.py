@@ -53,7 +53,7 @@ class Options:
                     f"{_nearest(str(getattr(self, name)), allowed)}"
                 )
         if not 1 <= self.levels <= 64:
-            raise OptionError(f"option 'levels' lies between 1 and 64 (2^(levels-1) tokens), got {self.levels}.")
+            raise OptionError(f"option 'levels' must be between 1 and 64 (2^(levels-1) tokens), got {self.levels}.")
 
     @classmethod
     def parse(cls, given: Mapping[str, Any] | None) -> Options:
@@ -69,7 +69,7 @@ class Options:
             if name not in known:
                 raise OptionError(
                     f"backend 'loglinear' has no option {name!r}{_nearest(str(name), known)}"
-                    f" Known options: {', '.join(known)}. Inductor's own go under options={{'inductor': {{...}}}}."
+                    f" Known options: {', '.join(known)}. Options of Inductor go under options={{'inductor': {{...}}}}."
                 )
         options = cls(**(given or {}))
         object.__setattr__(options, "given", frozenset(given or {}))

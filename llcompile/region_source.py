@@ -99,8 +99,8 @@ def _with_bounds(core: set[fx.Node], module: str) -> set[fx.Node]:
     for node in piece:
         if node.op not in ("call_function", "call_method"):
             raise ReproError(
-                f"{node.format_node()} is a body of control flow, which cannot be written as one file; "
-                "TORCH_TRACE shows the whole graph"
+                f"{node.format_node()} is a body of control flow, which cannot be written to one file; "
+                "set TORCH_TRACE to see the whole graph"
             )
     return piece
 

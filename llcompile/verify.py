@@ -35,8 +35,8 @@ _OWN = 2  # times what the model's own rounding does to it in 16 bits
 _NOISE = 0.3
 _ALONE = 6  # groups of mixers that are tried by themselves before all are declined
 
-_HINT = "it runs as it is; the rest of the model is converted"
-_KEPT_HINT = "it runs as it is; the level weights that it had before are kept"
+_HINT = "it runs unchanged; the rest of the model is converted"
+_KEPT_HINT = "it runs unchanged; the level weights that it had before are kept"
 _IDLE = (
     "noise on its level weights does not change what the model returns: nothing that is returned depends on the mixer, "
     "or the compiled program does not read its level weights"
@@ -374,7 +374,7 @@ class Backend:
 
 def _no_values(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     tensors = [*model.parameters(), *model.buffers(), *leaves((args, kwargs))]
-    return "the model is on the device meta, so that it has no values" if any(t.is_meta for t in tensors) else ""
+    return "the model is on the device meta, so it has no values" if any(t.is_meta for t in tensors) else ""
 
 
 @contextmanager

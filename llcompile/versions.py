@@ -66,7 +66,7 @@ def announce() -> None:
         named = ", ".join(f"{name} {installed(name)} (newest tested: {TESTED[name][1]})" for name in in_use)
         warnings.warn(
             f"llcompile was not tested with {named}. A self-test ran just now: {self_test()}. "
-            f"`llcompile doctor` shows it whole; {VARIABLE}=0 switches it off.",
+            f"Run `llcompile doctor` for the details; {VARIABLE}=0 switches it off.",
             UntestedVersionWarning,
             stacklevel=2,
         )

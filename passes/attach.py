@@ -21,7 +21,7 @@ _NO_OWNER = (
     "a graph break above this line splits the module's forward; TORCH_LOGS=graph_breaks shows it",
 )
 _NO_VALUES = (
-    "its level weights are on the device meta: what offloads the model does not bring them in",
+    "its level weights are on the device meta: the offloading of the model does not load them",
     "keep the modules named loglinear out of the offloading",
 )
 _NO_INPUT = (
@@ -30,7 +30,7 @@ _NO_INPUT = (
 )
 _OTHER_INPUT = (
     "what its level weights read when they were made is not what its operands are projected from in this graph",
-    "run the code that convert saw, or call llcompile.revert(model) and convert the model as it runs now",
+    "run the same code as in convert, or call llcompile.revert(model) and convert the model again",
 )
 
 
@@ -104,7 +104,7 @@ def _check_asked(session: Session, site: Site, weights: Any) -> None:
         raise LevelWeightsError(
             f"options ask for {said}, but {site.module or 'the model'}.{site.attribute} has level weights already, of "
             f"kind {weights.kind!r} with {weights.levels} levels. Leave the option out to use them; or call "
-            "llcompile.revert(model), which deletes them with what they have learned, and convert the model again."
+            "llcompile.revert(model), which deletes them, trained values included, and convert the model again."
         )
 
 

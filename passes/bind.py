@@ -26,7 +26,7 @@ def bind(session: Session) -> int:
 def _bind(site: Site) -> None:
     row, leaf = site.known.row, site.known
     if leaf.problem is not None:
-        return site.decline(leaf.problem, "the installed version is not one that the table knows; please report it")
+        return site.decline(leaf.problem, "the installed version is not in the table; please report it")
     try:
         site.call = read_call(row, leaf.plain, site.arguments)
     except Mismatch as mismatch:

@@ -22,7 +22,7 @@ log = logging.getLogger("llcompile")
 RAISE = "LLCOMPILE_RAISE"
 # What is said to the user, and what makes Dynamo trace once more.
 _MEANT = (LLCompileError, TorchDynamoException)
-_HINT = "the code runs as it is; please report it with the log of TORCH_LOGS=+loglinear"
+_HINT = "the code runs unchanged; please report it with the log of TORCH_LOGS=+loglinear"
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Outcome:
     def reason(self) -> str:
         """What a report says of it."""
         first = str(self.error).strip().split("\n")[0]
-        return f"llcompile failed in looking at it: {type(self.error).__name__}: {first}"
+        return f"llcompile failed to analyse it: {type(self.error).__name__}: {first}"
 
     @property
     def hint(self) -> str:

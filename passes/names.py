@@ -22,7 +22,7 @@ from llcompile.passes.discover import place_of, user_frames
 from llcompile.passes.origin import operand_nodes
 from llcompile.passes.session import Session, Site
 
-_AMBIGUOUS = "its module has several level weights, and which of them are its own cannot be told"
+_AMBIGUOUS = "its module has several level weights, and it is not clear which of them belong to it"
 
 
 @dataclass(frozen=True)

@@ -177,7 +177,7 @@ class _Placer:
         for node in nodes:
             if self.effects.view(node) != self.effects.view(result) or self.effects.shows(node) != shown:
                 raise CannotPlace(
-                    f"its output is changed in place at {_line(write)}, and read through a view that is older than it",
+                    f"its output is changed in place at {_line(write)}, and read through a view made before it",
                     _PLAIN,
                 )
         return nodes

@@ -58,7 +58,7 @@ def _prove(site: Site, weighted: bool, failed: dict[Any, str]) -> None:
     if isinstance(result, Certificate):
         site.certificate = result
     else:
-        site.decline(result, "the call runs the library's own code, so the model is what it was")
+        site.decline(result, "the call runs the library's own code, so the model is unchanged")
 
 
 class _DoesNotRun(Exception):
@@ -112,9 +112,9 @@ def _run_proof(site: Site, weighted: bool) -> Certificate | str:
             failures.append(f"{what} does not run here: {type(error).__name__}: {error}".split("\n")[0])
             continue
         if idle:
-            return f"its result does not depend on {idle}, so that agreement would prove nothing"
+            return f"its result does not depend on {idle}, so agreement would prove nothing"
         if worst <= original.budgets[-1][1] < slopes:
-            return f"its gradients are others than the operator's, by {slopes:.0e}"
+            return f"its gradients differ from the operator's by {slopes:.0e}"
         for dtype, budget in original.budgets:
             if worst <= budget:
                 return Certificate(worst, dtype, len(LENGTHS), original.against)

@@ -168,7 +168,7 @@ def add_tensor_input(graph: fx.Graph, owner: nn.Module, path: tuple[str, ...]) -
     translator = current_translator()
     variable = None if translator is None else _variable(owner)
     if translator is None or variable is None:
-        raise LookupError(f"nothing that the compiled frame holds leads to {type(owner).__name__}")
+        raise LookupError(f"the compiled frame holds no reference to {type(owner).__name__}")
     frame = translator.output.root_tx or translator
     try:
         for name in path:

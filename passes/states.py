@@ -18,7 +18,7 @@ _LINEAR = (
     "a state without levels came in: its output reads the past through it, which level weights do not reach",
     "run the whole sequence in one call, without a state, or use level_weights='none'",
 )
-_NO_PLACE = "its state has no levels and is computed by the model, so that there is no place to keep levels in"
+_NO_PLACE = "its state has no levels and is computed by the model, so there is no place to keep levels"
 
 
 def states(session: Session) -> int:
@@ -38,7 +38,7 @@ def states(session: Session) -> int:
             problem = f"it has levels, and this call has to run the library's own code, because {site.reason}"
         if problem is not None:
             raise StateError(
-                f"{site.module or 'the model'} ({site.where}) was handed a state that is not its own: {problem}"
+                f"{site.module or 'the model'} ({site.where}) received a state that does not belong to it: {problem}"
             )
         linear = session.settings.kind != "none" and not is_level_state(_state(site))
         if site.open and linear and _tensor(site) is None and site.known.row.wants_state(_call(site)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llcompile.passes.session import Session
 
-_HINT = "llcompile.revert(model) forgets it, and a later convert looks again"
+_HINT = "call llcompile.revert(model) to try again with the next convert"
 
 
 def withhold(session: Session) -> int:

@@ -212,7 +212,7 @@ def test_each_mixer_has_to_act_and_to_learn() -> None:
         check_acts(one := Scaled(1), one, "it")
     with pytest.raises(DemoError, match="no gradient arrives at first"):
         check_acts(deaf := Scaled(2, learns=False), deaf, "it")
-    with pytest.raises(DemoError, match="nothing of it was converted"):
+    with pytest.raises(DemoError, match="no mixer was converted"):
         check_acts(torch.nn.Linear(2, 2), lambda: torch.ones(2), "it")
 
 

@@ -379,5 +379,5 @@ def test_a_model_that_becomes_no_graph() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x + 1
 
-    with pytest.raises(CaptureError, match=r"no graph could be made of Hidden.*test_look.py:\d+ in forward"):
+    with pytest.raises(CaptureError, match=r"Dynamo could not trace Hidden.*test_look.py:\d+ in forward"):
         llcompile.inspect(Hidden(), torch.zeros(3))

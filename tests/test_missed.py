@@ -85,7 +85,7 @@ def test_a_mixer_that_is_none_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled(model)(inputs())  # the control
     torch._dynamo.reset()
     monkeypatch.setattr(Mixer, "forward", lambda self, x: x * self.qkv.weight[0])
-    with pytest.raises(MissedLevelWeightsError, match=r"Mixer 'mixer'.*no linear-time mixer of it was found"):
+    with pytest.raises(MissedLevelWeightsError, match=r"Mixer 'mixer'.*no linear-time mixer of this module was found"):
         compiled(model)(inputs())
 
 
@@ -133,7 +133,7 @@ def test_what_dynamo_leaves_out_is_said() -> None:
     run = compiled(model)
     found = told(lambda: run(inputs()))
     assert found
-    assert "Mixer has level weights and ran in a call that is compiled, and no compiled graph read them" in found[0]
+    assert "Mixer has level weights and ran in a compiled call, but no compiled graph read them" in found[0]
     assert told(lambda: compiled(model, level_weights="none")(inputs())) == []
 
 

@@ -101,7 +101,7 @@ def test_the_file_runs_by_itself(here: Path, name: str) -> None:
 
 def test_mistakes_leave_no_file(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["repro", "made:near_miss", "--mixer", "layers.7", "--out", "shown.py"]) == 1
-    assert "nothing linear-time is named 'layers.7' in Sequential; there are: 0" in capsys.readouterr().err
+    assert "no linear-time mixer has the name 'layers.7' in Sequential; there are: 0" in capsys.readouterr().err
     assert cli.main(["repro", "made:near_miss", "--mixer", "0", "--out", "no/such/folder/shown.py"]) == 1
     assert "cannot write" in capsys.readouterr().err
     assert [path.name for path in here.iterdir() if path.suffix == ".py"] == ["made.py"]
@@ -137,7 +137,7 @@ def test_what_may_be_imported(module: str, name: str, fine: bool) -> None:
     if fine:
         source_text.check_import(module, name)
     else:
-        with pytest.raises(ReproError, match="no file can import that"):
+        with pytest.raises(ReproError, match="cannot be imported from there"):
             source_text.check_import(module, name)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -60,4 +62,27 @@ def test_the_example_names_what_it_knows(tmp_path: Path) -> None:
     zoo.write_text(json.dumps({"mine": {"kwargs": {}}}))
     done = generate("mamba3", "--zoo", str(zoo))
     assert done.returncode == 1
-    assert "'mamba3' is none of mamba2, qwen3_next, mine, and no .json file" in done.stderr
+    assert "'mamba3' is not one of mamba2, qwen3_next, mine, and not a .json file" in done.stderr
+
+
+def first_lines() -> list[str]:
+    """The commands at the start of each example's docstring."""
+    commands = []
+    for file in sorted((ROOT / "examples").glob("*.py")):
+        told = [line for line in file.read_text().split('"""')[1].splitlines() if line.startswith("python ")]
+        assert told, file
+        assert all(line.startswith(f"python examples/{file.name} ") for line in told)
+        commands += told
+    return commands
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", first_lines())
+def test_an_example_runs_as_its_first_lines_say(command: str, tmp_path: Path) -> None:
+    """Beside nothing but the other examples, as on a fresh clone; each says what shows that level weights act."""
+    shutil.copytree(ROOT / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns("__pycache__"))
+    run = [sys.executable, *command.split()[1:]]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=1800, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "linear-time mixers are log-linear" in done.stdout
+    assert re.search(r"the level weights(, and nothing else, moved| act)", done.stdout, re.IGNORECASE)

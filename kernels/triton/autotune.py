@@ -92,7 +92,7 @@ def best(launch: Launch, meter: Meter) -> Tuning:
         try:
             found = _measure(launch, meter, question)
         except torch.OutOfMemoryError:
-            _log.warning("%s runs with its defaults: no memory is left to tune it in", launch.kernel.name)
+            _log.warning("%s runs with its defaults: not enough memory to tune it", launch.kernel.name)
             found = launch.kernel.default
     _chosen[kind] = found
     return found
@@ -180,7 +180,7 @@ def _read(question: dict[str, Any]) -> Tuning | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError) as error:
-        _log.warning("%s cannot be used (%s: %s); %s is tuned anew", path, type(error).__name__, error, path.stem)
+        _log.warning("%s cannot be used (%s: %s); %s is tuned again", path, type(error).__name__, error, path.stem)
         return None
     return chosen
 
@@ -189,7 +189,7 @@ def _write(question: dict[str, Any], answer: dict[str, Any]) -> None:
     try:
         cache.write(file_of(question), (json.dumps(answer, indent=1) + "\n").encode())
     except KernelCacheError as error:
-        _log.warning("what was tuned is kept for this process only: %s", error)
+        _log.warning("tuning results are kept for this process only: %s", error)
 
 
 # -- by the environment ------------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ def file_of(source: str, name: str, place: Path | None = None) -> Path:
     found = _read(path)
     if found != content:
         if found is not None:
-            _log.warning("%s is damaged: its content has not the hash in its name; it is written anew", path)
+            _log.warning("%s is damaged: its content does not have the hash in its name; it is written again", path)
         write(path, content)
     return path
 
@@ -78,7 +78,7 @@ def _run(name: str, path: Path) -> ModuleType:
         wrong = "cannot be read" if content is None else "is damaged"
         raise KernelCacheError(
             f"{path} {wrong}: generated kernels run only if their content has the hash in the file's name. Remove the "
-            "file; it is written anew"
+            "file; it will be written again"
         )
     text = content.decode()
     _show(path, text)
@@ -139,7 +139,7 @@ def _check_folder(place: Path) -> None:
     wrong = "belongs to another user" if found.st_uid not in (0, _user()) else "can be written by other users"
     raise KernelCacheError(
         f"the folder for generated kernels, {place}, {wrong}, and what is in it runs as you; set the environment "
-        f"variable {FOLDER_VARIABLE} to a folder of your own, or take the right to write from others (chmod go-w)"
+        f"variable {FOLDER_VARIABLE} to a folder of your own, or remove write permission for others (chmod go-w)"
     )
 
 

@@ -168,5 +168,5 @@ def _cuobjdump() -> str:
     inside = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     found = str(inside) if inside.exists() else shutil.which("cuobjdump")
     if found is None:
-        raise FileNotFoundError("cuobjdump comes with Triton and is not there")
+        raise FileNotFoundError("cuobjdump, which comes with Triton, was not found")
     return found

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 NEXT = (
-    "Next, with a model of your own: `llcompile inspect your_module:factory` says what would become of it; then "
-    'llcompile.convert(model, *inputs), model.compile(backend="loglinear"), and train it as you always do.'
+    "Next, with a model of your own: `llcompile inspect your_module:factory` reports what would be converted; then "
+    'llcompile.convert(model, *inputs), model.compile(backend="loglinear"), and train it as usual.'
 )
 
 

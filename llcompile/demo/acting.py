@@ -60,7 +60,7 @@ def check_acts(model: nn.Module, run: Run, name: str) -> Acting:
     """
     held = {key: module for key, module in model.named_modules() if isinstance(module, LevelWeights)}
     if not held:
-        raise DemoError(f"{name} has no level weights: nothing of it was converted. {_DOCTOR}")
+        raise DemoError(f"{name} has no level weights: no mixer was converted. {_DOCTOR}")
     before = run()
     missing = _without_gradient(before, held)
     moved = {}
@@ -113,8 +113,8 @@ def check_differs(name: str, logits: Tensor, others: dict[str, Tensor]) -> None:
         if torch.equal(logits, other):
             raise DemoError(
                 f"{name!r} was converted and trained, and its logits are bit for bit those of {what}: "
-                f"its level weights have no part in them. {_DOCTOR}"
+                f"its level weights have no effect. {_DOCTOR}"
             )
 
 
-_DOCTOR = "`llcompile doctor` says what works here; TORCH_LOGS=loglinear shows what the backend did."
+_DOCTOR = "Run `llcompile doctor` to check the environment; TORCH_LOGS=loglinear shows what the backend did."

@@ -96,7 +96,7 @@ def recall(console: Console, args: argparse.Namespace) -> list[Outcome]:
     written = [show.plot(outcomes, task, plan, args.out), show.save(outcomes, task, plan, args.out)]
     console.print("written: " + ", ".join(str(path) for path in written if path), soft_wrap=True)
     if written[0] is None:
-        console.print("There is no plot, for that needs matplotlib: pip install 'llcompile[plot]'", soft_wrap=True)
+        console.print("No plot was written; plots need matplotlib: pip install 'llcompile[plot]'", soft_wrap=True)
     return outcomes
 
 
@@ -114,9 +114,9 @@ def _one_thread() -> Iterator[None]:
 def _introduction(bench: Bench) -> str:
     task, plan, mixer = bench.task, bench.plan, bench.report.converted[0]
     told = {
-        "key": "A key tells how far back its value lies: some are asked for soon, others late. (With --distances any "
-        "no key tells, and level weights have little to go by: see docs/recall-experiments.md.)",
-        "any": "Nothing tells how far back a value lies.",
+        "key": "The distance to a value depends on its key: some are asked for soon, others late. (With --distances "
+        "any it does not, and level weights have little to work with: see docs/recall-experiments.md.)",
+        "any": "The distance to a value does not depend on its key.",
     }[task.distances]
     return (
         f"Up to {task.pairs} key-value pairs in {task.length} tokens; each key is asked for once, "

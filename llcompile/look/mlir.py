@@ -48,7 +48,7 @@ def to_mlir(look: Look, dialect: str = "torch", mixer: str | None = None) -> str
         what = str(error).strip().split("\n")[0]
         raise MlirError(
             f"torch-mlir does not take {_called(mixer)} as {dialect!r}: {what}. Its own message is above; "
-            "dialect='torch', or another mixer, may do."
+            "dialect='torch', or another mixer, may work."
         ) from error
     return str(module)
 
@@ -60,7 +60,7 @@ def importer() -> Any:
     except ImportError as error:
         raise MissingLibraryError(
             "MLIR needs torch-mlir: pip install 'llcompile[mlir]' (or pip install torch-mlir, whose wheels are for "
-            f"Linux and CPython). What failed: {error}"
+            f"Linux and CPython). The error was: {error}"
         ) from error
     return fx
 
@@ -74,7 +74,7 @@ def _exported(look: Look, mixer: str | None) -> ExportedProgram:
         raise MlirError("the model is on the device meta, so its weights have no values; inspect it on cpu (--device)")
     names = [record.module for record in look.converted]
     if mixer is not None and mixer not in names:
-        raise MlirError(f"no converted mixer is named {mixer!r}; there are {', '.join(map(repr, names)) or 'none'}")
+        raise MlirError(f"no converted mixer has the name {mixer!r}; there are {', '.join(map(repr, names)) or 'none'}")
     before = {id(weights) for _, _, weights in attachment.attached(model)}
     options = {**vars(subject.options), "strict": False}
     try:
@@ -109,7 +109,7 @@ def _decomposed(program: ExportedProgram) -> ExportedProgram:
     """The program with the operator in plain operations."""
     calls = [node for node in program.graph.nodes if str(node.target).startswith("llcompile.")]
     if not calls:
-        raise MlirError("nothing was rewritten in it, so that there is no operator to show")
+        raise MlirError("nothing was rewritten in it, so there is no operator to show")
     for node in calls:
         name, initial_state, keeps_state = node.target._schema.name, node.args[6:7], node.args[8:9]
         if name != _SEQUENCE or initial_state != (None,) or keeps_state != (False,):

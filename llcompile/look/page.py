@@ -129,7 +129,9 @@ def _code(text: str) -> Any:
     """Python with syntax colours; what is longer than a page shows is left out, and the page says so."""
     lines = text.splitlines()
     if len(lines) > _LONG:
-        text = "\n".join([*lines[:_LONG], f"# … {len(lines) - _LONG:,} more lines; look.graph_before has them all"])
+        text = "\n".join(
+            [*lines[:_LONG], f"# … {len(lines) - _LONG:,} more lines; see look.graph_before for all of them"]
+        )
     return _whole(text)
 
 

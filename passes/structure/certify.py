@@ -98,7 +98,7 @@ def _expect_gradients(probe: Probe, reading: Reading) -> None:
         size = max(float(one.abs().max()), float(two.abs().max()), _SLIGHT * largest)
         apart = float((one - two).abs().max()) / max(size, 1e-300)
         if not apart <= BUDGETS[-1][1]:
-            raise Miss(f"its gradients are others than the operator's, by {apart:.0e}", 3, "see docs/recognition.md")
+            raise Miss(f"its gradients differ from the operator's by {apart:.0e}", 3, "see docs/recognition.md")
 
 
 def _gradients(result: Tensor, leaves: list[Tensor]) -> list[Tensor]:

@@ -97,7 +97,7 @@ def stranger(op: Op) -> str:
     if op.name == "pow" and not _is_whole_power(op):
         return ""
     if op.kwargs.get("rounding_mode") is not None or (op.name not in ANALYTIC and op.name not in PIECES):
-        return "is not one of those that a proof by draws can speak of"
+        return "is not an operation that a proof by random draws can cover"
     return ""
 
 

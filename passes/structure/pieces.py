@@ -24,7 +24,7 @@ from llcompile.passes.structure.ranges import Range
 from llcompile.passes.structure.reading import Reading
 
 _MARGIN = 3.0  # how far beyond a number draws are brought
-_HINT = "do it before or behind the mixer, where it stays as it is"
+_HINT = "move it before or after the mixer, where it stays unchanged"
 
 Compare = Callable[[Probe], float | None]
 

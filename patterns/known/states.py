@@ -32,7 +32,7 @@ def state_problem(row: KnownFunction, given: Mapping[str, Any], levels: int | No
     shape = f"its shape is {_shown(state.shape)}"
     rows, batch = _number(state.shape[0]), _number(batch_size(row, given, state))
     if None not in (rows, batch) and rows != batch:
-        return f"{shape}, for a batch of {rows}, and this batch is of {batch}"
+        return f"{shape}, for a batch of {rows}, but this batch has {batch}"
     if not is_level_state(state):
         own = state.dim() == 4 and [int(n) for n in state.shape[1:]] == linear
         return None if own else f"{shape}, expected {_shown(['B', *linear])}"

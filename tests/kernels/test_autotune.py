@@ -145,7 +145,7 @@ def test_damaged_file(folder, caplog, text):
     with caplog.at_level(logging.WARNING, "llcompile.kernels"):
         assert autotune.best(launch(), Table({slow: 1.0})) == slow
     assert file.name in caplog.text
-    assert "tuned anew" in caplog.text
+    assert "tuned again" in caplog.text
     assert json.loads(file.read_text())["chosen"] == slow._asdict()
 
 

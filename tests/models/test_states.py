@@ -125,7 +125,7 @@ def test_the_state_of_an_unconverted_model_is_taken_up(name: str) -> None:
         llcompile.convert(model, ids)
         run = compiled(model)
         parts = ids[:, 13:].split([1, 1, 1, 4], dim=1)
-        with pytest.warns(StateAdoptedWarning, match="were made by a model without levels") as warned:
+        with pytest.warns(StateAdoptedWarning, match="come from the unconverted model") as warned:
             logits = [tiny.logits(run(part, use_cache=True, **{key: cache})) for part in parts]
         assert difference(torch.cat(logits, 1), expected[:, 13:]) < 1e-5
     assert len([w for w in warned if "without levels" in str(w.message)]) == 1
@@ -149,7 +149,7 @@ WRONG = {
     "other widths": ((2, 2, 18, 4, 8), r"\[2, 2, 18, 4, 8\], expected \[B, 2, 1 \+ L, 8, 8\]"),
     "other levels": ((2, 2, 9, 8, 8), r"which is 8 levels, and the level weights have 17"),
     "other linear state": ((2, 2, 4, 8), r"its shape is \[2, 2, 4, 8\], expected \[B, 2, 8, 8\]"),
-    "other batch": ((3, 2, 18, 8, 8), r"\[3, 2, 18, 8, 8\], for a batch of 3, and this batch is of 2"),
+    "other batch": ((3, 2, 18, 8, 8), r"\[3, 2, 18, 8, 8\], for a batch of 3, but this batch has 2"),
 }
 
 

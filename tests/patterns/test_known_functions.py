@@ -199,7 +199,7 @@ def test_a_function_that_computes_something_else(make: Make) -> None:
 
 
 def test_a_function_with_other_gradients(make: Make) -> None:
-    check_declined(make(stops_gradients), "its gradients are others than the operator's")
+    check_declined(make(stops_gradients), "its gradients differ from the operator's")
 
 
 def test_an_operand_without_effect(make: Make) -> None:

@@ -1,4 +1,4 @@
-"""The log-linear tree over chunks (DESIGN.md, section 3; arXiv 2506.04761, section 3).
+"""The log-linear tree over chunks (docs/decisions/tree-over-chunks.md; arXiv 2506.04761, section 3).
 
 Level ``m`` sees chunks as pairs of blocks of ``2 ** m``. The rows of every right block read the state of their left
 sibling with the weight of that level and are then pulled back over it, so that after the last level every row reads at

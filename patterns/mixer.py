@@ -21,7 +21,7 @@ class Mixer:
     """One linear-time mixer, bound to its operands.
 
     An operand is a tensor while a mixer is proved and an `fx.Proxy` while it is written into a graph; `Any` stands for
-    both. Shapes are the operator's (DESIGN section 4), with T left out for a single step:
+    both. Shapes are the operator's (see llcompile.ops), with T left out for a single step:
 
     Args:
         query: [B, T, G, K].

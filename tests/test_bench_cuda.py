@@ -80,7 +80,7 @@ def test_kinds_compile_each_kernel_once() -> None:
 
 # -- the roofline ----------------------------------------------------------------------------------------------------
 
-# DESIGN.md section 3: an H200's copy and matrix rates, one group of queries and keys as Mamba-2 has.
+# An H200's copy and matrix rates, one group of queries and keys as Mamba-2 has.
 H200 = (4.3e12, 790e12)
 DESIGN = {"length": 65536, "batch": 1, "heads": 32, "key_dim": 128, "value_dim": 64, "groups": 1, "phase": "forward"}
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
@@ -246,3 +249,53 @@ class TestSite:
         (extra,) = re.findall(r"^docs = \[(.*)\]$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
         assert "mkdocs-material" in extra
         assert "mkdocstrings[python]" in extra
+
+
+# Kinds of sentences that do not read as plain English, in documents and in help texts.
+ODD = re.compile(
+    r"\b(hangs on|[Nn]obody|makes no sense|will do[,.]|what for\b|page tells|tells (?:the|how|what|whether)|"
+    r"is no (?:mixer|file|folder|operand|config)|cut short|all the same|that there (?:is|are)\b)"
+)
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: str(page.relative_to(ROOT)))
+def test_pages_are_in_plain_english(page: Path) -> None:
+    prose = re.sub(r"^```.*?^```|`[^`\n]*`", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    assert not [" ".join(odd.group(0).split()) for odd in ODD.finditer(" ".join(prose.split()))]
+
+
+def helps(parser: argparse.ArgumentParser) -> Iterator[str]:
+    """The line of help of each command below a parser, and its description."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            yield from (choice.help or "" for choice in action._choices_actions)
+            for command in action.choices.values():
+                yield command.description or ""
+                yield from helps(command)
+
+
+def test_help_is_in_the_imperative() -> None:
+    """It starts with a verb without an ending: "report", and not "reports" or "the report"."""
+    from llcompile.cli import COMMANDS
+
+    parser = argparse.ArgumentParser()
+    commands = parser.add_subparsers()
+    for command in COMMANDS:
+        importlib.import_module(command.module).add_parser(commands)
+    found = [text for text in (*helps(parser), *(command.help for command in COMMANDS)) if text and text[0] != "`"]
+    verbs = {
+        "check",
+        "compile",
+        "convert",
+        "draw",
+        "list",
+        "measure",
+        "print",
+        "report",
+        "run",
+        "show",
+        "time",
+        "write",
+    }
+    assert len(found) > 20
+    assert {text.split()[0].lower() for text in found} <= verbs

@@ -1,4 +1,4 @@
-"""The goals of issue 4, each a ratio of two times and the most it may be; every size that was measured counts."""
+"""The goals of the kernels, each a ratio of two times and the most it may be; every size that was measured counts."""
 
 from __future__ import annotations
 

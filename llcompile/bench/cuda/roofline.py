@@ -1,4 +1,4 @@
-"""How fast a case could be: bytes and operations it cannot do without (DESIGN.md section 3) over what a chip does.
+"""How fast a case could be: bytes and operations it cannot do without over what a chip does.
 
 Bytes are those of the operands, each input read once and each result written once: states may stay on the chip.
 Operations are those of matrix products, a multiplication and an addition counting 2, in chunks of 64 tokens.

@@ -65,7 +65,7 @@ def _attach(session: Session, site: Site) -> None:
     assert owner is not None
     assert shape is not None
     weights = settings.find(owner, site.attribute)
-    if weights is not None and weights.heads != shape.heads:
+    if weights is not None and weights.heads != shape.heads and not _serves_all(weights, site):
         raise LevelWeightsError(
             f"{site.module}.{site.attribute} was made for {weights.heads} heads and an input of width "
             f"{weights.in_features}, but the mixer at {site.where} has {shape.heads} heads. "
@@ -92,6 +92,12 @@ def _attach(session: Session, site: Site) -> None:
             weights.owner_input = site.owner_input
     _check_asked(session, site, weights)
     site.level_weights = weights
+
+
+def _serves_all(weights: Any, site: Site) -> bool:
+    """Whether level weights of one head are those of all: heads that share queries and keys are one where the code
+    reads them so, and several where it copies them (a chunk loop at a length of one chunk)."""
+    return site.found is not None and weights.heads == 1
 
 
 def _check_asked(session: Session, site: Site, weights: Any) -> None:

@@ -173,6 +173,8 @@ def _weights(
         like = _batch_first(found, source, as_proxy(source)) if site.owner_input is None else as_proxy(source)
     dtype = found.part.result.dtype if source is None else source.meta["example_value"].dtype
     made = session.settings.function(weights, dtype)(like, *tensors)  # [B, T, H, L]
+    if weights.heads == 1 < found.sizes[0]:
+        made = made.expand(-1, -1, found.sizes[0], -1)
     missing = _count(found.times.leaves) - _count(found.times.shorter)
     if source is None or not missing or (site.owner_input is None and not found.is_shorter(source)):
         return made

@@ -17,6 +17,7 @@ from llcompile.passes.structure.program import Op, Program, Value
 Form = Literal["timeless", "sequence", "pieces"]
 
 _CUTS = frozenset(["select", "slice", "split", "split_with_sizes", "unbind"])
+_WRITES = frozenset(["select_scatter", "slice_scatter", "index_put"])
 WEIGHTED = frozenset(["mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "convolution", "embedding"])
 
 
@@ -86,7 +87,7 @@ class Times(Frame):
     def step(self, op: Op) -> None:
         """Adds the facts of an operation's results; its operands' facts are there."""
         given = [self.facts.setdefault(v, Fact()) for v in op.inputs]
-        mixes = self.mixes_time(op)
+        mixes = self.mixes_time(op) and not self._fills(op)
         timeless = not mixes and all(f.form == "timeless" for f in given)
         data, weight = any(f.data for f in given), any(f.weight for f in given)
         for value in op.outputs:
@@ -101,6 +102,10 @@ class Times(Frame):
             if mixed and op.name in WEIGHTED and self._is_projection(op):
                 mixed = form != "sequence" and op.name != "convolution"
             self.facts[value] = Fact(data, weight, form, mixed, place if form == "pieces" else None)
+
+    def _fills(self, op: Op) -> bool:
+        """Whether it writes what no input has a part in (v[:, 0] = 0): every position remains its own."""
+        return op.name in _WRITES and not any(self.facts[v].data for v in op.inputs if v is not op.inputs[0])
 
     def _place(self, op: Op, given: list[Fact], index: int = 0) -> tuple[tuple[int, ...] | None, bool]:
         """The position that the result belongs to, and whether the operation joins several."""

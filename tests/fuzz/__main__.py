@@ -9,6 +9,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+from tests.fuzz.expected import expect
 from tests.fuzz.program import drawn
 from tests.fuzz.run import run
 
@@ -24,7 +25,7 @@ def main() -> None:
         path.write_text(text)
         try:
             report = run(path)
-            ended = "converted" if report.converted else f"left {[d.reason for d in report.declined]}"
+            ended = f"{expect(recipe, report)} {[d.reason for d in report.declined]}"
         except Exception as error:
             ended = f"FAILED {type(error).__name__}: {str(error).splitlines()[0][:300]} ({path})"
         count[f"{'mutated' if recipe.mutation else 'mixer'} {ended.split()[0]}"] += 1

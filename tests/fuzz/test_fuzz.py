@@ -7,11 +7,18 @@ from __future__ import annotations
 
 import os
 import random
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from tests.fuzz.expected import expect
 from tests.fuzz.program import drawn
+from tests.fuzz.recipes import Recipe, draw
 from tests.fuzz.run import run
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -20,29 +27,28 @@ pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 SEED = os.environ.get("LLCOMPILE_FUZZ_SEED") or str(
     random.Random(os.environ.get("PYTEST_XDIST_TESTRUNUID")).randrange(10**6)
 )
-# Programs of the seed "fixed" for `make test`: quick ones that passed, against regressions. How many programs fail is
-# for `test_many` to say.
-FEW = (3, 6, 9)
 MANY, BATCH = 300, 10
+# Every so many of the seed "fixed" for `make test`, whether they pass or not; an odd number, so that half are mutated.
+STRIDE = 61
 
 
-def failures(seed: str, numbers: range, folder: Path) -> tuple[list[str], int]:
-    """The programs that fail, each with what happened; and how many were converted."""
-    failed, converted = [], 0
+def failures(seed: str, numbers: Iterable[int], folder: Path) -> tuple[list[str], Counter[str]]:
+    """The programs that fail, each with what happened; and how the others ended."""
+    failed, ended = [], Counter[str]()
     for number in numbers:
-        _, text = drawn(f"{seed}-{number}", mutate=number % 2 == 1)
+        recipe, text = drawn(f"{seed}-{number}", mutate=number % 2 == 1)
         path = folder / f"fuzz_{seed}_{number}.py"
         path.write_text(text)
         try:
-            converted += bool(run(path).converted)
+            ended[expect(recipe, run(path))] += 1
         except Exception as error:  # whatever comes is shown beside its program
             failed.append(f"# {type(error).__name__}: {error}\n# program {number} of seed {seed}:\n{text}")
-    return failed, converted
+    return failed, ended
 
 
-@pytest.mark.parametrize("number", FEW)
+@pytest.mark.parametrize("number", range(0, MANY, STRIDE))
 def test_a_few(number: int, tmp_path: Path) -> None:
-    failed, _ = failures("fixed", range(number, number + 1), tmp_path)
+    failed, _ = failures("fixed", [number], tmp_path)
     assert not failed, failed[0]
 
 
@@ -50,9 +56,10 @@ def test_a_few(number: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("batch", range(MANY // BATCH))
 def test_many(batch: int, tmp_path: Path) -> None:
     print(f"LLCOMPILE_FUZZ_SEED={SEED}")
-    failed, converted = failures(SEED, range(batch * BATCH, (batch + 1) * BATCH), tmp_path)
+    failed, ended = failures(SEED, range(batch * BATCH, (batch + 1) * BATCH), tmp_path)
+    print(dict(ended))
     assert not failed, f"{len(failed)} of {BATCH} programs (LLCOMPILE_FUZZ_SEED={SEED}):\n" + "\n\n".join(failed)
-    assert converted, "half of these are mixers, and none was converted: nothing was tested"
+    assert ended["converted"], "half of these are mixers, and none was converted: nothing was tested"
 
 
 def test_programs_are_what_their_seed_says() -> None:
@@ -103,3 +110,25 @@ def test_the_check_can_fail(returned: str, held: str, message: str, tmp_path: Pa
         return
     with pytest.raises(AssertionError, match=message):
         run(path)
+
+
+def _report(converted: int, *reasons: str) -> Any:
+    return SimpleNamespace(converted=(None,) * converted, declined=[SimpleNamespace(reason=r) for r in reasons])
+
+
+def _recipe(**fields: Any) -> Recipe:
+    plain = {"layout": "BHTD", "in_place": "nothing", "layers": 2}
+    return replace(draw("any"), **{**plain, **fields})
+
+
+def test_a_mixer_is_converted_or_in_the_table() -> None:
+    written = _recipe(layout="BTHD", in_place="the first value")
+    assert expect(_recipe(), _report(2)) == "converted"
+    assert expect(_recipe(mutation="softmax"), _report(0)) == "left"
+    assert expect(written, _report(0, "its reach ends: a window")) == "outside"
+    with pytest.raises(AssertionError, match="a mixer is left as it is"):
+        expect(_recipe(), _report(1, "its reach ends: a window"))
+    with pytest.raises(AssertionError, match="another reason"):
+        expect(written, _report(0, "it does not run by itself"))
+    with pytest.raises(AssertionError, match="without a word"):
+        expect(written, _report(0))

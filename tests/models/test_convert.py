@@ -250,7 +250,7 @@ def test_dynamic_length(name: str) -> None:
     assert counts[0] == 1 or name in BREAKING
 
 
-@pytest.mark.parametrize("name", some(("bamba",)))
+@pytest.mark.parametrize("name", some(("mamba2",)))
 def test_bfloat16(name: str) -> None:
     """A bfloat16 model, and autocast: no further from the float32 model than the model's own code is."""
     model, ids = build(name), tiny.tokens()

@@ -80,6 +80,7 @@ print("error", float(error))
 """
 
 
+@pytest.mark.slow
 def test_a_cache_is_resumed_in_another_process(tmp_path: Path) -> None:
     model, ids = serving("mamba2"), tiny.tokens(2, 40)
     with torch.no_grad():

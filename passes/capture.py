@@ -181,7 +181,8 @@ def install(is_ours: Callable[[], bool], levels_of_trace: Callable[[], int | Non
     """
     global _levels_of_trace
     _levels_of_trace = levels_of_trace
-    new = [(row, f) for row in rows() for f in _definitions(row) if id(f) not in _leaves]
+    modules = _modules()
+    new = [(row, f) for row in rows() for f in _definitions(row, modules) if id(f) not in _leaves]
     for row, function in new:
         leaf = Leaf(row, dynamo.unsubstituted(function))
         _leaves[id(function)] = leaf
@@ -190,13 +191,19 @@ def install(is_ours: Callable[[], bool], levels_of_trace: Callable[[], int | Non
     return len(new)
 
 
-def _definitions(row: KnownFunction) -> Iterable[types.FunctionType]:
-    """Every distinct function object that is this row's function, in the modules imported so far."""
+def _modules() -> Mapping[str, list[types.ModuleType]]:
+    """The modules imported so far, by the package at the top of their names."""
+    found: dict[str, list[types.ModuleType]] = {}
+    for name, module in list(sys.modules.items()):
+        found.setdefault(name.split(".", 1)[0], []).append(module)
+    return found
+
+
+def _definitions(row: KnownFunction, modules: Mapping[str, list[types.ModuleType]]) -> Iterable[types.FunctionType]:
+    """Every distinct function object that is this row's function."""
     roots = _ALIASES.get(row.library, (row.library,))
     seen: dict[int, types.FunctionType] = {}
-    for name, module in list(sys.modules.items()):
-        if name.split(".")[0] not in roots:
-            continue
+    for module in (m for root in roots for m in modules.get(root, ())):
         value = vars(module).get(row.function)
         if isinstance(value, types.FunctionType) and value.__module__.split(".")[0] in roots:
             seen[id(value)] = value

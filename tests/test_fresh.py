@@ -151,6 +151,7 @@ def test_threads_convert_side_by_side() -> None:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.usefixtures("fresh_dynamo")
+@torch._dynamo.config.patch(recompile_limit=4)
 def test_many_models_of_one_class_one_after_the_other() -> None:
     """What earlier ones compiled does not count towards the limit of recompilations of the later ones."""
     x = torch.randn(2, 12, 8)

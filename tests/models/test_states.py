@@ -129,7 +129,7 @@ def test_the_state_of_an_unconverted_model_is_taken_up(name: str) -> None:
         with pytest.warns(StateAdoptedWarning, match="come from the unconverted model") as warned:
             logits = [tiny.logits(run(part, use_cache=True, **{key: cache})) for part in parts]
         assert difference(torch.cat(logits, 1), expected[:, 13:]) < 1e-5
-    assert len([w for w in warned if "without levels" in str(w.message)]) == 1
+    assert len([w for w in warned if "unconverted model" in str(w.message)]) == 1
     state = next(layer.recurrent_states[0] for layer in cache.layers if getattr(layer, "recurrent_states", None))
     assert state.dim() == 5
     assert position_of(state).tolist() == [7, 7]

@@ -22,6 +22,7 @@ from llcompile.passes.recognise import recognise
 from llcompile.passes.rewrite import rewrite
 from llcompile.passes.session import Session
 from llcompile.passes.states import states
+from llcompile.passes.tape import own_tape
 from llcompile.passes.withhold import withhold
 
 log = logging.getLogger("llcompile")
@@ -63,6 +64,7 @@ def change(session: Session) -> None:
 def _run(session: Session, passes: tuple[Pass, ...]) -> None:
     for step in passes:
         start = time.perf_counter()
-        count = step(session)
+        with own_tape():
+            count = step(session)
         check(session, step.__name__)
         log.debug("pass %s: %d in %.1f ms", step.__name__, count, 1e3 * (time.perf_counter() - start))

@@ -20,9 +20,21 @@ def own_tape() -> Iterator[None]:
     if not allowed():  # a transform of torch.func forbids hooks, so that there are none
         yield
         return
-    with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
+    with torch.autograd.graph.saved_tensors_hooks(_kept, _unchanged):
         yield
 
 
-def _as_it_is(tensor: Tensor) -> Tensor:
+def _kept(tensor: Tensor) -> tuple[Tensor, int]:
+    return tensor, _version(tensor)
+
+
+def _unchanged(kept: tuple[Tensor, int]) -> Tensor:
+    """The tensor; as without hooks, a backward that needs what was written over is an error."""
+    tensor, version = kept
+    if _version(tensor) != version:
+        raise RuntimeError("a tensor that the backward needs was changed in place")
     return tensor
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version

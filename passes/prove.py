@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from llcompile.passes.behaviour import behaviour
 from llcompile.passes.boundary import boundary
 from llcompile.passes.draws import draw_call, small_sizes
+from llcompile.passes.gradients import apart, gradients
 from llcompile.passes.lower import lower
 from llcompile.passes.records import Certificate
 from llcompile.passes.session import Session, Site
@@ -25,7 +26,6 @@ from llcompile.patterns.known.arguments import is_level_state, read_call, state_
 
 LENGTHS = (3, 70, 133)  # shorter than a chunk, across one chunk, and across two with a remainder
 LEVELS = 9  # enough for the longest of them
-_SLIGHT = 1e-6  # of the largest gradient: what is smaller is compared with this
 # float64 inputs: a function that keeps them agrees to rounding; one that casts to float32 inside, to float32's.
 BUDGETS = (("float64", 1e-10), ("float32", 2e-5))
 
@@ -181,25 +181,10 @@ def _gradient_error(row: KnownFunction, original: Original, site: Site, weighted
             theirs[name] = leaf.requires_grad_().expand(drawn[name].shape)
         expected, actual = _both(row, original, site, weighted, len(LENGTHS), theirs)
         try:
-            slopes = _gradients(expected[0], leaves)
+            slopes = gradients(expected[0], leaves)
         except (RuntimeError, NotImplementedError):
             return 0.0
-        pairs = list(zip(slopes, _gradients(actual[0], leaves), strict=True))
-    largest = max(float(one.abs().max()) for one, _ in pairs)
-    worst = 0.0
-    for one, two in pairs:
-        size = max(float(one.abs().max()), float(two.abs().max()), _SLIGHT * largest, 1e-30)
-        worst = max(worst, float((one.double() - two.double()).abs().max()) / size)
-    return worst
-
-
-def _gradients(result: torch.Tensor, leaves: list[torch.Tensor]) -> list[torch.Tensor]:
-    if not result.requires_grad:
-        return [torch.zeros_like(x) for x in leaves]
-    weights = torch.randn(result.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-    loss = (result * weights.to(result.device, result.dtype)).sum()
-    found = torch.autograd.grad(loss, leaves, allow_unused=True)
-    return [torch.zeros_like(x) if g is None else g for g, x in zip(found, leaves, strict=True)]
+        return apart(slopes, gradients(actual[0], leaves))
 
 
 def _draw(row: KnownFunction, original: Original, site: Site, seed: int, length: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from llcompile.passes.gradients import apart, gradients
 from llcompile.passes.records import Certificate
 from llcompile.passes.structure.classify import Miss
 from llcompile.passes.structure.cut import Part
@@ -31,7 +32,6 @@ log = logging.getLogger("llcompile")
 # float64 throughout agrees to rounding; a part whose constants are float32 numbers, to float32's.
 BUDGETS = (("float64", 1e-10), ("float32", 2e-5))
 DRAWS = 3  # at least
-_SLIGHT = 1e-6  # of the largest gradient: what is smaller is compared with this
 _LARGE = 1 << 28  # numbers in the largest tensor of a proof, above which it is done in float32
 
 
@@ -88,26 +88,14 @@ def _expect_gradients(probe: Probe, reading: Reading) -> None:
         probe.values = {s: x.clone().requires_grad_(s in sources) for s, x in probe.values.items()}
         leaves = [probe.values[s] for s in sources]
         try:
-            theirs = _gradients(probe.by_time(probe.run()), leaves)
+            theirs = gradients(probe.by_time(probe.run()), leaves)
         except (RuntimeError, NotImplementedError) as failure:
             log.debug("structure: %s has no backward: %s", probe.part.result, failure)
             return
-        ours = _gradients(output_of(probe, reading), leaves)
-    largest = max(float(g.abs().max()) for g in (*theirs, *ours))
-    for one, two in zip(theirs, ours, strict=True):
-        size = max(float(one.abs().max()), float(two.abs().max()), _SLIGHT * largest)
-        apart = float((one - two).abs().max()) / max(size, 1e-300)
-        if not apart <= BUDGETS[-1][1]:
-            raise Miss(f"its gradients differ from the operator's by {apart:.0e}", 3, "see docs/recognition.md")
-
-
-def _gradients(result: Tensor, leaves: list[Tensor]) -> list[Tensor]:
-    """Gradients of a fixed function of a result; zeros where it does not depend."""
-    if not result.requires_grad:
-        return [torch.zeros_like(x) for x in leaves]
-    weights = torch.randn(result.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-    found = torch.autograd.grad((result * weights.to(result.dtype)).sum(), leaves, allow_unused=True)
-    return [torch.zeros_like(x) if g is None else g for g, x in zip(found, leaves, strict=True)]
+        ours = gradients(output_of(probe, reading), leaves)
+    error = apart(theirs, ours)
+    if not error <= BUDGETS[-1][1]:
+        raise Miss(f"its gradients differ from the operator's by {error:.0e}", 3, "see docs/recognition.md")
 
 
 def _drawn(

@@ -9,46 +9,30 @@ is not weighed was added.
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 from llcompile.passes import dynamo, reach
 from llcompile.passes.boundary import boundary
 from llcompile.passes.discover import place_of, user_line
-from llcompile.passes.names import code_lines
+from llcompile.passes.one_token_proof import off_linear
 from llcompile.passes.records import Certificate
 from llcompile.passes.regions import Region
 from llcompile.passes.session import Session, Site
+from llcompile.passes.spots import Call, Spot, Spots, stack_of
 from llcompile.passes.structure.axes import Atom, Axis
-from llcompile.passes.structure.execute import function_of
 from llcompile.passes.structure.found import Found
-from llcompile.passes.structure.lifted import Lifted, Source
-from llcompile.passes.structure.program import Op, Program, Value
-from llcompile.passes.structure.record import record
 from llcompile.passes.structure.sizing import arrange
 from llcompile.patterns.mixer import MixerShape
 
 _NOT_LINEAR = "its output for one token is not linear in its values: a state came in, or something else is added to it"
 _HINT = "call it with two tokens or more"
 _BUDGET = 1e-9
-
-Call = tuple[str, str]  # of a module, as `nn_module_stack` has it: the key, and the path to the module
-
-
-@dataclass(frozen=True)
-class Spot:
-    """Where a node stands: the lines of code, what it calls, and how many such calls come after it."""
-
-    lines: tuple[tuple[str, int], ...]
-    target: str
-    after: int
 
 
 @dataclass(frozen=True)
@@ -132,7 +116,7 @@ def remember(site: Site) -> Place | None:
     group = (*site.denominators, site.found)
     if len(site.found.reading.axes.batch) > 1 or not all(map(_is_plain, group)):
         return None
-    spots = _Spots(site.region.graph, site.owner)
+    spots = Spots(site.region.graph, site.owner)
     try:
         parts = tuple(_part_place(spots, found) for found in group)
         operands = tuple(spots.of(node, before=site.found.anchor) for node in site.found.activations())
@@ -141,22 +125,23 @@ def remember(site: Site) -> Place | None:
     return Place(parts, operands, site.cell, MixerShape(*site.found.sizes))
 
 
-def _part_place(spots: _Spots, found: Found) -> PartPlace:
+def _part_place(spots: Spots, found: Found) -> PartPlace:
     atoms: dict[int, Atom] = {}
     copied = lambda row: tuple(atoms.setdefault(id(a), Atom(a.size)) for a in row)  # noqa: E731
-    axes, result = found.reading.axes, found.reading.result
+    reading = found.reading
+    axes, result = reading.axes, reading.result
     if not {*axes.batch, *axes.heads} <= {atom for row in result for atom in row}:
         raise LookupError("its output has not all axes of its weights")
     if {*axes.time} != {atom for row in result for atom in row if {*row} <= {*axes.time}}:
         raise LookupError("its output has no axis of time alone, which would show that there is one token")
-    stack = _stack(found.anchor)
+    stack = stack_of(found.anchor)
     return PartPlace(
         spots.of(found.anchor, stack[-1] if stack else None),
         tuple(copied(row) for row in result),
         copied(axes.batch),
         copied(axes.time),
         copied(axes.heads),
-        tuple(spots.of(node, before=found.anchor) for node in _values(found)),
+        tuple(spots.of(node, before=found.anchor) for node in found.nodes_of(reading.value or reading.key)),
     )
 
 
@@ -169,7 +154,7 @@ def one_token(session: Session) -> int:
     for region, owner, key in _calls(session):
         places = {name: weights.token for name, weights in session.settings.held(owner)}
         places = {name: place for name, place in places.items() if place and (id(owner), name) not in seen}
-        spots = _Spots(region.graph, owner) if places else None
+        spots = Spots(region.graph, owner) if places else None
         for name, place in places.items():
             assert spots is not None
             with boundary(f"{type(owner).__name__} with one token"):
@@ -184,7 +169,7 @@ def _site(session: Session, region: Region, owner: nn.Module, name: str, token: 
     module = session.name(*place_of(node))
     site = Site(node, region, None, module, user_line(node.meta), owner=owner, attribute=name, token=token)
     site.cell, site.shape = token.place.cell, token.place.shape
-    error = _error(region, token)
+    error = off_linear(region, ((part.values, part.output) for part in token.parts), token.operands)
     site.certificate = Certificate(error, "float64", 2)
     if not error <= _BUDGET:
         site.decline(_NOT_LINEAR, _HINT)
@@ -198,15 +183,10 @@ def _calls(session: Session) -> Iterator[tuple[Region, nn.Module, Call | None]]:
     """The calls of modules that hold level weights; None for the one that the frame is."""
     root = [None] if reach.is_call_of_a_module() else []
     for region in session.regions:
-        for call in dict.fromkeys((*root, *(call for node in region.graph.nodes for call in _stack(node)))):
+        for call in dict.fromkeys((*root, *(call for node in region.graph.nodes for call in stack_of(node)))):
             owner = reach.root_module() if call is None else reach.find_module(call[0])
             if owner is not None and not region.closed and session.settings.held(owner):
                 yield region, owner, call
-
-
-def _stack(node: fx.Node) -> list[Call]:
-    """The calls of modules that a node was traced in, the outermost first."""
-    return [(key, str(entry[0])) for key, entry in (node.meta.get("nn_module_stack") or {}).items()]
 
 
 def _is_plain(found: Found) -> bool:
@@ -216,72 +196,7 @@ def _is_plain(found: Found) -> bool:
     return plain and found.order == found.times.leaves
 
 
-def _values(found: Found) -> list[fx.Node]:
-    """The nodes of what it is linear in: the values; the keys, where there are none."""
-    bases = _bases(found.reading.value or found.reading.key)
-    return [value.node for value in bases if value.node is not None]
-
-
-def _bases(source: Source) -> list[Value]:
-    if isinstance(source, Value):
-        return [source]
-    if source.base is not None:
-        return [source.base.value]
-    return [base for a in source.args if isinstance(a, (Value, Lifted)) for base in _bases(a)]
-
-
-class _Spots:
-    """The nodes of a graph by where they stand, seen from a module."""
-
-    def __init__(self, graph: fx.Graph, owner: nn.Module | None) -> None:
-        self.nodes, self.owner = list(graph.nodes), owner
-        self.known: dict[str, tuple[tuple[str, int], ...]] = {}
-
-    def of(self, node: fx.Node, call: Call | None = None, before: fx.Node | None = None) -> Spot:
-        """The spot of a node: among those of a call, or of those before another node.
-
-        Raises:
-            LookupError: nothing says where it stands.
-        """
-        lines, target = self._lines(node), _called(node)
-        for after, other in enumerate(self._alike(lines, target, call, before)):
-            if other is node and (lines or node.op == "placeholder"):
-                return Spot(lines, target, after)
-        raise LookupError(node.name)
-
-    def at(self, spot: Spot, call: Call | None = None, before: fx.Node | None = None) -> fx.Node:
-        """The node at a spot.
-
-        Raises:
-            LookupError: there is none.
-        """
-        alike = self._alike(spot.lines, spot.target, call, before)
-        node = next(itertools.islice(alike, spot.after, None), None)
-        if node is None:
-            raise LookupError(str(spot))
-        return node
-
-    def _alike(self, lines: Any, target: str, call: Call | None, before: fx.Node | None) -> Iterator[fx.Node]:
-        """The last first."""
-        passed = before is None
-        for node in reversed(self.nodes):
-            alike = passed and _called(node) == target and (call is None or call in _stack(node))
-            if alike and self._lines(node) == lines:
-                yield node
-            passed = passed or node is before
-
-    def _lines(self, node: fx.Node) -> tuple[tuple[str, int], ...]:
-        stack = node.meta.get("stack_trace") or ""
-        if stack not in self.known:
-            self.known[stack] = code_lines(node.meta, self.owner) if stack else ()
-        return self.known[stack]
-
-
-def _called(node: fx.Node) -> str:
-    return node.op if node.op == "get_attr" else str(getattr(node.target, "__name__", node.target))
-
-
-def _find(spots: _Spots, call: Call | None, place: Place) -> Token | None:
+def _find(spots: Spots, call: Call | None, place: Place) -> Token | None:
     """The mixer at its place, with one token; None where it is not there, or has more."""
     parts = []
     try:
@@ -315,59 +230,6 @@ def _sizes(place: PartPlace, node: fx.Node) -> dict[int, int] | None:
         if free is not None:
             sizes[id(free)] = size // others
     return sizes
-
-
-def _error(region: Region, token: Token) -> float:
-    """How far the outputs are from being linear in the values, relative to their largest."""
-    modes = _disable_current_modes(), torch._C.DisableTorchFunction()
-    with modes[0], modes[1], torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
-        program = record(region)
-        return max(min(_off(program, v, token.operands, part.output) for v in part.values) for part in token.parts)
-
-
-def _off(program: Program, values: fx.Node, operands: list[fx.Node], output: fx.Node) -> float:
-    given, result = program.results.get(values), program.results.get(output)
-    if given is None or result is None or not given.dtype.is_floating_point:
-        return math.inf
-    held = {program.results[node] for node in operands if node in program.results} - {given}
-    ops, drawn = _between(program, given, held, result)
-    if any(not value.dtype.is_floating_point for value in drawn) or not any(result in op.outputs for op in ops):
-        return math.inf
-    run = torch._dynamo.disable(function_of(ops, [given, *drawn], result, None, torch.float64))
-    generator, worst = torch.Generator().manual_seed(0), 0.0
-    draw = lambda value: torch.randn(value.shape, generator=generator, dtype=torch.float64)  # noqa: E731
-    for _ in range(2):
-        first, second, rest = draw(given), draw(given), [draw(value).abs() + 0.1 for value in drawn]
-        want = 2.5 * run(first, *rest) - run(second, *rest)
-        scale = float(want.abs().max())
-        if not scale > 0 or not math.isfinite(scale):
-            return math.inf
-        worst = max(worst, float((run(2.5 * first - second, *rest) - want).abs().max()) / scale)
-    return worst
-
-
-def _between(program: Program, given: Value, operands: Container[Value], result: Value) -> tuple[list[Op], list[Value]]:
-    """The operations that compute a result from a value, and what else comes in: the other operands, say.
-
-    What comes from numbers of the code alone (an empty state, a mask of positions) is computed as it is.
-    """
-    known = {v for v in program.inputs if v.data is not None}
-    inner = {given, *(v for v in program.values() if v in operands)}
-    for op in program.ops:
-        if not inner.isdisjoint(op.inputs):
-            inner.update(op.outputs)
-        elif known.issuperset(op.inputs):
-            known.update(op.outputs)
-    needed, ops, drawn = [result], set[Op](), dict[Value, None]()
-    for value in needed:  # which grows
-        if value is given or value.data is not None:
-            continue
-        if value.op is None or value in operands or not (value in inner or value in known):
-            drawn[value] = None
-        elif value.op not in ops:
-            ops.add(value.op)
-            needed.extend(value.op.inputs)
-    return [op for op in program.ops if op in ops], list(drawn)
 
 
 def weigh(part: Part, output: fx.Proxy, weights: Any) -> Any:

@@ -31,7 +31,6 @@ from llcompile.transaction import Snapshot, put_back
 # (precision, largest difference), relative to the largest value; beyond, the model's own sensitivity decides.
 BUDGETS = {torch.float64: 1e-8, torch.float32: 2e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _AMPLIFIED = 30  # times what rounding at the mixers alone does to the output
-_OWN = 2  # times what the model's own rounding does to it in 16 bits
 _LOOSE = 0.5  # a bound beyond this lets any output pass, in more than 16 bits
 _NOISE = 0.3
 _ALONE = 6  # groups of mixers that are tried by themselves before all are declined
@@ -217,8 +216,9 @@ class _Runs:
         if max(off, gradient_off or 0.0) <= BUDGETS[self.dtype]:
             return off, gradient_off, ""
         self.expect_repeatable()
-        allowed = zip(self.rounding(), self.own_error(), strict=True)
-        bounds = [max(BUDGETS[self.dtype], _AMPLIFIED * rounding, _OWN * own) for rounding, own in allowed]
+        if self.is_nearer(got):
+            return off, gradient_off, ""
+        bounds = [max(BUDGETS[self.dtype], _AMPLIFIED * rounding) for rounding in self.rounding()]
         what = f"at level weights of 1 in {str(self.dtype).removeprefix('torch.')} on the example inputs"
         if off > bounds[0]:
             return off, gradient_off, f"the model's output would change by {off:.1e} of its largest value {what}"
@@ -231,24 +231,29 @@ class _Runs:
             )
         return off, gradient_off, ""
 
-    def own_error(self) -> tuple[float, float]:
-        """How far a model of 16 bits is from the same model in float32."""
-        if self.dtype not in (torch.bfloat16, torch.float16):
-            return 0.0, 0.0
-        model, exact = self.model, torch.float32
-        to = lambda x: x.to(exact) if isinstance(x, torch.Tensor) and x.dtype == self.dtype else x  # noqa: E731
+    def is_nearer(self, got: Result) -> bool:
+        """Whether a run of 16 bits is no further from the model in float32 than the model's own run is."""
+        exact = self.in_float32() if self.dtype.itemsize == 2 else None
+        if exact is None:
+            return False
+        pairs = [(f(got, exact), f(self.want, exact)) for f in (difference, gradient_difference)]
+        return all((ours or 0.0) <= (theirs or 0.0) < float("inf") for ours, theirs in pairs)
+
+    def in_float32(self) -> Result | None:
+        """The model's own run in float32; None where it holds dtypes of its own and does not run so."""
+        to = lambda x: x.float() if isinstance(x, torch.Tensor) and x.dtype == self.dtype else x  # noqa: E731
         try:
-            wide = copy.deepcopy(model).to(exact)
+            wide = copy.deepcopy(self.model).float()
             args, kwargs = _pytree.tree_map(to, (self.args, self.kwargs))
             self.snapshot.restore_random_state()
             outputs = leaves(wide(*args, **kwargs))
-            got = Result([out.detach() for out in outputs])
-            got.take_gradients(outputs, {n: p for n, p in wide.named_parameters() if n in self.own}, [])
-        except Exception:  # it holds dtypes of its own: what rounding does has to say it
-            return 0.0, 0.0
+            result = Result([out.detach() for out in outputs])
+            result.take_gradients(outputs, {n: p for n, p in wide.named_parameters() if n in self.own}, [])
+        except Exception:
+            return None
         finally:
-            put_back(model, self.snapshot)
-        return difference(self.want, got), gradient_difference(self.want, got) or 0.0
+            put_back(self.model, self.snapshot)
+        return result
 
     def rounding(self) -> tuple[float, float]:
         """What rounding at the mixers alone does to the output and the gradients."""

@@ -7,6 +7,7 @@ bias they keep zeros, with one they do not.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from llcompile.passes import dynamo
 from llcompile.passes.session import Site
+
+log = logging.getLogger("llcompile")
 
 # Targets -> where their bias is among the arguments, None where they have none.
 _PRODUCTS: dict[Any, int | None] = {
@@ -32,7 +35,8 @@ def writes_nothing(site: Site, masked: Iterable[fx.Node]) -> bool:
         try:
             results = _run(site, set(masked), values)
             return all(_is_zero(results[value]) for value in values)
-        except Exception:  # a node that does not run on its own: the whole model's comparison decides
+        except Exception as error:  # a node that does not run on its own: the whole model's comparison decides
+            log.debug("padding: the nodes behind a mask do not run on zeros: %s", error)
             return True
 
 

@@ -197,7 +197,7 @@ def _self_test(venv: Path, folder: Path) -> tuple[dict[str, str], list[dict[str,
     python = str(venv / "bin" / "python")
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "LLCOMPILE_SELF_TEST": "0"}
     environment.pop("PYTHONPATH", None)
-    command = [python, "-m", "llcompile", "doctor", "--json"]
+    command = [python, "-m", "llcompile", "doctor", "--json", "--device", "cpu"]
     try:
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=LIMIT)
         findings = json.loads(done.stdout[done.stdout.index("[") :])

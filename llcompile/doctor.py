@@ -40,13 +40,14 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     parser.add_argument("--no-self-test", action="store_true", help="compile nothing; only check what is installed")
     parser.add_argument("--inner", default="eager", help="inner compiler of the self-test (default: eager)")
+    parser.add_argument("--device", help="device of the self-test (default: a GPU if there is one)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print all findings; 1 if one of them keeps the backend from running or does not act."""
     findings = look()
     if not args.no_self_test:
-        findings += self_test(args.inner)
+        findings += self_test(args.inner, args.device)
     if args.json:
         print(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:
@@ -59,14 +60,21 @@ def look() -> list[Finding]:
     return [finding for check in CHECKS for finding in check()]
 
 
-def self_test(inner: str = "eager") -> list[Finding]:
-    """What acts here: a tiny model for each family and each importable library, through the real backend."""
+def self_test(inner: str = "eager", device: str | None = None) -> list[Finding]:
+    """What acts here: a tiny model for each family and each importable library, through the real backend.
+
+    It runs on `device`, or else on a GPU if there is one.
+    """
+    import torch
+
     from llcompile import self_test
 
+    place = self_test.Place(device or ("cuda" if torch.cuda.is_available() else "cpu"), inner)
+    topic = "self-test" if place.device == "cpu" else f"self-test on {place.device}"
     advice = "please report it with the output of `llcompile doctor --json`"
     return [
-        Finding(f"self-test: {row.name}", row.detail, row.acts, advice if row.acts is False else "")
-        for row in self_test.every(inner)
+        Finding(f"{topic}: {row.name}", row.detail, row.acts, advice if row.acts is False else "")
+        for row in self_test.every(place)
     ]
 
 

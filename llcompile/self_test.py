@@ -28,6 +28,17 @@ Run = Callable[[nn.Module], Tensor]
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where models run: the device, and the inner compiler of the rest of the graph."""
+
+    device: str = "cpu"
+    inner: str = "eager"
+
+
+CPU = Place()
+
+
+@dataclass(frozen=True)
 class Outcome:
     """One row of the self-test.
 
@@ -76,24 +87,24 @@ class Loop(nn.Module):
         return torch.stack(outputs, 1)
 
 
-def families(inner: str = "eager") -> Iterator[Outcome]:
+def families(place: Place = CPU) -> Iterator[Outcome]:
     """A row for each family, on code of ours that needs no library."""
     for (decay, correction), name in FAMILIES.items():
-        yield _row(name, partial(_family, decay, correction, inner))
+        yield _row(name, partial(_family, decay, correction, place))
 
 
-def libraries(inner: str = "eager") -> Iterator[Outcome]:
+def libraries(place: Place = CPU) -> Iterator[Outcome]:
     """Rows for each library of known functions that can be imported here."""
     for library, rows in LIBRARIES.items():
         if importlib.util.find_spec(library) is not None:
             for name, check in rows.items():
-                yield _row(f"{library}: {name}", partial(check, inner))
+                yield _row(f"{library}: {name}", partial(check, place))
 
 
-def every(inner: str = "eager") -> Iterator[Outcome]:
+def every(place: Place = CPU) -> Iterator[Outcome]:
     """All rows."""
-    yield from families(inner)
-    yield from libraries(inner)
+    yield from families(place)
+    yield from libraries(place)
 
 
 def _row(name: str, check: Callable[[], str]) -> Outcome:
@@ -116,16 +127,16 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [""])[0][:160]
 
 
-def _family(decay: str, correction: str, inner: str) -> str:
-    return _layer(Loop(decay, correction), inner)
+def _family(decay: str, correction: str, place: Place) -> str:
+    return _layer(Loop(decay, correction), place)
 
 
-def _layer(model: nn.Module, inner: str) -> str:
-    x = torch.randn(2, TOKENS, WIDTH)
-    return _acts(model, (x,), lambda m: m(x), inner)
+def _layer(model: nn.Module, place: Place) -> str:
+    x = torch.randn(2, TOKENS, WIDTH).to(place.device)
+    return _acts(model.to(place.device), (x,), lambda m: m(x), place)
 
 
-def _acts(model: nn.Module, args: tuple[Any, ...], run: Run, inner: str) -> str:
+def _acts(model: nn.Module, args: tuple[Any, ...], run: Run, place: Place) -> str:
     """Converts, compiles and trains a model; says what was seen.
 
     Triton code of a library does not run on a CPU, and what it was converted to does: there is no equality to look at.
@@ -138,20 +149,20 @@ def _acts(model: nn.Module, args: tuple[Any, ...], run: Run, inner: str) -> str:
         expected = run(copy.deepcopy(model)).detach()
     except Exception as error:
         try:
-            return f"{_converted(model, args, run, inner, None)} (its own code does not run here)"
+            return f"{_converted(model, args, run, place, None)} (its own code does not run here)"
         except Exception:
             raise _NotHere(f"its own code does not run here: {_first_line(error)}") from error
-    return _converted(model, args, run, inner, expected)
+    return _converted(model, args, run, place, expected)
 
 
-def _converted(model: nn.Module, args: tuple[Any, ...], run: Run, inner: str, expected: Tensor | None) -> str:
+def _converted(model: nn.Module, args: tuple[Any, ...], run: Run, place: Place, expected: Tensor | None) -> str:
     import llcompile
 
     report = llcompile.convert(model, *args)
     if report.declined or not report.converted:
         reason = report.declined[0].reason if report.declined else "nothing was found"
         raise _Failed(f"declined: {reason}")
-    model.compile(backend="loglinear", options={"inner": inner})
+    model.compile(backend="loglinear", options={"inner": place.inner})
     before = run(model)
     if expected is not None and (error := _difference(before, expected)) > EQUAL:
         raise _Failed(f"at level weights of 1 the output differs from the model's own by {error:.0e}")
@@ -212,7 +223,7 @@ _MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def _transformers(model_type: str, inner: str) -> str:
+def _transformers(model_type: str, place: Place) -> str:
     """A language model: its logits, and then its generation, prompt and new tokens, against the full pass."""
     import transformers
 
@@ -220,11 +231,11 @@ def _transformers(model_type: str, inner: str) -> str:
         raise ImportError(f"transformers {transformers.__version__} has no {model_type}")
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
     config = transformers.AutoConfig.for_model(model_type, **sizes, **_MODELS[model_type])
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    ids = torch.randint(3, VOCABULARY, (2, TOKENS))
+    model = transformers.AutoModelForCausalLM.from_config(config).eval().to(place.device)
+    ids = torch.randint(3, VOCABULARY, (2, TOKENS)).to(place.device)
     for parameter in model.parameters():  # a config's initial weights are so small that a mixer would not be seen
         nn.init.normal_(parameter, std=0.3) if parameter.dim() > 1 else None
-    seen = _acts(model, (ids,), lambda m: m(ids, use_cache=False).logits, inner)
+    seen = _acts(model, (ids,), lambda m: m(ids, use_cache=False).logits, place)
     with torch.no_grad():
         made = model.generate(
             ids, max_new_tokens=4, min_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_logits=True
@@ -254,34 +265,34 @@ class Calls(nn.Module):
         return self.function(query, nn.functional.normalize(key, dim=-1), value, self.step(x)).flatten(-2)
 
 
-def _fla_gated_delta(inner: str) -> str:
+def _fla_gated_delta(place: Place) -> str:
     function = importlib.import_module("fla.ops.gated_delta_rule").chunk_gated_delta_rule
 
     def mix(query: Tensor, key: Tensor, value: Tensor, step: Tensor) -> Tensor:
         return function(query, key, value, g=nn.functional.logsigmoid(step), beta=step.sigmoid())[0]
 
-    return _layer(Calls(mix), inner)
+    return _layer(Calls(mix), place)
 
 
-def _fla_simple_gla(inner: str) -> str:
+def _fla_simple_gla(place: Place) -> str:
     function = importlib.import_module("fla.ops.simple_gla").chunk_simple_gla
 
     def mix(query: Tensor, key: Tensor, value: Tensor, step: Tensor) -> Tensor:
         return function(query, key, value, g=nn.functional.logsigmoid(step))[0]
 
-    return _layer(Calls(mix), inner)
+    return _layer(Calls(mix), place)
 
 
-def _mamba_ssm(inner: str) -> str:
+def _mamba_ssm(place: Place) -> str:
     function = importlib.import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
 
     def mix(query: Tensor, key: Tensor, value: Tensor, step: Tensor) -> Tensor:
-        return function(value, nn.functional.softplus(step), -torch.ones(2), key, query, chunk_size=16)
+        return function(value, nn.functional.softplus(step), -step.new_ones(2), key, query, chunk_size=16)
 
-    return _layer(Calls(mix), inner)
+    return _layer(Calls(mix), place)
 
 
-LIBRARIES: dict[str, dict[str, Callable[[str], str]]] = {
+LIBRARIES: dict[str, dict[str, Callable[[Place], str]]] = {
     "transformers": {
         "Mamba-2 (SSD)": partial(_transformers, "mamba2"),
         "Gated DeltaNet": partial(_transformers, "qwen3_next"),

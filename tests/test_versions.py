@@ -65,12 +65,12 @@ class TestSelfTest:
         def mix(*_: torch.Tensor) -> torch.Tensor:
             raise RuntimeError("0 active drivers")
 
-        row = self_test._row("a library", lambda: self_test._layer(self_test.Calls(mix), "eager"))
+        row = self_test._row("a library", lambda: self_test._layer(self_test.Calls(mix), self_test.CPU))
         assert row.acts is None
         assert "0 active drivers" in row.detail
 
     def test_the_random_stream_is_left_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(self_test, "LIBRARIES", {"json": {"a": lambda inner: str(torch.rand(1))}})
+        monkeypatch.setattr(self_test, "LIBRARIES", {"json": {"a": lambda place: str(torch.rand(1))}})
         before = torch.get_rng_state()
         list(self_test.libraries())
         assert torch.equal(torch.get_rng_state(), before)
@@ -81,7 +81,7 @@ def test_doctors_exit_code_tells(
     acts: bool | None, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(doctor, "CHECKS", ())
-    monkeypatch.setattr(self_test, "every", lambda inner: iter([self_test.Outcome("a family", acts, "seen")]))
+    monkeypatch.setattr(self_test, "every", lambda place: iter([self_test.Outcome("a family", acts, "seen")]))
     assert cli.main(["doctor", "--json"]) == code
     (finding,) = json.loads(capsys.readouterr().out)
     assert (finding["topic"], finding["found"], finding["ok"]) == ("self-test: a family", "seen", acts)

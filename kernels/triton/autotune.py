@@ -25,11 +25,11 @@ from torch import Tensor
 
 from ...errors import KernelCacheError, OptionError
 from . import cache
-from .description import Description, tile
+from .description import Description
 from .launch import Kernel, Launch
 from .limits import interpreted
 from .source import generate
-from .tuning import Tuning
+from .tuning import Tuning, narrowest
 
 VARIABLE = "LLCOMPILE_AUTOTUNE"
 _SWITCH = {"0": False, "1": True}
@@ -100,9 +100,9 @@ def best(launch: Launch, meter: Meter) -> Tuning:
 
 def candidates(kernel: Kernel) -> tuple[Tuning, ...]:
     """What is tried, the default first: other value tiles and numbers of warps, and other numbers of stages."""
-    default, widest = kernel.default, tile(kernel.d.value_dim)
+    default, widest, least = kernel.default, kernel.d.value_tile, narrowest(kernel.name, kernel.d)
     others = (default.value_tile // 2, default.value_tile * 2) if kernel.tiled else ()
-    tiles = (default.value_tile, *(t for t in others if 16 <= t <= widest))
+    tiles = (default.value_tile, *(t for t in others if least <= t <= widest))
     found = [default._replace(value_tile=t, warps=w) for t in tiles for w in (default.warps, 4, 8)]
     found += [default._replace(stages=s) for s in (1, 2, 3)]
     return tuple(dict.fromkeys(c for c in found if c == default or not _crowded(kernel.d, c)))

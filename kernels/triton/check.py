@@ -77,7 +77,7 @@ def compile_kernel(d: Description, name: str, chip: Chip, launch: Tuning | None 
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    d = dataclasses.replace(d, backend=chip.backend)
+    d = d.on(chip)
     launch = launch or tuning(name, d, chip)
     kernel = getattr(module_of(d), name)
     signature = {n: _type(n, d) for n in kernel.arg_names}
@@ -99,7 +99,7 @@ def compile_kernel(d: Description, name: str, chip: Chip, launch: Tuning | None 
 
 def key_of(d: Description, name: str, chip: Chip) -> str:
     """What is the same for kernels that compile to the same thing: their text, their types, chip and launch."""
-    d = dataclasses.replace(d, backend=chip.backend)
+    d = d.on(chip)
     used = (chip.name, tuning(name, d, chip), d.dtype_name, kernel_text(d, name))
     return hashlib.sha256(repr(used).encode()).hexdigest()[:16]
 

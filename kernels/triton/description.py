@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import header
 from ..layout import Operands
 from ..state import is_level_state
-from .chips import Backend
+from .chips import Backend, Chip
 
 Decay = Literal["none", "scalar", "channel"]
 Correction = Literal["none", "delta"]
@@ -26,6 +26,11 @@ BLOCK = 16
 SLICE = 32
 # What torch was built for: "cuda" where there is no device, too.
 BACKEND: Backend = "hip" if torch.version.hip else "cuda"
+# The smallest side of a matrix instruction, and bytes of a tile's row under which Hopper's are not to be trusted: rows
+# of 32 and 64 bytes lie in shared memory in patterns of their own. With Triton 3.6.0 on an H200 one case in three with
+# such a row gave wrong numbers or an illegal access, none without, and none with DISABLE_MMA_V3=1 (docs/kernels.md).
+LEAST_TILE = 16
+_HOPPER, _HOPPER_ROW = 90, 128
 _TRITON_TYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 
 
@@ -35,7 +40,8 @@ class Description:
 
     ``levels`` is the number of level weights per token, None for the linear operator. ``repeat`` is H / G, the heads
     that share a query and a key. ``padded`` says that rows have lengths of their own, ``packed`` that sequences with
-    lengths of their own lie in one row of the operands. ``backend`` is Triton's.
+    lengths of their own lie in one row of the operands. ``backend`` is Triton's, ``least_row`` the fewest bytes that a
+    row of a tile has (:meth:`on`).
     """
 
     decay: Decay
@@ -51,6 +57,15 @@ class Description:
     padded: bool = False
     packed: bool = False
     backend: Backend = BACKEND
+    least_row: int = 0
+
+    def on(self, chip: Chip) -> Description:
+        """The same for ``chip``, with tiles that its matrix instructions take."""
+        return dataclasses.replace(self, backend=chip.backend, least_row=_HOPPER_ROW if chip.arch == _HOPPER else 0)
+
+    def least_tile(self, dtype: torch.dtype) -> int:
+        """The fewest channels that a tile of ``dtype`` has."""
+        return max(LEAST_TILE, self.least_row // dtype.itemsize)
 
     @property
     def weighted(self) -> bool:
@@ -75,7 +90,12 @@ class Description:
     @property
     def key_tile(self) -> int:
         """K rounded up to what a matrix instruction takes."""
-        return tile(self.key_dim)
+        return tile(self.key_dim, self.least_tile(self.dtype))
+
+    @property
+    def value_tile(self) -> int:
+        """V rounded up to what a matrix instruction takes."""
+        return tile(self.value_dim, self.least_tile(self.dtype))
 
     @property
     def dtype_name(self) -> str:
@@ -106,9 +126,9 @@ class Description:
         return f"Description({', '.join(f'{name}={value!r}' for name, value in fields)})"
 
 
-def tile(size: int) -> int:
-    """The least power of two that holds ``size``, and at least 16, the smallest side of a matrix instruction."""
-    return max(16, 1 << max(size - 1, 0).bit_length())
+def tile(size: int, least: int = LEAST_TILE) -> int:
+    """The least power of two that holds ``size``, and at least ``least``."""
+    return max(least, 1 << max(size - 1, 0).bit_length())
 
 
 def describe(x: Operands, final_state: bool) -> Description:

@@ -68,7 +68,7 @@ class Results:
         if key not in self.found:
             self.found[key] = compile_kernel(d, kernel, CHIPS[chip])
             self._write()
-        return dataclasses.replace(self.found[key], description=d)
+        return dataclasses.replace(self.found[key], description=d.on(CHIPS[chip]))
 
     def _write(self) -> None:
         if self.path is None:

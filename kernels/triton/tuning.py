@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
+
 from .chips import Chip
-from .description import Description, tile
+from .description import Description
 
 
 class Tuning(NamedTuple):
@@ -67,6 +69,15 @@ def _half_empty(kernel: str, d: Description) -> bool:
     return kernel == "chunk_state" and d.decay == "channel" and d.delta and 32 < d.value_dim <= 64 < d.key_dim
 
 
+# Kernels in which all that has a value axis is fp32, whatever the operands are.
+_OF_STATES_ALONE = frozenset({"tree_up", "state_scan", "scan_gradient"})
+
+
+def narrowest(kernel: str, d: Description) -> int:
+    """The narrowest value tile that ``kernel`` may have; see :meth:`.description.Description.on`."""
+    return d.least_tile(torch.float32 if kernel in _OF_STATES_ALONE else d.dtype)
+
+
 # Most warps of a program. A warp of AMD's has 64 threads, and 4 of them may have 512 registers a thread.
 _MOST_WARPS = {"cuda": 8, "hip": 4}
 
@@ -75,5 +86,5 @@ def tuning(kernel: str, d: Description, chip: Chip) -> Tuning:
     """Launch parameters of ``kernel`` for ``d`` on ``chip``."""
     found = (launch for name, holds, launch in _EXCEPTIONS if name == kernel and holds(d, chip))
     widest, warps, stages = next(found, _DEFAULT[kernel])
-    columns = tile(d.value_dim) * (2 if _half_empty(kernel, d) else 1)
-    return Tuning(min(widest, columns), min(warps, _MOST_WARPS[chip.backend]), stages)
+    columns = d.value_tile * (2 if _half_empty(kernel, d) else 1)
+    return Tuning(min(max(widest, narrowest(kernel, d)), columns), min(warps, _MOST_WARPS[chip.backend]), stages)

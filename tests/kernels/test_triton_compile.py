@@ -72,7 +72,7 @@ def test_results_are_kept(tmp_path, capsys):
     kept = Results(path)
     assert list(kept.found.values()) == [first]
     other = dataclasses.replace(d, repeat=2)
-    assert kept.report(other, "state_scan", "sm_90") == dataclasses.replace(first, description=other)
+    assert kept.report(other, "state_scan", "sm_90") == dataclasses.replace(first, description=other.on(CHIPS["sm_90"]))
     assert len(kept.found) == 1
     assert cli.main(["kernels", "matrix", "--summary", "--json", str(path)]) == 0
     assert capsys.readouterr().out.splitlines() == list(summary([first]))

@@ -13,7 +13,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all docs matrix matrix-smoke bench lint format clean
+.PHONY: help demo check test test-all docs matrix matrix-smoke bench lint format clean
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.llcompile-installed
@@ -28,6 +28,7 @@ PIP_LINES := sed -u -n -E -e 's/^ *Collecting ([^ (]+).*/    + \1/p' -e 's/^ *(D
 
 help:
 	@echo "make demo     convert two models of transformers, then train one before and after (at most 6 minutes)"
+	@echo "make check    run ruff, mypy and the tests that take under a second (at most 3 minutes)"
 	@echo "make test     run the fast tests"
 	@echo "make test-all run all tests"
 	@echo "make matrix   try a dozen pairs of releases and write docs/compatibility.md (an hour, gigabytes)"
@@ -41,6 +42,10 @@ help:
 demo: $(STAMP)
 	@echo "==> llcompile demo $(ARGS)"
 	@$(BIN)/llcompile demo $(ARGS)
+
+check: lint
+	@echo "==> the tests that take under a second each (make test runs more)"
+	@$(PYTEST) -m "not slow and not long" --durations=5 --durations-min=1 $(ARGS)
 
 test: $(STAMP)
 	@echo "==> the fast tests (make test-all runs all)"

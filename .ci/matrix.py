@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import platform
@@ -21,7 +22,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -31,6 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NEWEST = "newest"
 HERE = f"{sys.version_info.major}.{sys.version_info.minor}"
 LIMIT = 1500  # seconds for one command
+SIDE_BY_SIDE = {"smoke": 2, "all": 1}  # environments at a time: each takes gigabytes, and one core
 
 
 @dataclass(frozen=True)
@@ -110,10 +113,14 @@ def main() -> int:
     rows = ROWS[args.rows]
     done = _kept(args.kept, rows) if args.kept else {}
     with tempfile.TemporaryDirectory(prefix="llcompile-matrix-") as scratch:
-        for result in _run([r for r in rows if r not in done and args.only in _describe(r)], Path(scratch)):
+
+        def keep(result: Result) -> None:
             done[result.row] = result
             if args.kept:
                 (args.kept / f"{rows.index(result.row)}.json").write_text(json.dumps(asdict(result)))
+
+        missing = [row for row in rows if row not in done and args.only in _describe(row)]
+        _run(missing, Path(scratch), SIDE_BY_SIDE[args.rows], keep)
     results = [done[row] for row in rows if row in done]
     page = _page(results)
     print(page)
@@ -134,29 +141,42 @@ def _kept(folder: Path, rows: tuple[Row, ...]) -> dict[Row, Result]:
     return {result.row: result for result in found if result.row in rows and not result.problem}
 
 
-def _run(rows: list[Row], scratch: Path) -> Iterator[Result]:
+def _run(rows: list[Row], scratch: Path, jobs: int, keep: Callable[[Result], None]) -> None:
+    """So many environments at a time; the rows of one come one after the other."""
     if not rows:
         return
     wheel = _wheel(scratch)
-    place: tuple[str | None, str] | None = None
+    groups = [list(group) for _, group in itertools.groupby(rows, lambda row: (row.python, row.torch))]
+    with ThreadPoolExecutor(jobs) as pool:
+        ended = [pool.submit(_run_in_one, group, scratch / str(i), wheel, keep) for i, group in enumerate(groups)]
+        for one in ended:
+            one.result()
+
+
+def _run_in_one(rows: list[Row], folder: Path, wheel: Path, keep: Callable[[Result], None]) -> None:
+    folder.mkdir()
+    venv, made, installed = folder / "venv", False, 0.0
     for row in rows:
-        venv, started, result = scratch / "venv", time.monotonic(), Result(row)
+        started, result = time.monotonic(), Result(row)
         print(f"==> {_describe(row)}", flush=True)
         try:
-            if place != (row.python, row.torch):
-                place = None
+            fresh = not made
+            if fresh:
                 shutil.rmtree(venv, ignore_errors=True)
                 _make(venv, row, wheel)
-                place = (row.python, row.torch)
-            _libraries(venv, row)
-            result.versions, result.lines = _self_test(venv, scratch)
+                made = True
+            _libraries(venv, row, fresh)
+            installed = time.monotonic() - started
+            result.versions, result.lines = _self_test(venv, folder)
         except Refused as error:
             result.problem = f"not tried: {error}"
         result.seconds = time.monotonic() - started
         result.megabytes = _megabytes(venv)
         there = ", ".join(f"{name} {result.versions[name]}" for name in ("torch", "transformers") if result.versions)
-        print(f"    {there}: {result.seen} ({result.seconds:.0f} s, {result.megabytes} MB)", flush=True)
-        yield result
+        spent = f"{result.seconds:.0f} s, {installed:.0f} of them to install, {result.megabytes} MB"
+        print(f"    {there}: {result.seen} ({spent})", flush=True)
+        keep(result)
+    shutil.rmtree(folder)
 
 
 def _wheel(scratch: Path) -> Path:
@@ -169,19 +189,17 @@ def _make(venv: Path, row: Row, wheel: Path) -> None:
     """An environment with torch, without what only GPUs need, and with llcompile."""
     _output([_interpreter(row.python), "-m", "venv", str(venv)])
     version = "" if row.torch == NEWEST else f"=={row.torch}"
-    _pip(venv, "--no-deps", f"torch{version}")
-    _pip(venv, *_requirements(venv, "torch"), "numpy")
+    _pip(venv, "--no-deps", f"torch{version}", str(wheel))
+    _pip(venv, *_requirements(venv, "torch"), *_requirements(venv, "llcompile"), "numpy")
     if shutil.which("gcc"):
         cuda_stubs.install(_site(venv) / "torch")
-    _pip(venv, "--no-deps", str(wheel))
-    _pip(venv, *_requirements(venv, "llcompile"))
 
 
-def _libraries(venv: Path, row: Row) -> None:
+def _libraries(venv: Path, row: Row, fresh: bool) -> None:
     """The libraries of this row, in place of those of the row before."""
-    python = str(venv / "bin" / "python")
-    gone = ["transformers", "fla-core", "flash-linear-attention", "mamba-ssm"]
-    _output([python, "-m", "pip", "uninstall", "-q", "-y", *gone])
+    if not fresh:
+        gone = ["transformers", "fla-core", "flash-linear-attention", "mamba-ssm"]
+        _output([str(venv / "bin" / "python"), "-m", "pip", "uninstall", "-q", "-y", *gone])
     _pip(venv, "transformers" + ("" if row.transformers == NEWEST else f"=={row.transformers}"))
     if row.fla:
         _pip(venv, "--no-deps", f"fla-core=={row.fla}", f"flash-linear-attention=={row.fla}", "einops", "triton")
@@ -195,7 +213,7 @@ def _libraries(venv: Path, row: Row) -> None:
 def _self_test(venv: Path, folder: Path) -> tuple[dict[str, str], list[dict[str, object]]]:
     """What `llcompile doctor` says there, seen from a folder that is not the repository."""
     python = str(venv / "bin" / "python")
-    environment = {**os.environ, "OMP_NUM_THREADS": "2", "LLCOMPILE_SELF_TEST": "0"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "LLCOMPILE_SELF_TEST": "0"}
     environment.pop("PYTHONPATH", None)
     command = [python, "-m", "llcompile", "doctor", "--json", "--device", "cpu"]
     try:

@@ -278,8 +278,8 @@ def _run(model: nn.Module, capture: _Capture, args: tuple[Any, ...], kwargs: dic
     try:
         with transaction(model, args, kwargs), static:
             dynamo.traced_once(run, capture)(*args, **kwargs)
-    except Exception:
-        if capture.report.graphs or not torch.is_grad_enabled():
+    except Exception as error:
+        if capture.report.graphs or not torch.is_grad_enabled() or _own_error(error) is not None:
             raise
         with transaction(model, args, kwargs), static, torch.no_grad():  # some code runs without gradients only
             dynamo.traced_once(run, capture)(*args, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 from collections.abc import Iterator
@@ -9,8 +10,29 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.tiers import is_long
+
 # An exception inside of the recogniser costs a user's program a candidate, and fails a test.
 os.environ["LLCOMPILE_RAISE"] = "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tier of `make check` is what is neither slow nor long."""
+    for item in items:
+        if isinstance(item, pytest.Function) and is_long(item.path, item.originalname, item.fixturenames):
+            item.add_marker("long")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What the imports have made stays; a tenth of all time went into looking through it for garbage."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Libraries complain at exit about what is never collected."""
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
@@ -22,8 +44,18 @@ def seed() -> int:
 
 
 @pytest.fixture
-def fresh_dynamo() -> Iterator[None]:
+def warm_dynamo() -> Iterator[None]:
+    """For tests that share a compiled model: what an earlier one has compiled is used again, `fresh_dynamo` or not."""
+    with torch._dynamo.config.patch(recompile_limit=64, accumulated_recompile_limit=256):
+        yield
+
+
+@pytest.fixture
+def fresh_dynamo(request: pytest.FixtureRequest) -> Iterator[None]:
     """Nothing compiled before or after: for tests that count compilations or look at what a compiler was handed."""
+    if "warm_dynamo" in request.fixturenames:
+        yield
+        return
     torch._dynamo.reset()
     with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit):  # tests may raise it
         yield

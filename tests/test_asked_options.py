@@ -31,7 +31,7 @@ class Block(nn.Module):
 def converted(**options: Any) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     model, x = nn.Sequential(Block(), Block()), torch.randn(2, 23, 12)
-    assert len(llcompile.convert(model, x, options=options).converted) == 2
+    assert len(llcompile.convert(model, x, options=options, verify=False).converted) == 2
     return model, x
 
 

@@ -31,7 +31,8 @@ def compiled(model: Any, inner: str = "eager", **given: Any) -> Any:
 
 
 def converted(model: nn.Module, tokens: Tensor | None = None, **options: Any) -> nn.Module:
-    llcompile.convert(model, small.ids() if tokens is None else tokens, options=options or None)
+    """Without the run at the end of `convert`: these tests compare the outputs themselves."""
+    llcompile.convert(model, small.ids() if tokens is None else tokens, options=options or None, verify=False)
     return model
 
 
@@ -121,7 +122,8 @@ def test_convert_under_autocast() -> None:
 # -- shapes
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+# The operator under aot_eager at all lengths is in tests/kernels/test_torch_operators.py.
+@pytest.mark.parametrize("inner", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_one_graph_for_all_lengths(inner: str) -> None:
     model = converted(small.model())
     run = compiled(model, inner, dynamic=True, fullgraph=True)
@@ -168,7 +170,7 @@ def test_converted_on_one_shape_used_on_another() -> None:
     """The example inputs of convert lend their shapes to nothing."""
     model, ids = small.model(), small.ids(3, 50)
     before = model(ids).detach()
-    llcompile.convert(model, small.ids(1, 1))
+    llcompile.convert(model, small.ids(1, 1), verify=False)
     assert difference(compiled(model)(ids), before) < TIGHT
 
 
@@ -308,7 +310,7 @@ def test_same_module_called_twice() -> None:
     shared = small.DeltaMixer()
     model, ids = small.Model([shared, small.DeltaMixer(), shared]), small.ids()
     before = model(ids).detach()
-    report = llcompile.convert(model, ids)
+    report = llcompile.convert(model, ids, verify=False)
     assert sum(n.endswith("loglinear.weight") for n, _ in model.named_parameters()) == 2
     assert report.parameters == sum(p.numel() for n, p in model.named_parameters() if "loglinear" in n)
     run = compiled(model)
@@ -320,7 +322,7 @@ def test_same_module_called_twice() -> None:
     # the gradient of both calls: the same as of two modules that hold the same values
     torch._dynamo.reset()
     twin = small.Model([small.DeltaMixer() for _ in range(3)])
-    llcompile.convert(twin, ids)
+    llcompile.convert(twin, ids, verify=False)
     twin.embed.load_state_dict(model.embed.state_dict())
     twin.head.load_state_dict(model.head.state_dict())
     for mine, theirs in zip(twin.layers, model.layers, strict=True):
@@ -471,7 +473,7 @@ def test_kinds(kind: str) -> None:
     model, ids = small.model(), small.ids()
     before = model(ids).detach()
     options = {"level_weights": kind, "levels": 5}
-    report = llcompile.convert(model, ids, options=options)
+    report = llcompile.convert(model, ids, options=options, verify=False)
     assert {c.level_weights for c in report.converted} == {kind}
     run = compiled(model, options=options)
     assert difference(run(ids), before) < TIGHT
@@ -488,7 +490,7 @@ def test_few_levels_serve_long_sequences() -> None:
     before = model(ids).detach()
     for levels in (1, 3):
         llcompile.revert(model)
-        llcompile.convert(model, ids, options={"levels": levels})
+        llcompile.convert(model, ids, options={"levels": levels}, verify=False)
         assert difference(compiled(model)(ids), before) < TIGHT
 
 

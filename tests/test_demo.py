@@ -113,8 +113,12 @@ def test_the_loop_learns() -> None:
     assert curve[-1][1] > max(0.3, curve[0][1] + 0.1)  # chance is 1/4 among values, 1/17 among tokens
 
 
-def test_one_seed_from_end_to_end(fresh_dynamo: None) -> None:
-    bench = Bench(SMALL, SHORT, inner="eager")
+@pytest.fixture(scope="module")
+def bench() -> Bench:
+    return Bench(SMALL, SHORT, inner="eager")
+
+
+def test_one_seed_from_end_to_end(bench: Bench, warm_dynamo: None) -> None:
     assert [mixer.module for mixer in bench.report.converted] == ["backbone.layers.0.mixer"]
     outcome = bench.run(3, Silence())
     assert outcome.converted == outcome.before
@@ -128,8 +132,7 @@ def test_one_seed_from_end_to_end(fresh_dynamo: None) -> None:
     assert bench.run(3, Silence()) == outcome
 
 
-def test_each_arm_trains_what_its_name_says(fresh_dynamo: None) -> None:
-    bench = Bench(SMALL, SHORT, inner="eager")
+def test_each_arm_trains_what_its_name_says(bench: Bench, warm_dynamo: None) -> None:
     for arm in ARMS:
         runner = bench.converted if arm.converted else bench.linear
         before = runner.state()

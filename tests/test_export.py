@@ -22,7 +22,7 @@ LENGTH = torch.export.Dim("length", min=2, max=4096)
 
 
 def converted(model: nn.Module, x: Tensor) -> nn.Module:
-    llcompile.convert(model.eval(), x)
+    llcompile.convert(model.eval(), x, verify=False)
     small.perturb(model)
     return model
 
@@ -166,7 +166,7 @@ def test_level_weights_that_the_program_would_not_read(root: bool) -> None:
     """Whatever their value is: an error, as in a compiled call."""
     mixer, x = Softened(), torch.randn(2, 12, 8)
     model = mixer if root else nn.Sequential(nn.Identity(), mixer)
-    llcompile.convert(model.eval(), x)
+    llcompile.convert(model.eval(), x, verify=False)
     assert operators(torch.export.export(model, (x,)))  # the control
     mixer.soft = True
     with pytest.raises(MissedLevelWeightsError, match="does not read them: not causal"):

@@ -42,14 +42,6 @@ else:
 """
 
 
-def test_wrong_options_in_a_fresh_process() -> None:
-    """Known at the call of torch.compile that imports us, without an import of llcompile before it."""
-    done = python(FIRST_LOOK_UP)
-    assert done.returncode == 0, done.stderr
-    assert "OptionError" in done.stdout
-    assert "did you mean 'level_weights'" in done.stdout
-
-
 LOGGED = """
 import torch, warnings
 warnings.simplefilter("ignore")
@@ -59,11 +51,14 @@ torch.compile(small.model(), backend="loglinear", options={"inner": "eager"})(sm
 
 
 @pytest.mark.parametrize(("level", "autoload"), [("loglinear", "1"), ("+loglinear", "1"), ("loglinear", "0")])
-def test_logs(level: str, autoload: str, tmp_path: Path) -> None:
+def test_first_look_up_and_logs(level: str, autoload: str, tmp_path: Path) -> None:
+    """A wrong option is known at the call of torch.compile that imports us, without an import of llcompile before."""
     # Without the autoload nobody can know the name in time, so it cannot be asked for; all else works.
     asked = {"TORCH_LOGS": level} if autoload == "1" else {}
-    done = python(LOGGED, TORCH_DEVICE_BACKEND_AUTOLOAD=autoload, TORCH_TRACE=str(tmp_path), **asked)
+    done = python(FIRST_LOOK_UP + LOGGED, TORCH_DEVICE_BACKEND_AUTOLOAD=autoload, TORCH_TRACE=str(tmp_path), **asked)
     assert done.returncode == 0, done.stderr
+    assert "OptionError" in done.stdout
+    assert "did you mean 'level_weights'" in done.stdout
     assert ("2 of 2 linear-time mixers are log-linear" in done.stderr) == (autoload == "1")
     assert ("pass prove" in done.stderr) == level.startswith("+")
     (trace,) = tmp_path.iterdir()  # for tlparse: an artifact is a line that names it, and its text below
@@ -105,7 +100,8 @@ from tests import small
 if USE:
     torch.compile(small.model(seed=4), backend="loglinear", options={"inner": "eager"})(small.ids())
     torch._dynamo.reset()
-model, ids, graphs = small.model(), small.ids(), []
+torch.manual_seed(0)
+model, ids, graphs = small.Model([small.DeltaMixer()]), small.ids(), []
 def keep(graph, inputs):
     graphs.append("".join(str((n.op, str(n.target).split(" at 0x")[0], len(n.args))) for n in graph.graph.nodes))
     return graph.forward

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -42,27 +44,36 @@ def test_the_command_writes_what_it_shows(tmp_path: Path, capsys: pytest.Capture
     assert file.with_suffix(".png").is_file()
 
 
-def generate(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "examples" / "generate.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=900, check=False, cwd=ROOT)
+Generate = Callable[..., None]
 
 
-def test_the_example_streams() -> None:
-    """On a fresh clone, without any file beside it."""
-    done = generate("mamba2", "--tokens", "5", "--prompt-length", "20", "--inner", "eager")
-    assert done.returncode == 0, done.stderr
-    assert "2 of 2 linear-time mixers are log-linear" in done.stdout
-    assert "[B, H, 1 + levels, K, V]" in done.stdout
-    assert "[5/5 tokens" in done.stdout
-    assert float(done.stdout.split("noise on them moves the logits by ")[1]) > 0.01
+@pytest.fixture
+def generate(monkeypatch: pytest.MonkeyPatch, fresh_dynamo: None) -> Generate:
+    """Run the example as a script, in this process."""
+
+    def run(*arguments: str) -> None:
+        file = str(ROOT / "examples" / "generate.py")
+        monkeypatch.setattr(sys, "argv", [file, *arguments])
+        runpy.run_path(file, run_name="__main__")
+
+    return run
 
 
-def test_the_example_names_what_it_knows(tmp_path: Path) -> None:
+def test_the_example_streams(generate: Generate, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without any file beside it; `make test-all` runs it on a fresh clone."""
+    generate("mamba2", "--tokens", "5", "--prompt-length", "20", "--inner", "eager")
+    shown = capsys.readouterr().out
+    assert "2 of 2 linear-time mixers are log-linear" in shown
+    assert "[B, H, 1 + levels, K, V]" in shown
+    assert "[5/5 tokens" in shown
+    assert float(shown.split("noise on them moves the logits by ")[1]) > 0.01
+
+
+def test_the_example_names_what_it_knows(generate: Generate, tmp_path: Path) -> None:
     zoo = tmp_path / "zoo.json"
     zoo.write_text(json.dumps({"mine": {"kwargs": {}}}))
-    done = generate("mamba3", "--zoo", str(zoo))
-    assert done.returncode == 1
-    assert "'mamba3' is not one of mamba2, qwen3_next, mine, and not a .json file" in done.stderr
+    with pytest.raises(SystemExit, match=r"'mamba3' is not one of mamba2, qwen3_next, mine, and not a \.json file"):
+        generate("mamba3", "--zoo", str(zoo))
 
 
 def first_lines() -> list[str]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from functools import cache
+from types import CodeType
 
 _INCLUDE = re.compile(r"^(\s*)<<(\w+)((?:\s+[\w.]+)*)>>$")
 
@@ -63,8 +65,13 @@ def _top(kept: list[tuple[bool, bool]], line: str) -> tuple[bool, bool]:
     return kept[-1]
 
 
+@cache
+def _code(condition: str) -> CodeType:
+    return compile(condition.strip(), "<condition>", "eval")
+
+
 def _holds(condition: str, facts: Mapping[str, bool]) -> bool:
     try:
-        return bool(eval(condition, {"__builtins__": {}}, dict(facts)))
+        return bool(eval(_code(condition), {"__builtins__": {}}, facts))
     except (NameError, SyntaxError) as error:
         raise TemplateError(f"condition {condition!r}: {error}") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import importlib.util
 import inspect
 import itertools
@@ -80,6 +81,11 @@ def test_wrong_templates(text):
         expand(text, {"a": True}, {})
 
 
+@functools.cache
+def tree_of(d: Description) -> ast.Module:
+    return ast.parse(generate(d))
+
+
 def test_every_source_is_python_that_names_what_it_uses():
     """Nothing of the little language is left, and every name is a parameter, a local or a constant."""
     seen = set()
@@ -87,7 +93,7 @@ def test_every_source_is_python_that_names_what_it_uses():
         source = generate(d)
         assert d.text() in source
         assert not re.search(r"<<\w|>>$|^\s*#(if|elif|else|end)\b|\$\d", source, re.MULTILINE)
-        tree = ast.parse(source)
+        tree = tree_of(d)
         names = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
         known = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
         known |= {n.arg for n in ast.walk(tree) if isinstance(n, ast.arg)}
@@ -100,7 +106,7 @@ def test_every_source_is_python_that_names_what_it_uses():
 def test_every_parameter_is_used():
     """A kernel asks for nothing that it does not need (strides and sizes that come with others aside)."""
     for d in ALL:
-        for function in ast.parse(generate(d)).body:
+        for function in tree_of(d).body:
             if isinstance(function, ast.FunctionDef) and function.name in TEMPLATES:
                 used = {n.id for n in ast.walk(function) if isinstance(n, ast.Name)}
                 unused = {a.arg for a in function.args.args} - used - COME_WITH_OTHERS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,10 +16,14 @@ from tests.models import tiny
 from tests.models.test_convert import lively
 
 
-def serving(name: str, **changes: Any) -> Any:
-    """A tiny model, converted, with random level weights, compiled in place."""
-    model = lively(tiny.build(name, **changes))
-    llcompile.convert(model, tiny.tokens())
+@functools.cache
+def serving(name: str) -> Any:
+    """A tiny model, converted, with random level weights, compiled in place; the same for all tests of a process.
+
+    Its tests compare its own outputs, so that the run at the end of `convert` has nothing to add.
+    """
+    model = lively(tiny.build(name))
+    llcompile.convert(model, tiny.tokens(), verify=False)
     small.perturb(model)
     model.compile(backend="loglinear", options={"inner": "eager"})
     return model

@@ -24,6 +24,7 @@ def some(names: tuple[str, ...], quick: tuple[str, ...] = QUICK) -> list[Any]:
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
+@pytest.mark.usefixtures("warm_dynamo")
 @pytest.mark.parametrize("name", some(tuple(tiny.CONFIGS), quick=("mamba2",)))
 def test_prefill_and_decode_in_parts(name: str) -> None:
     """Token by token and in chunks of any size, across powers of two: the logits of one full forward pass."""
@@ -36,6 +37,7 @@ def test_prefill_and_decode_in_parts(name: str) -> None:
             assert difference(parts, whole[:, :length]) < 1e-5, sizes
 
 
+@pytest.mark.usefixtures("warm_dynamo")
 @pytest.mark.parametrize("name", some(CAUSAL))
 def test_greedy(name: str) -> None:
     """`generate()` writes what a loop over full forward passes writes, with a handful of graphs for all tokens."""

@@ -18,7 +18,7 @@ from tests.models.test_convert import lively
 from tests.models.test_padding import padded
 from tests.small import difference
 
-pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+pytestmark = pytest.mark.usefixtures("warm_dynamo")
 
 SIZES = {
     "vocab_size": 96,
@@ -34,7 +34,7 @@ SIZES = {
 }
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def minimax() -> Any:
     """Lightning attention, whole and by step, in the model's own code."""
     config = transformers.AutoConfig.for_model("minimax", **SIZES, pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -63,8 +63,8 @@ def test_a_linear_state_that_comes_back_in_is_told(minimax: Any) -> None:
 def test_generate_without_a_cache_has_levels(minimax: Any) -> None:
     ids = tiny.tokens(1, 8)
     with torch.no_grad():
-        written = minimax.generate(ids, max_new_tokens=3, do_sample=False, use_cache=False, eos_token_id=None)
-        assert torch.equal(written, greedy(minimax, ids, 3))
+        written = minimax.generate(ids, max_new_tokens=2, do_sample=False, use_cache=False, eos_token_id=None)
+        assert torch.equal(written, greedy(minimax, ids, 2))
     assert [c.origin for c in last_report().converted] == ["graph"]
 
 

@@ -32,6 +32,7 @@ def padded(side: str, lengths: tuple[int, ...] = LENGTHS) -> tuple[Tensor, Tenso
     return ids, mask, rows
 
 
+@pytest.mark.usefixtures("warm_dynamo")
 @pytest.mark.parametrize("name", some(tuple(tiny.CONFIGS), quick=("mamba2",)))
 def test_padded_rows(name: str) -> None:
     model = serving(name)
@@ -51,11 +52,12 @@ def test_at_conversion_padding_is_what_it_was(name: str) -> None:
     ids, mask, _ = padded("left")
     with torch.no_grad():
         before = tiny.logits(model(ids, attention_mask=mask))
-        llcompile.convert(model, ids, attention_mask=mask)
+        llcompile.convert(model, ids, attention_mask=mask, verify=False)
         after = tiny.logits(compiled(model)(ids, attention_mask=mask))
     assert difference(after[mask == 1], before[mask == 1]) < 1e-5
 
 
+@pytest.mark.usefixtures("warm_dynamo")
 @pytest.mark.parametrize("name", some(CAUSAL, quick=("mamba2",)))
 def test_generate_from_left_padded_rows(name: str) -> None:
     """Each row goes on at its own position: what it writes is what it writes alone, in full forward passes."""
@@ -67,6 +69,7 @@ def test_generate_from_left_padded_rows(name: str) -> None:
     assert torch.equal(written[:, ids.shape[1] :], torch.stack(expected))
 
 
+@pytest.mark.usefixtures("warm_dynamo")
 def test_generate_from_right_padded_rows(caplog: pytest.LogCaptureFixture) -> None:
     """Transformers warns; rows without padding are right; without a cache the mask gets a hole, which is an error."""
     model = serving("mamba2")
@@ -85,6 +88,7 @@ def test_generate_from_right_padded_rows(caplog: pytest.LogCaptureFixture) -> No
         model.generate(ids, use_cache=False, **given)
 
 
+@pytest.mark.usefixtures("warm_dynamo")
 def test_a_hole_in_a_mask_is_an_error() -> None:
     model, ids = serving("mamba2"), tiny.tokens(2, 9)
     mask = torch.ones(2, 9, dtype=torch.long)
@@ -120,7 +124,7 @@ def test_a_gate_is_no_mask() -> None:
     cases = ((Unbiased(), mask, ""), (Unbiased(), mask.float(), ""), (Gated(), mask, "bias"), (Half(), mask, "cover"))
     for mixer, given, note in cases:
         before = mixer(x, mask=given)
-        report = llcompile.convert(mixer, x, mask=given)
+        report = llcompile.convert(mixer, x, mask=given, verify=False)
         assert len(report.converted[0].notes) == bool(note)
         assert note in "".join(report.converted[0].notes)
         assert difference(compiled(mixer)(x, mask=given), before) < 1e-5

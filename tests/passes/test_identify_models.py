@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -82,10 +83,15 @@ def tokens(length: int) -> torch.Tensor:
     return torch.randint(3, 96, (2, length), generator=torch.Generator().manual_seed(1))
 
 
+@functools.cache
+def seen(name: str) -> llcompile.Report:
+    """Through the front door, so that mixers that are converted or declined are known."""
+    return llcompile.inspect(build(name), tokens(24)).report
+
+
 @pytest.mark.parametrize("name", EXPECTED)
 def test_models(name: str) -> None:
-    """Through the front door, so that mixers that are converted or declined are known."""
-    report = llcompile.inspect(build(name), tokens(24))
+    report = seen(name)
     said = {u.module: u.kind for u in report.untouched}
     mixers = {r.module for r in (*report.converted, *report.declined)}
     assert {module: kind for module, kind in said.items() if module not in mixers} == EXPECTED[name]
@@ -128,7 +134,7 @@ def test_many_layers_on_no_device() -> None:
 
 
 def test_the_report_shows_it() -> None:
-    report = llcompile.inspect(build("lfm2"), tokens(24))
+    report = seen("lfm2")
     text = str(report)
     assert "left untouched, short convolution (kernel 3): model.layers.0.conv, model.layers.2.conv" in text
     assert f"left untouched, {ATTENTION}: model.layers.1.self_attn" in text

@@ -19,8 +19,17 @@ REWRITE = {"decay": "scalar", "heads": 1, "dim": 8, "repeats": 1, "threads": 1, 
 RECOGNITION = {"form": "loglinear", "threads": 1, "config": None}
 
 
-def one(job: dict[str, Any]) -> dict[str, Any]:
-    return in_process("llcompile.bench.rewrite_worker", [job], 300, "late")[0]
+def run(*jobs: dict[str, Any]) -> list[dict[str, Any]]:
+    return in_process("llcompile.bench.rewrite_worker", list(jobs), 300, "late")
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[str, dict[str, Any]]:
+    """Four jobs in one process; the last one fails."""
+    jobs = {"as written": {**REWRITE, "form": "eager", "backward": True}}
+    jobs |= {model: {**RECOGNITION, "model": model, "length": 12} for model in recognition.OWN}
+    jobs["fails"] = {**REWRITE, "form": "nonsense", "backward": True}
+    return dict(zip(jobs, run(*jobs.values()), strict=True))
 
 
 def test_the_two_mixers_agree() -> None:
@@ -30,28 +39,28 @@ def test_the_two_mixers_agree() -> None:
     torch.testing.assert_close(loop(x) * 4**-0.5, quadratic(x))
 
 
-def test_as_written() -> None:
-    found = one({**REWRITE, "form": "eager", "backward": True})
+def test_as_written(measured: dict[str, dict[str, Any]]) -> None:
+    found = measured["as written"]
     assert found["seconds"] > 0
     assert "recognition_seconds" not in found
 
 
 @pytest.mark.slow
 def test_rewritten() -> None:
-    found = one({**REWRITE, "form": "loglinear", "backward": True})
+    (found,) = run({**REWRITE, "form": "loglinear", "backward": True})
     assert found["seconds"] > 0
     assert 0 < found["recognition_seconds"] < found["compile_seconds"]
     assert found["proof_error"] < 1e-4
 
 
-def test_what_fails_says_why() -> None:
-    found = one({**REWRITE, "form": "nonsense", "backward": True})
+def test_what_fails_says_why(measured: dict[str, dict[str, Any]]) -> None:
+    found = measured["fails"]
     assert "nonsense" in found["error"]
 
 
 @pytest.mark.parametrize("model", recognition.OWN)
-def test_recognition(model: str) -> None:
-    found = one({**RECOGNITION, "model": model, "length": 12})
+def test_recognition(model: str, measured: dict[str, dict[str, Any]]) -> None:
+    found = measured[model]
     assert found["recognition_seconds"] > 0
     assert (found["converted"], found["declined"]) == (1, 0)
 

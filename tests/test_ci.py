@@ -1,4 +1,4 @@
-"""The scripts of .ci/: stand-ins for NVIDIA's libraries, and the table of releases."""
+"""The scripts of .ci/: stand-ins for NVIDIA's libraries, and the table of releases. The tiers of the tests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,17 @@ from types import ModuleType
 
 import pytest
 
+from tests import tiers
+
 FOLDER = Path(__file__).parent.parent / ".ci"
+
+
+def test_what_make_check_leaves_out_is_there() -> None:
+    """A renamed test would come into `make check` unseen."""
+    assert all((tiers.FOLDER / name).exists() for name in tiers.LONG_FILES | tiers.LONG_FOLDERS)
+    for file, names in tiers.LONG_TESTS.items():
+        text = (tiers.FOLDER / file).read_text()
+        assert all(f"def {name}(" in text for name in names), file
 
 
 @pytest.fixture

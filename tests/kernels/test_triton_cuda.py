@@ -102,7 +102,7 @@ def test_odd_lengths(length):
     compare(x, lowering)
 
 
-@pytest.mark.parametrize(("key_dim", "value_dim"), [(64, 64), (64, 128), (128, 128), (80, 96)])
+@pytest.mark.parametrize(("key_dim", "value_dim"), [(64, 64), (64, 128), (128, 128), (80, 96), (128, 64), (40, 130)])
 @pytest.mark.parametrize("delta", [False, True])
 def test_sizes(key_dim, value_dim, delta):
     x = on_gpu(torch.bfloat16, length=1000, delta=delta, levels=11, key_dim=key_dim, value_dim=value_dim)
@@ -119,3 +119,12 @@ def test_far_positions():
     parts = (t[:, :, head] for t in (q, k, v, w, g))
     q1, k1, v1, w1, g1 = parts
     assert torch.equal(whole, engine.forward(Operands(q1, k1, v1, w1, g1, None, None, None), 1.0, False)[0])
+
+
+@pytest.mark.parametrize(("key_dim", "value_dim"), [(16, 16), (64, 3), (32, 48), (8, 8), (128, 16), (16, 128), (5, 3)])
+@pytest.mark.parametrize(("decay", "delta"), CELLS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_narrow(dtype, decay, delta, key_dim, value_dim):
+    """Tiles with short rows, which Hopper's matrix instructions get wrong by Triton 3.6.0 (docs/kernels.md)."""
+    sizes = {"batch": 2, "groups": 2, "heads": 4, "key_dim": key_dim, "value_dim": value_dim}
+    compare(on_gpu(dtype, length=150, decay=decay, delta=delta, levels=14, **sizes), lowering)

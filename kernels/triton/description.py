@@ -27,8 +27,8 @@ SLICE = 32
 # What torch was built for: "cuda" where there is no device, too.
 BACKEND: Backend = "hip" if torch.version.hip else "cuda"
 # The smallest side of a matrix instruction, and bytes of a tile's row under which Hopper's are not to be trusted: rows
-# of 32 and 64 bytes lie in shared memory in patterns of their own. With Triton 3.6.0 on an H200 15 of 21 cases with such
-# rows gave wrong numbers or an illegal access, none without, and none with DISABLE_MMA_V3=1 (docs/kernels.md).
+# of 32 and 64 bytes lie in shared memory in patterns of their own. With Triton 3.6.0 on an H200 15 of 21 cases with
+# such rows gave wrong numbers or an illegal access, none without, and none with DISABLE_MMA_V3=1 (docs/kernels.md).
 LEAST_TILE = 16
 _HOPPER, _HOPPER_ROW = 90, 128
 _TRITON_TYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}

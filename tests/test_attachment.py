@@ -423,8 +423,13 @@ def test_eager_run_warns(grad: bool) -> None:
         assert torch.equal(model(ids), linear)
 
 
-@pytest.mark.parametrize("other", ["eager", "aot_eager", "capture"])
-@pytest.mark.parametrize("seen_before", [False, True])
+@pytest.mark.parametrize(
+    ("other", "seen_before"),
+    [
+        *(("eager", False), ("eager", True), ("capture", True), ("aot_eager", False)),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("capture", False), ("aot_eager", True))),
+    ],
+)
 def test_another_backend_warns(other: str, seen_before: bool) -> None:
     """Also a backend that had compiled the model before it was converted."""
     model, ids = small.Model([small.DeltaMixer()]), small.ids()
@@ -459,8 +464,11 @@ def _forwards(model: Any) -> Any:
     return model
 
 
-@pytest.mark.parametrize("how", [_whole, _method, _regional, _forwards])
-@pytest.mark.parametrize("grad", [True, False])
+WAYS = (_whole, _method, _regional, _forwards)
+GRAD = [pytest.param(how, True, marks=[pytest.mark.slow] if how in (_method, _regional) else []) for how in WAYS]
+
+
+@pytest.mark.parametrize(("how", "grad"), [*((how, False) for how in WAYS), *GRAD])
 def test_no_false_alarm(how: Callable[[Any], Any], grad: bool) -> None:
     model, ids = small.model(), small.ids()
     convert(model, ids)

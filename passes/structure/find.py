@@ -6,12 +6,14 @@ import functools
 import itertools
 import logging
 import math
+import operator
 import time as clock
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import torch
+from torch import fx
 from torch.utils._python_dispatch import _disable_current_modes
 
 from llcompile.passes import dynamo
@@ -137,6 +139,13 @@ def _compared(program: Program) -> list[float]:
     return [abs(a) for op in ops for a in op.args if isinstance(a, (int, float)) and math.isfinite(a)]
 
 
+def _called(node: fx.Node) -> fx.Node:
+    """The call that a node takes a result of, or the node."""
+    while node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
+
+
 def _signature(found: Found) -> tuple[object, ...]:
     """What is the same for one mixer at all lengths."""
     return found.anchor, found.reading.family, tuple(s.node for s in found.reading.operands if isinstance(s, Value))
@@ -151,7 +160,7 @@ class _Search:
         zeros = {v for v, bounds in self.ranges.items() if v.op is not None and bounds == (0.0, 0.0)}
         self.cutter = Cutter(times, zeros)
         self.tried: set[Value] = set()
-        self.captured = {op.node for op in findings.program.ops if leaf_of(op.node.target) is not None}
+        self.captured = {op.node for op in findings.program.ops if leaf_of(_called(op.node).target) is not None}
 
     def run(self) -> None:
         """Goes through the program in order."""

@@ -196,7 +196,7 @@ def steps(model: Any, name: str, ids: Tensor, prefill: int) -> Iterator[Tensor]:
 
 DECODES = [
     (name, kind)
-    if name == "mamba2" or (name, kind) == ("qwen3_5_text", "linear")
+    if kind == "linear" and name in ("mamba2", "qwen3_5_text")  # for "none", see the next test
     else pytest.param(name, kind, marks=SLOW)
     for name in tiny.CONFIGS
     for kind in ("linear", "none")
@@ -357,7 +357,7 @@ DRAWS = {
     "kimi_linear": _draw_kimi,
     "glm5_next_text": _draw_kimi,
 }
-QUICK_DRAWS = (("mamba2", 0), ("qwen3_5_text", 0))
+QUICK_DRAWS = (("mamba2", 0),)
 ALL_DRAWS = [
     (name, seed) if (name, seed) in QUICK_DRAWS else pytest.param(name, seed, marks=SLOW)
     for name in DRAWS

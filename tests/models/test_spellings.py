@@ -39,7 +39,7 @@ def sampled(names: Iterable[str], every: int, first: int = 0) -> list[Any]:
     return [pytest.param(name, marks=marks[i % every == first]) for i, name in enumerate(names)]
 
 
-LEFT_ALONE = sampled(NEGATIVE, 6)
+LEFT_ALONE = sampled(NEGATIVE, 10)
 TWINS = [entry for entry in LEFT_ALONE if NEGATIVE[entry.values[0]].twin_of]
 
 
@@ -228,7 +228,7 @@ LENGTHS = {
 }
 
 
-@pytest.mark.parametrize("name", sampled(LENGTHS, 3))
+@pytest.mark.parametrize("name", sampled(LENGTHS, 4))
 def test_other_lengths(name: str) -> None:
     spelling = POSITIVE[name]
     model = spelling.make()

@@ -63,7 +63,7 @@ def agreeing(model: nn.Module, tolerance: float = 1e-5, grads: bool = True) -> l
     control, x = copy.deepcopy(model), example()
     with torch.set_grad_enabled(grads):
         want = control(x.clone())
-        report = llcompile.convert(model, x.clone())
+        report = llcompile.convert(model, x.clone(), verify=False)
         got = compiled(model)(x.clone())
         assert got.dtype == want.dtype
         assert difference(got, want) < tolerance

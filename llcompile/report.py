@@ -77,7 +77,7 @@ class Report:
     def _tables(self) -> Iterable[Any]:
         total = len(self.converted) + len(self.declined)
         head = f"{self.title or 'model'}: {len(self.converted)} of {total} linear-time mixers are log-linear"
-        yield f"{head}, {self.parameters:,} new parameters" if self.parameters else head
+        yield f"{head}; their level weights have {self.parameters:,} parameters" if self.parameters else head
         if not total:
             yield "  No linear-time mixer was found."
         if self.converted:

@@ -35,8 +35,10 @@ FOUND = [name for name in POSITIVE if name not in MISSED]
 
 def sampled(names: Iterable[str], every: int, first: int = 0) -> list[Any]:
     """All names; most of them, but never the same kind throughout, for `make test-all` only."""
-    marks = {True: [], False: [pytest.mark.slow]}
-    return [pytest.param(name, marks=marks[i % every == first]) for i, name in enumerate(names)]
+    return [pytest.param(name, marks=[] if i % every == first else SLOW) for i, name in enumerate(names)]
+
+
+SLOW = [pytest.mark.slow]
 
 
 LEFT_ALONE = sampled(NEGATIVE, 10)
@@ -71,8 +73,12 @@ def test_missed(name: str) -> None:
         assert difference(compiled(model)(*inputs), model(*inputs)) < 1e-6
 
 
-# Those of `make test` are not those of `test_rewritten`, which checks what is said as well.
-@pytest.mark.parametrize("name", sampled(FOUND, 8, 4))
+# Those of `make test` are not those of `test_rewritten`, which checks what is said as well; but for the longest loop,
+# of which tracing takes most of the time: shorter ones are rewritten in test_one_token.py.
+LONGEST = "loop over 128 tokens"
+
+
+@pytest.mark.parametrize("name", [LONGEST if p.values[0] == LONGEST else p for p in sampled(FOUND, 8, 4)])
 def test_recognised(name: str) -> None:
     check_said(name, look(name))
 
@@ -143,7 +149,9 @@ def own_sizes(operands: dict[str, Any]) -> set[int]:
     return {WIDTH, *k, *v, k.numel(), v.numel(), v[0] * k[1]}
 
 
-@pytest.mark.parametrize("name", sampled(FOUND, 8))
+@pytest.mark.parametrize(
+    "name", [pytest.param(LONGEST, marks=SLOW) if p.values[0] == LONGEST else p for p in sampled(FOUND, 8)]
+)
 def test_rewritten(name: str, recorded: Recorded) -> None:
     """Outputs and gradients are what they were, the region is gone, and level weights have a part in the result."""
     spelling = POSITIVE[name]

@@ -19,8 +19,10 @@ class Atom:
         parent: the atom that this one was found to be the same as.
         parts: the two atoms, outer and inner, that it was split into.
         pinned: operations speak of positions along it by number (slices, constants), so it has no other size.
-        weight: a parameter of the model has it: a feature, or a head.
+        weight: a parameter of the model has it: a feature, a head, or a table of positions.
+        feature: a weight is summed over it, or makes it.
         row: it was put together from pieces.
+        repeated: a tensor was repeated along it, and nothing has it that differs along it.
     """
 
     size: int
@@ -29,7 +31,9 @@ class Atom:
     whole: Atom | None = None
     pinned: bool = False
     weight: bool = False
+    feature: bool = False
     row: bool = False
+    repeated: bool = False
     number: int = 0
 
     def __repr__(self) -> str:
@@ -47,6 +51,8 @@ class Atoms:
     made: list[Atom] = field(default_factory=list)
     slices: dict[tuple[tuple[Atom, ...], int, int, int], Atom] = field(default_factory=dict)
     pads: dict[tuple[tuple[Atom, ...], int], Atom] = field(default_factory=dict)
+    joined: set[Axis] = field(default_factory=set)  # axes that were laid end to end with others
+    beside: dict[Axis, set[Axis]] = field(default_factory=dict)  # axis that was cut -> the others of its tensors
 
     def new(self, size: int) -> Axis:
         """A new axis of the given size."""
@@ -117,6 +123,8 @@ class Atoms:
         b.parent = a
         a.pinned |= b.pinned
         a.weight |= b.weight
+        a.feature |= b.feature
+        a.repeated &= b.repeated
 
     def split(self, atom: Atom, outer: int) -> bool:
         """Splits an atom that has no parts into an outer one of the given size and the rest."""
@@ -125,7 +133,8 @@ class Atoms:
             return False
         parts = self.new(outer) + self.new(atom.size // outer)
         for part in parts:
-            part.whole, part.weight, part.pinned = atom, atom.weight, atom.pinned
+            part.whole, part.weight, part.feature, part.pinned = atom, atom.weight, atom.feature, atom.pinned
+            part.repeated = atom.repeated
         atom.parts = (parts[0], parts[1])
         return True
 
@@ -167,7 +176,21 @@ class Atoms:
         if key not in self.slices:
             self.slices[key] = self.new(size)[0]
             self.slices[key].weight = any(leaf.weight for leaf in leaves)
+            self.slices[key].feature = any(leaf.feature for leaf in leaves)
         return (self.slices[key],)
+
+    def is_cut(self, axis: Axis) -> bool:
+        """Whether pieces were taken out of an axis."""
+        leaves = self.leaves(axis)
+        return any(self.leaves(cut) == leaves for cut in self.beside)
+
+    def is_piece(self, axis: Axis, whole: Axis) -> bool:
+        """Whether an axis may be a piece of another: it is no feature, and has never stood beside it in one tensor."""
+        leaves, all_leaves = self.leaves(axis), self.leaves(whole)
+        if any(leaf.feature for leaf in leaves):
+            return False
+        others = (o for cut, beside in self.beside.items() if self.leaves(cut) == all_leaves for o in beside)
+        return set(leaves).isdisjoint(leaf for other in others for leaf in self.leaves(other))
 
     def longer(self, axis: Axis, size: int) -> Axis:
         """The axis with positions added at its end: the same one wherever it is made as long as this."""

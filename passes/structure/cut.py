@@ -13,7 +13,7 @@ from llcompile.passes.structure.axes import Atom, Atoms, Axes, Axis
 from llcompile.passes.structure.facts import Times
 from llcompile.passes.structure.follow import follow
 from llcompile.passes.structure.frame import Frame, Row
-from llcompile.passes.structure.lifted import MOVES, Lifted, Lifter, Source, sample_of
+from llcompile.passes.structure.lifted import MOVES, SHAPES, Lifted, Lifter, Source, sample_of
 from llcompile.passes.structure.program import Op, Value
 
 
@@ -26,6 +26,7 @@ class Part:
         sources: the cut: what comes in.
         ops: the operations, in order.
         taps: lifted source -> the values of single pieces that it stands for, with their positions.
+        earlier: sources that join positions already: outputs of mixers that come before.
         functions: sizes and dtype -> the part as a function, once it was written out.
     """
 
@@ -33,6 +34,7 @@ class Part:
     sources: list[Source]
     ops: list[Op]
     taps: dict[Lifted, dict[Value, int]] = field(default_factory=dict)
+    earlier: frozenset[Value] = frozenset()
     functions: dict[Any, Callable[..., Tensor]] = field(default_factory=dict)
 
 
@@ -63,14 +65,22 @@ class Cutter:
         sources: queries that are the keys as well.
         """
         self.views = views
-        through = set(passed)
+        earlier: frozenset[Value] = frozenset()
+        while True:
+            part = self._cut(result, set(passed), earlier, limit)
+            further = frozenset() if part is None else self._earlier(part)
+            if not further:
+                return part
+            earlier |= further
+
+    def _cut(self, result: Value, through: set[Source], earlier: frozenset[Value], limit: int) -> Part | None:
         sources: dict[Source, None] = {}
         ops: dict[Op, None] = {}
         taps: dict[Lifted, dict[Value, int]] = {}
         pending, seen = [result], {result}
         while pending:
             value = pending.pop()
-            source = None if value is result else self._source(value, through, taps)
+            source = value if value in earlier else None if value is result else self._source(value, through, taps)
             if source is not None:
                 sources.setdefault(source)
                 continue
@@ -87,7 +97,31 @@ class Cutter:
                 if parent not in seen:
                     seen.add(parent)
                     pending.append(parent)
-        return Part(result, list(sources), sorted(ops, key=lambda op: op.number), taps)
+        return Part(result, list(sources), sorted(ops, key=lambda op: op.number), taps, earlier & set(sources))
+
+    def _earlier(self, part: Part) -> frozenset[Value]:
+        """Values inside that are whole sequences, join positions, and are what the part's sources are computed from.
+
+        A mixer's output on a residual stream: the next layer is added to it, and has it as its input.
+        """
+        facts = self.times.facts
+        inside = (v for op in part.ops for v in op.outputs if v is not part.result)
+        mixed = {v for v in inside if facts[v].mixed and facts[v].form == "sequence"}
+        if not mixed:
+            return frozenset()
+        first = min(value.op.number for value in mixed if value.op is not None)
+        pending = [v for s in part.sources for v in (part.taps[s] if isinstance(s, Lifted) else (s,))]
+        pending = [v for v in pending if v not in part.earlier]
+        seen, found = set(pending), set()
+        while pending:
+            value = pending.pop()
+            if value in mixed:
+                found.add(value)
+            elif value.op is not None and value.op.number > first:
+                new = [v for v in value.op.inputs if v not in seen]
+                seen.update(new)
+                pending.extend(new)
+        return frozenset(found)
 
     def frame(self, part: Part) -> tuple[Frame, dict[Source, tuple[Row, ...]]]:
         """The part's own axes, and those of its sources.
@@ -111,7 +145,8 @@ class Cutter:
             sources[source] = (outer, *piece)
             for value in (sample_of(source), *part.taps[source]):
                 axes[value], taken[value] = piece, (outer, time)
-        frame = Frame(follow(part.ops, axes, atoms, taken), time)
+        live = [value for value in axes if times.facts[value].data]
+        frame = Frame(follow(part.ops, axes, atoms, taken, live), time)
         return frame, {source: frame.rows(found) for source, found in sources.items()}
 
     def _chunkings(self, part: Part) -> list[tuple[int, ...]]:
@@ -170,7 +205,18 @@ class Cutter:
             return lifted[0]
         if value.node is None or value in through or (not self.views and self._only_moves(value)):
             return None
-        return value if fact.data or (fact.weight and fact.form == "timeless") else None
+        if fact.data:
+            return value
+        return value if fact.weight and fact.form == "timeless" and not self._is_repeated(value) else None
+
+    def _is_repeated(self, value: Value) -> bool:
+        """Whether a weight was repeated along one of its axes, or it is a piece of that: one decay for all steps."""
+        followed, op = self.times.followed, value.op
+        piece = op is not None and op.name in SHAPES
+        axes = [*followed.axes[value], *(followed.mixed[op] if op is not None and piece else ())]
+        if any(leaf.repeated for axis in axes for leaf in followed.atoms.leaves(axis)):
+            return True
+        return op is not None and piece and any(self._is_repeated(v) for v in op.inputs)
 
     def _only_moves(self, value: Value) -> bool:
         """Whether it is another view of something that can be cut at as well."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 from llcompile.passes.structure.classify import Miss
 from llcompile.passes.structure.found import Findings, Found, Missed
 from llcompile.passes.structure.lifted import MOVES, origin
 from llcompile.passes.structure.program import Op, Value
 from llcompile.passes.structure.reading import Reading
 
+_ROUNDING = 1e-9
 # What code does to a denominator before it divides.
 _AROUND = MOVES | {"detach", "add", "abs", "clamp", "clamp_min", "maximum", "mul"}
 
@@ -18,7 +21,7 @@ def pair_denominators(findings: Findings) -> None:
     for found in findings.found:
         if found.reading.value is None:
             for other in whole:
-                if _scores(other.reading) == _scores(found.reading):
+                if _are_same(other.reading, found.reading):
                     findings.denominators.setdefault(id(other), []).append(found)
                     break
     findings.found = [f for f in whole if not _is_divided(findings, f)]
@@ -31,10 +34,18 @@ def pair_denominators(findings: Findings) -> None:
     ]
 
 
+def _are_same(one: Reading, other: Reading) -> bool:
+    """Whether two readings have the same scores; a constant decay was read off each by itself."""
+    if _scores(one) != _scores(other) or (one.constant is None) != (other.constant is None):
+        return False
+    decays = zip(one.constant or (), other.constant or (), strict=False)
+    return all(math.isclose(a, b, rel_tol=_ROUNDING, abs_tol=_ROUNDING) for a, b in decays)
+
+
 def _scores(reading: Reading) -> tuple[object, ...]:
-    """What the scores are made of."""
+    """What the scores are made of, but for a constant decay."""
     decay = None if reading.decay is None else origin(reading.decay)
-    return origin(reading.query), origin(reading.key), decay, reading.transform, reading.constant
+    return origin(reading.query), origin(reading.key), decay, reading.transform, len(reading.constant or ())
 
 
 def _is_divided(findings: Findings, found: Found) -> bool:

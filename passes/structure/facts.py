@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from llcompile.passes.structure.axes import Atom, Axis
-from llcompile.passes.structure.follow import Followed
+from llcompile.passes.structure.follow import WEIGHTED, Followed
 from llcompile.passes.structure.frame import Frame
 from llcompile.passes.structure.program import Op, Program, Value
 
@@ -17,8 +18,8 @@ from llcompile.passes.structure.program import Op, Program, Value
 Form = Literal["timeless", "sequence", "pieces"]
 
 _CUTS = frozenset(["select", "slice", "split", "split_with_sizes", "unbind"])
+_SCANS = frozenset(["cumsum", "cumprod", "logcumsumexp"])
 _WRITES = frozenset(["select_scatter", "slice_scatter", "index_put"])
-WEIGHTED = frozenset(["mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "convolution", "embedding"])
 
 
 @dataclass
@@ -133,19 +134,75 @@ class Times(Frame):
 
 
 def time_axes(program: Program, followed: Followed) -> list[Axis]:
-    """The axes of the model's input that may be time, those first that most operations mix."""
+    """The axes of the model's input that may be time, those first that most operations mix.
+
+    An axis that a parameter has is a late choice (a table of positions), and what a weight is summed over the last: a
+    feature, or the positions that a head takes together.
+    """
     atoms = followed.atoms
-    data = {v for v in program.inputs if v.data is None and not v.parameter and v in followed.axes}
-    present = {atoms.leaves(axis) for v in data for axis in followed.axes[v]}
+    given = [v for v in program.inputs if v.data is None and not v.parameter and v in followed.axes]
+    present = {atoms.leaves(axis) for v in given for axis in followed.axes[v]}
     present |= _shortened(followed, present)
-    counts: Counter[int] = Counter()
+    mixed, ordered = _mixed(program, followed), _ordered(program, followed)
+    free = [a for a in present if mixed(a) and _is_told_apart(a) and (not _is_feature(a) or a[0] in ordered)]
+    return sorted(free, key=lambda a: (any(x.weight for x in a), _is_feature(a), -mixed(a), a[0].number))
+
+
+def born_axes(program: Program, followed: Followed, known: Iterable[Axis]) -> tuple[list[Axis], list[Axis]]:
+    """The other axes that may be time, which the model makes: tokens added in front, patches, every second token.
+
+    All of such an axis is mixed: a batch that was laid out with it, as projections have it, is no part of it. Pieces of
+    an axis that was cut in several, or that are put together with others, come second: chunks, most of the time.
+    """
+    atoms, most = followed.atoms, _mixed(program, followed)
+    mixed = lambda axis: min(most((leaf,)) for leaf in axis)  # noqa: E731
+    tried = [time for axis in known if not _is_feature(axis) for time in (axis, *lengthened(followed, axis))]
+    leaves = {leaf for time in tried for leaf in atoms.leaves(time)}
+    used = (value for op in program.ops for value in op.inputs if value in followed.live)
+    made = {atoms.leaves(axis) for value in used for axis in followed.axes[value]}
+    new = [axis for axis in made if not leaves.issuperset(axis) and mixed(axis)]
+    born = [axis for axis in new if not _is_feature(axis) and _is_told_apart(axis)]
+    pieces = _pieces(followed, made) | {axis for axis in born for other in born if set(axis) < set(other)}
+    ranked = sorted(born, key=lambda axis: (-mixed(axis), axis[0].number))
+    return [axis for axis in ranked if axis not in pieces], [axis for axis in ranked if axis in pieces]
+
+
+def _pieces(followed: Followed, made: set[Axis]) -> set[Axis]:
+    """Axes that are one of several pieces of another."""
+    atoms = followed.atoms
+    cut: dict[Axis, list[Axis]] = {}
+    for (leaves, *_), piece in atoms.slices.items():
+        if atoms.leaves((piece,)) in made:
+            cut.setdefault(atoms.leaves(leaves), []).append(atoms.leaves((piece,)))
+    several = {piece for pieces in cut.values() if len(pieces) > 1 for piece in pieces}
+    return several | {atoms.leaves(axis) for axis in atoms.joined}
+
+
+def _mixed(program: Program, followed: Followed) -> Callable[[Axis], int]:
+    """How many operations on the model's input mix an axis."""
+    counts: Counter[Atom] = Counter()
     for op in program.ops:
-        if any(v in data for v in op.inputs):
-            data.update(op.outputs)
-            counts.update({id(leaf) for axis in followed.mixed[op] for leaf in atoms.leaves(axis)})
-    mixed = {axis: max((counts[id(leaf)] for leaf in axis), default=0) for axis in present}
-    free = [axis for axis in present if mixed[axis] and not any(leaf.weight for leaf in axis) and _is_told_apart(axis)]
-    return sorted(free, key=lambda axis: (-mixed[axis], axis[0].number))
+        if not followed.live.isdisjoint(op.inputs):
+            counts.update({leaf for axis in followed.mixed[op] for leaf in followed.atoms.leaves(axis)})
+    return lambda axis: max((counts[leaf] for leaf in axis), default=0)
+
+
+def _ordered(program: Program, followed: Followed) -> set[Atom]:
+    """Axes of the input's data that something runs along in order, or that stand across from themselves (scores)."""
+    found: set[Atom] = set()
+    for op in program.ops:
+        if followed.live.isdisjoint(op.inputs):
+            continue
+        if op.name in _SCANS:
+            found.update(leaf for axis in followed.mixed[op] for leaf in followed.atoms.leaves(axis))
+        for value in op.outputs:
+            leaves = [leaf for axis in followed.axes[value] for leaf in followed.atoms.leaves(axis)]
+            found.update(leaf for leaf, times in Counter(leaves).items() if times > 1)
+    return found
+
+
+def _is_feature(axis: Axis) -> bool:
+    return any(leaf.feature for leaf in axis)
 
 
 def _is_told_apart(axis: Axis) -> bool:

@@ -9,7 +9,7 @@ import math
 import operator
 import time as clock
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -23,13 +23,15 @@ from llcompile.passes.discover import user_line
 from llcompile.passes.records import Certificate
 from llcompile.passes.regions import Region
 from llcompile.passes.structure.assume import expect_decay, learned
+from llcompile.passes.structure.axes import Axis
+from llcompile.passes.structure.axis_rules.table import rule_for
 from llcompile.passes.structure.barriers import expect_no_barrier
 from llcompile.passes.structure.certify import certify
 from llcompile.passes.structure.classify import Miss, classify
 from llcompile.passes.structure.cut import Cutter, Part
 from llcompile.passes.structure.denominators import pair_denominators
-from llcompile.passes.structure.facts import WEIGHTED, Times, lengthened, time_axes
-from llcompile.passes.structure.follow import Followed, follow_program
+from llcompile.passes.structure.facts import Times, born_axes, lengthened, time_axes
+from llcompile.passes.structure.follow import WEIGHTED, Followed, follow_program
 from llcompile.passes.structure.found import Findings, Found, Missed, count
 from llcompile.passes.structure.frame import Frame, Row
 from llcompile.passes.structure.lifted import MOVES, SHAPES, Lifted, Source, sample_of
@@ -58,8 +60,12 @@ _SOFTMAXES = ("_softmax", "_safe_softmax", "_log_softmax")
 _NOT_RUN = (CannotArrange, RuntimeError, MemoryError, IndexError, AssertionError, TypeError, ValueError)
 _SCATTERS = ("select_scatter", "slice_scatter", "index_put")
 _CHOSEN = "a top-k, a threshold or buckets leave tokens out; log-linear attention sees the whole past"
+_OUTSIDE = "put it before or behind the mixer: on its values or its output"
+_WHOLE = "log-linear attention counts positions from the start: mix all of the sequence, or compile the piece by itself"
+_APART = "compute what the steps of a loop read for all tokens at once, before the loop"
 _ASKED = 8000  # operations of a part that is run again and again to say why it is no mixer
 _TIMES = 3  # axes that are tried as time
+_BORN = 8  # axes that the model makes which are tried as well
 _SOURCES = 16  # a mixer has fewer operands
 _WIDENINGS = 12  # how often a cut is moved up
 
@@ -83,34 +89,53 @@ def _find(region: Region, factor: int) -> Findings:
     # Not in the user's modes: a default device, say.
     modes = _disable_current_modes(), torch._C.DisableTorchFunction()
     with modes[0], modes[1], torch.no_grad(), torch.autocast("cpu", enabled=False):
-        for axis in time_axes(program, followed)[:_TIMES]:
-            for time in (axis, *lengthened(followed, axis)):
-                _Search(findings, followed, Times(program, followed, time, shorter=axis), taken).run()
+        given = time_axes(program, followed)[:_TIMES]
+        for axis in given:
+            _search(findings, followed, axis, taken)
             if findings.found:
                 break
+        born, pieces = born_axes(program, followed, given)
+        for axis in born[:_BORN]:
+            _search(findings, followed, axis, taken)
+        if not findings.found and not findings.missed:
+            _search_pieces(findings, followed, pieces[:_TIMES])
         pair_denominators(findings)
-        _explain(findings)
+        _explain(findings, given)
     return findings
 
 
-def _explain(findings: Findings) -> None:
+def _search(findings: Findings, followed: Followed, axis: Axis, taken: set[Value]) -> None:
+    for time in (axis, *lengthened(followed, axis)):
+        _Search(findings, followed, Times(findings.program, followed, time, shorter=axis), taken).run()
+
+
+def _search_pieces(findings: Findings, followed: Followed, pieces: list[Axis]) -> None:
+    """Where nothing else was found: what is a mixer of a piece of its sequence."""
+    for axis in pieces:
+        apart = Findings(findings.program)
+        _search(apart, followed, axis, set())
+        tokens = math.prod(leaf.size for leaf in axis)
+        miss = Miss(f"it mixes a piece of its sequence by itself ({tokens} tokens)", 2, _WHOLE)
+        findings.missed += [Missed(f.output, miss, f.part, times=f.times) for f in apart.found] + apart.missed
+
+
+def _explain(findings: Findings, given: Collection[Axis]) -> None:
     """Says of each near miss which property failed, the nearest first; what is inside of a nearer one goes."""
     for missed in findings.missed:
         missed.miss = missed.miss if missed.why is None else missed.why()
-    axes = [m.axis for m in findings.missed if m.miss.near and m.axis]
+    near = [m for m in findings.missed if m.miss.near]
+    first = next((m.axis for m in near if m.axis in given), ())
     # The batch, taken as time, is not causal.
-    findings.missed = [m for m in findings.missed if m.miss.near and m.axis in ((), axes[0] if axes else ())]
+    near = [m for m in near if m.axis not in given or m.axis == first]
+    # Of two that are as near, the later one: the whole of what the other is a piece of; without what comes behind it.
+    latest = [
+        m for m in reversed(near) if not any(other.miss.near >= m.miss.near and other.goes_before(m) for other in near)
+    ]
     kept: list[Missed] = []
-    # Of two that are as near, the later one: the whole of what the other is a piece of.
-    latest = list(reversed(findings.missed))
     for missed in sorted(latest, key=lambda m: -m.miss.near):
-        if not any(_is_inside(missed, m) or _is_inside(m, missed) for m in kept):
+        if not any(missed.is_inside(m) or m.is_inside(missed) for m in kept):
             kept.append(missed)
     findings.missed = kept
-
-
-def _is_inside(missed: Missed, other: Missed) -> bool:
-    return other.part is not None and missed.value.op in other.part.ops
 
 
 def _expect_same(findings: Findings) -> None:
@@ -166,11 +191,20 @@ class _Search:
         """Goes through the program in order."""
         for op in self.findings.program.ops:
             self.times.step(op)
+            self._expect_rule(op)
             for value in op.outputs:
                 if value in self.taken or op.node in self.captured:
                     self.times.facts[value].mixed = False
                 elif self._is_candidate(op, value):
                     self._try(value)
+
+    def _expect_rule(self, op: Op) -> None:
+        """Notes an operation that takes scores and that no axis can be followed through."""
+        if rule_for(op) is not None or op.node in self.captured or not op.outputs:
+            return
+        if any(self._stands_across(v) for v in op.inputs):
+            miss = Miss(f"scores pass through {_named(op)}, which is not known", 1, "write it in operations of torch")
+            self.findings.missed.append(Missed(op.outputs[0], miss, times=self.times))
 
     def _is_candidate(self, op: Op, value: Value) -> bool:
         fact = self.times.facts[value]
@@ -220,11 +254,11 @@ class _Search:
             return
         if best is not None and nearest is not None and best.near > 0:
             why = functools.partial(self._why, nearest, best)
-            self.findings.missed.append(Missed(value, best, part, why, self.times.shorter))
+            self.findings.missed.append(Missed(value, best, part, why, self.times))
 
     def _why(self, part: Part, miss: Miss) -> Miss:
         """The miss with the first property that fails, if one can be measured."""
-        if len(part.ops) > _ASKED:
+        if len(part.ops) > _ASKED or _random(part) is not None:
             return miss
         frame, axes = self.cutter.frame(part)
         result = frame.rows(frame.followed.axes[part.result])
@@ -267,10 +301,12 @@ class _Search:
                     break
                 passed, moved = passed | further, True
                 part = self.cutter.cut(value, passed)
-            if part is None or len(part.sources) > _SOURCES:
+            if part is None:
                 return
             if moved:
                 yield part
+            if len(part.sources) > _SOURCES:
+                return
         if part is not None and len(part.sources) < 4:
             apart = self.cutter.cut(value, views=True)
             if apart is not None and len(part.sources) < len(apart.sources) <= _SOURCES:
@@ -351,6 +387,13 @@ class _Search:
         frame, axes = self.cutter.frame(part)
         result = frame.rows(frame.followed.axes[part.result])
         self._expect_contraction(frame, axes, result)
+        meets = int(meet(axes, result, frame))
+        drawn = _random(part)
+        if drawn is not None:
+            raise Miss(f"its {_named(drawn)} ({user_line(drawn.node.meta)}) is random", 3 * meets, _OUTSIDE)
+        if len(part.sources) > _SOURCES:
+            reason = f"the search stops at {_SOURCES} operands, and it is computed from {len(part.sources)} tensors"
+            raise Miss(reason, meets, _APART)
         bounds = {s: self._range(s) for s in part.sources}
         key = fingerprint(part, axes, result, bounds)
         if key in self.findings.failed:
@@ -420,6 +463,10 @@ class _Search:
     def _expect_sequences(self, part: Part) -> None:
         """What can be told without numbers, so that most values cost little."""
         facts = self.times.facts
+        if self._is_residual(part):
+            raise Miss("it adds a mixer's output to what that was computed from; each mixer is looked at by itself")
+        if len(part.sources) > _SOURCES and len(part.ops) > _ASKED:
+            raise Miss("it is computed from more tensors, by more operations, than are looked at")
         if sum(isinstance(s, Lifted) or facts[s].data for s in part.sources) < 2:
             raise Miss("it has fewer than two sequences to mix")
         own = set(part.ops)
@@ -430,11 +477,23 @@ class _Search:
             if chosen and any(v.dtype.is_floating_point and facts[v].data for v in op.inputs):
                 raise Miss("what it does depends on comparisons of values", int(self._has_scores(part)), _CHOSEN)
 
+    def _is_residual(self, part: Part) -> bool:
+        """Whether its last operation does no more than to put an earlier mixer's output and a later one together."""
+        last = part.result.op
+        if not part.earlier or last is None or self.followed.mixed.get(last):
+            return False
+        return sum(self.times.facts[v].mixed for v in {*last.inputs} - part.earlier) < 2
+
     def _has_scores(self, part: Part) -> bool:
         """Whether there is a number for each two positions, from the input."""
-        values = (v for op in part.ops for v in op.outputs if v.dtype.is_floating_point and self.times.facts[v].data)
-        axes = (self.times.rows(self.times.followed.axes[v]) for v in values)
-        return any(sum(map(self.times.is_time, itertools.chain(*rows))) > len(self.times.leaves) for rows in axes)
+        return any(self._stands_across(v) for op in part.ops for v in op.outputs)
+
+    def _stands_across(self, value: Value) -> bool:
+        """Whether it has a number for each two positions, from the input."""
+        if not value.dtype.is_floating_point or not self.times.facts[value].data:
+            return False
+        rows = self.times.rows(self.times.followed.axes[value])
+        return sum(map(self.times.is_time, itertools.chain(*rows))) > len(self.times.leaves)
 
     def _expect_contraction(
         self, frame: Frame, axes: Mapping[Source, tuple[Row, ...]], result: tuple[Row, ...]
@@ -471,6 +530,17 @@ class _Search:
 
     def _range(self, source: Source) -> Range:
         return self.ranges.get(sample_of(source), (-float("inf"), float("inf")))
+
+
+def _random(part: Part) -> Op | None:
+    """The first operation that draws numbers; nothing can be measured of such a part."""
+    return next((op for op in part.ops if torch.Tag.nondeterministic_seeded in getattr(op.target, "tags", ())), None)
+
+
+def _named(op: Op) -> str:
+    """What the user's code calls."""
+    called = op.node.target
+    return str(getattr(called, "overloadpacket", getattr(called, "__name__", called)))
 
 
 def _made_by(value: Value) -> str:

@@ -12,6 +12,8 @@ from llcompile.passes.structure.axis_rules.others import opaque
 from llcompile.passes.structure.axis_rules.table import rule_for
 from llcompile.passes.structure.program import Op, Program, Value
 
+# Operations that may bring a weight in: what has the weight's axes are features.
+WEIGHTED = frozenset(["mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "convolution", "embedding"])
 _KEEP = 24  # cut axes that a value remembers
 _TAKEN = "select slice split split_with_sizes unbind index index_select gather constant_pad_nd convolution"
 _JOINED = "cat stack select_scatter slice_scatter index_put view _unsafe_view reshape repeat"
@@ -28,6 +30,7 @@ class Followed:
         mixed: operation -> the axes that it mixes.
         counts: how often each rule was used, by its name.
         live: values that the model's input has a part in.
+        weights: the other values that a parameter has a part in.
     """
 
     atoms: Atoms
@@ -35,10 +38,15 @@ class Followed:
     mixed: dict[Op, list[Axis]] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
     live: set[Value] = field(default_factory=set)
+    weights: set[Value] = field(default_factory=set)
 
 
 def follow(
-    ops: Iterable[Op], inputs: Mapping[Value, Axes], atoms: Atoms, taken: Mapping[Value, tuple[Axis, ...]]
+    ops: Iterable[Op],
+    inputs: Mapping[Value, Axes],
+    atoms: Atoms,
+    taken: Mapping[Value, tuple[Axis, ...]],
+    live: Iterable[Value],
 ) -> Followed:
     """The axes of every value.
 
@@ -47,8 +55,9 @@ def follow(
         inputs: the axes of values that none of them computes; the others start with new ones.
         atoms: what the inputs' axes are made of.
         taken: value -> the axes that it is one position of.
+        live: those of the inputs that the model's input has a part in.
     """
-    found = Followed(atoms, dict(inputs), live={value for value in inputs if _is_live(value)})
+    found = Followed(atoms, dict(inputs), live=set(live))
     lost: dict[Value, tuple[Axis, ...]] = dict(taken)
     for op in ops:
         for value in op.inputs:
@@ -61,7 +70,8 @@ def follow(
 def follow_program(program: Program) -> Followed:
     """The axes of every value of a program."""
     atoms = Atoms()
-    return follow(program.ops, _like_axes(program, atoms), atoms, {})
+    axes = _like_axes(program, atoms)
+    return follow(program.ops, axes, atoms, {}, filter(_is_live, axes))
 
 
 def _like_axes(program: Program, atoms: Atoms) -> dict[Value, Axes]:
@@ -84,6 +94,8 @@ def _start(found: Followed, value: Value) -> None:
     found.axes[value] = axes
     if _is_live(value):
         found.live.add(value)
+    if value.parameter:
+        found.weights.add(value)
     for axis in axes:
         for atom in axis:
             atom.weight = value.parameter
@@ -117,6 +129,9 @@ def _step(found: Followed, op: Op, lost: dict[Value, tuple[Axis, ...]]) -> None:
     # Features that were summed are gone for good; of a sequence that was cut, the pieces may come together again.
     cut = call.mixed if op.name in _CUTS or rule is opaque else []
     live = [value for value in op.inputs if value in found.live]
+    weights = [value for value in op.inputs if value in found.weights]
+    if op.name in WEIGHTED and live:
+        _note_features(found, weights)
     # Where a table of numbers or a weight was cut alike (the decays of a loop's steps), the sequence is what was cut.
     gone = [axis for value in live or op.inputs for axis in lost.get(value, ())] + cut
     kept: dict[tuple[int, ...], Axis] = {}
@@ -131,3 +146,11 @@ def _step(found: Followed, op: Op, lost: dict[Value, tuple[Axis, ...]]) -> None:
         lost[value] = tuple(kept.values())
         if live:
             found.live.add(value)
+        elif weights:
+            found.weights.add(value)
+
+
+def _note_features(found: Followed, weights: Iterable[Value]) -> None:
+    for axis in (axis for value in weights for axis in found.axes[value]):
+        for leaf in found.atoms.leaves(axis):
+            leaf.feature = True

@@ -212,14 +212,31 @@ class Missed:
         miss: why it is none.
         part: what was tried, the last time.
         why: says more exactly why, at some cost.
-        axis: what was taken as time.
+        times: what was taken as time.
     """
 
     value: Value
     miss: Miss
     part: Part | None = None
     why: Callable[[], Miss] | None = None
-    axis: Axis = ()
+    times: Times | None = None
+
+    @property
+    def axis(self) -> Axis:
+        """The axis that was taken as time, before it was padded."""
+        return () if self.times is None else self.times.shorter
+
+    def is_inside(self, other: Missed) -> bool:
+        """Whether the value is computed inside of what another one is computed from."""
+        return other.part is not None and self.value.op in other.part.ops
+
+    def goes_before(self, other: Missed) -> bool:
+        """Whether all that mixes times in another one is inside of this one; what follows is done token by token."""
+        if self.part is None or other.part is None or other.times is None or self.value.op is other.value.op:
+            return False
+        behind, times = set(other.part.ops) - set(self.part.ops), other.times
+        mixing = any(op in times.followed.mixed and times.mixes_time(op) for op in behind)
+        return self.is_inside(other) and not mixing
 
     @property
     def anchor(self) -> fx.Node:

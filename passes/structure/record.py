@@ -358,6 +358,12 @@ def _run(node: fx.Node, args: Any, kwargs: Any) -> Any:
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     if node.target is getattr(torch._C._autograd, "_get_data_attr", None):  # x.data: no dispatcher sees it
         return args[0].detach()
+    out = kwargs.get("out")
+    if isinstance(out, Tensor):  # functionalisation does not know it of what is made of other operations (matmul)
+        made = node.target(*args, **{name: given for name, given in kwargs.items() if name != "out"})  # type: ignore[operator]
+        if made.shape != out.shape:
+            raise TypeError("out is resized")
+        return out.copy_(made)
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
 

@@ -88,7 +88,7 @@ def _convolution(c: Call) -> list[Axes]:
     for i in range(2, len(out)):
         keeps = out[i] == c.first.shape[i]
         c.mix(axes[i])
-        made.append(axes[i] if keeps else c.assembled(out[i], [c.first]))
+        made.append(axes[i] if keeps else c.assembled(out[i], {c.first: axes[i]}))
     if c.arg("groups") == 1:
         c.mix(axes[1])
     else:

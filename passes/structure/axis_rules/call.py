@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,6 +57,13 @@ class Call:
         """New axes for a result."""
         return tuple(self.atoms.new(n) for n in self.op.outputs[index].shape)
 
+    def repeated(self, size: int) -> Axis:
+        """A new axis along which all numbers are the same."""
+        made = self.atoms.new(size)
+        for atom in made:
+            atom.repeated = True
+        return made
+
     def mix(self, *axes: Axis) -> None:
         """Notes axes that are mixed."""
         self.mixed.extend(a for a in axes if a)
@@ -68,12 +75,27 @@ class Call:
         self.atoms.same(first, second)
         return first
 
-    def assembled(self, size: int, pieces: Sequence[Value]) -> Axis:
-        """A new axis put together from pieces; the one they were cut from, where its size says so."""
+    def cut(self, value: Value, dim: int) -> None:
+        """Notes that pieces are taken out of one axis of a tensor, and which others stand beside it."""
+        axes = self.axes[value]
+        self.mix(axes[dim])
+        if axes[dim]:
+            self.atoms.beside.setdefault(axes[dim], set()).update(a for i, a in enumerate(axes) if a and i != dim)
+
+    def wholes(self, piece: Value, size: int, *along: Axis) -> list[Axis]:
+        """The axes of this size that a piece was cut from, and that its axes `along` may be pieces of."""
+        found = [a for a in self.lost.get(piece, ()) if size_of(self.atoms, a) == size]
+        return [a for a in found if all(self.atoms.is_piece(axis, a) for axis in along)]
+
+    def assembled(self, size: int, pieces: Mapping[Value, Axis]) -> Axis:
+        """A new axis put together from pieces along an axis of each; the one they were cut from, where its size says
+        so."""
         made = self.atoms.new(size)
         for atom in made:
             atom.row = True
-        found = [a for piece in pieces for a in self.lost.get(piece, ()) if size_of(self.atoms, a) == size]
+        found = [a for piece, axis in pieces.items() for a in self.wholes(piece, size, axis)]
+        # Features that were put together on the way are no whole that anything was cut from.
+        found = [a for a in found if self.atoms.is_cut(a)] or found
         if found and all(self.atoms.leaves(a) == self.atoms.leaves(found[0]) for a in found):
             self.atoms.same(made, found[0])
         return made

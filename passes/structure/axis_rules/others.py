@@ -10,6 +10,10 @@ def _made(c: Call) -> list[Axes]:
     return [c.new(i) for i in range(len(c.op.outputs))]
 
 
+def _filled(c: Call) -> list[Axes]:
+    return [tuple(c.repeated(n) for n in v.shape) for v in c.op.outputs]
+
+
 def _like(c: Call) -> list[Axes]:
     return [c.axes[c.first]]
 
@@ -35,7 +39,8 @@ def opaque(c: Call) -> list[Axes]:
 
 # Rule, and the operations that follow it.
 ROWS: Rows = (
-    (_made, "zeros ones full empty arange eye scalar_tensor empty_strided rand randn linspace"),
-    (_made, "new_zeros new_ones new_full new_empty new_empty_strided tril_indices triu_indices"),
+    (_made, "empty arange eye scalar_tensor empty_strided rand randn linspace"),
+    (_made, "new_empty new_empty_strided tril_indices triu_indices"),
+    (_filled, "zeros ones full new_zeros new_ones new_full"),
     (_like, "zeros_like ones_like full_like empty_like rand_like randn_like"),
 )

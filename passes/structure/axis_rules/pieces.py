@@ -11,7 +11,7 @@ _FILLED = frozenset(["zeros", "ones", "full", "new_zeros", "new_ones", "new_full
 
 def _select(c: Call) -> list[Axes]:
     axes, d = c.axes[c.first], c.dim()
-    c.mix(axes[d])
+    c.cut(c.first, d)
     pin(c, axes[d])
     return [tuple(a for i, a in enumerate(axes) if i != d)]
 
@@ -23,8 +23,8 @@ def _slice(c: Call) -> list[Axes]:
     stop = size if stop is None else max(0, stop + size) if stop < 0 else min(stop, size)
     if (start, stop, step) == (0, size, 1):
         return [axes]
-    c.mix(axes[d])
-    whole = [a for a in c.lost.get(c.first, ()) if size_of(c.atoms, a) == stop - start and step == 1]
+    c.cut(c.first, d)
+    whole = c.wholes(c.first, stop - start, axes[d]) if step == 1 else []
     part = c.atoms.part(axes[d], start, stop, step)
     if whole and part:  # a sequence that was padded, or whose pieces were put together, cut to its length again
         c.atoms.same(part, whole[0])
@@ -33,7 +33,7 @@ def _slice(c: Call) -> list[Axes]:
 
 def _split(c: Call) -> list[Axes]:
     axes, d, start, made = c.axes[c.first], c.dim(), 0, []
-    c.mix(axes[d])
+    c.cut(c.first, d)
     for value in c.op.outputs:
         n = value.shape[d]
         made.append((*axes[:d], c.atoms.part(axes[d], start, start + n, 1), *axes[d + 1 :]))
@@ -59,8 +59,9 @@ def _cat(c: Call) -> list[Axes]:
     size, whole = c.op.outputs[0].shape[d], c.axes[tensors[0]][d]
     filled = all(_is_filled(value) for value in tensors[1:]) and 2 * tensors[0].shape[d] > size
     padded = filled and bool(whole)
-    axes[d] = c.atoms.longer(whole, size) if padded else c.assembled(size, tensors)
+    axes[d] = c.atoms.longer(whole, size) if padded else c.assembled(size, {v: c.axes[v][d] for v in tensors})
     c.mix(*(() if padded else (axes[d],)), *(c.axes[v][d] for v in tensors))
+    c.atoms.joined.update(() if padded else (c.axes[v][d] for v in tensors))
     for value in tensors:
         pin(c, c.axes[value][d])
     pin(c, axes[d])
@@ -78,7 +79,7 @@ def _stack(c: Call) -> list[Axes]:
     axes: list[Axis] = [()] * (rank - 1)
     for value in c.op.inputs:
         axes = [c.pair(old, new) for old, new in zip(axes, c.axes[value], strict=True)]
-    row = c.assembled(c.op.outputs[0].shape[d], c.op.inputs)
+    row = c.assembled(c.op.outputs[0].shape[d], dict.fromkeys(c.op.inputs, ()))
     c.mix(row)
     pin(c, row)
     return [(*axes[:d], row, *axes[d:])]
@@ -90,7 +91,7 @@ def _scatter(c: Call) -> list[Axes]:
     if len(piece) < len(base):
         piece = (*piece[:d], (), *piece[d:])
     axes = [c.pair(old, new) if i != d else old for i, (old, new) in enumerate(zip(base, piece, strict=True))]
-    whole = [a for a in c.lost.get(c.arg("src"), ()) if size_of(c.atoms, a) == size_of(c.atoms, axes[d])]
+    whole = c.wholes(c.arg("src"), size_of(c.atoms, axes[d]), piece[d])
     if whole and axes[d]:
         c.atoms.same(axes[d], whole[0])
     c.mix(axes[d], piece[d])
@@ -139,7 +140,7 @@ def _index_add(c: Call) -> list[Axes]:
     """Pieces added up in a whole, each at a place that a number names."""
     base, pieces, d = c.of("self"), c.of("source"), c.dim()
     axes = [old if i == d else c.pair(old, new) for i, (old, new) in enumerate(zip(base, pieces, strict=True))]
-    whole = [a for a in c.lost.get(c.arg("source"), ()) if size_of(c.atoms, a) == size_of(c.atoms, axes[d])]
+    whole = c.wholes(c.arg("source"), size_of(c.atoms, axes[d]), pieces[d])
     if whole and axes[d]:
         c.atoms.same(axes[d], whole[0])
     c.mix(axes[d], pieces[d])

@@ -41,7 +41,7 @@ def _interleaved(c: Call, axis: Axis) -> Axis:
     if not any(size_of(c.atoms, a) == size and c.atoms.leaves(a) != leaves for a in c.lost.get(c.first, ())):
         return axis
     c.mix(axis)
-    return c.assembled(size, [c.first])
+    return c.assembled(size, {c.first: axis})
 
 
 def _cut_across(c: Call) -> Axes:
@@ -85,7 +85,7 @@ def _expand(c: Call) -> list[Axes]:
     made = []
     for i, n in enumerate(shape):
         axis = axes[i - old] if i >= old else ()
-        made.append(axis if axis or n == 1 else c.atoms.new(n))
+        made.append(axis or c.repeated(n))
     return [tuple(made)]
 
 
@@ -105,7 +105,7 @@ def _pad(c: Call) -> list[Axes]:
             if before == 0 and after > 0 and axes[d]:
                 axes[d] = c.atoms.longer(axes[d], shape[d])
             elif before + after:  # else a shift: padded at one end and cut at the other
-                axes[d] = c.assembled(shape[d], [c.first])
+                axes[d] = c.assembled(shape[d], {c.first: axes[d]})
     return [tuple(axes)]
 
 

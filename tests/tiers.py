@@ -13,7 +13,6 @@ FOLDER = Path(__file__).parent
 COMPILING = {"fresh_dynamo", "warm_dynamo"}
 LONG_FOLDERS = {"models", "fuzz"}
 LONG_FILES = {
-    "kernels/test_operator.py",
     "kernels/test_triton_interpreter.py",
     "passes/test_identify_attention.py",
     "passes/test_identify_recurrences.py",
@@ -29,6 +28,7 @@ LONG_FILES = {
     "test_verify.py",
 }
 LONG_TESTS = {
+    "kernels/test_operator.py": ("test_error_budget", "test_gradcheck", "test_strong_decays"),
     "kernels/test_torch_operators.py": ("test_compiled_once_for_all_lengths", "test_opcheck"),
     "kernels/test_triton_sources.py": (
         "test_every_source_is_python_that_names_what_it_uses",

@@ -37,6 +37,7 @@ from llcompile.passes.structure.frame import Frame, Row
 from llcompile.passes.structure.lifted import MOVES, SHAPES, Lifted, Source, sample_of
 from llcompile.passes.structure.measured import Measured, meet
 from llcompile.passes.structure.memo import fingerprint, is_lasting, recall, remember
+from llcompile.passes.structure.name_written import name_written
 from llcompile.passes.structure.positions import Positions
 from llcompile.passes.structure.probe import Probe
 from llcompile.passes.structure.program import Op, Program, Value
@@ -83,6 +84,7 @@ def find(region: Region) -> Findings:
 
 def _find(region: Region, factor: int) -> Findings:
     program = record(region, factor)
+    name_written(region, program)
     followed = follow_program(program)
     findings = Findings(program, counts=Counter(followed.counts))
     taken: set[Value] = set()

@@ -86,6 +86,7 @@ class Program:
         inputs: values of placeholders and constants.
         results: node -> the value that it returns.
         reads: (user, node) -> the value that `user` sees of `node`; another one than `results` after a mutation.
+        unnamed: value that no node returns, left in a node by a write -> the first reader that sees it there, the node.
         grad: whether gradients are taken where the graph starts.
     """
 
@@ -93,6 +94,7 @@ class Program:
     inputs: list[Value] = field(default_factory=list)
     results: dict[fx.Node, Value] = field(default_factory=dict)
     reads: dict[tuple[fx.Node, fx.Node], Value] = field(default_factory=dict)
+    unnamed: dict[Value, tuple[fx.Node, fx.Node]] = field(default_factory=dict)
     grad: bool = True
 
     def values(self) -> Iterator[Value]:

@@ -32,6 +32,8 @@ _FILLS = {
     "new_ones": 1,
     "new_empty": 0,
     "new_full": None,
+    "fill": None,  # what `fill_` and `zero_` leave behind
+    "zero": 0,
 }
 
 
@@ -121,6 +123,14 @@ class _Recorder:
             value = self._value(results.get(source))
             if value is not None:
                 self.program.reads[node, source] = value
+                if self._is_unnamed(value, source) and self.modes.now == made.get(source):
+                    self.program.unnamed.setdefault(value, (node, source))
+
+    def _is_unnamed(self, value: Value, node: fx.Node) -> bool:
+        """Whether the value is what a write through a view has left in a node, as large as that was."""
+        example = node.meta.get("example_value")
+        whole = isinstance(example, Tensor) and self._sizes_known(example.shape) == value.shape
+        return value.node is None and value.op is not None and whole
 
     def _result(self, node: fx.Node, results: Mapping[fx.Node, Any], module_tensors: frozenset[int]) -> Any:
         if node.op == "placeholder":
@@ -253,6 +263,9 @@ class _Recorder:
             found = dynamo.hint(size, self.factor)
             return _Unknown() if found is None else found
         return size
+
+    def _sizes_known(self, shape: Any) -> tuple[int, ...] | None:
+        return self._sizes(shape) if all(map(_is_hinted, shape)) else None
 
     def _sizes(self, shape: Any) -> tuple[int, ...]:
         return tuple(int(self._concrete(n)) for n in shape)
@@ -433,13 +446,15 @@ def _unrolled_scan(body: Any, init: Any, xs: Any, additional: Any = ()) -> list[
 def _plain_fill(
     func: Any, args: Any, kwargs: dict[str, Any], result: Any
 ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """`zeros_like(x)` and its kin as `full(shape)`: they do not depend on x."""
+    """`zeros_like(x)`, `x.fill_(1)` and their kin as `full(shape)`: they do not depend on x."""
     name = func._schema.name.split("::")[-1]
     if name not in _FILLS or not isinstance(result, Tensor):
         return func, args, kwargs
     number = _FILLS[name]
     if number is None:
         number = args[2] if name == "new_full" else args[1]
+    if isinstance(number, Tensor):
+        return func, args, kwargs
     return aten.full.default, (list(result.shape), number), {"dtype": result.dtype}
 
 

@@ -40,7 +40,7 @@ def main(make, runner, lengths, width):
         for length, scale in calls:
             same(f"{training=} {length=} {scale=}", model, run, control, plain, scale * data(length, width))
     if report.converted:
-        acting(model, run, plain, lengths, width)
+        acting(model, run, control, plain, lengths, width)
     return report
 
 
@@ -84,7 +84,7 @@ def same(what, model, run, control, plain, x):
         assert error <= TOLERANCE * (float(grad.abs().max()) + 0.05 * scale), f"{what}, {name}.grad: off by {error:.1e}"
 
 
-def acting(model, run, plain, lengths, width):
+def acting(model, run, control, plain, lengths, width):
     """Noise on the level weights moves the output in each mode and at each length, alike; gradients arrive."""
     held = {name: p for name, p in model.named_parameters() if "loglinear" in name}
     with torch.no_grad():
@@ -93,8 +93,9 @@ def acting(model, run, plain, lengths, width):
     outputs = {}
     for training in (True, False):
         model.train(training)
+        control.train(training)
         for length in lengths:
-            x = data(length, width)
+            x = data(length, width).requires_grad_()  # as above, so that nothing is compiled anew
             o, expected = output(run, x), output(plain, x)
             moved = (o - expected).detach().abs().max() / expected.detach().abs().max()
             assert moved > 1e-3, f"{training=} {length=}: noise on the level weights moves the output by {moved:.1e}"

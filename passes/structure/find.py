@@ -68,6 +68,7 @@ _ASKED = 8000  # operations of a part that is run again and again to say why it 
 _TIMES = 3  # axes that are tried as time
 _BORN = 8  # axes that the model makes which are tried as well
 _SOURCES = 16  # a mixer has fewer operands
+_NEAR_BY = 30  # values above a write among which its base is looked for
 _WIDENINGS = 12  # how often a cut is moved up
 
 
@@ -214,7 +215,7 @@ class _Search:
             return False
         if any(op in found.ops for found in self.findings.found if found.times is not self.times):
             return False  # it was found before, with time as it was before it was padded
-        if any(user.name in _SCATTERS and user.inputs[0] is value for user in value.users):
+        if any(user.name in _SCATTERS and user.inputs[0] is value and self._builds(user) for user in value.users):
             return False  # a result that is still being written
         if not self._may_complete(op):
             return False
@@ -222,6 +223,16 @@ class _Search:
             self.tried.add(value)
             return False
         return value.node is not None or self._is_read(value)
+
+    def _builds(self, write: Op) -> bool:
+        """Whether a write adds to a result: tokens, or what comes from elsewhere. Others change what is there."""
+        base, *pieces = write.inputs
+        pending, seen = pieces, set(pieces)
+        while pending and len(seen) < _NEAR_BY:
+            above = [] if (op := pending.pop().op) is None else [v for v in op.inputs if v not in seen]
+            seen.update(above)
+            pending.extend(above)
+        return self.times.mixes_time(write) or (bool(pieces) and base not in seen)
 
     def _may_complete(self, op: Op) -> bool:
         """Whether a mixer can end here: something is summed or put together, or two mixed values meet."""

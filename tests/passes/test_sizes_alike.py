@@ -31,7 +31,27 @@ class Chunks(nn.Module):
         return o
 
 
-@pytest.mark.parametrize("tokens", [V, V + 1, V - 1], ids=["as many tokens as channels", "more", "fewer"])
-def test_a_channel_written_to_is_not_taken_for_a_token(tokens: int) -> None:
-    report = llcompile.inspect(Chunks(), torch.randn(2, tokens, 8)).report
+class Tokens(Chunks):
+    """Token by token; then some channels of the output are written to, and it is projected."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(V, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        state, outs = x.new_zeros(len(x), K, V), []
+        for i in range(x.shape[1]):
+            state = state + k[:, i, :, None] * v[:, i, None]
+            outs.append((q[:, i, :, None] * state).sum(1))
+        o = torch.stack(outs, 1)
+        half = o[..., : V // 2]
+        half *= 2.0
+        return self.out(o)
+
+
+@pytest.mark.parametrize("layer", [Chunks, Tokens])
+@pytest.mark.parametrize("tokens", [V, V + 1, V // 2], ids=["as many tokens as channels", "more", "as many rows"])
+def test_a_channel_written_to_is_not_taken_for_a_token(layer: type[Chunks], tokens: int) -> None:
+    report = llcompile.inspect(layer(), torch.randn(2, tokens, 8)).report  # 2 rows of 3 tokens: 6 in all
     assert [(c.key_dim, c.value_dim) for c in report.converted] == [(K, V)], str(report)

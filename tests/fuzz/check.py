@@ -17,9 +17,14 @@ import llcompile
 TOLERANCE = 2e-4
 
 
-def compiled(function):
+def compiled(function, **how):
     """What converts: the backend, without Inductor."""
-    return torch.compile(function, backend="loglinear", options={"inner": "eager"})
+    return torch.compile(function, backend="loglinear", options={"inner": "eager"}, **how)
+
+
+def as_written(function, **how):
+    """What leaves the control as it is."""
+    return function
 
 
 def main(make, runner, lengths, width):
@@ -32,13 +37,16 @@ def main(make, runner, lengths, width):
     names = set(model.state_dict())
     report = llcompile.convert(model, data(lengths[0], width))
     assert report.converted or set(model.state_dict()) == names, "nothing was converted, and something was attached"
-    run, plain = runner(model, compiled), runner(control, lambda function: function)
+    run, plain = runner(model, compiled), runner(control, as_written)
     calls = [(length, 1.0) for length in lengths] + [(lengths[0], 3.0)]
     for training in (True, False):
         model.train(training)
         control.train(training)
         for length, scale in calls:
             same(f"{training=} {length=} {scale=}", model, run, control, plain, scale * data(length, width))
+    with torch.no_grad():
+        x = data(lengths[0], width)
+        close("in evaluation, without gradients, output", output(run, x), output(plain, x))
     if report.converted:
         acting(model, run, control, plain, lengths, width)
     return report

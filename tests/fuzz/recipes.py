@@ -122,6 +122,10 @@ MODELS = {
     "a tuple": "for layer in self.layers:\n    x = x + layer(x)\nreturn x, None",
     "checkpoint": "for layer in self.layers:\n    x = x + checkpoint(layer, x, use_reentrant=False)\nreturn x",
     "twice": "for layer in self.layers:\n    x = x + layer(x) + layer(0.5 * x)\nreturn x",
+    "autocast": (
+        "with torch.autocast('cpu', dtype=torch.bfloat16):\n    for layer in self.layers:\n        x = x + layer(x)\n"
+        "return x"
+    ),
     "time first": "for layer in self.layers:\n    x = x + layer(x.transpose(0, 1).transpose(0, 1))\nreturn x",
 }
 
@@ -149,6 +153,7 @@ def hooked(recipe: Recipe) -> str:
 # How the model is held and called: `compile` makes the compiled function (or, in the control, nothing).
 RUNNERS = {
     "the model": "return compile(model)",
+    "dynamic": "return compile(model, dynamic=True)",
     "its forward": "return compile(model.forward)",
     "closure": "return compile(lambda x: model(x))",
     "dict": 'held = {"model": [model]}\nreturn compile(lambda x: held["model"][0](x))',
@@ -235,7 +240,8 @@ def draw(seed: str) -> Recipe:
     (spelling,) = r.choices(list(SPELLINGS), list(SPELLINGS.values()))
     decay = {"doubling": "none", "delta loop": r.choice(("none", "gate"))}.get(spelling, r.choice(list(DECAYS)))
     loop = "loop" in spelling or spelling == "step function"  # unrolled, so few tokens
-    lengths = (6, 8, 3) if loop else (r.randint(12, 20), 40, r.randint(5, 11))
+    short = r.choice((1, 2, 3 if loop else r.randint(5, 11)))
+    lengths = (6, 8, short) if loop else (r.randint(12, 20), 40, short)
     recipe = Recipe(
         layout=r.choice(list(LAYOUTS)),
         feature="l2" if spelling == "delta loop" else r.choice(list(FEATURES)),

@@ -20,6 +20,7 @@ from tests.fuzz.expected import expect
 from tests.fuzz.program import drawn
 from tests.fuzz.recipes import Recipe, draw
 from tests.fuzz.run import run
+from tests.fuzz.shrink import shrunk
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -116,22 +117,29 @@ def test_the_check_can_fail(returned: str, held: str, message: str, tmp_path: Pa
 
 
 def _report(converted: int, *reasons: str) -> Any:
-    return SimpleNamespace(converted=(None,) * converted, declined=[SimpleNamespace(reason=r) for r in reasons])
+    declined = [SimpleNamespace(reason=reason) for reason in reasons]
+    return SimpleNamespace(converted=(None,) * converted, declined=declined, untouched=())
 
 
 def _recipe(**fields: Any) -> Recipe:
-    plain = {"layout": "BHTD", "in_place": "nothing", "layers": 2}
-    return replace(draw("any"), **{**plain, **fields})
+    return replace(draw("any"), **{"layers": 2, **fields})
 
 
-def test_a_mixer_is_converted_or_in_the_table() -> None:
-    written = _recipe(layout="BTHD", in_place="the first value")
+def test_a_mixer_is_converted_and_nothing_is_missed_without_a_word() -> None:
     assert expect(_recipe(), _report(2)) == "converted"
-    assert expect(_recipe(mutation="softmax"), _report(0)) == "left"
-    assert expect(written, _report(0, "its reach ends: a window")) == "outside"
+    assert expect(_recipe(mutation="softmax"), _report(0, "not linear in the query")) == "left"
     with pytest.raises(AssertionError, match="a mixer is left as it is"):
         expect(_recipe(), _report(1, "its reach ends: a window"))
-    with pytest.raises(AssertionError, match="another reason"):
-        expect(written, _report(0, "it does not run by itself"))
-    with pytest.raises(AssertionError, match="without a word"):
-        expect(written, _report(0))
+    for mutation in ("", "softmax"):
+        with pytest.raises(AssertionError, match="without a word"):
+            expect(_recipe(mutation=mutation), _report(0))
+
+
+def test_a_failing_program_is_made_smaller() -> None:
+    """All goes but what it takes to fail."""
+    recipe = _recipe(in_place="relu", hook="output", model="twice", around="silu", runner="dict", layout="TBHD")
+    smaller = shrunk(recipe, lambda r: r.in_place == "relu" and r.layout == "TBHD")
+    assert (smaller.in_place, smaller.layout) == ("relu", "TBHD")
+    assert (smaller.hook, smaller.model, smaller.around, smaller.runner) == ("none", "residual", "nothing", "the model")
+    assert smaller.spelling == recipe.spelling
+    assert smaller.layers == 1

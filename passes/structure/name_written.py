@@ -6,8 +6,8 @@ A mixer's operand may be just that. A view of the whole tensor, taken before the
 
 from __future__ import annotations
 
-from torch import fx
-from torch.fx.proxy import GraphAppendingTracer
+import operator
+from typing import Any
 
 from llcompile.passes.regions import Region
 from llcompile.passes.structure.program import Program
@@ -20,14 +20,14 @@ def name_written(region: Region, program: Program) -> None:
         region: the graph.
         program: the graph's, as it was recorded; it knows the new nodes.
     """
-    tracer = GraphAppendingTracer(region.graph)
     for value, (reader, node) in program.unnamed.items():
         effects, example = region.effects, node.meta["example_value"]
         is_last = reader.op == "output" or not effects.shows(node).isdisjoint(effects.writes(reader))
         if value.node is not None or is_last:
             continue
+        whole: Any = (node, ...)
         with region.graph.inserting_before(reader):
-            value.node = fx.Proxy(node, tracer)[...].node
+            value.node = region.graph.call_function(operator.getitem, whole)
         value.node.meta.update(value.op.node.meta if value.op is not None else {}, example_value=example)
         effects.place(value.node, effects.shows(node), like=node)
         program.results[value.node] = value

@@ -91,12 +91,20 @@ def _scatter(c: Call) -> list[Axes]:
     if len(piece) < len(base):
         piece = (*piece[:d], (), *piece[d:])
     axes = [c.pair(old, new) if i != d else old for i, (old, new) in enumerate(zip(base, piece, strict=True))]
-    whole = c.wholes(c.arg("src"), size_of(c.atoms, axes[d]), piece[d])
-    if whole and axes[d]:
-        c.atoms.same(axes[d], whole[0])
+    _write_along(c, axes[d], c.arg("src"), piece[d])
     c.mix(axes[d], piece[d])
     pin(c, axes[d])
     return [tuple(axes)]
+
+
+def _write_along(c: Call, axis: Axis, piece: Value, along: Axis) -> None:
+    """The axis that a piece is written along is the one that it was cut from, where their sizes agree.
+
+    A piece that was cut from this very axis tells of no other.
+    """
+    whole = c.wholes(piece, size_of(c.atoms, axis), along)
+    if axis and whole and all(c.atoms.leaves(a) != c.atoms.leaves(axis) for a in whole):
+        c.atoms.same(axis, whole[0])
 
 
 def _embedding(c: Call) -> list[Axes]:
@@ -140,9 +148,7 @@ def _index_add(c: Call) -> list[Axes]:
     """Pieces added up in a whole, each at a place that a number names."""
     base, pieces, d = c.of("self"), c.of("source"), c.dim()
     axes = [old if i == d else c.pair(old, new) for i, (old, new) in enumerate(zip(base, pieces, strict=True))]
-    whole = c.wholes(c.arg("source"), size_of(c.atoms, axes[d]), pieces[d])
-    if whole and axes[d]:
-        c.atoms.same(axes[d], whole[0])
+    _write_along(c, axes[d], c.arg("source"), pieces[d])
     c.mix(axes[d], pieces[d])
     pin(c, axes[d])
     return [tuple(axes)]

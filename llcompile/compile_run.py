@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import fx
@@ -60,7 +60,17 @@ def report_of(session: Session) -> Report:
         untouched=tuple(session.untouched),
         graphs=1,
         breaks=() if broken is None else (GraphBreak(*broken),),
+        remarks=() if session.sites else tuple(_one_token(session)),
     )
+
+
+def _one_token(session: Session) -> Iterator[str]:
+    """What cannot be said of modules whose example is one token."""
+    named = {record.module for record in session.untouched if "convolution" not in record.kind}
+    for module, where in session.unseen.items():
+        if module not in named:
+            place = f"{module or '(root)'}: one token shows no mixing ({where} runs over one position)"
+            yield f"{place}: give an example of several tokens"
 
 
 def distinct(sites: list[Site]) -> list[Site]:

@@ -25,6 +25,7 @@ class Report:
         graphs: number of graphs that Dynamo made of the model (1 without graph breaks).
         breaks: the graph breaks, each with its line.
         certificate: of the whole model, by a run on the example inputs (`convert` makes it); None where there is none.
+        remarks: what the example inputs do not show.
         unverified: why `convert` could make no certificate, or did not; "" where it did, or had nothing to do.
     """
 
@@ -36,6 +37,7 @@ class Report:
     breaks: tuple[GraphBreak, ...] = ()
     certificate: ModelCertificate | None = None
     unverified: str = ""
+    remarks: tuple[str, ...] = ()
 
     @property
     def verified(self) -> bool:
@@ -62,6 +64,7 @@ class Report:
             tuple(dict.fromkeys((*self.breaks, *other.breaks))),
             self.certificate or other.certificate,
             self.unverified or other.unverified,
+            tuple(dict.fromkeys((*self.remarks, *other.remarks))),
         )
 
     def __str__(self) -> str:
@@ -80,6 +83,7 @@ class Report:
         yield f"{head}; their level weights have {self.parameters:,} parameters" if self.parameters else head
         if not total:
             yield "  No linear-time mixer was found."
+        yield from (f"  {remark}" for remark in self.remarks)
         if self.converted:
             yield _converted_table(self.converted)
             yield from (f"  {r.module or '(root)'}: {note}" for r in self.converted for note in r.notes)

@@ -39,6 +39,9 @@ def recognise(session: Session) -> int:
             _add_site(session, region, found, findings.denominators.get(id(found), []))
         if session.settings.compiles:
             _guard(region, findings)
+        if findings.one is not None:
+            key, name = module_of(findings.one.node.meta)
+            session.unseen[session.name(key, name)] = user_line(findings.one.node.meta)
         for missed in findings.missed:
             record = _declined(session, missed)
             session.near_misses.append(record)

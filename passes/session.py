@@ -156,6 +156,8 @@ class Session:
     near_misses: list[Declined] = field(default_factory=list)
     # The nodes of each near miss, for whoever wants to see them.
     missed_nodes: dict[Declined, frozenset[fx.Node]] = field(default_factory=dict)
+    # Module -> the line of what runs over one token only, where nothing else was found.
+    unseen: dict[str, str] = field(default_factory=dict)
     # How often each rule of the structural recogniser was used.
     structure_counts: Counter[str] = field(default_factory=Counter)
     # (owner, attribute) of the level weights that this look made.

@@ -71,7 +71,9 @@ class Look(Report):
     @property
     def report(self) -> Report:
         """The report alone."""
-        return Report(self.converted, self.declined, self.untouched, self.graphs, self.title, self.breaks)
+        return Report(
+            self.converted, self.declined, self.untouched, self.graphs, self.title, self.breaks, remarks=self.remarks
+        )
 
     def to_html(self, path: str | Path) -> Path:
         """Writes the look as one page that needs no network; returns its path.

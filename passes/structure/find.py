@@ -38,6 +38,7 @@ from llcompile.passes.structure.lifted import MOVES, SHAPES, Lifted, Source, sam
 from llcompile.passes.structure.measured import Measured, meet
 from llcompile.passes.structure.memo import fingerprint, is_lasting, recall, remember
 from llcompile.passes.structure.name_written import name_written
+from llcompile.passes.structure.one_position import one_position
 from llcompile.passes.structure.positions import Positions
 from llcompile.passes.structure.probe import Probe
 from llcompile.passes.structure.program import Op, Program, Value
@@ -104,6 +105,8 @@ def _find(region: Region, factor: int) -> Findings:
             _search_pieces(findings, followed, pieces[:_TIMES])
         pair_denominators(findings)
         _explain(findings, given)
+    if not findings.found and not findings.missed:
+        findings.one = one_position(program)
     return findings
 
 

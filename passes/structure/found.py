@@ -254,6 +254,7 @@ class Findings:
         denominators: id of a mixer -> the parts that sum its scores alone, for a normalisation in the code.
         missed: the near misses, the nearest of each cluster.
         failed: fingerprint of a part that did not run -> the miss that it is in this look; another may have the memory.
+        one: what runs over one position, where the example has one token and shows no mixing.
         counts: uses of each axis rule, and of each step here.
     """
 
@@ -262,6 +263,7 @@ class Findings:
     missed: list[Missed] = field(default_factory=list)
     failed: dict[Any, Miss] = field(default_factory=dict)
     denominators: dict[int, list[Found]] = field(default_factory=dict)
+    one: Op | None = None
     counts: Counter[str] = field(default_factory=Counter)
 
 

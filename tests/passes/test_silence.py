@@ -282,3 +282,35 @@ def test_a_constant_decay_is_in_the_denominator_as_well() -> None:
     own, other = (said(Layer(lambda q, k, v, d=d: faded(q, k, v, d)), example())[""] for d in ("own", "other"))
     assert own == "scalar-decay linear attention"
     assert other == "its denominator is not the sum of its scores"
+
+
+# -- an example of one token
+
+
+def summed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.einsum("btk,btkv->btv", q, torch.einsum("btk,btv->btkv", k, v).cumsum(1))
+
+
+def looped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    state, rows = torch.zeros(len(q), WIDTH, WIDTH), []
+    for one, key, value in zip(q.unbind(1), k.unbind(1), v.unbind(1), strict=True):
+        state = state + key[:, :, None] * value[:, None]
+        rows.append((one[:, None] @ state)[:, 0])
+    return torch.stack(rows, 1)
+
+
+@pytest.mark.parametrize("mixing", [linear, summed, looped])
+def test_one_token_is_said_to_show_nothing(mixing: Mixing) -> None:
+    one, several = (llcompile.inspect(Layer(mixing), example(tokens)) for tokens in (1, 12))
+    assert not one.converted
+    assert "one token shows no mixing" in str(one)
+    assert one.to_dict()["remarks"] == one.report.remarks
+    assert several.converted
+    assert not several.remarks
+
+
+@pytest.mark.parametrize("mixing", [channels, softmax])
+def test_one_token_of_what_is_no_mixer(mixing: Mixing) -> None:
+    """The controls: an MLP has nothing that runs over tokens, and attention has its name. So has a batch of one."""
+    assert not llcompile.inspect(Layer(mixing), example(1)).remarks
+    assert not llcompile.inspect(Layer(mixing), example()[:1]).remarks

@@ -185,12 +185,16 @@ def test_gradients_of_the_model(name: str) -> None:
 
 
 def steps(model: Any, name: str, ids: Tensor, prefill: int) -> Iterator[Tensor]:
-    """The logits of ids, the first `prefill` tokens at once and then one by one through the model's own cache."""
+    """The logits of ids, the first `prefill` tokens at once and then one by one through the model's own cache.
+
+    Positions are given: transformers 5.24's bamba counts them from 0 in each call.
+    """
     out = model(ids[:, :prefill], use_cache=True)
     yield tiny.logits(out)
     key = "cache_params" if name == "mamba2" else "past_key_values"
     for t in range(prefill, ids.shape[1]):
-        out = model(ids[:, t : t + 1], use_cache=True, **{key: out[key]})
+        position = torch.full((1, 1), t, device=ids.device)
+        out = model(ids[:, t : t + 1], use_cache=True, position_ids=position, **{key: out[key]})
         yield tiny.logits(out)
 
 
@@ -205,19 +209,29 @@ DECODES = [
 
 @pytest.mark.parametrize(("name", "level_weights"), DECODES)
 def test_prefill_and_decode(name: str, level_weights: str) -> None:
-    """With random level weights, decoding keeps the levels of the past; without any it computes the linear model."""
+    """With random level weights, decoding keeps the levels of the past; without any it computes the linear model.
+
+    Sparse attention beside the mixers may decode to something else than its full pass (glm5_next of transformers 5.24
+    does); there the steps with level weights of 1 are the model's own, and others with others.
+    """
     model, ids = build(name), tiny.tokens(2, 24)
     options = {"level_weights": level_weights}
     with torch.no_grad():
-        before = eager(model, ids)
+        before, own = eager(model, ids), torch.cat(list(steps(model, name, ids, prefill=13)), dim=1)
         convert(model, ids, options=options)
         assert bool(weights_of(model)) == (level_weights != "none")
-        small.perturb(model)
         run = compiled(model, options=options)
+        if difference(own, before) > 1e-3:
+            assert name in BREAKING
+            assert difference(torch.cat(list(steps(run, name, ids, prefill=13)), dim=1), own) < 2e-5
+        small.perturb(model)
         whole = tiny.logits(run(ids))
         assert (difference(whole, before) < 1e-5) == (level_weights == "none")
         parts = torch.cat(list(steps(run, name, ids, prefill=13)), dim=1)
-        assert difference(parts, whole) < 2e-5
+        if difference(own, before) > 1e-3:
+            assert (difference(parts, own) < 2e-5) == (level_weights == "none")
+        else:
+            assert difference(parts, whole) < 2e-5
 
 
 @pytest.mark.parametrize("name", ["mamba2", pytest.param("qwen3_5_text", marks=SLOW)])

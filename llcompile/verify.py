@@ -164,6 +164,23 @@ def _to_blame(run: _Runs, reason: str) -> dict[Mixer, str]:
     return blamed or dict.fromkeys(run.mixers, reason)
 
 
+@contextmanager
+def _dtypes_of(owners: Iterable[nn.Module]) -> Iterator[set[torch.dtype]]:
+    """The precisions that the modules, and those in them, compute in: under autocast, not that of their parameters."""
+    found: set[torch.dtype] = set()
+
+    def note(module: nn.Module, inputs: Any, output: Any) -> None:
+        found.update(out.dtype for out in leaves(output))
+
+    modules = {id(m): m for owner in owners for m in owner.modules()}
+    hooks = [m.register_forward_hook(note) for m in modules.values()]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 class _Runs:
     """The model, run in several ways from the same state."""
 
@@ -191,7 +208,8 @@ class _Runs:
     def reference(self) -> None:
         """The model's own output and gradients."""
         try:
-            self.want = self.run(self._call)
+            with _dtypes_of([m.owner for m in self.mixers]) as inside:
+                self.want = self.run(self._call)
         except Exception as error:
             raise _Unverified(f"the model does not run without the backend here: {_line(error)}") from error
         if not self.want.outputs:
@@ -199,8 +217,8 @@ class _Runs:
         if not all(out.isfinite().any() for out in self.want.outputs):
             raise _Unverified("the model's own output is not finite")
         exact = all(m.proof == "float64" for m in self.mixers)
-        dtypes = [t.dtype for t in (*self.model.parameters(), *self.want.outputs) if t.dtype in BUDGETS]
-        self.dtype = max(dtypes, key=lambda d: BUDGETS[d])
+        inside.update(t.dtype for t in (*self.model.parameters(), *self.want.outputs))
+        self.dtype = max(inside.intersection(BUDGETS), key=lambda d: BUDGETS[d])
         if self.dtype == torch.float64 and not exact:
             self.dtype = torch.float32  # some of it computes in float32 inside
 

@@ -173,10 +173,21 @@ def _site(session: Session, region: Region, owner: nn.Module, name: str, token: 
     site.certificate = Certificate(error, "float64", 2)
     if not error <= _BUDGET:
         site.decline(_NOT_LINEAR, _HINT)
-    effects = region.effects
-    if any(effects.is_written(p.output) or effects.outlives(effects.shows(p.output)) for p in token.parts):
-        site.decline("its output for one token is changed in place", _HINT)
+    if not all(_stands_alone(region, part.output) for part in token.parts):
+        site.decline("its output for one token is changed in place, or written into another tensor", _HINT)
     return site
+
+
+def _stands_alone(region: Region, output: fx.Node) -> bool:
+    """Whether another tensor can be read, and written to, in an output's place: nothing else shows its memory then."""
+    effects, nodes = region.effects, list(region.graph.nodes)
+    shown, at = effects.shows(output), nodes.index(output)
+    if not effects.is_written(output):
+        return not effects.outlives(shown)
+    before, behind = nodes[:at], set(nodes[at + 1 :])
+    seen = (node for node in before if not behind.isdisjoint(node.users))
+    built = any(not shown.isdisjoint(effects.writes(node)) for node in nodes[: at + 1])
+    return not (effects.outlives(shown) or built or any(not shown.isdisjoint(effects.shows(node)) for node in seen))
 
 
 def _calls(session: Session) -> Iterator[tuple[Region, nn.Module, Call | None]]:

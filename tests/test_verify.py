@@ -301,6 +301,27 @@ def test_the_budget_is_that_of_the_dtype(dtype: torch.dtype, budget: float) -> N
     assert report.certificate.error <= budget
 
 
+class Mixed(Two):
+    """Parameters and output in float32, and all between them under autocast."""
+
+    def forward(self, x: Tensor) -> Any:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return super().forward(x)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_under_autocast_the_budget_is_that_of_the_dtype_inside(wrong: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if wrong:
+        _wrong_rewrite(monkeypatch, lambda site: True, factor=3.0)
+    report = llcompile.convert(Mixed(), inputs())
+    assert len(report.converted) == (0 if wrong else 2), str(report)
+    if not wrong:
+        assert report.certificate is not None
+        assert report.certificate.dtype == "bfloat16"
+        assert report.certificate.error <= 5e-2
+        assert llcompile.convert(Two(), inputs()).certificate.dtype == "float32"  # type: ignore[union-attr]
+
+
 def test_a_meta_model_has_no_values() -> None:
     with torch.device("meta"):
         model = Two()

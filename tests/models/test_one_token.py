@@ -66,7 +66,16 @@ def delta(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
     return torch.stack(out, 1)
 
 
-RULES = [quadratic, fading, normalised, steps, delta]
+def written_to(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    """What is written to the output afterwards acts on the weighed one, also through a view of it."""
+    o = torch.einsum("bhts,bshv->bthv", torch.einsum("bthk,bshk->bhts", q, k).tril(), v)
+    o.mul_(0.5)
+    part = o[..., 2:]
+    part += g[..., None]
+    return o
+
+
+RULES = [quadratic, fading, normalised, steps, delta, written_to]
 
 
 def data(tokens: int, batch: int = 2) -> Tensor:

@@ -13,7 +13,7 @@ from llcompile.passes.mechanisms.axes import TimeAxes
 from llcompile.passes.mechanisms.facts import Facts
 from llcompile.passes.mechanisms.found import Found
 from llcompile.passes.mechanisms.vocabulary import PROJECTIONS
-from llcompile.passes.records import Declined, Untouched
+from llcompile.passes.records import Untouched
 from llcompile.passes.regions import Region
 from llcompile.passes.session import Session
 
@@ -39,11 +39,7 @@ def identify(session: Session) -> int:
     records.update({(r.module, r.kind): r for r in reversed(rest) if r.module not in said})
     session.untouched = list(records.values())
     named = {record.module for record in session.untouched}
-    nearest: dict[str, Declined] = {}
-    for missed in session.near_misses:
-        if missed.module not in named:
-            nearest.setdefault(missed.module, missed)
-    session.refused.extend(nearest.values())
+    session.refused.extend(missed for missed in session.near_misses if missed.module not in named)
     return len(records)
 
 

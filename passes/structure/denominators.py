@@ -60,7 +60,8 @@ def _is_divided(findings: Findings, found: Found) -> bool:
                 pending.extend(user.outputs)
             elif any(_joins_others(findings, found, d) for d in _divisors(user, value)):
                 reason = "its denominator is not the sum of its scores"
-                findings.missed.append(Missed(found.output, Miss(reason, 3, "normalise by the same scores")))
+                miss = Miss(reason, 3, "normalise by the same scores")
+                findings.missed.append(Missed(found.output, miss, found.part, times=found.times))
                 return True
     return False
 

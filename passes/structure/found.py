@@ -17,7 +17,7 @@ from llcompile.passes.structure.classify import Miss
 from llcompile.passes.structure.cut import Part
 from llcompile.passes.structure.facts import Times
 from llcompile.passes.structure.frame import Frame
-from llcompile.passes.structure.lifted import Lifted, Source
+from llcompile.passes.structure.lifted import Lifted, Source, origin
 from llcompile.passes.structure.program import Op, Program, Value
 from llcompile.passes.structure.reading import Reading
 from llcompile.passes.structure.tail import Tail
@@ -226,17 +226,23 @@ class Missed:
         """The axis that was taken as time, before it was padded."""
         return () if self.times is None else self.times.shorter
 
+    @functools.cached_property
+    def origins(self) -> frozenset[object]:
+        """What it is computed from; the pieces of one sequence are that sequence."""
+        sources = self.value.op.inputs if self.part is None and self.value.op is not None else []
+        return frozenset(map(origin, sources if self.part is None else self.part.sources))
+
     def is_inside(self, other: Missed) -> bool:
         """Whether the value is computed inside of what another one is computed from."""
         return other.part is not None and self.value.op in other.part.ops
 
-    def goes_before(self, other: Missed) -> bool:
-        """Whether all that mixes times in another one is inside of this one; what follows is done token by token."""
-        if self.part is None or other.part is None or other.times is None or self.value.op is other.value.op:
+    def is_more_than(self, inner: list[Missed]) -> bool:
+        """Whether something mixes times that is in none of those inside; else what follows is done token by token."""
+        times, known = self.times, {op for missed in inner if missed.part is not None for op in missed.part.ops}
+        if self.part is None or times is None:
             return False
-        behind, times = set(other.part.ops) - set(self.part.ops), other.times
-        mixing = any(op in times.followed.mixed and times.mixes_time(op) for op in behind)
-        return self.is_inside(other) and not mixing
+        behind = set(self.part.ops) - known
+        return any(op in times.followed.mixed and times.mixes_time(op) for op in behind)
 
     @property
     def anchor(self) -> fx.Node:

@@ -314,3 +314,58 @@ def test_one_token_of_what_is_no_mixer(mixing: Mixing) -> None:
     """The controls: an MLP has nothing that runs over tokens, and attention has its name. So has a batch of one."""
     assert not llcompile.inspect(Layer(mixing), example(1)).remarks
     assert not llcompile.inspect(Layer(mixing), example()[:1]).remarks
+
+
+# -- several in one module
+
+
+class Several(nn.Module):
+    """Mixings with projections of their own in one forward, one after the other or side by side."""
+
+    def __init__(self, *mixings: Mixing, beside: bool = False) -> None:
+        super().__init__()
+        self.mixings, self.beside = mixings, beside
+        self.projections = nn.ModuleList(nn.Linear(WIDTH, 3 * WIDTH) for _ in mixings)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = x
+        for mixing, projection in zip(self.mixings, self.projections, strict=True):
+            q, k, v = projection(x if self.beside else out).chunk(3, -1)
+            out = out + mixing(q, k, v)
+        return out
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_each_mixing_of_one_module_has_a_line(beside: bool) -> None:
+    """In the order of the code; what is converted among them is no part of another's line."""
+    report = llcompile.inspect(Several(cubed, linear, ahead, cubed, beside=beside), example())
+    first, second, third = (declined.reason for declined in report.declined)
+    assert len(report.converted) == 1
+    assert first == third == "not linear in the query"
+    assert second.startswith("not causal")
+
+
+def masked_sum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Two products of the same queries and keys: one mechanism."""
+    scores = q @ k.mT
+    return scores.pow(3).tril() @ v + scores.pow(3).triu(1) @ v.cos()
+
+
+def test_one_mechanism_has_one_line() -> None:
+    """The control: what shares its queries and keys is said once."""
+    assert len(llcompile.inspect(Layer(masked_sum), example()).declined) == 1
+
+
+def halves(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (F.glu(q) @ F.glu(k).mT).tril() @ v
+
+
+def shuffled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k = (F.channel_shuffle(x.mT.contiguous(), 2).mT for x in (q, k))
+    return (q @ k.mT).tril() @ v
+
+
+def test_operations_on_an_operand() -> None:
+    """An operand by an operation that no axis can be followed through; a gated unit can be."""
+    assert said(Layer(halves), example())[""] == "linear attention"
+    assert "channel_shuffle" in said(Layer(shuffled), example())[""]

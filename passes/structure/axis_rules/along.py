@@ -39,6 +39,14 @@ def _triangle(c: Call) -> list[Axes]:
     return [axes]
 
 
+def _gated(c: Call) -> list[Axes]:
+    """One half of an axis, gated by the other."""
+    axes, d = list(c.axes[c.first]), c.dim()
+    c.mix(axes[d])
+    axes[d] = c.atoms.part(axes[d], 0, c.first.shape[d] // 2, 1)
+    return [tuple(axes)]
+
+
 def _diagonal(c: Call) -> list[Axes]:
     axes = list(c.axes[c.first])
     i, j = c.dim("dim1"), c.dim("dim2")
@@ -102,6 +110,7 @@ ROWS: Rows = (
     (_reduce, "sum mean prod amax amin max min any all var std norm linalg_vector_norm logsumexp argmax argmin"),
     (_scan, "cumsum cumprod cummax logcumsumexp _softmax _log_softmax softmax flip roll sort _safe_softmax"),
     (_topk, "topk"),
+    (_gated, "glu"),
     (_triangle, "tril triu"),
     (_diagonal, "diagonal"),
     (_diag_embed, "diag_embed"),

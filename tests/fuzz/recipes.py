@@ -259,6 +259,8 @@ def draw(seed: str) -> Recipe:
     )
     if recipe.model == "checkpoint" and recipe.hook == "a graph break":  # Dynamo makes no graph at all of these
         return replace(recipe, hook="none")
+    if recipe.feature == "relu" and short < 3:  # one score may well be zero, and its level weight has no gradient then
+        recipe = replace(recipe, lengths=(*lengths[:2], 3))
     if recipe.model == "autocast" and recipe.around == "clamp":  # a rounding at its edge decides about a gradient
         return replace(recipe, around="nothing")
     return recipe

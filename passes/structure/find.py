@@ -100,7 +100,10 @@ def _find(region: Region, factor: int) -> Findings:
                 break
         born, pieces = born_axes(program, followed, given)
         for axis in born[:_BORN]:
+            said = len(findings.missed)
             _search(findings, followed, axis, taken)
+            # The model makes axes that are no time: pools, experts. Nothing was measured of the farthest misses there.
+            findings.missed[said:] = [m for m in findings.missed[said:] if m.miss.near > 1]
         if not findings.found and not findings.missed:
             _search_pieces(findings, followed, pieces[:_TIMES])
         pair_denominators(findings)

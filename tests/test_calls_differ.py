@@ -320,3 +320,43 @@ def test_a_model_that_is_compiled_already(compiled_first: bool) -> None:
     report = llcompile.convert(model, x, verify=False)
     assert len(report.converted) + len(report.declined) == 1, report
     assert model._compiled_call_impl is call
+
+
+class Dropping(nn.Module):
+    """A chunk loop with dropout behind it: with dynamic=True the rate is an input of the graph."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.qkv, self.drop = nn.Linear(WIDTH, 3 * WIDTH), nn.Dropout(rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (2, 6)) for t in self.qkv(x).chunk(3, -1))  # [B, T, H, K]
+        state, outs = x.new_zeros(len(x), 2, 6, 6), []
+        for part in range(0, x.shape[1], 4):
+            here = [t[:, part : part + 4] for t in (q, k, v)]
+            scores = torch.einsum("bthk,bshk->bhts", here[0], here[1]).tril()
+            outs.append(torch.einsum("bhts,bshv->bthv", scores, here[2]))
+            outs[-1] = outs[-1] + torch.einsum("bthk,bhkv->bthv", here[0], state)
+            state = state + torch.einsum("bthk,bthv->bhkv", here[1], here[2])
+        return x + self.drop(torch.cat(outs, 1).flatten(2)) / 8
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_dropout_hides_no_layer_behind_it(dynamic: bool) -> None:
+    """Both layers act in training, with the dropout that the model has by itself; the control is a static graph."""
+    x = data(6)[:2]  # as many tokens as a value has channels, as many rows as there are heads
+    model = nn.Sequential(Dropping(0.2), Dropping(0.2)).train()
+    torch.manual_seed(0)
+    want = model(x)
+    llcompile.convert(model, x, verify=False)
+    run = torch.compile(model, backend="loglinear", options={"inner": "eager"}, dynamic=dynamic)
+    torch.manual_seed(0)
+    got = run(x)
+    assert difference(got, want) < 1e-5
+    got.square().mean().backward()
+    weights = levels(model)
+    assert {name.split(".")[0] for name in weights} == {"0", "1"}
+    assert all(p.grad is not None and bool(p.grad.any()) for p in weights.values())
+    perturb(model)
+    torch.manual_seed(0)
+    assert difference(run(x), want) > 1e-3

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 from torch._C._functorch import _unwrap_functional_tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -38,6 +39,8 @@ _FILLS = {
 
 
 _TURNS = 1 << 14  # a longer loop is left alone
+_DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout}
+_SOME_RATE = 0.5  # no part has dropout in it, so any rate stands for all
 
 
 class _DependsOnData(Exception):
@@ -138,6 +141,8 @@ class _Recorder:
         if node.op == "get_attr":
             return self._attribute(node)
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: results[n])  # type: ignore[misc]
+        if node.target in _DROPOUTS:  # with dynamic=True its rate is a number that Dynamo reads from an input
+            args, kwargs = mapped(lambda a: _SOME_RATE if isinstance(a, _Unknown) else a, (args, kwargs))
         if any(isinstance(a, _Unknown) for a in leaves((args, kwargs))):
             return self._opaque(node, args, kwargs)
         if node.target is torch.ops.higher_order.scan:

@@ -127,7 +127,11 @@ def read_gradient(
 # ``seen`` [C, K]: output gradient times the transposed state at ``state_base``.
 STATE_BY_OUTPUT = """
 seen = tl.zeros([CHUNK, KEY_TILE], tl.float32)
+#if twice
+for first_value in range(0, 2 * VALUE_TILE, VALUE_TILE):
+#else
 for first_value in range(0, VALUE_DIM, VALUE_TILE):
+#end
     value_column = first_value + tl.arange(0, VALUE_TILE)
     <<output_gradient>>
     seen += dot(output_gradient, tl.trans(load_state(state_base, channel, value_column)))

@@ -29,9 +29,6 @@ class Call(Layout):
         # Not Layout's own: it would copy the operands onto the grid, where the kernels read them from where they are.
         self.x, self.scale = x, scale
         self.d = describe(x, final_state)
-        chip = chip_of(x.v.device)
-        if x.v.device.type == "cuda":  # the interpreter takes any tile
-            self.d = self.d.on(chip)
         self.dtype = torch.float32
         self.batch, (_, self.tokens, self.heads, self.value_dim) = x.rows, x.v.shape
         self.key_dim, self.lanes = x.q.shape[3], self.batch * self.heads
@@ -40,7 +37,7 @@ class Call(Layout):
         self.empty = x.v.numel() == 0 or x.q.numel() == 0
         if self.empty:
             return
-        self.kernels = kernels_of(self.d, chip)
+        self.kernels = kernels_of(self.d, chip_of(x.v.device))
         self.grid = self._make_grid()
         self.chunks = self.grid.chunks
         self.depth = depth(self.chunks)

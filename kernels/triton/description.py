@@ -118,6 +118,9 @@ class Description:
             "packed": self.packed,
             "grouped": self.repeat > 1,
             "digits": header.has_digits(self.key_dim * self.value_dim),
+            # A loop over values of one turn is unrolled into all around it, and with tiles as wide as Hopper's that
+            # spills: a second turn, over nothing, keeps it a loop.
+            "twice": self.least_row > 0 and self.delta and self.key_dim > 64 >= self.value_dim,
         }
 
     def text(self) -> str:

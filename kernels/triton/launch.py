@@ -12,6 +12,7 @@ from . import cache
 from .chips import Chip
 from .description import Description
 from .effects import changed_in_place
+from .limits import interpreted
 from .source import generate
 from .tuning import Tuning, tuning
 
@@ -55,8 +56,8 @@ class Kernels(dict[str, Kernel]):
 
 @lru_cache(maxsize=512)
 def kernels_of(d: Description, chip: Chip) -> Kernels:
-    """The kernels of ``d`` for ``chip``, the same object for all calls of this process."""
-    return Kernels(d, chip)
+    """The kernels of ``d`` for ``chip``, the same object for all calls of this process; the interpreter has no chip."""
+    return Kernels(d if interpreted() else d.on(chip), chip)
 
 
 class Launch:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from .chips import Chip
-from .description import Description
+from .description import LEAST_TILE, Description
 
 
 class Tuning(NamedTuple):
@@ -69,13 +69,19 @@ def _half_empty(kernel: str, d: Description) -> bool:
     return kernel == "chunk_state" and d.decay == "channel" and d.delta and 32 < d.value_dim <= 64 < d.key_dim
 
 
-# Kernels in which all that has a value axis is fp32, whatever the operands are.
-_OF_STATES_ALONE = frozenset({"tree_up", "state_scan", "scan_gradient"})
+# Kernels in whose products only states have a value axis, which are fp32; they have products for the delta rule alone.
+_OF_STATES = frozenset({"tree_up", "state_scan", "scan_gradient", "final_state_gradient"})
+_SCANS = frozenset({"state_scan", "scan_gradient"})
 
 
 def narrowest(kernel: str, d: Description) -> int:
-    """The narrowest value tile that ``kernel`` may have; see :meth:`.description.Description.on`."""
-    return d.least_tile(torch.float32 if kernel in _OF_STATES_ALONE else d.dtype)
+    """The narrowest value tile that ``kernel`` may have; see :meth:`.description.Description.on`.
+
+    The scans of wide keys keep theirs: on an H200 they were right with it at K = V = 128, and wider ones spill.
+    """
+    if kernel == "decode" or (kernel in _OF_STATES and not d.delta) or (kernel in _SCANS and d.key_dim > 64):
+        return LEAST_TILE
+    return d.least_tile(torch.float32 if kernel in _OF_STATES else d.dtype)
 
 
 # Most warps of a program. A warp of AMD's has 64 threads, and 4 of them may have 512 registers a thread.

@@ -45,14 +45,28 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessPoolExec
 def check(worker: ProcessPoolExecutor) -> Check:
     """Compare a case with the definition."""
 
-    def run(final: bool = False, lengths: list[int] | None = None, poisoned: bool = False, **case: object) -> None:
+    def run(
+        final: bool = False,
+        lengths: list[int] | None = None,
+        poisoned: bool = False,
+        hopper: bool = False,
+        **case: object,
+    ) -> None:
         case = {"dtype": torch.float32, "batch": 1, "groups": 1, "heads": 1, **case}
-        found = worker.submit(triton_cases.errors, case, final, lengths, poisoned).result()
+        found = worker.submit(triton_cases.errors, case, final, lengths, poisoned, hopper).result()
         assert {"o", "q", "k", "v"} <= found.keys()
         for name, (error, budget) in found.items():
             assert error <= budget, f"{name}: {error:.2e} > {budget:.2e}"
 
     return run
+
+
+@pytest.mark.parametrize("sizes", [(5, 3), (72, 6)])
+@pytest.mark.parametrize("levels", [None, 9])
+def test_tiles_of_hopper(check, levels, sizes):
+    """The wide tiles that Hopper gets for narrow sizes, and its loop over values of two turns for wide keys."""
+    key_dim, value_dim = sizes
+    check(length=70, decay="token", delta=True, levels=levels, key_dim=key_dim, value_dim=value_dim, hopper=True)
 
 
 @sampled("cell", "levels", cell=CELLS, levels=[None, 9])

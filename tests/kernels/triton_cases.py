@@ -5,8 +5,10 @@ The interpreter has to be chosen before Triton is imported, and other tests need
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor
 from llcompile.kernels import choice
 from llcompile.kernels.layout import Operands
 from llcompile.kernels.reference import reference_attention
-from llcompile.kernels.triton import autotune, engine
+from llcompile.kernels.triton import autotune, engine, launch
 from llcompile.kernels.triton.launch import Launch
 from llcompile.kernels.triton.limits import interpreted
 from llcompile.kernels.triton.tuning import Tuning
@@ -83,8 +85,29 @@ def settled() -> bool:
     return interpreted()
 
 
+@contextlib.contextmanager
+def _tiles_of_hopper() -> Iterator[None]:
+    """Kernels as they are made for sm_90, which is what is assumed where there is no chip."""
+    launch.kernels_of.cache_clear()
+    with mock.patch.object(launch, "interpreted", return_value=False):
+        yield
+    launch.kernels_of.cache_clear()
+
+
 def errors(
-    case: dict[str, object], final: bool = False, lengths: list[int] | None = None, poisoned: bool = False
+    case: dict[str, object],
+    final: bool = False,
+    lengths: list[int] | None = None,
+    poisoned: bool = False,
+    hopper: bool = False,
+) -> dict[str, tuple[float, float]]:
+    """As :func:`_errors`, with the tiles that every chip takes or those that Hopper gets."""
+    with _tiles_of_hopper() if hopper else contextlib.nullcontext():
+        return _errors(case, final, lengths, poisoned)
+
+
+def _errors(
+    case: dict[str, object], final: bool, lengths: list[int] | None, poisoned: bool
 ) -> dict[str, tuple[float, float]]:
     """Relative error and its budget, of the output, the final state and every gradient.
 

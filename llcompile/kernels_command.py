@@ -80,10 +80,11 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace) -> int:
-    from llcompile.kernels.triton import show
+    from llcompile.kernels.triton import chips, show
 
     d = _described(args)
-    source = show.source_of(d)
+    chip = chips.CHIPS[_known("chip", args.chip, chips.CHIPS)] if args.chip else None
+    source = show.source_of(d, chip)
     parts = show.kernels_in(source)
     if args.kernel is not None:
         source = parts[_known("kernel", args.kernel, parts)]
@@ -92,7 +93,7 @@ def _show(args: argparse.Namespace) -> int:
     for line in reports:
         print(line)
     if args.keep is not None:
-        print(f"written to {show.keep(d, args.keep)}", file=sys.stderr)
+        print(f"written to {show.keep(d, args.keep, chip)}", file=sys.stderr)
     return 0
 
 
@@ -119,10 +120,9 @@ def _described(args: argparse.Namespace) -> Any:
 def _reports(d: Any, chip: str, kernel: str | None) -> list[str]:
     """A table of what the kernels take on ``chip``, as comments."""
     try:
-        from llcompile.kernels.triton import check, chips, show
+        from llcompile.kernels.triton import check, show
     except ImportError as error:
         raise KernelError(f"--chip compiles the kernels, which needs Triton ({error}): pip install triton") from error
-    _known("chip", chip, chips.CHIPS)
     if os.environ.get("TRITON_INTERPRET"):
         raise KernelError("--chip compiles the kernels, which Triton does not do while TRITON_INTERPRET is set")
     rows = show.resources(d, chip, None if kernel is None else (kernel,))

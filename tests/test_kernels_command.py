@@ -11,6 +11,7 @@ import torch
 
 from llcompile import cli
 from llcompile.kernels.triton import cache, show
+from llcompile.kernels.triton.chips import DEFAULT
 from llcompile.kernels.triton.description import Description
 from llcompile.kernels.triton.source import kernel_names
 
@@ -85,7 +86,7 @@ def test_keep_and_list(folder, tmp_path, capsys):
     assert cli.main(["kernels", "list"]) == 0
     listed = capsys.readouterr().out.split("\n    ")
     assert listed[0] == str(folder / path.name)
-    assert listed[1].strip() == Description("scalar", "none", 64, 64, levels=17).text()
+    assert listed[1].strip() == Description("scalar", "none", 64, 64, levels=17).on(DEFAULT).text()
     assert len(listed) == 2
 
 

@@ -53,3 +53,9 @@ def chip_of(device: torch.device) -> Chip:
     name = f"sm_{arch}"
     shared: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
     return CHIPS.get(name) or Chip(name, "cuda", arch, 32, shared)
+
+
+def assumed(backend: Backend) -> Chip:
+    """The chip that sources are shown for: the one that is here, or else one of its backend, sm_90 of CUDA's."""
+    candidates = (chip_of(torch.device("cuda")), DEFAULT, *CHIPS.values())
+    return next(chip for chip in candidates if chip.backend == backend)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from . import cache
+from .chips import Chip, assumed
 from .description import Description
 from .source import NEEDED, generate
 
@@ -21,9 +22,9 @@ class File(NamedTuple):
     text: str  # the line of its header that says from which description it was made
 
 
-def source_of(d: Description) -> str:
-    """The file with all kernels of ``d``, as it is run."""
-    return generate(d)
+def source_of(d: Description, chip: Chip | None = None) -> str:
+    """The file with all kernels of ``d``, as it is run on ``chip`` (default: see :func:`.chips.assumed`)."""
+    return generate(d.on(chip or assumed(d.backend)))
 
 
 def kernels_in(source: str) -> dict[str, str]:
@@ -48,9 +49,9 @@ def resources(d: Description, chip: str, kernels: tuple[str, ...] | None = None)
     return list(reports(d, chip, kernels))
 
 
-def keep(d: Description, folder: Path) -> Path:
-    """Write the file with the kernels of ``d`` to ``folder``; raises KernelCacheError if that cannot be written."""
-    return cache.file_of(generate(d), d.family, folder)
+def keep(d: Description, folder: Path, chip: Chip | None = None) -> Path:
+    """Write what :func:`source_of` gives to ``folder``; raises KernelCacheError if that cannot be written."""
+    return cache.file_of(source_of(d, chip), d.family, folder)
 
 
 def files() -> list[File]:

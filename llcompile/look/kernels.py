@@ -10,7 +10,7 @@ from typing import Any
 from llcompile.kernels.triton.chips import BACKENDS, DEFAULT
 from llcompile.kernels.triton.description import Description
 from llcompile.kernels.triton.limits import beyond
-from llcompile.kernels.triton.source import generate
+from llcompile.kernels.triton.show import source_of
 from llcompile.look.records import MixerLook
 
 
@@ -41,13 +41,13 @@ class Kernels:
     @property
     def source(self) -> str:
         """The file for the kind of device that torch was built for; "" where there is none."""
-        return "" if self.problem else generate(self.description)
+        return "" if self.problem else source_of(self.description)
 
     @property
     def sources(self) -> dict[str, str]:
         """Target ("cuda", "hip") -> the file for it; empty where there is none."""
         targets = () if self.problem else BACKENDS
-        return {target: generate(replace(self.description, backend=target)) for target in targets}
+        return {target: source_of(replace(self.description, backend=target)) for target in targets}
 
     def resources(self, chip: str) -> list[Any]:
         """Registers, shared memory and spilled bytes of each kernel on a chip: "sm_80", "sm_90", "sm_100", "gfx942".

@@ -9,7 +9,7 @@ import math
 import operator
 import time as clock
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from llcompile.passes import dynamo
 from llcompile.passes.boundary import boundary
 from llcompile.passes.capture import leaf_of
-from llcompile.passes.discover import module_of, user_line
+from llcompile.passes.discover import user_line
 from llcompile.passes.records import Certificate
 from llcompile.passes.regions import Region
 from llcompile.passes.structure.assume import expect_decay, learned
@@ -38,10 +38,12 @@ from llcompile.passes.structure.lifted import MOVES, SHAPES, Lifted, Source, sam
 from llcompile.passes.structure.measured import Measured, meet
 from llcompile.passes.structure.memo import fingerprint, is_lasting, recall, remember
 from llcompile.passes.structure.name_written import name_written
+from llcompile.passes.structure.near_misses import explain_near_misses
 from llcompile.passes.structure.one_position import one_position
+from llcompile.passes.structure.other_lengths import expect_elsewhere, expect_same
 from llcompile.passes.structure.positions import Positions
 from llcompile.passes.structure.probe import Probe
-from llcompile.passes.structure.program import Op, Program, Value
+from llcompile.passes.structure.program import Op, Value
 from llcompile.passes.structure.ranges import Range, ranges
 from llcompile.passes.structure.reading import Reading
 from llcompile.passes.structure.record import record
@@ -53,10 +55,6 @@ from llcompile.passes.structure.why import explain
 log = logging.getLogger("llcompile")
 
 _NORMS = ("native_layer_norm", "native_group_norm", "_fused_rms_norm", "rms_norm", "mean", "_softmax")
-_COMPARISONS = frozenset(
-    ["lt", "le", "gt", "ge", "eq", "ne", "sub", "add", "clamp", "clamp_max", "clamp_min", "tril", "triu"]
-)
-_LONGEST = 4096  # a window wider than this is not looked for
 _JOINS = MOVES | {"cat", "stack", "repeat", "constant_pad_nd"}
 _SOFTMAXES = ("_softmax", "_safe_softmax", "_log_softmax")
 _NOT_RUN = (CannotArrange, RuntimeError, MemoryError, IndexError, AssertionError, TypeError, ValueError)
@@ -78,8 +76,8 @@ def find(region: Region) -> Findings:
     start = clock.perf_counter()
     findings = _find(region, 1)
     if findings.found and dynamo.is_symbolic(region.graph):
-        _expect_same(findings)
-        _expect_elsewhere(region, findings)
+        expect_same(findings)
+        expect_elsewhere(region, findings, _find)
     log.debug("structure: %d operations, %.0f ms", len(findings.program.ops), 1e3 * (clock.perf_counter() - start))
     return findings
 
@@ -107,7 +105,7 @@ def _find(region: Region, factor: int) -> Findings:
         if not findings.found and not findings.missed:
             _search_pieces(findings, followed, pieces[:_TIMES])
         pair_denominators(findings)
-        _explain(findings, given)
+        explain_near_misses(findings, given)
     if not findings.found and not findings.missed:
         findings.one = one_position(program)
     return findings
@@ -128,77 +126,11 @@ def _search_pieces(findings: Findings, followed: Followed, pieces: list[Axis]) -
         findings.missed += [Missed(f.output, miss, f.part, times=f.times) for f in apart.found] + apart.missed
 
 
-def _explain(findings: Findings, given: Collection[Axis]) -> None:
-    """Says of each near miss which property failed, the nearest first; what is inside of a nearer one goes."""
-    for missed in findings.missed:
-        missed.miss = missed.miss if missed.why is None else missed.why()
-    near = [m for m in findings.missed if m.miss.near]
-    first = next((m.axis for m in near if m.axis in given), ())
-    # The batch, taken as time, is not causal.
-    near = [m for m in near if m.axis not in given or m.axis == first]
-    # Of two that are as near, the later one: the whole of what the other is a piece of; without what comes behind it.
-    latest = [m for m in reversed(near) if not _only_follows(m, near)]
-    kept: list[Missed] = []
-    for missed in sorted(latest, key=lambda m: -m.miss.near):
-        if not any(missed.is_inside(m) or m.is_inside(missed) or _are_one(missed, m) for m in kept):
-            kept.append(missed)
-    findings.missed = sorted(kept, key=lambda m: -1 if m.value.op is None else m.value.op.number)
-
-
-def _only_follows(missed: Missed, near: list[Missed]) -> bool:
-    """Whether it does no more, token by token, than to go on from one that is as near, or to join several that have
-    nothing in common."""
-    inner = [m for m in near if m.value.op is not missed.value.op and m.is_inside(missed)]
-    inner = [m for m in inner if m.miss.near >= missed.miss.near]
-    if not inner or missed.is_more_than(inner):
-        return False
-    whole = [m for m in inner if not any(m.is_inside(other) for other in inner if other is not m)]
-    apart = sum(len(m.origins) for m in whole) == len({origin for m in whole for origin in m.origins})
-    return apart or any(not missed.is_more_than([m]) for m in inner)
-
-
-def _are_one(missed: Missed, nearer: Missed) -> bool:
-    """Whether two near misses belong to one mechanism: the same module computes them from the same."""
-    together = module_of(missed.anchor.meta) == module_of(nearer.anchor.meta)
-    return together and not missed.origins.isdisjoint(nearer.origins)
-
-
-def _expect_same(findings: Findings) -> None:
-    """What is computed from positions and sizes must go on as it began, or the length is fixed."""
-    for found in (*findings.found, *(f for group in findings.denominators.values() for f in group)):
-        op = Positions(found).varying()
-        if op is not None:
-            found.fixed = f"its {op.name} ({user_line(op.node.meta)}) may differ at other lengths"
-
-
-def _expect_elsewhere(region: Region, findings: Findings) -> None:
-    """A graph for many lengths is one program for each: what is no mixer at another length has its length fixed.
-
-    The other length is beyond any number that the code compares with (the width of a window, say).
-    """
-    length = max(math.prod(leaf.size for leaf in found.times.leaves) for found in findings.found)
-    factor = 2 + max((int(n) for n in _compared(findings.program) if n < _LONGEST), default=0) // length
-    seen = {_signature(f) for f in _find(region, factor).found}
-    for found in [f for f in findings.found if _signature(f) not in seen and not f.fixed]:
-        found.fixed = f"it is a mixer at length {length}, not at {factor * length}"
-
-
-def _compared(program: Program) -> list[float]:
-    """Numbers that the code compares positions with."""
-    ops = [op for op in program.ops if op.name in _COMPARISONS]
-    return [abs(a) for op in ops for a in op.args if isinstance(a, (int, float)) and math.isfinite(a)]
-
-
 def _called(node: fx.Node) -> fx.Node:
     """The call that a node takes a result of, or the node."""
     while node.target is operator.getitem and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node
-
-
-def _signature(found: Found) -> tuple[object, ...]:
-    """What is the same for one mixer at all lengths."""
-    return found.anchor, found.reading.family, tuple(s.node for s in found.reading.operands if isinstance(s, Value))
 
 
 class _Search:

@@ -111,7 +111,7 @@ def acting(model, run, control, plain, lengths, width):
     held = {name: p for name, p in model.named_parameters() if "loglinear" in name}
     with torch.no_grad():
         for number, parameter in enumerate(held.values()):
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
     outputs = {}
     for training in (True, False):
         model.train(training)
@@ -120,7 +120,7 @@ def acting(model, run, control, plain, lengths, width):
             x = data(length, width).requires_grad_()  # as above, so that nothing is compiled anew
             o, expected = output(run, x), output(plain, x)
             moved = (o - expected).detach().abs().max() / expected.detach().abs().max()
-            assert moved > 1e-4, f"{training=} {length=}: noise on the level weights moves the output by {moved:.1e}"
+            assert moved > 1e-3, f"{training=} {length=}: noise on the level weights moves the output by {moved:.1e}"
             outputs[training, length] = o.detach(), expected.detach()
             grads = torch.autograd.grad(o.square().mean(), list(held.values()), allow_unused=True)
             without = [name for name, g in zip(held, grads, strict=True) if g is None or not g.abs().max() > 0]

@@ -121,10 +121,25 @@ def test_far_positions():
     assert torch.equal(whole, engine.forward(Operands(q1, k1, v1, w1, g1, None, None, None), 1.0, False)[0])
 
 
-@pytest.mark.parametrize(("key_dim", "value_dim"), [(16, 16), (64, 3), (32, 48), (8, 8), (128, 16), (16, 128), (5, 3)])
+@pytest.mark.parametrize(
+    ("dtype", "key_dim", "value_dim"),
+    [
+        *((torch.bfloat16, k, v) for k, v in ((16, 16), (64, 3), (32, 48), (128, 16), (128, 64))),
+        *((torch.float32, k, v) for k, v in ((16, 16), (5, 3))),
+    ],
+)
 @pytest.mark.parametrize(("decay", "delta"), CELLS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_narrow(dtype, decay, delta, key_dim, value_dim):
+def test_narrow(decay, delta, dtype, key_dim, value_dim):
     """Tiles with short rows, which Hopper's matrix instructions get wrong by Triton 3.6.0 (docs/kernels.md)."""
     sizes = {"batch": 2, "groups": 2, "heads": 4, "key_dim": key_dim, "value_dim": value_dim}
     compare(on_gpu(dtype, length=150, decay=decay, delta=delta, levels=14, **sizes), lowering)
+
+
+@pytest.mark.parametrize("key_dim", [16, 64, 128])
+@pytest.mark.parametrize("decay", [None, "token", "channel"])
+def test_scans(decay, key_dim):
+    """The linear operator with the delta rule, whose scans have tiles of their own (tuning.narrowest)."""
+    compare(
+        on_gpu(torch.bfloat16, length=700, decay=decay, delta=True, levels=None, key_dim=key_dim, value_dim=64),
+        lowering,
+    )

@@ -156,7 +156,10 @@ def _fit(probe: Probe, reading: Reading, roles: Roles, base: Tensor) -> tuple[Re
         for headed in (reading, *_more_heads(reading)):
             decayed = _constant_decay(probe, headed, ours, base)
             if decayed is not None:
-                return _scaled(decayed, output_of(probe, decayed), base)
+                # Over two tokens anything dies away as a decay does: only the agreement says whose it is.
+                found, error = min((found, error), _scaled(decayed, output_of(probe, decayed), base), key=lambda f: f[1])
+            if error < AGREES:
+                break
     return found, error
 
 

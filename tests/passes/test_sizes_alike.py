@@ -55,3 +55,26 @@ class Tokens(Chunks):
 def test_a_channel_written_to_is_not_taken_for_a_token(layer: type[Chunks], tokens: int) -> None:
     report = llcompile.inspect(layer(), torch.randn(2, tokens, 8)).report  # 2 rows of 3 tokens: 6 in all
     assert [(c.key_dim, c.value_dim) for c in report.converted] == [(K, V)], str(report)
+
+
+class Retention(nn.Module):
+    """Heads that share a query and a key, with a decay of their own each; token by token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(8, K), nn.Linear(8, K), nn.Linear(8, 2 * V)
+        self.register_buffer("decay", torch.tensor([0.9, 0.97]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.q(x), self.k(x), self.v(x).unflatten(-1, (2, V))
+        state, outs = x.new_zeros(len(x), 2, K, V), []
+        for i in range(x.shape[1]):
+            state = self.decay[:, None, None] * state + k[:, i, None, :, None] * v[:, i, :, None]
+            outs.append((q[:, i, None, :, None] * state).sum(2))
+        return torch.stack(outs, 1)
+
+
+@pytest.mark.parametrize("tokens", [2, 3])
+def test_two_tokens_tell_decays_of_heads_apart(tokens: int) -> None:
+    report = llcompile.inspect(Retention(), torch.randn(3, tokens, 8)).report
+    assert [(c.heads, c.key_dim, c.value_dim) for c in report.converted] == [(2, K, V)], str(report)

@@ -14,6 +14,8 @@ _PUBLIC = {
     "convert": "llcompile.conversion",
     "inspect": "llcompile.conversion",
     "revert": "llcompile.conversion",
+    "save": "llcompile.checkpoint",
+    "load": "llcompile.checkpoint",
     "LevelWeights": "llcompile.level_weights",
     "Look": "llcompile.look.look",
     "Report": "llcompile.report",

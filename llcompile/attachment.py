@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llcompile import eager_states, export_hook
+from llcompile import eager_states, export_hook, made_before
 from llcompile.errors import LevelWeightsError, LevelWeightsIgnoredWarning
 from llcompile.held import copies, held, inside, values
 from llcompile.kernels.operands import COMPUTE_DTYPES
@@ -24,7 +24,9 @@ from llcompile.passes.marks import PARAMETER, mark
 from llcompile.passes.owner_input import Call
 
 
-def make(kind: str, heads: int, levels: int, in_features: int | None, owner: nn.Module) -> LevelWeights:
+def make(
+    kind: str, heads: int, levels: int, in_features: int | None, owner: nn.Module, hidden: int | None = None
+) -> LevelWeights:
     """New level weights on the device of the owner's parameters, in their dtype if it is one to train in."""
     floating = [p for p in owner.parameters() if p.is_floating_point()]
     tensor = next((p for p in floating if p.dtype in COMPUTE_DTYPES), floating[0] if floating else None)
@@ -33,6 +35,7 @@ def make(kind: str, heads: int, levels: int, in_features: int | None, owner: nn.
         heads,
         levels,
         None if kind == "static" else in_features,
+        hidden=hidden,
         device=None if tensor is None else tensor.device,
         dtype=tensor.dtype if tensor is not None and tensor.dtype in COMPUTE_DTYPES else None,
     ).train(owner.training)
@@ -58,6 +61,7 @@ def attach(owner: nn.Module, name: str, weights: nn.Module) -> None:
     """Registers level weights on the module that owns the mixer, and watches that they are not ignored."""
     owner.add_module(name, weights)
     watch(owner)
+    made_before.install()
     if warn_if_ignored not in owner._forward_hooks.values():
         owner.register_forward_pre_hook(expect_use, with_kwargs=True)
         owner.register_forward_hook(warn_if_ignored, always_call=True)

@@ -1,6 +1,7 @@
-"""What `import torch` runs when llcompile is installed: it makes log names and the operators' namespace known.
+"""What `import torch` runs when llcompile is installed: log names, the operators' namespace, checkpoints.
 
-``TORCH_LOGS=loglinear`` works, and an exported program that calls ``torch.ops.llcompile.*`` is loaded.
+``TORCH_LOGS=loglinear`` works, an exported program that calls ``torch.ops.llcompile.*`` is loaded, and transformers'
+``from_pretrained`` loads level weights.
 
 Tiny on purpose, for every program of the environment runs it: no import beyond what torch has already loaded, and
 nothing that may fail. Torch reads TORCH_LOGS after this, so the name must exist by then.
@@ -18,7 +19,7 @@ LOGGER = "llcompile"
 
 def register() -> None:
     """Register all names. May be called again: llcompile does, for TORCH_DEVICE_BACKEND_AUTOLOAD=0."""
-    for step in (_logs, _operators):
+    for step in (_logs, _operators, _checkpoints):
         _attempt(step)
 
 
@@ -55,3 +56,10 @@ def _operators() -> None:
 
     if "llcompile" not in vars(torch.ops):
         torch.ops.llcompile = Namespace("llcompile")  # type: ignore[attr-defined]
+
+
+def _checkpoints() -> None:
+    from llcompile.integrations import transformers
+    from llcompile.integrations.after_import import after_import
+
+    after_import(transformers.MODULE, transformers.install)

@@ -15,6 +15,7 @@ from torch import fx, nn
 from llcompile import (
     adapters,
     attachment,
+    checkpoint,
     compile_check,
     compile_run,
     fresh,
@@ -63,6 +64,7 @@ def loglinear(
         OptionError: unknown or ill-typed options.
         StrictError: `strict=True`, and a linear-time mixer stays unconverted or nothing was found.
         LevelWeightsError: the module owns level weights of another size.
+        CheckpointError: the model was loaded without the level weights that its checkpoint has.
         MissedLevelWeightsError: `on_miss="raise"`, and level weights of a module that ran have no part in the graph.
     """
     versions.announce()
@@ -82,6 +84,7 @@ def loglinear(
 def _rewrite(module: fx.GraphModule, parsed: Options) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Rewrites a Dynamo graph; what it returns is to be called with the compiled graph and gives what is to run."""
     recompile_room.make_room(reach.root_module())
+    checkpoint.expect_whole([reach.root_module(), *reach.modules_in(module.graph)])
     session = compile_run.new_session(module, parsed, compiles=True)
     report = compile_run.look(session)
     compile_run.check_strict(report, parsed)

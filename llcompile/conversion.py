@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from llcompile import adapters, attachment, backend, compile_run, other_mode, recompile_room, versions
+from llcompile import adapters, attachment, backend, checkpoint, compile_run, other_mode, recompile_room, versions
 from llcompile import verify as verify_
 from llcompile.errors import CaptureError, LLCompileError, ModelError
 from llcompile.look.collect import collect, without_graph
@@ -58,6 +58,7 @@ def convert(
         CaptureError: the model does not run on the example inputs, or cannot be traced.
         OptionError: an option is unknown or has a wrong value.
         LevelWeightsError: the model has level weights of another kind or size.
+        CheckpointError: the model was loaded without the level weights that its checkpoint has.
         StrictError: `strict=True`, and a mixer was declined or none was found.
 
     If an error is raised, the model is unchanged.
@@ -99,6 +100,7 @@ def revert(model: nn.Module) -> int:
         ModelError: `model` is not an nn.Module.
     """
     _check_model(model, "revert")
+    checkpoint.forget(model)
     return attachment.detach(model)
 
 
@@ -123,6 +125,8 @@ def _captured(
 ) -> tuple[Report, _Capture]:
     options = Options.parse(given)
     _check_model(model, "inspect" if dry_run else "convert")
+    if not dry_run:
+        checkpoint.expect_whole([model])
     backend.prepare()
     versions.announce()
     with _one_at_a_time, _uncompiled(model):

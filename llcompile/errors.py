@@ -47,7 +47,7 @@ class LevelWeightsError(LLCompileError, ValueError):
 
 
 class CheckpointError(LevelWeightsError):
-    """A checkpoint holds level weights of another kind or size."""
+    """A checkpoint's level weights do not fit the model, or were left out when it was loaded."""
 
 
 class MissedLevelWeightsError(LevelWeightsError):

@@ -232,7 +232,13 @@ class LevelWeights(nn.Module):
         return self
 
     def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        *rest: Any,
     ) -> None:
         checked = dict(state_dict)
         key = prefix + "descriptor"
@@ -243,7 +249,10 @@ class LevelWeights(nn.Module):
             if prefix + name in checked and checked[prefix + name].shape != value.shape:
                 found = list(checked[prefix + name].shape)
                 raise CheckpointError(self._mismatch(prefix, f"{name} {found}", f"{name} {list(value.shape)}"))
-        super()._load_from_state_dict(checked, prefix, local_metadata, *rest)
+        before = len(missing_keys)
+        super()._load_from_state_dict(checked, prefix, local_metadata, strict, missing_keys, *rest)
+        if not any(isinstance(key, _MissingKey) for key in missing_keys):
+            missing_keys[before : before + 1] = map(_MissingKey, missing_keys[before : before + 1])
 
     def _check_descriptor(self, found: Tensor, prefix: str) -> None:
         if found.is_meta:
@@ -268,6 +277,16 @@ class LevelWeights(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({"place": None, "role": None, "token": None, "owner_input": None, **state})
+
+
+class _MissingKey(str):
+    """A key that a checkpoint lacks; in torch's message about it, which is for strict loading alone, it says why."""
+
+    def __format__(self, spec: str) -> str:
+        return (
+            f"{super().__format__(spec)} (level weights, which llcompile.convert has attached: if the checkpoint was made before, load it "
+            "before you convert the model, or with strict=False, which leaves the level weights as they are)"
+        )
 
 
 class _Seen:

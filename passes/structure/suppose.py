@@ -157,7 +157,9 @@ def _fit(probe: Probe, reading: Reading, roles: Roles, base: Tensor) -> tuple[Re
             decayed = _constant_decay(probe, headed, ours, base)
             if decayed is not None:
                 # Over two tokens anything dies away as a decay does: only the agreement says whose it is.
-                found, error = min((found, error), _scaled(decayed, output_of(probe, decayed), base), key=lambda f: f[1])
+                found, error = min(
+                    (found, error), _scaled(decayed, output_of(probe, decayed), base), key=lambda f: f[1]
+                )
             if error < AGREES:
                 break
     return found, error

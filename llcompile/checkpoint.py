@@ -1,0 +1,199 @@
+"""Checkpoints: what has to be written beside the weights so that a converted model comes back without example inputs.
+
+For models of transformers, `save_pretrained` and `from_pretrained` do it (`integrations.transformers`); `save` and
+`load` are for all others.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from os import PathLike
+from typing import Any
+
+from torch import nn
+
+import llcompile
+from llcompile import attachment
+from llcompile.errors import CheckpointError, MissingLibraryError, ModelError
+from llcompile.held import held
+from llcompile.level_weights import LevelWeights
+from llcompile.passes.names import CodePlace
+
+VERSION = 1
+_NAME = "loglinear"  # of the section, in config.json and in the header of a safetensors file
+_SIZES = ("heads", "levels", "in_features", "hidden")
+
+
+def section(model: nn.Module) -> dict[str, Any] | None:
+    """What `restore` needs of a model's level weights, for JSON; None if it has none.
+
+    ``{"version": 1, "llcompile": "0.1.0", "mixers": {"layers.0.mixer.loglinear": {"kind": "linear", "heads": 8,
+    "levels": 15, "in_features": 64}}}``; a module with several mixers also says where in its code each of them stands.
+    """
+    mixers: dict[str, Any] = {}
+    for path, owner in model.named_modules():
+        own = list(held(owner))
+        for name, weights in own:
+            mixers[f"{path}.{name}".lstrip(".")] = _entry(weights, several=len(own) > 1)
+    return {"version": VERSION, "llcompile": llcompile.__version__, "mixers": mixers} if mixers else None
+
+
+def restore(model: nn.Module, section: Mapping[str, Any], prefix: str = "") -> list[LevelWeights]:
+    """Attaches the level weights that a section tells of, at their start of 1; returns the new ones.
+
+    Names that the model has no module for are left alone, with `prefix` and without; so are level weights that are
+    there.
+
+    Raises:
+        CheckpointError: the section is of a later layout, or damaged.
+    """
+    places = [p for p in _places(model, section, prefix) if attachment.find(p[0], p[1]) is None]
+    made = [(owner, name, _made(owner, name, entry)) for owner, name, entry in places]
+    for owner, name, weights in made:
+        attachment.attach(owner, name, weights)
+    return [weights for _, _, weights in made]
+
+
+def save(model: nn.Module, path: str | PathLike[str]) -> None:
+    """Write a model's weights, level weights included, to one safetensors file. `load` reads it.
+
+    Args:
+        model: any nn.Module; tensors that are shared are written once.
+        path: the file.
+
+    Raises:
+        ModelError: `model` is not an nn.Module.
+        MissingLibraryError: safetensors is not installed.
+    """
+    _expect_module(model)
+    found = section(model)
+    _safetensors().save_model(model, str(path), metadata={} if found is None else {_NAME: json.dumps(found)})
+
+
+def load(model: nn.Module, path: str | PathLike[str]) -> int:
+    """Read a file of `save` into a model of the same structure, converted or not; no example inputs are needed.
+
+    Args:
+        model: changed in place: it gets level weights where the saved model had some. They are checked against the
+            model's mixers when it is first compiled.
+        path: the file.
+
+    Returns:
+        How many level weights were attached.
+
+    Raises:
+        ModelError: `model` is not an nn.Module.
+        CheckpointError: the file does not fit the model; the model's level weights are as they were.
+        MissingLibraryError: safetensors is not installed.
+    """
+    _expect_module(model)
+    library = _safetensors()
+    from safetensors import safe_open
+
+    with safe_open(str(path), framework="pt") as file:
+        text = (file.metadata() or {}).get(_NAME)
+    before = {id(weights) for _, _, weights in attachment.attached(model)}
+    made = [] if text is None else restore(model, json.loads(text))
+    try:
+        library.load_model(model, str(path), strict=True)
+    except RuntimeError as error:
+        for owner, name, weights in list(attachment.attached(model)):
+            if id(weights) not in before:
+                attachment.detach_one(owner, name)
+        raise CheckpointError(f"{path} does not fit {type(model).__name__}: {error}") from error
+    return len(made)
+
+
+def expect_whole(models: Iterable[nn.Module | None]) -> None:
+    """Level weights that the configuration of a model tells of must be there.
+
+    They are not if a process that knew nothing of llcompile has opened the checkpoint.
+
+    Raises:
+        CheckpointError: a model has none of them.
+    """
+    for model in models:
+        found = None if model is None else _config(model).get(_NAME)
+        if model is None or not isinstance(found, Mapping) or any(True for _ in attachment.attached(model)):
+            continue
+        count = len(list(_places(model, found)))
+        if count:
+            raise CheckpointError(_dropped(model, count))
+
+
+def _dropped(model: nn.Module, count: int) -> str:
+    return (
+        f"{type(model).__name__} was loaded from a checkpoint with the level weights of {count} mixers, and has "
+        "none of them: llcompile was not imported before from_pretrained. Import llcompile first and load the model "
+        "again; or call llcompile.revert(model) to go on without them."
+    )
+
+
+def forget(model: nn.Module) -> None:
+    """Takes the section out of the configurations of a model: its level weights are given up."""
+    for module in model.modules():
+        _config(module).pop(_NAME, None)
+
+
+def _config(module: nn.Module) -> dict[str, Any]:
+    """The attributes of a module's configuration, if it has one that is an object."""
+    held = getattr(getattr(module, "config", None), "__dict__", {})
+    return held if isinstance(held, dict) else {}
+
+
+def _entry(weights: LevelWeights, several: bool) -> dict[str, Any]:
+    entry = {"kind": weights.kind, **{n: size for n in _SIZES if (size := getattr(weights.sizes, n))}}
+    if several and weights.place is not None:
+        place = weights.place
+        entry["place"] = {"lines": place.lines, "operands": sorted(place.operands), "number": place.number}
+    return entry
+
+
+def _places(
+    model: nn.Module, section: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[nn.Module, str, Mapping[str, Any]]]:
+    """(owner, name, entry) of each entry that the model has an owner for."""
+    if section.get("version") != VERSION or not isinstance(section.get("mixers"), Mapping):
+        raise CheckpointError(
+            f"the checkpoint's section {_NAME!r} has layout {section.get('version')!r}, and this version of llcompile "
+            f"({llcompile.__version__}) reads {VERSION}. Install the version that wrote it: {section.get('llcompile')}"
+        )
+    modules = dict(model.named_modules())
+    for path, entry in section["mixers"].items():
+        parent, _, name = path.rpartition(".")
+        owner = modules.get(parent, modules.get(parent.removeprefix(prefix)) if prefix else None)
+        if owner is not None:
+            yield owner, name, entry
+
+
+def _made(owner: nn.Module, name: str, entry: Mapping[str, Any]) -> LevelWeights:
+    try:
+        weights = attachment.make(
+            entry["kind"], entry["heads"], entry["levels"], entry.get("in_features"), owner, entry.get("hidden")
+        )
+        place = entry.get("place")
+        if place is not None:
+            lines = tuple((function, line) for function, line in place["lines"])
+            weights.place = CodePlace(lines, frozenset(place["operands"]), place["number"])
+    except (KeyError, TypeError, ValueError) as error:
+        mixer = f"{name} of {type(owner).__name__}"
+        raise CheckpointError(
+            f"the checkpoint's section {_NAME!r} cannot be read: {mixer} is {dict(entry)}: {error}"
+        ) from error
+    return weights
+
+
+def _expect_module(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"expected an nn.Module, got {type(model).__name__}")
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch as library
+    except ImportError as error:
+        raise MissingLibraryError("llcompile.save and llcompile.load need safetensors: pip install safetensors") from (
+            error
+        )
+    return library

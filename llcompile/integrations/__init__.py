@@ -1,0 +1,1 @@
+"""Where other libraries are told of level weights: one file for each. They are loaded when the library is."""

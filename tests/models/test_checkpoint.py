@@ -1,0 +1,133 @@
+"""A converted model of transformers, saved and opened again: the same model, level weights included."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, Mamba2ForCausalLM, PreTrainedModel
+
+import llcompile
+from llcompile import checkpoint
+from llcompile.errors import CheckpointError
+from tests.models.tiny import build
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+IDS = torch.arange(40).reshape(2, 20)
+
+
+def levels(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p for name, p in model.named_parameters() if ".loglinear" in name}
+
+
+def compiled(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        run = torch.compile(model, backend="loglinear", options={"inner": "eager"})
+        return run(IDS, use_cache=False)[0]  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def trained() -> PreTrainedModel:
+    """Converted, with level weights that are no longer 1."""
+    model = build("mamba2")
+    llcompile.convert(model, IDS, use_cache=False)
+    for p in levels(model).values():
+        nn.init.normal_(p)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opened_as_it_was_saved(trained: PreTrainedModel, dtype: torch.dtype, tmp_path: Path) -> None:
+    trained.to(dtype).save_pretrained(tmp_path)
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    assert {p.dtype for p in levels(opened).values()} == {dtype}
+    torch.testing.assert_close(dict(opened.state_dict()), dict(trained.state_dict()), rtol=0, atol=0)
+    torch.testing.assert_close(compiled(opened), compiled(trained), rtol=0, atol=0)
+    kept = compiled(opened)
+    with torch.no_grad():
+        for p in levels(opened).values():
+            p.zero_()
+    assert (compiled(opened) - kept).abs().max() > 1e-2  # they act
+
+
+def test_without_the_head(trained: PreTrainedModel, tmp_path: Path) -> None:
+    trained.save_pretrained(tmp_path)
+    opened = AutoModel.from_pretrained(tmp_path)  # names without the prefix "backbone."
+    assert len(levels(opened)) == len(levels(trained)) > 0
+    torch.testing.assert_close(compiled(opened), compiled(trained.backbone), rtol=0, atol=0)
+
+
+def test_converted_again_and_reverted(trained: PreTrainedModel, tmp_path: Path) -> None:
+    trained.save_pretrained(tmp_path / "one")
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
+    want = compiled(opened)
+    report = llcompile.convert(opened, IDS, use_cache=False)
+    assert len(report.converted) == 2, str(report)
+    torch.testing.assert_close(compiled(opened), want, rtol=0, atol=0)
+
+    llcompile.revert(opened)
+    opened.save_pretrained(tmp_path / "two")
+    assert "loglinear" not in (tmp_path / "two" / "config.json").read_text()
+    assert not levels(AutoModelForCausalLM.from_pretrained(tmp_path / "two"))
+
+
+def test_level_weights_that_the_files_lack_are_one(trained: PreTrainedModel, tmp_path: Path) -> None:
+    trained.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    save_file({n: t for n, t in load_file(path).items() if ".loglinear" not in n}, path, metadata={"format": "pt"})
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path)
+    held = [m for m in opened.modules() if isinstance(m, llcompile.LevelWeights)]
+    assert len(held) == 2
+    assert all(weights.is_identity() for weights in held)
+
+
+@pytest.mark.parametrize("use", ["convert", "compile"])
+def test_left_out_when_it_was_opened(trained: PreTrainedModel, use: str, tmp_path: Path) -> None:
+    """As by a process that imports llcompile after `from_pretrained`."""
+    opened = Mamba2ForCausalLM(trained.config)
+    opened.config.loglinear = checkpoint.section(trained)
+    if use == "convert":
+        with pytest.raises(CheckpointError, match="checkpoint with the level weights of 2 mixers"):
+            llcompile.convert(opened, IDS, use_cache=False)
+    else:
+        with pytest.raises(Exception, match="checkpoint with the level weights of 2 mixers"):
+            compiled(opened)
+    llcompile.revert(opened)
+    assert len(llcompile.convert(opened, IDS, use_cache=False).converted) == 2
+
+
+def test_a_section_of_a_later_version(trained: PreTrainedModel, tmp_path: Path) -> None:
+    trained.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config["loglinear"]["version"] = 7
+    path.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="has layout 7"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("imports", ["llcompile, transformers", "transformers, llcompile", "transformers"])
+def test_in_another_process(trained: PreTrainedModel, imports: str, tmp_path: Path) -> None:
+    """In any order of imports; and without one where `import torch` loads the entry point of llcompile."""
+    trained.save_pretrained(tmp_path)
+    program = f"""
+import sys
+from transformers import pipeline
+import {imports}
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
+print(sum(float(p.detach().double().square().sum()) for n, p in model.named_parameters() if ".loglinear" in n))
+"""
+    root = Path(__file__).parents[2]
+    env = {**os.environ, "PYTHONPATH": str(root)}
+    ran = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True, env=env, check=True)
+    want = sum(float(p.detach().double().square().sum()) for p in levels(trained).values())
+    assert float(ran.stdout) == pytest.approx(want, rel=1e-12)

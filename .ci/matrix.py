@@ -205,6 +205,7 @@ def _libraries(venv: Path, row: Row, fresh: bool) -> None:
         _pip(venv, "--no-deps", f"fla-core=={row.fla}", f"flash-linear-attention=={row.fla}", "einops", "triton")
     if row.mamba_ssm:  # its Python code alone: what it compiles needs CUDA's compiler and a GPU to run
         environment = {"MAMBA_SKIP_CUDA_BUILD": "TRUE"}
+        _pip(venv, "setuptools", "wheel", "packaging")  # what its build reads, which sees this environment
         _pip(
             venv, "--no-deps", "--no-build-isolation", f"mamba-ssm=={row.mamba_ssm}", "einops", "triton", **environment
         )

@@ -284,8 +284,9 @@ class _MissingKey(str):
 
     def __format__(self, spec: str) -> str:
         return (
-            f"{super().__format__(spec)} (level weights, which llcompile.convert has attached: if the "
-            "checkpoint was made before, load it before you convert the model, or with strict=False, which leaves the level weights as they are)"
+            f"{super().__format__(spec)} (level weights, which llcompile.convert has attached: if the checkpoint was "
+            "made before, load it before you convert the model, or with strict=False, which leaves the level weights "
+            "as they are)"
         )
 
 

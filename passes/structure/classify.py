@@ -114,7 +114,9 @@ class _Classifier:
                 self.reach[source] = "before"
                 noncausal = noncausal or "not causal: output 0 depends on input 1"
             elif not rows:
-                self.reach[source] = "none"
+                # Of two tokens the first has no past that could decay; of more, none in the middle is without one.
+                last = probe.length == 2 and self._reached(source, 1) == [1]
+                self.reach[source] = "from" if last else "none"
             elif rows == [middle]:
                 self.reach[source] = "own"
             elif rows[0] < middle:

@@ -34,6 +34,7 @@ from llcompile.passes.structure.facts import Times, born_axes, lengthened, time_
 from llcompile.passes.structure.follow import WEIGHTED, Followed, follow_program
 from llcompile.passes.structure.found import Findings, Found, Missed, count
 from llcompile.passes.structure.frame import Frame, Row
+from llcompile.passes.structure.lift import bases_of
 from llcompile.passes.structure.lifted import MOVES, SHAPES, Lifted, Source, sample_of
 from llcompile.passes.structure.measured import Measured, meet
 from llcompile.passes.structure.memo import fingerprint, is_lasting, recall, remember
@@ -281,8 +282,12 @@ class _Search:
 
     def _inside(self, part: Part) -> set[Source]:
         """Sources that belong to the mixer: outer products of its operands, and what few tokens have."""
-        rare = {s for s, taps in part.taps.items() if 2 * len(taps) < s.count}
+        rare = {s for s, taps in part.taps.items() if 2 * len(taps) < s.count + self._is_joined(s)}
         return rare | {s for s in part.sources if self._is_product(s)}
+
+    def _is_joined(self, source: Source) -> bool:
+        """Whether it is made of several that depend on data: the first token's output, where there are two tokens."""
+        return isinstance(source, Lifted) and sum(map(self._is_data, bases_of(source))) > 1
 
     def _is_product(self, source: Source) -> bool:
         """Whether it is larger than all it is made of (k v^T), or computed from such a thing element by element."""

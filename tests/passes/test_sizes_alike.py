@@ -78,3 +78,39 @@ class Retention(nn.Module):
 def test_two_tokens_tell_decays_of_heads_apart(tokens: int) -> None:
     report = llcompile.inspect(Retention(), torch.randn(3, tokens, 8)).report
     assert [(c.heads, c.key_dim, c.value_dim) for c in report.converted] == [(2, K, V)], str(report)
+
+
+class Gated(nn.Module):
+    """A decay of the data, token by token; a decay for each channel of the key, and the delta rule."""
+
+    def __init__(self, channels: int, delta: bool) -> None:
+        super().__init__()
+        self.delta = delta
+        self.q, self.k, self.v = nn.Linear(8, 2 * K), nn.Linear(8, 2 * K), nn.Linear(8, 2 * V)
+        self.decay, self.beta = nn.Linear(8, 2 * channels), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v, g = (m(x).unflatten(-1, (2, -1)) for m in (self.q, self.k, self.v, self.decay))
+        k = nn.functional.normalize(k, dim=-1)
+        beta = self.beta(x).sigmoid()[..., None]
+        state, outs = x.new_zeros(len(x), 2, K, V), []
+        for i in range(x.shape[1]):
+            state = state * g[:, i].sigmoid()[..., None]
+            new = v[:, i] - torch.einsum("bhk,bhkv->bhv", k[:, i], state) if self.delta else v[:, i]
+            state = state + torch.einsum("bhk,bhv->bhkv", k[:, i], beta[:, i] * new)
+            outs.append(torch.einsum("bhk,bhkv->bhv", q[:, i], state))
+        return torch.stack(outs, 1)
+
+
+@pytest.mark.parametrize("tokens", [2, 3])
+@pytest.mark.parametrize("channels", [1, K], ids=["a decay per head", "a decay per channel"])
+@pytest.mark.parametrize("delta", [False, True], ids=["sum", "delta rule"])
+def test_decays_of_two_tokens(tokens: int, channels: int, delta: bool) -> None:
+    report = llcompile.inspect(Gated(channels, delta), torch.randn(3, tokens, 8)).report
+    family = {
+        (1, False): "scalar-decay linear attention",
+        (K, False): "gated linear attention",
+        (1, True): "Gated DeltaNet",
+        (K, True): "Kimi Delta Attention",
+    }[channels, delta]
+    assert [(c.family, c.heads, c.key_dim, c.value_dim) for c in report.converted] == [(family, 2, K, V)], str(report)

@@ -192,6 +192,11 @@ class Atoms:
         others = (o for cut, beside in self.beside.items() if self.leaves(cut) == all_leaves for o in beside)
         return set(leaves).isdisjoint(leaf for other in others for leaf in self.leaves(other))
 
+    def chunked(self, outer: Axis, inner: Axis) -> Axis:
+        """The axis that was viewed as these two, rows of chunks and places within a chunk; () where none was."""
+        both = (*self.leaves(outer), *self.leaves(inner))
+        return both if both and self.leaves((self.root(both[0]),)) == both else ()
+
     def longer(self, axis: Axis, size: int) -> Axis:
         """The axis with positions added at its end: the same one wherever it is made as long as this."""
         key = (self.leaves(axis), size)

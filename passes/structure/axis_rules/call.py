@@ -84,7 +84,10 @@ class Call:
 
     def wholes(self, piece: Value, size: int, *along: Axis) -> list[Axis]:
         """The axes of this size that a piece was cut from, and that its axes `along` may be pieces of."""
-        found = [a for a in self.lost.get(piece, ()) if size_of(self.atoms, a) == size]
+        lost = self.lost.get(piece, ())
+        found = [a for a in lost if size_of(self.atoms, a) == size]
+        if not found and along and along[0]:
+            found = [a for a in map(lambda a: self.atoms.chunked(a, along[0]), lost) if size_of(self.atoms, a) == size]
         return [a for a in found if all(self.atoms.is_piece(axis, a) for axis in along)]
 
     def assembled(self, size: int, pieces: Mapping[Value, Axis]) -> Axis:

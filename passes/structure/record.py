@@ -38,6 +38,8 @@ _FILLS = {
 }
 
 
+# Tensors of one number; two of one shape are two, as what is written to one of them says nothing of the other's axes.
+_FILLED = {aten.full.default, aten.zeros.default, aten.ones.default, aten.empty.memory_format}
 _TURNS = 1 << 14  # a longer loop is left alone
 _DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout}
 _SOME_RATE = 0.5  # no part has dropout in it, so any rate stands for all
@@ -328,7 +330,8 @@ class _Recorder:
         assert self.node is not None
         plain = mapped(lambda a: self.known[id(a)] if isinstance(a, Tensor) else a, (args, dict(kwargs)))
         key = (self.now, func, repr(plain), tuple(id(v) for v in leaves(plain) if isinstance(v, Value)))
-        if key in self.twins and torch.Tag.nondeterministic_seeded not in func.tags:
+        once = func in _FILLED or torch.Tag.nondeterministic_seeded in func.tags
+        if key in self.twins and not once:
             # Functionalisation makes a view anew whenever it is read.
             made = [leaf for leaf in leaves(result) if isinstance(leaf, Tensor)]
             for tensor, value in zip(made, self.twins[key].outputs, strict=True):

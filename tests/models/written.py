@@ -52,15 +52,17 @@ def gradients(model: nn.Module, output: Tensor) -> dict[str, Tensor]:
     return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(named.items(), found, strict=True)}
 
 
-def same(function: Function, tolerance: float = 1e-5, grads: bool = True) -> tuple[llcompile.Report, Written]:
+def same(
+    function: Function, tolerance: float = 1e-5, grads: bool = True, length: int = 19
+) -> tuple[llcompile.Report, Written]:
     """Converts a layer, and compares output and gradients with those of the unconverted one; its report and itself."""
     model = Written(function)
-    return agreeing(model, tolerance, grads), model
+    return agreeing(model, tolerance, grads, length), model
 
 
-def agreeing(model: nn.Module, tolerance: float = 1e-5, grads: bool = True) -> llcompile.Report:
+def agreeing(model: nn.Module, tolerance: float = 1e-5, grads: bool = True, length: int = 19) -> llcompile.Report:
     """Converts a model, and compares output and gradients with those of the unconverted one; the report."""
-    control, x = copy.deepcopy(model), example()
+    control, x = copy.deepcopy(model), example(length)
     with torch.set_grad_enabled(grads):
         want = control(x.clone())
         report = llcompile.convert(model, x.clone(), verify=False)
@@ -74,9 +76,9 @@ def agreeing(model: nn.Module, tolerance: float = 1e-5, grads: bool = True) -> l
     return report
 
 
-def moves(model: Written, grads: bool = True) -> float:
+def moves(model: Written, grads: bool = True, length: int = 19) -> float:
     """By how much noise on the level weights moves the output."""
-    x, run = example(), compiled(model)
+    x, run = example(length), compiled(model)
     with torch.set_grad_enabled(grads):
         before = run(x).detach().clone()
         small.perturb(model)

@@ -17,8 +17,8 @@ from llcompile.passes.structure.nested import leaves
 from llcompile.passes.structure.program import Op, Value
 
 # Argument that holds the sizes of the result.
-_SHAPED = "view _unsafe_view reshape expand zeros ones full empty rand randn new_zeros new_ones new_full new_empty"
-_SIZES = dict.fromkeys(_SHAPED.split(), "size")
+_SHAPED = "view _unsafe_view expand zeros ones full empty rand randn new_zeros new_ones new_full new_empty"
+_SIZES = {**dict.fromkeys(_SHAPED.split(), "size"), "reshape": "shape"}
 _FLOATS = {torch.float16, torch.bfloat16, torch.float32}
 
 SizeOf = Callable[[Axis], int]

@@ -28,6 +28,7 @@ from llcompile.passes.structure.axis_rules.table import rule_for
 from llcompile.passes.structure.barriers import expect_no_barrier
 from llcompile.passes.structure.certify import certify
 from llcompile.passes.structure.classify import Miss, classify
+from llcompile.passes.structure.computed_twice import merge_computed_twice
 from llcompile.passes.structure.cut import Cutter, Part
 from llcompile.passes.structure.denominators import pair_denominators
 from llcompile.passes.structure.facts import Times, born_axes, lengthened, time_axes
@@ -86,6 +87,7 @@ def find(region: Region) -> Findings:
 def _find(region: Region, factor: int) -> Findings:
     program = record(region, factor)
     name_written(region, program)
+    merge_computed_twice(program)
     followed = follow_program(program)
     findings = Findings(program, counts=Counter(followed.counts))
     taken: set[Value] = set()

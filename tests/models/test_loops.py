@@ -1,4 +1,4 @@
-"""Loops over chunks: however the pieces are taken and put back, it is the same mixer."""
+"""Loops over chunks and tokens: however they take, put back and compute what they need, it is the same mixer."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from tests.models.written import WIDTH, Function, mix, moves, same
+from tests.models.written import WIDTH, Function, Written, mix, moves, same
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -73,5 +74,57 @@ def test_chunks_put_back_in_another_order(put: str) -> None:
         "rows written": lambda outs, like: _rows_written(outs, like, order=-1),
     }
     report, _ = same(chunked(TAKES["unflatten"], turned[put]), length=20)
+    assert not report.converted
+    assert report.declined
+
+
+def normalised(decays: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Function:
+    """Linear attention, normalised; `decays` of a gate [B, 1] gives the state's [B, 1, 1] and the normaliser's."""
+
+    def function(layer: Written, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k = q.exp(), k.exp()
+        state, total, outs = x.new_zeros(len(x), WIDTH, WIDTH), x.new_zeros(len(x), WIDTH), []
+        for i in range(x.shape[1]):
+            one, two = decays(layer.gate(x[:, i]))
+            state = state * one + k[:, i, :, None] * v[:, i, None]
+            total = total * two + k[:, i]
+            outs.append((q[:, i, :, None] * state).sum(1) / (q[:, i] * total).sum(-1, keepdim=True))
+        return torch.stack(outs, dim=1)
+
+    return function
+
+
+def _changed_afterwards(g: Tensor) -> tuple[Tensor, Tensor]:
+    first = torch.sigmoid(g) / 2
+    kept = first * 1.0
+    first.mul_(0.5)
+    return torch.sigmoid(g[..., None]) / 2, kept
+
+
+TWICE: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+    "logsigmoid": lambda g: (F.logsigmoid(g.unsqueeze(-1)).exp(), F.logsigmoid(g).exp()),
+    "softplus": lambda g: (torch.exp(-F.softplus(g)).unflatten(-1, (1, 1)), torch.exp(-F.softplus(g))),
+    "transposed": lambda g: (torch.sigmoid(g[..., None].mT), torch.sigmoid(g)),
+    "a square": lambda g: (1 - torch.sigmoid(g).square()[..., None], 1 - torch.sigmoid(g).square()),
+    "changed afterwards": _changed_afterwards,
+}
+APART: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+    "twice as fast": lambda g: (torch.exp(-F.softplus(g))[..., None], torch.exp(-2 * F.softplus(g))),
+    "detached": lambda g: (torch.sigmoid(g[..., None]), torch.sigmoid(g.detach())),
+    "half of it": lambda g: (torch.sigmoid(g)[..., None] / 2, (torch.sigmoid(g) / 2).mul_(0.5)),
+}
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_one_decay_computed_twice(name: str) -> None:
+    report, model = same(normalised(TWICE[name]), length=9)
+    assert [c.family for c in report.converted] == ["scalar-decay linear attention"], str(report)
+    assert moves(model, length=9) > 1e-3
+
+
+@pytest.mark.parametrize("name", APART)
+def test_two_decays(name: str) -> None:
+    """The control: what is not the same number is not taken for it."""
+    report, _ = same(normalised(APART[name]), length=9)
     assert not report.converted
     assert report.declined

@@ -87,7 +87,7 @@ class Call:
         lost = self.lost.get(piece, ())
         found = [a for a in lost if size_of(self.atoms, a) == size]
         if not found and along and along[0]:
-            found = [a for a in map(lambda a: self.atoms.chunked(a, along[0]), lost) if size_of(self.atoms, a) == size]
+            found = [a for a in (self.atoms.chunked(a, along[0]) for a in lost) if size_of(self.atoms, a) == size]
         return [a for a in found if all(self.atoms.is_piece(axis, a) for axis in along)]
 
     def assembled(self, size: int, pieces: Mapping[Value, Axis]) -> Axis:

@@ -100,8 +100,8 @@ def _scatter(c: Call) -> list[Axes]:
 def _write_along(c: Call, axis: Axis, piece: Value, along: Axis) -> None:
     """The axis that a piece is written along is the one that it was cut from, where their sizes agree.
 
-    A piece that was cut from this very axis tells of no other. Where nothing of that size was cut, chunks may be written
-    side by side.
+    A piece that was cut from this very axis tells of no other. Where nothing of that size was cut, chunks may be
+    written side by side.
     """
     whole = c.wholes(piece, size_of(c.atoms, axis), along)
     if axis and whole and all(c.atoms.leaves(a) != c.atoms.leaves(axis) for a in whole):

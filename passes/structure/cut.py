@@ -193,7 +193,7 @@ class Cutter:
 
     def _source(self, value: Value, through: set[Source], taps: dict[Lifted, dict[Value, int]]) -> Source | None:
         fact = self.times.facts[value]
-        if value.data is not None or fact.mixed or value in self.zeros:
+        if value.data is not None or fact.mixed or (value in self.zeros and not self._is_numbered(value)):
             return None
         if fact.form == "pieces":
             lifted = self.lifter.place(value) if fact.data else None
@@ -208,6 +208,12 @@ class Cutter:
         if fact.data:
             return value
         return value if fact.weight and fact.form == "timeless" and not self._is_repeated(value) else None
+
+    def _is_numbered(self, value: Value) -> bool:
+        """Whether it is zero for the number of its piece alone: `k * t` of the first token."""
+        fact = self.times.facts[value]
+        lifted = self.lifter.place(value) if fact.form == "pieces" and fact.data else None
+        return lifted is not None and lifted[0].has_numbers
 
     def _is_repeated(self, value: Value) -> bool:
         """Whether a weight was repeated along one of its axes, or it is a piece of that: one decay for all steps."""

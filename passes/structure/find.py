@@ -46,7 +46,7 @@ from llcompile.passes.structure.other_lengths import expect_elsewhere, expect_sa
 from llcompile.passes.structure.positions import Positions
 from llcompile.passes.structure.probe import Probe
 from llcompile.passes.structure.program import Op, Value
-from llcompile.passes.structure.ranges import Range, ranges
+from llcompile.passes.structure.ranges import REALS, Range, ranges
 from llcompile.passes.structure.reading import Reading
 from llcompile.passes.structure.record import record
 from llcompile.passes.structure.sizing import CannotArrange, Sizing, small
@@ -232,7 +232,7 @@ class _Search:
             return miss
         frame, axes = self.cutter.frame(part)
         result = frame.rows(frame.followed.axes[part.result])
-        bounds = {s: self._range(s) for s in part.sources}
+        bounds = {s: self._range(part, s) for s in part.sources}
         key = "why", fingerprint(part, axes, result, bounds)
         try:
             recall(key, part, axes, result)
@@ -368,7 +368,7 @@ class _Search:
         if len(part.sources) > _SOURCES:
             reason = f"the search stops at {_SOURCES} operands, and it is computed from {len(part.sources)} tensors"
             raise Miss(reason, meets, _APART)
-        bounds = {s: self._range(s) for s in part.sources}
+        bounds = {s: self._range(part, s) for s in part.sources}
         key = fingerprint(part, axes, result, bounds)
         if key in self.findings.failed:
             raise self.findings.failed[key]
@@ -502,8 +502,11 @@ class _Search:
             return probe
         raise Miss("it does not run by itself") from failure
 
-    def _range(self, source: Source) -> Range:
-        return self.ranges.get(sample_of(source), (-float("inf"), float("inf")))
+    def _range(self, part: Part, source: Source) -> Range:
+        """Of a row of pieces, what all of them keep to: each may have numbers of its own."""
+        values = part.taps[source] if isinstance(source, Lifted) else [source]
+        found = [self.ranges.get(value, REALS) for value in values]
+        return min(low for low, _ in found), max(high for _, high in found)
 
 
 def _random(part: Part) -> Op | None:

@@ -66,7 +66,7 @@ class Found:
     @functools.cached_property
     def order(self) -> Axis:
         """Time in the order in which the queries have it: that of a grid's columns, say, where the input has rows."""
-        (value, *_) = _values(self.reading.query)
+        value = next(v for v in _values(self.reading.query) if self.times.facts[v].data)
         rows = self.times.rows(self.times.followed.axes[value])
         found = tuple(leaf for row in rows for leaf in row if self.times.is_time(leaf))
         return found if len(found) == len(self.times.leaves) else self.times.leaves

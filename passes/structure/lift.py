@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from llcompile.passes.structure.lifted import Lifted
+from llcompile.passes.structure.lifted import Lifted, Numbers
 from llcompile.passes.structure.program import Value
 
 
@@ -74,8 +74,13 @@ def _evaluate(source: Lifted, env: dict[Value, Tensor], done: dict[Lifted, Tenso
         return done[source]
     if source.base is not None:
         base, dim, width = source.base
-        made = env[base].unflatten(dim, (source.count, width)) if width else env[base]
+        made, rows = env[base], source.count * max(1, width)
+        if base.shape[dim] != rows:  # a table may have more
+            made = made.narrow(dim, 0, rows)
+        made = made.unflatten(dim, (source.count, width)) if width else made
         made = made.movedim(dim, 0)
+    elif (row := _own_numbers(source)) is not None:
+        made = _with_numbers(source, row, _evaluate(source.args[0], env, done))
     else:
         assert source.op is not None
         leaves: list[Any] = []
@@ -103,6 +108,21 @@ def _evaluate(source: Lifted, env: dict[Value, Tensor], done: dict[Lifted, Tenso
         made = torch.vmap(one, in_dims=tuple(axes))(*leaves)
     done[source] = made
     return made
+
+
+def _own_numbers(source: Lifted) -> Numbers | None:
+    row = source.args[1] if len(source.args) > 1 else None
+    return row if isinstance(row, Numbers) else None
+
+
+def _with_numbers(source: Lifted, row: Numbers, x: Tensor) -> Tensor:
+    """Arithmetic with a number for each piece, in the precision in which it is done with one number."""
+    function = getattr(torch, source.op.name)  # type: ignore[union-attr]
+    if row.single is not None:
+        return function(x, row.single)  # type: ignore[no-any-return]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    numbers = torch.tensor(row.row(source.count), dtype=wide, device=x.device)
+    return function(x.to(wide), numbers.view(-1, *(1,) * (x.dim() - 1))).to(x.dtype)  # type: ignore[no-any-return]
 
 
 class _Slot:

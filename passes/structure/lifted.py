@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,6 +20,8 @@ MOVES = frozenset(_MOVES.split())
 SHAPES = MOVES | frozenset(["slice", "select", "unbind", "split", "split_with_sizes"])
 _PICKS = ("select", "unbind")
 _CUTS = ("slice", "split", "split_with_sizes")
+_ARITHMETIC = ("mul", "div", "add", "sub", "rsub", "pow")
+_FEW = 4  # pieces; of more, one may go without what the others have
 
 
 class Taken(NamedTuple):
@@ -32,6 +36,28 @@ class Taken(NamedTuple):
     value: Value
     dim: int
     width: int
+
+
+@dataclass(eq=False)
+class Numbers:
+    """A number that code in a loop computes anew for each piece: an angle, `1 / (t + 1)`.
+
+    Args:
+        known: position -> the number.
+    """
+
+    known: dict[int, float]
+
+    @property
+    def single(self) -> float | None:
+        """The number, where it is the same for all pieces."""
+        found = set(self.known.values())
+        return next(iter(found)) if len(found) == 1 else None
+
+    def row(self, count: int) -> list[float]:
+        """One for each of so many pieces; a piece that the code leaves out has any."""
+        some = next(iter(self.known.values()))
+        return [self.known.get(i, some) for i in range(count)]
 
 
 @dataclass(eq=False)
@@ -65,6 +91,11 @@ class Lifted:
         parents = [a for a in self.args if isinstance(a, Lifted)]
         return self.op.name in SHAPES and all(p.is_plain for p in parents)
 
+    @functools.cached_property
+    def has_numbers(self) -> bool:
+        """Whether a number of each piece has a part in it."""
+        return any(isinstance(a, Numbers) or (isinstance(a, Lifted) and a.has_numbers) for a in leaves(self.args))
+
 
 Source = Value | Lifted
 
@@ -91,9 +122,19 @@ def _origin(source: Source, known: dict[Source, object], depth: int) -> object:
         inner = [a for a in leaves(args) if isinstance(a, (Value, Lifted))]
         above = tuple(_origin(a, known, depth - 1) for a in inner)
         moves = op.name in MOVES or (op.name in ("mul", "div") and len(inner) == 1)
-        numbers = tuple(a for a in leaves(args) if isinstance(a, (int, float))) if op.name not in MOVES else ()
+        written = tuple(n for n in map(_written, leaves(args)) if n is not None)
+        factor = op.name in ("mul", "div") and len(inner) == 1 and not any(isinstance(n, tuple) for n in written)
+        moves = op.name in MOVES or factor
+        numbers = () if op.name in MOVES else written
         known[source] = above[0] if moves and above else (op.target, source.index, above, numbers)
     return known[source]
+
+
+def _written(argument: Any) -> Any:
+    """A number of the code, or those of all pieces; None for anything else."""
+    if isinstance(argument, Numbers):
+        return argument.single if argument.single is not None else tuple(sorted(argument.known.items()))
+    return argument if isinstance(argument, (int, float)) else None
 
 
 class Lifter:
@@ -103,6 +144,7 @@ class Lifter:
         self.times = times
         self._lifted: dict[Any, Lifted] = {}
         self._places: dict[Value, tuple[Lifted, int] | None] = {}
+        self._rows: dict[Any, set[tuple[int | None, int]]] = {}
 
     def place(self, value: Value) -> tuple[Lifted, int] | None:
         """A piece's value as what it was lifted to and its position; None where it is more than one piece's."""
@@ -127,15 +169,70 @@ class Lifter:
         found_at = {(lifted.count, position) for lifted, position in places.values()}
         if len(found_at) != 1:
             return None
-        args, kwargs = mapped(
-            lambda a: places[a][0] if isinstance(a, Value) and a in places else a, (op.args, op.kwargs)
-        )
-        shape = mapped(lambda a: id(a) if isinstance(a, (Value, Lifted)) else a, (args, kwargs))
         count, position = next(iter(found_at))
-        key = (op.target, op.mode, value.index, repr(shape))
+        given = {parent: lifted for parent, (lifted, _) in places.items()}
+        for parent in op.inputs:
+            table = self.table(parent, count, position) if parent not in given else None
+            if table is not None:
+                given[parent] = table
+        made = self._of_pieces(value, op, given, count)
+        return None if made is None or not self._note(made, op, position) else (made, position)
+
+    def _of_pieces(self, value: Value, op: Op, given: Mapping[Value, Lifted], count: int) -> Lifted | None:
+        """What an operation makes of pieces, for all pieces."""
+        args, kwargs = mapped(lambda a: given.get(a, a) if isinstance(a, Value) else a, (op.args, op.kwargs))
+        rank = -1
+        if self._has_own_number(op, count):
+            rank, args = self._rank(op, count), (args[0], Numbers({}), *args[2:])
+        shape = mapped(_name, (args, kwargs))
+        key = (op.target, op.mode, value.index, rank, repr(shape))
         if key not in self._lifted:
             self._lifted[key] = Lifted(op, args, kwargs, index=value.index, sample=value, count=count)
-        return self._lifted[key], position
+        return self._lifted[key]
+
+    def _note(self, lifted: Lifted, op: Op, position: int) -> bool:
+        """Whether the number of this piece agrees with what is known of it."""
+        row = lifted.args[1] if len(lifted.args) > 1 else None
+        return not isinstance(row, Numbers) or row.known.setdefault(position, op.args[1]) == op.args[1]
+
+    def _has_own_number(self, op: Op, count: int) -> bool:
+        """Whether it has a number that other pieces do not have: fewer of its kind have it than there are pieces."""
+        return is_numbered(op) and self._numbered[_call(op)] < (count if count < _FEW else count - 1)
+
+    def _rank(self, op: Op, count: int) -> int:
+        """Which of the operations on its piece it is, of those with a number of their own."""
+        alike = (o for o in op.args[0].users if o.target is op.target and o.number < op.number)
+        return sum(o.args[0] is op.args[0] and self._has_own_number(o, count) for o in alike)
+
+    @functools.cached_property
+    def _numbered(self) -> Counter[Any]:
+        return Counter(_call(op) for op in self.times.program.ops if is_numbered(op))
+
+    def table(self, value: Value, count: int, position: int) -> Lifted | None:
+        """What is read off a table that has a row for each piece, `cos[t]`; None for what is the same for all."""
+        op, fact = value.op, self.times.facts.get(value)
+        if op is None or fact is None or fact.data or fact.form != "timeless" or len(op.inputs) != 1:
+            return None
+        if op.name not in (*_PICKS, *_CUTS):
+            inner = self.table(op.inputs[0], count, position) if len(op.outputs) == 1 else None
+            return None if inner is None else self._of_pieces(value, op, {op.inputs[0]: inner}, count)
+        base, dim, width, start = op.inputs[0], _dim(op, op.inputs[0]), *_piece(value, op)
+        if start != position * max(1, width) or base.node is None or not self._is_read_in_turn(base, op, count):
+            return None
+        key = "table", Taken(base, dim, width), count
+        if key not in self._lifted:
+            self._lifted[key] = Lifted(None, base=key[1], sample=value, count=count)
+        return self._lifted[key]
+
+    def _is_read_in_turn(self, base: Value, op: Op, count: int) -> bool:
+        """Whether rows of a table are read one after another, as many as there are pieces."""
+        key = base, op.name, _dim(op, base)
+        if key not in self._rows:
+            users = (u for u in base.users if u.name == op.name and u.inputs[0] is base and _dim(u, base) == key[2])
+            self._rows[key] = {_piece(value, user)[::-1] for user in users for value in user.outputs}
+        found = self._rows[key]
+        width = _piece(op.outputs[0], op)[0]
+        return all((i * max(1, width), width) in found for i in range(count))
 
     def _taken(self, value: Value, op: Op) -> tuple[Lifted, int] | None:
         """A piece taken out of a sequence: a token, or one of chunks of equal width."""
@@ -144,19 +241,48 @@ class Lifter:
         row, leaves = self.times.axis_leaves(self.times.followed.axes[base][dim]), self.times.leaves
         if not row or self.times.facts[base].mixed or row != leaves[: len(row)]:
             return None
-        if op.name in _PICKS:
-            width = 0
-            start: int | None = value.index if op.name == "unbind" else _number(op, 2) % base.shape[dim]
-        else:
-            width, start = value.shape[dim], _start(op, value, base.shape[dim])
-            # Chunks of what is in chunks already are no pieces that time is made of in order.
-            if start is None or not width or start % width or base.shape[dim] % width or row != leaves:
-                return None
+        width, start = _piece(value, op)
+        # Chunks of what is in chunks already are no pieces that time is made of in order.
+        if op.name not in _PICKS and (not width or row != leaves or base.shape[dim] % width):
+            return None
+        if start is None or (width and start % width):
+            return None
         key = Taken(base, dim, width)
         if key not in self._lifted:
             count = math.prod(leaf.size for leaf in row) // max(1, width)
             self._lifted[key] = Lifted(None, base=key, sample=value, count=count)
-        return self._lifted[key], (start or 0) // max(1, width)
+        return self._lifted[key], start // max(1, width)
+
+
+def _name(argument: Any) -> Any:
+    """Equal for arguments that are the same, or numbers of their own for each piece."""
+    return "#" if isinstance(argument, Numbers) else id(argument) if isinstance(argument, (Value, Lifted)) else argument
+
+
+def is_numbered(op: Op) -> bool:
+    """Whether it does arithmetic with a tensor and a number."""
+    return (
+        op.name in _ARITHMETIC
+        and len(op.inputs) == 1
+        and len(op.args) > 1
+        and type(op.args[1]) in (int, float)
+        and not op.kwargs
+        and op.outputs[0].dtype == op.inputs[0].dtype
+        and op.outputs[0].dtype.is_floating_point
+    )
+
+
+def _call(op: Op) -> Any:
+    """Equal for operations that a loop does with the same number at the same line."""
+    return op.target, op.args[1], op.node.meta.get("stack_trace")
+
+
+def _piece(value: Value, op: Op) -> tuple[int, int | None]:
+    """How many positions a piece has that was cut out, and where it begins; (0, place) for one that was picked."""
+    base, dim = op.inputs[0], _dim(op, op.inputs[0])
+    if op.name in _PICKS:
+        return 0, value.index if op.name == "unbind" else _number(op, 2) % base.shape[dim]
+    return value.shape[dim], _start(op, value, base.shape[dim])
 
 
 def _dim(op: Op, base: Value) -> int:

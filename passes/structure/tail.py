@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from llcompile.passes.structure.facts import Times
-from llcompile.passes.structure.lifted import Lifted, Lifter, Taken
+from llcompile.passes.structure.lifted import Lifted, Lifter, Numbers, Taken, is_numbered
 from llcompile.passes.structure.program import Op, Value
 
 _FEWEST = 4  # pieces of a loop
@@ -107,8 +107,11 @@ def _expand(row: Row, open_rows: dict[Row, Lifted], times: Times, lifter: Lifter
         return False
     filled: list[Any] = []
     opened: dict[Row, Lifted] = {}
-    for column in columns:
+    numbered = all(op is not None and is_numbered(op) for op in calls)
+    for at, column in enumerate(columns):
         made = _argument(column, open_rows | opened, times, lifter)
+        if numbered and at == 1 and len(set(column)) > 1:
+            made = Numbers(dict(enumerate(column)))
         if made is None and column[0] is not None:
             return False
         if isinstance(made, Lifted) and column not in open_rows and made.op is None and made.base is None:
@@ -133,6 +136,9 @@ def _argument(column: tuple[Any, ...], known: dict[Row, Lifted], times: Times, l
         return first if times.facts[first].form == "timeless" else None
     if _is_mixed(column, times):
         return known.get(column) or Lifted(None, sample=first, count=len(column))
+    tables = {lifter.table(c, len(column), i) for i, c in enumerate(column)}
+    if len(tables) == 1 and None not in tables:
+        return tables.pop()
     places = [lifter.place(c) for c in column]
     lifted = places[0][0] if places[0] is not None else None
     if lifted is None or lifted.count != len(column):

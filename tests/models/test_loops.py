@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.models.written import WIDTH, Function, Written, mix, moves, same
+from tests.models.written import WIDTH, Function, Written, agreeing, compiled, example, mix, moves, same
+from tests.small import difference
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -128,3 +130,63 @@ def test_two_decays(name: str) -> None:
     report, _ = same(normalised(APART[name]), length=9)
     assert not report.converted
     assert report.declined
+
+
+class Tables(Written):
+    """A layer that has a row of numbers for each position: a buffer, longer than the sequences, and a parameter."""
+
+    def __init__(self, function: Function) -> None:
+        super().__init__(function)
+        angles = torch.arange(40.0)[:, None] / 3.0 ** torch.arange(WIDTH // 2)
+        self.register_buffer("cos", angles.cos().repeat(1, 2))
+        self.register_buffer("sin", angles.sin().repeat(1, 2))
+        self.learned = torch.nn.Parameter(torch.randn(9, WIDTH))
+
+
+def _half_turned(x: Tensor) -> Tensor:
+    return torch.cat([-x[..., WIDTH // 2 :], x[..., : WIDTH // 2]], dim=-1)
+
+
+Step = Callable[[Tables, int, Tensor], Tensor]
+STEPS: dict[str, tuple[Step, Step]] = {  # of keys, and of outputs
+    "angles": (lambda m, i, x: x * math.cos(i / 3) + _half_turned(x) * math.sin(i / 3), lambda m, i, x: x),
+    "a table of angles": (lambda m, i, x: x * m.cos[i] + _half_turned(x) * m.sin[i], lambda m, i, x: x),
+    "learned positions": (lambda m, i, x: x + m.learned[i], lambda m, i, x: x),
+    "a mean": (lambda m, i, x: x, lambda m, i, x: x / (i + 1)),
+    "a table for outputs": (lambda m, i, x: x * 2.0, lambda m, i, x: x * m.cos[i] + m.learned[i]),
+    "two factors": (lambda m, i, x: (x * (i + 1)).exp() + (x * (0.5 - i)).tanh(), lambda m, i, x: x),
+    "nothing of the first": (lambda m, i, x: x * i, lambda m, i, x: x),
+}
+
+
+def by_token(key: Step, output: Step) -> Function:
+    """Linear attention token by token, with something done to each key and each output."""
+
+    def function(layer: Tables, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        state, outs = x.new_zeros(len(x), WIDTH, WIDTH), []
+        for i in range(x.shape[1]):
+            state = state + key(layer, i, k[:, i]).unsqueeze(-1) * v[:, i, None]
+            outs.append(output(layer, i, (q[:, i, None] @ state).squeeze(1)))
+        return torch.stack(outs, dim=1)
+
+    return function
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_numbers_of_each_position(name: str) -> None:
+    model = Tables(by_token(*STEPS[name]))
+    report = agreeing(model, length=9)
+    assert [c.family for c in report.converted] == ["linear attention"], str(report)
+    assert moves(model, length=9) > 1e-3
+
+
+def test_a_table_that_changes_is_read_anew() -> None:
+    model = Tables(by_token(*STEPS["a table of angles"]))
+    agreeing(model, length=9)
+    run, control = compiled(model), example(9)
+    with torch.no_grad():
+        before = run(control)
+        model.cos.mul_(0.5)
+        want = model.function(model, control, model.query(control), model.key(control), model.value(control))
+        assert difference(run(control), want) < 1e-5
+    assert difference(before, want) > 1e-2

@@ -11,12 +11,12 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import fx
 
 from llcompile.passes import dynamo
+from llcompile.passes.structure.barriers import around
 from llcompile.passes.structure.found import Found
 from llcompile.passes.structure.lifted import Lifted
-from llcompile.passes.structure.positions import symbolic
+from llcompile.passes.structure.positions import numbers_vary, symbolic
 from llcompile.passes.structure.program import Value
 
 log = logging.getLogger("llcompile")
@@ -56,7 +56,6 @@ def _times(found: Found) -> Iterator[Any]:
 
 def _numbers(found: Found) -> Iterator[Any]:
     """The sizes that come into it as numbers (and, where both stand in one call, as sizes)."""
-    nodes: dict[fx.Node, None] = dict.fromkeys(op.node for op in found.ops)
-    for node in nodes:
-        floats = [size for _, size in symbolic(node) if isinstance(size, torch.SymFloat)]
-        yield from floats
+    for op in dict.fromkeys((*found.ops, *around(found.part, found.tail))):
+        sizes = [size for _, size in symbolic(op.node)]
+        yield from (size for size in sizes if isinstance(size, torch.SymFloat) or numbers_vary(op))

@@ -38,7 +38,7 @@ def expect_no_barrier(part: Part, tail: Tail | None, times: Times, program: Prog
         if _is_followed(op, times):
             _expect_passes(op)
             _expect_mode(op, mode)
-    for op in _around(part, tail):
+    for op in around(part, tail):
         _expect_mode(op, mode)
         if op.mode.function is not None:
             _expect_passes(op)
@@ -67,7 +67,7 @@ def _expect_mode(op: Op, mode: Mode) -> None:
         raise Miss(f"autocast changes inside{_line(op)}", _NEAR, "have all of it inside of one autocast region")
 
 
-def _around(part: Part, tail: Tail | None) -> Iterator[Op]:
+def around(part: Part, tail: Tail | None) -> Iterator[Op]:
     """The operations that the rewrite does anew in the part's place."""
     lifted: Iterable[Lifted] = (source for source in part.sources if isinstance(source, Lifted))
     pending = [*lifted, *(() if tail is None else (tail.root,))]

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
+
 from llcompile.passes.structure.facts import Times
 from llcompile.passes.structure.nested import leaves, mapped
 from llcompile.passes.structure.program import Op, Value
@@ -184,11 +186,24 @@ class Lifter:
         rank = -1
         if self._has_own_number(op, count):
             rank, args = self._rank(op, count), (args[0], Numbers({}), *args[2:])
-        shape = mapped(_name, (args, kwargs))
+        shape = mapped(self.name, (args, kwargs))
         key = (op.target, op.mode, value.index, rank, repr(shape))
         if key not in self._lifted:
             self._lifted[key] = Lifted(op, args, kwargs, index=value.index, sample=value, count=count)
         return self._lifted[key]
+
+    def name(self, argument: Any, depth: int = 8) -> Any:
+        """Equal for arguments that are the same for all pieces, also where each piece has them made anew."""
+        if isinstance(argument, Numbers):
+            return "#"
+        if not isinstance(argument, (Value, Lifted)):
+            return argument
+        op = None if isinstance(argument, Lifted) else argument.op
+        fact = self.times.facts.get(argument) if isinstance(argument, Value) else None
+        if op is None or fact is None or fact.data or len(op.inputs) > 1 or depth == 0 or _is_random(op):
+            return id(argument)
+        inner = mapped(lambda a: self.name(a, depth - 1), (op.args, op.kwargs))
+        return op.target, op.mode, argument.index, repr(inner)
 
     def _note(self, lifted: Lifted, op: Op, position: int) -> bool:
         """Whether the number of this piece agrees with what is known of it."""
@@ -254,9 +269,8 @@ class Lifter:
         return self._lifted[key], start // max(1, width)
 
 
-def _name(argument: Any) -> Any:
-    """Equal for arguments that are the same, or numbers of their own for each piece."""
-    return "#" if isinstance(argument, Numbers) else id(argument) if isinstance(argument, (Value, Lifted)) else argument
+def _is_random(op: Op) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(op.target, "tags", ())
 
 
 def is_numbered(op: Op) -> bool:

@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 from llcompile.passes.discover import user_line
 from llcompile.passes.regions import Region
+from llcompile.passes.structure.barriers import around
 from llcompile.passes.structure.found import Findings, Found
-from llcompile.passes.structure.positions import Positions
+from llcompile.passes.structure.positions import Positions, numbers_vary
 from llcompile.passes.structure.program import Program, Value
 
 _COMPARISONS = frozenset(
@@ -20,7 +21,8 @@ _LONGEST = 4096  # a window wider than this is not looked for
 def expect_same(findings: Findings) -> None:
     """What is computed from positions and sizes must go on as it began, or the length is fixed."""
     for found in (*findings.found, *(f for group in findings.denominators.values() for f in group)):
-        op = Positions(found).varying()
+        redone = filter(numbers_vary, around(found.part, found.tail))
+        op = Positions(found).varying() or next(redone, None)
         if op is not None:
             found.fixed = f"its {op.name} ({user_line(op.node.meta)}) may differ at other lengths"
 

@@ -132,7 +132,8 @@ def _argument(column: tuple[Any, ...], known: dict[Row, Lifted], times: Times, l
         return first if all(type(c) is type(first) and c == first for c in column) else None
     if not all(isinstance(c, Value) for c in column):
         return None
-    if all(c is first for c in column):
+    name = lifter.name(first)
+    if all(c is first or lifter.name(c) == name for c in column):
         return first if times.facts[first].form == "timeless" else None
     if _is_mixed(column, times):
         return known.get(column) or Lifted(None, sample=first, count=len(column))

@@ -155,6 +155,7 @@ STEPS: dict[str, tuple[Step, Step]] = {  # of keys, and of outputs
     "a mean": (lambda m, i, x: x, lambda m, i, x: x / (i + 1)),
     "a table for outputs": (lambda m, i, x: x * 2.0, lambda m, i, x: x * m.cos[i] + m.learned[i]),
     "two factors": (lambda m, i, x: (x * (i + 1)).exp() + (x * (0.5 - i)).tanh(), lambda m, i, x: x),
+    "ones made anew": (lambda m, i, x: (x + torch.ones(WIDTH)).tanh(), lambda m, i, x: torch.zeros(1) - x),
     "nothing of the first": (lambda m, i, x: x * i, lambda m, i, x: x),
 }
 
@@ -190,3 +191,21 @@ def test_a_table_that_changes_is_read_anew() -> None:
         want = model.function(model, control, model.query(control), model.key(control), model.value(control))
         assert difference(run(control), want) < 1e-5
     assert difference(before, want) > 1e-2
+
+
+def _scaled_by_rows(m: Tables, i: int, x: Tensor) -> Tensor:
+    return (x * len(x) ** -0.5).tanh()
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["keys", "outputs"])
+def test_a_number_that_follows_from_the_batch(place: int) -> None:
+    """It is another one in the graph that Dynamo makes for all batches."""
+    steps = [STEPS["a mean"][0]] * 2
+    steps[place] = _scaled_by_rows
+    model = Tables(by_token(steps[0], steps[1]))
+    assert agreeing(model, length=9).converted
+    run = compiled(model)
+    for rows in (2, 3, 5):
+        x = torch.randn(rows, 9, WIDTH)
+        want = model.function(model, x, model.query(x), model.key(x), model.value(x))
+        assert difference(run(x), want) < 1e-5

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from llcompile.passes import dynamo
 from llcompile.passes.capture import leaf_of
+from llcompile.passes.nested_gradients import is_about
 from llcompile.passes.structure.modes import is_function
 from llcompile.passes.structure.nested import leaves, mapped
 
@@ -116,6 +117,10 @@ class _Runner:
             return
         args = fx.map_arg((node.args, dict(node.kwargs)), lambda n: self.results.get(n))  # type: ignore[misc]
         tensors = [_bare(leaf) for leaf in leaves(args) if isinstance(leaf, Tensor)]
+        if is_about(node):
+            self._keep(node, self._example(node))
+            effects._shows[node] = _NONE.union(*map(effects.shows, node.all_input_nodes))
+            return
         try:
             written = self._written(node, args, tensors)
         except Exception:

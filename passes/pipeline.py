@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from llcompile.passes import dynamo
+from llcompile.passes import dynamo, nested_gradients
 from llcompile.passes.attach import attach
 from llcompile.passes.bind import bind
 from llcompile.passes.check import check
@@ -57,6 +57,7 @@ def change(session: Session) -> None:
     """Rewrites the graph; `look` has been run on it."""
     with dynamo.tracing_fake_mode(session.graph):
         _run(session, CHANGE)
+    nested_gradients.wrap(session.graph, session.wrappers)
     for region in session.regions:
         region.module.recompile()
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from llcompile.passes import nested_gradients
 from llcompile.passes.capture import Leaf
 from llcompile.passes.marks import Mark, take
 from llcompile.passes.records import Certificate, Declined, Untouched
@@ -165,6 +166,7 @@ class Session:
 
     def __post_init__(self) -> None:
         self.regions = regions(self.module)
+        self.wrappers = nested_gradients.unwrap(self.graph)
         self.marks: tuple[Mark, ...] = take(self.regions)
         # What Dynamo made: some of it has no value, the handle of a context manager for example.
         self.given = frozenset(node for region in self.regions for node in region.graph.nodes)

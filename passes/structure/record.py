@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from llcompile.passes import dynamo
 from llcompile.passes.capture import leaf_of
+from llcompile.passes.nested_gradients import is_about, is_around
 from llcompile.passes.regions import Region
 from llcompile.passes.structure.modes import Mode, Modes, is_function
 from llcompile.passes.structure.nested import leaves, mapped
@@ -143,6 +144,8 @@ class _Recorder:
         if node.op == "get_attr":
             return self._attribute(node)
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: results[n])  # type: ignore[misc]
+        if is_about(node) or is_around(node):
+            return self._opaque(node, args, kwargs)
         if node.target in _DROPOUTS:  # with dynamic=True its rate is a number that Dynamo reads from an input
             args, kwargs = mapped(lambda a: _SOME_RATE if isinstance(a, _Unknown) else a, (args, kwargs))
         if any(isinstance(a, _Unknown) for a in leaves((args, kwargs))):

@@ -22,11 +22,12 @@ class Miss(Exception):
         reason: that property, in words.
         near: whether the part looks like a mixer otherwise, so that a person wants to read of it.
         hint: what to do about it.
+        open: whether it looks at the past and at the token itself, as a mixer does, so that another cut may show one.
     """
 
-    def __init__(self, reason: str, near: int = 0, hint: str = "") -> None:
+    def __init__(self, reason: str, near: int = 0, hint: str = "", open: bool = False) -> None:
         super().__init__(reason)
-        self.reason, self.near, self.hint = reason, near, hint
+        self.reason, self.near, self.hint, self.open = reason, near, hint, open
 
 
 @dataclass
@@ -62,7 +63,29 @@ def classify(probe: Probe) -> Roles:
     Raises:
         Miss: with the first property that does not hold.
     """
-    return _Classifier(probe).roles()
+    classifier = _Classifier(probe)
+    try:
+        return classifier.roles()
+    except Miss as miss:
+        reach = set(classifier.reach.values())
+        miss.open = "from" in reach and reach.isdisjoint(["window", "before"])
+        raise
+
+
+def sees_itself(probe: Probe) -> bool:
+    """Whether positions of the result depend on the same position of some source.
+
+    Raises:
+        Miss: one depends on a later position.
+    """
+    classifier, itself = _Classifier(probe), False
+    for source in (s for s in probe.part.sources if probe.values[s].is_floating_point() and probe.is_timed(s)):
+        for position in {1, probe.length // 2, probe.length - 1}:
+            rows = classifier.reached(source, position)
+            if rows and rows[0] < position:
+                raise Miss(f"not causal: output {rows[0]} depends on input {position}")
+            itself |= position in rows
+    return itself
 
 
 class _Classifier:
@@ -109,8 +132,8 @@ class _Classifier:
         middle = 0 if probe.length == 2 else probe.length // 2
         noncausal = None
         for source in timed:
-            rows = self._reached(source, middle)
-            if probe.length == 2 and self._reached(source, 1)[:1] == [0]:
+            rows = self.reached(source, middle)
+            if probe.length == 2 and self.reached(source, 1)[:1] == [0]:
                 self.reach[source] = "before"
                 noncausal = noncausal or "not causal: output 0 depends on input 1"
             elif not rows:
@@ -128,7 +151,7 @@ class _Classifier:
                     self.reach[source] = "window"
         self.noncausal = noncausal
 
-    def _reached(self, source: Source, position: int) -> list[int]:
+    def reached(self, source: Source, position: int) -> list[int]:
         """The positions of the result that depend on one position of a source."""
         other = self.probe.by_time(self.probe.run({source: self.probe.at_one_time(source, position)}))
         size = self.base.abs().amax().clamp_min(1e-300)

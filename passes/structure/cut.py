@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from llcompile.passes.structure.axes import Atom, Atoms, Axes, Axis
@@ -36,6 +38,12 @@ class Part:
     taps: dict[Lifted, dict[Value, int]] = field(default_factory=dict)
     earlier: frozenset[Value] = frozenset()
     functions: dict[Any, Callable[..., Tensor]] = field(default_factory=dict)
+
+    @functools.cached_property
+    def random(self) -> Op | None:
+        """The first operation that draws numbers; nothing can be measured of a mixer with one."""
+        drawn = torch.Tag.nondeterministic_seeded
+        return next((op for op in self.ops if drawn in getattr(op.target, "tags", ())), None)
 
 
 class Cutter:

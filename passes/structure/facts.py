@@ -18,7 +18,10 @@ from llcompile.passes.structure.program import Op, Program, Value
 Form = Literal["timeless", "sequence", "pieces"]
 
 _CUTS = frozenset(["select", "slice", "split", "split_with_sizes", "unbind"])
+_JOINS = frozenset(["cat", "stack"])
 _SCANS = frozenset(["cumsum", "cumprod", "logcumsumexp"])
+# What makes a number the same for all tokens, in training only, mixes no tokens.
+_STATISTICS = frozenset(["native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"])
 _WRITES = frozenset(["select_scatter", "slice_scatter", "index_put"])
 
 
@@ -31,6 +34,7 @@ class Fact:
         weight: it depends on a parameter.
         form: see `Form`.
         mixed: it joins several positions, and no projection came after.
+        outer: it has products of two tensors that are larger than both, and no projection came after.
         place: the position that pieces were taken from; None for no single one.
     """
 
@@ -38,15 +42,26 @@ class Fact:
     weight: bool = False
     form: Form = "timeless"
     mixed: bool = False
+    outer: bool = False
     place: tuple[int, ...] | None = None
 
 
 class Times(Frame):
-    """The facts of a program for one choice of the time axis; `shorter` is that axis before it was padded."""
+    """The facts of a program for one choice of the time axis.
 
-    def __init__(self, program: Program, followed: Followed, time: Axis, shorter: Axis | None = None) -> None:
+    Args:
+        program: the graph.
+        followed: its axes.
+        time: the axis.
+        shorter: that axis before it was padded.
+        lone: what one sequence does with its own positions (a shift, a short convolution) is not seen as mixing.
+    """
+
+    def __init__(
+        self, program: Program, followed: Followed, time: Axis, shorter: Axis | None = None, lone: bool = False
+    ) -> None:
         super().__init__(followed, time)
-        self.program = program
+        self.program, self.lone = program, lone
         self.shorter = self.leaves if shorter is None else followed.atoms.leaves(shorter)
         self.chunks = self._chunks()
         self.facts: dict[Value, Fact] = {
@@ -88,21 +103,33 @@ class Times(Frame):
     def step(self, op: Op) -> None:
         """Adds the facts of an operation's results; its operands' facts are there."""
         given = [self.facts.setdefault(v, Fact()) for v in op.inputs]
-        mixes = self.mixes_time(op) and not self._fills(op)
+        mixes = self.mixes_time(op) and not self._fills(op) and op.name not in _STATISTICS
         timeless = not mixes and all(f.form == "timeless" for f in given)
+        lone = self.lone and self._is_lone(op)
         data, weight = any(f.data for f in given), any(f.weight for f in given)
         for value in op.outputs:
             form = self._form(value, timeless)
             place, joins = self._place(op, given, value.index)
-            mixed = data and (any(f.mixed for f in given) or joins)
-            mixed = mixed or (data and mixes and op.name not in _CUTS)
+            mixed = data and (any(f.mixed for f in given) or (joins and not lone))
+            mixed = mixed or (data and mixes and op.name not in _CUTS and not lone)
             mixed = mixed or (form == "pieces" and self._crosses(op, value))
             # A part of the sequence, made as long as it again: a shift.
             shift = form == "sequence" and op.name not in _CUTS and any(f.data and f.form == "pieces" for f in given)
-            mixed = mixed or shift
-            if mixed and op.name in WEIGHTED and self._is_projection(op):
-                mixed = form != "sequence" and op.name != "convolution"
-            self.facts[value] = Fact(data, weight, form, mixed, place if form == "pieces" else None)
+            mixed = mixed or (shift and not lone)
+            outer = any(f.outer for f in given) or self._is_outer(op, value)
+            if (mixed or outer) and op.name in WEIGHTED and self._is_projection(op):
+                mixed, outer = mixed and form != "sequence" and op.name != "convolution", False
+            self.facts[value] = Fact(data, weight, form, mixed, outer, place if form == "pieces" else None)
+
+    def _is_lone(self, op: Op) -> bool:
+        """Whether it does something with the positions of sequences that have not met: no states, sums or scores."""
+        given = [v for v in op.inputs if self.facts[v].data]
+        meet = op.name in WEIGHTED and sum(self.facts[v].form != "timeless" for v in given) > 1
+        return op.name not in _SCANS and not meet and not any(self.facts[v].outer for v in given)
+
+    def _is_outer(self, op: Op, value: Value) -> bool:
+        sizes = [math.prod(v.shape) for v in op.inputs if self.facts[v].data and self.facts[v].form != "timeless"]
+        return len(sizes) > 1 and op.name not in _JOINS and math.prod(value.shape) > max(sizes)
 
     def _fills(self, op: Op) -> bool:
         """Whether it writes what no input has a part in (v[:, 0] = 0): every position remains its own."""

@@ -27,7 +27,7 @@ from llcompile.passes.structure.axes import Axis
 from llcompile.passes.structure.axis_rules.table import rule_for
 from llcompile.passes.structure.barriers import expect_no_barrier
 from llcompile.passes.structure.certify import certify
-from llcompile.passes.structure.classify import Miss, classify
+from llcompile.passes.structure.classify import Miss, classify, sees_itself
 from llcompile.passes.structure.computed_twice import merge_computed_twice
 from llcompile.passes.structure.cut import Cutter, Part
 from llcompile.passes.structure.denominators import pair_denominators
@@ -36,7 +36,7 @@ from llcompile.passes.structure.follow import WEIGHTED, Followed, follow_program
 from llcompile.passes.structure.found import Findings, Found, Missed, count
 from llcompile.passes.structure.frame import Frame, Row
 from llcompile.passes.structure.lift import bases_of
-from llcompile.passes.structure.lifted import MOVES, SHAPES, Lifted, Source, sample_of
+from llcompile.passes.structure.lifted import MOVES, SHAPES, Lifted, Source, origin, sample_of
 from llcompile.passes.structure.measured import Measured, meet
 from llcompile.passes.structure.memo import fingerprint, is_lasting, recall, remember
 from llcompile.passes.structure.name_written import name_written
@@ -88,12 +88,12 @@ def _find(region: Region, factor: int) -> Findings:
     program = record(region, factor)
     name_written(region, program)
     merge_computed_twice(program)
-    followed = follow_program(program)
-    findings = Findings(program, counts=Counter(followed.counts))
     taken: set[Value] = set()
     # Not in the user's modes: a default device, say.
     modes = _disable_current_modes(), torch._C.DisableTorchFunction()
     with modes[0], modes[1], torch.no_grad(), torch.autocast("cpu", enabled=False):
+        followed = follow_program(program)
+        findings = Findings(program, counts=Counter(followed.counts))
         given = time_axes(program, followed)[:_TIMES]
         for axis in given:
             _search(findings, followed, axis, taken)
@@ -116,7 +116,11 @@ def _find(region: Region, factor: int) -> Findings:
 
 def _search(findings: Findings, followed: Followed, axis: Axis, taken: set[Value]) -> None:
     for time in (axis, *lengthened(followed, axis)):
-        _Search(findings, followed, Times(findings.program, followed, time, shorter=axis), taken).run()
+        first = _Search(findings, followed, Times(findings.program, followed, time, shorter=axis), taken)
+        first.run()
+        if first.open:
+            again = Times(findings.program, followed, time, shorter=axis, lone=True)
+            _Search(findings, followed, again, taken, first).run()
 
 
 def _search_pieces(findings: Findings, followed: Followed, pieces: list[Axis]) -> None:
@@ -137,14 +141,22 @@ def _called(node: fx.Node) -> fx.Node:
 
 
 class _Search:
-    """The search with one choice of the time axis."""
+    """The search with one choice of the time axis.
 
-    def __init__(self, findings: Findings, followed: Followed, times: Times, taken: set[Value]) -> None:
+    Where operands mix positions themselves (keys with the keys before), the values that look like a mixer's output
+    are searched once more, with such operands as sources; `before` is the first search.
+    """
+
+    def __init__(
+        self, findings: Findings, followed: Followed, times: Times, taken: set[Value], before: _Search | None = None
+    ) -> None:
         self.findings, self.followed, self.times, self.taken = findings, followed, times, taken
+        self.before, self.open = before, set[Value]()
         self.ranges = ranges(findings.program)
         zeros = {v for v, bounds in self.ranges.items() if v.op is not None and bounds == (0.0, 0.0)}
         self.cutter = Cutter(times, zeros)
         self.tried: set[Value] = set()
+        self._across: dict[Value, bool] = {}
         self.captured = {op.node for op in findings.program.ops if leaf_of(_called(op.node).target) is not None}
 
     def run(self) -> None:
@@ -162,7 +174,7 @@ class _Search:
         """Notes an operation that takes scores and that no axis can be followed through."""
         if rule_for(op) is not None or op.node in self.captured or not op.outputs:
             return
-        if any(self._stands_across(v) for v in op.inputs):
+        if self.before is None and any(self._stands_across(v) for v in op.inputs):
             miss = Miss(f"scores pass through {_named(op)}, which is not known", 1, "write it in operations of torch")
             self.findings.missed.append(Missed(op.outputs[0], miss, times=self.times))
 
@@ -172,6 +184,8 @@ class _Search:
             return False
         if any(op in found.ops for found in self.findings.found if found.times is not self.times):
             return False  # it was found before, with time as it was before it was padded
+        if self.before is not None and value not in self.before.open:
+            return False
         if any(user.name in _SCATTERS and user.inputs[0] is value and self._builds(user) for user in value.users):
             return False  # a result that is still being written
         if not self._may_complete(op):
@@ -210,11 +224,15 @@ class _Search:
         part: Part | None = None
         nearest: Part | None = None
         for part, tail in self._cuts(value):
+            if self.before is not None and not self._is_new(part):
+                continue
             self.findings.counts["cuts"] += 1
             try:
                 found = self._read_safely(part, tail)
             except Miss as miss:
                 log.debug("structure: %s %s from %s: %s", _made_by(part.result), part.result, part.sources, miss.reason)
+                if miss.open:
+                    self.open.add(value)
                 if best is None or miss.near > best.near:
                     best, nearest = miss, part
                 continue
@@ -222,13 +240,18 @@ class _Search:
             self.taken.add(value)
             self.times.facts[value].mixed = False
             return
-        if best is not None and nearest is not None and best.near > 0:
+        if self.before is None and best is not None and nearest is not None and best.near > 0:
             why = functools.partial(self._why, nearest, best)
             self.findings.missed.append(Missed(value, best, part, why, self.times))
 
+    def _is_new(self, part: Part) -> bool:
+        """Whether it has a source that the first search took for mixed."""
+        assert self.before is not None
+        return any(self.before.mixes(s) for s in part.sources)
+
     def _why(self, part: Part, miss: Miss) -> Miss:
         """The miss with the first property that fails, if one can be measured."""
-        if len(part.ops) > _ASKED or _random(part) is not None:
+        if len(part.ops) > _ASKED or part.random is not None:
             return miss
         frame, axes = self.cutter.frame(part)
         result = frame.rows(frame.followed.axes[part.result])
@@ -263,7 +286,7 @@ class _Search:
         """The cuts to try: the latest that is not inside of a product, then the one behind shared factors."""
         passed: set[Source] = set()
         part: Part | None = None
-        for rule in (self._inside, self._combined, self._derived):
+        for rule in (self._inside, self._squared, self._combined, self._derived):
             part, moved = self.cutter.cut(value, passed), rule == self._inside
             for _ in range(_WIDENINGS):
                 further = set() if part is None else rule(part) | self._inside(part)
@@ -291,7 +314,11 @@ class _Search:
         """Whether it is made of several that depend on data: the first token's output, where there are two tokens."""
         return isinstance(source, Lifted) and sum(map(self._is_data, bases_of(source))) > 1
 
-    def _is_product(self, source: Source) -> bool:
+    def _squared(self, part: Part) -> set[Source]:
+        """Outer products of a tensor with itself: features at first, a state where keys and values are one tensor."""
+        return {s for s in part.sources if self._is_product(s, squares=True)}
+
+    def _is_product(self, source: Source, squares: bool = False) -> bool:
         """Whether it is larger than all it is made of (k v^T), or computed from such a thing element by element."""
         op, inner = source.op, [p for p in self._inner(source) if self._is_data(p)]
         if not inner:  # powers of a learned decay for the positions of a chunk
@@ -299,9 +326,9 @@ class _Search:
         if op is None or not inner or self._is_projection(op):
             return False
         size, largest = count(sample_of(source).shape), max(count(sample_of(p).shape) for p in inner)
-        if op.name not in _JOINS and size > largest:
-            return True
-        return any(count(sample_of(p).shape) == size and self._is_product(p) for p in inner)
+        if op.name not in _JOINS and size > largest and (len(op.inputs) > 1 or op.name == "diag_embed"):
+            return squares or len(inner) < 2 or len(set(map(origin, inner))) > 1
+        return any(count(sample_of(p).shape) == size and self._is_product(p, squares) for p in inner)
 
     def _is_projection(self, op: Op) -> bool:
         facts = [self.times.facts[v] for v in op.inputs]
@@ -360,11 +387,13 @@ class _Search:
         self._expect_sequences(part)
         frame, axes = self.cutter.frame(part)
         result = frame.rows(frame.followed.axes[part.result])
-        self._expect_contraction(frame, axes, result)
+        self._expect_contraction(part, frame, axes, result)
         meets = int(meet(axes, result, frame))
-        drawn = _random(part)
+        drawn = part.random
         if drawn is not None:
-            raise Miss(f"its {_named(drawn)} ({user_line(drawn.node.meta)}) is random", 3 * meets, _OUTSIDE)
+            raise Miss(
+                f"its {_named(drawn)} ({user_line(drawn.node.meta)}) is random", 3 * meets, _OUTSIDE, open=meets > 0
+            )
         if len(part.sources) > _SOURCES:
             reason = f"the search stops at {_SOURCES} operands, and it is computed from {len(part.sources)} tensors"
             raise Miss(reason, meets, _APART)
@@ -380,13 +409,15 @@ class _Search:
             except Miss as first:
                 miss, lasting = first, is_lasting(first)
                 if not miss.near and meet(axes, result, frame):
-                    miss = Miss(miss.reason, 1, miss.hint)
+                    miss = Miss(miss.reason, 1, miss.hint, miss.open)
                 if lasting:
                     remember(key, part, axes, result, miss)
                 else:
                     self.findings.failed[key] = miss
                 raise miss from first.__cause__
             remember(key, part, axes, result, known)
+        if self.before is not None:
+            self.before.expect_causal(known[0])
         if known[0].assumed and known[0].decay is not None:
             expect_decay(known[0].decay)
         expect_no_barrier(part, tail, self.times, self.findings.program)
@@ -434,6 +465,33 @@ class _Search:
         except _NOT_RUN as error:
             raise Miss(f"it does not run by itself: {type(error).__name__}: {error}".split("\n")[0]) from error
 
+    def mixes(self, source: Source) -> bool:
+        """Whether a source joins positions; a row of pieces that a tail put together does."""
+        fact = self.times.facts.get(sample_of(source))
+        return fact is None or fact.mixed
+
+    def expect_causal(self, reading: Reading) -> None:
+        """The operands that mix positions look back and at the token itself: what is read may see no more than before.
+
+        Raises:
+            Miss: one does not, or it could not be seen.
+        """
+        late = {source for source in filter(self.mixes, reading.rows) if not self._sees_itself(source)}
+        if reading.key in late and (reading.value is None or reading.value in late):
+            raise Miss("strictly causal: a token does not see itself", 3, "include the diagonal")
+
+    def _sees_itself(self, source: Source) -> bool:
+        value = sample_of(source)
+        part = self.cutter.cut(value)
+        if part is None:
+            raise Miss("an operand that mixes positions is too large to be looked at")
+        frame, axes = self.cutter.frame(part)
+        result = frame.rows(frame.followed.axes[value])
+        try:
+            return sees_itself(self._probe(frame, part, axes, result, {s: self._range(part, s) for s in part.sources}))
+        except _NOT_RUN as error:
+            raise Miss("an operand that mixes positions does not run by itself") from error
+
     def _expect_sequences(self, part: Part) -> None:
         """What can be told without numbers, so that most values cost little."""
         facts = self.times.facts
@@ -464,13 +522,16 @@ class _Search:
 
     def _stands_across(self, value: Value) -> bool:
         """Whether it has a number for each two positions, from the input."""
-        if not value.dtype.is_floating_point or not self.times.facts[value].data:
-            return False
-        rows = self.times.rows(self.times.followed.axes[value])
-        return sum(map(self.times.is_time, itertools.chain(*rows))) > len(self.times.leaves)
+        if value not in self._across:
+            fact = self.times.facts.get(value)
+            if fact is None or not fact.data or not value.dtype.is_floating_point:
+                return False
+            rows = self.times.rows(self.times.followed.axes[value])
+            self._across[value] = sum(map(self.times.is_time, itertools.chain(*rows))) > len(self.times.leaves)
+        return self._across[value]
 
     def _expect_contraction(
-        self, frame: Frame, axes: Mapping[Source, tuple[Row, ...]], result: tuple[Row, ...]
+        self, part: Part, frame: Frame, axes: Mapping[Source, tuple[Row, ...]], result: tuple[Row, ...]
     ) -> None:
         """Queries and keys have axes that the output does not have; told without numbers, as most values fail here."""
         kept = {id(atom) for row in result for atom in row}
@@ -479,7 +540,7 @@ class _Search:
         timed = [{id(a) for row in rows for a in row} for rows in axes.values()]
         times = {id(leaf) for leaf in frame.leaves}
         if sum(bool(atoms & times) and bool(atoms - kept) for atoms in timed) < 2:
-            raise Miss("no query and key: nothing is contracted")
+            raise Miss("no query and key: nothing is contracted", open=self._has_scores(part))
 
     def _probe(
         self,
@@ -507,11 +568,6 @@ class _Search:
         values = part.taps[source] if isinstance(source, Lifted) else [source]
         found = [self.ranges.get(value, REALS) for value in values]
         return min(low for low, _ in found), max(high for _, high in found)
-
-
-def _random(part: Part) -> Op | None:
-    """The first operation that draws numbers; nothing can be measured of such a part."""
-    return next((op for op in part.ops if torch.Tag.nondeterministic_seeded in getattr(op.target, "tags", ())), None)
 
 
 def _named(op: Op) -> str:

@@ -90,7 +90,7 @@ def remember(
 ) -> None:
     """Keeps an answer, without the part's own objects."""
     if isinstance(found, Miss):
-        _answers[key] = Answer(None, None, Miss(found.reason, found.near, found.hint))
+        _answers[key] = Answer(None, None, Miss(found.reason, found.near, found.hint, found.open))
         return
     numbers = _numbers(part.sources, rows, result)
     places = {id(source): i for i, source in enumerate(part.sources)}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -82,7 +83,8 @@ class Probe:
         function, read = self._function
         numbers = {**self.values, **(changed or {})}
         given = [numbers[s] if isinstance(s, Value) else numbers[s][position] for s, position in read]
-        return function(*given).to(self.dtype)
+        with _same_draws() if self.part.random is not None else nullcontext():
+            return function(*given).to(self.dtype)
 
     def numbers_of(self, value: Value) -> Tensor:
         """The numbers of a value inside of the part."""
@@ -131,6 +133,18 @@ class Probe:
         where = arrange(mask, (times.leaves,), tuple((a,) for a in atoms), self.sizing.of)
         where = where.reshape(self.values[source].shape)
         return torch.where(where, self.draw(source), self.values[source])
+
+
+@contextmanager
+def _same_draws() -> Iterator[None]:
+    """Random operations draw the same each time, and the user's generator is as it was."""
+    generator = torch.default_generator
+    state = generator.get_state()
+    generator.manual_seed(0)
+    try:
+        yield
+    finally:
+        generator.set_state(state)
 
 
 def within(z: Tensor, bounds: Range) -> Tensor:

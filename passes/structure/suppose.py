@@ -42,9 +42,11 @@ def suppose(probe: Probe, roles: Roles) -> Reading:
             return found
         closest = min(closest, error)
     if not roles.linear_query:
-        raise Miss("not linear in the query", 2, "scores must enter as they are: no square, exponential or softmax")
+        raise Miss(
+            "not linear in the query", 2, "scores must enter as they are: no square, exponential or softmax", True
+        )
     how = f"agrees at w = 1 to {closest:.0e} only" if closest < 0.3 else "its scores are not those of a known family"
-    raise Miss(how, 2, "see docs/operator.md for the families")
+    raise Miss(how, 2, "see docs/operator.md for the families", True)
 
 
 def _readings(probe: Probe, roles: Roles) -> Iterator[Reading]:

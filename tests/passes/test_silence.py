@@ -365,7 +365,12 @@ def shuffled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT).tril() @ v
 
 
+def of_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.renorm((q @ k.mT).tril(), 2, 0, 1e6) @ v
+
+
 def test_operations_on_an_operand() -> None:
-    """An operand by an operation that no axis can be followed through; a gated unit can be."""
+    """Axes are followed through an operation that no rule knows; scores that pass through one are named."""
     assert said(Layer(halves), example())[""] == "linear attention"
-    assert "channel_shuffle" in said(Layer(shuffled), example())[""]
+    assert said(Layer(shuffled), example())[""] == "linear attention"
+    assert "renorm" in said(Layer(of_scores), example())[""]

@@ -90,6 +90,16 @@ def _grouped_norm(c: Call) -> list[Axes]:
     return [axes if v.shape == c.first.shape else c.new(i) for i, v in enumerate(c.op.outputs)]
 
 
+def _batch_norm(c: Call) -> list[Axes]:
+    """Channel by channel; its statistics are those of all the rest in training, and numbers of the model otherwise."""
+    axes = c.axes[c.first]
+    for value in c.op.inputs[1:]:
+        c.pair(axes[1], c.axes[value][0])
+    if c.arg("training"):
+        c.mix(axes[0], *axes[2:])
+    return [axes, *(c.new(i) for i in range(1, len(c.op.outputs)))]
+
+
 def _convolution(c: Call) -> list[Axes]:
     axes, weight, out = c.of("input"), c.of("weight"), c.op.outputs[0].shape
     made: list[Axis] = [axes[0], weight[0] if len(weight[0]) else c.atoms.new(out[1])]
@@ -107,6 +117,7 @@ def _convolution(c: Call) -> list[Axes]:
 # Rule, and the operations that follow it.
 ROWS: Rows = (
     (_grouped_norm, "native_group_norm"),
+    (_batch_norm, "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training"),
     (_reduce, "sum mean prod amax amin max min any all var std norm linalg_vector_norm logsumexp argmax argmin"),
     (_scan, "cumsum cumprod cummax logcumsumexp _softmax _log_softmax softmax flip roll sort _safe_softmax"),
     (_topk, "topk"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from llcompile.passes.structure.axes import Axes, Axis
 from llcompile.passes.structure.axis_rules.call import Call, Rows, pin, size_of
+from llcompile.passes.structure.axis_rules.unknown import Pairs, measured
 
 
 def _made(c: Call) -> list[Axes]:
@@ -19,7 +20,29 @@ def _like(c: Call) -> list[Axes]:
 
 
 def opaque(c: Call) -> list[Axes]:
-    """An operation that the table does not know (a scan, say): axes of sizes that only one axis has are that axis."""
+    """An operation that the table does not know: its axes as they were measured, or by their sizes."""
+    pairs = measured(c.op)
+    return _by_size(c) if pairs is None else _by_measure(c, pairs)
+
+
+def _by_measure(c: Call, pairs: Pairs) -> list[Axes]:
+    made = [list(c.new(i)) for i in range(len(c.op.outputs))]
+    for operand, value in enumerate(c.op.inputs):
+        for axis, own in enumerate(c.axes[value]):
+            pin(c, own)
+            found = pairs.get((operand, axis))
+            if found is None:
+                c.mix(own)
+            for result, d in enumerate(found or ()):
+                if d >= 0:
+                    made[result][d] = c.pair(own, made[result][d])
+    for new in (axis for axes in made for axis in axes):
+        pin(c, new)
+    return [tuple(axes) for axes in made]
+
+
+def _by_size(c: Call) -> list[Axes]:
+    """Axes of sizes that only one axis has are that axis."""
     c.mix(*(axis for value in c.op.inputs for axis in c.axes[value]))
     known: dict[int, set[Axis]] = {}
     for value in c.op.inputs:

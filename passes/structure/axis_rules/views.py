@@ -109,6 +109,17 @@ def _pad(c: Call) -> list[Axes]:
     return [tuple(axes)]
 
 
+def _as_complex(c: Call) -> list[Axes]:
+    """The last axis holds the real and the imaginary part."""
+    axes = c.axes[c.first]
+    c.mix(axes[-1])
+    return [axes[:-1]]
+
+
+def _as_real(c: Call) -> list[Axes]:
+    return [(*c.axes[c.first], c.atoms.new(2))]
+
+
 # Rule, and the operations that follow it.
 ROWS: Rows = (
     (_same, "clone contiguous _to_copy lift_fresh_copy detach alias native_dropout bernoulli log_sigmoid_forward"),
@@ -122,4 +133,6 @@ ROWS: Rows = (
     (_expand, "expand"),
     (_repeat, "repeat"),
     (_pad, "constant_pad_nd"),
+    (_as_complex, "view_as_complex"),
+    (_as_real, "view_as_real"),
 )

@@ -1,0 +1,233 @@
+"""What is done to queries, keys and values before they are mixed stays in the graph, whatever operation it is."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import llcompile
+from tests.small import difference
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+WIDTH, HEADS = 8, 2
+Operands = tuple[Tensor, Tensor, Tensor]
+
+
+def mixed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Linear attention, [B, T, H, K]."""
+    scores = torch.einsum("bthk,bshk->bhts", q, k).tril()
+    return torch.einsum("bhts,bshv->bthv", scores, v)
+
+
+class Layer(nn.Module):
+    """`function` makes the output [B, T, H, V] of queries, keys and values, and of what the module holds."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function = function
+        self.qkv, self.gate = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, HEADS)
+        self.norm = nn.BatchNorm1d(WIDTH, affine=False)
+        self.skip = nn.Parameter(torch.rand(HEADS, 1) + 0.5)
+        self.first = nn.Parameter(torch.randn(HEADS, 4, 4) / 2)
+        self.taps = nn.Parameter(torch.randn(3, HEADS, 4))
+        turns = torch.outer(torch.arange(64), torch.tensor([1.0, 0.1]))
+        self.register_buffer("turns", torch.polar(torch.ones_like(turns), turns)[:, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, 4)).unbind(2)
+        return self.function(self, x, q, k, v).flatten(2)
+
+
+def example(tokens: int = 20, seed: int = 3) -> Tensor:
+    return torch.randn(2, tokens, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+def gradients(run: Callable[[Tensor], Tensor], model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """The output, and the gradients of all parameters but the level weights."""
+    model.zero_grad()
+    o = run(x)
+    o.sin().sum().backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if "loglinear" not in n and p.grad is not None}
+    return {"output": o.detach(), **found}
+
+
+def becomes(function: Callable[..., Tensor], family: tuple[str, str] = ("none", "none"), train: bool = False) -> None:
+    """It is found as this family, nothing changes, at this length and another, and the level weights act."""
+    torch.manual_seed(0)
+    model = Layer(function).train(train)
+    control, x = copy.deepcopy(model), example()
+    report = llcompile.convert(model, x)
+    assert [(c.decay, c.correction) for c in report.converted] == [family], str(report)
+    run = torch.compile(model, backend="loglinear", options={"inner": "eager"})
+    for tokens in (x, example(33, seed=4)):
+        got, want = gradients(run, model, tokens), gradients(control, control, tokens)
+        assert got.keys() == want.keys()
+        for name, number in want.items():
+            assert difference(got[name], number) < 1e-4, name
+    before = run(x).detach()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "loglinear" in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    after = run(x)
+    assert difference(after, before) > 1e-3
+    after.sum().backward()
+    assert all(p.grad is not None and p.grad.any() for n, p in model.named_parameters() if "loglinear" in n)
+
+
+def stays(function: Callable[..., Tensor], reason: str = "") -> None:
+    """It is not converted, and computes what it did."""
+    model, x = Layer(function), example()
+    report = llcompile.inspect(model, x).report
+    assert report.converted == (), str(report)
+    assert any(reason in d.reason for d in report.declined) or not reason, str(report)
+    run = torch.compile(model, backend="loglinear", options={"inner": "eager"})
+    with torch.no_grad():
+        assert difference(run(x), model(x)) < 1e-6
+
+
+# -- operations that no axis rule knows, and features that are products
+
+
+def turned(m: Layer, z: Tensor) -> Tensor:
+    pairs = torch.view_as_complex(z.float().reshape(*z.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs * m.turns[None, : z.shape[1]]).flatten(3).type_as(z)
+
+
+def spectrum(m: Layer, z: Tensor) -> Tensor:
+    made = torch.fft.fft(z, norm="ortho")
+    return torch.cat([made.real, made.imag], -1)
+
+
+def normed(m: Layer, z: Tensor) -> Tensor:
+    return m.norm(z.flatten(0, 1).flatten(1)).view_as(z)
+
+
+def windows(m: Layer, z: Tensor) -> Tensor:
+    return z.unfold(-1, 2, 1).amax(-1)
+
+
+def ranked(m: Layer, z: Tensor) -> Tensor:
+    return torch.take_along_dim(z, z.argsort(-1), -1)
+
+
+def second_degree(m: Layer, z: Tensor) -> Tensor:
+    return torch.einsum("bthi,bthj->bthij", z, z).flatten(-2)
+
+
+FEATURES = [turned, spectrum, windows, ranked, second_degree]
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_features_of_any_operation(feature: Callable[[Layer, Tensor], Tensor]) -> None:
+    becomes(lambda m, x, q, k, v: mixed(feature(m, q), feature(m, k), v))
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+def test_batch_norm(train: bool) -> None:
+    becomes(lambda m, x, q, k, v: mixed(normed(m, q), normed(m, k), v), train=train)
+
+
+def test_features_of_scores_are_none() -> None:
+    """The same operation on the scores, along time, is no feature map."""
+
+    def function(m: Layer, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = torch.einsum("bthk,bshk->bhts", q, k).tril()
+        return torch.einsum("bhts,bshv->bthv", torch.fft.fft(scores).real, v)
+
+    stays(function)
+
+
+# -- operands that mix positions themselves
+
+
+def before(z: Tensor, by: int = 1) -> Tensor:
+    """The tokens before, zeros in front."""
+    return torch.cat([torch.zeros_like(z[:, :by]), z[:, :-by]], 1)
+
+
+def token_shift(m: Layer, z: Tensor) -> Tensor:
+    return z + (before(z) - z) * m.taps[0].sigmoid()
+
+
+def taps(m: Layer, z: Tensor) -> Tensor:
+    padded = nn.functional.pad(z, (0, 0, 0, 0, 2, 0))
+    return sum(padded[:, i : i + z.shape[1]] * m.taps[i] for i in range(3))  # type: ignore[return-value]
+
+
+def running_maximum(m: Layer, z: Tensor) -> Tensor:
+    return (z - torch.cummax(z, 1)[0]).exp()
+
+
+def moving_average(m: Layer, z: Tensor) -> Tensor:
+    rows = [z[:, 0]]
+    for t in range(1, z.shape[1]):
+        rows.append(0.5 * rows[-1] + 0.5 * z[:, t])
+    return torch.stack(rows, 1)
+
+
+OWN = [token_shift, taps, running_maximum, moving_average]
+
+
+@pytest.mark.parametrize("own", OWN)
+def test_keys_that_are_made_of_several_tokens(own: Callable[[Layer, Tensor], Tensor]) -> None:
+    becomes(lambda m, x, q, k, v: mixed(q, own(m, k), v))
+
+
+@pytest.mark.parametrize("own", [token_shift, taps])
+def test_queries_keys_and_values_that_are(own: Callable[[Layer, Tensor], Tensor]) -> None:
+    becomes(lambda m, x, q, k, v: mixed(*(own(m, z) for z in (q, k, v))))
+
+
+def test_with_dropout_on_them() -> None:
+    model, x = Layer(lambda m, x, q, k, v: mixed(q, nn.functional.dropout(taps(m, k), 0.2), v)), example()
+    assert len(llcompile.convert(model.train(), x).converted) == 1
+
+
+def test_with_a_decay() -> None:
+    def function(m: Layer, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        total = nn.functional.logsigmoid(m.gate(x)).cumsum(1).mT  # [B, H, T]
+        decays = (total[..., None] - total[:, :, None]).tril().exp().tril()
+        scores = torch.einsum("bthk,bshk->bhts", q, taps(m, k)) * decays
+        return torch.einsum("bhts,bshv->bthv", scores, v)
+
+    becomes(function, ("scalar", "none"))
+
+
+def test_in_a_loop() -> None:
+    def function(m: Layer, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        state, rows = torch.zeros(len(x), HEADS, 4, 4), []
+        for one, key, value in zip(q.unbind(1), taps(m, k).unbind(1), token_shift(m, v).unbind(1), strict=True):
+            state = state + key[..., None] * value[..., None, :]
+            rows.append((one[..., None] * state).sum(-2))
+        return torch.stack(rows, 1)
+
+    becomes(function)
+
+
+def after(z: Tensor) -> Tensor:
+    return torch.cat([z[:, 1:], torch.zeros_like(z[:, :1])], 1)
+
+
+def backwards(m: Layer, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return mixed(q.flip(1), k.flip(1), v.flip(1)).flip(1)
+
+
+NOT_OWN = {
+    "the key after": lambda m, x, q, k, v: mixed(q, k + after(k), v),
+    "the key after, by taps that all share": lambda m, x, q, k, v: mixed(taps(m, q), taps(m, k + after(k)), taps(m, v)),
+    "keys less their mean": lambda m, x, q, k, v: mixed(q, k - k.mean(1, keepdim=True), v),
+    "backwards": backwards,
+    "strictly before": lambda m, x, q, k, v: mixed(q, before(k), before(v)),
+}
+
+
+@pytest.mark.parametrize("name", NOT_OWN)
+def test_what_looks_ahead_or_not_at_itself(name: str) -> None:
+    """What level weights weigh is the past of a token and the token itself."""
+    stays(NOT_OWN[name])

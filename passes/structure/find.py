@@ -505,7 +505,8 @@ class _Search:
         for op in part.ops:
             if op.name in _SOFTMAXES and self.times.mixes_time(op):
                 raise Miss("not linear in the query: scores pass through a softmax", 1)
-            chosen = any(not v.dtype.is_floating_point and own.intersection(v.users) for v in op.outputs)
+            whole = [v for v in op.outputs if not (v.dtype.is_floating_point or v.dtype.is_complex)]
+            chosen = any(own.intersection(v.users) for v in whole)
             if chosen and any(v.dtype.is_floating_point and facts[v].data for v in op.inputs):
                 raise Miss("what it does depends on comparisons of values", int(self._has_scores(part)), _CHOSEN)
 

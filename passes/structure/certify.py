@@ -135,7 +135,7 @@ def _sizings(part: Part, tried: Probe) -> list[Sizing]:
 def _rescaled(reading: Reading, probe: Probe, theirs: Tensor, ours: Tensor) -> tuple[Reading, float]:
     """A scale that hangs on the length (a mean, say) is that of the graph's."""
     plain = [s for s, how in reading.post if how == "plus"]
-    if plain or reading.normaliser is not None:
+    if plain or reading.normaliser is not None or reading.first is not None or reading.skip is not None:
         return reading, difference(theirs, ours)
     factor = float((theirs * ours).sum() / (ours * ours).sum().clamp_min(1e-300))
     return reading.scaled(reading.scale * factor), difference(theirs, ours * factor)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -43,6 +43,9 @@ class Roles:
         strict: those which only later positions depend on.
         degree: source -> 1 linear, 0 scale-free, -1 inverse, None otherwise.
         post: what is done to the output.
+        first: the state that the sum starts from; the probe has zeros there.
+        aside: where the result is affine in the query, sources that only what is left without queries depends on; the
+            probe leaves that away.
         scale_free: the result does not change with the query's size (a denominator inside).
     """
 
@@ -55,6 +58,8 @@ class Roles:
     degree: dict[Source, int | None]
     post: list[tuple[Source, str]] = field(default_factory=list)
     linear_query: bool = True
+    first: Source | None = None
+    aside: tuple[Source, ...] | None = None
 
 
 def classify(probe: Probe) -> Roles:
@@ -115,12 +120,42 @@ class _Classifier:
         if len(contracted) > 1:
             raise Miss("two sources act as queries")
         query = contracted[0]
+        first = next((s for s in sources if self._starts_from(s, query)), None)
         for source in [s for s in sources if s is not query and self._is_outer(s)]:
             self._take_post(source)
+        aside = self._aside(query, sources)
+        sources = [s for s in sources if s is not first and s not in (aside or ())]
         for source in sources:
             if source not in self.degree:
                 self.degree[source] = self._degree(source)
-        return self._sort(query, sources)
+        return replace(self._sort(query, sources), first=first, aside=aside)
+
+    def _starts_from(self, source: Source, query: Source) -> bool:
+        """Whether a learned source is added to the state that the query meets; if so, it is made zero."""
+        probe, x = self.probe, self.probe.values[source]
+        if source not in probe.part.learned or not self.atoms[source] & (self.atoms[query] - self.kept):
+            return False
+        without, twice = (probe.by_time(probe.run({source: x * factor})) for factor in (0, 2))
+        added = self.base - without
+        if min(_size(without), _size(added)) < 1e-6 * _size(self.base) or difference(twice - self.base, added) > 1e-6:
+            return False
+        probe.values[source], self.base = torch.zeros_like(x), without
+        return True
+
+    def _aside(self, query: Source, sources: list[Source]) -> tuple[Source, ...] | None:
+        """Where the result is affine in the query: the sources that only what is left without queries depends on.
+
+        From here on the probe leaves that away.
+        """
+        probe, x = self.probe, self.probe.values[query]
+        left, twice = (probe.by_time(probe.run({query: x * factor})) for factor in (0, 2))
+        if not bool(torch.isfinite(left).all()) or _size(left) < 1e-9 * _size(self.base):
+            return None
+        if _size(self.base - left) < 1e-6 * _size(self.base) or difference(twice - left, 2 * (self.base - left)) > 1e-6:
+            return None
+        probe.linear_in, self.base = query, self.base - left
+        same = lambda s: difference(probe.by_time(probe.run({s: probe.draw(s)})), self.base) < SAME  # noqa: E731
+        return tuple(s for s in sources if s is not query and same(s))
 
     def _is_outer(self, source: Source) -> bool:
         return self.reach.get(source, "own") == "own" and not self.atoms[source] - self.kept
@@ -251,6 +286,10 @@ class _Classifier:
 
     def _plain_atoms(self) -> set[int]:
         return {id(a) for s, how in self.post for row in self.probe.rows[s] for a in row}
+
+
+def _size(x: Tensor) -> float:
+    return float(x.abs().max())
 
 
 def atoms_of(rows: Mapping[Source, tuple[Row, ...]], source: Source) -> list[Atom]:

@@ -29,6 +29,7 @@ class Part:
         ops: the operations, in order.
         taps: lifted source -> the values of single pieces that it stands for, with their positions.
         earlier: sources that join positions already: outputs of mixers that come before.
+        learned: sources that the model's input has no part in.
         functions: sizes and dtype -> the part as a function, once it was written out.
     """
 
@@ -37,6 +38,7 @@ class Part:
     ops: list[Op]
     taps: dict[Lifted, dict[Value, int]] = field(default_factory=dict)
     earlier: frozenset[Value] = frozenset()
+    learned: frozenset[Source] = frozenset()
     functions: dict[Any, Callable[..., Tensor]] = field(default_factory=dict)
 
     @functools.cached_property
@@ -105,7 +107,9 @@ class Cutter:
                 if parent not in seen:
                     seen.add(parent)
                     pending.append(parent)
-        return Part(result, list(sources), sorted(ops, key=lambda op: op.number), taps, earlier & set(sources))
+        learned = frozenset(s for s in sources if isinstance(s, Value) and not self.times.facts[s].data)
+        ordered = sorted(ops, key=lambda op: op.number)
+        return Part(result, list(sources), ordered, taps, earlier & set(sources), learned)
 
     def _earlier(self, part: Part) -> frozenset[Value]:
         """Values inside that are whole sequences, join positions, and are what the part's sources are computed from.

@@ -55,6 +55,7 @@ def fingerprint(part: Part, rows: Rows, result: tuple[Row, ...], ranges: Mapping
             str(sample_of(s).dtype),
             tuple(tuple((atoms[id(a)], a.size, a.weight) for a in row) for row in rows[s]),
             ranges[s],
+            s in part.learned,
         )
         for s in part.sources
     )
@@ -113,6 +114,8 @@ def _mapped(reading: Reading, source: Any, atom: Any, rows: Rows, result: tuple[
         decay=one(reading.decay),
         beta=one(reading.beta),
         post=tuple((source(s), how) for s, how in reading.post),
+        first=one(reading.first),
+        skip=None if reading.skip is None else tuple(map(source, reading.skip)),
     )
 
 

@@ -51,6 +51,7 @@ class Probe:
         # With all numbers as traced, the arguments stand as they are.
         self.resizes = any(sizing.of(leaf) != leaf.size for leaf in self._leaves())
         self.runs = 0
+        self.linear_in: Source | None = None  # of what the part computes, only what this source has a part in
 
     def _leaves(self) -> list:  # type: ignore[type-arg]
         times = self.sizing.times
@@ -79,9 +80,13 @@ class Probe:
 
     def run(self, changed: Mapping[Source, Tensor] | None = None) -> Tensor:
         """The result, with some sources changed."""
+        numbers = {**self.values, **(changed or {})}
+        result, own = self._run(numbers), self.linear_in
+        return result if own is None else result - self._run({**numbers, own: torch.zeros_like(numbers[own])})
+
+    def _run(self, numbers: Mapping[Source, Tensor]) -> Tensor:
         self.runs += 1
         function, read = self._function
-        numbers = {**self.values, **(changed or {})}
         given = [numbers[s] if isinstance(s, Value) else numbers[s][position] for s, position in read]
         with _same_draws() if self.part.random is not None else nullcontext():
             return function(*given).to(self.dtype)

@@ -11,7 +11,7 @@ import torch
 from llcompile.passes.structure.axes import Atom
 from llcompile.passes.structure.frame import Row
 from llcompile.passes.structure.lifted import Source
-from llcompile.passes.structure.sizing import arrange
+from llcompile.passes.structure.sizing import CannotArrange, arrange
 from llcompile.passes.structure.transforms import Transform
 from llcompile.patterns.families import Correction, Decay
 from llcompile.patterns.mixer import Mixer
@@ -63,6 +63,9 @@ class Reading:
         complement: what is written is multiplied with one minus the decay (a step from the state towards it).
         step: the beta of a delta rule where it is a number of the code.
         post: sources that the output is multiplied with ("times"), divided by ("over"), or that are added ("plus").
+        first: the state that the sum starts from, which the model has learned; `first_scale` a factor on it.
+        skip: where the output has the token's own value once more (the scores have a number on their diagonal): what
+            that is multiplied with, and with `skip_scale`; None where it has not.
         normaliser: (form, epsilon) where the output is divided by the same operator on ones.
         scale: factor on the query.
     """
@@ -84,6 +87,10 @@ class Reading:
     beta: Source | None = None
     step: float | None = None
     post: tuple[tuple[Source, str], ...] = ()
+    first: Source | None = None
+    first_scale: float = 1.0
+    skip: tuple[Source, ...] | None = None
+    skip_scale: float = 1.0
     normaliser: tuple[str, float] | None = None
     scale: float = 1.0
     notes: tuple[str, ...] = field(default=())
@@ -135,8 +142,19 @@ class Reading:
             value=value,
             log_decay=log_decay,
             beta=self._beta(put) if self.step is None else torch.full_like(value[..., 0], self.step),
+            initial_state=self._first(values, size),
             scale=self.scale,
         )
+
+    def _first(self, values: Mapping[Source, Any], size: Size) -> Any:
+        """The state at the start, [B, H, K, V]."""
+        if self.first is None:
+            return None
+        if self.value is None or self.normaliser is not None:
+            raise CannotArrange
+        a = self.axes
+        state = arrange(values[self.first], self.rows[self.first], (a.batch, a.heads, a.key, a.value), size)
+        return state if self.first_scale == 1.0 else state * self.first_scale
 
     def _beta(self, put: Callable[..., Any]) -> Any:
         a = self.axes
@@ -168,11 +186,24 @@ class Reading:
             form, epsilon = self.normaliser
             features = lambda: self._query_sum(values, size)  # noqa: E731
             output = output[..., :-1] / NORMALISERS[form](output[..., -1:], epsilon, features)
+        if self.skip is not None:
+            output = output + self._skipped(values, size)
         output = arrange(output, (a.batch, a.time, a.heads, a.value), self.result, size)
         for source, how in self.post:
             other = arrange(values[source], self.rows[source], self.result, size, broadcast=True)
             output = output * other if how == "times" else output / other if how == "over" else output + other
         return output
+
+    def _skipped(self, values: Mapping[Source, Any], size: Size) -> Any:
+        """What the diagonal of the scores adds, [B, T, H, V]."""
+        if self.value is None or self.skip is None:
+            raise CannotArrange
+        a = self.axes
+        whole = (a.batch, a.time, a.heads, a.value)
+        added = arrange(values[self.value], self.rows[self.value], whole, size)
+        for source in self.skip:
+            added = added * arrange(values[source], self.rows[source], whole, size)
+        return added if self.skip_scale == 1.0 else added * self.skip_scale
 
     def _query_sum(self, values: Mapping[Source, Any], size: Size) -> Any:
         """The sum of the query's features, [B, T, H, 1]."""

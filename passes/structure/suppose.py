@@ -39,7 +39,7 @@ def suppose(probe: Probe, roles: Roles) -> Reading:
         except (CannotArrange, RuntimeError):
             continue
         if error < AGREES:
-            return found
+            return _with_rest(probe, found, roles)
         closest = min(closest, error)
     if not roles.linear_query:
         raise Miss(
@@ -47,6 +47,53 @@ def suppose(probe: Probe, roles: Roles) -> Reading:
         )
     how = f"agrees at w = 1 to {closest:.0e} only" if closest < 0.3 else "its scores are not those of a known family"
     raise Miss(how, 2, "see docs/operator.md for the families", True)
+
+
+def _with_rest(probe: Probe, reading: Reading, roles: Roles) -> Reading:
+    """The reading with what the probe left away: the state at the start, and the value once more.
+
+    Raises:
+        Miss: there is something else.
+    """
+    if roles.first is None and roles.aside is None:
+        return reading
+    probe.linear_in, none = None, torch.zeros_like
+    try:
+        if roles.first is not None:
+            probe.values[roles.first] = probe.draw(roles.first)
+            reading = replace(reading, first=roles.first)
+            without = {roles.first: none(probe.values[roles.first])}
+            theirs = probe.by_time(probe.run()) - probe.by_time(probe.run(without))
+            ours = output_of(probe, reading) - _output_with(probe, reading, without)
+            reading = replace(reading, first_scale=_factor(theirs, ours))
+        if roles.aside is not None:
+            reading = replace(reading, skip=roles.aside)
+            without = {roles.query: none(probe.values[roles.query])}
+            theirs = probe.by_time(probe.run(without))
+            reading = replace(reading, skip_scale=_factor(theirs, _output_with(probe, reading, without)))
+    except (CannotArrange, RuntimeError) as error:
+        raise Miss("what is added to its sum has other axes", 2) from error
+    return reading
+
+
+def _factor(theirs: Tensor, ours: Tensor) -> float:
+    """What the second is to be multiplied with.
+
+    Raises:
+        Miss: it is not one number.
+    """
+    factor = float((theirs * ours).sum() / (ours * ours).sum().clamp_min(1e-300))
+    if difference(theirs, factor * ours) > AGREES:
+        raise Miss("what is added to its sum is neither a first state nor the token's own value", 2)
+    return 1.0 if abs(factor - 1) < 1e-9 else factor
+
+
+def _output_with(probe: Probe, reading: Reading, changed: dict[Source, Tensor]) -> Tensor:
+    kept, probe.values = probe.values, {**probe.values, **changed}
+    try:
+        return output_of(probe, reading)
+    finally:
+        probe.values = kept
 
 
 def _readings(probe: Probe, roles: Roles) -> Iterator[Reading]:
@@ -179,8 +226,8 @@ def output_of(probe: Probe, reading: Reading) -> Tensor:
     """What the reading computes on the probe's draw, as [T, everything else]."""
     size = probe.sizing.of
     m = reading.mixer(probe.values, size, probe.dtype)
-    g = None if m.log_decay is None else m.log_decay
-    output = torch.ops.llcompile.loglinear_attention(m.query, m.key, m.value, None, g, m.beta, None, m.scale, False)[0]
+    operands = m.query, m.key, m.value, None, m.log_decay, m.beta, m.initial_state
+    output = torch.ops.llcompile.loglinear_attention(*operands, m.scale, False)[0]
     return probe.by_time(reading.finish(output, probe.values, size))
 
 

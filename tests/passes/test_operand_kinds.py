@@ -231,3 +231,86 @@ NOT_OWN = {
 def test_what_looks_ahead_or_not_at_itself(name: str) -> None:
     """What level weights weigh is the past of a token and the token itself."""
     stays(NOT_OWN[name])
+
+
+# -- what is added to the sum: the token's own value, a state at the start
+
+
+def scored(q: Tensor, k: Tensor) -> Tensor:
+    return torch.einsum("bthk,bshk->bhts", q, k).tril()
+
+
+def applied(scores: Tensor, v: Tensor) -> Tensor:
+    return torch.einsum("bhts,bshv->bthv", scores, v)
+
+
+def own(x: Tensor) -> Tensor:
+    return torch.eye(x.shape[1])
+
+
+def faded(m: Layer, x: Tensor) -> Tensor:
+    total = nn.functional.logsigmoid(m.gate(x)).cumsum(1).mT  # [B, H, T]
+    return (total[..., None] - total[:, :, None]).tril().exp().tril()
+
+
+SKIPS: dict[str, tuple[Callable[..., Tensor], str]] = {
+    "of each head": (lambda m, x, q, k, v: applied((scored(q, k) + m.skip[..., None] * own(x)) / 3, v), "none"),
+    "a number": (lambda m, x, q, k, v: applied(scored(q, k) + 2 * own(x), v), "none"),
+    "of each token": (lambda m, x, q, k, v: applied(scored(q, k) + torch.diag_embed(m.gate(x).mT), v), "none"),
+    "with a decay": (
+        lambda m, x, q, k, v: applied(scored(q, k) * faded(m, x) + m.skip[..., None] * own(x), v),
+        "scalar",
+    ),
+    "then a gate": (lambda m, x, q, k, v: m.gate(x)[..., None] * applied(scored(q, k) + own(x), v), "none"),
+}
+
+
+@pytest.mark.parametrize("name", SKIPS)
+def test_a_number_on_the_diagonal(name: str) -> None:
+    function, decay = SKIPS[name]
+    becomes(function, (decay, "none"))
+
+
+def from_first(m: Layer, x: Tensor, q: Tensor, k: Tensor, v: Tensor, kind: str) -> Tensor:
+    state, rows, gates = m.first.tanh().expand(len(x), -1, -1, -1), [], m.gate(x).sigmoid()[..., None, None]
+    k = nn.functional.normalize(k, dim=-1)
+    for t in range(x.shape[1]):
+        key, value = k[:, t, :, :, None], v[:, t, :, None]
+        if kind == "decay":
+            state = state * gates[:, t]
+        read = (key * state).sum(-2, keepdim=True) if kind == "delta" else 0.0
+        state = state + (gates[:, t] if kind == "delta" else 0.5) * key * (value - read)
+        rows.append((q[:, t, :, None] @ state).squeeze(-2) * 0.25)
+    return torch.stack(rows, 1)
+
+
+STARTS = {"sum": ("none", "none"), "decay": ("scalar", "none"), "delta": ("none", "delta")}
+
+
+@pytest.mark.parametrize("kind", STARTS)
+def test_a_learned_state_at_the_start(kind: str) -> None:
+    becomes(lambda m, x, q, k, v: from_first(m, x, q, k, v, kind), STARTS[kind])
+
+
+def test_it_is_added_to_a_cumulative_sum() -> None:
+    def function(m: Layer, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q[..., None] * (m.first + (k[..., None] * v[..., None, :]).cumsum(1))).sum(-2)
+
+    becomes(function)
+
+
+NO_ADDITION: dict[str, Callable[..., Tensor]] = {
+    "the diagonal is strictly before and a number": lambda m, x, q, k, v: applied(scored(q, k).tril(-1) + own(x), v),
+    "the diagonal and the one below": lambda m, x, q, k, v: applied(
+        scored(q, k) + own(x) + own(x).roll(1, 0).tril(), v
+    ),
+    "a mean of the values": lambda m, x, q, k, v: applied(scored(q, k) + torch.ones(len(x[0]), len(x[0])).tril(), v),
+    "a state that is kept squared": lambda m, x, q, k, v: (
+        q[..., None] * (m.first + (k[..., None] * v[..., None, :]).cumsum(1)).square()
+    ).sum(-2),
+}
+
+
+@pytest.mark.parametrize("name", NO_ADDITION)
+def test_other_additions(name: str) -> None:
+    stays(NO_ADDITION[name])

@@ -133,7 +133,8 @@ class _Classifier:
     def _starts_from(self, source: Source, query: Source) -> bool:
         """Whether a learned source is added to the state that the query meets; if so, it is made zero."""
         probe, x = self.probe, self.probe.values[source]
-        if source not in probe.part.learned or not self.atoms[source] & (self.atoms[query] - self.kept):
+        inner, outer = self.atoms[query] - self.kept, self.kept - self.atoms[query]
+        if source not in probe.part.learned or not (self.atoms[source] & inner and self.atoms[source] & outer):
             return False
         without, twice = (probe.by_time(probe.run({source: x * factor})) for factor in (0, 2))
         added = self.base - without
@@ -173,7 +174,7 @@ class _Classifier:
                 noncausal = noncausal or "not causal: output 0 depends on input 1"
             elif not rows:
                 # Of two tokens the first has no past that could decay; of more, none in the middle is without one.
-                last = probe.length == 2 and self._reached(source, 1) == [1]
+                last = probe.length == 2 and self.reached(source, 1) == [1]
                 self.reach[source] = "from" if last else "none"
             elif rows == [middle]:
                 self.reach[source] = "own"

@@ -72,7 +72,7 @@ def _with_rest(probe: Probe, reading: Reading, roles: Roles) -> Reading:
             theirs = probe.by_time(probe.run(without))
             reading = replace(reading, skip_scale=_factor(theirs, _output_with(probe, reading, without)))
     except (CannotArrange, RuntimeError) as error:
-        raise Miss("what is added to its sum has other axes", 2) from error
+        raise Miss("what is added to its sum has other axes", 2, open=True) from error
     return reading
 
 
@@ -84,7 +84,7 @@ def _factor(theirs: Tensor, ours: Tensor) -> float:
     """
     factor = float((theirs * ours).sum() / (ours * ours).sum().clamp_min(1e-300))
     if difference(theirs, factor * ours) > AGREES:
-        raise Miss("what is added to its sum is neither a first state nor the token's own value", 2)
+        raise Miss("what is added to its sum is neither a first state nor the token's own value", 2, open=True)
     return 1.0 if abs(factor - 1) < 1e-9 else factor
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llcompile.passes.structure.axes import Atom, Atoms, Axes, Axis
 from llcompile.passes.structure.facts import Times
-from llcompile.passes.structure.follow import follow
+from llcompile.passes.structure.follow import Followed, follow
 from llcompile.passes.structure.frame import Frame, Row
 from llcompile.passes.structure.lifted import MOVES, SHAPES, Lifted, Lifter, Source, sample_of
 from llcompile.passes.structure.program import Op, Value
@@ -30,6 +30,7 @@ class Part:
         taps: lifted source -> the values of single pieces that it stands for, with their positions.
         earlier: sources that join positions already: outputs of mixers that come before.
         learned: sources that the model's input has no part in.
+        columns: tensors that are taken feature by feature, with that dimension.
         functions: sizes and dtype -> the part as a function, once it was written out.
     """
 
@@ -39,6 +40,7 @@ class Part:
     taps: dict[Lifted, dict[Value, int]] = field(default_factory=dict)
     earlier: frozenset[Value] = frozenset()
     learned: frozenset[Source] = frozenset()
+    columns: list[tuple[Value, int]] = field(default_factory=list)
     functions: dict[Any, Callable[..., Tensor]] = field(default_factory=dict)
 
     @functools.cached_property
@@ -158,7 +160,9 @@ class Cutter:
             for value in (sample_of(source), *part.taps[source]):
                 axes[value], taken[value] = piece, (outer, time)
         live = [value for value in axes if times.facts[value].data]
-        frame = Frame(follow(part.ops, axes, atoms, taken, live), time)
+        followed = follow(part.ops, axes, atoms, taken, live)
+        _meet(part, followed)
+        frame = Frame(followed, time)
         return frame, {source: frame.rows(found) for source, found in sources.items()}
 
     def _chunkings(self, part: Part) -> list[tuple[int, ...]]:
@@ -246,6 +250,17 @@ class Cutter:
         if fact.form != facts[value].form or fact.mixed or base.data is not None:
             return False
         return base.node is not None or self._only_moves(base)
+
+
+def _meet(part: Part, followed: Followed) -> None:
+    """The axes that are taken feature by feature, one feature of each at a time, are one axis."""
+    first: dict[int, Axis] = {}
+    for base, dim in part.columns:
+        if base in followed.axes:
+            axis = followed.axes[base][dim]
+            followed.atoms.same(first.setdefault(base.shape[dim], axis), axis)
+            for leaf in followed.atoms.leaves(axis):
+                leaf.pinned = True
 
 
 def _divided(atoms: Atoms, time: Axis, count: int) -> tuple[Axis, Axis]:

@@ -28,6 +28,7 @@ from llcompile.passes.structure.axis_rules.table import rule_for
 from llcompile.passes.structure.barriers import expect_no_barrier
 from llcompile.passes.structure.certify import certify
 from llcompile.passes.structure.classify import Miss, classify, sees_itself
+from llcompile.passes.structure.columns import columns
 from llcompile.passes.structure.computed_twice import merge_computed_twice
 from llcompile.passes.structure.cut import Cutter, Part
 from llcompile.passes.structure.denominators import pair_denominators
@@ -296,14 +297,21 @@ class _Search:
                 part = self.cutter.cut(value, passed)
             if part is None:
                 return
+            if rule == self._inside:
+                first, through = part, passed
             if moved:
                 yield part
             if len(part.sources) > _SOURCES:
-                return
+                break
         if part is not None and len(part.sources) < 4:
             apart = self.cutter.cut(value, views=True)
             if apart is not None and len(part.sources) < len(apart.sources) <= _SOURCES:
                 yield apart
+        taken = columns(first, self.times)
+        whole = self.cutter.cut(value, through.union(*taken.values())) if taken else None
+        if whole is not None:
+            whole.columns = list(taken)
+            yield whole
 
     def _inside(self, part: Part) -> set[Source]:
         """Sources that belong to the mixer: outer products of its operands, and what few tokens have."""

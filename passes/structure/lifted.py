@@ -231,7 +231,7 @@ class Lifter:
         if op.name not in (*_PICKS, *_CUTS):
             inner = self.table(op.inputs[0], count, position) if len(op.outputs) == 1 else None
             return None if inner is None else self._of_pieces(value, op, {op.inputs[0]: inner}, count)
-        base, dim, width, start = op.inputs[0], _dim(op, op.inputs[0]), *_piece(value, op)
+        base, dim, width, start = piece(value, op)
         if start != position * max(1, width) or base.node is None or not self._is_read_in_turn(base, op, count):
             return None
         key = "table", Taken(base, dim, width), count
@@ -244,19 +244,17 @@ class Lifter:
         key = base, op.name, _dim(op, base)
         if key not in self._rows:
             users = (u for u in base.users if u.name == op.name and u.inputs[0] is base and _dim(u, base) == key[2])
-            self._rows[key] = {_piece(value, user)[::-1] for user in users for value in user.outputs}
-        found = self._rows[key]
-        width = _piece(op.outputs[0], op)[0]
+            pieces = (piece(value, user) for user in users for value in user.outputs)
+            self._rows[key] = {(found.start, found.width) for found in pieces}
+        found, width = self._rows[key], piece(op.outputs[0], op).width
         return all((i * max(1, width), width) in found for i in range(count))
 
     def _taken(self, value: Value, op: Op) -> tuple[Lifted, int] | None:
         """A piece taken out of a sequence: a token, or one of chunks of equal width."""
-        base = op.inputs[0]
-        dim = _dim(op, base)
+        base, dim, width, start = piece(value, op)
         row, leaves = self.times.axis_leaves(self.times.followed.axes[base][dim]), self.times.leaves
         if not row or self.times.facts[base].mixed or row != leaves[: len(row)]:
             return None
-        width, start = _piece(value, op)
         # Chunks of what is in chunks already are no pieces that time is made of in order.
         if op.name not in _PICKS and (not width or row != leaves or base.shape[dim] % width):
             return None
@@ -291,12 +289,21 @@ def _call(op: Op) -> Any:
     return op.target, op.args[1], op.node.meta.get("stack_trace")
 
 
-def _piece(value: Value, op: Op) -> tuple[int, int | None]:
-    """How many positions a piece has that was cut out, and where it begins; (0, place) for one that was picked."""
+class Piece(NamedTuple):
+    """What was cut out, along which dimension, how wide (0: picked) and where it begins."""
+
+    base: Value
+    dim: int
+    width: int
+    start: int | None
+
+
+def piece(value: Value, op: Op) -> Piece:
+    """What an operation takes out of a tensor."""
     base, dim = op.inputs[0], _dim(op, op.inputs[0])
     if op.name in _PICKS:
-        return 0, value.index if op.name == "unbind" else _number(op, 2) % base.shape[dim]
-    return value.shape[dim], _start(op, value, base.shape[dim])
+        return Piece(base, dim, 0, value.index if op.name == "unbind" else _number(op, 2) % base.shape[dim])
+    return Piece(base, dim, value.shape[dim], _start(op, value, base.shape[dim]))
 
 
 def _dim(op: Op, base: Value) -> int:

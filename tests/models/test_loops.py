@@ -209,3 +209,47 @@ def test_a_number_that_follows_from_the_batch(place: int) -> None:
         x = torch.randn(rows, 9, WIDTH)
         want = model.function(model, x, model.query(x), model.key(x), model.value(x))
         assert difference(run(x), want) < 1e-5
+
+
+Features = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def _unbound(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out = torch.zeros_like(v)
+    for a, b in zip(q.unbind(-1), k.exp().unbind(-1), strict=True):
+        out = out + a[..., None] * torch.cumsum(b[..., None] * v, dim=1)
+    return out
+
+
+def _heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (x.unflatten(-1, (2, -1)) for x in (q, k, v))
+    pairs = (q[..., i : i + 1] * (k.narrow(-1, i, 1) * v).cumsum(1) for i in range(q.shape[-1]))
+    return torch.stack(list(pairs)).sum(0).flatten(-2)
+
+
+def _scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = sum(q[..., i, None] * k[..., None, :, i] for i in range(WIDTH))
+    return torch.as_tensor(scores).tril() @ v
+
+
+def _shifted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Each feature of a query reads another one of the keys, some more than one."""
+    return sum((q[..., i, None] * (k[..., i // 2, None] * v).cumsum(1) for i in range(WIDTH)), start=torch.zeros(()))
+
+
+def _ahead(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return sum((q[..., i, None] * (k[..., i, None] * v).flip(1).cumsum(1) for i in range(WIDTH)), torch.zeros(()))
+
+
+@pytest.mark.parametrize("features", [_unbound, _heads, _scores], ids=lambda f: f.__name__[1:])
+def test_loop_over_the_features_of_a_key(features: Features) -> None:
+    report, model = same(lambda layer, x, q, k, v: features(q, k, v))
+    assert [c.family for c in report.converted] == ["linear attention"], str(report)
+    assert moves(model) > 1e-3
+
+
+@pytest.mark.parametrize("features", [_shifted, _ahead], ids=lambda f: f.__name__[1:])
+def test_loop_over_features_that_is_none(features: Features) -> None:
+    """The control: features that do not meet one by one, and a sum from the end."""
+    report, _ = same(lambda layer, x, q, k, v: features(q, k, v))
+    assert not report.converted

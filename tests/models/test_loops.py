@@ -211,6 +211,43 @@ def test_a_number_that_follows_from_the_batch(place: int) -> None:
         assert difference(run(x), want) < 1e-5
 
 
+class Rated(torch.nn.Module):
+    """Whole chunks with a learned rate for each of two heads, which may have any sign for all that is known."""
+
+    def __init__(self, late: float = 1.0) -> None:
+        super().__init__()
+        self.qkv, self.late = torch.nn.Linear(WIDTH, 3 * WIDTH), late
+        self.rate = torch.nn.Parameter(torch.tensor([0.05, 0.1])[:, None, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = 2 * CHUNK
+        q, k, v = (y.unflatten(-1, (2, -1)).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
+        at = torch.arange(size, device=x.device, dtype=x.dtype)[:, None]
+        inner = (-self.rate * (at - at.T)).exp().tril()
+        state, outs = torch.zeros(WIDTH // 2, WIDTH // 2, device=x.device), []
+        for a, b, c in zip(q.split(size, 2), k.split(size, 2), v.split(size, 2), strict=True):
+            outs.append(
+                (a @ b.mT * inner) @ c + (a * (-self.rate * (at + 1)).exp()) @ (state + torch.zeros_like(b.mT @ c))
+            )
+            state = (-self.rate * size).exp() * state + (b * (-self.rate * self.late * (size - 1 - at)).exp()).mT @ c
+        return torch.cat(outs, dim=2).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("length", [32, 64])
+def test_a_learned_rate_in_a_loop_of_whole_chunks(length: int) -> None:
+    model = Rated()
+    report = agreeing(model, length=length)
+    assert [c.family for c in report.converted] == ["scalar-decay linear attention"], str(report)
+    assert moves(model, length=length) > 1e-3
+
+
+def test_two_rates() -> None:
+    """The control: what is handed on to the next chunk fades at another rate."""
+    report = agreeing(Rated(late=0.5), length=32)
+    assert not report.converted
+    assert report.declined
+
+
 Features = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 

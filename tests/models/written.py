@@ -76,7 +76,7 @@ def agreeing(model: nn.Module, tolerance: float = 1e-5, grads: bool = True, leng
     return report
 
 
-def moves(model: Written, grads: bool = True, length: int = 19) -> float:
+def moves(model: nn.Module, grads: bool = True, length: int = 19) -> float:
     """By how much noise on the level weights moves the output."""
     x, run = example(length), compiled(model)
     with torch.set_grad_enabled(grads):

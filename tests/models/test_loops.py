@@ -59,7 +59,7 @@ def chunked(take: Take, put: Put) -> Function:
     return function
 
 
-@pytest.mark.parametrize("length", [8, WIDTH, 20])
+@pytest.mark.parametrize("length", [8, WIDTH])
 @pytest.mark.parametrize("put", PUTS)
 @pytest.mark.parametrize("take", TAKES)
 def test_chunks(take: str, put: str, length: int) -> None:

@@ -144,15 +144,22 @@ def _composed(facts: Facts, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     for product in products:
         later = [n for n in facts.inputs[node] if n is not product]
         for decay, earlier in permutations(facts.inputs[product]):
-            both = {
-                n for u in facts.users[decay] if u is not product and facts.names[u] == "mul" for n in facts.inputs[u]
-            }
+            alike = _alike(facts, decay)
+            users = {u for n in alike for u in facts.users[n] if u is not product and facts.names[u] == "mul"}
+            both = {n for u in users for n in facts.inputs[u]} - alike | {decay}
             same = {_origin(facts, n) for n in both - {decay}}
             if later and decay is not earlier and _origin(facts, decay) in same:
                 return decay, later[0]
             if later and decay.op == "placeholder" and any(n.op == "placeholder" for n in both - {decay, earlier}):
                 return decay, later[0]
     return None
+
+
+def _alike(facts: Facts, node: fx.Node) -> set[fx.Node]:
+    """The node, and others that take the same from the same tensor (`a[:, 1:]`, written twice)."""
+    bases = facts.inputs[node] if facts.names[node] in _MOVES else []
+    call = node.target, node.args, node.kwargs
+    return {node, *(n for base in bases[:1] for n in facts.users[base] if (n.target, n.args, n.kwargs) == call)}
 
 
 def _origin(facts: Facts, node: fx.Node) -> fx.Node:

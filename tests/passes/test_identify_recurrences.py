@@ -84,6 +84,17 @@ def doubling(a: Tensor, u: Tensor) -> Tensor:
     return u
 
 
+def doubling_without_padding(a: Tensor, u: Tensor) -> Tensor:
+    """What is combined with what came before is cut out anew for each of the two products."""
+    shift = 1
+    while shift < u.shape[1]:
+        first, later = u.narrow(1, 0, shift), u[:, shift:] + u[:, :-shift] * a[:, shift:]
+        u = torch.cat([first, later], dim=1)
+        a = torch.cat([a[:, :shift], a[:, shift:] * a[:, :-shift]], dim=1)
+        shift *= 2
+    return u
+
+
 def _pairs(left: Any, right: Any) -> Any:
     return left[0] * right[0], right[0] * left[1] + right[1]
 
@@ -106,7 +117,7 @@ def accumulated(a: Tensor, u: Tensor) -> Tensor:
     return c.exp() * (u * (-c).exp()).cumsum(1)
 
 
-SCANS = (accumulated, loop, unbound, in_place, backwards, doubling, associative, sequential)
+SCANS = (accumulated, loop, unbound, in_place, backwards, doubling, doubling_without_padding, associative, sequential)
 
 
 @pytest.mark.parametrize("scan_of", SCANS)

@@ -261,6 +261,8 @@ def draw(seed: str) -> Recipe:
         return replace(recipe, hook="none")
     if recipe.feature == "relu" and short < 3:  # one score may well be zero, and its level weight has no gradient then
         recipe = replace(recipe, lengths=(*lengths[:2], 3))
+    if recipe.in_place == "the first value" and short == 1:  # all that there is to weigh is zero then
+        recipe = replace(recipe, lengths=(*lengths[:2], 2))
     if recipe.model == "autocast" and recipe.around == "clamp":  # a rounding at its edge decides about a gradient
         return replace(recipe, around="nothing")
     return recipe

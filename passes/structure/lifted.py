@@ -230,7 +230,8 @@ class Lifter:
             return None
         if op.name not in (*_PICKS, *_CUTS):
             inner = self.table(op.inputs[0], count, position) if len(op.outputs) == 1 else None
-            return None if inner is None else self._of_pieces(value, op, {op.inputs[0]: inner}, count)
+            made = None if inner is None else self._of_pieces(value, op, {op.inputs[0]: inner}, count)
+            return made if made is not None and self._note(made, op, position) else None
         base, dim, width, start = piece(value, op)
         if start != position * max(1, width) or base.node is None or not self._is_read_in_turn(base, op, count):
             return None

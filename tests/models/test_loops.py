@@ -156,6 +156,7 @@ STEPS: dict[str, tuple[Step, Step]] = {  # of keys, and of outputs
     "a table for outputs": (lambda m, i, x: x * 2.0, lambda m, i, x: x * m.cos[i] + m.learned[i]),
     "two factors": (lambda m, i, x: (x * (i + 1)).exp() + (x * (0.5 - i)).tanh(), lambda m, i, x: x),
     "ones made anew": (lambda m, i, x: (x + torch.ones(WIDTH)).tanh(), lambda m, i, x: torch.zeros(1) - x),
+    "a table with numbers": (lambda m, i, x: (x + m.learned[i] * (i + 1)).tanh(), lambda m, i, x: x * (m.cos[i] - i)),
     "nothing of the first": (lambda m, i, x: x * i, lambda m, i, x: x),
 }
 

@@ -203,7 +203,8 @@ def _calls(session: Session) -> Iterator[tuple[Region, nn.Module, Call | None]]:
 def _is_plain(found: Found) -> bool:
     """Whether all that it gives is weighed, and nothing that is not: a normaliser inside has an epsilon, say."""
     reading = found.reading
-    plain = found.tail is None and reading.normaliser is None and not any(how == "plus" for _, how in reading.post)
+    added = reading.first is not None or reading.skip is not None or any(how == "plus" for _, how in reading.post)
+    plain = found.tail is None and reading.normaliser is None and not added
     return plain and found.order == found.times.leaves
 
 

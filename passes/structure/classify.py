@@ -225,6 +225,10 @@ class _Classifier:
             self.post.append((source, "times"))
         elif difference(changed * two, self.base * one) < SAME:
             self.post.append((source, "over"))
+        elif difference(changed * one.exp(), self.base * two.exp()) < SAME:
+            self.post.append((source, "times exp"))
+        elif difference(changed * two.exp(), self.base * one.exp()) < SAME:
+            self.post.append((source, "over exp"))
         else:
             return
         self.degree[source] = 1

@@ -121,6 +121,8 @@ class Cutter:
         facts = self.times.facts
         inside = (v for op in part.ops for v in op.outputs if v is not part.result)
         mixed = {v for v in inside if facts[v].mixed and facts[v].form == "sequence"}
+        if self.times.lone:  # decays that were summed up, beside the largest of them
+            mixed = {v for v in mixed if facts[v].met}
         if not mixed:
             return frozenset()
         first = min(value.op.number for value in mixed if value.op is not None)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from llcompile.passes.structure.classify import Miss
-from llcompile.passes.structure.found import Findings, Found, Missed
-from llcompile.passes.structure.lifted import MOVES, origin
+from llcompile.passes.structure.follow import WEIGHTED
+from llcompile.passes.structure.found import Findings, Found, Missed, values_of
+from llcompile.passes.structure.lifted import MOVES, SHAPES, Source, origin
 from llcompile.passes.structure.program import Op, Value
 from llcompile.passes.structure.reading import Reading
 
@@ -26,7 +28,7 @@ def pair_denominators(findings: Findings) -> None:
                     break
     findings.found = [f for f in whole if not _is_divided(findings, f)]
     inside = {value for f in findings.found for op in f.ops for value in op.outputs}
-    outputs = {f.output for f in findings.found}
+    outputs = {f.output for mixer in findings.found for f in (mixer, *findings.denominators.get(id(mixer), []))}
     findings.missed = [
         m
         for m in findings.missed
@@ -49,8 +51,8 @@ def _scores(reading: Reading) -> tuple[object, ...]:
 
 
 def _is_divided(findings: Findings, found: Found) -> bool:
-    """Whether the code divides the result by something else that joins positions: the level weights would not be in
-    both."""
+    """Whether the code divides the result by something else that joins queries and keys: the level weights would not be
+    in both. What is made of decays and gates alone is a factor for each token, and stays."""
     pending, seen = [found.output], 0
     while pending and seen < 20:
         value = pending.pop()
@@ -76,6 +78,37 @@ def _divisors(user: Op, value: Value) -> list[Value]:
     return [v for op in others if op.name == "reciprocal" for v in op.inputs]
 
 
+def _meets(found: Found, value: Value) -> bool:
+    """Whether a value that joins positions is made of the queries, keys or values: not of decays and gates alone."""
+    reading = found.reading
+    own = _made_from([s for s in (reading.query, reading.key, reading.value) if s is not None], found)
+    other = _made_from([value], found)
+    return any(a == b or (a[:1] == b[:1] and None in (a[1], b[1])) for a in own for b in other)
+
+
+def _made_from(sources: Sequence[Source], found: Found) -> set[tuple[Value, Value | None]]:
+    """The projections that sources are computed from, each with the piece of it that was taken; None for all of it."""
+    made: set[tuple[Value, Value | None]] = set()
+    pending: list[tuple[Value, Value | None]] = [(v, None) for s in sources for v in values_of(s)]
+    seen = set(pending)
+    while pending:
+        value, piece = pending.pop()
+        op = value.op
+        if op is None or _is_projection(op, found):
+            made.update([(value, piece)] if value.data is None else [])
+            continue
+        piece = (piece or (None if op.name in MOVES else value)) if op.name in SHAPES else None
+        new = [(v, piece) for v in op.inputs if (v, piece) not in seen]
+        seen.update(new)
+        pending.extend(new)
+    return made
+
+
+def _is_projection(op: Op, found: Found) -> bool:
+    facts = [found.times.facts[v] for v in op.inputs if v in found.times.facts]
+    return op.name in WEIGHTED and any(fact.form == "timeless" and not fact.data for fact in facts)
+
+
 def _joins_others(findings: Findings, found: Found, divisor: Value) -> bool:
     """Whether a denominator joins positions in another way than the mixer's own does."""
     sums = {f.output: f for f in findings.found if f.reading.value is None}
@@ -90,7 +123,9 @@ def _joins_others(findings: Findings, found: Found, divisor: Value) -> bool:
             continue
         fact = found.times.facts.get(value)
         if fact is not None and fact.mixed:
-            return True
+            if _meets(found, value):
+                return True
+            continue
         if value.op is not None and value.op.name in _AROUND:
             pending.extend(value.op.inputs)
     return False

@@ -18,6 +18,7 @@ from llcompile.passes.structure.program import Op, Program, Value
 Form = Literal["timeless", "sequence", "pieces"]
 
 _CUTS = frozenset(["select", "slice", "split", "split_with_sizes", "unbind"])
+_DIFFERENCES = frozenset(["sub", "add", "rsub"])
 _JOINS = frozenset(["cat", "stack"])
 _SCANS = frozenset(["cumsum", "cumprod", "logcumsumexp"])
 # What makes a number the same for all tokens, in training only, mixes no tokens.
@@ -34,7 +35,7 @@ class Fact:
         weight: it depends on a parameter.
         form: see `Form`.
         mixed: it joins several positions, and no projection came after.
-        outer: it has products of two tensors that are larger than both, and no projection came after.
+        met: two sequences have met in a state or in scores, and no projection came after.
         place: the position that pieces were taken from; None for no single one.
     """
 
@@ -42,7 +43,7 @@ class Fact:
     weight: bool = False
     form: Form = "timeless"
     mixed: bool = False
-    outer: bool = False
+    met: bool = False
     place: tuple[int, ...] | None = None
 
 
@@ -115,19 +116,32 @@ class Times(Frame):
             mixed = mixed or (form == "pieces" and self._crosses(op, value))
             # A part of the sequence, made as long as it again: a shift.
             shift = form == "sequence" and op.name not in _CUTS and any(f.data and f.form == "pieces" for f in given)
-            mixed = mixed or (shift and not lone)
-            outer = any(f.outer for f in given) or self._is_outer(op, value)
-            if (mixed or outer) and op.name in WEIGHTED and self._is_projection(op):
-                mixed, outer = mixed and form != "sequence" and op.name != "convolution", False
-            self.facts[value] = Fact(data, weight, form, mixed, outer, place if form == "pieces" else None)
+            mixed = (mixed or (shift and not lone)) and not (lone and form == "sequence" and self._falls(op))
+            met = any(f.met for f in given) or self._meet(op) or self._is_outer(op, value)
+            if (mixed or met) and op.name in WEIGHTED and self._is_projection(op):
+                mixed, met = mixed and form != "sequence" and op.name != "convolution", False
+            self.facts[value] = Fact(data, weight, form, mixed, met, place if form == "pieces" else None)
 
     def _is_lone(self, op: Op) -> bool:
         """Whether it does something with the positions of sequences that have not met: no states, sums or scores."""
-        given = [v for v in op.inputs if self.facts[v].data]
-        meet = op.name in WEIGHTED and sum(self.facts[v].form != "timeless" for v in given) > 1
-        return op.name not in _SCANS and not meet and not any(self.facts[v].outer for v in given)
+        return op.name not in _SCANS and not self._meet(op) and not any(self.facts[v].met for v in op.inputs)
+
+    def _meet(self, op: Op) -> bool:
+        """Whether two sequences are contracted."""
+        given = [f for f in map(self.facts.__getitem__, op.inputs) if f.data and f.form != "timeless"]
+        return op.name in WEIGHTED and len(given) > 1
+
+    def _falls(self, op: Op) -> bool:
+        """Whether it takes what stands for each two positions together, for each: the largest of their decays."""
+        return self.mixes_time(op) and any(self._times_of(v) > len(self.leaves) for v in op.inputs)
+
+    def _times_of(self, value: Value) -> int:
+        return sum(self._in_order(leaf) for axis in self.followed.axes[value] for leaf in self.axis_leaves(axis))
 
     def _is_outer(self, op: Op, value: Value) -> bool:
+        """Whether two sequences are multiplied to something larger; differences of one with itself are none."""
+        if op.name in _DIFFERENCES and self._crosses(op, value):
+            return False
         sizes = [math.prod(v.shape) for v in op.inputs if self.facts[v].data and self.facts[v].form != "timeless"]
         return len(sizes) > 1 and op.name not in _JOINS and math.prod(value.shape) > max(sizes)
 
@@ -151,8 +165,7 @@ class Times(Frame):
         data = [v for v in op.inputs if self.facts[v].data and self.facts[v].form != "timeless"]
         if len(data) < 2:
             return False
-        count = lambda v: sum(self._in_order(x) for a in self.followed.axes[v] for x in self.axis_leaves(a))  # noqa: E731
-        return count(value) > max(count(v) for v in data)
+        return self._times_of(value) > max(map(self._times_of, data))
 
     def _is_projection(self, op: Op) -> bool:
         """Whether one operand is the same at all times and does not come from the input: a weight."""

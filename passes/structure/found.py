@@ -66,7 +66,7 @@ class Found:
     @functools.cached_property
     def order(self) -> Axis:
         """Time in the order in which the queries have it: that of a grid's columns, say, where the input has rows."""
-        value = next(v for v in _values(self.reading.query) if self.times.facts[v].data)
+        value = next(v for v in values_of(self.reading.query) if self.times.facts[v].data)
         rows = self.times.rows(self.times.followed.axes[value])
         found = tuple(leaf for row in rows for leaf in row if self.times.is_time(leaf))
         return found if len(found) == len(self.times.leaves) else self.times.leaves
@@ -74,7 +74,7 @@ class Found:
     @functools.cached_property
     def _straight(self) -> tuple[set[Value], bool]:
         """What the queries are computed from with all tokens in their order; whether anything changes that order."""
-        pending = _values(self.reading.query)
+        pending = values_of(self.reading.query)
         seen, reordered = set(pending), False
         for value in pending:
             if value.op is None:
@@ -126,7 +126,7 @@ class Found:
 
         By its size: a number for each row, head, key and value feature. Nothing is decided by it.
         """
-        operands = [value for source in self.reading.operands for value in _values(source)]
+        operands = [value for source in self.reading.operands for value in values_of(source)]
         seen = {self.part.result, self.output, *operands}
         pending = operands
         states: set[Value] = set()
@@ -146,7 +146,7 @@ class Found:
         facts = self.times.facts
         given = [v for v in self.program.inputs if v in facts and facts[v].data and facts[v].form == "timeless"]
         states = self._made_of([v for v in given if v.dtype.is_floating_point and count(v.shape) == size])
-        queries = self._made_of(_values(self.reading.query))
+        queries = self._made_of(values_of(self.reading.query))
         readers = {op for value in states for op in value.users}
         return any(queries.intersection(op.inputs) - states for op in readers)
 
@@ -285,9 +285,9 @@ def count(shape: tuple[int, ...]) -> int:
     return math.prod(shape)
 
 
-def _values(source: Source) -> list[Value]:
+def values_of(source: Source) -> list[Value]:
     """The values that a source is, or is assembled from."""
     if not isinstance(source, Lifted):
         return [source]
     inner = [*(a for a in source.args if isinstance(a, (Lifted, Value))), *(source.base or ())[:1]]
-    return [value for part in inner for value in _values(part)]
+    return [value for part in inner for value in values_of(part)]

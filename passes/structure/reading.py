@@ -29,6 +29,16 @@ NORMALISERS: dict[str, Callable[[Any, float, Callable[[], Any]], Any]] = {
 }
 
 
+# What is done to the output o with a source x.
+POSTS: dict[str, Callable[[Any, Any], Any]] = {
+    "plus": lambda o, x: o + x,
+    "times": lambda o, x: o * x,
+    "over": lambda o, x: o / x,
+    "times exp": lambda o, x: o * torch.exp(x),
+    "over exp": lambda o, x: o * torch.exp(-x),
+}
+
+
 @dataclass(frozen=True)
 class Axes4:
     """The atoms of the operator's axes. `groups` are the heads that queries and keys have, `rest` those they share."""
@@ -62,7 +72,8 @@ class Reading:
         constant: the log decay of each head where it is a number of the code.
         complement: what is written is multiplied with one minus the decay (a step from the state towards it).
         step: the beta of a delta rule where it is a number of the code.
-        post: sources that the output is multiplied with ("times"), divided by ("over"), or that are added ("plus").
+        post: sources that the output is multiplied with ("times"), divided by ("over"), or that are added ("plus");
+            "times exp" and "over exp" for their exponentials.
         first: the state that the sum starts from, which the model has learned; `first_scale` a factor on it.
         skip: where the output has the token's own value once more (the scores have a number on their diagonal): what
             that is multiplied with, and with `skip_scale`; None where it has not.
@@ -191,7 +202,7 @@ class Reading:
         output = arrange(output, (a.batch, a.time, a.heads, a.value), self.result, size)
         for source, how in self.post:
             other = arrange(values[source], self.rows[source], self.result, size, broadcast=True)
-            output = output * other if how == "times" else output / other if how == "over" else output + other
+            output = POSTS[how](output, other)
         return output
 
     def _skipped(self, values: Mapping[Source, Any], size: Size) -> Any:

@@ -314,3 +314,62 @@ NO_ADDITION: dict[str, Callable[..., Tensor]] = {
 @pytest.mark.parametrize("name", NO_ADDITION)
 def test_other_additions(name: str) -> None:
     stays(NO_ADDITION[name])
+
+
+def test_one_token_is_weighed_without_its_skip() -> None:
+    """What no level weighs is not weighed in a call of one token either."""
+    model, x = Layer(SKIPS["of each head"][0]), example()
+    assert len(llcompile.convert(model, x).converted) == 1
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "loglinear" in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+        run = torch.compile(model, backend="loglinear", options={"inner": "eager"})
+        whole = run(x)
+        with pytest.raises(Exception, match="does not read them"):
+            run(x[:, :1])
+        assert difference(run(x), whole) < 1e-6
+
+
+# -- divisors of decays alone stay in the graph
+
+
+def weighted_mean(m: Layer, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    decays = faded(m, x)  # [B, H, T, S]
+    return applied(scored(q, k) * decays, v) / decays.sum(-1).mT[..., None]
+
+
+def stabilised(m: Layer, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """xLSTM's matrix memory, parallel, with an epsilon behind the maximum."""
+    total = nn.functional.logsigmoid(m.gate(x)).cumsum(1).mT  # [B, H, T]
+    log = total[..., None] - total[..., None, :] + m.gate(x.tanh()).mT[..., None, :]
+    log = torch.where(torch.ones(len(x[0]), len(x[0])).tril().bool(), log, -float("inf"))
+    top = log.max(-1, keepdim=True).values
+    scores = torch.einsum("bthk,bshk->bhts", q, k) * (log - top).exp() / 2
+    length = torch.maximum(scores.sum(-1, keepdim=True).abs(), (-top).exp())
+    return applied(scores / (length + 1e-6), v)
+
+
+def stabilised_behind(m: Layer, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same, divided behind the sum."""
+    total = nn.functional.logsigmoid(m.gate(x)).cumsum(1).mT
+    log = total[..., None] - total[..., None, :] + m.gate(x.tanh()).mT[..., None, :]
+    log = log.masked_fill(torch.ones(len(x[0]), len(x[0])).triu(1) > 0, -float("inf"))
+    top = log.amax(-1, keepdim=True)
+    scores = torch.einsum("bthk,bshk->bhts", q, k) * (log - top).exp() / 2
+    length = torch.maximum(scores.sum(-1, keepdim=True).abs(), (-top).exp()) + 1e-6
+    return applied(scores, v) / length.transpose(1, 2)
+
+
+@pytest.mark.parametrize("function", [weighted_mean, stabilised, stabilised_behind])
+def test_a_divisor_of_decays(function: Callable[..., Tensor]) -> None:
+    becomes(function, ("scalar", "none"))
+
+
+def of_keys(m: Layer, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    decays = faded(m, x)
+    return applied(scored(q, k) * decays, v) / (1 + decays.sum(-1).mT[..., None] + k.exp().cumsum(1).sum(-1, True))
+
+
+def test_a_divisor_of_keys_is_another_mixing() -> None:
+    stays(of_keys, "its denominator")

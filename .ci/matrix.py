@@ -204,7 +204,8 @@ def _libraries(venv: Path, row: Row, fresh: bool) -> None:
     if row.fla:
         _pip(venv, "--no-deps", f"fla-core=={row.fla}", f"flash-linear-attention=={row.fla}", "einops", "triton")
     if row.mamba_ssm:  # its Python code alone: what it compiles needs CUDA's compiler and a GPU to run
-        environment = {"MAMBA_SKIP_CUDA_BUILD": "TRUE"}
+        # Built here, for its own wheels are chosen by the version of CUDA.
+        environment = {"MAMBA_SKIP_CUDA_BUILD": "TRUE", "MAMBA_FORCE_BUILD": "TRUE"}
         _pip(venv, "setuptools", "wheel", "packaging")  # what its build reads, which sees this environment
         _pip(
             venv, "--no-deps", "--no-build-isolation", f"mamba-ssm=={row.mamba_ssm}", "einops", "triton", **environment

@@ -82,9 +82,9 @@ class Positions:
         """Whether it is a tensor of numbers that the code or the model holds."""
         if value.data is None or value in self.sources:
             return False
-        kind = NUMBER if value.data.numel() == 1 else kind_of(value.data)
-        if kind == UNKNOWN and not self._is_timed(value):
-            kind = NUMBER  # a number for each head, say
+        # A number for each head is no line, though two of them always lie on one.
+        one = value.data.numel() == 1 or not self._is_timed(value)
+        kind = NUMBER if one else kind_of(value.data)
         self.kinds[value] = UNKNOWN if _is_made_of_sizes(value) else kind
         return True
 

@@ -150,3 +150,17 @@ def test_what_adds_to_the_state_instead_is_no_delta_rule() -> None:
     assert small.difference(run(x), model(x)) < 1e-5
     assert not report.converted
     assert report.declined
+
+
+@pytest.mark.parametrize("rates", [[0.8, 0.9, 0.95], [0.8, 0.85, 0.9]], ids=["any", "evenly spaced"])
+def test_numbers_of_heads_serve_all_lengths(rates: list[float]) -> None:
+    """Numbers of heads that happen to lie on a line are no positions: one graph serves all lengths."""
+    model = Shared(powers)
+    model.rates = torch.tensor(rates)
+    llcompile.convert(model, torch.randn(2, 24, WIDTH))
+    run = torch.compile(model, backend="loglinear", dynamic=True, options={"inner": "eager"})
+    torch._dynamo.utils.counters.clear()
+    for length in (24, 40, 90):
+        x = torch.randn(2, length, WIDTH)
+        assert small.difference(run(x), model(x)) < 1e-5
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

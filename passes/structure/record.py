@@ -147,7 +147,10 @@ class _Recorder:
         if is_about(node) or is_around(node):
             return self._opaque(node, args, kwargs)
         if node.target in _DROPOUTS:  # with dynamic=True its rate is a number that Dynamo reads from an input
-            args, kwargs = mapped(lambda a: _SOME_RATE if isinstance(a, _Unknown) else a, (args, kwargs))
+            read = [n for n in node.all_input_nodes if isinstance(n.meta.get("example_value"), torch.SymFloat)]
+            rates = [_SOME_RATE if n in read else results[n] for n in node.all_input_nodes]
+            known = dict(zip(node.all_input_nodes, rates, strict=True))
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: known[n])  # type: ignore[misc]
         if any(isinstance(a, _Unknown) for a in leaves((args, kwargs))):
             return self._opaque(node, args, kwargs)
         if node.target is torch.ops.higher_order.scan:
@@ -214,6 +217,10 @@ class _Recorder:
         self.program.ops.append(op)
 
         def made(leaf: Any) -> Any:
+            if isinstance(
+                leaf, torch.SymFloat
+            ):  # a number of the user's, read from an input; whoever uses it guards it
+                return self._concrete(leaf)
             if not isinstance(leaf, Tensor) or any(not _is_hinted(n) for n in leaf.shape):
                 return _Unknown()
             value = Value(self._sizes(leaf.shape), leaf.dtype, op=op, index=len(op.outputs))

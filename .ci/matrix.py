@@ -45,6 +45,7 @@ class Row:
     python: str | None = None
     fla: str | None = None
     mamba_ssm: str | None = None
+    triton: str | None = None  # beside FLA; its older releases do not import with the newest
 
 
 # Rows of one Python and one torch stand together: they share an environment, in which only the libraries change.
@@ -57,8 +58,8 @@ ROWS = {
         Row("2.13.0", "5.20.2", "3.11"),
         Row("2.13.0", "5.15.0", "3.11"),
         Row("2.13.0", "5.24.0", "3.11", fla="0.6.0"),
-        Row("2.13.0", "5.24.0", "3.11", fla="0.5.2"),
-        Row("2.13.0", "5.24.0", "3.11", fla="0.4.2"),
+        Row("2.13.0", "5.24.0", "3.11", fla="0.5.2", triton="3.5.1"),
+        Row("2.13.0", "5.24.0", "3.11", fla="0.4.2", triton="3.5.1"),
         Row("2.13.0", "5.24.0", "3.11", mamba_ssm="2.3.2.post1"),
         Row("2.11.0", "5.15.0", "3.10"),
         Row("2.15.0", "5.24.0", "3.12"),
@@ -202,7 +203,8 @@ def _libraries(venv: Path, row: Row, fresh: bool) -> None:
         _output([str(venv / "bin" / "python"), "-m", "pip", "uninstall", "-q", "-y", *gone])
     _pip(venv, "transformers" + ("" if row.transformers == NEWEST else f"=={row.transformers}"))
     if row.fla:
-        _pip(venv, "--no-deps", f"fla-core=={row.fla}", f"flash-linear-attention=={row.fla}", "einops", "triton")
+        triton = "triton" if row.triton is None else f"triton=={row.triton}"
+        _pip(venv, "--no-deps", f"fla-core=={row.fla}", f"flash-linear-attention=={row.fla}", "einops", triton)
     if row.mamba_ssm:  # its Python code alone: what it compiles needs CUDA's compiler and a GPU to run
         # Built here, for its own wheels are chosen by the version of CUDA.
         environment = {"MAMBA_SKIP_CUDA_BUILD": "TRUE", "MAMBA_FORCE_BUILD": "TRUE"}

@@ -57,6 +57,13 @@ def test_a_channel_written_to_is_not_taken_for_a_token(layer: type[Chunks], toke
     assert [(c.key_dim, c.value_dim) for c in report.converted] == [(K, V)], str(report)
 
 
+def test_as_many_rows_and_tokens_as_channels_that_were_cut() -> None:
+    """The second layer has them behind the first one's channels, some of which are written to."""
+    layers = nn.Sequential(Tokens(), Tokens())
+    report = llcompile.inspect(layers, torch.randn(2, V // 2, 8)).report
+    assert [(c.module, c.key_dim, c.value_dim) for c in report.converted] == [("0", K, V), ("1", K, V)], str(report)
+
+
 class Retention(nn.Module):
     """Heads that share a query and a key, with a decay of their own each; token by token."""
 

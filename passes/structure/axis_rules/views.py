@@ -37,8 +37,10 @@ def _interleaved(c: Call, axis: Axis) -> Axis:
     leaves = c.atoms.leaves(axis)
     if len(leaves) < 2 or not any(leaf.row for leaf in leaves):
         return axis
-    size = size_of(c.atoms, axis)
-    if not any(size_of(c.atoms, a) == size and c.atoms.leaves(a) != leaves for a in c.lost.get(c.first, ())):
+    size, learned = size_of(c.atoms, axis), any(leaf.weight for leaf in leaves)
+    cut = [found for found in map(c.atoms.leaves, c.lost.get(c.first, ())) if size_of(c.atoms, found) == size]
+    # Rows of tokens are no channels that were cut, though there may be as many.
+    if not any(found != leaves and any(leaf.weight for leaf in found) == learned for found in cut):
         return axis
     c.mix(axis)
     return c.assembled(size, {c.first: axis})

@@ -69,7 +69,7 @@ def loglinear(
     """
     versions.announce()
     try:
-        with fresh.kept_on_success():
+        with fresh.kept_on_success(), dynamo.without_traces_of_transforms():
             parsed = Options.parse(options)
             if dynamo.trace_note("rewritten"):  # the whole, before it was cut or copied
                 return inner.compile_graph(module, example_inputs, parsed, mode)

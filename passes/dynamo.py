@@ -499,3 +499,20 @@ def unsubstituted(function: types.FunctionType) -> types.FunctionType:
     copy.__dict__.update(function.__dict__)
     copy.__module__, copy.__qualname__ = function.__module__, function.__qualname__
     return copy
+
+
+@contextmanager
+def without_traces_of_transforms() -> Iterator[None]:
+    """An error inside of torch.func.grad, whose graph opens and closes a level by nodes, leaves no level open, and
+    hooks on saved tensors as allowed as they were."""
+    functorch, autograd = torch._C._functorch, torch._C._autograd
+    level = functorch.maybe_current_level() or 0
+    allowed = autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
+    try:
+        yield
+    except BaseException:
+        while (functorch.maybe_current_level() or 0) > level:
+            functorch.pop_dynamic_layer_stack()
+        if allowed:
+            autograd._saved_tensors_hooks_enable()
+        raise

@@ -80,6 +80,9 @@ def test_a_gradient_of_a_gradient_is_refused_by_the_operator() -> None:
 
     with pytest.raises(Exception, match=r"second derivative|double backward|differentiat"):
         compiled(torch.func.grad(length))(parameters, x)
+    # Torch writes both into the graph, and the error came between.
+    assert torch._C._autograd._saved_tensors_hooks_is_enabled()
+    assert torch._C._functorch.maybe_current_level() is None
 
 
 def test_a_graph_is_what_it_was() -> None:

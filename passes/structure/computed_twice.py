@@ -41,12 +41,12 @@ def merge_computed_twice(program: Program) -> None:
 
 def _is_pointwise(op: Op) -> bool:
     """Whether it is a function of each number of one tensor by itself."""
-    tags = getattr(op.target, "tags", ())
-    if len(op.inputs) != 1 or torch.Tag.nondeterministic_seeded in tags or not op.outputs:
+    if len(op.inputs) != 1 or op.is_random or not op.outputs:
         return False
     if any(value.users for value in op.outputs[1:]) or op.args[:1] != (op.inputs[0],):
         return False
-    return op.name in _POINTWISE or (torch.Tag.pointwise in tags and op.name != "clone")
+    pointwise = torch.Tag.pointwise in getattr(op.target, "tags", ())
+    return op.name in _POINTWISE or (pointwise and op.name != "clone")
 
 
 def _call(op: Op) -> Any:

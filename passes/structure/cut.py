@@ -8,7 +8,6 @@ from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from llcompile.passes.structure.axes import Atom, Atoms, Axes, Axis
@@ -46,8 +45,7 @@ class Part:
     @functools.cached_property
     def random(self) -> Op | None:
         """The first operation that draws numbers; nothing can be measured of a mixer with one."""
-        drawn = torch.Tag.nondeterministic_seeded
-        return next((op for op in self.ops if drawn in getattr(op.target, "tags", ())), None)
+        return next((op for op in self.ops if op.is_random), None)
 
 
 class Cutter:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 
 from llcompile.passes.structure.classify import Miss
-from llcompile.passes.structure.follow import WEIGHTED
 from llcompile.passes.structure.found import Findings, Found, Missed, values_of
 from llcompile.passes.structure.lifted import MOVES, SHAPES, Source, origin
 from llcompile.passes.structure.program import Op, Value
@@ -94,7 +93,7 @@ def _made_from(sources: Sequence[Source], found: Found) -> set[tuple[Value, Valu
     while pending:
         value, piece = pending.pop()
         op = value.op
-        if op is None or _is_projection(op, found):
+        if op is None or found.times.is_projection(op):
             made.update([(value, piece)] if value.data is None else [])
             continue
         piece = (piece or (None if op.name in MOVES else value)) if op.name in SHAPES else None
@@ -102,11 +101,6 @@ def _made_from(sources: Sequence[Source], found: Found) -> set[tuple[Value, Valu
         seen.update(new)
         pending.extend(new)
     return made
-
-
-def _is_projection(op: Op, found: Found) -> bool:
-    facts = [found.times.facts[v] for v in op.inputs if v in found.times.facts]
-    return op.name in WEIGHTED and any(fact.form == "timeless" and not fact.data for fact in facts)
 
 
 def _joins_others(findings: Findings, found: Found, divisor: Value) -> bool:

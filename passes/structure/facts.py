@@ -118,7 +118,7 @@ class Times(Frame):
             shift = form == "sequence" and op.name not in _CUTS and any(f.data and f.form == "pieces" for f in given)
             mixed = (mixed or (shift and not lone)) and not (lone and form == "sequence" and self._falls(op))
             met = any(f.met for f in given) or self._meet(op) or self._is_outer(op, value)
-            if (mixed or met) and op.name in WEIGHTED and self._is_projection(op):
+            if (mixed or met) and self.is_projection(op):
                 mixed, met = mixed and form != "sequence" and op.name != "convolution", False
             self.facts[value] = Fact(data, weight, form, mixed, met, place if form == "pieces" else None)
 
@@ -167,10 +167,10 @@ class Times(Frame):
             return False
         return self._times_of(value) > max(map(self._times_of, data))
 
-    def _is_projection(self, op: Op) -> bool:
-        """Whether one operand is the same at all times and does not come from the input: a weight."""
-        others = [self.facts[v] for v in op.inputs]
-        return any(f.form == "timeless" and not f.data for f in others)
+    def is_projection(self, op: Op) -> bool:
+        """Whether it contracts with what is the same at all times and does not come from the input: a weight."""
+        given = [self.facts[v] for v in op.inputs if v in self.facts] if op.name in WEIGHTED else []
+        return any(fact.form == "timeless" and not fact.data for fact in given)
 
 
 def time_axes(program: Program, followed: Followed) -> list[Axis]:

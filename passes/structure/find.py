@@ -9,7 +9,7 @@ import math
 import operator
 import time as clock
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 
@@ -29,16 +29,15 @@ from llcompile.passes.structure.axis_rules.table import rule_for
 from llcompile.passes.structure.barriers import expect_no_barrier
 from llcompile.passes.structure.certify import certify
 from llcompile.passes.structure.classify import Miss, classify, sees_itself
-from llcompile.passes.structure.columns import columns
 from llcompile.passes.structure.computed_twice import merge_computed_twice
 from llcompile.passes.structure.cut import Cutter, Part
+from llcompile.passes.structure.cuts import SOURCES, Cuts
 from llcompile.passes.structure.denominators import pair_denominators
 from llcompile.passes.structure.facts import Times, born_axes, lengthened, time_axes
-from llcompile.passes.structure.follow import WEIGHTED, Followed, follow_program
-from llcompile.passes.structure.found import Findings, Found, Missed, count
+from llcompile.passes.structure.follow import Followed, follow_program
+from llcompile.passes.structure.found import Findings, Found, Missed
 from llcompile.passes.structure.frame import Frame, Row
-from llcompile.passes.structure.lift import bases_of
-from llcompile.passes.structure.lifted import MOVES, SHAPES, Lifted, Source, origin, sample_of
+from llcompile.passes.structure.lifted import SHAPES, Lifted, Source, sample_of
 from llcompile.passes.structure.measured import Measured, meet
 from llcompile.passes.structure.memo import fingerprint, is_lasting, recall, remember
 from llcompile.passes.structure.name_written import name_written
@@ -53,13 +52,12 @@ from llcompile.passes.structure.reading import Reading
 from llcompile.passes.structure.record import record
 from llcompile.passes.structure.sizing import CannotArrange, Sizing, small
 from llcompile.passes.structure.suppose import suppose
-from llcompile.passes.structure.tail import Tail, tails
+from llcompile.passes.structure.tail import Tail
 from llcompile.passes.structure.why import explain
 
 log = logging.getLogger("llcompile")
 
 _NORMS = ("native_layer_norm", "native_group_norm", "_fused_rms_norm", "rms_norm", "mean", "_softmax")
-_JOINS = MOVES | {"cat", "stack", "repeat", "constant_pad_nd"}
 _SOFTMAXES = ("_softmax", "_safe_softmax", "_log_softmax")
 _NOT_RUN = (CannotArrange, RuntimeError, MemoryError, IndexError, AssertionError, TypeError, ValueError)
 _SCATTERS = ("select_scatter", "slice_scatter", "index_put")
@@ -70,10 +68,8 @@ _APART = "compute what the steps of a loop read for all tokens at once, before t
 _ASKED = 8000  # operations of a part that is run again and again to say why it is no mixer
 _TIMES = 3  # axes that are tried as time
 _BORN = 8  # axes that the model makes which are tried as well
-_SOURCES = 16  # a mixer has fewer operands
 _NEAR_BY = 30  # values above a write among which its base is looked for
 _LARGER = 1e6
-_WIDENINGS = 12  # how often a cut is moved up
 
 
 def find(region: Region) -> Findings:
@@ -158,6 +154,7 @@ class _Search:
         self.ranges = ranges(findings.program)
         zeros = {v for v, bounds in self.ranges.items() if v.op is not None and bounds == (0.0, 0.0)}
         self.cutter = Cutter(times, zeros)
+        self.cuts = Cuts(self.cutter)
         self.tried: set[Value] = set()
         self._across: dict[Value, bool] = {}
         self.captured = {op.node for op in findings.program.ops if leaf_of(_called(op.node).target) is not None}
@@ -226,7 +223,7 @@ class _Search:
         best: Miss | None = None
         part: Part | None = None
         nearest: Part | None = None
-        for part, tail in self._cuts(value):
+        for part, tail in self.cuts.of(value):
             if self.before is not None and not self._is_new(part):
                 continue
             self.findings.counts["cuts"] += 1
@@ -268,7 +265,7 @@ class _Search:
         for whole in (False, True)[: 1 + (miss.near > 2)]:
             try:
                 probe = self._probe(frame, part, axes, result, bounds, whole)
-                origins = {s: above for s, (above, _) in self._origins(part).items()}
+                origins = {s: above for s, (above, _) in self.cuts.origins(part).items()}
                 miss, done = explain(Measured(probe, origins), miss)
             except (Miss, *_NOT_RUN):
                 break
@@ -276,112 +273,6 @@ class _Search:
                 break
         remember(key, part, axes, result, miss)
         return miss
-
-    def _cuts(self, value: Value) -> Iterator[tuple[Part, Tail | None]]:
-        """The parts to try: of the value, then of what it may be computed from piece by piece."""
-        for part in self._parts(value):
-            yield part, None
-        for tail in tails(value, self.times, self.cutter.lifter):
-            for part in self._parts(tail.joined):
-                yield part, tail
-
-    def _parts(self, value: Value) -> Iterator[Part]:
-        """The cuts to try: the latest that is not inside of a product, then the one behind shared factors."""
-        passed: set[Source] = set()
-        part: Part | None = None
-        for rule in (self._inside, self._squared, self._combined, self._derived):
-            part, moved = self.cutter.cut(value, passed), rule == self._inside
-            for _ in range(_WIDENINGS):
-                further = set() if part is None else rule(part) | self._inside(part)
-                if not further:
-                    break
-                passed, moved = passed | further, True
-                part = self.cutter.cut(value, passed)
-            if part is None:
-                return
-            if rule == self._inside:
-                first, through = part, passed
-            if moved:
-                yield part
-            if len(part.sources) > _SOURCES:
-                break
-        if part is not None and len(part.sources) < 4:
-            apart = self.cutter.cut(value, views=True)
-            if apart is not None and len(part.sources) < len(apart.sources) <= _SOURCES:
-                yield apart
-        taken = columns(first, self.times)
-        whole = self.cutter.cut(value, through.union(*taken.values())) if taken else None
-        if whole is not None:
-            whole.columns = list(taken)
-            yield whole
-
-    def _inside(self, part: Part) -> set[Source]:
-        """Sources that belong to the mixer: outer products of its operands, and what few tokens have."""
-        rare = {s for s, taps in part.taps.items() if 2 * len(taps) < s.count + self._is_joined(s)}
-        return rare | {s for s in part.sources if self._is_product(s)}
-
-    def _is_joined(self, source: Source) -> bool:
-        """Whether it is made of several that depend on data: the first token's output, where there are two tokens."""
-        return isinstance(source, Lifted) and sum(map(self._is_data, bases_of(source))) > 1
-
-    def _squared(self, part: Part) -> set[Source]:
-        """Outer products of a tensor with itself: features at first, a state where keys and values are one tensor."""
-        return {s for s in part.sources if self._is_product(s, squares=True)}
-
-    def _is_product(self, source: Source, squares: bool = False) -> bool:
-        """Whether it is larger than all it is made of (k v^T), or computed from such a thing element by element."""
-        op, inner = source.op, [p for p in self._inner(source) if self._is_data(p)]
-        if not inner:  # powers of a learned decay for the positions of a chunk
-            inner = [p for p in self._inner(source) if isinstance(p, Value) and self.times.facts[p].weight]
-        if op is None or not inner or self._is_projection(op):
-            return False
-        size, largest = count(sample_of(source).shape), max(count(sample_of(p).shape) for p in inner)
-        if op.name not in _JOINS and size > largest and (len(op.inputs) > 1 or op.name == "diag_embed"):
-            return squares or len(inner) < 2 or len(set(map(origin, inner))) > 1
-        return any(count(sample_of(p).shape) == size and self._is_product(p, squares) for p in inner)
-
-    def _is_projection(self, op: Op) -> bool:
-        facts = [self.times.facts[v] for v in op.inputs]
-        return op.name in WEIGHTED and any(f.form == "timeless" and not f.data for f in facts)
-
-    def _is_data(self, source: Source) -> bool:
-        if isinstance(source, Lifted):
-            return True
-        fact = self.times.facts[source]
-        return fact.data and not fact.mixed
-
-    def _inner(self, source: Source) -> list[Source]:
-        if isinstance(source, Lifted):
-            return [a for a in source.args if isinstance(a, (Lifted, Value))]
-        return list(source.op.inputs) if source.op is not None else []
-
-    def _combined(self, part: Part) -> set[Source]:
-        """Sources that are computed from another source and something else (k * beta beside k)."""
-        return {s for s, (above, alone) in self._origins(part).items() if len(above) > 1 or (above and not alone)}
-
-    def _derived(self, part: Part) -> set[Source]:
-        """Sources that are computed from other sources (1 - f beside f, too)."""
-        return {s for s, (above, _) in self._origins(part).items() if above}
-
-    def _origins(self, part: Part) -> dict[Source, tuple[set[int], bool]]:
-        """Source -> the other sources that it is computed from, and whether it is computed from nothing else."""
-        others = set(map(id, part.sources))
-        return {s: self._above(s, others - {id(s)}) for s in part.sources}
-
-    def _above(self, source: Source, others: set[int]) -> tuple[set[int], bool]:
-        pending, seen, found, alone = list(self.cutter.parents(source)), 0, set(), True
-        while pending and seen < 60:
-            current = pending.pop()
-            seen += 1
-            if id(current) in others:
-                found.add(id(current))
-                continue
-            if self._is_data(source) and not self._is_data(current):
-                continue
-            above = self.cutter.parents(current)
-            alone = alone and bool(above)
-            pending.extend(above)
-        return found, alone
 
     def _read_safely(self, part: Part, tail: Tail | None) -> Found:
         """As `_read`; an exception of the recogniser's own is a miss of this part."""
@@ -404,8 +295,8 @@ class _Search:
             raise Miss(
                 f"its {_named(drawn)} ({user_line(drawn.node.meta)}) is random", 3 * meets, _OUTSIDE, open=meets > 0
             )
-        if len(part.sources) > _SOURCES:
-            reason = f"the search stops at {_SOURCES} operands, and it is computed from {len(part.sources)} tensors"
+        if len(part.sources) > SOURCES:
+            reason = f"the search stops at {SOURCES} operands, and it is computed from {len(part.sources)} tensors"
             raise Miss(reason, meets, _APART)
         bounds = {s: self._range(part, s) for s in part.sources}
         key = fingerprint(part, axes, result, bounds)
@@ -514,7 +405,7 @@ class _Search:
         facts = self.times.facts
         if self._is_residual(part):
             raise Miss("it adds a mixer's output to what that was computed from; each mixer is looked at by itself")
-        if len(part.sources) > _SOURCES and len(part.ops) > _ASKED:
+        if len(part.sources) > SOURCES and len(part.ops) > _ASKED:
             raise Miss("it is computed from more tensors, by more operations, than are looked at")
         if sum(isinstance(s, Lifted) or facts[s].data for s in part.sources) < 2:
             raise Miss("it has fewer than two sequences to mix")

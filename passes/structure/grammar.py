@@ -89,7 +89,7 @@ def pieces(op: Op) -> list[float]:
 
 def stranger(op: Op) -> str:
     """Why an operation on what comes in has no place in a mixer; "" where it may have one."""
-    if torch.Tag.nondeterministic_seeded in getattr(op.target, "tags", ()):
+    if op.is_random:
         return "is random"
     given, made = [v.dtype for v in op.inputs], op.outputs[0].dtype if op.outputs else torch.float32
     if op.name == "_to_copy" and given[0].is_floating_point and (not made.is_floating_point or made.itemsize < 2):

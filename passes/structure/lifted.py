@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
-
 from llcompile.passes.structure.facts import Times
 from llcompile.passes.structure.nested import leaves, mapped
 from llcompile.passes.structure.program import Op, Value
@@ -123,7 +121,6 @@ def _origin(source: Source, known: dict[Source, object], depth: int) -> object:
         op, args = source.op, source.args if isinstance(source, Lifted) else source.op.args
         inner = [a for a in leaves(args) if isinstance(a, (Value, Lifted))]
         above = tuple(_origin(a, known, depth - 1) for a in inner)
-        moves = op.name in MOVES or (op.name in ("mul", "div") and len(inner) == 1)
         written = tuple(n for n in map(_written, leaves(args)) if n is not None)
         factor = op.name in ("mul", "div") and len(inner) == 1 and not any(isinstance(n, tuple) for n in written)
         moves = op.name in MOVES or factor
@@ -200,7 +197,7 @@ class Lifter:
             return argument
         op = None if isinstance(argument, Lifted) else argument.op
         fact = self.times.facts.get(argument) if isinstance(argument, Value) else None
-        if op is None or fact is None or fact.data or len(op.inputs) > 1 or depth == 0 or _is_random(op):
+        if op is None or fact is None or fact.data or len(op.inputs) > 1 or depth == 0 or op.is_random:
             return id(argument)
         inner = mapped(lambda a: self.name(a, depth - 1), (op.args, op.kwargs))
         return op.target, op.mode, argument.index, repr(inner)
@@ -266,10 +263,6 @@ class Lifter:
             count = math.prod(leaf.size for leaf in row) // max(1, width)
             self._lifted[key] = Lifted(None, base=key, sample=value, count=count)
         return self._lifted[key], start // max(1, width)
-
-
-def _is_random(op: Op) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(op.target, "tags", ())
 
 
 def is_numbered(op: Op) -> bool:

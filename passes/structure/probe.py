@@ -143,13 +143,9 @@ class Probe:
 @contextmanager
 def _same_draws() -> Iterator[None]:
     """Random operations draw the same each time, and the user's generator is as it was."""
-    generator = torch.default_generator
-    state = generator.get_state()
-    generator.manual_seed(0)
-    try:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
         yield
-    finally:
-        generator.set_state(state)
 
 
 def within(z: Tensor, bounds: Range) -> Tensor:

@@ -73,6 +73,11 @@ class Op:
         """The operation's name without overload: "bmm"."""
         return self.target._schema.name.split("::")[-1] if isinstance(self.target, torch._ops.OpOverload) else "opaque"
 
+    @property
+    def is_random(self) -> bool:
+        """Whether it draws numbers."""
+        return torch.Tag.nondeterministic_seeded in getattr(self.target, "tags", ())
+
     def __repr__(self) -> str:
         return f"{self.outputs} = {self.name}{self.args}"
 

@@ -147,10 +147,8 @@ class _Recorder:
         if is_about(node) or is_around(node):
             return self._opaque(node, args, kwargs)
         if node.target in _DROPOUTS:  # with dynamic=True its rate is a number that Dynamo reads from an input
-            read = [n for n in node.all_input_nodes if isinstance(n.meta.get("example_value"), torch.SymFloat)]
-            rates = [_SOME_RATE if n in read else results[n] for n in node.all_input_nodes]
-            known = dict(zip(node.all_input_nodes, rates, strict=True))
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: known[n])  # type: ignore[misc]
+            rate = lambda n: isinstance(n.meta.get("example_value"), torch.SymFloat)  # noqa: E731
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _SOME_RATE if rate(n) else results[n])  # type: ignore[misc]
         if any(isinstance(a, _Unknown) for a in leaves((args, kwargs))):
             return self._opaque(node, args, kwargs)
         if node.target is torch.ops.higher_order.scan:

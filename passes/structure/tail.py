@@ -99,7 +99,7 @@ def _expand(row: Row, open_rows: dict[Row, Lifted], times: Times, lifter: Lifter
         op is None or op.target is not first.target or v.index != row[0].index for v, op in zip(row, calls, strict=True)
     ):
         return False
-    if torch.Tag.nondeterministic_seeded in getattr(first.target, "tags", ()):
+    if first.is_random:
         return False
     flat, spec = tree_flatten((first.args, first.kwargs))
     columns = list(zip(*(tree_leaves((op.args, op.kwargs)) for op in calls if op is not None), strict=False))

@@ -42,7 +42,7 @@ def measured(op: Op) -> Pairs | None:
 def _key(op: Op) -> Any:
     target = op.target
     own = isinstance(target, torch._ops.OpOverload) and target.namespace == "aten"
-    if not own or torch.Tag.nondeterministic_seeded in target.tags or target._schema.is_mutable:
+    if not own or op.is_random or target._schema.is_mutable:
         return None
     values = (*op.inputs, *op.outputs)
     if not op.inputs or not op.outputs or sum(math.prod(v.shape) for v in values) > _LARGEST:

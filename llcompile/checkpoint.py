@@ -17,11 +17,11 @@ import llcompile
 from llcompile import attachment
 from llcompile.errors import CheckpointError, MissingLibraryError, ModelError
 from llcompile.held import held
+from llcompile.integrations import SECTION
 from llcompile.level_weights import LevelWeights
 from llcompile.passes.names import CodePlace
 
 VERSION = 1
-_NAME = "loglinear"  # of the section, in config.json and in the header of a safetensors file
 _SIZES = ("heads", "levels", "in_features", "hidden")
 
 
@@ -68,7 +68,7 @@ def save(model: nn.Module, path: str | PathLike[str]) -> None:
     """
     _expect_module(model)
     found = section(model)
-    _safetensors().save_model(model, str(path), metadata={} if found is None else {_NAME: json.dumps(found)})
+    _safetensors().save_model(model, str(path), metadata={} if found is None else {SECTION: json.dumps(found)})
 
 
 def load(model: nn.Module, path: str | PathLike[str]) -> int:
@@ -92,7 +92,7 @@ def load(model: nn.Module, path: str | PathLike[str]) -> int:
     from safetensors import safe_open
 
     with safe_open(str(path), framework="pt") as file:
-        text = (file.metadata() or {}).get(_NAME)
+        text = (file.metadata() or {}).get(SECTION)
     before = {id(weights) for _, _, weights in attachment.attached(model)}
     made = [] if text is None else restore(model, json.loads(text))
     try:
@@ -114,7 +114,7 @@ def expect_whole(models: Iterable[nn.Module | None]) -> None:
         CheckpointError: a model has none of them.
     """
     for model in models:
-        found = None if model is None else _config(model).get(_NAME)
+        found = None if model is None else _config(model).get(SECTION)
         if model is None or not isinstance(found, Mapping) or any(True for _ in attachment.attached(model)):
             continue
         count = len(list(_places(model, found)))
@@ -133,7 +133,7 @@ def _dropped(model: nn.Module, count: int) -> str:
 def forget(model: nn.Module) -> None:
     """Takes the section out of the configurations of a model: its level weights are given up."""
     for module in model.modules():
-        _config(module).pop(_NAME, None)
+        _config(module).pop(SECTION, None)
 
 
 def _config(module: nn.Module) -> dict[str, Any]:
@@ -156,8 +156,9 @@ def _places(
     """(owner, name, entry) of each entry that the model has an owner for."""
     if section.get("version") != VERSION or not isinstance(section.get("mixers"), Mapping):
         raise CheckpointError(
-            f"the checkpoint's section {_NAME!r} has layout {section.get('version')!r}, and this version of llcompile "
-            f"({llcompile.__version__}) reads {VERSION}. Install the version that wrote it: {section.get('llcompile')}"
+            f"the checkpoint's section {SECTION!r} has layout {section.get('version')!r}, and this version of "
+            f"llcompile ({llcompile.__version__}) reads {VERSION}. Install the version that wrote it: "
+            f"{section.get('llcompile')}"
         )
     modules = dict(model.named_modules())
     for path, entry in section["mixers"].items():
@@ -179,7 +180,7 @@ def _made(owner: nn.Module, name: str, entry: Mapping[str, Any]) -> LevelWeights
     except (KeyError, TypeError, ValueError) as error:
         mixer = f"{name} of {type(owner).__name__}"
         raise CheckpointError(
-            f"the checkpoint's section {_NAME!r} cannot be read: {mixer} is {dict(entry)}: {error}"
+            f"the checkpoint's section {SECTION!r} cannot be read: {mixer} is {dict(entry)}: {error}"
         ) from error
     return weights
 

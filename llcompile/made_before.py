@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,11 +23,18 @@ from llcompile.optimizer_watch import owners
 log = logging.getLogger("llcompile")
 
 
+Attach = Callable[[nn.Module, str, nn.Module], None]
+
+
 @functools.cache
-def install() -> None:
-    """Wraps `Optimizer.load_state_dict` and `AveragedModel.update_parameters`, once."""
+def install(attach: Attach) -> None:
+    """Wraps `Optimizer.load_state_dict` and `AveragedModel.update_parameters`, once.
+
+    Args:
+        attach: registers level weights on a module under a name.
+    """
     _wrap_loading()
-    _wrap_averaging()
+    _wrap_averaging(attach)
 
 
 def _wrap_loading() -> None:
@@ -73,27 +81,23 @@ def _level_parameters() -> set[int]:
     return {id(p) for owner in owners() for _, weights in held(owner) for p in weights.parameters()}
 
 
-def _wrap_averaging() -> None:
+def _wrap_averaging(attach: Attach) -> None:
     original = AveragedModel.update_parameters
 
     @functools.wraps(original)
     def update_parameters(self: AveragedModel, model: nn.Module) -> None:
-        join(self.module, model)
+        _join(self.module, model, attach)
         original(self, model)
 
     AveragedModel.update_parameters = update_parameters  # type: ignore[method-assign]
 
 
-def join(average: nn.Module, model: nn.Module) -> int:
-    """Gives an average the level weights that its model has and it lacks, at their values of now; returns how many."""
-    from llcompile import attachment
-
-    others, count = dict(average.named_modules()), 0
+def _join(average: nn.Module, model: nn.Module, attach: Attach) -> None:
+    """Gives an average the level weights that its model has and it lacks, at their values of now."""
+    others = dict(average.named_modules())
     for path, owner in model.named_modules():
         other = others.get(path)
         for name, weights in held(owner):
             if other is not None and type(owner._modules[name]) is LevelWeights and name not in other._modules:
                 device = next((p.device for p in other.parameters()), None)
-                attachment.attach(other, name, copy.deepcopy(weights).requires_grad_(False).to(device))
-                count += 1
-    return count
+                attach(other, name, copy.deepcopy(weights).requires_grad_(False).to(device))

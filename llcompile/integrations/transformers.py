@@ -14,8 +14,9 @@ from typing import Any
 
 from torch import nn
 
+from llcompile.integrations import SECTION
+
 MODULE = "transformers.modeling_utils"
-SECTION = "loglinear"
 
 # Level weights that were made for a checkpoint and have not met it yet.
 _waiting: weakref.WeakSet[nn.Module] = weakref.WeakSet()

@@ -18,12 +18,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..errors import KernelCacheError, KernelError, OptionError
-from . import ragged
-from .layout import Operands
-from .step import step as aten_step
-from .triton.description import Description, describe, describe_step
-from .triton.limits import interpreted, refusals, unsupported
+from llcompile.errors import KernelCacheError, KernelError, OptionError
+from llcompile.kernels import ragged
+from llcompile.kernels.layout import Operands
+from llcompile.kernels.step import step as aten_step
+from llcompile.kernels.triton.description import Description, describe, describe_step
+from llcompile.kernels.triton.limits import interpreted, refusals, unsupported
 
 VARIABLE = "LLCOMPILE_KERNELS"
 CHOICES = ("auto", "triton", "aten")
@@ -54,7 +54,7 @@ def forward(x: Operands, scale: float, return_final_state: bool) -> tuple[Tensor
     """As :func:`.engine.forward`, by the implementation that is chosen."""
 
     def kernels() -> tuple[Tensor, Tensor]:
-        from .triton import engine
+        from llcompile.kernels.triton import engine
 
         return engine.forward(x, scale, return_final_state)
 
@@ -68,7 +68,7 @@ def backward(x: Operands, scale: float, grad_o: Tensor, grad_state: Tensor | Non
     """As :func:`.engine.backward`, by the implementation that is chosen."""
 
     def kernels() -> list[Tensor | None]:
-        from .triton import engine
+        from llcompile.kernels.triton import engine
 
         return engine.backward(x, scale, grad_o, grad_state)
 
@@ -92,7 +92,7 @@ def step(
     operands = (q, k, v, w, state, log_decay, beta, scale)
 
     def kernels() -> tuple[Tensor, Tensor]:
-        from .triton import step as kernels
+        from llcompile.kernels.triton import step as kernels
 
         return kernels.step(*operands)
 

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from .decay import ChannelDecay, ChunkDecay, NoDecay, ScalarDecay
-from .inverse import unit_lower_inverse
-from .transitions import DenseTransition, DiagonalTransition, ScalarTransition, Transition
-from .weights import gather_back, spread
+from llcompile.kernels.decay import ChannelDecay, ChunkDecay, NoDecay, ScalarDecay
+from llcompile.kernels.inverse import unit_lower_inverse
+from llcompile.kernels.transitions import DenseTransition, DiagonalTransition, ScalarTransition, Transition
+from llcompile.kernels.weights import gather_back, spread
 
 
 class ChunkOperands(NamedTuple):

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .chunk import ChunkGradient, ChunkResult
-from .endpoint import EndPoint
-from .layout import Layout, Operands
-from .scan import Scan
-from .transitions import add_, zeros_like
-from .tree import Tree
+from llcompile.kernels.chunk import ChunkGradient, ChunkResult
+from llcompile.kernels.endpoint import EndPoint
+from llcompile.kernels.layout import Layout, Operands
+from llcompile.kernels.scan import Scan
+from llcompile.kernels.transitions import add_, zeros_like
+from llcompile.kernels.tree import Tree
 
 
 def forward(x: Operands, scale: float, return_final_state: bool) -> tuple[Tensor, Tensor]:

@@ -13,9 +13,9 @@ import math
 import torch
 from torch import Tensor
 
-from . import slabs
-from .layout import Operands
-from .state import state_dtype
+from llcompile.kernels import slabs
+from llcompile.kernels.layout import Operands
+from llcompile.kernels.state import state_dtype
 
 # Operands beyond one of these are taken for the cause, in this order: what is not finite, what overflows when it is
 # squared, and what does with two more factors.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .levels import bucket_start, level, level_count, trailing_zeros
+from llcompile.kernels.levels import bucket_start, level, level_count, trailing_zeros
 
 # Near the optimum between work inside chunks (grows with the size) and between them (shrinks). Without a correction and
 # without levels, what is between chunks is cheapest, so those do best with less inside.

@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .chunk import ChunkOperands, Stage, make_stage
-from .grid import CHUNK, SHORT_CHUNK, Grid, make_grid
-from .state import is_level_state, linear_state, pack_state, position_of, state_dtype
-from .step import merge, merge_grad
+from llcompile.kernels.chunk import ChunkOperands, Stage, make_stage
+from llcompile.kernels.grid import CHUNK, SHORT_CHUNK, Grid, make_grid
+from llcompile.kernels.state import is_level_state, linear_state, pack_state, position_of, state_dtype
+from llcompile.kernels.step import merge, merge_grad
 
 
 class Operands(NamedTuple):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..errors import OperandError
+from llcompile.errors import OperandError
 
 # What PyTorch computes in. Other floating dtypes (float8 and below) are for storage.
 COMPUTE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import choice, torch_operator
-from .layout import Operands
-from .state import check_positions, check_state, state_dtype
+from llcompile.kernels import choice, torch_operator
+from llcompile.kernels.layout import Operands
+from llcompile.kernels.state import check_positions, check_state, state_dtype
 
 
 def _attention(

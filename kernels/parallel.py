@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .levels import level_table
+from llcompile.kernels.levels import level_table
 
 
 def parallel_attention(

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import finite, slabs
-from .layout import Operands
+from llcompile.kernels import finite, slabs
+from llcompile.kernels.layout import Operands
 
 
 class Spans(NamedTuple):

@@ -11,8 +11,8 @@ import itertools
 import torch
 from torch import Tensor
 
-from .levels import trailing_zeros
-from .state import is_level_state, linear_state, pack_state, unpack_state
+from llcompile.kernels.levels import trailing_zeros
+from llcompile.kernels.state import is_level_state, linear_state, pack_state, unpack_state
 
 
 def reference_attention(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .transitions import Transition
+from llcompile.kernels.transitions import Transition
 
 
 class Scan:

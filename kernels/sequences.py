@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import operators, torch_operator
-from .layout import Operands
-from .operands import check_bounds, check_indices, check_mask
-from .ragged import Spans, spans_of_bounds, spans_of_indices, spans_of_mask
-from .state import state_dtype
+from llcompile.kernels import operators, torch_operator
+from llcompile.kernels.layout import Operands
+from llcompile.kernels.operands import check_bounds, check_indices, check_mask
+from llcompile.kernels.ragged import Spans, spans_of_bounds, spans_of_indices, spans_of_mask
+from llcompile.kernels.state import state_dtype
 
 
 def _attention(

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import engine
-from .layout import Operands
-from .state import state_dtype
+from llcompile.kernels import engine
+from llcompile.kernels.layout import Operands
+from llcompile.kernels.state import state_dtype
 
 # Elements of q or v in one slab: enough to share a slab among threads, few enough for its temporaries to be small.
 _SLAB = 1 << 18

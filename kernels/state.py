@@ -17,8 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import StateError
-from . import header
+from llcompile.errors import StateError
+from llcompile.kernels import header
 
 
 def state_dtype(operand: torch.dtype) -> torch.dtype:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .levels import trailing_zeros
-from .state import is_level_state, linear_state, pack_state, state_dtype, unpack_state
+from llcompile.kernels.levels import trailing_zeros
+from llcompile.kernels.state import is_level_state, linear_state, pack_state, state_dtype, unpack_state
 
 
 def step(

@@ -17,7 +17,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.forward_ad import _set_fwd_grad_enabled, unpack_dual
 from torch.autograd.function import _SingleLevelFunction
 
-from ..errors import DerivativeError
+from llcompile.errors import DerivativeError
 
 NAMESPACE = "llcompile"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")

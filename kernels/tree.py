@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .transitions import Transition, add_, zeros_like
+from llcompile.kernels.transitions import Transition, add_, zeros_like
 
 
 class Segment(NamedTuple):

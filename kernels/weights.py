@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .levels import level_table
+from llcompile.kernels.levels import level_table
 
 
 def spread(w: Tensor, size: int) -> Tensor:

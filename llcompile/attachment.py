@@ -12,16 +12,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from llcompile import eager_states, export_hook, made_before
+from llcompile import eager_states, made_before
 from llcompile.errors import LevelWeightsError, LevelWeightsIgnoredWarning
 from llcompile.held import copies, held, inside, values
 from llcompile.kernels.operands import COMPUTE_DTYPES
 from llcompile.level_kinds import compute_dtype, level_weights_function
 from llcompile.level_weights import LevelWeights
 from llcompile.optimizer_watch import watch
-from llcompile.passes import dynamo
 from llcompile.passes.marks import PARAMETER, mark
-from llcompile.passes.owner_input import Call
+from llcompile.torch_internals import export_hook
+from llcompile.torch_internals.backends import backend_below
+from llcompile.torch_internals.owner_input import Call
+from llcompile.torch_internals.trace import leave_out
 
 
 def make(
@@ -193,7 +195,7 @@ def warn_if_ignored(owner: nn.Module, arguments: Any, output: Any) -> None:
 
 # In the call of a compiled module they run before and after the frame that Dynamo compiles, and are no frames for it.
 for _hook in (expect_use, warn_if_ignored):
-    dynamo.leave_out(_hook)
+    leave_out(_hook)
 
 
 @torch.compiler.disable
@@ -220,7 +222,7 @@ _LEFT_OUT = (
 
 def _is_compiled_by_us() -> bool:
     """Whether this call is part of one that torch.compile runs for our backend, with level weights."""
-    backend, keywords = dynamo.backend_below()
+    backend, keywords = backend_below()
     return runs_levels(backend) and (keywords.get("options") or {}).get("level_weights") != "none"
 
 

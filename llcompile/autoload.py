@@ -12,10 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-LOG_NAME = "loglinear"
-KERNEL_LOG_NAME = "loglinear_kernels"
-LOGGER = "llcompile"
-
 
 def register() -> None:
     """Register all names. May be called again: llcompile does, for TORCH_DEVICE_BACKEND_AUTOLOAD=0."""
@@ -32,12 +28,9 @@ def _attempt(step: Callable[[], None]) -> None:
 
 
 def _logs() -> None:
-    from torch._logging._internal import log_registry, register_artifact, register_log
+    from llcompile.torch_internals import logs
 
-    if not log_registry.is_log(LOG_NAME):
-        register_log(LOG_NAME, LOGGER)
-    if not log_registry.is_artifact(KERNEL_LOG_NAME):
-        register_artifact(KERNEL_LOG_NAME, "generated Triton kernels of llcompile", visible=True, off_by_default=True)
+    logs.register()
 
 
 def _operators() -> None:

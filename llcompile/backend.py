@@ -12,26 +12,25 @@ from typing import Any, NoReturn
 
 from torch import fx, nn
 
-from llcompile import (
-    adapters,
-    attachment,
-    checkpoint,
-    compile_check,
-    compile_run,
-    fresh,
-    inner,
-    logs,
-    missed,
-    recompile_room,
-    versions,
-)
+from llcompile import adapters, attachment, checkpoint, compile_run, fresh, missed, versions
 from llcompile.errors import LateAttachWarning, LLCompileError, StateAdoptedWarning, WrappedBackendError
 from llcompile.held import held
 from llcompile.options import Options
-from llcompile.passes import capture, dynamo, pipeline, reach, splitters, states
-from llcompile.passes.forget import forget_others
+from llcompile.passes import capture, pipeline, states
 from llcompile.passes.session import Session, Site
 from llcompile.report import Report
+from llcompile.torch_internals import compile_check, inner, logs, reach, recompile_room, splitters
+from llcompile.torch_internals.backends import around_backend, backend_mark, mark_backend, tracing_backend, unwrapped
+from llcompile.torch_internals.forget import forget_others
+from llcompile.torch_internals.inputs import graph_inputs
+from llcompile.torch_internals.trace import (
+    is_traced_graph,
+    note_trace,
+    restart_trace,
+    surfaced,
+    trace_note,
+    without_traces_of_transforms,
+)
 
 log = logging.getLogger("llcompile")
 
@@ -69,16 +68,20 @@ def loglinear(
     """
     versions.announce()
     try:
-        with fresh.kept_on_success(), dynamo.without_traces_of_transforms():
+        with fresh.kept_on_success(), without_traces_of_transforms():
             parsed = Options.parse(options)
-            if dynamo.trace_note("rewritten"):  # the whole, before it was cut or copied
-                return inner.compile_graph(module, example_inputs, parsed, mode)
-            if dynamo.trace_note("asked") is False or not dynamo.is_traced_graph(module):
+            if trace_note("rewritten"):  # the whole, before it was cut or copied
+                return _compiled(module, example_inputs, parsed, mode)
+            if trace_note("asked") is False or not is_traced_graph(module):
                 _trace_as_ours(parsed)
             finish = _rewrite(module, parsed)
-            return finish(inner.compile_graph(module, dynamo.example_inputs(module.graph), parsed, mode))
+            return finish(_compiled(module, graph_inputs(module.graph), parsed, mode))
     except LLCompileError as error:
-        raise dynamo.surfaced(error).with_traceback(error.__traceback__) from None
+        raise surfaced(error).with_traceback(error.__traceback__) from None
+
+
+def _compiled(module: fx.GraphModule, inputs: list[Any], parsed: Options, mode: str | None) -> Callable[..., Any]:
+    return inner.compile_graph(module, inputs, parsed.inner, parsed.inductor, mode, str(parsed))
 
 
 def _rewrite(module: fx.GraphModule, parsed: Options) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -92,7 +95,7 @@ def _rewrite(module: fx.GraphModule, parsed: Options) -> Callable[[Callable[...,
         attachment.warn_if_switched_off(site.owner for site in session.sites)
     else:
         missed.check(session, parsed.on_miss)
-    adapters.warn_if_frozen(_read(session), dynamo.example_inputs(module.graph))
+    adapters.warn_if_frozen(_read(session), graph_inputs(module.graph))
     broken = compile_run.give_up_opaque(session)
     adopted = states.adopt(session)
     if session.attached:
@@ -102,14 +105,14 @@ def _rewrite(module: fx.GraphModule, parsed: Options) -> Callable[[Callable[...,
         _warn_adopted(adopted)
     if session.attached or broken or adopted:
         # Traced once more, so that Dynamo itself sees the new modules (their guards, hooks and states).
-        dynamo.restart("level weights were attached, states got levels, or a declined call must run by itself")
+        restart_trace("level weights were attached, states got levels, or a declined call must run by itself")
     pipeline.change(session)
     _last.report = report
     log.info("%s", report)
     logs.artifact("loglinear_report", lambda: json.dumps(report.to_dict(), default=str), "json")
     logs.artifact("loglinear_graph", lambda: module.print_readable(print_output=False))
     positions = _weight_positions(session)
-    dynamo.note_trace("rewritten", True)
+    note_trace("rewritten", True)
     return functools.partial(_marking_use, positions=positions)
 
 
@@ -128,13 +131,13 @@ def is_ours(has_level_weights: bool = False) -> bool:
     What wraps a backend may hide it. Then the answer is no until it calls us (see `_trace_as_ours`), and only if it
     does not is the user told that level weights of this trace (`has_level_weights`) have no effect.
     """
-    late = dynamo.backend_mark(_LATE)
-    ours = late is not None or getattr(dynamo.tracing_backend()[0], "_llcompile", False) is True
-    dynamo.note_trace("asked", ours)
+    late = backend_mark(_LATE)
+    ours = late is not None or getattr(tracing_backend()[0], "_llcompile", False) is True
+    note_trace("asked", ours)
     if late is not None:
-        dynamo.around_backend(_rewrite_first)
+        around_backend(_rewrite_first)
     elif has_level_weights and not ours:
-        dynamo.around_backend(_warn_if_other)
+        around_backend(_warn_if_other)
     return ours
 
 
@@ -144,38 +147,38 @@ _LATE = "_llcompile_options"
 
 def _trace_as_ours(parsed: Options) -> NoReturn:
     """The trace was made for a backend that hid us: once more, with what we have Dynamo trace in its own way."""
-    hidden = dynamo.tracing_backend()[0]
-    known = dynamo.backend_mark(_LATE) is not None
-    dynamo.mark_backend(_LATE, parsed)
-    if known or dynamo.backend_mark(_LATE) is None:
+    hidden = tracing_backend()[0]
+    known = backend_mark(_LATE) is not None
+    mark_backend(_LATE, parsed)
+    if known or backend_mark(_LATE) is None:
         raise WrappedBackendError(
             f"{hidden!r} hands backend 'loglinear' a piece or a copy of a graph that Dynamo traced, whose modules and "
             "inputs are not known. Give torch.compile the backend itself, or a functools.partial of it."
         )
-    dynamo.restart("a wrapper that calls the backend 'loglinear' was taken for another backend")
+    restart_trace("a wrapper that calls the backend 'loglinear' was taken for another backend")
 
 
 def _rewrite_first(backend: Callable[..., Any], module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
     """In the place of a wrapper that calls us in the end: it is handed the rewritten graph."""
     try:
         with fresh.kept_on_success(done=False):
-            finish = _rewrite(module, dynamo.backend_mark(_LATE))
+            finish = _rewrite(module, backend_mark(_LATE))
     except LLCompileError as error:
-        raise dynamo.surfaced(error).with_traceback(error.__traceback__) from None
-    return finish(backend(module, dynamo.example_inputs(module.graph)))
+        raise surfaced(error).with_traceback(error.__traceback__) from None
+    return finish(backend(module, graph_inputs(module.graph)))
 
 
 def _rewrite_whole(module: fx.GraphModule, backend: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]] | None:
     """In the place of what is going to split a graph."""
-    function, keywords = dynamo.unwrapped(backend)
-    late = dynamo.backend_mark(_LATE)
-    if dynamo.trace_note("rewritten") or (late is None and function is not loglinear):
+    function, keywords = unwrapped(backend)
+    late = backend_mark(_LATE)
+    if trace_note("rewritten") or (late is None and function is not loglinear):
         return None
     try:
         with fresh.kept_on_success(done=False):
             return _rewrite(module, late or Options.parse(keywords.get("options")))
     except LLCompileError as error:
-        raise dynamo.surfaced(error).with_traceback(error.__traceback__) from None
+        raise surfaced(error).with_traceback(error.__traceback__) from None
 
 
 def _warn_if_other(backend: Callable[..., Any], module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
@@ -187,8 +190,8 @@ def _warn_if_other(backend: Callable[..., Any], module: fx.GraphModule, inputs: 
 
 def levels_of_trace() -> int | None:
     """Number of levels of the mixer being traced; None for the linear operator."""
-    _, keywords = dynamo.tracing_backend()
-    late = dynamo.backend_mark(_LATE)
+    _, keywords = tracing_backend()
+    late = backend_mark(_LATE)
     kind = (keywords.get("options") or {}).get("level_weights") if late is None else late.level_weights
     owner = reach.innermost_module() if kind != "none" else None
     found = [] if owner is None else [weights for _, weights in held(owner)]
@@ -233,7 +236,7 @@ def _read(session: Session) -> list[tuple[nn.Module, str]]:
 def _weight_positions(session: Session) -> list[int]:
     """Which of the graph's inputs are tensors of level weights."""
     ours = {key for owner, name in _read(session) for key in attachment.ids(owner, name)}
-    return [i for i, value in enumerate(dynamo.example_inputs(session.graph)) if id(value) in ours]
+    return [i for i, value in enumerate(graph_inputs(session.graph)) if id(value) in ours]
 
 
 def _marking_use(compiled: Callable[..., Any], positions: list[int]) -> Callable[..., Any]:
@@ -255,5 +258,5 @@ def _marking_use(compiled: Callable[..., Any], positions: list[int]) -> Callable
     return run
 
 
-compile_check.install(loglinear, prepare)
+compile_check.install(loglinear, Options.parse, prepare)
 splitters.install(_rewrite_whole)

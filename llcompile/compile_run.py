@@ -10,10 +10,11 @@ from torch import fx
 from llcompile import attachment, fresh, held
 from llcompile.errors import StrictError
 from llcompile.options import Options
-from llcompile.passes import capture, dynamo, pipeline
+from llcompile.passes import capture, pipeline
 from llcompile.passes.records import Converted, Declined, GraphBreak
 from llcompile.passes.session import Session, Settings, Site
 from llcompile.report import Report
+from llcompile.torch_internals.breaks import graph_break
 
 
 def new_session(
@@ -50,7 +51,7 @@ def look(session: Session) -> Report:
 
 def report_of(session: Session) -> Report:
     """What the session has found, as a report."""
-    broken = dynamo.graph_break()
+    broken = graph_break()
     return Report(
         converted=tuple(_converted(site) for site in distinct(session.sites)),
         declined=(

@@ -13,17 +13,20 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from llcompile import adapters, attachment, backend, checkpoint, compile_run, other_mode, recompile_room, versions
+from llcompile import adapters, attachment, backend, checkpoint, compile_run, other_mode, versions
 from llcompile import verify as verify_
 from llcompile.errors import CaptureError, LLCompileError, ModelError
 from llcompile.look.collect import collect, without_graph
 from llcompile.look.look import Look, Subject
 from llcompile.look.records import MixerLook
 from llcompile.options import Options
-from llcompile.passes import discover, dynamo, reach
-from llcompile.passes.forget import forget_compiled
+from llcompile.passes import discover
 from llcompile.passes.session import Session, Site
 from llcompile.report import Report
+from llcompile.torch_internals import reach, recompile_room
+from llcompile.torch_internals.breaks import why_no_graph
+from llcompile.torch_internals.forget import forget_compiled
+from llcompile.torch_internals.trace import traced_once
 from llcompile.transaction import transaction
 
 Visit = Callable[[Session], None]
@@ -281,18 +284,18 @@ def _run(model: nn.Module, capture: _Capture, args: tuple[Any, ...], kwargs: dic
     # In the caller's grad mode: `detach` and `no_grad` inside of the model are part of what it is.
     try:
         with transaction(model, args, kwargs), static:
-            dynamo.traced_once(run, capture)(*args, **kwargs)
+            traced_once(run, capture)(*args, **kwargs)
     except Exception as error:
         if capture.report.graphs or not torch.is_grad_enabled() or _own_error(error) is not None:
             raise
         with transaction(model, args, kwargs), static, torch.no_grad():  # some code runs without gradients only
-            dynamo.traced_once(run, capture)(*args, **kwargs)
+            traced_once(run, capture)(*args, **kwargs)
 
 
 def _expect_graph(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """A model that computes something must have become a graph."""
     with transaction(model, args, kwargs):
-        refused = dynamo.no_graph(model.forward, args, kwargs)
+        refused = why_no_graph(model.forward, args, kwargs)
     if refused is not None:
         reason, where = refused
         code = inspect_module.unwrap(type(model).forward).__code__

@@ -88,7 +88,7 @@ def _python() -> Iterator[Finding]:
 def _torch() -> Iterator[Finding]:
     import torch
 
-    from llcompile.autoload import KERNEL_LOG_NAME, LOG_NAME
+    from llcompile.torch_internals.logs import KERNEL_LOG_NAME, LOG_NAME
 
     yield _against_tested("torch", "torch")
     named = LOG_NAME in torch._dynamo.list_backends(exclude_tags=())

@@ -16,7 +16,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 from llcompile import attachment, compile_run, missed
 from llcompile.errors import LLCompileError
 from llcompile.options import Options
-from llcompile.passes import dynamo, pipeline
+from llcompile.passes import pipeline
+from llcompile.torch_internals.inputs import graph_inputs
+from llcompile.torch_internals.trace import below_export, restart_trace, surfaced, traced_once
 
 _NEW = "it has no level weights, and an export adds none"
 _NEW_HINT = "call llcompile.convert(model, *example_inputs) with inputs like those of the export"
@@ -28,8 +30,8 @@ def rewritten_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     def run(*args: Any, **kwargs: Any) -> Any:
         return module(*args, **kwargs)
 
-    with dynamo.below_export() as record:
-        return dynamo.traced_once(run, _Rewriting(record))(*args, **kwargs)
+    with below_export() as record:
+        return traced_once(run, _Rewriting(record))(*args, **kwargs)
 
 
 class _Rewriting:
@@ -47,8 +49,8 @@ class _Rewriting:
             with _disable_current_modes():
                 _rewrite(module)
         except LLCompileError as error:
-            raise dynamo.surfaced(error).with_traceback(error.__traceback__) from None
-        return self.record(module, dynamo.example_inputs(module.graph))
+            raise surfaced(error).with_traceback(error.__traceback__) from None
+        return self.record(module, graph_inputs(module.graph))
 
 
 def _rewrite(module: fx.GraphModule) -> None:
@@ -61,5 +63,5 @@ def _rewrite(module: fx.GraphModule) -> None:
             site.decline(_NEW, _NEW_HINT)
     missed.check(session, Options().on_miss)
     if compile_run.give_up_opaque(session):
-        dynamo.restart("a declined call must run by itself")
+        restart_trace("a declined call must run by itself")
     pipeline.change(session)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from llcompile import attachment
-from llcompile.passes import dynamo
+from llcompile.torch_internals.trace import Restart, at_compile_end
 
 
 class _Pending(threading.local):
@@ -28,7 +28,7 @@ def attach(owner: nn.Module, name: str, weights: nn.Module) -> None:
     attachment.attach(owner, name, weights)
     _pending.attached.append((owner, name))
     # A trace that is interrupted does not come back to the backend.
-    dynamo.at_compile_end(_take_off)
+    at_compile_end(_take_off)
 
 
 @contextmanager
@@ -39,7 +39,7 @@ def kept_on_success(done: bool = True) -> Iterator[None]:
     """
     try:
         yield
-    except dynamo.Restart:
+    except Restart:
         raise
     except BaseException:
         _take_off()

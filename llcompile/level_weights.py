@@ -89,7 +89,7 @@ class LevelWeights(nn.Module):
         self.register_buffer("descriptor", self._descriptor(device))
         self._not_one: _Seen | None = None
         # Where its mixer stands in the user's code, which tensor it reads there (passes/names.py, passes/origin.py),
-        # and that tensor while a call of the owner is under way (passes/owner_input.py).
+        # and that tensor while a call of the owner is under way (llcompile/torch_internals/owner_input.py).
         self.place: CodePlace | None = None
         self.role: Role | None = None
         self.token: Place | None = None  # where it is found in a graph of one token (passes/one_token.py)

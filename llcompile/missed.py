@@ -13,8 +13,10 @@ from torch import nn
 
 from llcompile.errors import LevelWeightsIgnoredWarning, MissedLevelWeightsError
 from llcompile.held import held
-from llcompile.passes import dynamo, names, reach
+from llcompile.passes import names
 from llcompile.passes.session import Session
+from llcompile.torch_internals import reach
+from llcompile.torch_internals.trace import is_whole_frame
 
 _NOT_FOUND = "no linear-time mixer of this module was found in the graph"
 _WHAT_TO_DO = (
@@ -36,7 +38,7 @@ def check(session: Session, on_miss: str) -> None:
     messages = [_message(session, owner, unread) for owner, unread in misses(session)]
     if not messages:
         return
-    if on_miss == "raise" and dynamo.is_whole_frame():
+    if on_miss == "raise" and is_whole_frame():
         raise MissedLevelWeightsError("\n".join([*messages, _WHAT_TO_DO]))
     warnings.warn("\n".join([*messages, _WHAT_TO_DO]), LevelWeightsIgnoredWarning, stacklevel=2)
 
@@ -63,7 +65,7 @@ def _ran(session: Session) -> list[nn.Module]:
     found = [reach.find_module(mark.owner) for mark in session.marks]
     for region in session.regions:
         found.extend(reach.modules_in(region.graph))
-    if dynamo.is_whole_frame() and reach.is_call_of_a_module():
+    if is_whole_frame() and reach.is_call_of_a_module():
         found.append(reach.root_module())
     return list({id(module): module for module in found if module is not None}.values())
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .errors import OperandError
-from .kernels import operands as _operands
-from .kernels import operators as _operators  # noqa: F401  (registers the torch operators)
-from .kernels import sequences as _sequences  # noqa: F401  (one more of them)
-from .kernels.state import check_state
+from llcompile.errors import OperandError
+from llcompile.kernels import operands as _operands
+from llcompile.kernels import operators as _operators  # noqa: F401  (registers the torch operators)
+from llcompile.kernels import sequences as _sequences  # noqa: F401  (one more of them)
+from llcompile.kernels.state import check_state
 
 __all__ = ["loglinear_attention", "loglinear_attention_step"]
 

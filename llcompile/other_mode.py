@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from llcompile import compile_run, missed, recompile_room
+from llcompile import compile_run, missed
 from llcompile.options import Options
-from llcompile.passes import dynamo, pipeline, reach
+from llcompile.passes import pipeline
+from llcompile.torch_internals import reach, recompile_room
+from llcompile.torch_internals.trace import traced_once
 from llcompile.transaction import transaction
 from llcompile.verify import Mixer, Verdict
 
@@ -91,7 +93,7 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], look: 
         with transaction(model, args, kwargs), static, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model.train(mode)
-            dynamo.traced_once(run, look)(*args, **kwargs)
+            traced_once(run, look)(*args, **kwargs)
     finally:
         for module, training in before:
             module.training = training

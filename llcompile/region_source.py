@@ -15,9 +15,10 @@ from torch import fx
 
 from llcompile import source_text
 from llcompile.errors import ReproError
-from llcompile.passes import dynamo
 from llcompile.passes.capture import leaf_of
-from llcompile.passes.discover import module_of
+from llcompile.torch_internals.inputs import input_value, module_tensors
+from llcompile.torch_internals.places import module_of
+from llcompile.torch_internals.sizes import size_hint
 
 # Where a piece begins: what lies between these and a mixer says how its operands are bounded.
 _PROJECTIONS = ("linear", "matmul", "bmm", "conv1d", "embedding", "layer_norm", "rms_norm")
@@ -140,7 +141,7 @@ def _operand(node: fx.Node) -> str:
     value = node.meta.get("example_value")
     if not isinstance(value, torch.Tensor):
         return source_text.literal(value)
-    shape, dtype = [int(dynamo.hint(n) or 1) for n in value.shape], value.dtype
+    shape, dtype = [int(size_hint(n) or 1) for n in value.shape], value.dtype
     if dtype.is_floating_point:
         return f"torch.randn({shape}, dtype={dtype})"
     return f"torch.ones({shape}, dtype={dtype})"
@@ -156,6 +157,6 @@ def _written(held: torch.Tensor) -> str:
 
 def _numbers(node: fx.Node) -> torch.Tensor | None:
     """The numbers of a buffer or constant that is not large; a parameter's are nobody's business."""
-    held = dynamo.input_value(node)
-    known = isinstance(held, torch.Tensor) and id(held) in dynamo.module_tensors() and not held.is_meta
+    held = input_value(node)
+    known = isinstance(held, torch.Tensor) and id(held) in module_tensors() and not held.is_meta
     return held.detach().cpu() if known and held.numel() <= _PACKED else None

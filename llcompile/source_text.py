@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from llcompile.errors import ReproError
-from llcompile.passes import dynamo
+from llcompile.torch_internals.sizes import size_hint
 
 
 def in_docstring(text: str) -> str:
@@ -34,7 +34,7 @@ def check_import(module: str, name: str) -> None:
 def literal(value: Any) -> str:
     """A plain value, or the example of a symbolic number, as source; raises :class:`ReproError` for anything else."""
     if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-        value = dynamo.hint(value)
+        value = size_hint(value)
     if isinstance(value, float) and value - value != 0:  # inf and nan have no literals
         return f"float({float.__repr__(value)!r})"
     if value is None or type(value) in (bool, int, float, str, torch.dtype, torch.device):

@@ -23,9 +23,9 @@ from llcompile import attachment, backend
 from llcompile.compare import Result, difference, gradient_difference, leaves
 from llcompile.level_weights import LevelWeights
 from llcompile.options import Options
-from llcompile.passes import dynamo
 from llcompile.passes.records import Declined, ModelCertificate
 from llcompile.report import Report
+from llcompile.torch_internals.trace import traced_once
 from llcompile.transaction import Snapshot, put_back
 
 # (precision, largest difference), relative to the largest value; beyond, the model's own sensitivity decides.
@@ -368,7 +368,7 @@ class _Runs:
         self.kept = list(mixers)
         kept = frozenset(m.key for m in self.kept)
         if self.compiled is None or self.compiled[0] != kept:
-            self.compiled = kept, dynamo.traced_once(self._as_function(), Backend(self.options))
+            self.compiled = kept, traced_once(self._as_function(), Backend(self.options))
         compiled, without = self.compiled[1], frozenset(m.key for m in self.mixers) - kept
 
         def call(*args: Any, **kwargs: Any) -> Any:

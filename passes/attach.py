@@ -7,12 +7,14 @@ from typing import Any
 from torch import fx
 
 from llcompile.errors import LevelWeightsError
-from llcompile.passes import dynamo
 from llcompile.passes.boundary import boundary
 from llcompile.passes.one_token import remember
 from llcompile.passes.origin import Role, given, is_projected, operand_nodes, projection_input, role_of
-from llcompile.passes.owner_input import Call, call_under_way
 from llcompile.passes.session import Session, Site
+from llcompile.torch_internals.inputs import input_value, is_handed_in_twice
+from llcompile.torch_internals.owner_input import Call, call_under_way
+from llcompile.torch_internals.sizes import size_hint
+from llcompile.torch_internals.trace import is_resumed
 
 # The options that say what level weights are like, by what they are about.
 _OPTIONS = {"kind": "level_weights", "levels": "levels"}
@@ -124,7 +126,7 @@ def _find_source(site: Site, weights: Any) -> tuple[Role | None, int | None]:
     call = call_under_way(site.owner)
     node = projection_input(site)
     cut = _is_cut_off(site, call)
-    if node is not None and not _is_wide(weights) and dynamo.is_handed_in_twice(site.region.outer(node)):
+    if node is not None and not _is_wide(weights) and is_handed_in_twice(site.region.outer(node)):
         return None, None  # another call may hand in another tensor for each operand
     if weights is not None and not _is_wide(weights):
         site.source = node
@@ -154,10 +156,10 @@ def _is_wide(weights: Any) -> bool:
 def _is_cut_off(site: Site, call: Call | None) -> bool:
     """Whether the graph begins behind a break inside of the owner's forward: the operands come from what is handed in
     and is no argument of the owner."""
-    inputs = [dynamo.input_value(site.region.outer(node)) for node in _roots(site)]
+    inputs = [input_value(site.region.outer(node)) for node in _roots(site)]
     if call is not None:
         return any(not call.holds(value) for value in inputs)
-    return dynamo.is_resumed() and bool(inputs) and not _is_called(site)
+    return is_resumed() and bool(inputs) and not _is_called(site)
 
 
 def _is_called(site: Site) -> bool:
@@ -179,4 +181,4 @@ def _sizes(site: Site) -> tuple[Any, Any]:
     if part is not None:
         return part.rows_and_tokens  # type: ignore[no-any-return]
     assert site.call is not None
-    return dynamo.hint(site.call.sizes["B"]), dynamo.hint(site.call.sizes.get("T", 1))
+    return size_hint(site.call.sizes["B"]), size_hint(site.call.sizes.get("T", 1))

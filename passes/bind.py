@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from llcompile.errors import MixerError
-from llcompile.passes import dynamo
 from llcompile.passes.boundary import boundary
 from llcompile.passes.session import Session, Site
 from llcompile.patterns.known.arguments import Mismatch, read_call
 from llcompile.patterns.mixer import validate
+from llcompile.torch_internals.inputs import fake_mode_of
 
 
 def bind(session: Session) -> int:
@@ -32,7 +32,7 @@ def _bind(site: Site) -> None:
     except Mismatch as mismatch:
         return site.decline(str(mismatch), "the call runs the library's own code")
     try:
-        with dynamo.fake_mode_of(site.node.graph), torch.no_grad():
+        with fake_mode_of(site.node.graph), torch.no_grad():
             mixer = row.bind(site.call)
             site.cell, site.shape = (mixer.decay, mixer.correction), validate(mixer)
     except MixerError as error:

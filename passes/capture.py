@@ -19,12 +19,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from llcompile.passes import dynamo, reach
 from llcompile.passes.lower import lower_call
 from llcompile.patterns.known import KnownFunction, rows
 from llcompile.patterns.known.arguments import Mismatch, axis_size
 from llcompile.patterns.known.row import Reference
 from llcompile.patterns.known.states import batch_size, state_problem, state_sizes
+from llcompile.torch_internals import reach
+from llcompile.torch_internals.substitution import substitute, unsubstituted
+from llcompile.torch_internals.trace import trace_position
 
 # Modules that re-export or copy a library's functions under another root.
 _ALIASES = {"transformers": ("transformers", "transformers_modules")}
@@ -70,7 +72,7 @@ class Leaf:
             reason = str(mismatch)
         if not self.row.opaque:
             return self.function(**self._with_own_state(arguments, levels, lowered=False))
-        _trace.refused.append(Refused(self.row, reason, dynamo.position()))
+        _trace.refused.append(Refused(self.row, reason, trace_position()))
         # Dynamo breaks the graph here: the function runs outside of it, as it does without us.
         raise NotImplementedError(f"{self.row.function}: {reason}")
 
@@ -184,10 +186,10 @@ def install(is_ours: Callable[[], bool], levels_of_trace: Callable[[], int | Non
     modules = _modules()
     new = [(row, f) for row in rows() for f in _definitions(row, modules) if id(f) not in _leaves]
     for row, function in new:
-        leaf = Leaf(row, dynamo.unsubstituted(function))
+        leaf = Leaf(row, unsubstituted(function))
         _leaves[id(function)] = leaf
         _targets[leaf.calls] = leaf
-        dynamo.substitute(function, _stand_in(leaf, is_ours))
+        substitute(function, _stand_in(leaf, is_ours))
     return len(new)
 
 

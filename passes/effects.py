@@ -17,11 +17,11 @@ from torch import Tensor, fx
 from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from llcompile.passes import dynamo
 from llcompile.passes.capture import leaf_of
-from llcompile.passes.nested_gradients import is_about
 from llcompile.passes.structure.modes import is_function
 from llcompile.passes.structure.nested import leaves, mapped
+from llcompile.torch_internals.nested_gradients import is_about
+from llcompile.torch_internals.sizes import size_hint
 
 Storages = frozenset[int]
 _NONE: Storages = frozenset()
@@ -293,5 +293,5 @@ def _empty(like: Tensor) -> Tensor:
 
 def _number(size: Any) -> Any:
     """A number for a symbolic one; what is no number is itself."""
-    found = dynamo.hint(size)
+    found = size_hint(size)
     return _UNKNOWN_SIZE if found is None and size is not None else found

@@ -5,11 +5,12 @@ from __future__ import annotations
 from torch import fx
 
 from llcompile.errors import MissedLevelWeightsError
-from llcompile.passes import dynamo, reach
-from llcompile.passes.discover import place_of
 from llcompile.passes.marks import marked_tensors
-from llcompile.passes.owner_input import HELD
 from llcompile.passes.session import Session, Site
+from llcompile.torch_internals import reach
+from llcompile.torch_internals.inputs import fake_mode_of, hold_tensor
+from llcompile.torch_internals.owner_input import HELD
+from llcompile.torch_internals.places import place_of
 
 
 def weight_inputs(session: Session, site: Site, inputs: dict[tuple[int, str], fx.Node]) -> list[fx.Node]:
@@ -27,7 +28,7 @@ def weight_inputs(session: Session, site: Site, inputs: dict[tuple[int, str], fx
         key = (id(tensor), name)
         if key not in inputs:
             if session.settings.dry_run:  # nothing is attached that Dynamo could read
-                inputs[key] = dynamo.hold_tensor(session.module, (site.attribute, name), tensor)
+                inputs[key] = hold_tensor(session.module, (site.attribute, name), tensor)
             else:
                 path = session.settings.path(site.owner, site.attribute)
                 inputs[key] = _input(session, site, (site.attribute, *path, name))
@@ -51,14 +52,14 @@ def owner_input(session: Session, site: Site) -> fx.Node:
     assert site.owner is not None
     assert site.owner_input is not None
     if session.settings.dry_run:
-        return site.region.lift(dynamo.hold_tensor(session.module, (site.attribute, HELD), site.owner_input))
+        return site.region.lift(hold_tensor(session.module, (site.attribute, HELD), site.owner_input))
     path = (site.attribute, *session.settings.path(site.owner, site.attribute), HELD)
     return site.region.lift(_input(session, site, path))
 
 
 def infer_values(nodes: list[fx.Node], template: fx.Node) -> None:
     """Gives new nodes what Dynamo gives its own: a fake value, the module and the line that they stand for."""
-    mode = dynamo.fake_mode_of(template.graph)
+    mode = fake_mode_of(template.graph)
     for node in nodes:
         for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
             if key in template.meta:

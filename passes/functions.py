@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 
-from llcompile.passes import dynamo
-from llcompile.passes.discover import module_of, user_line
 from llcompile.passes.records import Declined
 from llcompile.passes.regions import Region
 from llcompile.passes.session import Session
 from llcompile.passes.structure.find import find
 from llcompile.passes.structure.nested import leaves, mapped
+from llcompile.torch_internals.places import module_of, user_line
+from llcompile.torch_internals.sizes import size_hint
 
 _AGREES = 1e-6  # relative difference of two gradients in float64 that is rounding (constants may be float32)
 _DRAWS = 2
@@ -173,8 +173,8 @@ def _draws(operands: Iterable[fx.Node], generator: torch.Generator) -> dict[fx.N
 
 def _draw(example: Any, generator: torch.Generator) -> Any:
     if not isinstance(example, Tensor):
-        return dynamo.hint(example)
-    shape = [int(dynamo.hint(n)) for n in example.shape]
+        return size_hint(example)
+    shape = [int(size_hint(n)) for n in example.shape]
     if not example.is_floating_point():
         return torch.randint(0, 2, shape, generator=generator).to(example.dtype)
     return torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_()

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from torch import fx
 
 from llcompile.passes.boundary import boundary
-from llcompile.passes.discover import module_of, user_line
 from llcompile.passes.mechanisms import attention, convolutions, loops, pooling, scans, time_mixing
 from llcompile.passes.mechanisms.axes import TimeAxes
 from llcompile.passes.mechanisms.facts import Facts
@@ -16,6 +15,7 @@ from llcompile.passes.mechanisms.vocabulary import PROJECTIONS
 from llcompile.passes.records import Untouched
 from llcompile.passes.regions import Region
 from llcompile.passes.session import Session
+from llcompile.torch_internals.places import module_of, user_line
 
 Finder = Callable[[Facts, TimeAxes], Iterator[Found]]
 

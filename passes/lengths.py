@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from llcompile.passes import dynamo
 from llcompile.passes.structure.barriers import around
 from llcompile.passes.structure.found import Found
 from llcompile.passes.structure.lifted import Lifted
 from llcompile.passes.structure.positions import numbers_vary, symbolic
 from llcompile.passes.structure.program import Value
+from llcompile.torch_internals.sizes import hold_size
 
 log = logging.getLogger("llcompile")
 
@@ -38,7 +38,7 @@ def hold(found: Found, with_it: Iterable[Found] = ()) -> None:
 
 def hold_sizes(sizes: Iterable[Any]) -> bool:
     """Makes numbers of all these sizes; False, where one of them has to vary."""
-    return all(dynamo.hold(size) for size in sizes)
+    return all(hold_size(size) for size in sizes)
 
 
 def _times(found: Found) -> Iterator[Any]:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from llcompile.passes import reach
 from llcompile.passes.regions import Region
+from llcompile.torch_internals import reach
 
 # Begins the name of a mark that hands in a parameter of the owner, and no level weights.
 PARAMETER = "parameter:"

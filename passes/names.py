@@ -17,10 +17,10 @@ from typing import Any
 
 from torch import fx, nn
 
-from llcompile.passes import dynamo
-from llcompile.passes.discover import place_of, user_frames
 from llcompile.passes.origin import operand_nodes
 from llcompile.passes.session import Session, Site
+from llcompile.torch_internals.inputs import input_value, is_parameter
+from llcompile.torch_internals.places import place_of, user_frames
 
 _AMBIGUOUS = "its module has several level weights, and it is not clear which of them belong to it"
 
@@ -142,7 +142,7 @@ def has_run(session: Session, owner: nn.Module, place: Any) -> bool:
     """Whether the code of a mixer's place ran in this frame, with one of its parameters, whatever was found in it."""
     lines = place.lines if isinstance(place, CodePlace) else ()
     now = _as_now(place, owner) if lines else None
-    read = {id(dynamo.input_value(node)) for node in session.graph.nodes if node.op == "placeholder"}
+    read = {id(input_value(node)) for node in session.graph.nodes if node.op == "placeholder"}
     if (
         now is not None
         and now.operands
@@ -215,7 +215,7 @@ def _operands(site: Site) -> frozenset[str]:
         if node in seen:
             continue
         seen.add(node)
-        own = [names.get(id(_held(site, n))) for n in node.all_input_nodes if dynamo.is_parameter(_held(site, n))]
+        own = [names.get(id(_held(site, n))) for n in node.all_input_nodes if is_parameter(_held(site, n))]
         found.update(name for name in own if name is not None)
         if not own:
             pending.extend(node.all_input_nodes)
@@ -229,4 +229,4 @@ def _own_parameters(owner: nn.Module) -> dict[int, str]:
 
 def _held(site: Site, node: fx.Node) -> Any:
     outer = site.region.outer(node) if node.op == "placeholder" else node
-    return dynamo.input_value(outer) if outer.op == "placeholder" else None
+    return input_value(outer) if outer.op == "placeholder" else None

@@ -17,9 +17,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from llcompile.passes import dynamo, reach
 from llcompile.passes.boundary import boundary
-from llcompile.passes.discover import place_of, user_line
 from llcompile.passes.one_token_proof import off_linear
 from llcompile.passes.records import Certificate
 from llcompile.passes.regions import Region
@@ -29,6 +27,9 @@ from llcompile.passes.structure.axes import Atom, Axis
 from llcompile.passes.structure.found import Found
 from llcompile.passes.structure.sizing import arrange
 from llcompile.patterns.mixer import MixerShape
+from llcompile.torch_internals import reach
+from llcompile.torch_internals.places import place_of, user_line
+from llcompile.torch_internals.sizes import size_hint
 
 _NOT_LINEAR = "its output for one token is not linear in its values: a state came in, or something else is added to it"
 _HINT = "call it with two tokens or more"
@@ -102,7 +103,7 @@ class Token:
         value = node.meta.get("example_value")
         if not isinstance(value, torch.Tensor) or not value.is_floating_point():
             return None
-        batch, shape = self.rows_and_tokens[0], [dynamo.hint(size) for size in value.shape]
+        batch, shape = self.rows_and_tokens[0], [size_hint(size) for size in value.shape]
         if len(shape) == 2 and shape[0] == batch == 1:
             return -1, 0
         if len(shape) != 3:
@@ -232,7 +233,7 @@ def _sizes(place: PartPlace, node: fx.Node) -> dict[int, int] | None:
     if not isinstance(value, torch.Tensor) or value.dim() != len(place.rows):
         return None
     sizes: dict[int, int] = {}
-    for row, size in zip(place.rows, (dynamo.hint(n) for n in value.shape), strict=True):
+    for row, size in zip(place.rows, (size_hint(n) for n in value.shape), strict=True):
         sizes.update((id(atom), atom.size) for atom in row)
         sizes.update((id(atom), 1) for atom in row if atom in place.time)
         free = next((atom for atom in row if atom in place.batch), None)

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from llcompile.passes import dynamo, reach
 from llcompile.passes.session import Site
+from llcompile.torch_internals import reach
+from llcompile.torch_internals.inputs import input_value, is_parameter, module_tensors
 
 # Calls that project features: the level weights read what these read.
 _PROJECTIONS = {F.linear, torch._C._nn.linear, torch.matmul, torch.nn.functional.bilinear}
@@ -49,7 +50,7 @@ def role_of(site: Site, node: fx.Node) -> Role:
     """The role of a node of the site's graph."""
     assert site.owner is not None
     names = {id(parameter): name for name, parameter in site.owner.named_parameters()}
-    held = (dynamo.input_value(site.region.outer(n)) for reader in _readers(node) for n in reader.all_input_nodes)
+    held = (input_value(site.region.outer(n)) for reader in _readers(node) for n in reader.all_input_nodes)
     readers = frozenset(names[id(parameter)] for parameter in held if id(parameter) in names)
     keys = {key.split("@")[0] for key in node.meta.get("nn_module_stack") or {}}
     inside = str(id(site.owner)) in keys or reach.root_module() is site.owner
@@ -137,8 +138,8 @@ def is_constant_input(node: fx.Node) -> bool:
         return True
     if node.op != "placeholder":  # computed outside of the region that reads it
         return False
-    held = dynamo.input_value(node)
-    if dynamo.is_parameter(held) or (held is not None and id(held) in dynamo.module_tensors()):
+    held = input_value(node)
+    if is_parameter(held) or (held is not None and id(held) in module_tensors()):
         return True
     return any(u.op == "call_method" and str(u.target).endswith("_") and u.args[0] is node for u in node.users)
 

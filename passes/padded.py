@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 
-from llcompile.passes import dynamo
 from llcompile.passes.session import Site
+from llcompile.torch_internals.sizes import size_hint
 
 log = logging.getLogger("llcompile")
 
@@ -107,8 +107,8 @@ def _drawn(node: fx.Node) -> Any:
 
 def _random(value: Any) -> Any:
     if not isinstance(value, Tensor):
-        return dynamo.hint(value)
-    shape = [dynamo.hint(size) for size in value.shape]
+        return size_hint(value)
+    shape = [size_hint(size) for size in value.shape]
     if value.is_floating_point():
         return torch.rand(shape, dtype=value.dtype) + 0.5
     return torch.ones(shape, dtype=value.dtype)

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from llcompile.passes import dynamo
 from llcompile.passes.boundary import boundary
 from llcompile.passes.origin import data_inputs, is_constant_input, operand_nodes
 from llcompile.passes.padded import writes_nothing
 from llcompile.passes.session import Session, Site
+from llcompile.torch_internals.sizes import size_hint
 
 _UNFOLLOWED = (
     "a padding mask is applied inside it, and it does not cover every operand: levels count from the start of a row"
@@ -171,4 +171,4 @@ def _is_whole(node: Any) -> bool:
 
 
 def _sizes(node: fx.Node) -> list[Any]:
-    return [dynamo.hint(size) for size in _value(node).shape]
+    return [size_hint(size) for size in _value(node).shape]

@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Callable
 
-from llcompile.passes import dynamo, nested_gradients
 from llcompile.passes.attach import attach
 from llcompile.passes.bind import bind
 from llcompile.passes.check import check
@@ -22,8 +21,10 @@ from llcompile.passes.recognise import recognise
 from llcompile.passes.rewrite import rewrite
 from llcompile.passes.session import Session
 from llcompile.passes.states import states
-from llcompile.passes.tape import own_tape
 from llcompile.passes.withhold import withhold
+from llcompile.torch_internals import nested_gradients
+from llcompile.torch_internals.inputs import tracing_fake_mode
+from llcompile.torch_internals.tape import own_tape
 
 log = logging.getLogger("llcompile")
 
@@ -55,7 +56,7 @@ def look(session: Session) -> None:
 
 def change(session: Session) -> None:
     """Rewrites the graph; `look` has been run on it."""
-    with dynamo.tracing_fake_mode(session.graph):
+    with tracing_fake_mode(session.graph):
         _run(session, CHANGE)
     nested_gradients.wrap(session.graph, session.wrappers)
     for region in session.regions:

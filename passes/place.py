@@ -14,13 +14,13 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from llcompile.passes.discover import user_line
 from llcompile.passes.effects import Effects, Storages
 from llcompile.passes.session import Session
 from llcompile.passes.structure.found import Found
 from llcompile.passes.structure.lift import bases_of
 from llcompile.passes.structure.lifted import Lifted, Source
 from llcompile.passes.structure.program import Value
+from llcompile.torch_internals.places import user_line
 
 
 class CannotPlace(Exception):

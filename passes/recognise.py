@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 
-from llcompile.passes import dynamo, lengths, reach
+from llcompile.passes import lengths
 from llcompile.passes.boundary import Outcome, boundary
-from llcompile.passes.discover import module_of, place_of, user_line
 from llcompile.passes.records import Declined
 from llcompile.passes.regions import Region
 from llcompile.passes.session import Session, Site
@@ -14,6 +13,9 @@ from llcompile.passes.structure.find import find
 from llcompile.passes.structure.found import Findings, Found, Missed
 from llcompile.passes.structure.numbers import numbers_read
 from llcompile.patterns.mixer import MixerShape
+from llcompile.torch_internals import reach
+from llcompile.torch_internals.guards import guard_numbers
+from llcompile.torch_internals.places import module_of, place_of, user_line
 
 log = logging.getLogger("llcompile")
 
@@ -56,7 +58,7 @@ def _guard(region: Region, findings: Findings) -> None:
     for value in numbers_read(findings.program, [*findings.found, *denominators], findings.missed):
         assert value.node is not None
         assert value.data is not None
-        dynamo.guard_numbers(region.outer(value.node), value.data)
+        guard_numbers(region.outer(value.node), value.data)
 
 
 def _add_site(session: Session, region: Region, found: Found, denominators: list[Found]) -> None:

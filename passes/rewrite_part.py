@@ -11,7 +11,6 @@ import torch
 from torch import fx
 from torch.fx.proxy import GraphAppendingTracer
 
-from llcompile.passes import dynamo
 from llcompile.passes.dead import erase_dead, live
 from llcompile.passes.effects import Effects
 from llcompile.passes.emit import infer_values, weight_inputs
@@ -26,6 +25,7 @@ from llcompile.passes.structure.lifted import Lifted, Source, sample_of
 from llcompile.passes.structure.program import Value
 from llcompile.passes.structure.tail import Tail
 from llcompile.patterns.mixer import Mixer
+from llcompile.torch_internals.sizes import dims_by_stride
 
 _CALL = OperatorCall(own_state=False, single=False, wants_state=False)
 
@@ -96,7 +96,7 @@ def _laid_out(result: Any, example: Any) -> Any:
         return result
     if example.is_contiguous():
         return result.contiguous()
-    order = dynamo.dims_by_stride(example)
+    order = dims_by_stride(example)
     if order is None:
         return result
     back = [order.index(dim) for dim in range(len(order))]

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from llcompile.passes import nested_gradients
 from llcompile.passes.capture import Leaf
 from llcompile.passes.marks import Mark, take
 from llcompile.passes.records import Certificate, Declined, Untouched
@@ -19,6 +18,7 @@ from llcompile.passes.structure.found import Found
 from llcompile.patterns.families import FAMILIES, Correction, Decay
 from llcompile.patterns.known import Arguments
 from llcompile.patterns.mixer import MixerShape
+from llcompile.torch_internals import nested_gradients
 
 
 @dataclass(frozen=True)

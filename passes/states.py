@@ -9,10 +9,10 @@ import torch
 from torch import fx, nn
 
 from llcompile.errors import StateError
-from llcompile.passes import dynamo
 from llcompile.passes.session import Session, Site
 from llcompile.patterns.known.arguments import is_level_state, state_argument
 from llcompile.patterns.known.states import state_problem
+from llcompile.torch_internals.inputs import input_value
 
 _LINEAR = (
     "a state without levels came in: its output reads the past through it, which level weights do not reach",
@@ -102,5 +102,5 @@ def _tensor(site: Site) -> torch.Tensor | None:
     if node is None:
         return None
     outer = site.region.outer(node)
-    held = dynamo.input_value(outer) if outer.op == "placeholder" else None
+    held = input_value(outer) if outer.op == "placeholder" else None
     return held if isinstance(held, torch.Tensor) and not isinstance(held, nn.Parameter) else None

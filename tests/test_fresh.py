@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import llcompile
-from llcompile import attachment, inner
-from llcompile.passes import dynamo, pipeline
+from llcompile import attachment, backend
+from llcompile.passes import pipeline
+from llcompile.torch_internals import inner
 
 EAGER = {"inner": "eager"}
 
@@ -39,7 +40,7 @@ def _fail(error: type[BaseException]) -> Callable[..., Any]:
 STAGES = {
     "the inner compiler": lambda patch, error: patch.setitem(inner._INNER, "eager", _fail(error)),
     "the rewrite": lambda patch, error: patch.setattr(pipeline, "CHANGE", (_named(error),)),
-    "the trace after attaching": lambda patch, error: patch.setattr(dynamo, "restart", _fail(error)),
+    "the trace after attaching": lambda patch, error: patch.setattr(backend, "restart_trace", _fail(error)),
 }
 
 

@@ -17,13 +17,14 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 import llcompile
-from llcompile import backend, inner
+from llcompile import backend
 from llcompile.errors import CaptureError, MissingLibraryError, OutputError
 from llcompile.kernels.levels import level
 from llcompile.look.look import Look
 from llcompile.look.mask import blocks
 from llcompile.look.records import LevelTable
 from llcompile.look.weights import level_table
+from llcompile.torch_internals import inner
 from tests import small
 
 ACT = "<script>"  # stands in the source of a mixer

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 
 import llcompile
-from llcompile.passes import nested_gradients
+from llcompile.torch_internals import nested_gradients
 from tests.small import Model
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")

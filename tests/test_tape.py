@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import llcompile
-from llcompile.passes.tape import own_tape
+from llcompile.torch_internals.tape import own_tape
 from tests import small
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")

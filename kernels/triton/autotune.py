@@ -23,13 +23,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ...errors import KernelCacheError, OptionError
-from . import cache
-from .description import Description
-from .launch import Kernel, Launch
-from .limits import interpreted
-from .source import generate
-from .tuning import Tuning, narrowest
+from llcompile.errors import KernelCacheError, OptionError
+from llcompile.kernels.triton import cache
+from llcompile.kernels.triton.description import Description
+from llcompile.kernels.triton.launch import Kernel, Launch
+from llcompile.kernels.triton.limits import interpreted
+from llcompile.kernels.triton.source import generate
+from llcompile.kernels.triton.tuning import Tuning, narrowest
 
 VARIABLE = "LLCOMPILE_AUTOTUNE"
 _SWITCH = {"0": False, "1": True}
@@ -202,6 +202,6 @@ def _of_environment() -> Meter | None:
         raise OptionError(f"{VARIABLE} is {text!r}; expected 1 (tune launches on this device) or 0 (the defaults)")
     if not _SWITCH[text] or interpreted():
         return None
-    from .meter import current
+    from llcompile.kernels.triton.meter import current
 
     return current()

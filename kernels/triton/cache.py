@@ -21,8 +21,8 @@ import time
 from pathlib import Path
 from types import ModuleType
 
-from ...errors import KernelCacheError
-from ...logs import artifact, kernel_log
+from llcompile.errors import KernelCacheError
+from llcompile.torch_internals.logs import artifact, kernel_log
 
 # The environment variable that says where generated files go.
 FOLDER_VARIABLE = "LLCOMPILE_KERNEL_DIR"

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..grid import Grid, make_grid
-from ..layout import Layout, Operands
-from ..state import linear_state, position_of
-from ..tree import depth
-from . import autotune
-from .chips import chip_of
-from .description import describe
-from .launch import Launch, kernels_of
-from .packing import PackedGrid, pack, packed_grid
+from llcompile.kernels.grid import Grid, make_grid
+from llcompile.kernels.layout import Layout, Operands
+from llcompile.kernels.state import linear_state, position_of
+from llcompile.kernels.tree import depth
+from llcompile.kernels.triton import autotune
+from llcompile.kernels.triton.chips import chip_of
+from llcompile.kernels.triton.description import describe
+from llcompile.kernels.triton.launch import Launch, kernels_of
+from llcompile.kernels.triton.packing import PackedGrid, pack, packed_grid
 
 
 class Call(Layout):

@@ -13,11 +13,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from .chips import CHIPS, Chip
-from .description import Description
-from .launch import module_of
-from .source import kernel_names, kernel_text
-from .tuning import Tuning, tuning
+from llcompile.kernels.triton.chips import CHIPS, Chip
+from llcompile.kernels.triton.description import Description
+from llcompile.kernels.triton.launch import module_of
+from llcompile.kernels.triton.source import kernel_names, kernel_text
+from llcompile.kernels.triton.tuning import Tuning, tuning
 
 # What a matrix instruction looks like in the compiler's last text form.
 _MATRIX = {

@@ -9,10 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .. import header
-from ..layout import Operands
-from ..state import is_level_state
-from .chips import Backend, Chip
+from llcompile.kernels import header
+from llcompile.kernels.layout import Operands
+from llcompile.kernels.state import is_level_state
+from llcompile.kernels.triton.chips import Backend, Chip
 
 Decay = Literal["none", "scalar", "channel"]
 Correction = Literal["none", "delta"]

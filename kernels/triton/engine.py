@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..layout import Operands
-from .call import Call
+from llcompile.kernels.layout import Operands
+from llcompile.kernels.triton.call import Call
 
 
 def forward(x: Operands, scale: float, return_final_state: bool) -> tuple[Tensor, Tensor]:

@@ -8,13 +8,13 @@ from functools import cached_property, lru_cache
 from types import ModuleType
 from typing import Any
 
-from . import cache
-from .chips import Chip
-from .description import Description
-from .effects import changed_in_place
-from .limits import interpreted
-from .source import generate
-from .tuning import Tuning, tuning
+from llcompile.kernels.triton import cache
+from llcompile.kernels.triton.chips import Chip
+from llcompile.kernels.triton.description import Description
+from llcompile.kernels.triton.effects import changed_in_place
+from llcompile.kernels.triton.limits import interpreted
+from llcompile.kernels.triton.source import generate
+from llcompile.kernels.triton.tuning import Tuning, tuning
 
 
 @lru_cache(maxsize=512)

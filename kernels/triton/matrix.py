@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
-from .check import Report, compile_kernel, key_of
-from .chips import CHIPS
-from .description import Description
-from .limits import max_key_dim
-from .source import kernel_names
-from .tuning import Tuning
+from llcompile.kernels.triton.check import Report, compile_kernel, key_of
+from llcompile.kernels.triton.chips import CHIPS
+from llcompile.kernels.triton.description import Description
+from llcompile.kernels.triton.limits import max_key_dim
+from llcompile.kernels.triton.source import kernel_names
+from llcompile.kernels.triton.tuning import Tuning
 
 FAMILIES = tuple(itertools.product(("none", "scalar", "channel"), ("none", "delta")))
 # Each group of descriptions by name, with what it adds to the families: sizes (K, V), levels, and the rest.

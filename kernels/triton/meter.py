@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from .launch import Launch
-from .limits import refusals
-from .tuning import Tuning
+from llcompile.kernels.triton.launch import Launch
+from llcompile.kernels.triton.limits import refusals
+from llcompile.kernels.triton.tuning import Tuning
 
 
 def current() -> DeviceMeter:

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..grid import Grid
-from ..levels import bit_length, bucket_start, level, trailing_zeros
+from llcompile.kernels.grid import Grid
+from llcompile.kernels.levels import bit_length, bucket_start, level, trailing_zeros
 
 
 class Packing(NamedTuple):

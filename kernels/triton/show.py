@@ -6,13 +6,13 @@ import ast
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from . import cache
-from .chips import Chip, assumed
-from .description import Description
-from .source import NEEDED, generate
+from llcompile.kernels.triton import cache
+from llcompile.kernels.triton.chips import Chip, assumed
+from llcompile.kernels.triton.description import Description
+from llcompile.kernels.triton.source import NEEDED, generate
 
 if TYPE_CHECKING:
-    from .check import Report
+    from llcompile.kernels.triton.check import Report
 
 
 class File(NamedTuple):
@@ -44,7 +44,7 @@ def resources(d: Description, chip: str, kernels: tuple[str, ...] | None = None)
     They are compiled for ``chip`` (a key of :data:`.chips.CHIPS`), which need not be there; that takes seconds each.
     Raises what Triton raises where a kernel cannot be compiled.
     """
-    from .check import reports  # the one part that needs Triton
+    from llcompile.kernels.triton.check import reports  # the one part that needs Triton
 
     return list(reports(d, chip, kernels))
 

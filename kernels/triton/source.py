@@ -5,16 +5,16 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-from .. import header
-from .backward import BACKWARD, BACKWARD_BLOCKS
-from .blocks import BLOCKS
-from .chunk_backward import CHUNK_BACKWARD, CHUNK_BACKWARD_BLOCKS
-from .decode import DECODE_BLOCKS, DECODES
-from .description import BLOCK, SLICE, Description
-from .ends import END_BLOCKS, ENDS
-from .forward import FORWARD, FORWARD_BLOCKS
-from .functions import functions
-from .template import expand
+from llcompile.kernels import header
+from llcompile.kernels.triton.backward import BACKWARD, BACKWARD_BLOCKS
+from llcompile.kernels.triton.blocks import BLOCKS
+from llcompile.kernels.triton.chunk_backward import CHUNK_BACKWARD, CHUNK_BACKWARD_BLOCKS
+from llcompile.kernels.triton.decode import DECODE_BLOCKS, DECODES
+from llcompile.kernels.triton.description import BLOCK, SLICE, Description
+from llcompile.kernels.triton.ends import END_BLOCKS, ENDS
+from llcompile.kernels.triton.forward import FORWARD, FORWARD_BLOCKS
+from llcompile.kernels.triton.functions import functions
+from llcompile.kernels.triton.template import expand
 
 # Which description needs which kernel; the key is the kernel's name.
 NEEDED = {

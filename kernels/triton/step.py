@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..state import is_level_state, linear_state, pack_state
-from . import autotune
-from .chips import chip_of
-from .description import describe_step
-from .launch import Launch, kernels_of
+from llcompile.kernels.state import is_level_state, linear_state, pack_state
+from llcompile.kernels.triton import autotune
+from llcompile.kernels.triton.chips import chip_of
+from llcompile.kernels.triton.description import describe_step
+from llcompile.kernels.triton.launch import Launch, kernels_of
 
 
 def step(

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from .chips import Chip
-from .description import LEAST_TILE, Description
+from llcompile.kernels.triton.chips import Chip
+from llcompile.kernels.triton.description import LEAST_TILE, Description
 
 
 class Tuning(NamedTuple):

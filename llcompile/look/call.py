@@ -11,7 +11,7 @@ from torch import fx
 from llcompile.kernels.layout import Operands
 from llcompile.kernels.triton.description import describe, describe_step
 from llcompile.look.records import Call, Sizes
-from llcompile.passes import dynamo
+from llcompile.torch_internals.sizes import size_hint
 
 _SEQUENCE = "loglinear_attention"
 _STEP = "loglinear_attention_step"
@@ -61,5 +61,5 @@ def _fixed(value: Any) -> Any:
     """A tensor of the same sizes without values; symbolic sizes as they were in the example."""
     if not isinstance(value, torch.Tensor):
         return value
-    shape = [int(dynamo.hint(size) or 1) for size in value.shape]
+    shape = [int(size_hint(size) or 1) for size in value.shape]
     return torch.empty(shape, dtype=value.dtype, device="meta")

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from llcompile.passes import dynamo
-from llcompile.passes.discover import user_line
+from llcompile.torch_internals.inputs import input_name
+from llcompile.torch_internals.places import user_line
 
 _INFIX = {
     operator.add: "+", operator.sub: "-", operator.mul: "*", operator.truediv: "/", operator.floordiv: "//",
@@ -87,7 +87,7 @@ def name_of(node: fx.Node, module: str) -> str:
         return f"self.{node.meta['held_as']}"
     if node.op != "placeholder":
         return node.name
-    path = _HELD.findall(dynamo.input_name(node))
+    path = _HELD.findall(input_name(node))
     if not path:
         return re.sub(r"^l_(kwargs_)?|_$", "", node.name)
     dotted = ".".join(path)

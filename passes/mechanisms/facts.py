@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from llcompile.passes import dynamo
 from llcompile.passes.mechanisms.vocabulary import MADE, PRODUCTS, SHAPED, operation
 from llcompile.passes.regions import Region
+from llcompile.torch_internals.inputs import input_value
 
 Shape = tuple[int, ...]
 
@@ -110,7 +110,7 @@ class Facts:
 
     def _enter(self, node: fx.Node) -> None:
         outer = self.region.outer(node)
-        value = dynamo.input_value(outer)
+        value = input_value(outer)
         example = outer.meta.get("example_value")
         if isinstance(value, nn.Parameter) or isinstance(example, nn.Parameter) or "_parameters_" in outer.name:
             self.learned.add(node)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import fx
 
-from llcompile.passes import reach
-from llcompile.passes.discover import module_of
 from llcompile.passes.mechanisms.facts import Facts
+from llcompile.torch_internals import reach
+from llcompile.torch_internals.places import module_of
 
 # A latent is found at most this many nodes above the keys: norms, splits, views and rotations lie between.
 _REACH = 40

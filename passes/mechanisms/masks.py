@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from llcompile.passes import dynamo
 from llcompile.passes.mechanisms.facts import Facts, hint
 from llcompile.passes.mechanisms.vocabulary import PROJECTIONS
+from llcompile.torch_internals.inputs import input_value
 
 # Lengths above the first are cut to the second.
 _LONG, _CUT = 64, 8
@@ -128,7 +128,7 @@ class Masks:
             if value.dim() != 2 or value.is_floating_point():
                 raise Undecidable
             return torch.ones(self._shape(node, length), dtype=value.dtype)
-        real = dynamo.input_value(outer) if node.op == "placeholder" else getattr(facts.region.module, str(node.target))
+        real = input_value(outer) if node.op == "placeholder" else getattr(facts.region.module, str(node.target))
         if not isinstance(real, Tensor) or real.is_meta or length > _LONG or real.numel() > 1 << 22:
             raise Undecidable
         return real.detach().cpu()

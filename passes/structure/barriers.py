@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from llcompile.passes.discover import user_line
 from llcompile.passes.structure.classify import Miss
 from llcompile.passes.structure.cut import Part
 from llcompile.passes.structure.facts import Times
@@ -19,6 +18,7 @@ from llcompile.passes.structure.modes import Mode, is_function
 from llcompile.passes.structure.nested import leaves
 from llcompile.passes.structure.program import Op, Program
 from llcompile.passes.structure.tail import Tail
+from llcompile.torch_internals.places import user_line
 
 _NEAR = 3  # it is a mixer but for this
 

@@ -17,10 +17,8 @@ import torch
 from torch import fx
 from torch.utils._python_dispatch import _disable_current_modes
 
-from llcompile.passes import dynamo
 from llcompile.passes.boundary import boundary
 from llcompile.passes.capture import leaf_of
-from llcompile.passes.discover import user_line
 from llcompile.passes.records import Certificate
 from llcompile.passes.regions import Region
 from llcompile.passes.structure.assume import expect_decay, learned
@@ -54,6 +52,8 @@ from llcompile.passes.structure.sizing import CannotArrange, Sizing, small
 from llcompile.passes.structure.suppose import suppose
 from llcompile.passes.structure.tail import Tail
 from llcompile.passes.structure.why import explain
+from llcompile.torch_internals.places import user_line
+from llcompile.torch_internals.sizes import is_symbolic
 
 log = logging.getLogger("llcompile")
 
@@ -76,7 +76,7 @@ def find(region: Region) -> Findings:
     """All hand-written mixers of a region."""
     start = clock.perf_counter()
     findings = _find(region, 1)
-    if findings.found and dynamo.is_symbolic(region.graph):
+    if findings.found and is_symbolic(region.graph):
         expect_same(findings)
         expect_elsewhere(region, findings, _find)
     log.debug("structure: %d operations, %.0f ms", len(findings.program.ops), 1e3 * (clock.perf_counter() - start))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from llcompile.passes.discover import module_of
 from llcompile.passes.structure.axes import Axis
 from llcompile.passes.structure.found import Findings, Missed
+from llcompile.torch_internals.places import module_of
 
 
 def explain_near_misses(findings: Findings, given: Collection[Axis]) -> None:

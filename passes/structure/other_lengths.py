@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from llcompile.passes.discover import user_line
 from llcompile.passes.regions import Region
 from llcompile.passes.structure.barriers import around
 from llcompile.passes.structure.found import Findings, Found
 from llcompile.passes.structure.positions import Positions, numbers_vary
 from llcompile.passes.structure.program import Program, Value
+from llcompile.torch_internals.places import user_line
 
 _COMPARISONS = frozenset(
     ["lt", "le", "gt", "ge", "eq", "ne", "sub", "add", "clamp", "clamp_max", "clamp_min", "tril", "triu"]

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from llcompile.passes.discover import user_line
 from llcompile.passes.structure.classify import Miss
 from llcompile.passes.structure.cut import Part
 from llcompile.passes.structure.grammar import pieces, stranger
@@ -22,6 +21,7 @@ from llcompile.passes.structure.probe import Probe
 from llcompile.passes.structure.program import Op, Value
 from llcompile.passes.structure.ranges import Range
 from llcompile.passes.structure.reading import Reading
+from llcompile.torch_internals.places import user_line
 
 _MARGIN = 3.0  # how far beyond a number draws are brought
 _HINT = "move it before or after the mixer, where it stays unchanged"

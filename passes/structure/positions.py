@@ -26,12 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from llcompile.passes import dynamo
 from llcompile.passes.structure.execute import function_of
 from llcompile.passes.structure.found import Found
 from llcompile.passes.structure.grammar import AVERAGES, LOOKUPS, MOVES, STEPS
 from llcompile.passes.structure.nested import leaves
 from llcompile.passes.structure.program import Op, Value
+from llcompile.torch_internals.sizes import size_hint
 
 NUMBER, POSITION, LINE, BENT, MASK, CURVE, UNKNOWN = "number", "position", "line", "bent", "mask", "curve", ""
 _LINES = {POSITION, LINE}
@@ -191,7 +191,7 @@ def numbers_vary(op: Op) -> bool:
     if not sizes or not isinstance(op.target, torch._ops.OpOverload):
         return False
     literal = {a for a in leaves((op.node.args, dict(op.node.kwargs))) if type(a) in (int, float, bool)}
-    hints = {dynamo.hint(size) for _, size in sizes}
+    hints = {size_hint(size) for _, size in sizes}
     schema = op.target._schema.arguments
     for position, argument in enumerate(schema):
         given = op.args[position] if position < len(op.args) else op.kwargs.get(argument.name)

@@ -11,13 +11,14 @@ from torch import Tensor, fx
 from torch._C._functorch import _unwrap_functional_tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from llcompile.passes import dynamo
 from llcompile.passes.capture import leaf_of
-from llcompile.passes.nested_gradients import is_about, is_around
 from llcompile.passes.regions import Region
 from llcompile.passes.structure.modes import Mode, Modes, is_function
 from llcompile.passes.structure.nested import leaves, mapped
 from llcompile.passes.structure.program import Op, Program, Value
+from llcompile.torch_internals.inputs import input_value, is_parameter, module_tensors
+from llcompile.torch_internals.nested_gradients import is_about, is_around
+from llcompile.torch_internals.sizes import size_hint
 
 aten = torch.ops.aten
 # Results of these are their first argument, as far as numbers go.
@@ -100,7 +101,7 @@ class _Recorder:
     def run(self) -> tuple[()]:
         """Runs the graph node by node."""
         results: dict[fx.Node, Any] = {}
-        module_tensors = dynamo.module_tensors()
+        held = module_tensors()
         made: dict[fx.Node, Mode] = {}
         for node in self.region.graph.nodes:
             self.node = node
@@ -108,7 +109,7 @@ class _Recorder:
             if node.op == "output" or self.modes.switch(node):
                 continue
             self.now = made[node] = self.modes.now
-            results[node] = self._typed(node, self._result(node, results, module_tensors))
+            results[node] = self._typed(node, self._result(node, results, held))
             value = self._value(results[node])
             if value is not None:
                 value.node = value.node or node
@@ -184,9 +185,9 @@ class _Recorder:
         example = node.meta.get("example_value")
         if not isinstance(example, Tensor):
             return self._concrete(example)
-        held = dynamo.input_value(self.region.outer(node))
+        held = input_value(self.region.outer(node))
         value = Value(self._sizes(example.shape), example.dtype, node=node)
-        value.parameter = dynamo.is_parameter(held)
+        value.parameter = is_parameter(held)
         value.held = held if value.parameter else None
         if isinstance(held, Tensor) and not value.parameter and id(held) in module_tensors and not held.is_meta:
             value.data = held
@@ -200,7 +201,7 @@ class _Recorder:
             return held
         data = None if held.is_meta else held
         value = Value(self._sizes(held.shape), held.dtype, node=node, data=data)
-        value.parameter = dynamo.is_parameter(held)
+        value.parameter = is_parameter(held)
         value.held = held if value.parameter else None
         return self._make(value, held)
 
@@ -275,7 +276,7 @@ class _Recorder:
     def _concrete(self, size: Any) -> Any:
         """A number for a symbolic one."""
         if isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-            found = dynamo.hint(size, self.factor)
+            found = size_hint(size, self.factor)
             return _Unknown() if found is None else found
         return size
 
@@ -482,4 +483,4 @@ def _runner(node: fx.Node) -> Callable[..., Any]:
 
 
 def _is_hinted(size: Any) -> bool:
-    return isinstance(size, int) or dynamo.hint(size) is not None
+    return isinstance(size, int) or size_hint(size) is not None

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from torch import Tensor, fx, nn
 
 import llcompile
-from llcompile import inner
 from llcompile.report import Converted
+from llcompile.torch_internals import inner
 from tests import small
 from tests.small import difference
 from tests.spellings import EITHER, NEGATIVE, POSITIVE

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from llcompile.passes import dynamo, prove
+from llcompile.passes import prove
 from llcompile.passes.capture import Leaf
 from llcompile.passes.records import Certificate
 from llcompile.patterns.known import ROWS, KnownFunction
 from llcompile.patterns.known.arguments import axis_size, read_call
 from llcompile.patterns.mixer import validate
+from llcompile.torch_internals.substitution import unsubstituted
 
 # More heads than groups, and no two sizes alike.
 SIZES = {"B": 2, "T": 70, "G": 2, "H": 4, "K": 7, "V": 5}
@@ -24,7 +25,7 @@ def row_of(library: str, function: str) -> KnownFunction:
 
 
 def leaf_of(row: KnownFunction, function: Any) -> Leaf:
-    return Leaf(row, dynamo.unsubstituted(function))
+    return Leaf(row, unsubstituted(function))
 
 
 def operands(row: KnownFunction, absent: tuple[str, ...] = (), sizes: Mapping[str, int] = SIZES) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Any
 
-from .cases import Case
-from .roofline import count
+from llcompile.bench.cuda.cases import Case
+from llcompile.bench.cuda.roofline import count
 
 Answer = dict[str, Any]
 Measure = Callable[[Case, float], Answer]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .timing import timed, watch_for
+from llcompile.bench.cuda.timing import timed, watch_for
 
 _COPIED = 4 * 2**30  # bytes, far beyond any cache
 _SIDE = 8192

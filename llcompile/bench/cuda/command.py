@@ -11,16 +11,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
-from ...errors import BenchError, SpecError
-from ..operator import FAMILIES
-from ..record import environment, results_file, write
-from .budget import Answer, run_plan
-from .cases import LENGTHS, OWN, QUICK, ROUNDS, Case, plan
-from .crew import Helper
-from .goals import evaluate
-from .peers import PEERS, Peer, chosen
-from .show import line, show
-from .warm import compile_ahead, helper_for, kinds
+from llcompile.bench.cuda.budget import Answer, run_plan
+from llcompile.bench.cuda.cases import LENGTHS, OWN, QUICK, ROUNDS, Case, plan
+from llcompile.bench.cuda.crew import Helper
+from llcompile.bench.cuda.goals import evaluate
+from llcompile.bench.cuda.peers import PEERS, Peer, chosen
+from llcompile.bench.cuda.show import line, show
+from llcompile.bench.cuda.warm import compile_ahead, helper_for, kinds
+from llcompile.bench.operator import FAMILIES
+from llcompile.bench.record import environment, results_file, write
+from llcompile.errors import BenchError, SpecError
 
 # The part of the time that compiling ahead may take, and how many kinds of cases it takes on: those that the first
 # rounds need, since an hour of compilation for the last ones is no use.

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ..operator import FAMILIES
-from .cases import OURS, Case, Family, Phase
+from llcompile.bench.cuda.cases import OURS, Case, Family, Phase
+from llcompile.bench.operator import FAMILIES
 
 Answer = dict[str, Any]
 ROOFLINE = "roofline"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .cases import LEVELS, Case
+from llcompile.bench.cuda.cases import LEVELS, Case
 
 Tensors = dict[str, Tensor]
 

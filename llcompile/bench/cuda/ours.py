@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ...kernels.state import empty_state, pack_state
-from ...ops import loglinear_attention, loglinear_attention_step
-from .cases import LEVELS, Case
-from .operands import Tensors
+from llcompile.bench.cuda.cases import LEVELS, Case
+from llcompile.bench.cuda.operands import Tensors
+from llcompile.kernels.state import empty_state, pack_state
+from llcompile.ops import loglinear_attention, loglinear_attention_step
 
 _NAMES = ("q", "k", "v", "level_weights", "log_decay", "beta")
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import SpecError
-from .cases import Case, Family, Operator, Runner
-from .operands import Tensors, make
+from llcompile.bench.cuda.cases import Case, Family, Operator, Runner
+from llcompile.bench.cuda.operands import Tensors, make
+from llcompile.errors import SpecError
 
 Function = Callable[..., Any]
 

@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from .cases import OURS, PHASES, Case, Phase
+from llcompile.bench.cuda.cases import OURS, PHASES, Case, Phase
 
 Answer = dict[str, Any]
 # Ours in full lines, softmax dotted, other peers dashed: who is who without colours.

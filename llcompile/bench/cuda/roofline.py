@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .cases import Case
+from llcompile.bench.cuda.cases import Case
 
 CHUNK = 64
 _BF16, _FP32 = 2, 4

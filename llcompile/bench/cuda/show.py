@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .cases import PHASES, Case
+from llcompile.bench.cuda.cases import PHASES, Case
 
 Answer = dict[str, Any]
 _MARKS = {True: "met", False: "NOT met", None: "not measured"}

@@ -13,9 +13,9 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 
-from .cases import LENGTHS, OURS, Case
-from .crew import Helper
-from .peers import peer
+from llcompile.bench.cuda.cases import LENGTHS, OURS, Case
+from llcompile.bench.cuda.crew import Helper
+from llcompile.bench.cuda.peers import peer
 
 # Nor are launches tuned, which would be timed on a shared device, too.
 _ENVIRONMENT = {"FLA_CACHE_RESULTS": "0", "LLCOMPILE_AUTOTUNE": "0"}

@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
-from ...kernels.choice import VARIABLE as KERNELS
-from . import chip, ours
-from .cases import OURS, Case
-from .operands import bytes_of, leaves, make
-from .peers import PEERS, peer, presence
-from .timing import Run, Watch, as_graph, timed, watch_for
+from llcompile.bench.cuda import chip, ours
+from llcompile.bench.cuda.cases import OURS, Case
+from llcompile.bench.cuda.operands import bytes_of, leaves, make
+from llcompile.bench.cuda.peers import PEERS, peer, presence
+from llcompile.bench.cuda.timing import Run, Watch, as_graph, timed, watch_for
+from llcompile.kernels.choice import VARIABLE as KERNELS
 
 Answer = dict[str, Any]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 @functools.cache
 def source_tag() -> str:
     """Hex digest of every Python file of the package."""
-    return digest(Path(__file__).resolve().parent)
+    return digest(Path(__file__).resolve().parent.parent)
 
 
 def digest(folder: Path) -> str:

@@ -13,9 +13,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from torch._logging._internal import getArtifactLogger, trace_structured
+from torch._logging._internal import getArtifactLogger, log_registry, register_artifact, register_log, trace_structured
 
-from llcompile import autoload
+LOG_NAME = "loglinear"
+KERNEL_LOG_NAME = "loglinear_kernels"
+LOGGER = "llcompile"
+
+
+def register() -> None:
+    """Makes both names known to TORCH_LOGS, once."""
+    if not log_registry.is_log(LOG_NAME):
+        register_log(LOG_NAME, LOGGER)
+    if not log_registry.is_artifact(KERNEL_LOG_NAME):
+        register_artifact(KERNEL_LOG_NAME, "generated Triton kernels of llcompile", visible=True, off_by_default=True)
 
 
 def artifact(name: str, payload: Callable[[], str], encoding: str = "string") -> None:
@@ -27,8 +37,8 @@ def artifact(name: str, payload: Callable[[], str], encoding: str = "string") ->
 
 def kernel_log() -> logging.Logger:
     """The logger behind ``TORCH_LOGS=loglinear_kernels``; its messages have level DEBUG."""
-    autoload.register()
     try:
-        return getArtifactLogger("llcompile.kernels", autoload.KERNEL_LOG_NAME)
-    except ValueError:  # this torch does not let names be registered
+        register()
+        return getArtifactLogger("llcompile.kernels", KERNEL_LOG_NAME)
+    except (ValueError, AttributeError, TypeError):  # this torch does not let names be registered
         return logging.getLogger("llcompile.kernels.sources")

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
-from llcompile.options import Options
 
+def install(backend: Callable[..., Any], parse: Callable[[Any], object], prepare: Callable[[], None]) -> None:
+    """Has every later `torch.compile(backend=...)` of ours checked, and the one that is importing us right now.
 
-def install(backend: Callable[..., Any], prepare: Callable[[], None]) -> None:
-    """Has every later `torch.compile(backend=...)` of ours checked, and the one that is importing us right now."""
+    `parse` raises where options are no good; `prepare` is called before anything is traced.
+    """
     wrapper = torch._TorchCompileWrapper
     original = wrapper.__init__
 
@@ -27,11 +28,11 @@ def install(backend: Callable[..., Any], prepare: Callable[[], None]) -> None:
         # Whatever this release of torch takes: a later one hands more over, also for other backends.
         original(self, *args, **kwargs)
         if getattr(self, "compiler_fn", None) is backend:
-            Options.parse(_options(original, (self, *args), kwargs))
+            parse(_options(original, (self, *args), kwargs))
             prepare()
 
     wrapper.__init__ = checked  # type: ignore[method-assign]
-    _check_caller(wrapper)
+    _check_caller(wrapper, parse)
     prepare()
 
 
@@ -39,11 +40,11 @@ def _options(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
     return inspect.signature(function).bind(*args, **kwargs).arguments.get("options")
 
 
-def _check_caller(wrapper: type) -> None:
+def _check_caller(wrapper: type, parse: Callable[[Any], object]) -> None:
     """`backend="loglinear"` imports us from within the wrapper's __init__: look at the options it was given."""
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "__init__" and isinstance(frame.f_locals.get("self"), wrapper):
-            Options.parse(frame.f_locals.get("options"))
+            parse(frame.f_locals.get("options"))
             return
         frame = frame.f_back  # type: ignore[assignment]

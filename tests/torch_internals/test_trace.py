@@ -1,4 +1,4 @@
-"""Dynamo's private interfaces, one test for each thing that passes/dynamo.py relies on."""
+"""Dynamo's private interfaces, one test for each thing that llcompile/torch_internals relies on."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ import pytest
 import torch
 from torch import fx, nn
 
-from llcompile.passes import dynamo, reach
-from llcompile.passes.discover import module_of
+from llcompile.torch_internals import reach
+from llcompile.torch_internals.backends import tracing_backend
+from llcompile.torch_internals.inputs import graph_inputs, tracing_fake_mode
+from llcompile.torch_internals.places import module_of
+from llcompile.torch_internals.substitution import substitute, unsubstituted
+from llcompile.torch_internals.trace import restart_trace
 
 
 class Inner(nn.Module):
@@ -36,7 +40,7 @@ class Outer(nn.Module):
 
 def adding_unread(graph_module: fx.GraphModule, _: list[Any]) -> Callable[..., Any]:
     """A backend that adds the parameter `unread` of each module that multiplied to the product's result."""
-    with dynamo.tracing_fake_mode(graph_module.graph):
+    with tracing_fake_mode(graph_module.graph):
         for node in [n for n in graph_module.graph.nodes if getattr(n.target, "__name__", "") == "mul"]:
             owner = reach.find_module(module_of(node.meta)[0])
             assert isinstance(owner, Inner)
@@ -45,7 +49,7 @@ def adding_unread(graph_module: fx.GraphModule, _: list[Any]) -> Callable[..., A
                 total = graph_module.graph.call_function(torch.add, (node, added))
             node.replace_all_uses_with(total, delete_user_cb=lambda user, total=total: user is not total)
     graph_module.recompile()
-    inputs = dynamo.example_inputs(graph_module.graph)
+    inputs = graph_inputs(graph_module.graph)
     assert len(inputs) == len(graph_module.graph.find_nodes(op="placeholder"))
     return torch._dynamo.lookup_backend("aot_eager")(graph_module, inputs)
 
@@ -108,7 +112,7 @@ def test_restart_traces_again() -> None:
         seen.append(len(graph_module.graph.nodes))
         if len(seen) == 1:
             model.layers[0].register_forward_hook(lambda module, args, output: output + 1)
-            dynamo.restart("the test changed a module")
+            restart_trace("the test changed a module")
         return graph_module.forward
 
     model, x = Outer(), torch.randn(4, 3)
@@ -125,8 +129,8 @@ def test_substitution_is_for_the_trace_only() -> None:
     def cube(x: torch.Tensor) -> torch.Tensor:
         return x * x * x
 
-    original = dynamo.unsubstituted(square)  # type: ignore[arg-type]
-    dynamo.substitute(square, cube)
+    original = unsubstituted(square)  # type: ignore[arg-type]
+    substitute(square, cube)
     x = torch.tensor([2.0])
     assert torch.compile(lambda x: square(x), backend="eager", fullgraph=True)(x).item() == 8.0
     assert torch.compile(lambda x: original(x), backend="eager", fullgraph=True)(x).item() == 4.0
@@ -139,7 +143,7 @@ def test_the_backend_of_a_trace_is_known() -> None:
 
     @torch._dynamo.assume_constant_result
     def ask() -> int:
-        asked.append(dynamo.tracing_backend())
+        asked.append(tracing_backend())
         return 1
 
     def backend(graph_module: fx.GraphModule, inputs: list[Any], options: Any = None) -> Callable[..., Any]:
@@ -149,4 +153,4 @@ def test_the_backend_of_a_trace_is_known() -> None:
     function, keywords = asked[0]
     assert function is backend
     assert keywords == {"options": {"a": 1}}
-    assert dynamo.tracing_backend() == (None, {})
+    assert tracing_backend() == (None, {})

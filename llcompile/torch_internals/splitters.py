@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import fx
 
-from llcompile.passes import dynamo
+from llcompile.torch_internals.inputs import graph_inputs
 
 Compiled = Callable[..., Any]
 # (graph, backend) -> what is to be done with the compiled whole; None where the backend is not ours.
@@ -32,6 +32,6 @@ def install(rewrite: Rewrite) -> None:
         finish = rewrite(module, self.backend_compile_fn)
         if finish is None:
             return original(self, module, inputs, **configs)
-        return finish(original(self, module, dynamo.example_inputs(module.graph), **configs))
+        return finish(original(self, module, graph_inputs(module.graph), **configs))
 
     DDPOptimizer.compile_fn = compile_fn  # type: ignore[method-assign, assignment]

@@ -1,0 +1,84 @@
+"""Places: the module and the line of the user's code that a node of a graph was traced in."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from llcompile.torch_internals import reach
+from llcompile.torch_internals.inputs import input_value
+
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
+# How many nodes above a mixer are asked for a parameter that says whose it is.
+_NEAR = 400
+_PACKAGE = Path(__file__).parent.parent
+# Not one folder above them all: in a clone of the repository that one holds examples and tests, too.
+# PyTorch's own frames (vmap, a scan) stand below the user's line, too.
+_OURS = tuple(
+    str(folder.resolve()) + os.sep
+    for folder in (
+        _PACKAGE,
+        *(_PACKAGE / name for name in ("kernels", "passes", "patterns")),
+        Path(torch.__file__).parent,
+    )
+)
+
+
+def place_of(node: fx.Node) -> tuple[str, str]:
+    """As `module_of`, of a node of the graph under work, whose level weights belong there.
+
+    In a frame that is no module's call (a function that calls `layer.forward(x)`) that is the innermost module which
+    holds the parameters that the node works with, and was not called itself.
+    """
+    if node.meta.get("nn_module_stack") or reach.is_call_of_a_module():
+        return module_of(node.meta)
+    parameter = _parameter_above(node)
+    owner = None if parameter is None else reach.innermost_holding(parameter, reach.modules_in(node.graph))
+    return module_of(node.meta) if owner is None else (str(id(owner)), "")
+
+
+def _parameter_above(node: fx.Node) -> nn.Parameter | None:
+    """A parameter nearest to the node, of those that its value is computed from."""
+    queue = [node]
+    for current in queue:  # which grows
+        held = input_value(current) if current.op == "placeholder" else None
+        if isinstance(held, nn.Parameter) or len(queue) > _NEAR:
+            return held
+        queue.extend(above for above in current.all_input_nodes if above not in queue)
+    return None
+
+
+def module_of(meta: Mapping[str, Any]) -> tuple[str, str]:
+    """The key and the dotted name of the innermost module that a node was traced in; ("", "") for none."""
+    stack = meta.get("nn_module_stack") or {}
+    if not stack:
+        root = reach.root_module()
+        return ("", "") if root is None else (str(id(root)), "")
+    key = list(stack)[-1]
+    path = stack[key][0]
+    # A decorator that takes `*args` holds the model as the first of them.
+    name = re.sub(r"^L\['args'\]\[0\]\.?|^L\['?\w+'?\]\.?|^G\['?\w+'?\]\.?", "", path)
+    name = re.sub(r"\._modules\['([^']+)'\]|\[['\"]?(\w+)['\"]?\]", lambda m: "." + (m.group(1) or m.group(2)), name)
+    name = name.lstrip(".")
+    if not key.split("@")[0].isdigit():
+        exported = reach.exported_module(name)
+        return ("", name) if exported is None else (str(id(exported)), name)
+    return key, name
+
+
+def user_frames(meta: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The frames (file, line, function) of the user's code that led to a node, the outermost first."""
+    frames = [m.groupdict() for m in _FRAME.finditer(meta.get("stack_trace") or "")]
+    return [f for f in frames if not str(Path(f["file"]).resolve()).startswith(_OURS)]
+
+
+def user_line(meta: Mapping[str, Any]) -> str:
+    """`file:line in function` of the user's code that made a node, or ""."""
+    frames = user_frames(meta)
+    return "{file}:{line} in {function}".format(**frames[-1]) if frames else ""

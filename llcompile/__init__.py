@@ -6,7 +6,7 @@ import importlib
 import sys
 from typing import Any
 
-__version__ = "0.1.0"
+from llcompile.version import __version__
 
 # Public names, each with the module that defines it. They load on first use, so that `import llcompile.errors`
 # (which every folder does) neither costs an import of torch nor closes an import cycle.
@@ -16,7 +16,7 @@ _PUBLIC = {
     "revert": "llcompile.conversion",
     "save": "llcompile.checkpoint",
     "load": "llcompile.checkpoint",
-    "LevelWeights": "llcompile.level_weights",
+    "LevelWeights": "llcompile.weights.level_weights",
     "Look": "llcompile.look.look",
     "Report": "llcompile.report",
     "Options": "llcompile.options",

@@ -12,15 +12,14 @@ from typing import Any, NoReturn
 
 from torch import fx, nn
 
-from llcompile import adapters, attachment, checkpoint, compile_run, fresh, missed, versions
+from llcompile import checkpoint, compile_run, missed, versions
 from llcompile.errors import LateAttachWarning, LLCompileError, StateAdoptedWarning, WrappedBackendError
-from llcompile.held import held
 from llcompile.options import Options
 from llcompile.passes import capture, pipeline, states
 from llcompile.passes.session import Session, Site
 from llcompile.report import Report
 from llcompile.torch_internals import compile_check, inner, logs, reach, recompile_room, splitters
-from llcompile.torch_internals.backends import around_backend, backend_mark, mark_backend, tracing_backend, unwrapped
+from llcompile.torch_internals.backends import tracing_backend, unwrapped
 from llcompile.torch_internals.forget import forget_others
 from llcompile.torch_internals.inputs import graph_inputs
 from llcompile.torch_internals.trace import (
@@ -31,6 +30,9 @@ from llcompile.torch_internals.trace import (
     trace_note,
     without_traces_of_transforms,
 )
+from llcompile.weights import adapters, attachment, fresh, ours
+from llcompile.weights.ignored import runs_levels, warn_if_switched_off
+from llcompile.weights.ours import Late
 
 log = logging.getLogger("llcompile")
 
@@ -92,7 +94,7 @@ def _rewrite(module: fx.GraphModule, parsed: Options) -> Callable[[Callable[...,
     report = compile_run.look(session)
     compile_run.check_strict(report, parsed)
     if parsed.level_weights == "none":
-        attachment.warn_if_switched_off(site.owner for site in session.sites)
+        warn_if_switched_off(site.owner for site in session.sites)
     else:
         missed.check(session, parsed.on_miss)
     adapters.warn_if_frozen(_read(session), graph_inputs(module.graph))
@@ -100,7 +102,7 @@ def _rewrite(module: fx.GraphModule, parsed: Options) -> Callable[[Callable[...,
     adopted = states.adopt(session)
     if session.attached:
         _warn_late(session)
-        forget_others({type(owner) for owner, _ in session.attached}, attachment.runs_levels)
+        forget_others({type(owner) for owner, _ in session.attached}, runs_levels)
     if adopted:
         _warn_adopted(adopted)
     if session.attached or broken or adopted:
@@ -125,32 +127,18 @@ def last_report() -> Report:
     return _last.report
 
 
-def is_ours(has_level_weights: bool = False) -> bool:
-    """Whether the trace under way ends in one of our backends.
-
-    What wraps a backend may hide it. Then the answer is no until it calls us (see `_trace_as_ours`), and only if it
-    does not is the user told that level weights of this trace (`has_level_weights`) have no effect.
-    """
-    late = backend_mark(_LATE)
-    ours = late is not None or getattr(tracing_backend()[0], "_llcompile", False) is True
-    note_trace("asked", ours)
-    if late is not None:
-        around_backend(_rewrite_first)
-    elif has_level_weights and not ours:
-        around_backend(_warn_if_other)
-    return ours
-
-
-# What a backend that turned out to call ours is marked with: our options.
-_LATE = "_llcompile_options"
-
-
 def _trace_as_ours(parsed: Options) -> NoReturn:
     """The trace was made for a backend that hid us: once more, with what we have Dynamo trace in its own way."""
     hidden = tracing_backend()[0]
-    known = backend_mark(_LATE) is not None
-    mark_backend(_LATE, parsed)
-    if known or backend_mark(_LATE) is None:
+    known = ours.late() is not None
+    ours.mark_late(
+        Late(
+            parsed.level_weights,
+            functools.partial(_rewrite, parsed=parsed),
+            functools.partial(_rewrite_first, parsed=parsed),
+        )
+    )
+    if known or ours.late() is None:
         raise WrappedBackendError(
             f"{hidden!r} hands backend 'loglinear' a piece or a copy of a graph that Dynamo traced, whose modules and "
             "inputs are not known. Give torch.compile the backend itself, or a functools.partial of it."
@@ -158,11 +146,13 @@ def _trace_as_ours(parsed: Options) -> NoReturn:
     restart_trace("a wrapper that calls the backend 'loglinear' was taken for another backend")
 
 
-def _rewrite_first(backend: Callable[..., Any], module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+def _rewrite_first(
+    backend: Callable[..., Any], module: fx.GraphModule, inputs: list[Any], parsed: Options
+) -> Callable[..., Any]:
     """In the place of a wrapper that calls us in the end: it is handed the rewritten graph."""
     try:
         with fresh.kept_on_success(done=False):
-            finish = _rewrite(module, backend_mark(_LATE))
+            finish = _rewrite(module, parsed)
     except LLCompileError as error:
         raise surfaced(error).with_traceback(error.__traceback__) from None
     return finish(backend(module, graph_inputs(module.graph)))
@@ -171,36 +161,19 @@ def _rewrite_first(backend: Callable[..., Any], module: fx.GraphModule, inputs: 
 def _rewrite_whole(module: fx.GraphModule, backend: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]] | None:
     """In the place of what is going to split a graph."""
     function, keywords = unwrapped(backend)
-    late = backend_mark(_LATE)
+    late = ours.late()
     if trace_note("rewritten") or (late is None and function is not loglinear):
         return None
     try:
         with fresh.kept_on_success(done=False):
-            return _rewrite(module, late or Options.parse(keywords.get("options")))
+            return late.rewrite(module) if late else _rewrite(module, Options.parse(keywords.get("options")))
     except LLCompileError as error:
         raise surfaced(error).with_traceback(error.__traceback__) from None
 
 
-def _warn_if_other(backend: Callable[..., Any], module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-    """In the place of a backend that is not known to be ours: had it called us, the trace would be no more."""
-    compiled: Callable[..., Any] = backend(module, inputs)
-    attachment.warn_other_backend()
-    return compiled
-
-
-def levels_of_trace() -> int | None:
-    """Number of levels of the mixer being traced; None for the linear operator."""
-    _, keywords = tracing_backend()
-    late = backend_mark(_LATE)
-    kind = (keywords.get("options") or {}).get("level_weights") if late is None else late.level_weights
-    owner = reach.innermost_module() if kind != "none" else None
-    found = [] if owner is None else [weights for _, weights in held(owner)]
-    return found[0].levels if found else None
-
-
 def prepare() -> None:
     """Makes the known functions of the libraries imported so far leaves; called whenever torch.compile asks for us."""
-    capture.install(is_ours, levels_of_trace)
+    capture.install(ours.is_ours, ours.levels_of_trace)
 
 
 def _warn_late(session: Session) -> None:

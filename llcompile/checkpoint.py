@@ -13,13 +13,13 @@ from typing import Any
 
 from torch import nn
 
-import llcompile
-from llcompile import attachment
 from llcompile.errors import CheckpointError, MissingLibraryError, ModelError
-from llcompile.held import held
 from llcompile.integrations import SECTION
-from llcompile.level_weights import LevelWeights
 from llcompile.passes.names import CodePlace
+from llcompile.version import __version__
+from llcompile.weights import attachment
+from llcompile.weights.held import held
+from llcompile.weights.level_weights import LevelWeights
 
 VERSION = 1
 _SIZES = ("heads", "levels", "in_features", "hidden")
@@ -36,7 +36,7 @@ def section(model: nn.Module) -> dict[str, Any] | None:
         own = list(held(owner))
         for name, weights in own:
             mixers[f"{path}.{name}".lstrip(".")] = _entry(weights, several=len(own) > 1)
-    return {"version": VERSION, "llcompile": llcompile.__version__, "mixers": mixers} if mixers else None
+    return {"version": VERSION, "llcompile": __version__, "mixers": mixers} if mixers else None
 
 
 def restore(model: nn.Module, section: Mapping[str, Any], prefix: str = "") -> list[LevelWeights]:
@@ -157,7 +157,7 @@ def _places(
     if section.get("version") != VERSION or not isinstance(section.get("mixers"), Mapping):
         raise CheckpointError(
             f"the checkpoint's section {SECTION!r} has layout {section.get('version')!r}, and this version of "
-            f"llcompile ({llcompile.__version__}) reads {VERSION}. Install the version that wrote it: "
+            f"llcompile ({__version__}) reads {VERSION}. Install the version that wrote it: "
             f"{section.get('llcompile')}"
         )
     modules = dict(model.named_modules())

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llcompile import __version__
 from llcompile.errors import LLCompileError, SpecError
+from llcompile.version import __version__
 
 USAGE_ERROR = 2
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree
 
-from llcompile.level_weights import LevelWeights
 from llcompile.patterns.known.arguments import is_level_state
+from llcompile.weights.level_weights import LevelWeights
 
 _FLOOR = 1e-3  # of the largest value of all: what is smaller is compared with that
 

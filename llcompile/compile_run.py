@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import fx
 
-from llcompile import attachment, fresh, held
 from llcompile.errors import StrictError
 from llcompile.options import Options
 from llcompile.passes import capture, pipeline
@@ -15,6 +14,7 @@ from llcompile.passes.records import Converted, Declined, GraphBreak
 from llcompile.passes.session import Session, Settings, Site
 from llcompile.report import Report
 from llcompile.torch_internals.breaks import graph_break
+from llcompile.weights import attachment, fresh, held, withheld
 
 
 def new_session(
@@ -34,7 +34,7 @@ def new_session(
         attach=fresh.attach if compiles else attachment.attach,
         path=held.path,
         function=attachment.function,  # type: ignore[arg-type]
-        withheld=attachment.withheld,
+        withheld=withheld.withheld,
         names=names or {},
         dry_run=dry_run,
         compiles=compiles,

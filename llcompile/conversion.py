@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect as inspect_module
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -13,11 +14,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from llcompile import adapters, attachment, backend, checkpoint, compile_run, other_mode, versions
+from llcompile import backend, checkpoint, compile_run, other_mode, versions
 from llcompile import verify as verify_
 from llcompile.errors import CaptureError, LLCompileError, ModelError
 from llcompile.look.collect import collect, without_graph
-from llcompile.look.look import Look, Subject
+from llcompile.look.findings import Subject
+from llcompile.look.look import Look
 from llcompile.look.records import MixerLook
 from llcompile.options import Options
 from llcompile.passes import discover
@@ -28,6 +30,7 @@ from llcompile.torch_internals.breaks import why_no_graph
 from llcompile.torch_internals.forget import forget_compiled
 from llcompile.torch_internals.trace import traced_once
 from llcompile.transaction import transaction
+from llcompile.weights import adapters, attachment, withheld
 
 Visit = Callable[[Session], None]
 
@@ -90,7 +93,9 @@ def inspect(model: nn.Module, *example_args: Any, options: dict[str, Any] | None
         OptionError: an option is unknown or has a wrong value.
     """
     report, capture = _captured(model, example_args, example_kwargs, options, dry_run=True)
-    subject = Subject(model, example_args, example_kwargs, Options.parse(options))
+    wishes = {**vars(Options.parse(options)), "strict": False}
+    converted = functools.partial(_converted, model, example_args, example_kwargs, wishes)
+    subject = Subject(model, example_args, example_kwargs, converted)
     seen = {(mixer.module, mixer.where) for mixer in capture.mixers}
     unseen = [without_graph(record) for record in report.declined if (record.module, record.where) not in seen]
     return Look(**vars(report), mixers=(*capture.mixers, *unseen), subject=subject)
@@ -105,6 +110,19 @@ def revert(model: nn.Module) -> int:
     _check_model(model, "revert")
     checkpoint.forget(model)
     return attachment.detach(model)
+
+
+@contextmanager
+def _converted(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], options: dict[str, Any]
+) -> Iterator[None]:
+    """The model is converted inside, and as it was afterwards."""
+    before = {id(weights) for _, _, weights in attachment.attached(model)}
+    try:
+        convert(model, *args, options=options, **kwargs)
+        yield
+    finally:
+        _detach_new(model, before)
 
 
 def visit_graphs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], visit: Visit) -> Report:
@@ -134,7 +152,7 @@ def _captured(
     versions.announce()
     with _one_at_a_time, _uncompiled(model):
         before = {id(weights) for _, _, weights in attachment.attached(model)}
-        withheld = attachment.forget_withheld(model)
+        set_aside = withheld.forget_withheld(model)
         capture = _Capture(model, options, dry_run, visit, before)
         try:
             report = _titled(_look(model, capture, args, kwargs), model)
@@ -142,16 +160,16 @@ def _captured(
                 report = _verified(model, capture, args, kwargs, report) if check else _unverified(report)
             compile_run.check_strict(report, options)
         except BaseException as error:
-            detach_new(model, before)
-            attachment.forget_withheld(model)
-            attachment.put_withheld(withheld)
+            _detach_new(model, before)
+            withheld.forget_withheld(model)
+            withheld.put_withheld(set_aside)
             raise _as_ours(model, args, kwargs, error) from error
         finally:
             new = [(owner, name) for owner, name, weights in attachment.attached(model) if id(weights) not in before]
             forget_compiled({type(owner) for owner, _ in new}, capture.is_ours)
         adapters.enlist(model, new)
         if dry_run:
-            attachment.put_withheld(withheld)
+            withheld.put_withheld(set_aside)
     return report, capture
 
 
@@ -191,7 +209,7 @@ def _verified(
 
 def _without_blamed(report: Report, verdict: verify_.Verdict) -> Report:
     for mixer, reason in verdict.blamed.items():
-        attachment.withhold(mixer.owner, mixer.attribute, reason)
+        withheld.withhold(mixer.owner, mixer.attribute, reason)
         if mixer.fresh and mixer.weights is not None:
             attachment.detach_one(mixer.owner, mixer.attribute)
     return verify_.judged(report, verdict)
@@ -311,7 +329,7 @@ def _check_model(model: Any, call: str) -> None:
         raise ModelError(f"llcompile.{call} takes an nn.Module, got {type(model).__name__}.")
 
 
-def detach_new(model: nn.Module, before: set[int]) -> None:
+def _detach_new(model: nn.Module, before: set[int]) -> None:
     """Removes the level weights whose ids are not in `before`."""
     for owner, name, weights in list(attachment.attached(model)):
         if id(weights) not in before:

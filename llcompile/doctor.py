@@ -79,9 +79,8 @@ def self_test(inner: str = "eager", device: str | None = None) -> list[Finding]:
 
 
 def _python() -> Iterator[Finding]:
-    import llcompile
 
-    yield Finding("llcompile", llcompile.__version__)
+    yield Finding("llcompile", __version__)
     yield Finding("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
 
 
@@ -142,7 +141,8 @@ def _devices() -> Iterator[Finding]:
 def _against_tested(topic: str, distribution: str, more: str = "") -> Finding:
     """A library's version, and whether it lies within those that were tested."""
     from llcompile import versions
-    from llcompile.tested import TESTED
+    from llcompile.version import __version__
+from llcompile.tested import TESTED
 
     version = versions.installed(distribution) or "of unknown version"
     found = f"{version}, {more}" if more else version

@@ -13,12 +13,13 @@ from typing import Any
 from torch import fx, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from llcompile import attachment, compile_run, missed
+from llcompile import compile_run, missed
 from llcompile.errors import LLCompileError
 from llcompile.options import Options
 from llcompile.passes import pipeline
 from llcompile.torch_internals.inputs import graph_inputs
 from llcompile.torch_internals.trace import below_export, restart_trace, surfaced, traced_once
+from llcompile.weights import attachment
 
 _NEW = "it has no level weights, and an export adds none"
 _NEW_HINT = "call llcompile.convert(model, *example_inputs) with inputs like those of the export"

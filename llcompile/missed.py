@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from torch import nn
 
 from llcompile.errors import LevelWeightsIgnoredWarning, MissedLevelWeightsError
-from llcompile.held import held
 from llcompile.passes import names
 from llcompile.passes.session import Session
 from llcompile.torch_internals import reach
 from llcompile.torch_internals.trace import is_whole_frame
+from llcompile.weights.held import held
 
 _NOT_FOUND = "no linear-time mixer of this module was found in the graph"
 _WHAT_TO_DO = (

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from llcompile.errors import OptionError
-from llcompile.level_kinds import KINDS
+from llcompile.weights.level_kinds import KINDS
 
 ON_MISS = ("raise", "warn")
 INNER = ("inductor", "aot_eager", "eager")

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-import llcompile
 from llcompile import conversion
 from llcompile.errors import ReproError
 from llcompile.look.collect import region_nodes
 from llcompile.passes.session import Session
 from llcompile.region_source import RegionSource, region_source
 from llcompile.source_text import in_docstring
+from llcompile.version import __version__
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def _text(piece: _Piece, model: str) -> str:
         fate=textwrap.fill(
             in_docstring(f"In the model it was {piece.fate}."), 110, break_long_words=False, break_on_hyphens=False
         ),
-        versions=f"llcompile {llcompile.__version__}, torch {torch.__version__}",
+        versions=f"llcompile {__version__}, torch {torch.__version__}",
         imports="\n".join((*(("import base64", "import zlib", "") * packs), "import torch", *piece.source.imports)),
         code="\n".join([*(init if buffers else ()), textwrap.indent(piece.source.code, "    ")]),
         operands=textwrap.indent("\n".join(piece.source.operands), "    "),

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llcompile.level_weights import LevelWeights
 from llcompile.patterns.families import FAMILIES
+from llcompile.weights.level_weights import LevelWeights
 
 TOKENS, WIDTH, VOCABULARY = 12, 16, 64
 MOVED, EQUAL = 1e-3, 1e-3  # relative to the largest value

@@ -191,7 +191,7 @@ def transaction(model: nn.Module, *inputs: Any) -> Iterator[Snapshot]:
 
 def put_back(model: nn.Module, snapshot: Snapshot) -> None:
     """Restores a snapshot that was taken before some of the model's level weights were attached; they stay."""
-    from llcompile import attachment
+    from llcompile.weights import attachment
 
     held = list(attachment.attached(model))
     snapshot.restore()

@@ -19,14 +19,15 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree
 
-from llcompile import attachment, backend
+from llcompile import backend
 from llcompile.compare import Result, difference, gradient_difference, leaves
-from llcompile.level_weights import LevelWeights
 from llcompile.options import Options
 from llcompile.passes.records import Declined, ModelCertificate
 from llcompile.report import Report
 from llcompile.torch_internals.trace import traced_once
 from llcompile.transaction import Snapshot, put_back
+from llcompile.weights import attachment, withheld
+from llcompile.weights.level_weights import LevelWeights
 
 # (precision, largest difference), relative to the largest value; beyond, the model's own sensitivity decides.
 BUDGETS = {torch.float64: 1e-8, torch.float32: 2e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -60,7 +61,7 @@ class Mixer:
 
     @property
     def key(self) -> tuple[int, str]:
-        """What `attachment.withhold` knows it by."""
+        """What `withheld.withhold` knows it by."""
         return id(self.owner), self.attribute
 
     @property
@@ -373,7 +374,7 @@ class _Runs:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             static = torch._dynamo.config.patch(automatic_dynamic_shapes=False)
-            with attachment.withholding(without), static:
+            with withheld.withholding(without), static:
                 return compiled(*args, **kwargs)
 
         return call

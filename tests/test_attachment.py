@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 import llcompile
-from llcompile import attachment
 from llcompile.errors import (
     CaptureError,
     CheckpointError,
@@ -26,6 +25,7 @@ from llcompile.errors import (
     OptimizerWarning,
     StrictError,
 )
+from llcompile.weights import attachment
 from tests import small
 from tests.small import difference
 from tests.test_backend import TIGHT, compiled

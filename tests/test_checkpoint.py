@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 import llcompile
-from llcompile import made_before
 from llcompile.errors import CheckpointError, ModelError
+from llcompile.weights import made_before
 from tests.small import Model, TwoMixers
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")

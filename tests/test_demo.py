@@ -24,9 +24,9 @@ from llcompile.demo.progress import Bars
 from llcompile.demo.recall import DISTANCES, IGNORED, Accuracy, Exam, Task
 from llcompile.demo.training import ARMS, Plan, Runner, is_level_weight, learn
 from llcompile.errors import DemoError
-from llcompile.level_weights import LevelWeights
 from llcompile.passes import pipeline
 from llcompile.passes.session import Session
+from llcompile.weights.level_weights import LevelWeights
 
 SMALL = Task(length=32, pairs=6, keys=12, values=4)
 SHORT = Plan(steps=3, more=2, batch=4, measures=2)

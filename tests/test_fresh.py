@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import llcompile
-from llcompile import attachment, backend
+from llcompile import backend
 from llcompile.passes import pipeline
 from llcompile.torch_internals import inner
+from llcompile.weights import attachment
 
 EAGER = {"inner": "eager"}
 

@@ -15,10 +15,10 @@ from torch import Tensor, fx, nn
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses import FakeTensorMode
 
-from llcompile import attachment
 from llcompile.errors import CheckpointError, LevelWeightsError
-from llcompile.level_kinds import KINDS, compute_dtype, level_weights_function, paper_gain
-from llcompile.level_weights import LevelWeights
+from llcompile.weights import attachment
+from llcompile.weights.level_kinds import KINDS, compute_dtype, level_weights_function, paper_gain
+from llcompile.weights.level_weights import LevelWeights
 
 HEADS, LEVELS, WIDTH = 3, 5, 8
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

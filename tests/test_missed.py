@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, fx, nn
 
 import llcompile
-from llcompile import attachment, backend
+from llcompile import backend
 from llcompile.errors import LevelWeightsIgnoredWarning, MissedLevelWeightsError, OptionError, WrappedBackendError
+from llcompile.weights import attachment
 from tests.test_reach import EAGER, Block, Mixer, anything, compiled, converted, difference, inputs, perturb, weights_of
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import llcompile
-from llcompile import attachment, verify
+from llcompile import verify
 from llcompile.errors import CaptureError, StrictError
+from llcompile.weights import attachment
 from tests import small
 
 EAGER = {"inner": "eager"}

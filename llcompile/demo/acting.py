@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from llcompile.errors import DemoError
-from llcompile.level_weights import LevelWeights
+from llcompile.weights.level_weights import LevelWeights
 
 NOISE = 0.3  # standard deviation of what is added to the parameters of level weights
 _LEAST = 1e-4  # the least that it has to move the output, as a part of the output's scale

@@ -70,7 +70,7 @@ def _start_what_is_missing(weights: Any) -> None:
 def _save_pretrained(original: Any) -> Any:
     @functools.wraps(original)
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if "llcompile.attachment" not in sys.modules:  # then nothing has level weights
+        if "llcompile.weights.attachment" not in sys.modules:  # then nothing has level weights
             return original(self, *args, **kwargs)
         from llcompile.checkpoint import section
 

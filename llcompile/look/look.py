@@ -1,79 +1,18 @@
-"""Look: the report of a dry run, with everything that can be shown about it."""
+"""Look: the findings of a dry run, with the page and the MLIR that can be made of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from torch import nn
-
-from llcompile.look.cost import MixerCost, cost_of
-from llcompile.look.kernels import Kernels, kernels_of
-from llcompile.look.records import MixerLook
-from llcompile.options import Options
-from llcompile.report import Report
+from llcompile.files import write_text
+from llcompile.look import mlir
+from llcompile.look.findings import Findings
 
 
 @dataclass(frozen=True)
-class Subject:
-    """What was looked at: the model, the inputs that it was run on, and the options."""
-
-    model: nn.Module
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    options: Options
-
-
-@dataclass(frozen=True)
-class Look(Report):
-    """The report of `llcompile.inspect`, and what there is to see. It prints as the report.
-
-    Args:
-        mixers: one record for each mixer that was converted or declined, in the order in which the model calls them.
-        subject: what was looked at.
-    """
-
-    mixers: tuple[MixerLook, ...] = ()
-    subject: Subject | None = field(default=None, compare=False, repr=False)
-
-    @property
-    def graph_before(self) -> str:
-        """Each mixer's region as readable code with shapes, as the model has it."""
-        return _joined(self.mixers, lambda mixer: mixer.before)
-
-    @property
-    def graph_after(self) -> str:
-        """The code that takes the place of each converted mixer."""
-        return _joined(self.mixers, lambda mixer: mixer.after or "# unchanged: " + mixer.reason)
-
-    @property
-    def diff(self) -> str:
-        """The unified diffs of all regions."""
-        return "\n".join(mixer.diff for mixer in self.mixers if mixer.diff)
-
-    @cached_property
-    def kernels(self) -> tuple[Kernels, ...]:
-        """The generated Triton sources that the converted mixers run by on a GPU, one for each kind of call."""
-        return kernels_of(self.mixers)
-
-    @cached_property
-    def costs(self) -> tuple[MixerCost, ...]:
-        """What each converted mixer costs."""
-        return tuple(cost for mixer in self.mixers if (cost := cost_of(mixer)) is not None)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report and the mixers as plain dicts, lists and numbers, ready for JSON."""
-        return {**self.report.to_dict(), "mixers": [_mixer(mixer) for mixer in self.mixers]}
-
-    @property
-    def report(self) -> Report:
-        """The report alone."""
-        return Report(
-            self.converted, self.declined, self.untouched, self.graphs, self.title, self.breaks, remarks=self.remarks
-        )
+class Look(Findings):
+    """The report of `llcompile.inspect`, and what there is to see. It prints as the report."""
 
     def to_html(self, path: str | Path) -> Path:
         """Writes the look as one page that needs no network; returns its path.
@@ -82,32 +21,10 @@ class Look(Report):
             MissingLibraryError: a library of the extra `html` is not installed.
             OutputError: the file cannot be written.
         """
-        from llcompile.files import write_text
         from llcompile.look.page import page
 
         return write_text(path, page(self))
 
     def to_mlir(self, dialect: str = "torch", mixer: str | None = None) -> str:
         """The rewritten model as MLIR, or one of its mixers; see `llcompile.look.mlir.to_mlir`."""
-        from llcompile.look.mlir import to_mlir
-
-        return to_mlir(self, dialect, mixer)
-
-
-def _joined(mixers: tuple[MixerLook, ...], text: Callable[[MixerLook], str]) -> str:
-    blocks = (f"# {mixer.name}: {mixer.family or mixer.reason}\n{text(mixer)}" for mixer in mixers)
-    return "\n\n".join(blocks)
-
-
-def _mixer(mixer: MixerLook) -> dict[str, Any]:
-    """A mixer without its drawings, with its cost as text and at the example's length."""
-    found = {k: v for k, v in asdict(mixer).items() if not k.startswith("drawing")}
-    cost = cost_of(mixer)
-    if cost is not None:
-        forms = {"linear": cost.linear, "loglinear": cost.loglinear}
-        found["cost"] = {
-            "at": cost.at(),
-            "values": dict(cost.values),
-            "symbolic": {form: {k: str(v) for k, v in vars(c).items()} for form, c in forms.items()},
-        }
-    return found
+        return mlir.to_mlir(self, dialect, mixer)

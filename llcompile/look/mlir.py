@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from llcompile import attachment, conversion
 from llcompile.errors import LevelWeightsIgnoredWarning, MissingLibraryError, MlirError
 from llcompile.kernels.parallel import parallel_attention
-
-if TYPE_CHECKING:
-    from llcompile.look.look import Look
+from llcompile.look.findings import Findings
 
 # Our names for the dialects, and torch-mlir's.
 DIALECTS = {"torch": "torch", "linalg": "linalg-on-tensors"}
 _SEQUENCE = "llcompile::loglinear_attention"
 
 
-def to_mlir(look: Look, dialect: str = "torch", mixer: str | None = None) -> str:
+def to_mlir(look: Findings, dialect: str = "torch", mixer: str | None = None) -> str:
     """The rewritten model, or the module of one of its mixers, as the text of a verified MLIR module.
 
     The function `main` takes the tensors that the example was run on, at their sizes, and has the weights in it as
@@ -65,7 +62,7 @@ def importer() -> Any:
     return fx
 
 
-def _exported(look: Look, mixer: str | None) -> ExportedProgram:
+def _exported(look: Findings, mixer: str | None) -> ExportedProgram:
     """The rewritten program of the model, or of the module that owns the mixer; the model is as it was afterwards."""
     subject = look.subject
     assert subject is not None
@@ -75,17 +72,13 @@ def _exported(look: Look, mixer: str | None) -> ExportedProgram:
     names = [record.module for record in look.converted]
     if mixer is not None and mixer not in names:
         raise MlirError(f"no converted mixer has the name {mixer!r}; there are {', '.join(map(repr, names)) or 'none'}")
-    before = {id(weights) for _, _, weights in attachment.attached(model)}
-    options = {**vars(subject.options), "strict": False}
     try:
-        conversion.convert(model, *args, options=options, **kwargs)
-        part, args, kwargs = _part(model, mixer, args, kwargs)
-        with torch.no_grad():
-            return torch.export.export(part, args, kwargs)
+        with subject.converted():
+            part, args, kwargs = _part(model, mixer, args, kwargs)
+            with torch.no_grad():
+                return torch.export.export(part, args, kwargs)
     except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
         raise MlirError(f"{_called(mixer)} cannot be exported: {str(error).strip().splitlines()[0]}") from error
-    finally:
-        conversion.detach_new(model, before)
 
 
 def _part(model: nn.Module, mixer: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-import llcompile
 from llcompile.errors import MissingLibraryError
 from llcompile.look.cost import SYMBOLS, cost_of
+from llcompile.look.findings import Findings
 from llcompile.look.layout import Picture, lay_out
-from llcompile.look.look import Look
 from llcompile.look.mask import blocks
 from llcompile.look.records import Excerpt, MixerLook
 from llcompile.look.tree import Branch, tree
+from llcompile.version import __version__
 
 MASK_TOKENS = 32
 _LIBRARIES = ("jinja2", "pygments", "grandalf")
@@ -44,7 +44,7 @@ class Group:
         return self.mixers[0]
 
 
-def page(look: Look) -> str:
+def page(look: Findings) -> str:
     """The page's text.
 
     Raises:
@@ -64,7 +64,7 @@ def page(look: Look) -> str:
         symbols=SYMBOLS,
         mask=list(blocks(MASK_TOKENS)),
         mask_tokens=MASK_TOKENS,
-        versions=f"llcompile {llcompile.__version__}, torch {torch.__version__}",
+        versions=f"llcompile {__version__}, torch {torch.__version__}",
     )
 
 
@@ -75,7 +75,7 @@ def check_libraries() -> None:
         raise MissingLibraryError(f"the page needs {' and '.join(missing)}: pip install 'llcompile[html]'")
 
 
-def _groups(look: Look) -> list[Group]:
+def _groups(look: Findings) -> list[Group]:
     found: dict[Any, list[MixerLook]] = {}
     for m in look.mixers:
         # The same line of code with the same sizes is the same code; level weights that were trained are their own.
@@ -84,7 +84,7 @@ def _groups(look: Look) -> list[Group]:
     return [Group(f"mixer-{i}", tuple(mixers)) for i, mixers in enumerate(found.values())]
 
 
-def _tree(look: Look, groups: list[Group]) -> Branch | None:
+def _tree(look: Findings, groups: list[Group]) -> Branch | None:
     fates: dict[str, list[tuple[str, str, str]]] = {}
     for group in groups:
         for m in group.mixers:

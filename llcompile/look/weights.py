@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from llcompile.level_weights import LevelWeights
 from llcompile.look.records import LevelTable
+from llcompile.weights.level_weights import LevelWeights
 
 _DRAWS = 256
 

@@ -14,8 +14,11 @@ import torch
 from torch import nn
 
 
-def install(has_levels: Callable[[nn.Module], bool]) -> None:
-    """Has every later torch.export (strict=False, its default) of a module with level weights record it rewritten."""
+def install(has_levels: Callable[[nn.Module], bool], rewritten_call: Callable[..., Any]) -> None:
+    """Has every later torch.export (strict=False, its default) of a module with level weights record it rewritten.
+
+    `rewritten_call(module, args, kwargs)` runs a module by its rewritten graph.
+    """
     from torch.export import _trace
 
     original = _trace._export
@@ -24,17 +27,15 @@ def install(has_levels: Callable[[nn.Module], bool]) -> None:
     def export(mod: Any, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("strict", True) or not isinstance(mod, nn.Module) or not has_levels(mod):
             return original(mod, *args, **kwargs)
-        with _rewritten(mod):
+        with _rewritten(mod, rewritten_call):
             return original(mod, *args, **kwargs)
 
     _trace._export = export
 
 
 @contextmanager
-def _rewritten(module: nn.Module) -> Iterator[None]:
+def _rewritten(module: nn.Module, rewritten_call: Callable[..., Any]) -> Iterator[None]:
     """For as long as it is exported, a call of the module is one of its rewritten graph."""
-    from llcompile.exporting import rewritten_call
-
     compiled = module._compiled_call_impl
 
     def call(*args: Any, **kwargs: Any) -> Any:

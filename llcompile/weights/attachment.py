@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import nn
 
-from llcompile import eager_states, made_before
-from llcompile.errors import LevelWeightsError, LevelWeightsIgnoredWarning
-from llcompile.held import copies, held, inside, values
+from llcompile.errors import LevelWeightsError
 from llcompile.kernels.operands import COMPUTE_DTYPES
-from llcompile.level_kinds import compute_dtype, level_weights_function
-from llcompile.level_weights import LevelWeights
-from llcompile.optimizer_watch import watch
 from llcompile.passes.marks import PARAMETER, mark
 from llcompile.torch_internals import export_hook
 from llcompile.torch_internals.backends import backend_below
 from llcompile.torch_internals.owner_input import Call
 from llcompile.torch_internals.trace import leave_out
+from llcompile.weights import eager_states, made_before
+from llcompile.weights.held import copies, held, inside, values
+from llcompile.weights.ignored import runs_levels, warn_ignored
+from llcompile.weights.level_kinds import compute_dtype, level_weights_function
+from llcompile.weights.level_weights import LevelWeights
+from llcompile.weights.optimizer_watch import watch
+from llcompile.weights.ours import is_ours
+from llcompile.weights.withheld import forget_withheld
 
 
 def make(
@@ -95,45 +96,6 @@ def detach_one(owner: nn.Module, name: str) -> None:
                     del hooks[key]
                     owner._forward_pre_hooks_with_kwargs.pop(key, None)
                     owner._forward_hooks_always_called.pop(key, None)
-
-
-# Where a module says which of its mixers stay as they are: it is copied and saved with the module.
-_WITHHELD = "_llcompile_withheld"
-# (id of owner, name) of mixers that stay as they are in this thread for the moment.
-_withheld_now: ContextVar[frozenset[tuple[int, str]]] = ContextVar("llcompile_withheld", default=frozenset())
-
-
-def withhold(owner: nn.Module, name: str, reason: str) -> None:
-    """Has no later compilation rewrite a mixer: a conversion measured that it must not. `revert` forgets it."""
-    vars(owner).setdefault(_WITHHELD, {})[name] = reason
-
-
-def withheld(owner: nn.Module, name: str) -> str:
-    """Why the mixer whose level weights would be `owner`'s under `name` stays as it is, or ""."""
-    if (id(owner), name) in _withheld_now.get():
-        return "it is left out of this run of the conversion's check"
-    return str(vars(owner).get(_WITHHELD, {}).get(name, ""))
-
-
-def forget_withheld(model: nn.Module) -> list[tuple[nn.Module, dict[str, str]]]:
-    """Has the mixers below `model` looked at anew; returns what to hand to `put_withheld` to undo it."""
-    return [(m, vars(m).pop(_WITHHELD)) for m in model.modules() if _WITHHELD in vars(m)]
-
-
-def put_withheld(before: Iterable[tuple[nn.Module, dict[str, str]]]) -> None:
-    """Undoes `forget_withheld`."""
-    for owner, reasons in before:
-        vars(owner)[_WITHHELD] = reasons
-
-
-@contextmanager
-def withholding(mixers: frozenset[tuple[int, str]]) -> Iterator[None]:
-    """What is compiled inside, in this thread, leaves these mixers as they are: pairs of an owner's id and a name."""
-    token = _withheld_now.set(mixers)
-    try:
-        yield
-    finally:
-        _withheld_now.reset(token)
 
 
 def function(weights: LevelWeights, dtype: torch.dtype) -> Callable[..., Any]:
@@ -208,9 +170,9 @@ def _warn_if_unused(owner: nn.Module, output: Any) -> None:
         eager_states.explain(type(owner).__name__, {weights.levels for weights in unused})
     elif _is_compiled_by_us():
         if len(unused) == len(all_held):
-            _warn(f"{type(owner).__name__} has level weights and {_LEFT_OUT}")
+            warn_ignored(f"{type(owner).__name__} has level weights and {_LEFT_OUT}")
     elif any(not weights.is_identity() for weights in unused):
-        _warn(f"the level weights of {type(owner).__name__} are no longer 1, and the model was run eagerly")
+        warn_ignored(f"the level weights of {type(owner).__name__} are no longer 1, and the model was run eagerly")
 
 
 _LEFT_OUT = (
@@ -226,24 +188,6 @@ def _is_compiled_by_us() -> bool:
     return runs_levels(backend) and (keywords.get("options") or {}).get("level_weights") != "none"
 
 
-def warn_other_backend() -> None:
-    """Warns that another backend compiles a model with level weights."""
-    _warn("this model has level weights, and it is being compiled by another backend")
-
-
-def runs_levels(backend: Any) -> bool:
-    """Whether graphs that this backend compiled run with their level weights (those of convert's run do not)."""
-    return getattr(backend, "_llcompile_runs", False) is True
-
-
-def warn_if_switched_off(owners: Iterable[nn.Module | None]) -> None:
-    """Warns when one of the modules has level weights other than 1, which `level_weights="none"` leaves out."""
-    found = [(owner, weights) for owner in owners if owner is not None for _, weights in held(owner)]
-    named = sorted({type(owner).__name__ for owner, weights in found if not weights.is_identity()})
-    if named:
-        _warn(f"the level weights of {', '.join(named)} are no longer 1, and level_weights='none' switches them off")
-
-
 def ids(owner: nn.Module, name: str) -> list[int]:
     """The ids of the tensors of the level weights that a module has under a name."""
     return [id(tensor) for weights in copies(name, owner._modules[name]) for _, tensor in weights.tensors()]
@@ -251,18 +195,12 @@ def ids(owner: nn.Module, name: str) -> list[int]:
 
 @torch._dynamo.assume_constant_result
 def _compiles_for_us() -> bool:
-    from llcompile.backend import is_ours
-
     return is_ours(has_level_weights=True)
 
 
-def _warn(situation: str) -> None:
-    warnings.warn(
-        f"{situation}: they have no effect, the output is the linear model's. Run the model through "
-        "torch.compile(model, backend='loglinear'), or remove them with llcompile.revert(model).",
-        LevelWeightsIgnoredWarning,
-        stacklevel=3,
-    )
+def _rewritten_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    # Imported when a model is exported: one that was unpickled may have brought in no more than this file.
+    return importlib.import_module("llcompile.exporting").rewritten_call(module, args, kwargs)
 
 
-export_hook.install(lambda model: next(attached(model), None) is not None)
+export_hook.install(lambda model: next(attached(model), None) is not None, _rewritten_call)

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from llcompile import attachment
 from llcompile.torch_internals.trace import Restart, at_compile_end
+from llcompile.weights import attachment
 
 
 class _Pending(threading.local):

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from llcompile.level_weights import LevelWeights
+from llcompile.weights.level_weights import LevelWeights
 
 # What every name of level weights begins with; `passes` give the names.
 PREFIX = "loglinear"

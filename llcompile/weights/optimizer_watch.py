@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from llcompile.errors import OptimizerWarning
-from llcompile.held import copies, held
+from llcompile.weights.held import copies, held
 
 _owners: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _checked: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from llcompile.held import held
-from llcompile.level_weights import LevelWeights
-from llcompile.optimizer_watch import owners
+from llcompile.weights.held import held
+from llcompile.weights.level_weights import LevelWeights
+from llcompile.weights.optimizer_watch import owners
 
 log = logging.getLogger("llcompile")
 

@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensor
 
 from llcompile.errors import CheckpointError, LevelWeightsError
 from llcompile.kernels.operands import COMPUTE_DTYPES
-from llcompile.level_kinds import (
+from llcompile.weights.level_kinds import (
     KINDS,
     Sizes,
     compute_dtype,

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from llcompile.errors import LevelWeightsFrozenWarning
-from llcompile.held import copies, held
-from llcompile.level_weights import LevelWeights
+from llcompile.weights.held import copies, held
+from llcompile.weights.level_weights import LevelWeights
 
 _warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 

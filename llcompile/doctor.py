@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from llcompile.version import __version__
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -141,8 +143,7 @@ def _devices() -> Iterator[Finding]:
 def _against_tested(topic: str, distribution: str, more: str = "") -> Finding:
     """A library's version, and whether it lies within those that were tested."""
     from llcompile import versions
-    from llcompile.version import __version__
-from llcompile.tested import TESTED
+    from llcompile.tested import TESTED
 
     version = versions.installed(distribution) or "of unknown version"
     found = f"{version}, {more}" if more else version

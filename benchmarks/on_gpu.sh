@@ -74,10 +74,10 @@ tests=${PIPESTATUS[0]}
 seconds=$(($(left) - 40)) # the last case, the tables and the plot need some
 say "speed ($seconds s)"
 json=$OUT/operator-cuda-$(date -u +%F).json
-timeout $((seconds + 15)) "$python" -m llcompile.cli bench operator --device cuda --output "$json" \
+timeout $((seconds + 15)) "$python" -m llcompile bench operator --device cuda --output "$json" \
   --minutes "$(printf '%d.%02d' $((seconds / 60)) $((seconds % 60 * 100 / 60)))" ${ARGS:-} 2>&1 | tee "$OUT/bench.log"
 bench=${PIPESTATUS[0]}
-"$python" -m llcompile.cli bench plot "$json" --out "${json%.json}.png"
+"$python" -m llcompile bench plot "$json" --out "${json%.json}.png"
 
 [ "$tests" = 0 ] || say "NOT all tests passed (exit code $tests): see $OUT/tests.log"
 say "done: $(ls "$OUT" | tr '\n' ' ')"

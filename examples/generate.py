@@ -27,7 +27,7 @@ from torch._dynamo.utils import counters
 from transformers.generation.streamers import BaseStreamer
 
 import llcompile
-from llcompile.demo.models import TOUR
+from demo.models import TOUR
 
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 

@@ -12,10 +12,10 @@ import argparse
 import torch
 
 import llcompile
-from llcompile.demo.acting import check_acts
-from llcompile.demo.models import recall_model
-from llcompile.demo.recall import Exam, Task
-from llcompile.demo.training import ARMS, Plan, Runner, learn
+from demo.acting import check_acts
+from demo.models import recall_model
+from demo.recall import Exam, Task
+from demo.training import ARMS, Plan, Runner, learn
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 import sys
 
-from llcompile.cli import main
+from llcompile.commands.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from llcompile import cli
-from llcompile.bench import recognition, rewrite
-from llcompile.bench.mixers import Quadratic, TokenLoop
-from llcompile.bench.process import in_process
+from benchmarks import recognition, rewrite
+from benchmarks.mixers import Quadratic, TokenLoop
+from benchmarks.process import in_process
+from llcompile.commands import cli
 
 REWRITE = {"decay": "scalar", "heads": 1, "dim": 8, "repeats": 1, "threads": 1, "length": 96}
 RECOGNITION = {"form": "loglinear", "threads": 1, "config": None}
 
 
 def run(*jobs: dict[str, Any]) -> list[dict[str, Any]]:
-    return in_process("llcompile.bench.rewrite_worker", list(jobs), 300, "late")
+    return in_process("benchmarks.rewrite_worker", list(jobs), 300, "late")
 
 
 @pytest.fixture(scope="module")

@@ -13,18 +13,18 @@ from typing import Any
 import pytest
 import torch
 
-from llcompile import cli
-from llcompile.bench.cuda import chip, command, peers, warm
-from llcompile.bench.cuda.budget import CASE_LIMIT, PATIENCE, run_plan
-from llcompile.bench.cuda.cases import LENGTHS, LEVELS, OURS, OWN, QUICK, ROUNDS, Case, plan
-from llcompile.bench.cuda.crew import Helper
-from llcompile.bench.cuda.goals import GOALS, evaluate
-from llcompile.bench.cuda.operands import bytes_of, make
-from llcompile.bench.cuda.roofline import count, levels, mean_blocks
-from llcompile.bench.cuda.show import show
-from llcompile.bench.cuda.timing import timed
-from llcompile.bench.cuda.worker import Worker
-from llcompile.bench.operator import FAMILIES
+from benchmarks.cuda import chip, command, peers, warm
+from benchmarks.cuda.budget import CASE_LIMIT, PATIENCE, run_plan
+from benchmarks.cuda.cases import LENGTHS, LEVELS, OURS, OWN, QUICK, ROUNDS, Case, plan
+from benchmarks.cuda.crew import Helper
+from benchmarks.cuda.goals import GOALS, evaluate
+from benchmarks.cuda.operands import bytes_of, make
+from benchmarks.cuda.roofline import count, levels, mean_blocks
+from benchmarks.cuda.show import show
+from benchmarks.cuda.timing import timed
+from benchmarks.cuda.worker import Worker
+from benchmarks.operator import FAMILIES
+from llcompile.commands import cli
 from llcompile.errors import BenchError, SpecError
 
 EVERYBODY = [*OWN, *(p.runner for p in peers.PEERS)]

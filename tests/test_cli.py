@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from llcompile import __version__, cli, doctor
+from llcompile import __version__
+from llcompile.commands import cli, doctor
 from llcompile.errors import CaptureError
 from llcompile.patterns.known import ROWS
 
@@ -26,7 +27,7 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_help_imports_no_torch() -> None:
     code = """import sys
-from llcompile.cli import main
+from llcompile.commands.cli import main
 code = main(["--help"])
 assert "torch" not in sys.modules
 sys.exit(code)"""
@@ -166,7 +167,7 @@ class TestInspect:
     def test_what_cannot_be_written_is_said_before_the_work(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        monkeypatch.setattr("llcompile.inspect_command.load", lambda *_: pytest.fail("it began to work"))
+        monkeypatch.setattr("llcompile.commands.inspect.load", lambda *_: pytest.fail("it began to work"))
         (tmp_path / "file").write_text("")
         for flag, path in (("--html", "no/page.html"), ("--json", "."), ("--kernels", "file/below")):
             assert cli.main(["inspect", "mamba2", flag, str(tmp_path / path)]) == 1

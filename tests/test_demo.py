@@ -15,14 +15,16 @@ pytest.importorskip("transformers")
 
 from rich.console import Console
 
-from llcompile import cli, demo, verify
-from llcompile.demo import acts, show
-from llcompile.demo.acting import Acting, check_acts, check_differs
-from llcompile.demo.experiment import Bench, Outcome
-from llcompile.demo.models import TOUR, recall_model
-from llcompile.demo.progress import Bars
-from llcompile.demo.recall import DISTANCES, IGNORED, Accuracy, Exam, Task
-from llcompile.demo.training import ARMS, Plan, Runner, is_level_weight, learn
+import demo
+from demo import acts, show
+from demo.acting import Acting, check_acts, check_differs
+from demo.experiment import Bench, Outcome
+from demo.models import TOUR, recall_model
+from demo.progress import Bars
+from demo.recall import DISTANCES, IGNORED, Accuracy, Exam, Task
+from demo.training import ARMS, Plan, Runner, is_level_weight, learn
+from llcompile import verify
+from llcompile.commands import cli
 from llcompile.errors import DemoError
 from llcompile.passes import pipeline
 from llcompile.passes.session import Session

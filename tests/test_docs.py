@@ -141,7 +141,7 @@ def test_every_decision_is_listed() -> None:
 
 
 def test_commands_are_those_of_the_code() -> None:
-    from llcompile.cli import COMMANDS
+    from llcompile.commands.cli import COMMANDS
 
     named = re.findall(r"^\| `llcompile (\w+)", PAGES["command-line.md"], re.MULTILINE)
     assert set(named) == {command.name for command in COMMANDS}
@@ -163,7 +163,7 @@ CALLS = sorted(
 
 @pytest.mark.parametrize(("command", "kind", "option"), CALLS, ids=" ".join)
 def test_options_of_commands_exist(command: str, kind: str, option: str, capsys: pytest.CaptureFixture[str]) -> None:
-    from llcompile import cli
+    from llcompile.commands import cli
 
     assert cli.main([command, *([kind] if kind else []), "--help"]) == 0
     assert re.search(rf"{option}\b", capsys.readouterr().out)
@@ -277,7 +277,7 @@ def helps(parser: argparse.ArgumentParser) -> Iterator[str]:
 
 def test_help_is_in_the_imperative() -> None:
     """It starts with a verb without an ending: "report", and not "reports" or "the report"."""
-    from llcompile.cli import COMMANDS
+    from llcompile.commands.cli import COMMANDS
 
     parser = argparse.ArgumentParser()
     commands = parser.add_subparsers()

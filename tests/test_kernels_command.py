@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from llcompile import cli
+from llcompile.commands import cli
 from llcompile.kernels.triton import cache, show
 from llcompile.kernels.triton.chips import DEFAULT
 from llcompile.kernels.triton.description import Description

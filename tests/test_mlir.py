@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import llcompile
-from llcompile import cli
+from llcompile.commands import cli
 from llcompile.errors import MissingLibraryError, MlirError
 from llcompile.kernels.parallel import parallel_attention
 from llcompile.kernels.reference import reference_attention

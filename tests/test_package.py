@@ -1,8 +1,7 @@
-"""The package as it is shipped, and the rules of the house that no linter checks."""
+"""The package as it is shipped."""
 
 from __future__ import annotations
 
-import ast
 import os
 import shutil
 import subprocess
@@ -133,44 +132,3 @@ def test_autoload_survives_any_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_links_point_to_the_folders() -> None:
     for folder in FOLDERS:
         assert (ROOT / "llcompile" / folder).resolve() == ROOT / folder
-
-
-def imports(file: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            yield node.module or ""
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-
-
-def breaches(files: list[Path], forbidden: tuple[str, ...]) -> list[str]:
-    return [
-        f"{file.relative_to(ROOT)} imports {name}"
-        for file in files
-        for name in imports(file)
-        if any(name == bad or name.startswith(bad + ".") for bad in forbidden)
-    ]
-
-
-def sources(*folders: str) -> list[Path]:
-    return [file for folder in folders for file in (ROOT / folder).rglob("*.py")]
-
-
-@pytest.mark.parametrize(
-    ("folders", "forbidden"),
-    [
-        (("kernels",), ("llcompile.patterns", "llcompile.passes")),
-        (("patterns",), ("llcompile.passes",)),
-        (FOLDERS, ("llcompile.cli", "llcompile.demo", "llcompile.bench", "llcompile.doctor", "argparse")),
-        ((*FOLDERS, "llcompile", "tests", "examples", "benchmarks"), FOLDERS),
-    ],
-    ids=[
-        "kernels know nothing above",
-        "patterns know no passes",
-        "only llcompile knows the command line",
-        "no bare names",
-    ],
-)
-def test_house_rules(folders: tuple[str, ...], forbidden: tuple[str, ...]) -> None:
-    assert breaches(sources(*folders), forbidden) == []

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from llcompile.bench.rewrite import FORMS
-from llcompile.cli import COMMANDS
+from benchmarks.rewrite import FORMS
+from llcompile.commands.cli import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

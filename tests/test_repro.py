@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from llcompile import cli, source_text
+from llcompile.commands import cli
 from llcompile.errors import ReproError
-from llcompile.repro import reproducer
+from llcompile.look import source_text
+from llcompile.look.repro import reproducer
 
 ROOT = Path(__file__).resolve().parent.parent
 FACTORIES = """

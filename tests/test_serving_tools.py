@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from llcompile import cli
-from llcompile.bench import decode
+from benchmarks import decode
+from llcompile.commands import cli
 
 ROOT = Path(__file__).parent.parent
 SIZES = decode.Sizes(batch=2, heads=2, key_dim=4, value_dim=8)

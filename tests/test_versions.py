@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 import llcompile
-from llcompile import cli, doctor, self_test, tested, versions
+from llcompile import self_test, tested, versions
+from llcompile.commands import cli, doctor
 from llcompile.errors import UntestedVersionWarning
 
 ROOT = Path(__file__).parent.parent

@@ -18,7 +18,7 @@ from transformers import Mamba2Config
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
 import llcompile
-from llcompile import cli
+from llcompile.commands import cli
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parents[1]

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from llcompile import cli
+from llcompile.commands import cli
 from llcompile.kernels.triton.check import HEADING, Report
 from llcompile.kernels.triton.chips import CHIPS
 from llcompile.kernels.triton.description import Description

@@ -14,7 +14,7 @@ import torch
 from kernel_cases import operands, relative_error
 from torch import Tensor
 
-from llcompile.bench.cuda.cases import LEVELS
+from benchmarks.cuda.cases import LEVELS
 from llcompile.kernels import engine as aten
 from llcompile.kernels.layout import Operands
 from llcompile.kernels.reference import reference_attention

@@ -1,0 +1,156 @@
+"""`llcompile kernels show|list|matrix`: the generated Triton kernels as text, the files on disk, what chips give."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from llcompile.commands import kernels_matrix
+from llcompile.errors import KernelError, SpecError
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add this command to the command line."""
+    parser = subparsers.add_parser(
+        "kernels",
+        help="show the generated Triton kernels and compile them for a chip",
+        description="Show the Triton kernels that are generated for an operator, and compile them for a chip to see "
+        "their registers and shared memory. Neither a GPU nor a model is needed.",
+    )
+    kinds = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
+    listing = kinds.add_parser("list", help="list the generated files on disk with their descriptions")
+    listing.set_defaults(act=_list)
+    kernels_matrix.add_parser(kinds)
+    show = kinds.add_parser("show", help="print the source of the kernels for one operator")
+    show.set_defaults(act=_show)
+    _add_description(show)
+    show.add_argument("--kernel", metavar="NAME", help="print one kernel only")
+    show.add_argument("--keep", metavar="DIR", type=Path, help="also write the file to a folder, and print its name")
+    show.add_argument(
+        "--chip", metavar="CHIP", help="compile for a chip (such as sm_90) and add registers, shared memory and spills"
+    )
+
+
+def _add_description(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--decay", choices=("none", "scalar", "channel"), default="scalar", help="default: scalar")
+    parser.add_argument("--correction", choices=("none", "delta"), default="none", help="default: none")
+    parser.add_argument("--key-dim", metavar="K", type=_size, default=64, help="default: 64")
+    parser.add_argument("--value-dim", metavar="V", type=_size, default=64, help="default: 64")
+    parser.add_argument("--repeat", metavar="N", type=_size, default=1, help="heads per group, H / G (default: 1)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default=DTYPES[0], help=f"dtype of the operands (default: {DTYPES[0]})"
+    )
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--levels", metavar="L", type=_size, default=17, help="level weights per token (default: 17)")
+    form.add_argument("--linear", action="store_true", help="use the linear operator, without level weights")
+    parser.add_argument("--initial-state", choices=("linear", "level"), help="start from a state of this kind")
+    parser.add_argument("--final-state", action="store_true", help="return the state after the last token")
+    rows = parser.add_mutually_exclusive_group()
+    rows.add_argument("--padded", action="store_true", help="rows of different lengths")
+    rows.add_argument("--packed", action="store_true", help="sequences one after another in one row")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what was asked for.
+
+    Raises:
+        SpecError: a kernel or chip that there is not.
+        KernelError: Triton is needed and not there, or is set to interpret.
+        KernelCacheError: the folder of ``--keep`` cannot be written.
+    """
+    return int(args.act(args))
+
+
+def _list(args: argparse.Namespace) -> int:
+    from llcompile.kernels.triton import cache, show
+
+    found = show.files()
+    if not found:
+        print(f"no generated kernels in {cache.folder()}; they are written when a GPU runs the operator")
+    for path, text in found:
+        print(f"{path}\n    {text}")
+    return 0
+
+
+def _show(args: argparse.Namespace) -> int:
+    from llcompile.kernels.triton import chips, show
+
+    d = _described(args)
+    chip = chips.CHIPS[_known("chip", args.chip, chips.CHIPS)] if args.chip else None
+    source = show.source_of(d, chip)
+    parts = show.kernels_in(source)
+    if args.kernel is not None:
+        source = parts[_known("kernel", args.kernel, parts)]
+    reports = _reports(d, args.chip, args.kernel) if args.chip else []
+    _print(source)
+    for line in reports:
+        print(line)
+    if args.keep is not None:
+        print(f"written to {show.keep(d, args.keep, chip)}", file=sys.stderr)
+    return 0
+
+
+def _described(args: argparse.Namespace) -> Any:
+    import torch
+
+    from llcompile.kernels.triton.description import Description
+
+    return Description(
+        decay=args.decay,
+        correction=args.correction,
+        key_dim=args.key_dim,
+        value_dim=args.value_dim,
+        repeat=args.repeat,
+        dtype=getattr(torch, args.dtype),
+        levels=None if args.linear else args.levels,
+        initial_state=args.initial_state or "none",
+        final_state=args.final_state,
+        padded=args.padded,
+        packed=args.packed,
+    )
+
+
+def _reports(d: Any, chip: str, kernel: str | None) -> list[str]:
+    """A table of what the kernels take on ``chip``, as comments."""
+    try:
+        from llcompile.kernels.triton import check, show
+    except ImportError as error:
+        raise KernelError(f"--chip compiles the kernels, which needs Triton ({error}): pip install triton") from error
+    if os.environ.get("TRITON_INTERPRET"):
+        raise KernelError("--chip compiles the kernels, which Triton does not do while TRITON_INTERPRET is set")
+    rows = show.resources(d, chip, None if kernel is None else (kernel,))
+    return [f"# {line}".rstrip() for line in (check.HEADING, *(row.row() for row in rows))]
+
+
+def _known(what: str, name: str, names: Iterable[str]) -> str:
+    """``name``, if it is one of ``names``; else a SpecError that tells them."""
+    names = list(names)
+    if name in names:
+        return name
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise SpecError(f"--{what} {name}: unknown {what} here; {hint}Known: {', '.join(names)}")
+
+
+def _print(source: str) -> None:
+    """Python with colours on a terminal, as it is elsewhere."""
+    if not sys.stdout.isatty():
+        print(source.rstrip())
+        return
+    from rich.console import Console
+    from rich.syntax import Syntax
+
+    Console().print(Syntax(source.rstrip(), "python", background_color="default"))
+
+
+def _size(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)

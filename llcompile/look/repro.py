@@ -1,0 +1,153 @@
+"""A reproducer: one Python file with a mixer's original code, its operands and the proof, for a bug report."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from llcompile import conversion
+from llcompile.errors import ReproError
+from llcompile.look.collect import region_nodes
+from llcompile.look.region_source import RegionSource, region_source
+from llcompile.look.source_text import in_docstring
+from llcompile.passes.session import Session
+from llcompile.version import __version__
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """What the file is about: the mixer's module, what became of it, and its code."""
+
+    module: str
+    fate: str
+    where: str
+    source: RegionSource
+
+
+def reproducer(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mixer: str) -> str:
+    """The text of the file.
+
+    Args:
+        mixer: the module that has the mixer or the near miss, as the report names it.
+
+    Raises:
+        ReproError: the report has nothing of that name, or its code cannot be written as one file.
+        CaptureError: as for `llcompile.inspect`.
+    """
+    pieces: list[_Piece] = []
+    names: list[str] = []
+
+    def visit(session: Session) -> None:
+        for module, fate, where, nodes, result in _all(session):
+            names.append(module)
+            if module == mixer and nodes and not pieces:
+                pieces.append(_Piece(module, fate, where, region_source(nodes, result)))
+
+    conversion.visit_graphs(model, args, kwargs, visit)
+    if not pieces:
+        known = ", ".join(dict.fromkeys(name or "''" for name in names)) or "none"
+        raise ReproError(f"no linear-time mixer has the name {mixer!r} in {type(model).__name__}; there are: {known}")
+    return _text(pieces[0], type(model).__name__)
+
+
+def _all(session: Session) -> Iterator[tuple[str, str, str, list[fx.Node], fx.Node | None]]:
+    """Module, fate, line, nodes and result of everything that the report names."""
+    order = {node: i for i, node in enumerate(n for region in session.regions for n in region.graph.nodes)}
+    for site in session.sites:
+        fate = f"converted, {site.family}" if site.open else f"declined, {site.reason}"
+        if site.certificate is not None:
+            fate += f"; the proof's largest error was {site.certificate.max_error:.1e}"
+        yield site.module, fate, site.where, _sorted(region_nodes(site), order), None if site.leaf else site.node
+    for record in session.near_misses:
+        nodes = _sorted(session.missed_nodes.get(record, frozenset()), order)
+        yield record.module, f"declined, {record.reason}", record.where, nodes, None
+
+
+def _sorted(nodes: Any, order: dict[fx.Node, int]) -> list[fx.Node]:
+    return sorted((node for node in nodes if node in order), key=order.__getitem__)
+
+
+def _text(piece: _Piece, model: str) -> str:
+    named = piece.module or "(root)"
+    buffers = [line.split(" = ", 1) for line in piece.source.buffers]
+    packs = any(value.startswith("unpacked(") for _, value in buffers)
+    init = [_INIT, *(f"        self.register_buffer({name!r}, {value})" for name, value in buffers), ""]
+    return _FILE.format(
+        title=in_docstring(f"Reproducer of {named} of {model} ({piece.where})."),
+        # Broken at spaces alone: a break inside of an escape would end it.
+        fate=textwrap.fill(
+            in_docstring(f"In the model it was {piece.fate}."), 110, break_long_words=False, break_on_hyphens=False
+        ),
+        versions=f"llcompile {__version__}, torch {torch.__version__}",
+        imports="\n".join((*(("import base64", "import zlib", "") * packs), "import torch", *piece.source.imports)),
+        code="\n".join([*(init if buffers else ()), textwrap.indent(piece.source.code, "    ")]),
+        operands=textwrap.indent("\n".join(piece.source.operands), "    "),
+        helper=_UNPACKED if packs else "",
+        names=", ".join(line.split(" = ")[0] for line in piece.source.operands),
+    )
+
+
+_FILE = '''"""{title}
+
+{fate}
+Written by {versions}; needs both, and the library whose function is called, if one is.
+"""
+
+{imports}
+
+import llcompile
+
+
+{helper}class Region(torch.nn.Module):
+    """The code of the mixer, from what its projections hand over to its result."""
+
+{code}
+
+
+def operands():
+    """Random numbers in the shapes that the model has."""
+{operands}
+    return {names},
+
+
+def tensors(result):
+    """All results."""
+    return [part for part in (result if isinstance(result, tuple) else (result,)) if isinstance(part, torch.Tensor)]
+
+
+def main():
+    """Looks at the region alone, and compares it with its rewritten form at w = 1."""
+    torch.manual_seed(0)
+    region, given = Region(), operands()
+    report = llcompile.inspect(region, *given)
+    print(report)
+    if report.converted:
+        llcompile.convert(region, *given)
+        compiled = torch.compile(region, backend="loglinear", options={{"inner": "eager"}})
+        with torch.no_grad():
+            pairs = zip(tensors(region(*given)), tensors(compiled(*given)), strict=True)
+        # A state has levels now, and so another shape.
+        alike = [(expected, actual) for expected, actual in pairs if expected.shape == actual.shape]
+        error = max(float((actual - expected).abs().max() / expected.abs().max()) for expected, actual in alike)
+        print(f"largest difference of the rewritten region at w = 1: {{error:.1e}}")
+
+
+if __name__ == "__main__":
+    main()
+'''
+
+_INIT = """    def __init__(self):
+        super().__init__()"""
+
+_UNPACKED = '''def unpacked(shape, dtype, *lines):
+    """The numbers of a buffer."""
+    data = zlib.decompress(base64.b64decode("".join(lines)))
+    return torch.frombuffer(bytearray(data), dtype=dtype).view(shape)
+
+
+'''

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from llcompile.passes.records import Certificate, Converted, Declined, GraphBreak, ModelCertificate, Untouched
+from llcompile.patterns.records import Certificate, Converted, Declined, GraphBreak, ModelCertificate, Untouched
 
 __all__ = ["Certificate", "Converted", "Declined", "GraphBreak", "ModelCertificate", "Report", "Untouched"]
 

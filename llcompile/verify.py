@@ -22,7 +22,7 @@ from torch.utils import _pytree
 from llcompile import backend
 from llcompile.compare import Result, difference, gradient_difference, leaves
 from llcompile.options import Options
-from llcompile.passes.records import Declined, ModelCertificate
+from llcompile.patterns.records import Declined, ModelCertificate
 from llcompile.report import Report
 from llcompile.torch_internals.trace import traced_once
 from llcompile.transaction import Snapshot, put_back

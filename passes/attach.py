@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx
 
 from llcompile.errors import LevelWeightsError
-from llcompile.passes.boundary import boundary
+from llcompile.patterns.boundary import boundary
 from llcompile.passes.one_token import remember
 from llcompile.passes.origin import Role, given, is_projected, operand_nodes, projection_input, role_of
 from llcompile.passes.session import Session, Site

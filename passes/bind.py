@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from llcompile.errors import MixerError
-from llcompile.passes.boundary import boundary
+from llcompile.patterns.boundary import boundary
 from llcompile.passes.session import Session, Site
 from llcompile.patterns.known.arguments import Mismatch, read_call
 from llcompile.patterns.mixer import validate

@@ -6,7 +6,7 @@ import itertools
 
 from torch import fx
 
-from llcompile.passes.effects import Effects, is_nesting
+from llcompile.patterns.graph.effects import Effects, is_nesting
 
 
 def live(graph: fx.Graph, effects: Effects) -> set[fx.Node]:

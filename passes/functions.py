@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 
-from llcompile.passes.records import Declined
-from llcompile.passes.regions import Region
+from llcompile.patterns.records import Declined
+from llcompile.patterns.graph.regions import Region
 from llcompile.passes.session import Session
-from llcompile.passes.structure.find import find
-from llcompile.passes.structure.nested import leaves, mapped
+from llcompile.patterns.structure.find import find
+from llcompile.patterns.structure.nested import leaves, mapped
 from llcompile.torch_internals.places import module_of, user_line
 from llcompile.torch_internals.sizes import size_hint
 

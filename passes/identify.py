@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator
 
 from torch import fx
 
-from llcompile.passes.boundary import boundary
-from llcompile.passes.mechanisms import attention, convolutions, loops, pooling, scans, time_mixing
-from llcompile.passes.mechanisms.axes import TimeAxes
-from llcompile.passes.mechanisms.facts import Facts
-from llcompile.passes.mechanisms.found import Found
-from llcompile.passes.mechanisms.vocabulary import PROJECTIONS
-from llcompile.passes.records import Untouched
-from llcompile.passes.regions import Region
+from llcompile.patterns.boundary import boundary
+from llcompile.patterns.mechanisms import attention, convolutions, loops, pooling, scans, time_mixing
+from llcompile.patterns.mechanisms.axes import TimeAxes
+from llcompile.patterns.mechanisms.facts import Facts
+from llcompile.patterns.mechanisms.found import Found
+from llcompile.patterns.mechanisms.vocabulary import PROJECTIONS
+from llcompile.patterns.records import Untouched
+from llcompile.patterns.graph.regions import Region
 from llcompile.passes.session import Session
 from llcompile.torch_internals.places import module_of, user_line
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from llcompile.passes.structure.barriers import around
-from llcompile.passes.structure.found import Found
-from llcompile.passes.structure.lifted import Lifted
-from llcompile.passes.structure.positions import numbers_vary, symbolic
-from llcompile.passes.structure.program import Value
+from llcompile.patterns.structure.barriers import around
+from llcompile.patterns.structure.found import Found
+from llcompile.patterns.structure.lifted import Lifted
+from llcompile.patterns.structure.positions import numbers_vary, symbolic
+from llcompile.patterns.structure.program import Value
 from llcompile.torch_internals.sizes import hold_size
 
 log = logging.getLogger("llcompile")

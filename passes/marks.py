@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from llcompile.passes.regions import Region
+from llcompile.patterns.graph.regions import Region
 from llcompile.torch_internals import reach
 
 # Begins the name of a mark that hands in a parameter of the owner, and no level weights.

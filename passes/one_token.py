@@ -17,15 +17,15 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from llcompile.passes.boundary import boundary
+from llcompile.patterns.boundary import boundary
 from llcompile.passes.one_token_proof import off_linear
-from llcompile.passes.records import Certificate
-from llcompile.passes.regions import Region
+from llcompile.patterns.records import Certificate
+from llcompile.patterns.graph.regions import Region
 from llcompile.passes.session import Session, Site
 from llcompile.passes.spots import Call, Spot, Spots, stack_of
-from llcompile.passes.structure.axes import Atom, Axis
-from llcompile.passes.structure.found import Found
-from llcompile.passes.structure.sizing import arrange
+from llcompile.patterns.structure.axes import Atom, Axis
+from llcompile.patterns.structure.found import Found
+from llcompile.patterns.structure.sizing import arrange
 from llcompile.patterns.mixer import MixerShape
 from llcompile.torch_internals import reach
 from llcompile.torch_internals.places import place_of, user_line

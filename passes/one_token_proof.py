@@ -9,10 +9,10 @@ import torch
 from torch import fx
 from torch.utils._python_dispatch import _disable_current_modes
 
-from llcompile.passes.regions import Region
-from llcompile.passes.structure.execute import function_of
-from llcompile.passes.structure.program import Op, Program, Value
-from llcompile.passes.structure.record import record
+from llcompile.patterns.graph.regions import Region
+from llcompile.patterns.structure.execute import function_of
+from llcompile.patterns.structure.program import Op, Program, Value
+from llcompile.patterns.structure.record import record
 
 
 def off_linear(region: Region, parts: Iterable[tuple[list[fx.Node], fx.Node]], operands: list[fx.Node]) -> float:

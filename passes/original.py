@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from llcompile.passes.regions import Region
+from llcompile.patterns.graph.regions import Region
 from llcompile.passes.rewrite import plain_call
 from llcompile.passes.session import Session
 

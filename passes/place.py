@@ -14,12 +14,12 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from llcompile.passes.effects import Effects, Storages
+from llcompile.patterns.graph.effects import Effects, Storages
 from llcompile.passes.session import Session
-from llcompile.passes.structure.found import Found
-from llcompile.passes.structure.lift import bases_of
-from llcompile.passes.structure.lifted import Lifted, Source
-from llcompile.passes.structure.program import Value
+from llcompile.patterns.structure.found import Found
+from llcompile.patterns.structure.lift import bases_of
+from llcompile.patterns.structure.lifted import Lifted, Source
+from llcompile.patterns.structure.program import Value
 from llcompile.torch_internals.places import user_line
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 
 from llcompile.passes import lengths
-from llcompile.passes.boundary import Outcome, boundary
-from llcompile.passes.records import Declined
-from llcompile.passes.regions import Region
+from llcompile.patterns.boundary import Outcome, boundary
+from llcompile.patterns.records import Declined
+from llcompile.patterns.graph.regions import Region
 from llcompile.passes.session import Session, Site
-from llcompile.passes.structure.find import find
-from llcompile.passes.structure.found import Findings, Found, Missed
-from llcompile.passes.structure.numbers import numbers_read
+from llcompile.patterns.structure.find import find
+from llcompile.patterns.structure.found import Findings, Found, Missed
+from llcompile.patterns.structure.numbers import numbers_read
 from llcompile.patterns.mixer import MixerShape
 from llcompile.torch_internals import reach
 from llcompile.torch_internals.guards import guard_numbers

@@ -52,7 +52,7 @@ def test_files_exist() -> None:
 
 
 def test_transforms_are_those_of_the_table() -> None:
-    from llcompile.passes.structure.transforms import TRANSFORMS
+    from llcompile.patterns.structure.transforms import TRANSFORMS
 
     table = PAGE[PAGE.index("| held as |") : PAGE.index("A normalised form")]
     assert len(re.findall(r"^\| (?!held|-)", table, re.MULTILINE)) == len(TRANSFORMS)

@@ -10,9 +10,9 @@ from torch import fx
 
 from llcompile.look.code import dtype_name, name_of
 from llcompile.passes.session import Site
-from llcompile.passes.structure.found import Found
-from llcompile.passes.structure.lifted import Lifted, Source
-from llcompile.passes.structure.program import Value
+from llcompile.patterns.structure.found import Found
+from llcompile.patterns.structure.lifted import Lifted, Source
+from llcompile.patterns.structure.program import Value
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llcompile.kernels.triton.description import Description
-from llcompile.passes.records import Certificate
+from llcompile.patterns.records import Certificate
 from llcompile.patterns.families import Correction, Decay
 
 Kind = Literal["inside", "outside", "parameter"]

@@ -15,7 +15,7 @@ from torch import fx
 
 from llcompile.errors import ReproError
 from llcompile.look import source_text
-from llcompile.passes.capture import leaf_of
+from llcompile.patterns.known.capture import leaf_of
 from llcompile.torch_internals.inputs import input_value, module_tensors
 from llcompile.torch_internals.places import module_of
 from llcompile.torch_internals.sizes import size_hint

@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 from llcompile.passes.identify import identify
-from llcompile.passes.records import Untouched
+from llcompile.patterns.records import Untouched
 from llcompile.passes.session import Session, Settings
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from llcompile.passes.dead import erase_dead, live
-from llcompile.passes.effects import Effects
+from llcompile.patterns.graph.effects import Effects
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 

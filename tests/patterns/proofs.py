@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from llcompile.passes import prove
-from llcompile.passes.capture import Leaf
-from llcompile.passes.records import Certificate
+from llcompile.patterns.known.capture import Leaf
+from llcompile.patterns.records import Certificate
 from llcompile.patterns.known import ROWS, KnownFunction
 from llcompile.patterns.known.arguments import axis_size, read_call
 from llcompile.patterns.mixer import validate

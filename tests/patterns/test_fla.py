@@ -24,8 +24,8 @@ from proofs import SIZES, leaf_of, operands, proof
 from torch import Tensor, nn
 
 import llcompile
-from llcompile.passes.capture import Leaf
-from llcompile.passes.records import Certificate
+from llcompile.patterns.known.capture import Leaf
+from llcompile.patterns.records import Certificate
 from llcompile.patterns.known import ROWS
 from llcompile.patterns.known.arguments import Mismatch, read_call
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import llcompile
-from llcompile.passes import capture
+from llcompile.patterns.known import capture
 from llcompile.patterns.known.binders import output_and_state, query_scale
 from llcompile.patterns.known.row import KnownFunction, Reference
 from llcompile.patterns.known.row import Tensor as Operand

@@ -9,8 +9,8 @@ import pytest
 import torch
 from proofs import SIZES, leaf_of, operands, proof, row_of
 
-from llcompile.passes.capture import Leaf
-from llcompile.passes.records import Certificate
+from llcompile.patterns.known.capture import Leaf
+from llcompile.patterns.records import Certificate
 from llcompile.patterns.known.arguments import Mismatch, read_call
 
 pytest.importorskip("transformers")

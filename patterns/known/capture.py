@@ -1,0 +1,240 @@
+"""Capture: makes known library functions leaves of the Dynamo graph, without touching their source.
+
+Dynamo is told to trace a stand-in wherever user code calls a known function. Under our backend the stand-in is one
+call node whose target is a `Leaf`; under any other backend it is the function itself, so nobody else notices.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+import threading
+import types
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from llcompile.patterns.known.lower import lower_call
+from llcompile.patterns.known import KnownFunction, rows
+from llcompile.patterns.known.arguments import Mismatch, axis_size
+from llcompile.patterns.known.row import Reference
+from llcompile.patterns.known.states import batch_size, state_problem, state_sizes
+from llcompile.torch_internals import reach
+from llcompile.torch_internals.substitution import substitute, unsubstituted
+from llcompile.torch_internals.trace import trace_position
+
+# Modules that re-export or copy a library's functions under another root.
+_ALIASES = {"transformers": ("transformers", "transformers_modules")}
+
+
+class Leaf:
+    """A known function as Dynamo's graph sees it; callable, so that shapes can be inferred through it.
+
+    Args:
+        row: its row in the table.
+        function: the function as the library defines it, unknown to Dynamo's substitution.
+        problem: why its signature is not the one that the row was written for, or None.
+    """
+
+    def __init__(self, row: KnownFunction, function: types.FunctionType) -> None:
+        self.row = row
+        self.function = function
+        self.plain = plain_form(function)
+        self.problem = row.signature_problem(self.plain)
+        self.names = positional_names(function)
+        self.calls = _call_node_target(self)
+
+    def references(self) -> Iterator[tuple[str, Callable[..., Any]]]:
+        """The library's own device-independent forms of the function that can be imported, each with its name."""
+        for reference in self.row.references:
+            module, name = reference.name.split(":")
+            try:
+                found = getattr(importlib.import_module(module), name)
+            except (ImportError, AttributeError):
+                continue
+            over = "" if reference.callee is None else f"{self.row.function} over "
+            yield over + reference.name, _as_function(reference, found, self.plain)
+
+    def __call__(self, **arguments: Any) -> Any:
+        """Runs the linear operator in the function's place (under Dynamo: on fake tensors, for the shapes)."""
+        reason = self.problem or _given_up.get(call_key(self, arguments))
+        levels = _levels_of_trace()
+        arguments = self._with_own_state(arguments, levels, lowered=reason is None)
+        try:
+            if reason is None:
+                return lower_call(self.row, self.plain, arguments, levels=levels)
+        except Mismatch as mismatch:  # the bind pass says so in the report
+            reason = str(mismatch)
+        if not self.row.opaque:
+            return self.function(**self._with_own_state(arguments, levels, lowered=False))
+        _trace.refused.append(Refused(self.row, reason, trace_position()))
+        # Dynamo breaks the graph here: the function runs outside of it, as it does without us.
+        raise NotImplementedError(f"{self.row.function}: {reason}")
+
+    def _with_own_state(self, arguments: dict[str, Any], levels: int | None, lowered: bool) -> dict[str, Any]:
+        """The call with an empty state in the place of one that it cannot take: the pass `states` raises an error."""
+        if state_problem(self.row, arguments, levels, weighted=lowered and levels is not None) is None:
+            return arguments
+        tensor = next(t for t in self.row.tensors if t.draw == "state")
+        state, axes = arguments[tensor.name], self.row.axes(tensor, 4, arguments)
+        assert axes is not None
+        sizes = state_sizes(self.row, arguments)
+        rows = batch_size(self.row, arguments, state)
+        own = state.new_zeros(rows, *(axis_size(axis, sizes) for axis in axes[1:]))
+        return {**arguments, tensor.name: own}
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A call of an opaque function that was declined while it was traced; `meta` is what its node would have had."""
+
+    row: KnownFunction
+    reason: str
+    meta: dict[str, Any]
+
+
+class _Trace(threading.local):
+    """What the trace in this thread has come across, until its report takes it."""
+
+    def __init__(self) -> None:
+        self.refused: list[Refused] = []
+
+
+_trace = _Trace()
+# Calls of opaque functions that were declined after a trace, and why: the next trace breaks the graph there.
+_given_up: dict[Any, str] = {}
+_leaves: dict[int, Leaf] = {}
+_targets: dict[Callable[..., Any], Leaf] = {}
+_levels_of_trace: Callable[[], int | None] = lambda: None  # noqa: E731  (set by `install`)
+
+
+def call_key(leaf: Leaf, arguments: Mapping[str, Any], module: nn.Module | None = None) -> Any:
+    """What tells calls apart whose fate may differ: the module, which operands are given and their rank, constants."""
+    module = module or reach.innermost_module()
+    facts = tuple(
+        (name, value.dim() if isinstance(value, torch.Tensor) else repr(value))
+        for name, value in sorted(arguments.items())
+    )
+    return leaf, None if module is None else weakref.ref(module), facts
+
+
+def give_up(leaf: Leaf, arguments: Mapping[str, Any], module: nn.Module | None, reason: str) -> bool:
+    """Has the next trace break the graph at a call that was declined after this one; False where it was to already."""
+    key = call_key(leaf, arguments, module)
+    known = key in _given_up
+    _given_up[key] = reason
+    return not known
+
+
+def take_refused() -> list[Refused]:
+    """The calls that were declined during the trace since this was last asked."""
+    taken, _trace.refused = _trace.refused, []
+    return taken
+
+
+def leaf_of(target: Any) -> Leaf | None:
+    """The leaf whose call a node's target is, or None."""
+    try:
+        return _targets.get(target)
+    except TypeError:  # unhashable
+        return None
+
+
+def plain_form(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function below `functools.wraps` wrappers (transformers' kernel dispatch, FLA's compile guard)."""
+    while hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    return function
+
+
+def positional_names(function: Callable[..., Any]) -> tuple[str, ...]:
+    """The names that positional arguments bind to."""
+    code = plain_form(function).__code__  # type: ignore[attr-defined]
+    return code.co_varnames[: code.co_argcount]
+
+
+def _as_function(reference: Reference, found: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    """The reference as something that takes the function's arguments and returns what the function returns."""
+
+    def adapted(**arguments: Any) -> Any:
+        return found(**arguments) if reference.call is None else reference.call(found, arguments)
+
+    if reference.callee is None:
+        return adapted
+    assert isinstance(function, types.FunctionType)
+    names = {**function.__globals__, reference.callee: adapted}
+    copy = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+def install(is_ours: Callable[[], bool], levels_of_trace: Callable[[], int | None]) -> int:
+    """Registers every known function of the libraries imported so far; returns how many were new.
+
+    Args:
+        is_ours: tells, while Dynamo traces, whether our backend will get the graph.
+        levels_of_trace: the number of levels that the mixer being traced will have, or None for the linear operator;
+            it decides the shape of the final state.
+    """
+    global _levels_of_trace
+    _levels_of_trace = levels_of_trace
+    modules = _modules()
+    new = [(row, f) for row in rows() for f in _definitions(row, modules) if id(f) not in _leaves]
+    for row, function in new:
+        leaf = Leaf(row, unsubstituted(function))
+        _leaves[id(function)] = leaf
+        _targets[leaf.calls] = leaf
+        substitute(function, _stand_in(leaf, is_ours))
+    return len(new)
+
+
+def _modules() -> Mapping[str, list[types.ModuleType]]:
+    """The modules imported so far, by the package at the top of their names."""
+    found: dict[str, list[types.ModuleType]] = {}
+    for name, module in list(sys.modules.items()):
+        found.setdefault(name.split(".", 1)[0], []).append(module)
+    return found
+
+
+def _definitions(row: KnownFunction, modules: Mapping[str, list[types.ModuleType]]) -> Iterable[types.FunctionType]:
+    """Every distinct function object that is this row's function."""
+    roots = _ALIASES.get(row.library, (row.library,))
+    seen: dict[int, types.FunctionType] = {}
+    for module in (m for root in roots for m in modules.get(root, ())):
+        value = vars(module).get(row.function)
+        if isinstance(value, types.FunctionType) and value.__module__.split(".")[0] in roots:
+            seen[id(value)] = value
+    return seen.values()
+
+
+def _call_node_target(leaf: Leaf) -> Callable[..., Any]:
+    def target(**arguments: Any) -> Any:
+        return leaf(**arguments)
+
+    target.__name__ = target.__qualname__ = leaf.row.function
+    target.__module__ = "llcompile.patterns.known.capture"
+    torch._dynamo.allow_in_graph(target)
+    return target
+
+
+def _stand_in(leaf: Leaf, is_ours: Callable[[], bool]) -> Callable[..., Any]:
+    names, target, function = leaf.names, leaf.calls, leaf.function
+    kept = frozenset(leaf.row.parameters) | frozenset(inspect.signature(leaf.plain).parameters)
+    # Transformers hands its functions keywords of the whole model (`use_cache`), which their **kwargs swallow; what
+    # FLA takes through **kwargs has a meaning, so that the row must see it.
+    keeps_all = leaf.row.opaque
+    ours = torch._dynamo.assume_constant_result(is_ours)
+
+    def stand_in(*args: Any, **kwargs: Any) -> Any:
+        if not ours():
+            return function(*args, **kwargs)
+        arguments = dict(zip(names, args, strict=False))
+        arguments.update(kwargs)
+        return target(**{name: value for name, value in arguments.items() if keeps_all or name in kept})
+
+    return stand_in

@@ -1,0 +1,83 @@
+"""Barriers: what a part may not reach over, because it changes more than numbers: a gradient, or a dtype.
+
+The operator has the gradient of the formula. A `detach`, a region of `torch.no_grad()` or a function with a backward of
+its own inside of a part have another one. They may stand above its operands, where they stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from llcompile.patterns.structure.classify import Miss
+from llcompile.patterns.structure.cut import Part
+from llcompile.patterns.structure.facts import Times
+from llcompile.patterns.structure.lifted import Lifted
+from llcompile.patterns.structure.modes import Mode, is_function
+from llcompile.patterns.structure.nested import leaves
+from llcompile.patterns.structure.program import Op, Program
+from llcompile.patterns.structure.tail import Tail
+from llcompile.torch_internals.places import user_line
+
+_NEAR = 3  # it is a mixer but for this
+
+
+def expect_no_barrier(part: Part, tail: Tail | None, times: Times, program: Program) -> None:
+    """Nothing inside of the part stops or changes a gradient or a dtype.
+
+    Raises:
+        Miss: something does.
+    """
+    output = part.result if tail is None else tail.output
+    assert output.op is not None
+    mode = output.op.mode
+    if program.grad and not mode.grad:
+        raise Miss("it runs under torch.no_grad(): level weights could not learn", _NEAR, "the code runs as it is")
+    for op in part.ops:
+        if _is_followed(op, times):
+            _expect_passes(op)
+            _expect_mode(op, mode)
+    for op in around(part, tail):
+        _expect_mode(op, mode)
+        if op.mode.function is not None:
+            _expect_passes(op)
+
+
+def _is_followed(op: Op, times: Times) -> bool:
+    """Whether it computes on what the model is given or learns: masks of positions have no gradient."""
+    facts = [times.facts[value] for value in op.inputs if value in times.facts]
+    return any(fact.data or fact.weight for fact in facts)
+
+
+def _expect_passes(op: Op) -> None:
+    hint = "leave gradients as they are inside, or do it above its queries, keys, values and gates"
+    if op.mode.function is not None or is_function(op.node):
+        raise Miss(f"a function inside has a backward of its own{_line(op)}", _NEAR, hint)
+    if op.name == "detach":
+        raise Miss(f"its gradient is stopped inside (detach){_line(op)}", _NEAR, hint)
+    if isinstance(op.target, torch._ops.OpOverload) and op.target.namespace not in ("aten", "prims"):
+        raise Miss(f"what the backward of {op.target} is, is not known{_line(op)}", _NEAR, hint)
+
+
+def _expect_mode(op: Op, mode: Mode) -> None:
+    if op.mode.grad != mode.grad:
+        raise Miss(f"a part of it runs under torch.no_grad(){_line(op)}", _NEAR, "have all of it in one mode")
+    if op.mode.autocast != mode.autocast:
+        raise Miss(f"autocast changes inside{_line(op)}", _NEAR, "have all of it inside of one autocast region")
+
+
+def around(part: Part, tail: Tail | None) -> Iterator[Op]:
+    """The operations that the rewrite does anew in the part's place."""
+    lifted: Iterable[Lifted] = (source for source in part.sources if isinstance(source, Lifted))
+    pending = [*lifted, *(() if tail is None else (tail.root,))]
+    while pending:
+        current = pending.pop()
+        if current.op is not None:
+            yield current.op
+        pending.extend(a for a in leaves((current.args, current.kwargs)) if isinstance(a, Lifted))
+
+
+def _line(op: Op) -> str:
+    line = user_line(op.node.meta)
+    return f" at {line}" if line else ""

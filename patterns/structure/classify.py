@@ -1,0 +1,302 @@
+"""Classify: tells what each source of a part is, by what the part is as a function of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from llcompile.patterns.structure.axes import Atom
+from llcompile.patterns.structure.frame import Row
+from llcompile.patterns.structure.lifted import Source
+from llcompile.patterns.structure.probe import SAME, Probe, difference
+from llcompile.patterns.structure.sizing import CannotArrange, arrange
+
+
+class Miss(Exception):
+    """The part is no mixer of ours; the first property that failed.
+
+    Args:
+        reason: that property, in words.
+        near: whether the part looks like a mixer otherwise, so that a person wants to read of it.
+        hint: what to do about it.
+        open: whether it looks at the past and at the token itself, as a mixer does, so that another cut may show one.
+    """
+
+    def __init__(self, reason: str, near: int = 0, hint: str = "", open: bool = False) -> None:
+        super().__init__(reason)
+        self.reason, self.near, self.hint, self.open = reason, near, hint, open
+
+
+@dataclass
+class Roles:
+    """What is known of the sources before the operands are tried.
+
+    Args:
+        query: linear, each position by itself, contracted.
+        keyed: sources with the query's contracted atoms, that later positions depend on.
+        value: linear, causal, its atoms pass through.
+        scalars: the other causal sources.
+        timeless: sources without time that are not `post`.
+        strict: those which only later positions depend on.
+        degree: source -> 1 linear, 0 scale-free, -1 inverse, None otherwise.
+        post: what is done to the output.
+        first: the state that the sum starts from; the probe has zeros there.
+        aside: where the result is affine in the query, sources that only what is left without queries depends on; the
+            probe leaves that away.
+        scale_free: the result does not change with the query's size (a denominator inside).
+    """
+
+    query: Source
+    keyed: list[Source]
+    value: Source | None
+    scalars: list[Source]
+    timeless: list[Source]
+    strict: set[Source]
+    degree: dict[Source, int | None]
+    post: list[tuple[Source, str]] = field(default_factory=list)
+    linear_query: bool = True
+    first: Source | None = None
+    aside: tuple[Source, ...] | None = None
+
+
+def classify(probe: Probe) -> Roles:
+    """The roles of the part's sources.
+
+    Raises:
+        Miss: with the first property that does not hold.
+    """
+    classifier = _Classifier(probe)
+    try:
+        return classifier.roles()
+    except Miss as miss:
+        reach = set(classifier.reach.values())
+        miss.open = "from" in reach and reach.isdisjoint(["window", "before"])
+        raise
+
+
+def sees_itself(probe: Probe) -> bool:
+    """Whether positions of the result depend on the same position of some source.
+
+    Raises:
+        Miss: one depends on a later position.
+    """
+    classifier, itself = _Classifier(probe), False
+    for source in (s for s in probe.part.sources if probe.values[s].is_floating_point() and probe.is_timed(s)):
+        for position in {1, probe.length // 2, probe.length - 1}:
+            rows = classifier.reached(source, position)
+            if rows and rows[0] < position:
+                raise Miss(f"not causal: output {rows[0]} depends on input {position}")
+            itself |= position in rows
+    return itself
+
+
+class _Classifier:
+    def __init__(self, probe: Probe) -> None:
+        self.probe = probe
+        self.base = probe.by_time(probe.run())
+        if not bool(torch.isfinite(self.base).all()):
+            raise Miss("it has no finite result on generic numbers")
+        self.kept = {id(atom) for row in probe.result for atom in row}
+        self.atoms = {s: {id(a) for row in probe.rows[s] for a in row} for s in probe.part.sources}
+        self.post: list[tuple[Source, str]] = []
+        self.degree: dict[Source, int | None] = {}
+        self.reach: dict[Source, str] = {}
+
+    def roles(self) -> Roles:
+        probe = self.probe
+        sources = [s for s in probe.part.sources if probe.values[s].is_floating_point()]
+        if len(sources) < len(probe.part.sources):
+            raise Miss("it depends on whole numbers or masks of the input")
+        timed = [s for s in sources if probe.is_timed(s)]
+        if len(timed) < 2:
+            raise Miss("it has fewer than two sequences to mix")
+        self._reaches(timed)
+        contracted = [s for s in timed if self.reach[s] == "own" and self.atoms[s] - self.kept]
+        if not contracted:
+            raise Miss(*self._no_query(timed))
+        if len(contracted) > 1:
+            raise Miss("two sources act as queries")
+        query = contracted[0]
+        first = next((s for s in sources if self._starts_from(s, query)), None)
+        for source in [s for s in sources if s is not query and self._is_outer(s)]:
+            self._take_post(source)
+        aside = self._aside(query, sources)
+        sources = [s for s in sources if s is not first and s not in (aside or ())]
+        for source in sources:
+            if source not in self.degree:
+                self.degree[source] = self._degree(source)
+        return replace(self._sort(query, sources), first=first, aside=aside)
+
+    def _starts_from(self, source: Source, query: Source) -> bool:
+        """Whether a learned source is added to the state that the query meets; if so, it is made zero."""
+        probe, x = self.probe, self.probe.values[source]
+        inner, outer = self.atoms[query] - self.kept, self.kept - self.atoms[query]
+        if source not in probe.part.learned or not (self.atoms[source] & inner and self.atoms[source] & outer):
+            return False
+        without, twice = (probe.by_time(probe.run({source: x * factor})) for factor in (0, 2))
+        added = self.base - without
+        if min(_size(without), _size(added)) < 1e-6 * _size(self.base) or difference(twice - self.base, added) > 1e-6:
+            return False
+        probe.values[source], self.base = torch.zeros_like(x), without
+        return True
+
+    def _aside(self, query: Source, sources: list[Source]) -> tuple[Source, ...] | None:
+        """Where the result is affine in the query: the sources that only what is left without queries depends on.
+
+        From here on the probe leaves that away.
+        """
+        probe, x = self.probe, self.probe.values[query]
+        left, twice = (probe.by_time(probe.run({query: x * factor})) for factor in (0, 2))
+        if not bool(torch.isfinite(left).all()) or _size(left) < 1e-9 * _size(self.base):
+            return None
+        if _size(self.base - left) < 1e-6 * _size(self.base) or difference(twice - left, 2 * (self.base - left)) > 1e-6:
+            return None
+        probe.linear_in, self.base = query, self.base - left
+        same = lambda s: difference(probe.by_time(probe.run({s: probe.draw(s)})), self.base) < SAME  # noqa: E731
+        return tuple(s for s in sources if s is not query and same(s))
+
+    def _is_outer(self, source: Source) -> bool:
+        return self.reach.get(source, "own") == "own" and not self.atoms[source] - self.kept
+
+    def _reaches(self, timed: list[Source]) -> None:
+        """Which positions of the result depend on one position of each source."""
+        probe = self.probe
+        # Of two positions, the first has a later one, and the second an earlier one.
+        middle = 0 if probe.length == 2 else probe.length // 2
+        noncausal = None
+        for source in timed:
+            rows = self.reached(source, middle)
+            if probe.length == 2 and self.reached(source, 1)[:1] == [0]:
+                self.reach[source] = "before"
+                noncausal = noncausal or "not causal: output 0 depends on input 1"
+            elif not rows:
+                # Of two tokens the first has no past that could decay; of more, none in the middle is without one.
+                last = probe.length == 2 and self.reached(source, 1) == [1]
+                self.reach[source] = "from" if last else "none"
+            elif rows == [middle]:
+                self.reach[source] = "own"
+            elif rows[0] < middle:
+                self.reach[source] = "before"
+                noncausal = noncausal or f"not causal: output {rows[0]} depends on input {middle}"
+            else:
+                self.reach[source] = "later" if rows[0] > middle else "from"
+                if rows[-1] < probe.length - 1:
+                    self.reach[source] = "window"
+        self.noncausal = noncausal
+
+    def reached(self, source: Source, position: int) -> list[int]:
+        """The positions of the result that depend on one position of a source."""
+        other = self.probe.by_time(self.probe.run({source: self.probe.at_one_time(source, position)}))
+        size = self.base.abs().amax().clamp_min(1e-300)
+        found: list[int] = ((other - self.base).abs().amax(1) > 1e-11 * size).nonzero().flatten().tolist()
+        return found
+
+    def _no_query(self, timed: list[Source]) -> tuple[str, int]:
+        if self.noncausal:
+            return self.noncausal, 0
+        return "no source is a query: linear, and contracted with the state at its own position", 0
+
+    def _degree(self, source: Source) -> int | None:
+        """How the result grows with the source: 1 where twice the source gives twice the result."""
+        twice = self.probe.by_time(self.probe.run({source: 2 * self.probe.values[source]}))
+        for degree in (1, 0, -1, 2):
+            if difference(twice, self.base * 2.0**degree) < SAME:
+                return degree
+        return None
+
+    def _take_post(self, source: Source) -> None:
+        """A source that is added to the output, or that the output is multiplied with or divided by."""
+        probe = self.probe
+        x = probe.values[source]
+        other = probe.draw(source)
+        changed = probe.by_time(probe.run({source: other}))
+        try:
+            one, two = (self._spread(source, t) for t in (x, other))
+        except CannotArrange:
+            return
+        if difference(changed - self.base, two - one) < 1e-6 and difference(changed, self.base + two - one) < SAME:
+            self.post.append((source, "plus"))
+            probe.values[source] = torch.zeros_like(x)
+            self.base = probe.by_time(probe.run())
+        elif difference(changed * one, self.base * two) < SAME:
+            self.post.append((source, "times"))
+        elif difference(changed * two, self.base * one) < SAME:
+            self.post.append((source, "over"))
+        elif difference(changed * one.exp(), self.base * two.exp()) < SAME:
+            self.post.append((source, "times exp"))
+        elif difference(changed * two.exp(), self.base * one.exp()) < SAME:
+            self.post.append((source, "over exp"))
+        else:
+            return
+        self.degree[source] = 1
+
+    def _spread(self, source: Source, x: Tensor) -> Tensor:
+        probe = self.probe
+        full = arrange(x, probe.rows[source], probe.result, probe.sizing.of)
+        return probe.by_time(full)
+
+    def _sort(self, query: Source, sources: list[Source]) -> Roles:
+        taken = {id(s) for s, _ in self.post} | {id(query)}
+        left = [s for s in sources if id(s) not in taken]
+        idle = [s for s in left if self.reach.get(s) == "none"]
+        if idle:
+            raise Miss("its result does not depend on one of its sources")
+        contracted = self.atoms[query] - self.kept
+        timed = [s for s in left if s in self.reach]
+        values = [s for s in timed if self.degree[s] == 1 and not self.atoms[s] & contracted]
+        values = [s for s in values if self.reach[s] != "own"]
+        inner = self.atoms[query].union(*(self.atoms[s] for s in timed if s not in values))
+        # The value's own atoms pass through to the result; those of scores do not have them.
+        values.sort(key=lambda s: -len((self.atoms[s] & self.kept) - inner))
+        near = 2 if values or self.degree[query] == 1 else 0
+        if self.noncausal:
+            raise Miss(self.noncausal, near, "log-linear attention looks back only")
+        stray = [s for s in timed if self.reach[s] == "own"]
+        if stray:
+            raise Miss("a source acts on single outputs in a way that is not a factor or a sum", near)
+        if self.degree[query] != 1 and not values:
+            raise Miss("not linear in the query, nor in a value")
+        keyed = [s for s in timed if self.atoms[s] & contracted]
+        if not keyed:
+            raise Miss("no key meets the query")
+        value = values[0] if values and (self.atoms[values[0]] & self.kept) - inner else None
+        if value is None and self._has_value_atoms(query, keyed):
+            raise Miss("not linear in the value", 2, "the rule applies to outputs that are sums of values")
+        scalars = [s for s in timed if s is not value and s not in keyed]
+        strict = {s for s in timed if self.reach[s] == "later"}
+        windowed = [s for s in timed if self.reach[s] == "window"]
+        if value in windowed and self._really_ends(value):
+            raise Miss("its reach ends: a sliding window or a reset", near, "log-linear attention sees the whole past")
+        if value in strict:
+            raise Miss("strictly causal: a token does not see itself", near, "include the diagonal")
+        timeless = [s for s in left if s not in self.reach]
+        return Roles(
+            query, keyed, value, scalars, timeless, strict, self.degree, self.post, linear_query=self.degree[query] == 1
+        )
+
+    def _really_ends(self, value: Source) -> bool:
+        """Whether a value's reach ends, and is not only lost to rounding under a strong decay."""
+        probe, middle = self.probe, self.probe.length // 2
+        # In proportion to the value, however large it is; what is left of it at the end is no less than this.
+        changed = probe.values[value] + 1e200 * (probe.at_one_time(value, middle) - probe.values[value])
+        last = probe.by_time(probe.run({value: changed}))[-1]
+        return float((last - self.base[-1]).abs().amax()) < 1e-9 * float(self.base[-1].abs().amax())
+
+    def _has_value_atoms(self, query: Source, keyed: list[Source]) -> bool:
+        """Whether the result has atoms that neither queries nor keys have, and no other source brings linearly."""
+        return bool(self.kept - self.atoms[query].union(*(self.atoms[s] for s in keyed)) - self._plain_atoms())
+
+    def _plain_atoms(self) -> set[int]:
+        return {id(a) for s, how in self.post for row in self.probe.rows[s] for a in row}
+
+
+def _size(x: Tensor) -> float:
+    return float(x.abs().max())
+
+
+def atoms_of(rows: Mapping[Source, tuple[Row, ...]], source: Source) -> list[Atom]:
+    """The atoms of a source, in order."""
+    return [atom for row in rows[source] for atom in row]

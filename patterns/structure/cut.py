@@ -1,0 +1,273 @@
+"""Cut: the part of the program that makes one value out of values that are pointwise in time."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Container, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from llcompile.patterns.structure.axes import Atom, Atoms, Axes, Axis
+from llcompile.patterns.structure.facts import Times
+from llcompile.patterns.structure.follow import Followed, follow
+from llcompile.patterns.structure.frame import Frame, Row
+from llcompile.patterns.structure.lifted import MOVES, SHAPES, Lifted, Lifter, Source, sample_of
+from llcompile.patterns.structure.program import Op, Value
+
+
+@dataclass
+class Part:
+    """The operations between a cut and a value.
+
+    Args:
+        result: the value.
+        sources: the cut: what comes in.
+        ops: the operations, in order.
+        taps: lifted source -> the values of single pieces that it stands for, with their positions.
+        earlier: sources that join positions already: outputs of mixers that come before.
+        learned: sources that the model's input has no part in.
+        columns: tensors that are taken feature by feature, with that dimension.
+        functions: sizes and dtype -> the part as a function, once it was written out.
+    """
+
+    result: Value
+    sources: list[Source]
+    ops: list[Op]
+    taps: dict[Lifted, dict[Value, int]] = field(default_factory=dict)
+    earlier: frozenset[Value] = frozenset()
+    learned: frozenset[Source] = frozenset()
+    columns: list[tuple[Value, int]] = field(default_factory=list)
+    functions: dict[Any, Callable[..., Tensor]] = field(default_factory=dict)
+
+    @functools.cached_property
+    def random(self) -> Op | None:
+        """The first operation that draws numbers; nothing can be measured of a mixer with one."""
+        return next((op for op in self.ops if op.is_random), None)
+
+
+class Cutter:
+    """Cuts parts out of a program, as close to where times are mixed as it is allowed to.
+
+    Args:
+        times: the facts.
+        zeros: values that are zero whatever comes in (an empty state times a decay): never cut at.
+    """
+
+    def __init__(self, times: Times, zeros: Container[Value] = ()) -> None:
+        self.times, self.zeros = times, zeros
+        self.views = False
+        self.lifter = Lifter(times)
+
+    @property
+    def length(self) -> int:
+        """The number of positions."""
+        return math.prod(leaf.size for leaf in self.times.leaves)
+
+    def cut(
+        self, result: Value, passed: Iterable[Source] = (), views: bool = False, limit: int = 200_000
+    ) -> Part | None:
+        """The part that makes `result`; None for more operations than `limit`.
+
+        Values in `passed` are not cut at, but what they are made of. With `views`, two views of one tensor are two
+        sources: queries that are the keys as well.
+        """
+        self.views = views
+        earlier: frozenset[Value] = frozenset()
+        while True:
+            part = self._cut(result, set(passed), earlier, limit)
+            further = frozenset() if part is None else self._earlier(part)
+            if not further:
+                return part
+            earlier |= further
+
+    def _cut(self, result: Value, through: set[Source], earlier: frozenset[Value], limit: int) -> Part | None:
+        sources: dict[Source, None] = {}
+        ops: dict[Op, None] = {}
+        taps: dict[Lifted, dict[Value, int]] = {}
+        pending, seen = [result], {result}
+        while pending:
+            value = pending.pop()
+            source = value if value in earlier else None if value is result else self._source(value, through, taps)
+            if source is not None:
+                sources.setdefault(source)
+                continue
+            if value.op is None:
+                if value.data is None:
+                    sources.setdefault(value)
+                continue
+            if value.op in ops:
+                continue
+            ops.setdefault(value.op)
+            if len(ops) > limit:
+                return None
+            for parent in value.op.inputs:
+                if parent not in seen:
+                    seen.add(parent)
+                    pending.append(parent)
+        learned = frozenset(s for s in sources if isinstance(s, Value) and not self.times.facts[s].data)
+        ordered = sorted(ops, key=lambda op: op.number)
+        return Part(result, list(sources), ordered, taps, earlier & set(sources), learned)
+
+    def _earlier(self, part: Part) -> frozenset[Value]:
+        """Values inside that are whole sequences, join positions, and are what the part's sources are computed from.
+
+        A mixer's output on a residual stream: the next layer is added to it, and has it as its input.
+        """
+        facts = self.times.facts
+        inside = (v for op in part.ops for v in op.outputs if v is not part.result)
+        mixed = {v for v in inside if facts[v].mixed and facts[v].form == "sequence"}
+        if self.times.lone:  # decays that were summed up, beside the largest of them
+            mixed = {v for v in mixed if facts[v].met}
+        if not mixed:
+            return frozenset()
+        first = min(value.op.number for value in mixed if value.op is not None)
+        pending = [v for s in part.sources for v in (part.taps[s] if isinstance(s, Lifted) else (s,))]
+        pending = [v for v in pending if v not in part.earlier]
+        seen, found = set(pending), set()
+        while pending:
+            value = pending.pop()
+            if value in mixed:
+                found.add(value)
+            elif value.op is not None and value.op.number > first:
+                new = [v for v in value.op.inputs if v not in seen]
+                seen.update(new)
+                pending.extend(new)
+        return frozenset(found)
+
+    def frame(self, part: Part) -> tuple[Frame, dict[Source, tuple[Row, ...]]]:
+        """The part's own axes, and those of its sources.
+
+        New ones: in the whole program two axes can be the same only because they were cut from one tensor (the keys and
+        values of a fused projection).
+        """
+        atoms, times = Atoms(), self.times
+        time = atoms.new(math.prod(leaf.size for leaf in times.leaves))
+        for sizes in self._chunkings(part):
+            atoms.regroup((time,), sizes)
+        axes: dict[Value, Axes] = {}
+        taken: dict[Value, tuple[Axis, ...]] = {}
+        sources: dict[Source, Axes] = {}
+        for source in part.sources:
+            piece = self._renewed(atoms, time, times.followed.axes[sample_of(source)])
+            if isinstance(source, Value):
+                axes[source] = sources[source] = piece
+                continue
+            outer, _ = _divided(atoms, time, source.count)
+            sources[source] = (outer, *piece)
+            for value in (sample_of(source), *part.taps[source]):
+                axes[value], taken[value] = piece, (outer, time)
+        live = [value for value in axes if times.facts[value].data]
+        followed = follow(part.ops, axes, atoms, taken, live)
+        _meet(part, followed)
+        frame = Frame(followed, time)
+        return frame, {source: frame.rows(found) for source, found in sources.items()}
+
+    def _chunkings(self, part: Part) -> list[tuple[int, ...]]:
+        """The ways in which the sources have time in chunks."""
+        times, found = self.times, []
+        whole = {id(leaf) for leaf in times.leaves}
+        for source in part.sources:
+            rows = times.rows(times.followed.axes[sample_of(source)])
+            if any(0 < sum(id(leaf) in whole for leaf in row) < len(whole) for row in rows):
+                found.append(tuple(leaf.size for leaf in times.leaves))
+            if isinstance(source, Lifted) and source.count < self.length:
+                found.append((source.count, self.length // source.count))
+        return list(dict.fromkeys(found))
+
+    def _renewed(self, atoms: Atoms, time: Axis, axes: Axes) -> Axes:
+        """New axes for a source. Time is shared; where the source has it in chunks, the part's time is split alike."""
+        times, inner = self.times, atoms.leaves(time)
+        places = {id(leaf): i for i, leaf in enumerate(times.leaves)}
+        made = []
+        for row in times.rows(axes):
+            axis: list[Atom] = []
+            for leaf in row:
+                if id(leaf) in places:
+                    whole = inner if not places[id(leaf)] else ()
+                    axis.extend([inner[places[id(leaf)]]] if len(inner) == len(places) else whole)
+                elif id(leaf) in times.chunks:
+                    axis.extend(_divided(atoms, time, self.length // leaf.size)[1])
+                else:
+                    new = atoms.new(leaf.size)[0]
+                    new.weight = leaf.weight
+                    axis.append(new)
+            made.append(tuple(axis))
+        return tuple(made)
+
+    def parents(self, source: Source) -> list[Source]:
+        """What a source is computed from, if it can be cut there."""
+        if isinstance(source, Lifted):
+            return [
+                a.base[0] if isinstance(a, Lifted) and a.base else a
+                for a in source.args
+                if isinstance(a, (Lifted, Value))
+            ]
+        return list(source.op.inputs) if source.op is not None else []
+
+    def _source(self, value: Value, through: set[Source], taps: dict[Lifted, dict[Value, int]]) -> Source | None:
+        fact = self.times.facts[value]
+        if value.data is not None or fact.mixed or (value in self.zeros and not self._is_numbered(value)):
+            return None
+        if fact.form == "pieces":
+            lifted = self.lifter.place(value) if fact.data else None
+            if lifted is None or lifted[0].is_plain or lifted[0] in through:
+                return None
+            if not self.views and lifted[0].op is not None and lifted[0].op.name in MOVES:
+                return None
+            taps.setdefault(lifted[0], {})[value] = lifted[1]
+            return lifted[0]
+        if value.node is None or value in through or (not self.views and self._only_moves(value)):
+            return None
+        if fact.data:
+            return value
+        return value if fact.weight and fact.form == "timeless" and not self._is_repeated(value) else None
+
+    def _is_numbered(self, value: Value) -> bool:
+        """Whether it is zero for the number of its piece alone: `k * t` of the first token."""
+        fact = self.times.facts[value]
+        lifted = self.lifter.place(value) if fact.form == "pieces" and fact.data else None
+        return lifted is not None and lifted[0].has_numbers
+
+    def _is_repeated(self, value: Value) -> bool:
+        """Whether a weight was repeated along one of its axes, or it is a piece of that: one decay for all steps."""
+        followed, op = self.times.followed, value.op
+        piece = op is not None and op.name in SHAPES
+        axes = [*followed.axes[value], *(followed.mixed[op] if op is not None and piece else ())]
+        if any(leaf.repeated for axis in axes for leaf in followed.atoms.leaves(axis)):
+            return True
+        return op is not None and piece and any(self._is_repeated(v) for v in op.inputs)
+
+    def _only_moves(self, value: Value) -> bool:
+        """Whether it is another view of something that can be cut at as well."""
+        op, facts = value.op, self.times.facts
+        if op is None or op.name not in MOVES or not op.inputs:
+            return False
+        base = op.inputs[0]
+        fact = facts[base]
+        if fact.form != facts[value].form or fact.mixed or base.data is not None:
+            return False
+        return base.node is not None or self._only_moves(base)
+
+
+def _meet(part: Part, followed: Followed) -> None:
+    """The axes that are taken feature by feature, one feature of each at a time, are one axis."""
+    first: dict[int, Axis] = {}
+    for base, dim in part.columns:
+        if base in followed.axes:
+            axis = followed.axes[base][dim]
+            followed.atoms.same(first.setdefault(base.shape[dim], axis), axis)
+            for leaf in followed.atoms.leaves(axis):
+                leaf.pinned = True
+
+
+def _divided(atoms: Atoms, time: Axis, count: int) -> tuple[Axis, Axis]:
+    """Time as the axis of its first `count` parts, and the rest."""
+    leaves, size = atoms.leaves(time), 1
+    for i, leaf in enumerate(leaves):
+        if size == count:
+            return leaves[:i], leaves[i:]
+        size *= leaf.size
+    return leaves, ()

@@ -1,0 +1,495 @@
+"""Find: goes through a graph and tries, at every value that mixes times, whether it is a mixer."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import math
+import operator
+import time as clock
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+
+import torch
+from torch import fx
+from torch.utils._python_dispatch import _disable_current_modes
+
+from llcompile.patterns.boundary import boundary
+from llcompile.patterns.known.capture import leaf_of
+from llcompile.patterns.records import Certificate
+from llcompile.patterns.graph.regions import Region
+from llcompile.patterns.structure.assume import expect_decay, learned
+from llcompile.patterns.structure.axes import Axis
+from llcompile.patterns.structure.axis_rules.table import rule_for
+from llcompile.patterns.structure.barriers import expect_no_barrier
+from llcompile.patterns.structure.certify import certify
+from llcompile.patterns.structure.classify import Miss, classify, sees_itself
+from llcompile.patterns.structure.computed_twice import merge_computed_twice
+from llcompile.patterns.structure.cut import Cutter, Part
+from llcompile.patterns.structure.cuts import SOURCES, Cuts
+from llcompile.patterns.structure.denominators import pair_denominators
+from llcompile.patterns.structure.facts import Times, born_axes, lengthened, time_axes
+from llcompile.patterns.structure.follow import Followed, follow_program
+from llcompile.patterns.structure.found import Findings, Found, Missed
+from llcompile.patterns.structure.frame import Frame, Row
+from llcompile.patterns.structure.lifted import SHAPES, Lifted, Source, sample_of
+from llcompile.patterns.structure.measured import Measured, meet
+from llcompile.patterns.structure.memo import fingerprint, is_lasting, recall, remember
+from llcompile.patterns.structure.name_written import name_written
+from llcompile.patterns.structure.near_misses import explain_near_misses
+from llcompile.patterns.structure.one_position import one_position
+from llcompile.patterns.structure.other_lengths import expect_elsewhere, expect_same
+from llcompile.patterns.structure.positions import Positions
+from llcompile.patterns.structure.probe import Probe
+from llcompile.patterns.structure.program import Op, Value
+from llcompile.patterns.structure.ranges import REALS, Range, ranges
+from llcompile.patterns.structure.reading import Reading
+from llcompile.patterns.structure.record import record
+from llcompile.patterns.structure.sizing import CannotArrange, Sizing, small
+from llcompile.patterns.structure.suppose import suppose
+from llcompile.patterns.structure.tail import Tail
+from llcompile.patterns.structure.why import explain
+from llcompile.torch_internals.places import user_line
+from llcompile.torch_internals.sizes import is_symbolic
+
+log = logging.getLogger("llcompile")
+
+_NORMS = ("native_layer_norm", "native_group_norm", "_fused_rms_norm", "rms_norm", "mean", "_softmax")
+_SOFTMAXES = ("_softmax", "_safe_softmax", "_log_softmax")
+_NOT_RUN = (CannotArrange, RuntimeError, MemoryError, IndexError, AssertionError, TypeError, ValueError)
+_SCATTERS = ("select_scatter", "slice_scatter", "index_put")
+_CHOSEN = "a top-k, a threshold or buckets leave tokens out; log-linear attention sees the whole past"
+_OUTSIDE = "put it before or behind the mixer: on its values or its output"
+_WHOLE = "log-linear attention counts positions from the start: mix all of the sequence, or compile the piece by itself"
+_APART = "compute what the steps of a loop read for all tokens at once, before the loop"
+_ASKED = 8000  # operations of a part that is run again and again to say why it is no mixer
+_TIMES = 3  # axes that are tried as time
+_BORN = 8  # axes that the model makes which are tried as well
+_NEAR_BY = 30  # values above a write among which its base is looked for
+_LARGER = 1e6
+
+
+def find(region: Region) -> Findings:
+    """All hand-written mixers of a region."""
+    start = clock.perf_counter()
+    findings = _find(region, 1)
+    if findings.found and is_symbolic(region.graph):
+        expect_same(findings)
+        expect_elsewhere(region, findings, _find)
+    log.debug("structure: %d operations, %.0f ms", len(findings.program.ops), 1e3 * (clock.perf_counter() - start))
+    return findings
+
+
+def _find(region: Region, factor: int) -> Findings:
+    program = record(region, factor)
+    name_written(region, program)
+    merge_computed_twice(program)
+    taken: set[Value] = set()
+    # Not in the user's modes: a default device, say.
+    modes = _disable_current_modes(), torch._C.DisableTorchFunction()
+    with modes[0], modes[1], torch.no_grad(), torch.autocast("cpu", enabled=False):
+        followed = follow_program(program)
+        findings = Findings(program, counts=Counter(followed.counts))
+        given = time_axes(program, followed)[:_TIMES]
+        for axis in given:
+            _search(findings, followed, axis, taken)
+            if findings.found:
+                break
+        born, pieces = born_axes(program, followed, given)
+        for axis in born[:_BORN]:
+            said = len(findings.missed)
+            _search(findings, followed, axis, taken)
+            # The model makes axes that are no time: pools, experts. Nothing was measured of the farthest misses there.
+            findings.missed[said:] = [m for m in findings.missed[said:] if m.miss.near > 1]
+        if not findings.found and not findings.missed:
+            _search_pieces(findings, followed, pieces[:_TIMES])
+        pair_denominators(findings)
+        explain_near_misses(findings, given)
+    if not findings.found and not findings.missed:
+        findings.one = one_position(program)
+    return findings
+
+
+def _search(findings: Findings, followed: Followed, axis: Axis, taken: set[Value]) -> None:
+    for time in (axis, *lengthened(followed, axis)):
+        first = _Search(findings, followed, Times(findings.program, followed, time, shorter=axis), taken)
+        first.run()
+        if first.open:
+            again = Times(findings.program, followed, time, shorter=axis, lone=True)
+            _Search(findings, followed, again, taken, first).run()
+
+
+def _search_pieces(findings: Findings, followed: Followed, pieces: list[Axis]) -> None:
+    """Where nothing else was found: what is a mixer of a piece of its sequence."""
+    for axis in pieces:
+        apart = Findings(findings.program)
+        _search(apart, followed, axis, set())
+        tokens = math.prod(leaf.size for leaf in axis)
+        miss = Miss(f"it mixes a piece of its sequence by itself ({tokens} tokens)", 2, _WHOLE)
+        findings.missed += [Missed(f.output, miss, f.part, times=f.times) for f in apart.found] + apart.missed
+
+
+def _called(node: fx.Node) -> fx.Node:
+    """The call that a node takes a result of, or the node."""
+    while node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
+
+
+class _Search:
+    """The search with one choice of the time axis.
+
+    Where operands mix positions themselves (keys with the keys before), the values that look like a mixer's output
+    are searched once more, with such operands as sources; `before` is the first search.
+    """
+
+    def __init__(
+        self, findings: Findings, followed: Followed, times: Times, taken: set[Value], before: _Search | None = None
+    ) -> None:
+        self.findings, self.followed, self.times, self.taken = findings, followed, times, taken
+        self.before, self.open = before, set[Value]()
+        self.ranges = ranges(findings.program)
+        zeros = {v for v, bounds in self.ranges.items() if v.op is not None and bounds == (0.0, 0.0)}
+        self.cutter = Cutter(times, zeros)
+        self.cuts = Cuts(self.cutter)
+        self.tried: set[Value] = set()
+        self._across: dict[Value, bool] = {}
+        self.captured = {op.node for op in findings.program.ops if leaf_of(_called(op.node).target) is not None}
+
+    def run(self) -> None:
+        """Goes through the program in order."""
+        for op in self.findings.program.ops:
+            self.times.step(op)
+            self._expect_rule(op)
+            for value in op.outputs:
+                if value in self.taken or op.node in self.captured:
+                    self.times.facts[value].mixed = False
+                elif self._is_candidate(op, value):
+                    self._try(value)
+
+    def _expect_rule(self, op: Op) -> None:
+        """Notes an operation that takes scores and that no axis can be followed through."""
+        if rule_for(op) is not None or op.node in self.captured or not op.outputs:
+            return
+        if self.before is None and any(self._stands_across(v) for v in op.inputs):
+            miss = Miss(f"scores pass through {_named(op)}, which is not known", 1, "write it in operations of torch")
+            self.findings.missed.append(Missed(op.outputs[0], miss, times=self.times))
+
+    def _is_candidate(self, op: Op, value: Value) -> bool:
+        fact = self.times.facts[value]
+        if not (fact.mixed and fact.data and fact.form == "sequence") or not value.dtype.is_floating_point:
+            return False
+        if any(op in found.ops for found in self.findings.found if found.times is not self.times):
+            return False  # it was found before, with time as it was before it was padded
+        if self.before is not None and value not in self.before.open:
+            return False
+        if any(user.name in _SCATTERS and user.inputs[0] is value and self._builds(user) for user in value.users):
+            return False  # a result that is still being written
+        if not self._may_complete(op):
+            return False
+        if op.name in SHAPES and op.inputs and op.inputs[0] in self.tried:
+            self.tried.add(value)
+            return False
+        return value.node is not None or self._is_read(value)
+
+    def _builds(self, write: Op) -> bool:
+        """Whether a write adds to a result: tokens, or what comes from elsewhere. Others change what is there."""
+        base, *pieces = write.inputs
+        pending, seen = pieces, set(pieces)
+        while pending and len(seen) < _NEAR_BY:
+            above = [] if (op := pending.pop().op) is None else [v for v in op.inputs if v not in seen]
+            seen.update(above)
+            pending.extend(above)
+        return self.times.mixes_time(write) or (bool(pieces) and base not in seen)
+
+    def _may_complete(self, op: Op) -> bool:
+        """Whether a mixer can end here: something is summed or put together, or two mixed values meet."""
+        if op.name in SHAPES:
+            return True
+        if op.name in _NORMS:
+            return False
+        return bool(self.followed.mixed[op]) or sum(self.times.facts[v].mixed for v in op.inputs) > 1
+
+    def _is_read(self, value: Value) -> bool:
+        if not hasattr(self, "_reads"):
+            self._reads = set(self.findings.program.reads.values())
+        return value in self._reads
+
+    def _try(self, value: Value) -> None:
+        self.tried.add(value)
+        best: Miss | None = None
+        part: Part | None = None
+        nearest: Part | None = None
+        for part, tail in self.cuts.of(value):
+            if self.before is not None and not self._is_new(part):
+                continue
+            self.findings.counts["cuts"] += 1
+            try:
+                found = self._read_safely(part, tail)
+            except Miss as miss:
+                log.debug("structure: %s %s from %s: %s", _made_by(part.result), part.result, part.sources, miss.reason)
+                if miss.open:
+                    self.open.add(value)
+                if best is None or miss.near > best.near:
+                    best, nearest = miss, part
+                continue
+            self.findings.found.append(found)
+            self.taken.add(value)
+            self.times.facts[value].mixed = False
+            return
+        if self.before is None and best is not None and nearest is not None and best.near > 0:
+            why = functools.partial(self._why, nearest, best)
+            self.findings.missed.append(Missed(value, best, part, why, self.times))
+
+    def _is_new(self, part: Part) -> bool:
+        """Whether it has a source that the first search took for mixed."""
+        assert self.before is not None
+        return any(self.before.mixes(s) for s in part.sources)
+
+    def _why(self, part: Part, miss: Miss) -> Miss:
+        """The miss with the first property that fails, if one can be measured."""
+        if len(part.ops) > _ASKED or part.random is not None:
+            return miss
+        frame, axes = self.cutter.frame(part)
+        result = frame.rows(frame.followed.axes[part.result])
+        bounds = {s: self._range(part, s) for s in part.sources}
+        key = "why", fingerprint(part, axes, result, bounds)
+        try:
+            recall(key, part, axes, result)
+        except Miss as known:
+            return known
+        # What holds for few tokens may fail for many.
+        for whole in (False, True)[: 1 + (miss.near > 2)]:
+            try:
+                probe = self._probe(frame, part, axes, result, bounds, whole)
+                origins = {s: above for s, (above, _) in self.cuts.origins(part).items()}
+                miss, done = explain(Measured(probe, origins), miss)
+            except (Miss, *_NOT_RUN):
+                break
+            if done:
+                break
+        remember(key, part, axes, result, miss)
+        return miss
+
+    def _read_safely(self, part: Part, tail: Tail | None) -> Found:
+        """As `_read`; an exception of the recogniser's own is a miss of this part."""
+        missed: Miss | None = None
+        with boundary(f"{_made_by(part.result)} {part.result}") as outcome:
+            try:
+                return self._read(part, tail)
+            except Miss as miss:
+                missed = miss
+        raise missed or Miss(outcome.reason, 1, outcome.hint)
+
+    def _read(self, part: Part, tail: Tail | None) -> Found:
+        self._expect_sequences(part)
+        frame, axes = self.cutter.frame(part)
+        result = frame.rows(frame.followed.axes[part.result])
+        self._expect_contraction(part, frame, axes, result)
+        meets = int(meet(axes, result, frame))
+        drawn = part.random
+        if drawn is not None:
+            raise Miss(
+                f"its {_named(drawn)} ({user_line(drawn.node.meta)}) is random", 3 * meets, _OUTSIDE, open=meets > 0
+            )
+        if len(part.sources) > SOURCES:
+            reason = f"the search stops at {SOURCES} operands, and it is computed from {len(part.sources)} tensors"
+            raise Miss(reason, meets, _APART)
+        bounds = {s: self._range(part, s) for s in part.sources}
+        key = fingerprint(part, axes, result, bounds)
+        if key in self.findings.failed:
+            raise self.findings.failed[key]
+        known = recall(key, part, axes, result)
+        if known is None:
+            self.findings.counts["proofs"] += 1
+            try:
+                known = self._prove(frame, part, axes, result, bounds)
+            except Miss as first:
+                miss, lasting = first, is_lasting(first)
+                if not miss.near and meet(axes, result, frame):
+                    miss = Miss(miss.reason, 1, miss.hint, miss.open)
+                if lasting:
+                    remember(key, part, axes, result, miss)
+                else:
+                    self.findings.failed[key] = miss
+                raise miss from first.__cause__
+            remember(key, part, axes, result, known)
+        if self.before is not None:
+            self.before.expect_causal(known[0])
+        if known[0].assumed and known[0].decay is not None:
+            expect_decay(known[0].decay)
+        expect_no_barrier(part, tail, self.times, self.findings.program)
+        mixer = Found(part, *known, frame, self.times, self.findings.program, tail)
+        self._expect_seen(mixer)
+        return mixer
+
+    def _expect_seen(self, found: Found) -> None:
+        """What has not happened at any position so far would happen at some position further on."""
+        op = Positions(found).unseen()
+        if op is not None:
+            reason = (
+                f"its {op.name} of positions ({user_line(op.node.meta)}) does nothing at length {self.cutter.length}"
+            )
+            raise Miss(reason, 3, "give an example that is longer than every window, block or bucket of the code")
+
+    def _prove(
+        self,
+        frame: Frame,
+        part: Part,
+        axes: Mapping[Source, tuple[Row, ...]],
+        result: tuple[Row, ...],
+        bounds: Mapping[Source, Range],
+    ) -> tuple[Reading, Certificate]:
+        try:
+            return self._prove_within(frame, part, axes, result, bounds)
+        except Miss:
+            assumed = learned(part, bounds, self.times)
+            if not assumed:
+                raise
+        for sign in (-1.0, 1.0) if _grows(self._probe(frame, part, axes, result, bounds)) else ():
+            with suppress(Miss):
+                return self._prove_within(frame, part, axes, result, bounds, dict.fromkeys(assumed, sign))
+        reading, certificate = self._prove_within(frame, part, axes, result, {**bounds, **assumed})
+        return replace(reading, assumed=reading.decay in assumed), certificate
+
+    def _prove_within(
+        self,
+        frame: Frame,
+        part: Part,
+        axes: Mapping[Source, tuple[Row, ...]],
+        result: tuple[Row, ...],
+        bounds: Mapping[Source, Range],
+        signs: Mapping[Source, float] | None = None,
+    ) -> tuple[Reading, Certificate]:
+        """The proof within these ranges; a learned rate of either sign is classified where it lets the past fade."""
+        try:
+            probe = self._probe(frame, part, axes, result, bounds)
+            for source, sign in (signs or {}).items():
+                probe.values[source] = probe.values[source].abs() * (4 * sign / probe.length)
+            return certify(part, suppose(probe, classify(probe)), probe, self.ranges)
+        except _NOT_RUN as error:
+            raise Miss(f"it does not run by itself: {type(error).__name__}: {error}".split("\n")[0]) from error
+
+    def mixes(self, source: Source) -> bool:
+        """Whether a source joins positions; a row of pieces that a tail put together does."""
+        fact = self.times.facts.get(sample_of(source))
+        return fact is None or fact.mixed
+
+    def expect_causal(self, reading: Reading) -> None:
+        """The operands that mix positions look back and at the token itself: what is read may see no more than before.
+
+        Raises:
+            Miss: one does not, or it could not be seen.
+        """
+        late = {source for source in filter(self.mixes, reading.rows) if not self._sees_itself(source)}
+        if reading.key in late and (reading.value is None or reading.value in late):
+            raise Miss("strictly causal: a token does not see itself", 3, "include the diagonal")
+
+    def _sees_itself(self, source: Source) -> bool:
+        value = sample_of(source)
+        part = self.cutter.cut(value)
+        if part is None:
+            raise Miss("an operand that mixes positions is too large to be looked at")
+        frame, axes = self.cutter.frame(part)
+        result = frame.rows(frame.followed.axes[value])
+        try:
+            return sees_itself(self._probe(frame, part, axes, result, {s: self._range(part, s) for s in part.sources}))
+        except _NOT_RUN as error:
+            raise Miss("an operand that mixes positions does not run by itself") from error
+
+    def _expect_sequences(self, part: Part) -> None:
+        """What can be told without numbers, so that most values cost little."""
+        facts = self.times.facts
+        if self._is_residual(part):
+            raise Miss("it adds a mixer's output to what that was computed from; each mixer is looked at by itself")
+        if len(part.sources) > SOURCES and len(part.ops) > _ASKED:
+            raise Miss("it is computed from more tensors, by more operations, than are looked at")
+        if sum(isinstance(s, Lifted) or facts[s].data for s in part.sources) < 2:
+            raise Miss("it has fewer than two sequences to mix")
+        own = set(part.ops)
+        for op in part.ops:
+            if op.name in _SOFTMAXES and self.times.mixes_time(op):
+                raise Miss("not linear in the query: scores pass through a softmax", 1)
+            whole = [v for v in op.outputs if not (v.dtype.is_floating_point or v.dtype.is_complex)]
+            chosen = any(own.intersection(v.users) for v in whole)
+            if chosen and any(v.dtype.is_floating_point and facts[v].data for v in op.inputs):
+                raise Miss("what it does depends on comparisons of values", int(self._has_scores(part)), _CHOSEN)
+
+    def _is_residual(self, part: Part) -> bool:
+        """Whether its last operation does no more than to put an earlier mixer's output and a later one together."""
+        last = part.result.op
+        if not part.earlier or last is None or self.followed.mixed.get(last):
+            return False
+        return sum(self.times.facts[v].mixed for v in {*last.inputs} - part.earlier) < 2
+
+    def _has_scores(self, part: Part) -> bool:
+        """Whether there is a number for each two positions, from the input."""
+        return any(self._stands_across(v) for op in part.ops for v in op.outputs)
+
+    def _stands_across(self, value: Value) -> bool:
+        """Whether it has a number for each two positions, from the input."""
+        if value not in self._across:
+            fact = self.times.facts.get(value)
+            if fact is None or not fact.data or not value.dtype.is_floating_point:
+                return False
+            rows = self.times.rows(self.times.followed.axes[value])
+            self._across[value] = sum(map(self.times.is_time, itertools.chain(*rows))) > len(self.times.leaves)
+        return self._across[value]
+
+    def _expect_contraction(
+        self, part: Part, frame: Frame, axes: Mapping[Source, tuple[Row, ...]], result: tuple[Row, ...]
+    ) -> None:
+        """Queries and keys have axes that the output does not have; told without numbers, as most values fail here."""
+        kept = {id(atom) for row in result for atom in row}
+        if any(id(leaf) not in kept for leaf in frame.leaves):
+            raise Miss("it does not have all of time")
+        timed = [{id(a) for row in rows for a in row} for rows in axes.values()]
+        times = {id(leaf) for leaf in frame.leaves}
+        if sum(bool(atoms & times) and bool(atoms - kept) for atoms in timed) < 2:
+            raise Miss("no query and key: nothing is contracted", open=self._has_scores(part))
+
+    def _probe(
+        self,
+        frame: Frame,
+        part: Part,
+        axes: Mapping[Source, tuple[Row, ...]],
+        result: tuple[Row, ...],
+        bounds: Mapping[Source, Range],
+        whole: bool = False,
+    ) -> Probe:
+        failure: Exception | None = None
+        for sizing in (small(frame, part, keep_time=whole), Sizing(frame)):
+            probe = Probe(part, axes, result, sizing, bounds)
+            try:
+                probe.run()
+            except _NOT_RUN as error:
+                failure = error
+                log.debug("structure: %s does not run at %s: %s", part.result, sizing.shape(part.result), error)
+                continue
+            return probe
+        raise Miss("it does not run by itself") from failure
+
+    def _range(self, part: Part, source: Source) -> Range:
+        """Of a row of pieces, what all of them keep to: each may have numbers of its own."""
+        values = part.taps[source] if isinstance(source, Lifted) else [source]
+        found = [self.ranges.get(value, REALS) for value in values]
+        return min(low for low, _ in found), max(high for _, high in found)
+
+
+def _grows(probe: Probe) -> bool:
+    """Whether later outputs are so large that nothing is seen of their own position."""
+    first, *_, last = probe.by_time(probe.run()).abs().amax(1).tolist()
+    return not last < _LARGER * first
+
+
+def _named(op: Op) -> str:
+    """What the user's code calls."""
+    called = op.node.target
+    return str(getattr(called, "overloadpacket", getattr(called, "__name__", called)))
+
+
+def _made_by(value: Value) -> str:
+    return value.op.name if value.op is not None else "input"

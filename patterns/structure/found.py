@@ -1,0 +1,293 @@
+"""Found: what a search of a graph comes back with, mixers and near misses."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from llcompile.patterns.records import Certificate
+from llcompile.patterns.structure.axes import Axis
+from llcompile.patterns.structure.classify import Miss
+from llcompile.patterns.structure.cut import Part
+from llcompile.patterns.structure.facts import Times
+from llcompile.patterns.structure.frame import Frame
+from llcompile.patterns.structure.lifted import Lifted, Source, origin
+from llcompile.patterns.structure.program import Op, Program, Value
+from llcompile.patterns.structure.reading import Reading
+from llcompile.patterns.structure.tail import Tail
+
+# Operations that may put tokens in another order.
+_REORDERS = frozenset(["flip", "index", "index_select", "gather", "take", "take_along_dim", "sort"])
+
+
+@dataclass(eq=False)
+class Found:
+    """A mixer in a graph."""
+
+    part: Part
+    reading: Reading
+    certificate: Certificate
+    frame: Frame
+    times: Times
+    program: Program
+    tail: Tail | None = None
+    fixed: str = ""  # why it is known at the graph's own length only
+    held: bool = True  # whether that length could be made the only one of the graph
+
+    @property
+    def output(self) -> Value:
+        """The value of the program that is the part's result, or is computed from it piece by piece."""
+        return self.part.result if self.tail is None else self.tail.output
+
+    @property
+    def ops(self) -> list[Op]:
+        """The operations that the mixer stands for."""
+        return [*self.part.ops, *(self.tail.ops if self.tail is not None else ())]
+
+    @property
+    def anchor(self) -> fx.Node:
+        """The node that makes the output."""
+        return anchor(self.output)
+
+    @property
+    def batch_and_time(self) -> tuple[int, int] | None:
+        """How many rows and tokens it has; None where the code pads or cuts its time, or puts it in another order."""
+        if self.times.shorter != self.times.leaves or self.order != self.times.leaves or self._reordered:
+            return None
+        batch, time = self.reading.axes.batch, self.times.leaves
+        return count(tuple(leaf.size for leaf in batch)), count(tuple(leaf.size for leaf in time))
+
+    @functools.cached_property
+    def order(self) -> Axis:
+        """Time in the order in which the queries have it: that of a grid's columns, say, where the input has rows."""
+        value = next(v for v in values_of(self.reading.query) if self.times.facts[v].data)
+        rows = self.times.rows(self.times.followed.axes[value])
+        found = tuple(leaf for row in rows for leaf in row if self.times.is_time(leaf))
+        return found if len(found) == len(self.times.leaves) else self.times.leaves
+
+    @functools.cached_property
+    def _straight(self) -> tuple[set[Value], bool]:
+        """What the queries are computed from with all tokens in their order; whether anything changes that order."""
+        pending = values_of(self.reading.query)
+        seen, reordered = set(pending), False
+        for value in pending:
+            if value.op is None:
+                continue
+            if value.op.name in _REORDERS and self.times.mixes_time(value.op):
+                reordered = True
+                continue
+            new = [v for v in value.op.inputs if v not in seen]
+            seen.update(new)
+            pending.extend(new)
+        return seen, reordered
+
+    @property
+    def _reordered(self) -> bool:
+        return self._straight[1]
+
+    @property
+    def rows_and_tokens(self) -> tuple[int, int]:
+        """How many rows and tokens come in: time is as it was before it was padded."""
+        batch, time = self.reading.axes.batch, self.times.shorter
+        return count(tuple(leaf.size for leaf in batch)), count(tuple(leaf.size for leaf in time))
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Heads, groups, key width, value width."""
+        axes = self.reading.axes
+        of = lambda row: count(tuple(leaf.size for leaf in row))  # noqa: E731
+        return of(axes.heads), of(axes.groups), of(axes.key), of(axes.value)
+
+    def notes(self) -> tuple[str, ...]:
+        """What holds for this graph only, in words."""
+        found = []
+        if any(leaf.pinned for leaf in self.frame.leaves):
+            found.append(f"its code is written out for length {count(tuple(x.size for x in self.frame.leaves))}")
+        if self.reading.constant is not None:
+            found.append("its decay was read from the code's numbers when it was compiled")
+        if self.reading.step is not None:
+            found.append(f"its step (beta) is a number of the code, {self.reading.step:.6g}")
+        if self.reading.assumed:
+            found.append("its decay is a parameter taken as it is: every call checks that it lies in (0, 1]")
+        if self.hands_on():
+            found.append(
+                "it returns the sum of its levels as its state; a call that such a state comes back to is refused"
+            )
+        return tuple(found)
+
+    def hands_on(self) -> bool:
+        """Whether the graph returns a state, or writes one away: what else the operands become, summed over time.
+
+        By its size: a number for each row, head, key and value feature. Nothing is decided by it.
+        """
+        operands = [value for source in self.reading.operands for value in values_of(source)]
+        seen = {self.part.result, self.output, *operands}
+        pending = operands
+        states: set[Value] = set()
+        size = self.rows_and_tokens[0] * self.sizes[0] * self.sizes[2] * self.sizes[3]
+        while pending:
+            for user in pending.pop().users:
+                new = [value for value in user.outputs if value not in seen]
+                seen.update(new)
+                pending.extend(new)
+                states.update(v for v in new if self.times.facts[v].form != "sequence" and count(v.shape) == size)
+        nodes = (node for node, held in self.program.results.items() if held in states)
+        return any(user.op == "output" or user.target == "copy_" for node in nodes for user in node.users)
+
+    def takes_state(self) -> bool:
+        """Whether the queries also read a linear state that came in: an input without time, of a state's size."""
+        size = self.rows_and_tokens[0] * self.sizes[0] * self.sizes[2] * self.sizes[3]
+        facts = self.times.facts
+        given = [v for v in self.program.inputs if v in facts and facts[v].data and facts[v].form == "timeless"]
+        states = self._made_of([v for v in given if v.dtype.is_floating_point and count(v.shape) == size])
+        queries = self._made_of(values_of(self.reading.query))
+        readers = {op for value in states for op in value.users}
+        return any(queries.intersection(op.inputs) - states for op in readers)
+
+    def _made_of(self, values: list[Value]) -> set[Value]:
+        """The values, and what is made of them token by token."""
+        found, pending = set(values), list(values)
+        while pending:
+            made = (v for op in pending.pop().users for v in op.outputs if not self.times.facts[v].mixed)
+            new = [v for v in made if v not in found]
+            found.update(new)
+            pending.extend(new)
+        return found
+
+    def activations(self) -> list[fx.Node]:
+        """The nodes of the operands that depend on the model's input."""
+        return self.nodes_of(*self.reading.operands)
+
+    def nodes_of(self, *sources: Source) -> list[fx.Node]:
+        """The nodes that sources are made of and that depend on the model's input."""
+        found: list[fx.Node] = []
+        pending = list(sources)
+        while pending:
+            source = pending.pop()
+            if isinstance(source, Lifted):
+                bases = [a for a in source.args if isinstance(a, (Lifted, Value))]
+                pending.extend([source.base[0]] if source.base is not None else bases)
+            elif self.times.facts[source].data and source.node is not None:
+                found.append(source.node)
+        return list(dict.fromkeys(found))
+
+    def batch_first(self, node: fx.Node) -> tuple[int, int] | None:
+        """(batch, time) dimensions of a node [B, T, D] or [T, B, D]; batch is -1 for [T, D]; None for others."""
+        value = self.program.results.get(node)
+        if value is None or value not in self.times.facts or not value.dtype.is_floating_point:
+            return None
+        fact = self.times.facts[value]
+        rows = self.times.rows(self.times.followed.axes[value])
+        wanted = {self.order, self.times.shorter} if self.order == self.times.leaves else {self.order}
+        inside = [i for i, row in enumerate(rows) if row in wanted]
+        if value not in self._straight[0]:
+            return None
+        if (fact.form != "sequence" and self.times.shorter not in rows) or not fact.data or len(inside) != 1:
+            return None
+        batch = count(tuple(leaf.size for leaf in self.reading.axes.batch))
+        if len(rows) == 2 and inside == [0] and batch == 1:
+            return -1, 0
+        if len(rows) == 3 and inside[0] < 2 and value.shape[1 - inside[0]] == batch:
+            return 1 - inside[0], inside[0]
+        return None
+
+    def is_shorter(self, node: fx.Node) -> bool:
+        """Whether a node has time as it was before it was padded."""
+        rows = self.times.rows(self.times.followed.axes[self.program.results[node]])
+        return self.times.shorter != self.times.leaves and self.times.shorter in rows
+
+
+@dataclass(eq=False)
+class Missed:
+    """A value that looked like a mixer's output and is not.
+
+    Args:
+        value: the value.
+        miss: why it is none.
+        part: what was tried, the last time.
+        why: says more exactly why, at some cost.
+        times: what was taken as time.
+    """
+
+    value: Value
+    miss: Miss
+    part: Part | None = None
+    why: Callable[[], Miss] | None = None
+    times: Times | None = None
+
+    @property
+    def axis(self) -> Axis:
+        """The axis that was taken as time, before it was padded."""
+        return () if self.times is None else self.times.shorter
+
+    @functools.cached_property
+    def origins(self) -> frozenset[object]:
+        """What it is computed from; the pieces of one sequence are that sequence."""
+        sources = self.value.op.inputs if self.part is None and self.value.op is not None else []
+        return frozenset(map(origin, sources if self.part is None else self.part.sources))
+
+    def is_inside(self, other: Missed) -> bool:
+        """Whether the value is computed inside of what another one is computed from."""
+        return other.part is not None and self.value.op in other.part.ops
+
+    def is_more_than(self, inner: list[Missed]) -> bool:
+        """Whether something mixes times that is in none of those inside; else what follows is done token by token."""
+        times, known = self.times, {op for missed in inner if missed.part is not None for op in missed.part.ops}
+        if self.part is None or times is None:
+            return False
+        behind = set(self.part.ops) - known
+        return any(op in times.followed.mixed and times.mixes_time(op) for op in behind)
+
+    @property
+    def anchor(self) -> fx.Node:
+        """The node that makes the value."""
+        return anchor(self.value)
+
+
+@dataclass
+class Findings:
+    """What was found in one graph.
+
+    Args:
+        program: the graph as a program.
+        found: the mixers.
+        denominators: id of a mixer -> the parts that sum its scores alone, for a normalisation in the code.
+        missed: the near misses, the nearest of each cluster.
+        failed: fingerprint of a part that did not run -> the miss that it is in this look; another may have the memory.
+        one: what runs over one position, where the example has one token and shows no mixing.
+        counts: uses of each axis rule, and of each step here.
+    """
+
+    program: Program
+    found: list[Found] = field(default_factory=list)
+    missed: list[Missed] = field(default_factory=list)
+    failed: dict[Any, Miss] = field(default_factory=dict)
+    denominators: dict[int, list[Found]] = field(default_factory=dict)
+    one: Op | None = None
+    counts: Counter[str] = field(default_factory=Counter)
+
+
+def anchor(value: Value) -> fx.Node:
+    """The node that makes a value."""
+    node = value.node if value.node is not None else value.op.node if value.op is not None else None
+    assert node is not None
+    return node
+
+
+def count(shape: tuple[int, ...]) -> int:
+    """The numbers in a tensor of this shape."""
+    return math.prod(shape)
+
+
+def values_of(source: Source) -> list[Value]:
+    """The values that a source is, or is assembled from."""
+    if not isinstance(source, Lifted):
+        return [source]
+    inner = [*(a for a in source.args if isinstance(a, (Lifted, Value))), *(source.base or ())[:1]]
+    return [value for part in inner for value in values_of(part)]

@@ -1,0 +1,132 @@
+"""Lift: a token's computation as one function of whole sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from llcompile.patterns.structure.lifted import Lifted, Numbers
+from llcompile.patterns.structure.program import Value
+
+
+def lifted_function(
+    source: Lifted, finish: Callable[[Tensor], Tensor] = lambda x: x
+) -> tuple[Callable[..., Tensor], list[Value]]:
+    """A function that computes the source [N, ...] from the values it reads, and those values.
+
+    Args:
+        source: what to compute.
+        finish: what to do with it in the end.
+    """
+    values = bases_of(source)
+
+    def lifted(*tensors: Tensor) -> Tensor:
+        return finish(_evaluate(source, dict(zip(values, tensors, strict=True)), {}))
+
+    return lifted, values
+
+
+def bases_of(source: Lifted) -> list[Value]:
+    """The values that a source is computed from."""
+    bases: dict[Value, None] = {}
+    _collect(source, bases)
+    return list(bases)
+
+
+def _collect(source: Lifted, bases: dict[Value, None]) -> None:
+    if source.base is not None:
+        bases.setdefault(source.base[0])
+        return
+    for leaf in tree_leaves((source.args, source.kwargs)):
+        if isinstance(leaf, Lifted):
+            _collect(leaf, bases)
+        elif isinstance(leaf, Value):
+            _collect_value(leaf, bases)
+
+
+def _collect_value(value: Value, bases: dict[Value, None]) -> None:
+    """A value that is the same for all tokens: a node's, or computed inside of one (a transposed weight)."""
+    if value.node is not None or value.op is None:
+        bases.setdefault(value)
+        return
+    for parent in value.op.inputs:
+        _collect_value(parent, bases)
+
+
+def _number_of(value: Value, env: dict[Value, Tensor]) -> Tensor:
+    if value not in env:
+        assert value.op is not None
+        args, kwargs = tree_map(
+            lambda a: _number_of(a, env) if isinstance(a, Value) else a, (value.op.args, value.op.kwargs)
+        )
+        made = [leaf for leaf in tree_leaves(value.op.target(*args, **kwargs)) if isinstance(leaf, Tensor)]
+        env.update(zip(value.op.outputs, made, strict=True))
+    return env[value]
+
+
+def _evaluate(source: Lifted, env: dict[Value, Tensor], done: dict[Lifted, Tensor]) -> Tensor:
+    """The source over all tokens, time first."""
+    if source in done:
+        return done[source]
+    if source.base is not None:
+        base, dim, width = source.base
+        made, rows = env[base], source.count * max(1, width)
+        if base.shape[dim] != rows:  # a table may have more
+            made = made.narrow(dim, 0, rows)
+        made = made.unflatten(dim, (source.count, width)) if width else made
+        made = made.movedim(dim, 0)
+    elif (row := _own_numbers(source)) is not None:
+        made = _with_numbers(source, row, _evaluate(source.args[0], env, done))
+    else:
+        assert source.op is not None
+        leaves: list[Any] = []
+        axes: list[int | None] = []
+
+        def number(leaf: Any) -> Any:
+            if isinstance(leaf, Lifted):
+                leaves.append(_evaluate(leaf, env, done))
+                axes.append(0)
+            elif isinstance(leaf, Value):
+                leaves.append(_number_of(leaf, env))
+                axes.append(None)
+            else:
+                return leaf
+            return _Slot(len(leaves) - 1)
+
+        args, kwargs = tree_map(number, (source.args, source.kwargs or {}))
+        target = source.op.target
+
+        def one(*tensors: Tensor) -> Tensor:
+            filled = tree_map(lambda a: tensors[a.number] if isinstance(a, _Slot) else a, (args, kwargs))
+            result = target(*filled[0], **filled[1])
+            return result if isinstance(result, Tensor) else result[source.index]  # type: ignore[no-any-return]
+
+        made = torch.vmap(one, in_dims=tuple(axes))(*leaves)
+    done[source] = made
+    return made
+
+
+def _own_numbers(source: Lifted) -> Numbers | None:
+    row = source.args[1] if len(source.args) > 1 else None
+    return row if isinstance(row, Numbers) else None
+
+
+def _with_numbers(source: Lifted, row: Numbers, x: Tensor) -> Tensor:
+    """Arithmetic with a number for each piece, in the precision in which it is done with one number."""
+    function = getattr(torch, source.op.name)  # type: ignore[union-attr]
+    if row.single is not None:
+        return function(x, row.single)  # type: ignore[no-any-return]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    numbers = torch.tensor(row.row(source.count), dtype=wide, device=x.device)
+    return function(x.to(wide), numbers.view(-1, *(1,) * (x.dim() - 1))).to(x.dtype)  # type: ignore[no-any-return]
+
+
+class _Slot:
+    """The place of a tensor among a call's arguments."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number

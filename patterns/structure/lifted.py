@@ -1,0 +1,321 @@
+"""Lifted: what a loop computes from one token (or one chunk of them), as what it is for all of them at once."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from llcompile.patterns.structure.facts import Times
+from llcompile.patterns.structure.nested import leaves, mapped
+from llcompile.patterns.structure.program import Op, Value
+
+# Operations that keep all numbers as they are.
+_MOVES = "view _unsafe_view reshape permute transpose t unsqueeze squeeze expand clone contiguous _to_copy alias"
+MOVES = frozenset(_MOVES.split())
+# Those and the ones that keep some.
+SHAPES = MOVES | frozenset(["slice", "select", "unbind", "split", "split_with_sizes"])
+_PICKS = ("select", "unbind")
+_CUTS = ("slice", "split", "split_with_sizes")
+_ARITHMETIC = ("mul", "div", "add", "sub", "rsub", "pow")
+_FEW = 4  # pieces; of more, one may go without what the others have
+
+
+class Taken(NamedTuple):
+    """How pieces were taken from a sequence.
+
+    Args:
+        value: the sequence.
+        dim: its dimension that was cut.
+        width: positions in a piece; 0 where a piece is one position and does not have the dimension any more.
+    """
+
+    value: Value
+    dim: int
+    width: int
+
+
+@dataclass(eq=False)
+class Numbers:
+    """A number that code in a loop computes anew for each piece: an angle, `1 / (t + 1)`.
+
+    Args:
+        known: position -> the number.
+    """
+
+    known: dict[int, float]
+
+    @property
+    def single(self) -> float | None:
+        """The number, where it is the same for all pieces."""
+        found = set(self.known.values())
+        return next(iter(found)) if len(found) == 1 else None
+
+    def row(self, count: int) -> list[float]:
+        """One for each of so many pieces; a piece that the code leaves out has any."""
+        some = next(iter(self.known.values()))
+        return [self.known.get(i, some) for i in range(count)]
+
+
+@dataclass(eq=False)
+class Lifted:
+    """What code in a loop computes from one piece of a sequence, for all pieces at once: [N, *shape of one piece's].
+
+    Args:
+        op: the operation of the first piece; `args` are its arguments, pieces' values as what they were lifted to.
+        base: instead of an operation, where the pieces were taken from.
+        index: which of the operation's results it is.
+        sample: the value of the first piece seen.
+        count: N, the number of pieces.
+    """
+
+    op: Op | None
+    args: Any = ()
+    kwargs: Any = None
+    base: Taken | None = None
+    index: int = 0
+    sample: Value | None = None
+    count: int = 0
+
+    def __repr__(self) -> str:
+        return f"[{self.count}]x{self.sample}"
+
+    @functools.cached_property
+    def is_plain(self) -> bool:
+        """Whether it only moves the numbers of a sequence."""
+        if self.op is None:
+            return True
+        parents = [a for a in self.args if isinstance(a, Lifted)]
+        return self.op.name in SHAPES and all(p.is_plain for p in parents)
+
+    @functools.cached_property
+    def has_numbers(self) -> bool:
+        """Whether a number of each piece has a part in it."""
+        return any(isinstance(a, Numbers) or (isinstance(a, Lifted) and a.has_numbers) for a in leaves(self.args))
+
+
+Source = Value | Lifted
+
+
+def sample_of(source: Source) -> Value:
+    """The value itself, or that of one piece."""
+    value = source.sample if isinstance(source, Lifted) else source
+    assert value is not None
+    return value
+
+
+def origin(source: Source) -> object:
+    """Equal for two sources with the same numbers up to a factor: one of a sequence, the other of its pieces, say."""
+    return _origin(source, {}, 12)
+
+
+def _origin(source: Source, known: dict[Source, object], depth: int) -> object:
+    if isinstance(source, Lifted) and source.base is not None:
+        return _origin(source.base.value, known, depth)
+    if source.op is None or depth == 0:
+        return id(source)
+    if source not in known:
+        op, args = source.op, source.args if isinstance(source, Lifted) else source.op.args
+        inner = [a for a in leaves(args) if isinstance(a, (Value, Lifted))]
+        above = tuple(_origin(a, known, depth - 1) for a in inner)
+        written = tuple(n for n in map(_written, leaves(args)) if n is not None)
+        factor = op.name in ("mul", "div") and len(inner) == 1 and not any(isinstance(n, tuple) for n in written)
+        moves = op.name in MOVES or factor
+        numbers = () if op.name in MOVES else written
+        known[source] = above[0] if moves and above else (op.target, source.index, above, numbers)
+    return known[source]
+
+
+def _written(argument: Any) -> Any:
+    """A number of the code, or those of all pieces; None for anything else."""
+    if isinstance(argument, Numbers):
+        return argument.single if argument.single is not None else tuple(sorted(argument.known.items()))
+    return argument if isinstance(argument, (int, float)) else None
+
+
+class Lifter:
+    """Tells of the values of pieces what they are pieces of."""
+
+    def __init__(self, times: Times) -> None:
+        self.times = times
+        self._lifted: dict[Any, Lifted] = {}
+        self._places: dict[Value, tuple[Lifted, int] | None] = {}
+        self._rows: dict[Any, set[tuple[int | None, int]]] = {}
+
+    def place(self, value: Value) -> tuple[Lifted, int] | None:
+        """A piece's value as what it was lifted to and its position; None where it is more than one piece's."""
+        if value not in self._places:
+            self._places[value] = self._find(value)
+        return self._places[value]
+
+    def _find(self, value: Value) -> tuple[Lifted, int] | None:
+        op, facts = value.op, self.times.facts
+        if op is None or facts[value].mixed:
+            return None
+        if op.name in (*_PICKS, *_CUTS) and facts[op.inputs[0]].form == "sequence":
+            return self._taken(value, op)
+        places = {}
+        for parent in op.inputs:
+            if facts[parent].form == "timeless" and not facts[parent].data:
+                continue
+            found = self.place(parent)
+            if found is None:
+                return None
+            places[parent] = found
+        found_at = {(lifted.count, position) for lifted, position in places.values()}
+        if len(found_at) != 1:
+            return None
+        count, position = next(iter(found_at))
+        given = {parent: lifted for parent, (lifted, _) in places.items()}
+        for parent in op.inputs:
+            table = self.table(parent, count, position) if parent not in given else None
+            if table is not None:
+                given[parent] = table
+        made = self._of_pieces(value, op, given, count)
+        return None if made is None or not self._note(made, op, position) else (made, position)
+
+    def _of_pieces(self, value: Value, op: Op, given: Mapping[Value, Lifted], count: int) -> Lifted | None:
+        """What an operation makes of pieces, for all pieces."""
+        args, kwargs = mapped(lambda a: given.get(a, a) if isinstance(a, Value) else a, (op.args, op.kwargs))
+        rank = -1
+        if self._has_own_number(op, count):
+            rank, args = self._rank(op, count), (args[0], Numbers({}), *args[2:])
+        shape = mapped(self.name, (args, kwargs))
+        key = (op.target, op.mode, value.index, rank, repr(shape))
+        if key not in self._lifted:
+            self._lifted[key] = Lifted(op, args, kwargs, index=value.index, sample=value, count=count)
+        return self._lifted[key]
+
+    def name(self, argument: Any, depth: int = 8) -> Any:
+        """Equal for arguments that are the same for all pieces, also where each piece has them made anew."""
+        if isinstance(argument, Numbers):
+            return "#"
+        if not isinstance(argument, (Value, Lifted)):
+            return argument
+        op = None if isinstance(argument, Lifted) else argument.op
+        fact = self.times.facts.get(argument) if isinstance(argument, Value) else None
+        if op is None or fact is None or fact.data or len(op.inputs) > 1 or depth == 0 or op.is_random:
+            return id(argument)
+        inner = mapped(lambda a: self.name(a, depth - 1), (op.args, op.kwargs))
+        return op.target, op.mode, argument.index, repr(inner)
+
+    def _note(self, lifted: Lifted, op: Op, position: int) -> bool:
+        """Whether the number of this piece agrees with what is known of it."""
+        row = lifted.args[1] if len(lifted.args) > 1 else None
+        return not isinstance(row, Numbers) or row.known.setdefault(position, op.args[1]) == op.args[1]
+
+    def _has_own_number(self, op: Op, count: int) -> bool:
+        """Whether it has a number that other pieces do not have: fewer of its kind have it than there are pieces."""
+        return is_numbered(op) and self._numbered[_call(op)] < (count if count < _FEW else count - 1)
+
+    def _rank(self, op: Op, count: int) -> int:
+        """Which of the operations on its piece it is, of those with a number of their own."""
+        alike = (o for o in op.args[0].users if o.target is op.target and o.number < op.number)
+        return sum(o.args[0] is op.args[0] and self._has_own_number(o, count) for o in alike)
+
+    @functools.cached_property
+    def _numbered(self) -> Counter[Any]:
+        return Counter(_call(op) for op in self.times.program.ops if is_numbered(op))
+
+    def table(self, value: Value, count: int, position: int) -> Lifted | None:
+        """What is read off a table that has a row for each piece, `cos[t]`; None for what is the same for all."""
+        op, fact = value.op, self.times.facts.get(value)
+        if op is None or fact is None or fact.data or fact.form != "timeless" or len(op.inputs) != 1:
+            return None
+        if op.name not in (*_PICKS, *_CUTS):
+            inner = self.table(op.inputs[0], count, position) if len(op.outputs) == 1 else None
+            made = None if inner is None else self._of_pieces(value, op, {op.inputs[0]: inner}, count)
+            return made if made is not None and self._note(made, op, position) else None
+        base, dim, width, start = piece(value, op)
+        if start != position * max(1, width) or base.node is None or not self._is_read_in_turn(base, op, count):
+            return None
+        key = "table", Taken(base, dim, width), count
+        if key not in self._lifted:
+            self._lifted[key] = Lifted(None, base=key[1], sample=value, count=count)
+        return self._lifted[key]
+
+    def _is_read_in_turn(self, base: Value, op: Op, count: int) -> bool:
+        """Whether rows of a table are read one after another, as many as there are pieces."""
+        key = base, op.name, _dim(op, base)
+        if key not in self._rows:
+            users = (u for u in base.users if u.name == op.name and u.inputs[0] is base and _dim(u, base) == key[2])
+            pieces = (piece(value, user) for user in users for value in user.outputs)
+            self._rows[key] = {(found.start, found.width) for found in pieces}
+        found, width = self._rows[key], piece(op.outputs[0], op).width
+        return all((i * max(1, width), width) in found for i in range(count))
+
+    def _taken(self, value: Value, op: Op) -> tuple[Lifted, int] | None:
+        """A piece taken out of a sequence: a token, or one of chunks of equal width."""
+        base, dim, width, start = piece(value, op)
+        row, leaves = self.times.axis_leaves(self.times.followed.axes[base][dim]), self.times.leaves
+        if not row or self.times.facts[base].mixed or row != leaves[: len(row)]:
+            return None
+        # Chunks of what is in chunks already are no pieces that time is made of in order.
+        if op.name not in _PICKS and (not width or row != leaves or base.shape[dim] % width):
+            return None
+        if start is None or (width and start % width):
+            return None
+        key = Taken(base, dim, width)
+        if key not in self._lifted:
+            count = math.prod(leaf.size for leaf in row) // max(1, width)
+            self._lifted[key] = Lifted(None, base=key, sample=value, count=count)
+        return self._lifted[key], start // max(1, width)
+
+
+def is_numbered(op: Op) -> bool:
+    """Whether it does arithmetic with a tensor and a number."""
+    return (
+        op.name in _ARITHMETIC
+        and len(op.inputs) == 1
+        and len(op.args) > 1
+        and type(op.args[1]) in (int, float)
+        and not op.kwargs
+        and op.outputs[0].dtype == op.inputs[0].dtype
+        and op.outputs[0].dtype.is_floating_point
+    )
+
+
+def _call(op: Op) -> Any:
+    """Equal for operations that a loop does with the same number at the same line."""
+    return op.target, op.args[1], op.node.meta.get("stack_trace")
+
+
+class Piece(NamedTuple):
+    """What was cut out, along which dimension, how wide (0: picked) and where it begins."""
+
+    base: Value
+    dim: int
+    width: int
+    start: int | None
+
+
+def piece(value: Value, op: Op) -> Piece:
+    """What an operation takes out of a tensor."""
+    base, dim = op.inputs[0], _dim(op, op.inputs[0])
+    if op.name in _PICKS:
+        return Piece(base, dim, 0, value.index if op.name == "unbind" else _number(op, 2) % base.shape[dim])
+    return Piece(base, dim, value.shape[dim], _start(op, value, base.shape[dim]))
+
+
+def _dim(op: Op, base: Value) -> int:
+    at = 2 if op.name in ("split", "split_with_sizes") else 1
+    return _number(op, at) % len(base.shape)
+
+
+def _number(op: Op, at: int) -> int:
+    return int(op.args[at] if len(op.args) > at else op.kwargs.get("dim", 0))
+
+
+def _start(op: Op, value: Value, length: int) -> int | None:
+    """Where a cut begins; None where it takes every second position, or the like."""
+    if op.name == "split":
+        return int(value.index * op.args[1])
+    if op.name == "split_with_sizes":
+        return int(sum(op.args[1][: value.index]))
+    if len(op.args) > 4 and op.args[4] != 1:
+        return None
+    start = op.args[2] if len(op.args) > 2 and op.args[2] is not None else 0
+    return int(start + length if start < 0 else start)

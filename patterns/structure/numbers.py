@@ -1,0 +1,38 @@
+"""Numbers: the tensors of the user's program whose numbers a recognised mixer rests on.
+
+A mask, a decay or a scale that is a buffer was read when the graph was compiled. It may change: by `load_state_dict`,
+by an assignment, in place. Whoever compiles has to guard it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from llcompile.patterns.structure.found import Found, Missed
+from llcompile.patterns.structure.lifted import Source, sample_of
+from llcompile.patterns.structure.program import Op, Program, Value
+from llcompile.patterns.structure.ranges import REALS, Range, ranges
+
+
+def numbers_read(program: Program, found: Iterable[Found], missed: Iterable[Missed]) -> list[Value]:
+    """The values that were read off tensors which may change, and decide what was found or missed."""
+    parts = [*(f.ops for f in found), *(m.part.ops for m in missed if m.part is not None)]
+    read = {v: None for ops in parts for op in ops for v in op.inputs if v.is_read}
+    if any(v.is_read for v in program.inputs):
+        known, unknown = ranges(program), ranges(program, numbers=False)
+        for source in (s for f in found for s in f.reading.operands):
+            if known.get(sample_of(source), REALS) != unknown.get(sample_of(source), REALS):
+                read.update(dict.fromkeys(_above(source, known)))
+    return list(read)
+
+
+def _above(source: Source, known: dict[Value, Range]) -> list[Value]:
+    """The values with numbers that bound a source."""
+    pending, seen = [sample_of(source)], {sample_of(source)}
+    for value in pending:
+        op: Op | None = value.op
+        for parent in () if op is None else op.inputs:
+            if parent not in seen and known[parent] != REALS:
+                seen.add(parent)
+                pending.append(parent)
+    return [value for value in pending if value.is_read]

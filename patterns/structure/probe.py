@@ -1,0 +1,180 @@
+"""Probe: runs a part on random numbers and sees what its result depends on."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor
+
+from llcompile.patterns.structure.cut import Part
+from llcompile.patterns.structure.execute import function_of
+from llcompile.patterns.structure.frame import Row
+from llcompile.patterns.structure.lifted import Source, sample_of
+from llcompile.patterns.structure.program import Value
+from llcompile.patterns.structure.ranges import Range
+from llcompile.patterns.structure.sizing import Sizing, arrange
+
+_WIDE, _FAR = 100.0, 8.0
+SAME = 1e-8  # relative difference up to which two float64 results are the same
+
+
+class Probe:
+    """A part at one choice of sizes, with one draw of its sources.
+
+    Args:
+        part: the part.
+        rows: source -> its axes.
+        result: the axes of its result.
+        sizing: the sizes.
+        ranges: source -> the range of its numbers.
+        seed: of the draw.
+    """
+
+    def __init__(
+        self,
+        part: Part,
+        rows: Mapping[Source, tuple[Row, ...]],
+        result: tuple[Row, ...],
+        sizing: Sizing,
+        ranges: Mapping[Source, Range],
+        seed: int = 0,
+        dtype: torch.dtype = torch.float64,
+    ) -> None:
+        self.part, self.rows, self.result, self.sizing, self.ranges = part, rows, result, sizing, ranges
+        self.dtype = dtype
+        self.generator = torch.Generator().manual_seed(seed)
+        self.values = {source: self.draw(source) for source in part.sources}
+        # With all numbers as traced, the arguments stand as they are.
+        self.resizes = any(sizing.of(leaf) != leaf.size for leaf in self._leaves())
+        self.runs = 0
+        self.linear_in: Source | None = None  # of what the part computes, only what this source has a part in
+
+    def _leaves(self) -> list:  # type: ignore[type-arg]
+        times = self.sizing.times
+        values = dict.fromkeys(v for op in self.part.ops for v in (*op.inputs, *op.outputs))
+        return [leaf for v in values for axis in times.followed.axes[v] for leaf in times.axis_leaves(axis)]
+
+    @property
+    def length(self) -> int:
+        """The number of positions."""
+        return self.sizing.length
+
+    def shape(self, source: Source) -> tuple[int, ...]:
+        """The shape of a source at these sizes."""
+        of = self.sizing.of
+        return tuple(math.prod(of(leaf) for leaf in row) for row in self.rows[source])
+
+    def draw(self, source: Source) -> Tensor:
+        """Generic numbers in the source's range."""
+        dtype = sample_of(source).dtype
+        shape = self.shape(source)
+        if not dtype.is_floating_point:
+            whole = torch.randint(0, 2, shape, generator=self.generator)
+            return whole.to(dtype)
+        z = torch.randn(shape, generator=self.generator, dtype=torch.float64)
+        return within(z, self.ranges[source]).to(self.dtype)
+
+    def run(self, changed: Mapping[Source, Tensor] | None = None) -> Tensor:
+        """The result, with some sources changed."""
+        numbers = {**self.values, **(changed or {})}
+        result, own = self._run(numbers), self.linear_in
+        return result if own is None else result - self._run({**numbers, own: torch.zeros_like(numbers[own])})
+
+    def _run(self, numbers: Mapping[Source, Tensor]) -> Tensor:
+        self.runs += 1
+        function, read = self._function
+        given = [numbers[s] if isinstance(s, Value) else numbers[s][position] for s, position in read]
+        with _same_draws() if self.part.random is not None else nullcontext():
+            return function(*given).to(self.dtype)
+
+    def numbers_of(self, value: Value) -> Tensor:
+        """The numbers of a value inside of the part."""
+        _, read = self._function
+        function = self._written(value)
+        given = [self.values[s] if isinstance(s, Value) else self.values[s][position] for s, position in read]
+        return function(*given).to(self.dtype)
+
+    @functools.cached_property
+    def _function(self) -> tuple[Callable[..., Tensor], list[tuple[Source, int]]]:
+        """The part as a function, and which source, at which position, each of its arguments is."""
+        inputs: dict[Value, tuple[Source, int]] = {}
+        for source in self.part.sources:
+            if isinstance(source, Value):
+                inputs[source] = (source, 0)
+            else:
+                inputs.update((value, (source, position)) for value, position in self.part.taps[source].items())
+        self._inputs = list(inputs)
+        return self._written(self.part.result), list(inputs.values())
+
+    def _written(self, value: Value) -> Callable[..., Tensor]:
+        """The part up to a value, as a function of its inputs."""
+        sizes = self.sizing.shape if self.resizes else None
+        key = (value, self.dtype, self.resizes and frozenset(self.sizing.sizes.items()))
+        known = self.part.functions
+        if key not in known:
+            known[key] = function_of(self.part.ops, self._inputs, value, sizes, self.dtype)
+        return known[key]
+
+    def by_time(self, x: Tensor) -> Tensor:
+        """A result as [T, everything else]."""
+        times = self.sizing.times
+        rest = tuple(atom for row in self.result for atom in row if not times.is_time(atom))
+        return arrange(x, self.result, (times.leaves, rest), self.sizing.of)
+
+    def is_timed(self, source: Source) -> bool:
+        """Whether a source has time."""
+        return any(self.sizing.times.is_time(atom) for row in self.rows[source] for atom in row)
+
+    def at_one_time(self, source: Source, position: int) -> Tensor:
+        """The source with other numbers at one position."""
+        times = self.sizing.times
+        atoms = tuple(atom for row in self.rows[source] for atom in row)
+        mask = torch.zeros(self.length, dtype=torch.bool)
+        mask[position] = True
+        where = arrange(mask, (times.leaves,), tuple((a,) for a in atoms), self.sizing.of)
+        where = where.reshape(self.values[source].shape)
+        return torch.where(where, self.draw(source), self.values[source])
+
+
+@contextmanager
+def _same_draws() -> Iterator[None]:
+    """Random operations draw the same each time, and the user's generator is as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        yield
+
+
+def within(z: Tensor, bounds: Range) -> Tensor:
+    """Standard normal numbers as generic numbers in a range, away from its ends, of both signs where it has them."""
+    low, high = bounds
+    if high - low > _WIDE:  # one end at most is felt
+        low, high = (-math.inf if low < -_FAR else low), (math.inf if high > _FAR else high)
+    if math.isinf(low) and math.isinf(high):
+        return z
+    unit = torch.sigmoid(1.3 * z)
+    if math.isinf(high) and low < 0:
+        return low + torch.nn.functional.softplus(z + _zero_at(-low))
+    if math.isinf(low) and high > 0:
+        return high - torch.nn.functional.softplus(_zero_at(high) - z)
+    if math.isinf(high):
+        return low + 0.1 + torch.nn.functional.softplus(z)
+    if math.isinf(low):
+        return high - 0.03 - 0.4 * torch.nn.functional.softplus(z)
+    return low + (high - low) * (0.1 + 0.8 * unit)
+
+
+def _zero_at(size: float) -> float:
+    """Where a softplus is as large as this."""
+    return math.log(math.expm1(size)) if size < 30 else size
+
+
+def difference(one: Tensor, two: Tensor) -> float:
+    """The largest difference of two results [T, N], each row relative to its own size."""
+    size = torch.maximum(one.abs().amax(1), two.abs().amax(1))
+    whole = size.max().clamp_min(1e-300)
+    error = ((one - two).abs().amax(1) / size.clamp_min(1e-6 * whole)).max()
+    return float(error) if bool(torch.isfinite(error)) else math.inf

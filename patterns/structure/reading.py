@@ -1,0 +1,224 @@
+"""Reading: a part of a program understood as a mixer: which source is which operand, and on which axes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from llcompile.patterns.structure.axes import Atom
+from llcompile.patterns.structure.frame import Row
+from llcompile.patterns.structure.lifted import Source
+from llcompile.patterns.structure.sizing import CannotArrange, arrange
+from llcompile.patterns.structure.transforms import Transform
+from llcompile.patterns.families import Correction, Decay
+from llcompile.patterns.mixer import Mixer
+
+Size = Callable[[Atom], Any]
+
+# What may stand in the denominator d of normalised linear attention, with e the epsilon, and s() the sum of the query's
+# features: q . (sum of keys + e) is d + e s.
+NORMALISERS: dict[str, Callable[[Any, float, Callable[[], Any]], Any]] = {
+    "d + e": lambda d, e, s: d + e,
+    "max(d, e)": lambda d, e, s: torch.clamp_min(d, e),
+    "|d| + e": lambda d, e, s: torch.abs(d) + e,
+    "max(|d|, e)": lambda d, e, s: torch.clamp_min(torch.abs(d), e),
+    "d + e s": lambda d, e, s: d + e * s(),
+}
+
+
+# What is done to the output o with a source x.
+POSTS: dict[str, Callable[[Any, Any], Any]] = {
+    "plus": lambda o, x: o + x,
+    "times": lambda o, x: o * x,
+    "over": lambda o, x: o / x,
+    "times exp": lambda o, x: o * torch.exp(x),
+    "over exp": lambda o, x: o * torch.exp(-x),
+}
+
+
+@dataclass(frozen=True)
+class Axes4:
+    """The atoms of the operator's axes. `groups` are the heads that queries and keys have, `rest` those they share."""
+
+    batch: Row
+    time: Row
+    groups: Row
+    rest: Row
+    key: Row
+    value: Row
+
+    @property
+    def heads(self) -> Row:
+        """All heads, the groups outermost."""
+        return (*self.groups, *self.rest)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Which source is which operand.
+
+    Args:
+        rows: source -> its axes.
+        result: the axes of what the part computes.
+        axes: the operator's axes.
+        value: None where the part sums scores alone (a denominator).
+        factors: sources [B, T, H] that multiply a token's key (or value), "as it is" or as its "exp".
+        decay: the source of the decay, with its transform; `rate` a factor on the log decay; `shifted`
+            where a token's decay acts after it was read.
+        assumed: the decay is a parameter taken as it is, which must lie in (0, 1].
+        constant: the log decay of each head where it is a number of the code.
+        complement: what is written is multiplied with one minus the decay (a step from the state towards it).
+        step: the beta of a delta rule where it is a number of the code.
+        post: sources that the output is multiplied with ("times"), divided by ("over"), or that are added ("plus");
+            "times exp" and "over exp" for their exponentials.
+        first: the state that the sum starts from, which the model has learned; `first_scale` a factor on it.
+        skip: where the output has the token's own value once more (the scores have a number on their diagonal): what
+            that is multiplied with, and with `skip_scale`; None where it has not.
+        normaliser: (form, epsilon) where the output is divided by the same operator on ones.
+        scale: factor on the query.
+    """
+
+    rows: Mapping[Source, tuple[Row, ...]]
+    result: tuple[Row, ...]
+    axes: Axes4
+    query: Source
+    key: Source
+    value: Source | None
+    factors: tuple[tuple[Source, str], ...] = ()
+    decay: Source | None = None
+    transform: Transform | None = None
+    rate: float = 1.0
+    shifted: bool = False
+    assumed: bool = False
+    constant: tuple[float, ...] | None = None
+    complement: bool = False
+    beta: Source | None = None
+    step: float | None = None
+    post: tuple[tuple[Source, str], ...] = ()
+    first: Source | None = None
+    first_scale: float = 1.0
+    skip: tuple[Source, ...] | None = None
+    skip_scale: float = 1.0
+    normaliser: tuple[str, float] | None = None
+    scale: float = 1.0
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def family(self) -> tuple[Decay, Correction]:
+        """The cell of the table of families."""
+        correction: Correction = "none" if self.step is None and self.beta is None else "delta"
+        if self.decay is None:
+            return ("none" if self.constant is None else "scalar"), correction
+        keyed = any(atom in self.axes.key for row in self.rows[self.decay] for atom in row)
+        return ("channel" if keyed else "scalar"), correction
+
+    @property
+    def operands(self) -> list[Source]:
+        """Every source that is a part of the operator's operands."""
+        found = [self.query, self.key, self.value, *(s for s, _ in self.factors), self.decay, self.beta]
+        return [s for s in dict.fromkeys(found) if s is not None]
+
+    def scaled(self, scale: float) -> Reading:
+        """The same with another scale."""
+        return replace(self, scale=scale)
+
+    def mixer(self, values: Mapping[Source, Any], size: Size, precision: torch.dtype = torch.float32) -> Mixer:
+        """The operands in the operator's layout, from tensors or proxies; decays that are numbers in `precision`."""
+        a = self.axes
+        put = lambda source, *groups: arrange(values[source], self.rows[source], groups, size)  # noqa: E731
+        key = put(self.key, a.batch, a.time, a.groups, a.key)
+        if self.value is not None:
+            value = put(self.value, a.batch, a.time, a.heads, a.value)
+        else:
+            row = torch.ones_like(key[..., :1])
+            value = arrange(row, (a.batch, a.time, a.groups, ()), (a.batch, a.time, a.heads, ()), size)
+        if self.normaliser is not None:
+            value = torch.cat([value, torch.ones_like(value[..., :1])], dim=-1)
+        for factor, form in self.factors:
+            row = put(factor, a.batch, a.time, a.heads, ())
+            value = value * (torch.exp(row) if form == "exp" else row)
+        decay, correction = self.family
+        log_decay = self._log_decay(values, size, value, precision)
+        if self.complement:
+            written = -torch.expm1(log_decay)
+            key, value = (key * written, value) if decay == "channel" else (key, value * written[..., None])
+        return Mixer(
+            decay=decay,
+            correction=correction,
+            query=put(self.query, a.batch, a.time, a.groups, a.key),
+            key=key,
+            value=value,
+            log_decay=log_decay,
+            beta=self._beta(put) if self.step is None else torch.full_like(value[..., 0], self.step),
+            initial_state=self._first(values, size),
+            scale=self.scale,
+        )
+
+    def _first(self, values: Mapping[Source, Any], size: Size) -> Any:
+        """The state at the start, [B, H, K, V]."""
+        if self.first is None:
+            return None
+        if self.value is None or self.normaliser is not None:
+            raise CannotArrange
+        a = self.axes
+        state = arrange(values[self.first], self.rows[self.first], (a.batch, a.heads, a.key, a.value), size)
+        return state if self.first_scale == 1.0 else state * self.first_scale
+
+    def _beta(self, put: Callable[..., Any]) -> Any:
+        a = self.axes
+        return None if self.beta is None else put(self.beta, a.batch, a.time, a.heads)
+
+    def _log_decay(self, values: Mapping[Source, Any], size: Size, like: Any, precision: torch.dtype) -> Any:
+        a = self.axes
+        if self.decay is None:
+            if self.constant is None:
+                return None
+            numbers = like.new_tensor(list(self.constant), dtype=torch.float64)
+            return numbers.to(precision)
+        assert self.transform is not None
+        z = self.transform.log_decay(values[self.decay])
+        z = z if self.rate == 1.0 else z * self.rate
+        held = {id(atom) for row in self.rows[self.decay] for atom in row}
+        keyed = [a.key] if self.family[0] == "channel" else []
+        if not keyed and not held & {id(x) for x in (*a.batch, *a.time)}:
+            return arrange(z, self.rows[self.decay], (a.heads,), size)
+        z = arrange(z, self.rows[self.decay], (a.batch, a.time, a.heads, *keyed), size)
+        if self.shifted:
+            z = torch.cat([torch.zeros_like(z[:, :1]), z[:, :-1]], dim=1)
+        return z
+
+    def finish(self, output: Any, values: Mapping[Source, Any], size: Size) -> Any:
+        """What the part computes, from the operator's output [B, T, H, V]."""
+        a = self.axes
+        if self.normaliser is not None:
+            form, epsilon = self.normaliser
+            features = lambda: self._query_sum(values, size)  # noqa: E731
+            output = output[..., :-1] / NORMALISERS[form](output[..., -1:], epsilon, features)
+        if self.skip is not None:
+            output = output + self._skipped(values, size)
+        output = arrange(output, (a.batch, a.time, a.heads, a.value), self.result, size)
+        for source, how in self.post:
+            other = arrange(values[source], self.rows[source], self.result, size, broadcast=True)
+            output = POSTS[how](output, other)
+        return output
+
+    def _skipped(self, values: Mapping[Source, Any], size: Size) -> Any:
+        """What the diagonal of the scores adds, [B, T, H, V]."""
+        if self.value is None or self.skip is None:
+            raise CannotArrange
+        a = self.axes
+        whole = (a.batch, a.time, a.heads, a.value)
+        added = arrange(values[self.value], self.rows[self.value], whole, size)
+        for source in self.skip:
+            added = added * arrange(values[source], self.rows[source], whole, size)
+        return added if self.skip_scale == 1.0 else added * self.skip_scale
+
+    def _query_sum(self, values: Mapping[Source, Any], size: Size) -> Any:
+        """The sum of the query's features, [B, T, H, 1]."""
+        a = self.axes
+        query = arrange(values[self.query], self.rows[self.query], (a.batch, a.time, a.groups, a.key), size)
+        row = query.sum(-1, keepdim=True)
+        return arrange(row, (a.batch, a.time, a.groups, ()), (a.batch, a.time, a.heads, ()), size)

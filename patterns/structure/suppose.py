@@ -1,0 +1,347 @@
+"""Suppose: tries the operands that the roles leave open, until the operator agrees with the part."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+import llcompile.kernels.operators  # noqa: F401  (registers torch.ops.llcompile)
+from llcompile.patterns.structure.axes import Atom
+from llcompile.patterns.structure.classify import Miss, Roles
+from llcompile.patterns.structure.lifted import Source
+from llcompile.patterns.structure.probe import Probe, difference
+from llcompile.patterns.structure.reading import NORMALISERS, Axes4, Reading
+from llcompile.patterns.structure.sizing import CannotArrange, arrange
+from llcompile.patterns.structure.transforms import TRANSFORMS
+
+AGREES = 2e-6  # a guess is taken to the proof where it agrees this well (buffers are float32)
+_STEADY = -0.1
+_DECAY, _BETA, _FACTOR, _EXP = "decay", "beta", "factor", "exponent"
+
+
+def suppose(probe: Probe, roles: Roles) -> Reading:
+    """The reading of the part that agrees with it on the probe's draw.
+
+    Raises:
+        Miss: none does; with how close the best one came.
+    """
+    base = probe.by_time(probe.run())
+    closest = math.inf
+    for reading in _readings(probe, roles):
+        try:
+            found, error = _fit(probe, reading, roles, base)
+        except (CannotArrange, RuntimeError):
+            continue
+        if error < AGREES:
+            return _with_rest(probe, found, roles)
+        closest = min(closest, error)
+    if not roles.linear_query:
+        raise Miss(
+            "not linear in the query", 2, "scores must enter as they are: no square, exponential or softmax", True
+        )
+    how = f"agrees at w = 1 to {closest:.0e} only" if closest < 0.3 else "its scores are not those of a known family"
+    raise Miss(how, 2, "see docs/operator.md for the families", True)
+
+
+def _with_rest(probe: Probe, reading: Reading, roles: Roles) -> Reading:
+    """The reading with what the probe left away: the state at the start, and the value once more.
+
+    Raises:
+        Miss: there is something else.
+    """
+    if roles.first is None and roles.aside is None:
+        return reading
+    probe.linear_in, none = None, torch.zeros_like
+    try:
+        if roles.first is not None:
+            probe.values[roles.first] = probe.draw(roles.first)
+            reading = replace(reading, first=roles.first)
+            without = {roles.first: none(probe.values[roles.first])}
+            theirs = probe.by_time(probe.run()) - probe.by_time(probe.run(without))
+            ours = output_of(probe, reading) - _output_with(probe, reading, without)
+            reading = replace(reading, first_scale=_factor(theirs, ours))
+        if roles.aside is not None:
+            reading = replace(reading, skip=roles.aside)
+            without = {roles.query: none(probe.values[roles.query])}
+            theirs = probe.by_time(probe.run(without))
+            reading = replace(reading, skip_scale=_factor(theirs, _output_with(probe, reading, without)))
+    except (CannotArrange, RuntimeError) as error:
+        raise Miss("what is added to its sum has other axes", 2, open=True) from error
+    return reading
+
+
+def _factor(theirs: Tensor, ours: Tensor) -> float:
+    """What the second is to be multiplied with.
+
+    Raises:
+        Miss: it is not one number.
+    """
+    factor = float((theirs * ours).sum() / (ours * ours).sum().clamp_min(1e-300))
+    if difference(theirs, factor * ours) > AGREES:
+        raise Miss("what is added to its sum is neither a first state nor the token's own value", 2, open=True)
+    return 1.0 if abs(factor - 1) < 1e-9 else factor
+
+
+def _output_with(probe: Probe, reading: Reading, changed: dict[Source, Tensor]) -> Tensor:
+    kept, probe.values = probe.values, {**probe.values, **changed}
+    try:
+        return output_of(probe, reading)
+    finally:
+        probe.values = kept
+
+
+def _readings(probe: Probe, roles: Roles) -> Iterator[Reading]:
+    """Every way to read the sources, the plainest first."""
+    for key in roles.keyed:
+        others = [s for s in (*roles.keyed, *roles.scalars, *roles.timeless) if s is not key]
+        choices = [_choices(probe, roles, s, key) for s in others]
+        for picked in sorted(itertools.product(*choices), key=lambda p: sum(r in (_DECAY, _BETA) for r in p)):
+            if picked.count(_DECAY) > 1 or picked.count(_BETA) > 1:
+                continue
+            named = list(zip(others, picked, strict=True))
+            yield from _with_transforms(probe, roles, key, named)
+
+
+def _choices(probe: Probe, roles: Roles, source: Source, key: Source) -> list[str]:
+    if source in roles.keyed:
+        return [_DECAY]
+    found = []
+    timeless = source in roles.timeless
+    if roles.degree[source] == 1:
+        return [_FACTOR] if not timeless else ["times"]
+    if not timeless and source not in roles.strict:
+        # With a denominator inside, nothing is linear in a factor on the keys.
+        found += [_BETA, _EXP] if roles.linear_query else [_FACTOR, _EXP]
+    return [*found, _DECAY]
+
+
+def _with_transforms(probe: Probe, roles: Roles, key: Source, named: list[tuple[Source, str]]) -> Iterator[Reading]:
+    one = lambda role: next((s for s, r in named if r == role), None)  # noqa: E731
+    decay = one(_DECAY)
+    factors = tuple((s, "exp" if r == _EXP else "as it is") for s, r in named if r in (_FACTOR, _EXP))
+    post = (*roles.post, *((s, r) for s, r in named if r == "times"))
+    axes = _axes(probe, roles, key, [s for s in (*(f for f, _ in factors), decay, one(_BETA)) if s is not None])
+    base = Reading(probe.rows, probe.result, axes, roles.query, key, roles.value, factors, beta=one(_BETA), post=post)
+    bases = [base]
+    if base.beta is None and roles.degree[key] != 1 and roles.linear_query:
+        bases.append(replace(base, step=1.0))
+    for one_base in bases:
+        if decay is None:
+            yield one_base
+            continue
+        for transform in TRANSFORMS:
+            if transform.fits(probe.ranges[decay]):
+                found = replace(one_base, decay=decay, transform=transform, shifted=decay in roles.strict)
+                yield found
+                if decay not in roles.timeless and decay not in roles.strict:
+                    yield replace(found, complement=True)
+        rate = _rate(probe, one_base, decay)
+        if rate is not None:
+            yield replace(one_base, decay=decay, transform=TRANSFORMS[0], rate=rate, shifted=decay in roles.strict)
+
+
+def _rate(probe: Probe, reading: Reading, decay: Source) -> float | None:
+    """The factor between a source and the log decay, where the code multiplies after summing; from a constant decay."""
+    kept = probe.values
+    probe.values = {**kept, decay: torch.full_like(kept[decay], _STEADY)}
+    try:
+        base = probe.by_time(probe.run())
+        steady = _constant_decay(probe, reading, output_of(probe, reading), base)
+    except (CannotArrange, RuntimeError):
+        return None
+    finally:
+        probe.values = kept
+    if steady is None or steady.constant is None:
+        return None
+    rates = [number / _STEADY for number in steady.constant]
+    return sum(rates) / len(rates) if max(rates) - min(rates) < 1e-6 * max(rates) else None
+
+
+def _axes(probe: Probe, roles: Roles, key: Source, scalars: list[Source]) -> Axes4:
+    """The operator's axes, from whose atoms are whose."""
+    rows, times = probe.rows, probe.sizing.times
+    atoms = lambda s: {id(a) for row in rows[s] for a in row}  # noqa: E731
+    result = [a for row in probe.result for a in row if not times.is_time(a)]
+    kept = {id(a) for a in result}
+    contracted = tuple(a for row in rows[roles.query] for a in row if id(a) not in kept and not times.is_time(a))
+    scored = atoms(roles.query) | atoms(key)
+    inner = scored.union(*(atoms(s) for s in scalars)) if scalars else scored
+    own = atoms(roles.value) - inner if roles.value is not None else set()
+    value = tuple(a for a in result if id(a) in own)
+    rest = [a for a in result if id(a) not in own]
+    batch = _batch(rest)
+    heads = [a for a in rest if a not in batch]
+    groups = tuple(a for a in heads if id(a) in scored)
+    shared = tuple(a for a in heads if id(a) not in scored)
+    return Axes4(tuple(batch), times.leaves, groups, shared, contracted, value)
+
+
+def _batch(atoms: list[Atom]) -> list[Atom]:
+    """Those of the axes that no parameter has; without parameters, the first."""
+    free = [a for a in atoms if not a.weight]
+    if len(free) == len(atoms):
+        return free[:1]
+    return free
+
+
+def _fit(probe: Probe, reading: Reading, roles: Roles, base: Tensor) -> tuple[Reading, float]:
+    """The reading with its numbers (scale, constant decay, epsilon) found, and how far it is from the part."""
+    if not roles.linear_query:
+        return _fit_normaliser(probe, reading, base)
+    ours = output_of(probe, reading)
+    found, error = _scaled(reading, ours, base)
+    if error >= AGREES and reading.step is not None:
+        step = _constant_step(probe, reading, base)
+        if step is not None:
+            stepped = replace(reading, step=step)
+            found, error = _scaled(stepped, output_of(probe, stepped), base)
+    if error >= AGREES and reading.decay is None:
+        for headed in (reading, *_more_heads(reading)):
+            decayed = _constant_decay(probe, headed, ours, base)
+            if decayed is not None:
+                # Over two tokens anything dies away as a decay does: only the agreement says whose it is.
+                found, error = min(
+                    (found, error), _scaled(decayed, output_of(probe, decayed), base), key=lambda f: f[1]
+                )
+            if error < AGREES:
+                break
+    return found, error
+
+
+def _more_heads(reading: Reading) -> Iterator[Reading]:
+    """The reading with an axis of the value as heads: only a decay of the code's own numbers may tell them apart."""
+    axes = reading.axes
+    for atom in axes.value if len(axes.value) > 1 else ():
+        rest = tuple(a for a in axes.value if a is not atom)
+        yield replace(reading, axes=replace(axes, rest=(*axes.rest, atom), value=rest))
+
+
+def output_of(probe: Probe, reading: Reading) -> Tensor:
+    """What the reading computes on the probe's draw, as [T, everything else]."""
+    size = probe.sizing.of
+    m = reading.mixer(probe.values, size, probe.dtype)
+    operands = m.query, m.key, m.value, None, m.log_decay, m.beta, m.initial_state
+    output = torch.ops.llcompile.loglinear_attention(*operands, m.scale, False)[0]
+    return probe.by_time(reading.finish(output, probe.values, size))
+
+
+def _scaled(reading: Reading, ours: Tensor, base: Tensor) -> tuple[Reading, float]:
+    scale = float((ours * base).sum() / (ours * ours).sum().clamp_min(1e-300))
+    return reading.scaled(reading.scale * scale), difference(ours * scale, base)
+
+
+def _constant_decay(probe: Probe, reading: Reading, ours: Tensor, base: Tensor) -> Reading | None:
+    """The decay that the code holds as numbers, from how an impulse at the start dies away."""
+    value = reading.value if reading.value is not None else reading.key
+    start = probe.at_one_time(value, 0)
+    theirs = base - probe.by_time(probe.run({value: start}))
+    changed = dict(probe.values)
+    kept, probe.values = probe.values, {**changed, value: start}
+    own = ours - output_of(probe, reading)
+    probe.values = kept
+    heads = _by_head(probe, reading, theirs), _by_head(probe, reading, own)
+    ratio = (heads[0] * heads[1]).sum(-1) / (heads[1] * heads[1]).sum(-1).clamp_min(1e-300)  # [T, H]
+    ratio = ratio / ratio[:1]
+    if not bool((ratio > 0).all()) or ratio.shape[0] < 2:
+        return None
+    # From the last position at which the impulse is still strong: the further, the more exact.
+    strong = int((ratio.amin(1) > 1e-3).nonzero().flatten()[-1])
+    if strong == 0:
+        return None
+    log_decay = torch.log(ratio[strong]) / strong  # [H]
+    expected = torch.exp(log_decay * torch.arange(strong + 1)[:, None])
+    if float(((ratio[: strong + 1] - expected) / expected).abs().max()) > 1e-4:
+        return None
+    if bool((log_decay > 1e-9).any()) or float(log_decay.abs().max()) < 1e-9:
+        return None
+    return replace(reading, constant=tuple(float(x) for x in log_decay))
+
+
+def _constant_step(probe: Probe, reading: Reading, base: Tensor) -> float | None:
+    """The beta that the code holds as a number, from what the second token leaves of the first.
+
+    Up to a factor that is (1 - beta) times what no correction leaves, and beta times what a step of one leaves.
+    """
+    if reading.value is None or probe.length < 2:
+        return None
+    kept, changed = probe.values, {**probe.values, reading.value: probe.at_one_time(reading.value, 0)}
+    theirs = (base - probe.by_time(probe.run(changed)))[1]
+    left = []
+    for step in (None, 1.0):
+        tried = replace(reading, step=step)
+        own = output_of(probe, tried)
+        probe.values = changed
+        left.append((own - output_of(probe, tried))[1])
+        probe.values = kept
+    without, whole = torch.linalg.lstsq(torch.stack(left, 1).double(), theirs.double()[:, None]).solution[:, 0].tolist()
+    step = whole / (without + whole) if without + whole else math.nan
+    return step if math.isfinite(step) and step > 0 else None
+
+
+def _by_head(probe: Probe, reading: Reading, x: Tensor) -> Tensor:
+    """A result [T, N] as [T, H, N / H]."""
+    times = probe.sizing.times
+    rest = tuple(atom for row in probe.result for atom in row if not times.is_time(atom))
+    heads = reading.axes.heads
+    others = tuple(a for a in rest if not any(a is h for h in heads))
+    return arrange(x, (times.leaves, rest), (times.leaves, heads, others), probe.sizing.of)
+
+
+def _fit_normaliser(probe: Probe, reading: Reading, base: Tensor) -> tuple[Reading, float]:
+    """The denominator inside: the operator on ones, and what the code does to it."""
+    best: tuple[Reading, float] = (reading, math.inf)
+    epsilon = _epsilon(probe, reading)
+    for form in NORMALISERS:
+        own = _slope(probe, reading, base) if form == "d + e s" else epsilon
+        found = replace(reading, normaliser=(form, own))
+        error = difference(output_of(probe, found), base)
+        error = max(error, _turned_error(probe, found))
+        if epsilon and error < AGREES:
+            # Where the denominator is about as large as the epsilon, a sum and a maximum differ.
+            with _queries_times(probe, reading, epsilon):
+                error = max(error, difference(output_of(probe, found), probe.by_time(probe.run())))
+        best = min(best, (found, error), key=lambda pair: pair[1])
+    return best
+
+
+def _turned_error(probe: Probe, reading: Reading) -> float:
+    """How far the two are apart for queries of the other sign, where there are such: |d| is not d."""
+    low, query = probe.ranges[reading.query][0], probe.values[reading.query]
+    if low >= 0:
+        return 0.0
+    with _queries_times(probe, reading, -min(1.0, 0.9 * abs(low) / float(query.abs().max()))):
+        return difference(output_of(probe, reading), probe.by_time(probe.run()))
+
+
+def _epsilon(probe: Probe, reading: Reading) -> float:
+    """What remains of the denominator when the queries are tiny."""
+    with _queries_times(probe, reading, 1e-30):
+        theirs = probe.by_time(probe.run())
+        numerator = output_of(probe, replace(reading, normaliser=None))
+    epsilon = float((numerator * numerator).sum() / (numerator * theirs).sum())
+    return epsilon if math.isfinite(epsilon) and epsilon > 1e-25 else 0.0
+
+
+def _slope(probe: Probe, reading: Reading, base: Tensor) -> float:
+    """What is added to the sum of the keys, from how far the denominator is off: n / base = d + e s."""
+    plain = output_of(probe, replace(reading, normaliser=("d + e", 0.0)))  # n / d
+    large = 1e30
+    only = large * output_of(probe, replace(reading, normaliser=("d + e s", large)))  # n / s
+    slope = float((only / base - only / plain).median())
+    return slope if math.isfinite(slope) and slope > 1e-12 else 0.0
+
+
+@contextmanager
+def _queries_times(probe: Probe, reading: Reading, factor: float) -> Iterator[None]:
+    kept = probe.values
+    probe.values = {**kept, reading.query: kept[reading.query] * factor}
+    try:
+        yield
+    finally:
+        probe.values = kept

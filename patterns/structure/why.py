@@ -1,0 +1,311 @@
+"""Why: the first property of a mixer that a part does not have, measured, in words.
+
+The properties stand in the order in which a person would ask: what sees what, what is summed up, how it is weighed, and
+what becomes of a weight with time. Every family has all of them, so the first that fails says why the part is none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llcompile.patterns.structure.classify import Miss
+from llcompile.patterns.structure.lifted import Source
+from llcompile.patterns.structure.measured import SEEN, Measured
+from llcompile.patterns.structure.sizing import CannotArrange, arrange
+
+_GONE = 1e-12  # what is left of a weight that was cut off, in proportion to what it was
+_ERRORS = (CannotArrange, RuntimeError, IndexError, ValueError, TypeError, AssertionError, StopIteration)
+
+
+@dataclass(frozen=True)
+class Property:
+    """One property that every family has.
+
+    Args:
+        failed: what a part does that does not have it, in words; "" where the part has it, or it cannot be seen.
+        hint: what to do.
+        near: how near a part is that fails here first.
+    """
+
+    failed: Callable[[Measured], str]
+    hint: str
+    near: int = 3
+
+
+def explain(measured: Measured, miss: Miss) -> tuple[Miss, bool]:
+    """The miss with the first property that fails, and whether there is one.
+
+    A miss that is not near: along this axis, no positions are joined.
+    """
+    if measured.pointwise:
+        return Miss(miss.reason), True
+    for row in PROPERTIES:
+        try:
+            words = row.failed(measured)
+        except _ERRORS:
+            continue  # it cannot be asked of this part
+        if words:
+            return Miss(words, max(miss.near, row.near), row.hint), True
+    whole = measured.query is not None and measured.value is not None
+    return Miss(miss.reason, max(miss.near, 3 if whole else 0), miss.hint), False
+
+
+def _is_causal(m: Measured) -> str:
+    for source in m.timed:
+        for position in (m.middle, m.length - 1):
+            rows = m.reach(source, position)
+            if rows and rows[0] < position:
+                return f"not causal: output {rows[0]} depends on input {position}"
+    return ""
+
+
+def _sees_itself(m: Measured) -> str:
+    if m.value is None:
+        return ""
+    rows = m.reach(m.value, m.middle)
+    return "strictly causal: a token does not see itself" if rows and rows[0] > m.middle else ""
+
+
+def _keeps_rows_apart(m: Measured) -> str:
+    """Batch and heads: what one of them has does not act on another."""
+    seen = {id(a): a for s in m.timed for a in m.atoms(s) if id(a) in m.kept and m.probe.sizing.of(a) > 1}
+    for atom in seen.values():
+        holders = [s for s in m.timed if any(a is atom for a in m.atoms(s))]
+        if len(holders) < 2:
+            continue  # a value's own channels may be mixed behind
+        first = {s: m.along(s, [atom], 0) > 0 for s in holders}
+        changed = {s: torch.where(first[s], m.probe.draw(s), m.probe.values[s]) for s in holders}
+        difference = m.probe.run(changed) - m.probe.run()
+        dim = next(i for i, row in enumerate(m.probe.result) if any(a is atom for a in row))
+        if len(m.probe.result[dim]) > 1:
+            continue
+        rest = difference.narrow(dim, 1, difference.shape[dim] - 1)
+        if float(rest.abs().max()) > SEEN * float(difference.abs().max()):
+            return "rows are mixed: sequences of a batch, or heads, act on each other"
+    return ""
+
+
+def _sums_values(m: Measured) -> str:
+    if m.value is not None or all(s in m.readers for s in m.timed):
+        return ""
+    return "not linear in the value"
+
+
+def _weighs_a_value_as_one(m: Measured) -> str:
+    """All channels of a value have the same weights."""
+    value = m.value
+    if value is None:
+        return ""
+    own = {id(a) for a in m.atoms(value)} & m.kept
+    scored = {id(a) for s in (m.query, *m.keys) if s is not None for a in m.atoms(s)}
+    others = [s for s in m.timed if s is not value and s not in m.readers and not m.is_paired(s)]
+    shared = own.intersection(*({id(a) for a in m.atoms(s)} for s in others)) if others else set()
+    if m.query is None or not (own - scored) or (own - scored) - shared:
+        return ""
+    return "each channel of the value has weights of its own: a decay, gate or rate has the value's axis"
+
+
+def _looks_forward(m: Measured) -> str:
+    """What a token counts depends on it and on what comes after it, not on what came before."""
+    if m.value is None or m.length < 5 or m.normalised:
+        return ""
+    others = [s for s in m.timed if s is not m.value]
+    before = {s: torch.where(m.other(s, 1) != m.probe.values[s], m.other(s, 1), m.other(s, 0)) for s in others}
+    own, changed = m.weights(m.middle), m.weights(m.middle, before)
+    if float((own - changed).abs().max()) > SEEN * float(own.abs().max()):
+        return f"the score of two positions depends on a third: that of token {m.middle} on tokens before it"
+    return ""
+
+
+def _has_a_query(m: Measured) -> str:
+    if m.query is not None or not m.paired:
+        return ""
+    if m.readers:
+        return "no key: what is read with meets no other sequence"
+    return "no query: each sequence that meets another acts on later outputs, too"
+
+
+def _has_one_reader(m: Measured) -> str:
+    """Beside the query, what acts at one position alone is a factor of the output, or is added to it."""
+    if m.query is None or m.value is None:
+        return ""
+    places, last = _places(m), m.length - 1
+    for source in m.readers:
+        if source is m.query:
+            continue
+        own = m.rows(places, last)
+        other = m.rows(places, last, {source: m.other(source, last)})
+        if _off(other, [own]) > SEEN:
+            return (
+                "the weights of the past depend on another sequence at the position that reads (a decay of the query)"
+            )
+    return ""
+
+
+def _is_linear_in_the_query(m: Measured) -> str:
+    """The weights for a sum of two queries are made of the weights for each; a common factor (a denominator) aside."""
+    if m.query is None or m.value is None:
+        return ""
+    places, last, one = _places(m), m.length - 1, m.probe.values[m.query]
+    two = m.other(m.query, last)
+    apart = [m.rows(places, last), m.rows(places, last, {m.query: two})]
+    together = m.rows(places, last, {m.query: one + two})
+    return "not linear in the query" if _off(together, apart) > SEEN else ""
+
+
+def _is_linear_in_the_key(m: Measured) -> str:
+    """A token's own weight, at the first position, where there is no past that a key could act on."""
+    if m.query is None or m.value is None or not m.keys or m.normalised:
+        return ""
+    for key in m.keys:
+        one, two = m.probe.values[key], m.other(key, 0)
+        at = [m.weights(0, {key: x})[0] for x in (one, two, one + two)]
+        size = max(float(x.abs().max()) for x in at)
+        if size and float((at[0] + at[1] - at[2]).abs().max()) < SEEN * size:
+            return ""
+    own = float(m.weights(0)[0].abs().max())
+    return "not linear in the key" if own > 0 else ""
+
+
+def _sees_all_of_the_past(m: Measured) -> str:
+    """No weight falls to nothing from one position to the next."""
+    if m.value is None or m.query is None:
+        return ""
+    size = m.weights(0).abs().amax(1)
+    for at in range(1, m.length):
+        if float(size[at]) <= _GONE * float(size[:at].min()):
+            if float(size[at:].max()) > _GONE * float(size[:at].min()):
+                return f"not every earlier token counts: output {at} does not depend on input 0"
+            return f"its reach ends: output {at} does not depend on input 0 any more (a window or a reset)"
+    return ""
+
+
+def _decays_step_by_step(m: Measured) -> str:
+    """With one and the same key throughout, what lies between two tokens weighs all that came before alike."""
+    alone = _one_channel(m)
+    if alone is None:
+        return ""
+    weights = [m.weights(s, alone) for s in _early(m)]
+    if _is_corrected(m, alone, weights[0]):
+        return ""
+    for s, one in zip(_early(m), weights, strict=True):
+        for p, two in zip(_early(m), weights, strict=True):
+            if s < p and _off(two[p + 1 :].T, [one[p + 1 :].T]) > SEEN:
+                return "its decay is not a product of one factor for each token"
+    own = torch.stack([m.weights(1, alone)[t] * weights[0][2] - weights[0][t] * m.weights(1, alone)[2] for t in (1,)])
+    size = float((m.weights(1, alone)[1] * weights[0][2]).abs().max())
+    return "a token's own weight is not the one that its decays give" if float(own.abs().max()) > SEEN * size else ""
+
+
+def _early(m: Measured) -> tuple[int, ...]:
+    return (0, 1, m.middle)
+
+
+def _one_channel(m: Measured) -> dict[Source, Tensor] | None:
+    """Queries and keys that are the same at all positions, with one channel only."""
+    if m.value is None or m.query is None or not m.keys or m.length < 5:
+        return None
+    channels = m.contracted(m.query)
+    fits = [k for k in m.keys if all(any(a is b for b in m.contracted(k)) for a in channels) and m.is_additive(k)]
+    return {s: m.along(s, channels, 0) for s in (m.query, *fits)} if fits else None
+
+
+def _is_corrected(m: Measured, alone: dict[Source, Tensor], own: Tensor) -> bool:
+    """Whether what a token counts changes with the keys after it: a delta rule."""
+    keys = [s for s in alone if s is not m.query]
+    changed = {**alone, **{k: _from(m, k, 1, alone[k], m.probe.draw(k)) for k in keys}}
+    other = m.weights(0, changed)
+    return float((other - own).abs().max()) > SEEN * float(own.abs().max())
+
+
+def _from(m: Measured, source: Source, position: int, before: Tensor, after: Tensor) -> Tensor:
+    """The source with one number before a position and another from there on."""
+    times = m.probe.sizing.times
+    mask = torch.arange(m.length) >= position
+    flat = tuple((a,) for row in m.probe.rows[source] for a in row)
+    where = arrange(mask, (times.leaves,), flat, m.probe.sizing.of).reshape(after.shape)
+    return torch.where(where, after, before)
+
+
+def _erases_along_its_key(m: Measured) -> str:
+    """What the first token wrote in one channel stays in it, as long as the keys after it have nothing there."""
+    if m.value is None or m.query is None or not m.keys:
+        return ""
+    channels = m.contracted(m.query)
+    keys = [k for k in _written(m) if all(any(a is b for b in m.contracted(k)) for a in channels)]
+    if not keys or math.prod(m.probe.sizing.of(a) for a in channels) < 2:
+        return ""
+    firsts = {k: m.along(k, channels, 0) for k in keys}
+    later = {k: torch.where(one > 0, torch.zeros_like(one), m.probe.values[k]) for k, one in firsts.items()}
+    changed = {k: _from(m, k, 1, firsts[k], later[k]) for k in keys}
+    found, stays = (m.weights(0, {**changed, m.query: m.along(m.query, channels, i)}) for i in (1, 0))
+    if float(found.abs().max()) <= SEEN * float(stays.abs().max()):
+        return ""
+    return "what a token erases is not along its own key"
+
+
+def _written(m: Measured) -> list[Source]:
+    """The keys that a token writes with: the first token's weight depends on them, as nothing is there to erase."""
+    own = m.weights(0)[0]
+    changed = {k: m.weights(0, {k: m.other(k, 0)})[0] for k in m.keys}
+    found = [k for k, other in changed.items() if float((other - own).abs().max()) > SEEN * float(own.abs().max())]
+    # k beside beta k: one key, though drawn apart here.
+    same = {i for k in found for i in m.origins.get(k, ())} | {id(k) for k in found}
+    return [k for k in m.keys if id(k) in same or m.origins.get(k, set()) & same]
+
+
+def _is_divided_by_its_own_scores(m: Measured) -> str:
+    """Where the size of the query does not matter, values of one come out as one."""
+    if m.value is None or not m.normalised or m.query is None:
+        return ""
+    ones = torch.ones_like(m.probe.values[m.value])
+    large = 1e6 * m.probe.values[m.query]
+    nothing = m.run({m.value: torch.zeros_like(ones), m.query: large})
+    found = (m.run({m.value: ones, m.query: large}) - nothing).abs()
+    return "its denominator is not the sum of its scores" if float((found - 1).abs().max()) > 1e-3 else ""
+
+
+def _places(m: Measured) -> list[int]:
+    """Some positions, the first and the last among them."""
+    return sorted({0, 1, m.length // 3, m.middle, m.length - 2, m.length - 1})
+
+
+def _off(target: Tensor, basis: list[Tensor]) -> float:
+    """How far rows [N, S] are from sums of the rows of a basis, in proportion."""
+    a = torch.stack(basis, dim=-1).double()  # [N, S, basis]
+    b = target.double()[..., None]
+    scale = a.abs().amax((1, 2), keepdim=True).clamp_min(1e-300)
+    a = a / scale
+    x = torch.linalg.lstsq(a, b, driver="gelsd").solution
+    return float((a @ x - b).abs().max()) / max(float(b.abs().max()), 1e-300)
+
+
+_SUM = "the rule applies to outputs that are sums of values: move what is not linear behind the mixer"
+_SCORES = "scores must enter as they are: no square, exponential or softmax; put functions on queries and keys"
+
+PROPERTIES: tuple[Property, ...] = (
+    # What sees what.
+    Property(_is_causal, "log-linear attention looks back only"),
+    Property(_keeps_rows_apart, "each sequence and head must have a state of its own"),
+    # What is summed up.
+    # Perhaps only something behind a mixer is not linear.
+    Property(_sums_values, _SUM, near=2),
+    Property(_sees_itself, "include the diagonal"),
+    Property(_weighs_a_value_as_one, "decays may belong to heads or to channels of the key"),
+    # How it is weighed.
+    Property(_looks_forward, "scores may depend on the two positions and, by decays, on what lies between"),
+    Property(_has_a_query, "a query acts at its own position only: compute decays and errors from other sources"),
+    Property(_has_one_reader, "a decay belongs to the positions that it passes, not to the one that reads"),
+    Property(_is_linear_in_the_query, _SCORES),
+    Property(_is_linear_in_the_key, _SCORES),
+    Property(_is_divided_by_its_own_scores, "normalise by the same scores"),
+    # What becomes of a weight with time.
+    Property(_sees_all_of_the_past, "log-linear attention sees the whole past"),
+    Property(_decays_step_by_step, "decays multiply: one factor for each token (and head, or channel of the key)"),
+    Property(_erases_along_its_key, "a delta rule erases along the key that it writes to"),
+)

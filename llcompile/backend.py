@@ -16,8 +16,8 @@ from llcompile import checkpoint, compile_run, missed, versions
 from llcompile.errors import LateAttachWarning, LLCompileError, StateAdoptedWarning, WrappedBackendError
 from llcompile.options import Options
 from llcompile.passes import pipeline, states
-from llcompile.patterns.known import capture
 from llcompile.passes.session import Session, Site
+from llcompile.patterns.known import capture
 from llcompile.report import Report
 from llcompile.torch_internals import compile_check, inner, logs, reach, recompile_room, splitters
 from llcompile.torch_internals.backends import tracing_backend, unwrapped

@@ -10,9 +10,9 @@ from torch import fx
 from llcompile.errors import StrictError
 from llcompile.options import Options
 from llcompile.passes import pipeline
+from llcompile.passes.session import Session, Settings, Site
 from llcompile.patterns.known import capture
 from llcompile.patterns.records import Converted, Declined, GraphBreak
-from llcompile.passes.session import Session, Settings, Site
 from llcompile.report import Report
 from llcompile.torch_internals.breaks import graph_break
 from llcompile.weights import attachment, fresh, held, withheld

@@ -7,10 +7,10 @@ from typing import Any
 from torch import fx
 
 from llcompile.errors import LevelWeightsError
-from llcompile.patterns.boundary import boundary
 from llcompile.passes.one_token import remember
 from llcompile.passes.origin import Role, given, is_projected, operand_nodes, projection_input, role_of
 from llcompile.passes.session import Session, Site
+from llcompile.patterns.boundary import boundary
 from llcompile.torch_internals.inputs import input_value, is_handed_in_twice
 from llcompile.torch_internals.owner_input import Call, call_under_way
 from llcompile.torch_internals.sizes import size_hint

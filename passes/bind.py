@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from llcompile.errors import MixerError
-from llcompile.patterns.boundary import boundary
 from llcompile.passes.session import Session, Site
+from llcompile.patterns.boundary import boundary
 from llcompile.patterns.known.arguments import Mismatch, read_call
 from llcompile.patterns.mixer import validate
 from llcompile.torch_internals.inputs import fake_mode_of

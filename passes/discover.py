@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from llcompile.passes.session import Session, Site, module_name
 from llcompile.patterns.known.capture import leaf_of, take_refused
 from llcompile.patterns.records import Declined
-from llcompile.passes.session import Session, Site, module_name
 from llcompile.torch_internals import reach
 from llcompile.torch_internals.places import module_of, place_of, user_line
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 
-from llcompile.patterns.records import Declined
-from llcompile.patterns.graph.regions import Region
 from llcompile.passes.session import Session
+from llcompile.patterns.graph.regions import Region
+from llcompile.patterns.records import Declined
 from llcompile.patterns.structure.find import find
 from llcompile.patterns.structure.nested import leaves, mapped
 from llcompile.torch_internals.places import module_of, user_line

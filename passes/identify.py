@@ -6,15 +6,15 @@ from collections.abc import Callable, Iterator
 
 from torch import fx
 
+from llcompile.passes.session import Session
 from llcompile.patterns.boundary import boundary
+from llcompile.patterns.graph.regions import Region
 from llcompile.patterns.mechanisms import attention, convolutions, loops, pooling, scans, time_mixing
 from llcompile.patterns.mechanisms.axes import TimeAxes
 from llcompile.patterns.mechanisms.facts import Facts
 from llcompile.patterns.mechanisms.found import Found
 from llcompile.patterns.mechanisms.vocabulary import PROJECTIONS
 from llcompile.patterns.records import Untouched
-from llcompile.patterns.graph.regions import Region
-from llcompile.passes.session import Session
 from llcompile.torch_internals.places import module_of, user_line
 
 Finder = Callable[[Facts, TimeAxes], Iterator[Found]]

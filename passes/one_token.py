@@ -17,16 +17,16 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from llcompile.patterns.boundary import boundary
 from llcompile.passes.one_token_proof import off_linear
-from llcompile.patterns.records import Certificate
-from llcompile.patterns.graph.regions import Region
 from llcompile.passes.session import Session, Site
 from llcompile.passes.spots import Call, Spot, Spots, stack_of
+from llcompile.patterns.boundary import boundary
+from llcompile.patterns.graph.regions import Region
+from llcompile.patterns.mixer import MixerShape
+from llcompile.patterns.records import Certificate
 from llcompile.patterns.structure.axes import Atom, Axis
 from llcompile.patterns.structure.found import Found
 from llcompile.patterns.structure.sizing import arrange
-from llcompile.patterns.mixer import MixerShape
 from llcompile.torch_internals import reach
 from llcompile.torch_internals.places import place_of, user_line
 from llcompile.torch_internals.sizes import size_hint

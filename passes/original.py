@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import fx
 
-from llcompile.patterns.graph.regions import Region
 from llcompile.passes.rewrite import plain_call
 from llcompile.passes.session import Session
+from llcompile.patterns.graph.regions import Region
 
 
 def original(session: Session) -> fx.GraphModule:

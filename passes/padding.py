@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from llcompile.patterns.boundary import boundary
 from llcompile.passes.origin import data_inputs, is_constant_input, operand_nodes
 from llcompile.passes.padded import writes_nothing
 from llcompile.passes.session import Session, Site
+from llcompile.patterns.boundary import boundary
 from llcompile.torch_internals.sizes import size_hint
 
 _UNFOLLOWED = (

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from llcompile.patterns.graph.effects import Effects, Storages
 from llcompile.passes.session import Session
+from llcompile.patterns.graph.effects import Effects, Storages
 from llcompile.patterns.structure.found import Found
 from llcompile.patterns.structure.lift import bases_of
 from llcompile.patterns.structure.lifted import Lifted, Source

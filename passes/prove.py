@@ -15,14 +15,14 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from llcompile.passes.behaviour import behaviour
-from llcompile.patterns.boundary import boundary
 from llcompile.passes.draws import draw_call, small_sizes
-from llcompile.patterns.gradients import apart, gradients
-from llcompile.patterns.known.lower import lower
-from llcompile.patterns.records import Certificate
 from llcompile.passes.session import Session, Site
+from llcompile.patterns.boundary import boundary
+from llcompile.patterns.gradients import apart, gradients
 from llcompile.patterns.known import KnownFunction
 from llcompile.patterns.known.arguments import is_level_state, read_call, state_argument
+from llcompile.patterns.known.lower import lower
+from llcompile.patterns.records import Certificate
 
 LENGTHS = (3, 70, 133)  # shorter than a chunk, across one chunk, and across two with a remainder
 LEVELS = 9  # enough for the longest of them

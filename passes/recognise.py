@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 
 from llcompile.passes import lengths
-from llcompile.patterns.boundary import Outcome, boundary
-from llcompile.patterns.records import Declined
-from llcompile.patterns.graph.regions import Region
 from llcompile.passes.session import Session, Site
+from llcompile.patterns.boundary import Outcome, boundary
+from llcompile.patterns.graph.regions import Region
+from llcompile.patterns.mixer import MixerShape
+from llcompile.patterns.records import Declined
 from llcompile.patterns.structure.find import find
 from llcompile.patterns.structure.found import Findings, Found, Missed
 from llcompile.patterns.structure.numbers import numbers_read
-from llcompile.patterns.mixer import MixerShape
 from llcompile.torch_internals import reach
 from llcompile.torch_internals.guards import guard_numbers
 from llcompile.torch_internals.places import module_of, place_of, user_line

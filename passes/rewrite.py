@@ -11,12 +11,12 @@ from torch import fx
 from torch.fx.proxy import GraphAppendingTracer
 
 from llcompile.passes.emit import infer_values, owner_input, weight_inputs
-from llcompile.patterns.known.lower import lower, lower_call
 from llcompile.passes.one_token import batch_size, weigh
 from llcompile.passes.place import copy_behind, is_changed
-from llcompile.patterns.graph.regions import Region
 from llcompile.passes.rewrite_part import write_part
 from llcompile.passes.session import Session, Site
+from llcompile.patterns.graph.regions import Region
+from llcompile.patterns.known.lower import lower, lower_call
 
 
 def rewrite(session: Session) -> int:

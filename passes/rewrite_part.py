@@ -12,19 +12,19 @@ from torch import fx
 from torch.fx.proxy import GraphAppendingTracer
 
 from llcompile.passes.dead import erase_dead, live
-from llcompile.patterns.graph.effects import Effects
 from llcompile.passes.emit import infer_values, weight_inputs
-from llcompile.patterns.known.lower import OperatorCall, Sequences, call_operator
 from llcompile.passes.place import Place, copy_behind
 from llcompile.passes.place import place as placed
 from llcompile.passes.session import Session, Site
+from llcompile.patterns.graph.effects import Effects
+from llcompile.patterns.known.lower import OperatorCall, Sequences, call_operator
+from llcompile.patterns.mixer import Mixer
 from llcompile.patterns.structure.axes import Atom, Axis
 from llcompile.patterns.structure.found import Found
 from llcompile.patterns.structure.lift import lifted_function
 from llcompile.patterns.structure.lifted import Lifted, Source, sample_of
 from llcompile.patterns.structure.program import Value
 from llcompile.patterns.structure.tail import Tail
-from llcompile.patterns.mixer import Mixer
 from llcompile.torch_internals.sizes import dims_by_stride
 
 _CALL = OperatorCall(own_state=False, single=False, wants_state=False)

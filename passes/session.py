@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from llcompile.patterns.known.capture import Leaf
 from llcompile.passes.marks import Mark, take
-from llcompile.patterns.records import Certificate, Declined, Untouched
-from llcompile.patterns.graph.regions import Region, regions
-from llcompile.patterns.structure.found import Found
 from llcompile.patterns.families import FAMILIES, Correction, Decay
+from llcompile.patterns.graph.regions import Region, regions
 from llcompile.patterns.known import Arguments
+from llcompile.patterns.known.capture import Leaf
 from llcompile.patterns.mixer import MixerShape
+from llcompile.patterns.records import Certificate, Declined, Untouched
+from llcompile.patterns.structure.found import Found
 from llcompile.torch_internals import nested_gradients
 
 

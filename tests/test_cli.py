@@ -184,3 +184,14 @@ class TestInspect:
         monkeypatch.chdir(tmp_path)
         assert cli.main(["inspect", "untraceable:make"]) == 1
         assert "untraceable.py:3 in forward" in one_line(capsys)
+
+
+@pytest.mark.parametrize("name", ["demo", "bench"])
+def test_what_is_not_in_the_installed_package_says_where_it_is(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "_BESIDE", tmp_path)
+    assert cli.main([name]) == 2
+    said = capsys.readouterr().err
+    assert "not part of the installed package" in said
+    assert {"demo": "examples/demo/", "bench": "benchmarks/"}[name] in said

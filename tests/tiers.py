@@ -14,9 +14,9 @@ COMPILING = {"fresh_dynamo", "warm_dynamo"}
 LONG_FOLDERS = {"models", "fuzz"}
 LONG_FILES = {
     "kernels/test_triton_interpreter.py",
-    "passes/test_identify_attention.py",
-    "passes/test_identify_recurrences.py",
-    "passes/test_regions.py",
+    "patterns/test_identify_attention.py",
+    "patterns/test_identify_recurrences.py",
+    "patterns/test_regions.py",
     "test_bench.py",
     "test_calls_differ.py",
     "test_distributed.py",

@@ -18,8 +18,8 @@ from llcompile.look.source_lines import excerpt
 from llcompile.look.weights import level_table
 from llcompile.passes import pipeline
 from llcompile.passes.original import original
-from llcompile.patterns.records import Declined
 from llcompile.passes.session import Session, Site
+from llcompile.patterns.records import Declined
 from llcompile.torch_internals.places import module_of
 
 

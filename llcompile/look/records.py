@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llcompile.kernels.triton.description import Description
-from llcompile.patterns.records import Certificate
 from llcompile.patterns.families import Correction, Decay
+from llcompile.patterns.records import Certificate
 
 Kind = Literal["inside", "outside", "parameter"]
 

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from llcompile.patterns.known.lower import lower_call
 from llcompile.patterns.known import KnownFunction, rows
 from llcompile.patterns.known.arguments import Mismatch, axis_size
+from llcompile.patterns.known.lower import lower_call
 from llcompile.patterns.known.row import Reference
 from llcompile.patterns.known.states import batch_size, state_problem, state_sizes
 from llcompile.torch_internals import reach

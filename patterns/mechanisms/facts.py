@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from llcompile.patterns.mechanisms.vocabulary import MADE, PRODUCTS, SHAPED, operation
 from llcompile.patterns.graph.regions import Region
+from llcompile.patterns.mechanisms.vocabulary import MADE, PRODUCTS, SHAPED, operation
 from llcompile.torch_internals.inputs import input_value
 
 Shape = tuple[int, ...]

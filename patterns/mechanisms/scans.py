@@ -8,6 +8,7 @@ from itertools import permutations
 from torch import fx
 from torch.utils._pytree import tree_leaves
 
+from llcompile.patterns.graph.regions import Region
 from llcompile.patterns.mechanisms.axes import TimeAxes
 from llcompile.patterns.mechanisms.facts import Facts
 from llcompile.patterns.mechanisms.found import Found
@@ -25,7 +26,6 @@ from llcompile.patterns.mechanisms.recurrences import (
     serves_one,
 )
 from llcompile.patterns.mechanisms.vocabulary import EXPONENTIALS, PRODUCTS, PROJECTIONS, READS
-from llcompile.patterns.graph.regions import Region
 
 # What only takes parts of a tensor, moves or joins them: between a tree's products, and between it and what it scans.
 _MOVES = READS | {"pad", "cat", "roll", "movedim", "transpose", "permute", "flip", "unbind", "chunk", "split", "stack"}

@@ -18,9 +18,9 @@ from torch import fx
 from torch.utils._python_dispatch import _disable_current_modes
 
 from llcompile.patterns.boundary import boundary
+from llcompile.patterns.graph.regions import Region
 from llcompile.patterns.known.capture import leaf_of
 from llcompile.patterns.records import Certificate
-from llcompile.patterns.graph.regions import Region
 from llcompile.patterns.structure.assume import expect_decay, learned
 from llcompile.patterns.structure.axes import Axis
 from llcompile.patterns.structure.axis_rules.table import rule_for

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
+from llcompile.patterns.families import Correction, Decay
+from llcompile.patterns.mixer import Mixer
 from llcompile.patterns.structure.axes import Atom
 from llcompile.patterns.structure.frame import Row
 from llcompile.patterns.structure.lifted import Source
 from llcompile.patterns.structure.sizing import CannotArrange, arrange
 from llcompile.patterns.structure.transforms import Transform
-from llcompile.patterns.families import Correction, Decay
-from llcompile.patterns.mixer import Mixer
 
 Size = Callable[[Atom], Any]
 

@@ -11,8 +11,8 @@ from torch import Tensor, fx
 from torch._C._functorch import _unwrap_functional_tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from llcompile.patterns.known.capture import leaf_of
 from llcompile.patterns.graph.regions import Region
+from llcompile.patterns.known.capture import leaf_of
 from llcompile.patterns.structure.modes import Mode, Modes, is_function
 from llcompile.patterns.structure.nested import leaves, mapped
 from llcompile.patterns.structure.program import Op, Program, Value

@@ -6,12 +6,12 @@ from functools import partial
 
 import pytest
 import torch
-from kernel_cases import operands
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 
 from llcompile.errors import DerivativeError
 from llcompile.ops import loglinear_attention, loglinear_attention_step
+from tests.kernels.kernel_cases import operands
 
 TOKENS = 9
 FAMILIES = {"scalar": ("token", False), "delta": (None, True)}

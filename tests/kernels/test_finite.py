@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from kernel_cases import operands
 
 from llcompile.kernels import finite, slabs
 from llcompile.ops import loglinear_attention
+from tests.kernels.kernel_cases import operands
 
 FAMILIES = [(None, False), ("token", False), ("head", False), ("channel", False), (None, True), ("channel", True)]
 VALUES = [math.nan, math.inf, -math.inf, 1e30]

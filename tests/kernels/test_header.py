@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import operands, relative_error
 
 from llcompile.errors import StateError
 from llcompile.kernels import header
 from llcompile.kernels.state import level_states, pack_state, position_of
 from llcompile.ops import loglinear_attention, loglinear_attention_step
+from tests.kernels.kernel_cases import operands, relative_error
 
 POSITIONS = torch.tensor([0, 1, 7, 8, 255, 256, 257, 4097, 2**20 + 1, 2**23 - 1])
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)

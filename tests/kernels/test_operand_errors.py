@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import operands
 
 from llcompile.errors import OperandError, StateError
 from llcompile.ops import loglinear_attention, loglinear_attention_step
+from tests.kernels.kernel_cases import operands
 
 
 @pytest.mark.parametrize(

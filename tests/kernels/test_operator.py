@@ -6,11 +6,11 @@ import itertools
 
 import pytest
 import torch
-from kernel_cases import DECAYS, assert_agrees, both, operands, relative_error
 
 from llcompile.kernels.reference import reference_attention
 from llcompile.kernels.state import level_states, position_of
 from llcompile.ops import loglinear_attention, loglinear_attention_step
+from tests.kernels.kernel_cases import DECAYS, assert_agrees, both, operands, relative_error
 
 CELLS = list(itertools.product((None, "token", "channel"), (False, True)))
 

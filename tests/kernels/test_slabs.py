@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from kernel_cases import assert_agrees, operands
 
 from llcompile.kernels import slabs
+from tests.kernels.kernel_cases import assert_agrees, operands
 
 
 @pytest.mark.parametrize("size", [1, 110, 250])

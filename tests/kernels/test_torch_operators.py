@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch._dynamo.testing
-from kernel_cases import NAMES, operands
 
 from llcompile.ops import loglinear_attention, loglinear_attention_step
+from tests.kernels.kernel_cases import NAMES, operands
 
 
 @pytest.mark.parametrize("levels", [None, 4])

@@ -11,13 +11,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from kernel_cases import operands, relative_error
 from torch import Tensor
 
 from benchmarks.cuda.cases import LEVELS
 from llcompile.kernels import engine as aten
 from llcompile.kernels.layout import Operands
 from llcompile.kernels.reference import reference_attention
+from tests.kernels.kernel_cases import operands, relative_error
 
 pytest.importorskip("triton")
 

@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("triton")
 
-import triton_cases
+from tests.kernels import triton_cases
 
 CELLS = list(itertools.product((None, "token", "channel"), (False, True)))
 Check = Callable[..., None]

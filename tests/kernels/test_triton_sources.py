@@ -20,7 +20,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_cases import operands
 
 from llcompile.errors import KernelCacheError, KernelError, OptionError
 from llcompile.kernels import choice
@@ -32,6 +31,7 @@ from llcompile.kernels.triton.limits import max_key_dim, unsupported
 from llcompile.kernels.triton.source import TEMPLATES, generate, kernel_names
 from llcompile.kernels.triton.template import TemplateError, expand
 from llcompile.ops import loglinear_attention
+from tests.kernels.kernel_cases import operands
 
 OutOfResources = pytest.importorskip("triton.runtime.errors").OutOfResources
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import operands
 from torch import Tensor
 
 from llcompile.ops import loglinear_attention, loglinear_attention_step
+from tests.kernels.kernel_cases import operands
 
 NAMES = ("q", "k", "v", "level_weights", "log_decay", "beta")
 

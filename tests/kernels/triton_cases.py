@@ -12,8 +12,6 @@ from unittest import mock
 
 import numpy as np
 import torch
-from kernel_cases import Operands as Case
-from kernel_cases import both, operands, relative_error
 from torch import Tensor
 
 from llcompile.kernels import choice
@@ -24,6 +22,8 @@ from llcompile.kernels.triton.launch import Launch
 from llcompile.kernels.triton.limits import interpreted
 from llcompile.kernels.triton.tuning import Tuning
 from llcompile.ops import loglinear_attention, loglinear_attention_step
+from tests.kernels.kernel_cases import Operands as Case
+from tests.kernels.kernel_cases import both, operands, relative_error
 
 SCALE = 0.7
 

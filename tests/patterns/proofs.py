@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from llcompile.passes import prove
-from llcompile.patterns.known.capture import Leaf
-from llcompile.patterns.records import Certificate
 from llcompile.patterns.known import ROWS, KnownFunction
 from llcompile.patterns.known.arguments import axis_size, read_call
+from llcompile.patterns.known.capture import Leaf
 from llcompile.patterns.mixer import validate
+from llcompile.patterns.records import Certificate
 from llcompile.torch_internals.substitution import unsubstituted
 
 # More heads than groups, and no two sizes alike.

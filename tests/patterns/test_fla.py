@@ -20,14 +20,14 @@ from typing import Any
 
 import pytest
 import torch
-from proofs import SIZES, leaf_of, operands, proof
 from torch import Tensor, nn
 
 import llcompile
-from llcompile.patterns.known.capture import Leaf
-from llcompile.patterns.records import Certificate
 from llcompile.patterns.known import ROWS
 from llcompile.patterns.known.arguments import Mismatch, read_call
+from llcompile.patterns.known.capture import Leaf
+from llcompile.patterns.records import Certificate
+from tests.patterns.proofs import SIZES, leaf_of, operands, proof
 
 PACKAGES = ("fla-core==0.6.0", "flash-linear-attention==0.6.0", "einops", "triton")
 HAS_FLA = importlib.util.find_spec("fla") is not None

@@ -13,11 +13,11 @@ import types
 
 import pytest
 import torch
-from proofs import SIZES, leaf_of, operands, proof, row_of
 
+from llcompile.patterns.known.arguments import Mismatch, read_call
 from llcompile.patterns.known.capture import Leaf
 from llcompile.patterns.records import Certificate
-from llcompile.patterns.known.arguments import Mismatch, read_call
+from tests.patterns.proofs import SIZES, leaf_of, operands, proof, row_of
 
 if os.environ.get("LLCOMPILE_STUB_MAMBA"):
     sys.modules.setdefault("selective_scan_cuda", types.ModuleType("selective_scan_cuda"))

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from proofs import SIZES, leaf_of, operands, proof, row_of
 
+from llcompile.patterns.known.arguments import Mismatch, read_call
 from llcompile.patterns.known.capture import Leaf
 from llcompile.patterns.records import Certificate
-from llcompile.patterns.known.arguments import Mismatch, read_call
+from tests.patterns.proofs import SIZES, leaf_of, operands, proof, row_of
 
 pytest.importorskip("transformers")
 

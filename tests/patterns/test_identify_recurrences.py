@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._higher_order_ops.associative_scan import associative_scan
 from torch._higher_order_ops.scan import scan
 
-from tests.passes.identified import kinds, watched
+from tests.patterns.identified import kinds, watched
 
 B, T, D, N = 2, 9, 16, 4
 MAMBA, RG_LRU, RNN = "selective scan (Mamba-1)", "gated linear recurrence (RG-LRU)", "non-linear recurrence (RNN)"

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.passes.identified import kinds, watched
+from tests.patterns.identified import kinds, watched
 
 B, T, D = 2, 12, 32
 

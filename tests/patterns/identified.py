@@ -9,8 +9,8 @@ import torch
 from torch import fx, nn
 
 from llcompile.passes.identify import identify
-from llcompile.patterns.records import Untouched
 from llcompile.passes.session import Session, Settings
+from llcompile.patterns.records import Untouched
 
 
 def _unused(*_: Any, **__: Any) -> Any:

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 import llcompile
-from tests.passes.identified import watched
+from tests.patterns.identified import watched
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 

@@ -12,7 +12,8 @@ from typing import Any, NoReturn
 
 from torch import fx, nn
 
-from llcompile import checkpoint, compile_run, missed, versions
+from llcompile import checkpoint, missed, versions
+from llcompile import driver as compile_run
 from llcompile.errors import LateAttachWarning, LLCompileError, StateAdoptedWarning, WrappedBackendError
 from llcompile.options import Options
 from llcompile.passes import pipeline, states

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from llcompile import backend, checkpoint, compile_run, other_mode, versions
+from llcompile import backend, checkpoint, other_mode, versions
+from llcompile import driver as compile_run
 from llcompile import verify as verify_
 from llcompile.errors import CaptureError, LLCompileError, ModelError
 from llcompile.look.collect import collect, without_graph

@@ -13,7 +13,8 @@ from typing import Any
 from torch import fx, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from llcompile import compile_run, missed
+from llcompile import missed
+from llcompile import driver as compile_run
 from llcompile.errors import LLCompileError
 from llcompile.options import Options
 from llcompile.passes import pipeline

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from llcompile import compile_run, missed
+from llcompile import missed
+from llcompile import driver as compile_run
 from llcompile.options import Options
 from llcompile.passes import pipeline
 from llcompile.torch_internals import reach, recompile_room

@@ -367,7 +367,7 @@ def test_trained_level_weights_stay() -> None:
 
 
 def test_the_inputs_are_not_blamed_for_what_the_look_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    from llcompile import compile_run
+    from llcompile import driver as compile_run
 
     def broken(session: Any) -> None:
         raise ZeroDivisionError("in a rule")

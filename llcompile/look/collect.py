@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx
 
-from llcompile.compile_run import distinct
+from llcompile.driver import distinct
 from llcompile.look import code, operands
 from llcompile.look.call import call_in, weight_nodes
 from llcompile.look.drawing import draw

@@ -12,8 +12,7 @@ from typing import Any, NoReturn
 
 from torch import fx, nn
 
-from llcompile import checkpoint, missed, versions
-from llcompile import driver as compile_run
+from llcompile import checkpoint, driver, missed, versions
 from llcompile.errors import LateAttachWarning, LLCompileError, StateAdoptedWarning, WrappedBackendError
 from llcompile.options import Options
 from llcompile.passes import pipeline, states
@@ -92,15 +91,15 @@ def _rewrite(module: fx.GraphModule, parsed: Options) -> Callable[[Callable[...,
     """Rewrites a Dynamo graph; what it returns is to be called with the compiled graph and gives what is to run."""
     recompile_room.make_room(reach.root_module())
     checkpoint.expect_whole([reach.root_module(), *reach.modules_in(module.graph)])
-    session = compile_run.new_session(module, parsed, compiles=True)
-    report = compile_run.look(session)
-    compile_run.check_strict(report, parsed)
+    session = driver.new_session(module, parsed, compiles=True)
+    report = driver.look(session)
+    driver.check_strict(report, parsed)
     if parsed.level_weights == "none":
         warn_if_switched_off(site.owner for site in session.sites)
     else:
         missed.check(session, parsed.on_miss)
     adapters.warn_if_frozen(_read(session), graph_inputs(module.graph))
-    broken = compile_run.give_up_opaque(session)
+    broken = driver.give_up_opaque(session)
     adopted = states.adopt(session)
     if session.attached:
         _warn_late(session)

@@ -12,10 +12,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
-from llcompile import backend, checkpoint, other_mode, versions
-from llcompile import driver as compile_run
+from llcompile import backend, checkpoint, driver, other_mode, versions
 from llcompile import verify as verify_
 from llcompile.errors import CaptureError, LLCompileError, ModelError
 from llcompile.look.collect import collect, without_graph
@@ -26,10 +25,9 @@ from llcompile.options import Options
 from llcompile.passes import discover
 from llcompile.passes.session import Session, Site
 from llcompile.report import Report
-from llcompile.torch_internals import reach, recompile_room
+from llcompile.torch_internals import reach
 from llcompile.torch_internals.breaks import why_no_graph
 from llcompile.torch_internals.forget import forget_compiled
-from llcompile.torch_internals.trace import traced_once
 from llcompile.transaction import transaction
 from llcompile.weights import adapters, attachment, withheld
 
@@ -159,7 +157,7 @@ def _captured(
             report = _titled(_look(model, capture, args, kwargs), model)
             if not dry_run:
                 report = _verified(model, capture, args, kwargs, report) if check else _unverified(report)
-            compile_run.check_strict(report, options)
+            driver.check_strict(report, options)
         except BaseException as error:
             _detach_new(model, before)
             withheld.forget_withheld(model)
@@ -167,7 +165,7 @@ def _captured(
             raise _as_ours(model, args, kwargs, error) from error
         finally:
             new = [(owner, name) for owner, name, weights in attachment.attached(model) if id(weights) not in before]
-            forget_compiled({type(owner) for owner, _ in new}, capture.is_ours)
+            forget_compiled({type(owner) for owner, _ in new}, _is_ours)
         adapters.enlist(model, new)
         if dry_run:
             withheld.put_withheld(set_aside)
@@ -243,15 +241,12 @@ def _own_run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 class _Capture:
-    """A backend that looks at each graph, keeps the report, and runs the model's own code."""
-
-    _llcompile = True
-    __name__ = "loglinear_capture"
+    """What the example run of a conversion has found."""
 
     def __init__(
         self, model: nn.Module, options: Options, dry_run: bool, visit: Visit | None, before: set[int]
     ) -> None:
-        self.names = {id(module): name for name, module in model.named_modules()}
+        self.names = driver.names_in(model)
         self.options = options
         self.dry_run = dry_run
         self.visit = visit
@@ -260,31 +255,25 @@ class _Capture:
         self.found: dict[tuple[int, str], verify_.Mixer] = {}
         self.asked: set[int] = set()  # ids of modules whose `training` the code has read
         self.mixers: list[MixerLook] = []
-        self.kwargs = {"options": {"level_weights": options.level_weights}}
 
-    def __call__(self, module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        recompile_room.make_room(reach.root_module())
-        reach.guard_modules()  # behind a graph break, equal layers would share the look at the first of them
-        session = compile_run.new_session(module, self.options, self.names, self.dry_run)
-        found = compile_run.look(session)
+    def backend(self) -> driver.Looking:
+        """The backend of the run."""
+        return driver.Looking(self.options, self.names, self.dry_run, self._note)
+
+    def _note(self, session: Session, found: Report) -> Callable[..., Any] | None:
         self.report = self.report.merged(found)
         self.asked.update(id(module) for module in reach.modules_asked("training"))
         if not self.dry_run:
-            self.found.update(
-                {m.key: m for m in map(self._mixer, compile_run.distinct(session.sites)) if m is not None}
-            )
-            return compile_run.original_code(session)
+            mixers = map(self._mixer, driver.distinct(session.sites))
+            self.found.update({mixer.key: mixer for mixer in mixers if mixer is not None})
+            return None
         if self.visit is not None:
             self.visit(session)
-        mixers, original = collect(session)
+        mixers_seen, original = collect(session)
         # A frame that was traced twice is looked at twice; the later look holds.
-        again = {(mixer.module, mixer.where) for mixer in mixers}
-        self.mixers = [m for m in self.mixers if (m.module, m.where) not in again] + mixers
+        again = {(mixer.module, mixer.where) for mixer in mixers_seen}
+        self.mixers = [m for m in self.mixers if (m.module, m.where) not in again] + mixers_seen
         return original
-
-    def is_ours(self, other: Any) -> bool:
-        """Whether compiled code was made for a conversion, and serves no call of the user's."""
-        return type(other) in (_Capture, verify_.Backend, other_mode.Look)
 
     def _mixer(self, site: Site) -> verify_.Mixer | None:
         if site.owner is None:
@@ -294,21 +283,20 @@ class _Capture:
         return verify_.Mixer(site.owner, site.attribute, site.module, site.where, proof, fresh)
 
 
-def _run(model: nn.Module, capture: _Capture, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        return model(*args, **kwargs)
+def _is_ours(other: Any) -> bool:
+    """Whether compiled code was made for a conversion, and serves no call of the user's."""
+    return isinstance(other, (driver.Looking, verify_.Backend))
 
-    # What other models have taught Dynamo about lengths that vary must not make this trace another one.
-    static = torch._dynamo.config.patch(automatic_dynamic_shapes=False)
+
+def _run(model: nn.Module, capture: _Capture, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     # In the caller's grad mode: `detach` and `no_grad` inside of the model are part of what it is.
     try:
-        with transaction(model, args, kwargs), static:
-            traced_once(run, capture)(*args, **kwargs)
+        driver.run_example(model, args, kwargs, capture.backend())
     except Exception as error:
         if capture.report.graphs or not torch.is_grad_enabled() or _own_error(error) is not None:
             raise
-        with transaction(model, args, kwargs), static, torch.no_grad():  # some code runs without gradients only
-            traced_once(run, capture)(*args, **kwargs)
+        with torch.no_grad():  # some code runs without gradients only
+            driver.run_example(model, args, kwargs, capture.backend())
 
 
 def _expect_graph(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

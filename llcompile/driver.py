@@ -1,11 +1,16 @@
-"""Runs the passes on one graph for the front door, and turns what they found into a report."""
+"""The driver: a graph's way through the passes, and an example's way through Dynamo, for whoever asks.
+
+`backend`, `exporting`, `convert`, `inspect` and the look in the other mode differ in what they make of a session.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-from torch import fx
+import torch
+from torch import fx, nn
 
 from llcompile.errors import StrictError
 from llcompile.options import Options
@@ -14,7 +19,10 @@ from llcompile.passes.session import Session, Settings, Site
 from llcompile.patterns.known import capture
 from llcompile.patterns.records import Converted, Declined, GraphBreak
 from llcompile.report import Report
+from llcompile.torch_internals import reach, recompile_room
 from llcompile.torch_internals.breaks import graph_break
+from llcompile.torch_internals.trace import traced_once
+from llcompile.transaction import transaction
 from llcompile.weights import attachment, fresh, held, withheld
 
 
@@ -131,3 +139,64 @@ def _converted(site: Site) -> Converted:
         where=site.where,
         notes=(*site.notes, *(() if site.found is None else site.found.notes())),
     )
+
+
+class Looking:
+    """A backend that looks at each graph of an example run and has the model's own code run.
+
+    Args:
+        options: as of the backend.
+        names: id of a module -> its dotted name in the model.
+        dry_run: attach nothing.
+        visit: is given each session with its report when all is decided; it may return what is to run.
+    """
+
+    _llcompile = True
+    __name__ = "loglinear_looking"
+
+    def __init__(
+        self,
+        options: Options,
+        names: Mapping[int, str],
+        dry_run: bool,
+        visit: Callable[[Session, Report], Callable[..., Any] | None],
+    ) -> None:
+        self.options, self.names, self.dry_run, self.visit = options, names, dry_run, visit
+        self.kwargs = {"options": {"level_weights": options.level_weights}}
+
+    def __call__(self, module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        """Looks at one graph."""
+        recompile_room.make_room(reach.root_module())
+        reach.guard_modules()  # behind a graph break, equal layers would share the look at the first of them
+        session = new_session(module, self.options, self.names, self.dry_run)
+        report = look(session)
+        return self.visit(session, report) or original_code(session)
+
+
+def names_in(model: nn.Module) -> dict[int, str]:
+    """id of a module -> its dotted name."""
+    return {id(module): name for name, module in model.named_modules()}
+
+
+@contextmanager
+def lengths_as_they_are() -> Iterator[None]:
+    """What other models have taught Dynamo about lengths that vary does not make a trace inside another one."""
+    with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+        yield
+
+
+def run_example(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    backend: Callable[..., Any],
+    prepare: Callable[[], Any] = lambda: None,
+) -> None:
+    """Runs the model once, traced for the backend; all that `prepare` and the run have changed is put back."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return model(*args, **kwargs)
+
+    with transaction(model, args, kwargs), lengths_as_they_are():
+        prepare()
+        traced_once(run, backend)(*args, **kwargs)

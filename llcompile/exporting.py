@@ -13,8 +13,7 @@ from typing import Any
 from torch import fx, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from llcompile import missed
-from llcompile import driver as compile_run
+from llcompile import driver, missed
 from llcompile.errors import LLCompileError
 from llcompile.options import Options
 from llcompile.passes import pipeline
@@ -56,14 +55,14 @@ class _Rewriting:
 
 
 def _rewrite(module: fx.GraphModule) -> None:
-    session = compile_run.new_session(module, Options(), compiles=True)
-    compile_run.look(session)
+    session = driver.new_session(module, Options(), compiles=True)
+    driver.look(session)
     for owner, name in session.attached:
         attachment.detach_one(owner, name)
     for site in session.sites:
         if (site.owner, site.attribute) in session.attached:
             site.decline(_NEW, _NEW_HINT)
     missed.check(session, Options().on_miss)
-    if compile_run.give_up_opaque(session):
+    if driver.give_up_opaque(session):
         restart_trace("a declined call must run by itself")
     pipeline.change(session)

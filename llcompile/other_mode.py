@@ -8,19 +8,15 @@ level weights, with a note. The look is made only where code of a converted modu
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
-import torch
-from torch import fx, nn
+from torch import nn
 
-from llcompile import missed
-from llcompile import driver as compile_run
+from llcompile import driver, missed
 from llcompile.options import Options
-from llcompile.passes import pipeline
-from llcompile.torch_internals import reach, recompile_room
-from llcompile.torch_internals.trace import traced_once
-from llcompile.transaction import transaction
+from llcompile.passes.session import Session
+from llcompile.report import Report
 from llcompile.verify import Mixer, Verdict
 
 
@@ -43,14 +39,13 @@ def judge(
     if not asking:
         return Verdict()
     mode = not next(iter(asking)).owner.training
-    look = Look(options, {id(module): name for name, module in model.named_modules()})
     try:
-        _run(model, args, kwargs, look, mode)
+        seen = _run(model, args, kwargs, options, mode)
     except Exception:  # it does not run in the other mode on these inputs: nothing is known, and a call will tell
         return Verdict()
     verdict = Verdict()
     for mixer in asking:
-        reason = look.missed.get(mixer.key) if mixer.key not in look.read else None
+        reason = seen.missed.get(mixer.key) if mixer.key not in seen.read else None
         if reason is not None and mode and mixer.fresh:
             verdict.blamed[mixer] = (
                 f"in training it is another program, so that level weights would not learn: {reason}"
@@ -60,41 +55,29 @@ def judge(
     return verdict
 
 
-class Look:
-    """A backend that looks at each graph, keeps which level weights it reads, and runs the model's own code."""
+class _Seen:
+    """Which level weights the graphs read, and why others are not read."""
 
-    _llcompile = True
-    __name__ = "loglinear_other_mode"
-
-    def __init__(self, options: Options, names: dict[int, str]) -> None:
-        self.options, self.names = options, names
+    def __init__(self) -> None:
         self.read: set[tuple[int, str]] = set()
         self.missed: dict[tuple[int, str], str] = {}
-        self.kwargs = {"options": {"level_weights": options.level_weights}}
 
-    def __call__(self, module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        """Looks as `inspect` does: nothing is attached."""
-        recompile_room.make_room(reach.root_module())
-        reach.guard_modules()
-        session = compile_run.new_session(module, self.options, self.names, dry_run=True)
-        pipeline.look(session)
+    def note(self, session: Session, _: Report) -> None:
         self.read.update((id(s.owner), s.attribute) for s in session.sites if s.open)
         for owner, unread in missed.misses(session):
             self.missed.update(((id(owner), name), missed.why(session, owner)) for name in unread)
-        return compile_run.original_code(session)
 
 
-def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], look: Look, mode: bool) -> None:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        return model(*args, **kwargs)
-
+def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options, mode: bool) -> _Seen:
+    """What is seen in the mode; nothing is attached."""
+    seen = _Seen()
     before = [(module, module.training) for module in model.modules()]
     try:
-        static = torch._dynamo.config.patch(automatic_dynamic_shapes=False)
-        with transaction(model, args, kwargs), static, warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model.train(mode)
-            traced_once(run, look)(*args, **kwargs)
+            looking = driver.Looking(options, driver.names_in(model), dry_run=True, visit=seen.note)
+            driver.run_example(model, args, kwargs, looking, lambda: model.train(mode))
     finally:
         for module, training in before:
             module.training = training
+    return seen

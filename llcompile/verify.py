@@ -19,7 +19,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree
 
-from llcompile import backend
+from llcompile import backend, driver
 from llcompile.compare import Result, difference, gradient_difference, leaves
 from llcompile.options import Options
 from llcompile.patterns.records import Declined, ModelCertificate
@@ -373,8 +373,7 @@ class _Runs:
         compiled, without = self.compiled[1], frozenset(m.key for m in self.mixers) - kept
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            static = torch._dynamo.config.patch(automatic_dynamic_shapes=False)
-            with withheld.withholding(without), static:
+            with withheld.withholding(without), driver.lengths_as_they_are():
                 return compiled(*args, **kwargs)
 
         return call

@@ -367,11 +367,10 @@ def test_trained_level_weights_stay() -> None:
 
 
 def test_the_inputs_are_not_blamed_for_what_the_look_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    from llcompile import driver as compile_run
 
     def broken(session: Any) -> None:
         raise ZeroDivisionError("in a rule")
 
-    monkeypatch.setattr(compile_run, "look", broken)
+    monkeypatch.setattr(driver, "look", broken)
     with pytest.raises(CaptureError, match=r"runs on the example inputs.*in a rule"):
         llcompile.convert(Two(), inputs())

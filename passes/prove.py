@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from llcompile.passes.behaviour import behaviour
 from llcompile.passes.draws import draw_call, small_sizes
 from llcompile.passes.session import Session, Site
+from llcompile.patterns.agreement import BUDGETS, apart, gradients
 from llcompile.patterns.boundary import boundary
-from llcompile.patterns.gradients import apart, gradients
 from llcompile.patterns.known import KnownFunction
 from llcompile.patterns.known.arguments import is_level_state, read_call, state_argument
 from llcompile.patterns.known.lower import lower
@@ -26,8 +26,6 @@ from llcompile.patterns.records import Certificate
 
 LENGTHS = (3, 70, 133)  # shorter than a chunk, across one chunk, and across two with a remainder
 LEVELS = 9  # enough for the longest of them
-# float64 inputs: a function that keeps them agrees to rounding; one that casts to float32 inside, to float32's.
-BUDGETS = (("float64", 1e-10), ("float32", 2e-5))
 
 _proofs: dict[Any, Certificate | str] = {}
 

@@ -12,7 +12,8 @@ class Certificate:
     """The result of a proof: how far the rewritten form was from the original at w = 1.
 
     Args:
-        max_error: largest absolute difference over all draws, relative to the largest value of the original.
+        max_error: largest difference over all draws, relative to the largest value of the original; for a hand-written
+            mixer relative to the largest value at the same position.
         dtype: precision in which the two agreed: "float64", or "float32" where the original computes in that inside.
         draws: number of independent random inputs (each with another length, where the function has one).
         against: what the operator was compared with, where that is not the function itself.

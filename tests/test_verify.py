@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import llcompile
-from llcompile import verify
+from llcompile import driver, verify
 from llcompile.errors import CaptureError, StrictError
 from llcompile.weights import attachment
 from tests import small

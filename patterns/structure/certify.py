@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from llcompile.patterns.gradients import apart, gradients
+from llcompile.patterns.agreement import BUDGETS, apart, gradients
 from llcompile.patterns.records import Certificate
 from llcompile.patterns.structure.classify import Miss
 from llcompile.patterns.structure.cut import Part
@@ -29,8 +29,6 @@ from llcompile.patterns.structure.suppose import output_of
 
 log = logging.getLogger("llcompile")
 
-# float64 throughout agrees to rounding; a part whose constants are float32 numbers, to float32's.
-BUDGETS = (("float64", 1e-10), ("float32", 2e-5))
 DRAWS = 3  # at least
 _LARGE = 1 << 28  # numbers in the largest tensor of a proof, above which it is done in float32
 

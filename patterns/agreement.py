@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-# (precision, largest relative difference) of programs that are run in float64, the strictest first: one that computes in
+# (precision, largest relative difference) of programs run in float64, the strictest first: one that computes in
 # it throughout agrees to rounding; one that casts to float32 inside, or holds float32 numbers, to float32's.
 BUDGETS = (("float64", 1e-10), ("float32", 2e-5))
 _SLIGHT = 1e-6  # of the largest gradient: what is smaller is compared with this

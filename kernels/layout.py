@@ -27,7 +27,7 @@ class Operands(NamedTuple):
     log_decay: Tensor | None
     beta: Tensor | None
     initial_state: Tensor | None
-    lengths: Tensor | None
+    lengths: Tensor | None = None
     starts: Tensor | None = None
 
     @property

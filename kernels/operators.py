@@ -2,6 +2,9 @@
 
 Shape functions never look at values and never specialise on batch or length, so one compiled graph serves every
 length. Only inputs are saved for the backward pass, which recomputes what it needs. Outputs never alias inputs.
+
+What runs packed or padded rows may have to know a tensor's value (the ATen lowering the longest sequence), which no
+compiler knows; inside an operator that is nobody's concern.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from torch import Tensor
 
 from llcompile.kernels import choice, torch_operator
 from llcompile.kernels.layout import Operands
+from llcompile.kernels.sequences import flat, in_place
 from llcompile.kernels.state import check_positions, check_state, state_dtype
 
 
@@ -26,9 +30,15 @@ def _attention(
     initial_state: Tensor | None,
     scale: float,
     return_final_state: bool,
-    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    seq_idx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return run(Operands(q, k, v, level_weights, log_decay, beta, initial_state, lengths), scale, return_final_state)
+    x = in_place(Operands(q, k, v, level_weights, log_decay, beta, initial_state), cu_seqlens, attention_mask, seq_idx)
+    _check_state(x.initial_state, x.rows, x.q, x.v, x.level_weights, x.v.shape[1], "initial_state")
+    with torch.no_grad(), torch.autocast(v.device.type, enabled=False):
+        o, state = choice.forward(_widened(x), scale, return_final_state)
+    return o.reshape(v.shape), state
 
 
 def _attention_backward(
@@ -43,10 +53,16 @@ def _attention_backward(
     initial_state: Tensor | None,
     scale: float,
     return_final_state: bool,
-    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    seq_idx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    operands = Operands(q, k, v, level_weights, log_decay, beta, initial_state, lengths)
-    return run_backward(operands, scale, grad_o, grad_state if return_final_state else None)  # type: ignore[return-value]
+    inputs = Operands(q, k, v, level_weights, log_decay, beta, initial_state)
+    x = in_place(inputs, cu_seqlens, attention_mask, seq_idx)
+    grad_o = grad_o if x.starts is None else flat(grad_o)
+    with torch.no_grad(), torch.autocast(v.device.type, enabled=False):
+        grads = choice.backward(_widened(x), scale, grad_o, grad_state if return_final_state else None)
+    return tuple(_as_input(x, grad, q) for x, grad in zip(inputs[:7], grads, strict=True))  # type: ignore[return-value]
 
 
 def _attention_step(
@@ -62,20 +78,6 @@ def _attention_step(
     _check_state(state, v.shape[0], q, v, level_weights, 1, "state")
     with torch.no_grad(), torch.autocast(v.device.type, enabled=False):
         return choice.step(q, k, v, level_weights, state, log_decay, beta, scale)
-
-
-def run(x: Operands, scale: float, return_final_state: bool) -> tuple[Tensor, Tensor]:
-    """The forward pass on values, by the implementation that is chosen."""
-    _check_state(x.initial_state, x.rows, x.q, x.v, x.level_weights, x.v.shape[1], "initial_state")
-    with torch.no_grad(), torch.autocast(x.v.device.type, enabled=False):
-        return choice.forward(_widened(x), scale, return_final_state)
-
-
-def run_backward(x: Operands, scale: float, grad_o: Tensor, grad_state: Tensor | None) -> tuple[Tensor, ...]:
-    """The gradients of the first seven of ``x``, each as its input is; empty where there is no input."""
-    with torch.no_grad(), torch.autocast(x.v.device.type, enabled=False):
-        grads = choice.backward(_widened(x), scale, grad_o, grad_state)
-    return tuple(_as_input(tensor, g, x.q) for tensor, g in zip(x[:7], grads, strict=True))
 
 
 def _widened(x: Operands) -> Operands:
@@ -103,10 +105,10 @@ def _as_input(x: Tensor | None, grad: Tensor | None, like: Tensor) -> Tensor:
     return grad.to(x.dtype).reshape(x.shape).contiguous()
 
 
-def state_shape(q: Tensor, v: Tensor, w: Tensor | None) -> tuple[Any, ...]:
+def _state_shape(rows: Any, q: Tensor, v: Tensor, w: Tensor | None) -> tuple[Any, ...]:
     """Of a final state: ``[B, H, K, V]``, or with level weights ``[B, H, 1 + L, K, V]``."""
     levels = () if w is None else (1 + w.shape[-1],)
-    return (v.shape[0], v.shape[-2], *levels, q.shape[-1], v.shape[-1])
+    return (rows, v.shape[-2], *levels, q.shape[-1], v.shape[-1])
 
 
 def _attention_shapes(
@@ -119,28 +121,18 @@ def _attention_shapes(
     initial_state: Tensor | None,
     scale: float,
     return_final_state: bool,
-    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    seq_idx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    shape = state_shape(q, v, level_weights) if return_final_state else (0,)
+    rows = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    shape = _state_shape(rows, q, v, level_weights) if return_final_state else (0,)
     return v.new_empty(v.shape), v.new_empty(shape, dtype=state_dtype(v.dtype))
 
 
-def _attention_backward_shapes(
-    grad_o: Tensor,
-    grad_state: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    level_weights: Tensor | None,
-    log_decay: Tensor | None,
-    beta: Tensor | None,
-    initial_state: Tensor | None,
-    scale: float,
-    return_final_state: bool,
-    lengths: Tensor | None = None,
-) -> tuple[Tensor, ...]:
-    inputs = (q, k, v, level_weights, log_decay, beta, initial_state)
-    return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs)
+def _attention_backward_shapes(grad_o: Tensor, grad_state: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    q, tensors = inputs[0], inputs[:7]
+    return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in tensors)
 
 
 def _attention_step_shapes(
@@ -153,32 +145,32 @@ def _attention_step_shapes(
     beta: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    new_state = v.new_empty(state_shape(q, v, level_weights), dtype=state_dtype(v.dtype))
+    new_state = v.new_empty(_state_shape(v.shape[0], q, v, level_weights), dtype=state_dtype(v.dtype))
     return v.new_empty(v.shape), new_state
 
 
-def own(state: Tensor | None) -> Tensor | None:
+def _own(state: Tensor | None) -> Tensor | None:
     """A copy of a state for the backward pass: before it, a cache writes the next state into the memory of this one."""
     return None if state is None else state.clone()
 
 
 def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, state, scale, return_final_state, lengths = inputs
-    ctx.save_for_backward(*tensors, own(state), lengths)
+    *tensors, state, scale, return_final_state, cu_seqlens, attention_mask, seq_idx = inputs
+    ctx.save_for_backward(*tensors, _own(state), cu_seqlens, attention_mask, seq_idx)
     ctx.scale, ctx.return_final_state = scale, return_final_state
 
 
 def _attention_gradient(ctx: Any, grad_o: Tensor, grad_state: Tensor) -> tuple[Any, ...]:
-    *tensors, lengths = ctx.saved_tensors
+    *tensors, cu_seqlens, attention_mask, seq_idx = ctx.saved_tensors
     grads = torch.ops.llcompile.loglinear_attention_backward(
-        grad_o, grad_state, *tensors, ctx.scale, ctx.return_final_state, lengths
+        grad_o, grad_state, *tensors, ctx.scale, ctx.return_final_state, cu_seqlens, attention_mask, seq_idx
     )
-    return (*present(tensors, grads), None, None, None)
+    return (*_present(tensors, grads), None, None, None, None, None)
 
 
 def _save_step(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     q, k, v, w, state, g, beta, scale = inputs
-    ctx.save_for_backward(q, k, v, w, own(state), g, beta)
+    ctx.save_for_backward(q, k, v, w, _own(state), g, beta)
     ctx.scale = scale
 
 
@@ -189,15 +181,15 @@ def _step_gradient(ctx: Any, grad_o: Tensor, grad_state: Tensor) -> tuple[Any, .
     longer = [x if x is None else x.unsqueeze(1) for x in (q, k, v, w, None if per_head else g, beta)]
     longer[4] = g if per_head else longer[4]
     grads = torch.ops.llcompile.loglinear_attention_backward(
-        grad_o.unsqueeze(1), grad_state, *longer, state, ctx.scale, True, None
+        grad_o.unsqueeze(1), grad_state, *longer, state, ctx.scale, True
     )
-    dq, dk, dv, dw, dg, dbeta, dstate = present([*longer, state], grads)
+    dq, dk, dv, dw, dg, dbeta, dstate = _present([*longer, state], grads)
     shorter = [x if x is None else x.squeeze(1) for x in (dq, dk, dv, dw, None if per_head else dg, dbeta)]
     dq, dk, dv, dw, dg_token, dbeta = shorter
     return dq, dk, dv, dw, dstate, dg if per_head else dg_token, dbeta, None
 
 
-def present(inputs: Any, grads: Any) -> list[Tensor | None]:
+def _present(inputs: Any, grads: Any) -> list[Tensor | None]:
     """The gradients of the inputs that there are; None in place of the others' empty ones."""
     return [None if x is None else grad for x, grad in zip(inputs, grads, strict=True)]
 

@@ -8,7 +8,6 @@ from torch import Tensor
 from llcompile.errors import OperandError
 from llcompile.kernels import operands as _operands
 from llcompile.kernels import operators as _operators  # noqa: F401  (registers the torch operators)
-from llcompile.kernels import sequences as _sequences  # noqa: F401  (one more of them)
 from llcompile.kernels.state import check_state
 
 __all__ = ["loglinear_attention", "loglinear_attention_step"]
@@ -71,10 +70,7 @@ def loglinear_attention(
         check_state(initial_state, batch, v.shape[2], q.shape[3], v.shape[3], levels)
         _operands.check_device(v, initial_state=initial_state)
     given = (q, k, v, level_weights, log_decay, beta, initial_state, float(scale), return_final_state)
-    if cu_seqlens is None and attention_mask is None:
-        o, state = torch.ops.llcompile.loglinear_attention(*given)
-    else:
-        o, state = torch.ops.llcompile.loglinear_attention_ragged(*given, cu_seqlens, attention_mask, None)
+    o, state = torch.ops.llcompile.loglinear_attention(*given, cu_seqlens, attention_mask)
     return o, state if return_final_state else None
 
 

@@ -51,8 +51,8 @@ def _call(node: fx.Node, name: str) -> Call:
     else:
         decay, beta, state = (_fixed(x) for x in given[4:7])
         # Sequences that do not fill their rows run packed: a start and a length each.
-        spans = (torch.empty(v.shape[0], device="meta"),) * 2 if name != _SEQUENCE else ()
-        description = describe(Operands(q, k, v, weights, decay, beta, state, *(spans or (None,))), bool(given[8]))
+        spans = (torch.empty(v.shape[0], device="meta"),) * 2 if any(x is not None for x in given[9:]) else ()
+        description = describe(Operands(q, k, v, weights, decay, beta, state, *spans), bool(given[8]))
     sizes = Sizes(v.shape[0], v.shape[1], v.shape[2], q.shape[2], q.shape[3], v.shape[3])
     return Call(name, sizes, None if weights is None else int(weights.shape[-1]), description)
 

@@ -105,7 +105,8 @@ def _decomposed(program: ExportedProgram) -> ExportedProgram:
         raise MlirError("nothing was rewritten in it, so there is no operator to show")
     for node in calls:
         name, initial_state, keeps_state = node.target._schema.name, node.args[6:7], node.args[8:9]
-        if name != _SEQUENCE or initial_state != (None,) or keeps_state != (False,):
+        packed = any(x is not None for x in node.args[9:])
+        if name != _SEQUENCE or initial_state != (None,) or keeps_state != (False,) or packed:
             raise MlirError(
                 f"{name} with states or packed sequences has no parallel form; give an example without a cache "
                 "(use_cache=False) and without a mask"

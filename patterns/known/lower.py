@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-import llcompile.kernels.sequences  # noqa: F401  (registers torch.ops.llcompile)
+import llcompile.kernels.operators  # noqa: F401  (registers torch.ops.llcompile)
 from llcompile.patterns.known import Arguments, KnownFunction
 from llcompile.patterns.known.arguments import Mismatch, is_level_state, read_call, state_argument
 from llcompile.patterns.mixer import Mixer
@@ -86,7 +86,7 @@ def is_single_token(row: KnownFunction, example: Arguments) -> bool:
 def call_operator(
     mixer: Mixer, level_weights: Any, call: OperatorCall, sequences: Sequences | None = None
 ) -> tuple[Any, Any]:
-    """One call of `llcompile::loglinear_attention`, its ragged form or its step; the output and the final state."""
+    """One call of `llcompile::loglinear_attention` or of its step; the output and the final state."""
     state, transposed = mixer.initial_state, mixer.state_layout == "vk"
     if state is not None and not call.own_state:
         state = state.float().transpose(-1, -2) if transposed else state.float()
@@ -95,11 +95,9 @@ def call_operator(
     else:
         operands = (mixer.query, mixer.key, mixer.value, level_weights, mixer.log_decay, mixer.beta)
         rest = (state, mixer.scale, call.wants_state)
-        if sequences is None:
-            result = torch.ops.llcompile.loglinear_attention(*operands, *rest)
-        else:
-            where = (sequences.cu_seqlens, sequences.attention_mask, sequences.seq_idx)
-            result = torch.ops.llcompile.loglinear_attention_ragged(*operands, *rest, *where)
+        s = sequences
+        where = () if s is None else (s.cu_seqlens, s.attention_mask, s.seq_idx)
+        result = torch.ops.llcompile.loglinear_attention(*operands, *rest, *where)
         output, final = result[0], result[1]
     if not call.wants_state:
         return output, None

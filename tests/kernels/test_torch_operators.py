@@ -22,6 +22,32 @@ def test_opcheck(decay, delta, levels):
     torch.library.opcheck(torch.ops.llcompile.loglinear_attention_step.default, arguments)
 
 
+@pytest.mark.parametrize("where", ["cu_seqlens", "attention_mask", "seq_idx"])
+def test_opcheck_of_sequences(where):
+    """The same where sequences do not fill their rows."""
+    x = operands(7, "token", True, 4, None, batch=1 if where == "cu_seqlens" else 2)
+    tensors = [x[n] if x[n] is None else x[n].requires_grad_() for n in NAMES]
+    given = {
+        "cu_seqlens": torch.tensor([0, 3, 7]),
+        "attention_mask": torch.tensor([[1] * 7, [0] * 4 + [1] * 3]),
+        "seq_idx": torch.tensor([[0] * 7, [0] * 4 + [1] * 3]),
+    }
+    found = {where: given[where]}
+    keeps_state = where != "seq_idx"  # the number of sequences is in the values of the indices
+    torch.library.opcheck(torch.ops.llcompile.loglinear_attention.default, (*tensors, 0.7, keeps_state), found)
+
+
+@pytest.mark.parametrize("delta", [False, True])
+def test_opcheck_of_the_backward(delta):
+    """The gradient is an operator, too, for which there is no second derivative."""
+    x = operands(7, "channel", delta, 4, "levels")
+    tensors = [x[n] for n in NAMES]
+    o, state = torch.ops.llcompile.loglinear_attention(*tensors, 0.7, True)
+    grads = (torch.randn_like(o), torch.randn_like(state))
+    operator = torch.ops.llcompile.loglinear_attention_backward.default
+    torch.library.opcheck(operator, (*grads, *tensors, 0.7, True))
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_once_for_all_lengths(backend):
     """Dynamic lengths neither recompile nor break the graph, forward and backward."""

@@ -26,9 +26,9 @@ from llcompile.errors import (
     StrictError,
 )
 from llcompile.weights import attachment
-from tests import small
-from tests.small import difference
-from tests.test_backend import TIGHT, compiled
+from tests.helpers import small
+from tests.helpers.backend import TIGHT, compiled
+from tests.helpers.small import difference
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 

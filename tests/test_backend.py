@@ -16,18 +16,12 @@ import llcompile
 import llcompile.errors
 from llcompile import backend
 from llcompile.errors import LateAttachWarning, OptionError, StrictError
-from tests import small
-from tests.small import difference
+from tests.helpers import small
+from tests.helpers.backend import TIGHT, compiled
+from tests.helpers.small import difference
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 EAGER = {"inner": "eager"}
-# Linear and log-linear form are summed in another order: float32 rounding and no more.
-TIGHT = 1e-5
-
-
-def compiled(model: Any, inner: str = "eager", **given: Any) -> Any:
-    options = {"inner": inner, **given.pop("options", {})}
-    return torch.compile(model, backend="loglinear", options=options, **given)
 
 
 def converted(model: nn.Module, tokens: Tensor | None = None, **options: Any) -> nn.Module:

@@ -15,7 +15,7 @@ import llcompile
 from llcompile.backend import last_report
 from llcompile.errors import MissedLevelWeightsError
 from llcompile.passes.names import _definition, _ends
-from tests.small import difference
+from tests.helpers.small import difference
 
 pytestmark = [pytest.mark.usefixtures("fresh_dynamo"), pytest.mark.filterwarnings("ignore::UserWarning")]
 WIDTH = 12

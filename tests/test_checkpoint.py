@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 import llcompile
 from llcompile.errors import CheckpointError, ModelError
 from llcompile.weights import made_before
-from tests.small import Model, TwoMixers
+from tests.helpers.small import Model, TwoMixers
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 

@@ -150,7 +150,7 @@ class TestInspect:
     ) -> None:
         pytest.importorskip("grandalf")
         (tmp_path / "looked_at.py").write_text(
-            "from tests import small\ndef make(): return small.Model([small.DeltaMixer()]), small.ids()\n"
+            "from tests.helpers import small\ndef make(): return small.Model([small.DeltaMixer()]), small.ids()\n"
         )
         monkeypatch.chdir(tmp_path)
         written = ["--html", "page.html", "--json", "look.json", "--kernels", "generated"]

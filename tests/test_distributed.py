@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import llcompile
-from tests import small
+from tests.helpers import small
 
 RANKS = 2
 OPTIONS = {"inner": "eager"}
@@ -113,5 +113,5 @@ def test_two_processes_train_as_one(wraps: Sequence[Wrap]) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     # Their server imports torch and the libraries once for both.
-    torch.multiprocessing.set_forkserver_preload(["tests.small", "torch.distributed.fsdp", "torch._dynamo"])
+    torch.multiprocessing.set_forkserver_preload(["tests.helpers.small", "torch.distributed.fsdp", "torch._dynamo"])
     torch.multiprocessing.start_processes(work, (port, wraps), nprocs=RANKS, start_method="forkserver")

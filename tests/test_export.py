@@ -15,7 +15,7 @@ from transformers import Mamba2Config, Mamba2ForCausalLM
 
 import llcompile
 from llcompile.errors import LevelWeightsIgnoredWarning, MissedLevelWeightsError
-from tests import small
+from tests.helpers import small
 
 ROOT = Path(__file__).resolve().parent.parent
 LENGTH = torch.export.Dim("length", min=2, max=4096)

@@ -112,3 +112,9 @@ def test_no_bare_names() -> None:
     files = [file for folder in folders for file in (ROOT / folder).rglob("*.py")]
     bare = [f"{file.relative_to(ROOT)} imports {name}" for file in files for name in imports(file)]
     assert [line for line in bare if is_in(line.rpartition(" ")[2], *FOLDERS)] == []
+
+
+def test_tests_import_helpers_and_not_one_another() -> None:
+    files = (ROOT / "tests").rglob("*.py")
+    found = [f"{file.relative_to(ROOT)} imports {name}" for file in files for name in imports(file)]
+    assert [line for line in found if ".test_" in line.rpartition(" ")[2]] == []

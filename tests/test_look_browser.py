@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 import llcompile
-from tests import small
-from tests.test_look import Mixed, inputs
+from tests.helpers import small
+from tests.helpers.looked import Mixed, inputs
 
 pytest.importorskip("grandalf")
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")

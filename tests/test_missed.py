@@ -16,7 +16,18 @@ import llcompile
 from llcompile import backend
 from llcompile.errors import LevelWeightsIgnoredWarning, MissedLevelWeightsError, OptionError, WrappedBackendError
 from llcompile.weights import attachment
-from tests.test_reach import EAGER, Block, Mixer, anything, compiled, converted, difference, inputs, perturb, weights_of
+from tests.helpers.block import (
+    EAGER,
+    Block,
+    Mixer,
+    anything,
+    compiled,
+    converted,
+    difference,
+    inputs,
+    perturb,
+    weights_of,
+)
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 

@@ -19,7 +19,7 @@ from llcompile.kernels.parallel import parallel_attention
 from llcompile.kernels.reference import reference_attention
 from llcompile.look.look import Look
 from llcompile.look.mlir import to_mlir
-from tests import small
+from tests.helpers import small
 
 DECAYS = {None: None, "fixed": (4,), "scalar": (2, 0, 4), "channel": (2, 0, 4, 5)}
 
@@ -82,7 +82,7 @@ class TestWithTorchMlir:
 
     def test_the_command_line(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "made.py").write_text(
-            "from tests import small\n\n\ndef make():\n    return small.model(), small.ids(1)\n"
+            "from tests.helpers import small\n\n\ndef make():\n    return small.model(), small.ids(1)\n"
         )
         monkeypatch.syspath_prepend(str(tmp_path))
         asked = ["inspect", "made:make", "--mlir", str(tmp_path / "out.mlir"), "--mixer"]

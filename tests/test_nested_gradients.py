@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 import llcompile
 from llcompile.torch_internals import nested_gradients
-from tests.small import Model
+from tests.helpers.small import Model
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 

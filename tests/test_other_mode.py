@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import llcompile
 from llcompile.errors import MissedLevelWeightsError
-from tests.test_reach import compiled, difference, inputs, perturb, weights_of
+from tests.helpers.block import compiled, difference, inputs, perturb, weights_of
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 

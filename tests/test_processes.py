@@ -45,7 +45,7 @@ else:
 LOGGED = """
 import torch, warnings
 warnings.simplefilter("ignore")
-from tests import small
+from tests.helpers import small
 torch.compile(small.model(), backend="loglinear", options={"inner": "eager"})(small.ids())
 """
 
@@ -96,7 +96,7 @@ loglinear_attention(q, q, q, torch.ones(1, 8, 1, 4))
 SEEN_BY_OTHERS = """
 import hashlib, torch, warnings
 warnings.simplefilter("ignore")
-from tests import small
+from tests.helpers import small
 if USE:
     torch.compile(small.model(seed=4), backend="loglinear", options={"inner": "eager"})(small.ids())
     torch._dynamo.reset()
@@ -134,7 +134,7 @@ torch.manual_seed(0)
 import llcompile
 from pathlib import Path
 assert Path(llcompile.__file__).is_relative_to(Path.cwd()), llcompile.__file__
-from tests import small
+from tests.helpers import small
 from torch._dynamo.utils import counters
 model, ids = small.Model([small.DeltaMixer()]), small.ids()
 llcompile.convert(model, ids)

@@ -9,8 +9,8 @@ from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated
 
 import llcompile
 from llcompile.errors import EagerStateWarning
-from tests import small
-from tests.small import difference
+from tests.helpers import small
+from tests.helpers.small import difference
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 

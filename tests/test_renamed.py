@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import llcompile
-from tests.test_reach import assert_acts, compiled, difference, inputs, perturb, weights_of
+from tests.helpers.block import assert_acts, compiled, difference, inputs, perturb, weights_of
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 

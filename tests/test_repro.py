@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FACTORIES = """
 import torch
 from torch import nn
-from tests import small
+from tests.helpers import small
 
 
 def known():

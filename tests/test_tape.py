@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import llcompile
 from llcompile.torch_internals.tape import own_tape
-from tests import small
+from tests.helpers import small
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 

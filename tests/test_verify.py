@@ -16,7 +16,7 @@ import llcompile
 from llcompile import driver, verify
 from llcompile.errors import CaptureError, StrictError
 from llcompile.weights import attachment
-from tests import small
+from tests.helpers import small
 
 EAGER = {"inner": "eager"}
 

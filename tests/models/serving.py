@@ -11,9 +11,9 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import llcompile
-from tests import small
+from tests.helpers import small
 from tests.models import tiny
-from tests.models.test_convert import lively
+from tests.models.converted import lively
 
 
 @functools.cache

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import llcompile
-from tests import small
+from tests.helpers import small
+from tests.helpers.small import difference
 from tests.models import tiny
-from tests.small import difference
+from tests.models.converted import BREAKING, compiled, lively, steps, weights_of
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -41,8 +41,6 @@ UNTOUCHED: dict[str, dict[str, str]] = {
     "bailing_hybrid": {"model.layers.1.self_attn": MLA},
     "glm5_next_text": {"model.layers.1.self_attn": MLA},
 }
-# These break in their sparse attention's indexer also without us.
-BREAKING = {"qwen4_exp_text", "glm5_next_text"}
 # The quick suite converts a model of each family, and trains Mamba-2 and one that stock torch cannot. The README's
 # example, which its own test runs, is Mamba-2 with Inductor.
 CONVERTED = ("mamba2", "qwen3_next", "kimi_linear")
@@ -55,34 +53,13 @@ def some(names: tuple[str, ...]) -> list[Any]:
     return [name if name in names else pytest.param(name, marks=SLOW) for name in tiny.CONFIGS]
 
 
-def lively(model: nn.Module) -> nn.Module:
-    """Larger weights than a config's tiny initial ones: with those a mixer adds almost nothing to the logits, and a
-    wrong one would not be seen. Step sizes of Mamba-2 of around 0.5 make states that last."""
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() >= 2 and not any(part in name for part in ("embed", "conv", "loglinear")):
-                parameter.normal_(0.0, parameter.shape[-1] ** -0.5, generator=generator)
-            elif name.endswith("dt_bias"):
-                parameter.uniform_(-1.5, 0.0, generator=generator)
-    return model
-
-
 def build(name: str, **changes: Any) -> Any:
     return lively(tiny.build(name, **changes))
-
-
-def compiled(model: nn.Module, inner: str = "eager", **given: Any) -> Any:
-    return torch.compile(model, backend="loglinear", options={"inner": inner, **given.pop("options", {})}, **given)
 
 
 def convert(model: nn.Module, *args: Any, **given: Any) -> llcompile.Report:
     """Without the run at the end, which traces once or twice more: for tests that compare the outputs themselves."""
     return llcompile.convert(model, *args, verify=False, **given)
-
-
-def weights_of(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if "loglinear" in name}
 
 
 def eager(model: nn.Module, ids: Tensor) -> Tensor:
@@ -182,20 +159,6 @@ def test_gradients_of_the_model(name: str) -> None:
 
 
 # -- prefill and decode
-
-
-def steps(model: Any, name: str, ids: Tensor, prefill: int) -> Iterator[Tensor]:
-    """The logits of ids, the first `prefill` tokens at once and then one by one through the model's own cache.
-
-    Positions are given: transformers 5.24's bamba counts them from 0 in each call.
-    """
-    out = model(ids[:, :prefill], use_cache=True)
-    yield tiny.logits(out)
-    key = "cache_params" if name == "mamba2" else "past_key_values"
-    for t in range(prefill, ids.shape[1]):
-        position = torch.full((1, 1), t, device=ids.device)
-        out = model(ids[:, t : t + 1], use_cache=True, position_ids=position, **{key: out[key]})
-        yield tiny.logits(out)
 
 
 DECODES = [

@@ -16,10 +16,10 @@ import llcompile
 from llcompile import self_test
 from llcompile.kernels.triton import engine, step
 from llcompile.patterns.families import FAMILIES
-from tests import small
+from tests.helpers import small
+from tests.helpers.small import difference
 from tests.models import tiny
-from tests.models.test_convert import compiled, lively, steps, weights_of
-from tests.small import difference
+from tests.models.converted import compiled, lively, steps, weights_of
 
 pytestmark = [
     pytest.mark.cuda,

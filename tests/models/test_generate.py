@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
+from tests.helpers.small import difference
 from tests.models import tiny
+from tests.models.converted import BREAKING
+from tests.models.generating import CAUSAL, some
 from tests.models.serving import graphs, greedy, in_parts, serving
-from tests.models.test_convert import BREAKING
-from tests.small import difference
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
-QUICK = ("mamba2",)
-# A text tower without a head has a cache, and no `generate()`.
-CAUSAL = tuple(name for name in tiny.CONFIGS if name != "glm5_next_text")
 GRAPHS = 6  # a prefill, a first step, steps of any length; a break doubles them
-
-
-def some(names: tuple[str, ...], quick: tuple[str, ...] = QUICK) -> list[Any]:
-    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 @pytest.mark.usefixtures("warm_dynamo")

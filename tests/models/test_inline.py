@@ -9,7 +9,7 @@ import torch
 import transformers
 
 import llcompile
-from tests.small import difference
+from tests.helpers.small import difference
 
 CONFIG: dict[str, Any] = {
     "vocab_size": 96,

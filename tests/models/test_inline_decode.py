@@ -11,12 +11,12 @@ import transformers
 import llcompile
 from llcompile.backend import last_report
 from llcompile.errors import MissedLevelWeightsError
-from tests import small
+from tests.helpers import small
+from tests.helpers.small import difference
 from tests.models import tiny
+from tests.models.converted import lively
+from tests.models.padding import padded
 from tests.models.serving import greedy
-from tests.models.test_convert import lively
-from tests.models.test_padding import padded
-from tests.small import difference
 
 pytestmark = pytest.mark.usefixtures("warm_dynamo")
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.helpers.small import difference
 from tests.models.written import WIDTH, Function, Written, agreeing, compiled, example, mix, moves, same
-from tests.small import difference
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.helpers.small import difference
 from tests.models.written import Function, Written, agreeing, compiled, example, mix, same
-from tests.small import difference
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_dynamo"),

@@ -13,11 +13,11 @@ from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated
 
 import llcompile
 from llcompile.errors import LLCompileError
-from tests import small
+from tests.helpers import small
+from tests.helpers.small import difference
 from tests.models import tiny
-from tests.models.test_convert import compiled, lively
-from tests.models.test_generate import some
-from tests.small import difference
+from tests.models.converted import compiled, lively
+from tests.models.generating import some
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 

@@ -10,26 +10,15 @@ from torch import Tensor
 
 import llcompile
 from llcompile.errors import LLCompileError
-from tests import small
+from tests.helpers import small
+from tests.helpers.small import difference
 from tests.models import tiny
+from tests.models.converted import compiled, lively
+from tests.models.generating import CAUSAL, some
+from tests.models.padding import padded
 from tests.models.serving import greedy, serving
-from tests.models.test_convert import compiled, lively
-from tests.models.test_generate import CAUSAL, some
-from tests.small import difference
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
-
-LENGTHS = (21, 9)
-
-
-def padded(side: str, lengths: tuple[int, ...] = LENGTHS) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Token ids and mask [B, T], and the sequences by themselves."""
-    rows = [tiny.tokens(1, length, seed=length) for length in lengths]
-    ids, mask = torch.zeros(len(rows), max(lengths), dtype=torch.long), torch.zeros(len(rows), max(lengths)).long()
-    for row, sequence in enumerate(rows):
-        place = slice(max(lengths) - sequence.shape[1], None) if side == "left" else slice(sequence.shape[1])
-        ids[row, place], mask[row, place] = sequence[0], 1
-    return ids, mask, rows
 
 
 @pytest.mark.usefixtures("warm_dynamo")

@@ -15,8 +15,8 @@ from torch import Tensor, fx, nn
 import llcompile
 from llcompile.report import Converted
 from llcompile.torch_internals import inner
-from tests import small
-from tests.small import difference
+from tests.helpers import small
+from tests.helpers.small import difference
 from tests.spellings import EITHER, NEGATIVE, POSITIVE
 from tests.spellings.composed import Composed, Recipe, recipes
 from tests.spellings.family import expected

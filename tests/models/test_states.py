@@ -14,12 +14,12 @@ from torch import Tensor
 import llcompile
 from llcompile.errors import LLCompileError, StateAdoptedWarning
 from llcompile.kernels.state import position_of
-from tests import small
+from tests.helpers import small
+from tests.helpers.small import difference
 from tests.models import tiny
+from tests.models.converted import compiled, lively
+from tests.models.generating import some
 from tests.models.serving import in_parts, serving
-from tests.models.test_convert import compiled, lively
-from tests.models.test_generate import some
-from tests.small import difference
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import llcompile
+from tests.helpers.small import difference
 from tests.models import tiny
-from tests.small import difference
 
 pytestmark = [pytest.mark.usefixtures("fresh_dynamo"), pytest.mark.slow]
 

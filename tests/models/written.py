@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import llcompile
-from tests import small
-from tests.small import difference
+from tests.helpers import small
+from tests.helpers.small import difference
 
 WIDTH = 12
 Function = Callable[..., Tensor]

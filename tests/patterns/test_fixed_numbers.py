@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import llcompile
-from tests import small
+from tests.helpers import small
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 

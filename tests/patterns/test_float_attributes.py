@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import llcompile
-from tests import small
+from tests.helpers import small
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 

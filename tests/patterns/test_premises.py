@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import llcompile
 from llcompile.backend import last_report, loglinear
-from tests.small import difference, perturb
+from tests.helpers.small import difference, perturb
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import llcompile
-from tests.small import difference
+from tests.helpers.small import difference
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from tests.small import difference
+from tests.helpers.small import difference
 from tests.spellings import EITHER, NEGATIVE, POSITIVE
 from tests.spellings.composed import Composed, Recipe, recipes
 from tests.spellings.family import expected

@@ -1,0 +1,1 @@
+"""What several test files use: small models, comparisons, ways to compile."""

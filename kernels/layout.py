@@ -72,7 +72,7 @@ class Layout:
         g = x.log_decay
         if g is not None and g.dim() == 1:
             g = g.expand(self.batch, self.tokens, self.heads)
-        self.inner_w = self.outer_w = None
+        self.inner_w = None
         if x.level_weights is not None:
             self.grid_w = self._grid_weights(x.level_weights)
             split = self.grid.inner + 1

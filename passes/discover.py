@@ -25,7 +25,6 @@ def discover(session: Session) -> int:
             site.decline(f"it stands in the body of {region.closed}, which takes no further operands", _CLOSED)
         if key:
             site.owner = reach.find_module(key)
-            site.owner_missing = site.owner is None
         session.sites.append(site)
     session.refused.extend(refused_calls(session.settings.names))
     return len(session.sites)

@@ -66,7 +66,7 @@ def _add_site(session: Session, region: Region, found: Found, denominators: list
     key, name = place_of(node)
     owner = reach.find_module(key) if key else None
     site = Site(node, region, None, session.name(key, name), user_line(node.meta), found, denominators)
-    site.owner, site.owner_missing = owner, bool(key) and owner is None
+    site.owner = owner
     site.cell, site.certificate = found.reading.family, found.certificate
     site.shape = MixerShape(*found.sizes)
     if found.fixed and not found.held:

@@ -75,7 +75,6 @@ class Site:
     # Instead of `found`: a mixer of one token, known by its place (see passes/one_token.py).
     token: Any = None
     owner: nn.Module | None = None
-    owner_missing: bool = False
     attribute: str = "loglinear"
     # Where it stands in the user's code (see passes/names.py).
     place: Any = None

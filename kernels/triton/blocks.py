@@ -245,11 +245,4 @@ mix = inverse * beta[None, :]
 level = high_bit(bits & -bits)
 slot = bits - 1  # last chunk of the block
 """,
-    "totals_type": """
-#if channel
-$1 = load_channels(totals + $2 * KEY_DIM, channel)  # [K]
-#elif scalar
-$1 = tl.load(totals + $2)
-#end
-""",
 }

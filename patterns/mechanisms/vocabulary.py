@@ -29,7 +29,6 @@ PRODUCTS = frozenset({"matmul", "bmm", "mm", "mv", "einsum", "baddbmm", "addmm",
 # A projection: where a walk that looks for one mechanism would get into the next one.
 PROJECTIONS = frozenset({"linear", "conv1d", "conv2d", "embedding", "addmm", "bilinear"})
 CONVOLUTIONS = frozenset({"conv1d"})
-ATTENTION = frozenset({"scaled_dot_product_attention", "flex_attention"})
 SOFTMAX = frozenset({"softmax"})
 SIGMOIDS = frozenset({"sigmoid"})
 EXPONENTIALS = frozenset({"exp", "exp2"})

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from llcompile.patterns.structure.axes import Atom
-from llcompile.patterns.structure.frame import Row
 from llcompile.patterns.structure.lifted import Source
 from llcompile.patterns.structure.probe import SAME, Probe, difference
 from llcompile.patterns.structure.sizing import CannotArrange, arrange
@@ -295,8 +292,3 @@ class _Classifier:
 
 def _size(x: Tensor) -> float:
     return float(x.abs().max())
-
-
-def atoms_of(rows: Mapping[Source, tuple[Row, ...]], source: Source) -> list[Atom]:
-    """The atoms of a source, in order."""
-    return [atom for row in rows[source] for atom in row]

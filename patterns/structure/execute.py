@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llcompile.patterns.structure.axes import Axis
 from llcompile.patterns.structure.nested import leaves
 from llcompile.patterns.structure.program import Op, Value
 
@@ -21,7 +20,6 @@ _SHAPED = "view _unsafe_view expand zeros ones full empty rand randn new_zeros n
 _SIZES = {**dict.fromkeys(_SHAPED.split(), "size"), "reshape": "shape"}
 _FLOATS = {torch.float16, torch.bfloat16, torch.float32}
 
-SizeOf = Callable[[Axis], int]
 Sizes = Callable[[Value], tuple[int, ...]]
 
 

@@ -50,7 +50,6 @@ class Probe:
         self.values = {source: self.draw(source) for source in part.sources}
         # With all numbers as traced, the arguments stand as they are.
         self.resizes = any(sizing.of(leaf) != leaf.size for leaf in self._leaves())
-        self.runs = 0
         self.linear_in: Source | None = None  # of what the part computes, only what this source has a part in
 
     def _leaves(self) -> list:  # type: ignore[type-arg]
@@ -85,7 +84,6 @@ class Probe:
         return result if own is None else result - self._run({**numbers, own: torch.zeros_like(numbers[own])})
 
     def _run(self, numbers: Mapping[Source, Tensor]) -> Tensor:
-        self.runs += 1
         function, read = self._function
         given = [numbers[s] if isinstance(s, Value) else numbers[s][position] for s, position in read]
         with _same_draws() if self.part.random is not None else nullcontext():

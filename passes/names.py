@@ -19,6 +19,7 @@ from torch import fx, nn
 
 from llcompile.passes.origin import operand_nodes
 from llcompile.passes.session import Session, Site
+from llcompile.patterns.graph.walk import walk
 from llcompile.torch_internals.inputs import input_value, is_parameter
 from llcompile.torch_internals.places import place_of, user_frames
 
@@ -208,18 +209,12 @@ def _operands(site: Site) -> frozenset[str]:
     if site.owner is None:
         return frozenset()
     names = _own_parameters(site.owner)
-    found: set[str] = set()
-    pending, seen = list(operand_nodes(site)), set[fx.Node]()
-    while pending:
-        node = pending.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        own = [names.get(id(_held(site, n))) for n in node.all_input_nodes if is_parameter(_held(site, n))]
-        found.update(name for name in own if name is not None)
-        if not own:
-            pending.extend(node.all_input_nodes)
-    return frozenset(found)
+
+    def parameters(node: fx.Node) -> list[Any]:
+        return [held for n in node.all_input_nodes if is_parameter(held := _held(site, n))]
+
+    above = walk(operand_nodes(site), lambda node: () if parameters(node) else node.all_input_nodes)
+    return frozenset(names[id(held)] for node in above for held in parameters(node) if id(held) in names)
 
 
 def _own_parameters(owner: nn.Module) -> dict[int, str]:

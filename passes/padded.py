@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 
 from llcompile.passes.session import Site
+from llcompile.patterns.graph.walk import walk
 from llcompile.torch_internals.sizes import size_hint
 
 log = logging.getLogger("llcompile")
@@ -67,13 +68,7 @@ def _run(site: Site, masked: set[fx.Node], values: list[fx.Node]) -> dict[fx.Nod
 
 
 def _between(masked: set[fx.Node], values: list[fx.Node]) -> set[fx.Node]:
-    found, pending = set(values), list(values)
-    while pending:
-        node = pending.pop()
-        new = [] if node in masked else [n for n in node.all_input_nodes if n not in found]
-        found.update(new)
-        pending.extend(new)
-    return found
+    return set(walk(values, lambda node: () if node in masked else node.all_input_nodes))
 
 
 def _result(node: fx.Node, results: dict[fx.Node, Any]) -> Any:

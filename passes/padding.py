@@ -21,6 +21,7 @@ from llcompile.passes.origin import data_inputs, is_constant_input, operand_node
 from llcompile.passes.padded import writes_nothing
 from llcompile.passes.session import Session, Site
 from llcompile.patterns.boundary import boundary
+from llcompile.patterns.graph.walk import walk
 from llcompile.torch_internals.sizes import size_hint
 
 _UNFOLLOWED = (
@@ -103,12 +104,7 @@ def _find(site: Site) -> None:
 
 def _ancestors(nodes: list[fx.Node]) -> Iterator[fx.Node]:
     """The nodes and everything above them, the nearest first."""
-    pending, seen = list(nodes), set(nodes)
-    for node in pending:
-        yield node
-        new = [n for n in data_inputs(node) if n not in seen]
-        seen.update(new)
-        pending.extend(new)
+    return walk(nodes, data_inputs)
 
 
 def _mask_of(node: fx.Node) -> Mask | None:
@@ -144,15 +140,9 @@ def _is_input(mask: fx.Node) -> bool:
 
 def _reached(site: Site, operands: list[fx.Node], masked: set[fx.Node]) -> bool:
     """Whether an operand depends on the model's input by a way that no masked node lies on."""
-    pending = [node for node in operands if node not in masked]
-    seen = set(pending)
-    for node in pending:
-        if node.op == "placeholder" and not is_constant_input(site.region.outer(node)):
-            return True
-        new = [n for n in data_inputs(node) if n not in seen and n not in masked]
-        seen.update(new)
-        pending.extend(new)
-    return False
+    open_ = lambda nodes: (n for n in nodes if n not in masked)  # noqa: E731
+    reached = walk(open_(operands), lambda node: open_(data_inputs(node)))
+    return any(node.op == "placeholder" and not is_constant_input(site.region.outer(node)) for node in reached)
 
 
 def _value(node: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from llcompile.patterns.graph.walk import walk
 from llcompile.patterns.structure.axes import Atom, Atoms, Axes, Axis
 from llcompile.patterns.structure.facts import Times
 from llcompile.patterns.structure.follow import Followed, follow
@@ -124,18 +125,13 @@ class Cutter:
         if not mixed:
             return frozenset()
         first = min(value.op.number for value in mixed if value.op is not None)
-        pending = [v for s in part.sources for v in (part.taps[s] if isinstance(s, Lifted) else (s,))]
-        pending = [v for v in pending if v not in part.earlier]
-        seen, found = set(pending), set()
-        while pending:
-            value = pending.pop()
-            if value in mixed:
-                found.add(value)
-            elif value.op is not None and value.op.number > first:
-                new = [v for v in value.op.inputs if v not in seen]
-                seen.update(new)
-                pending.extend(new)
-        return frozenset(found)
+        read = (v for s in part.sources for v in (part.taps[s] if isinstance(s, Lifted) else (s,)))
+
+        def above(value: Value) -> Iterable[Value]:
+            return () if value in mixed or value.op is None or value.op.number <= first else value.op.inputs
+
+        reached = walk((v for v in read if v not in part.earlier), above)
+        return frozenset(value for value in reached if value in mixed)
 
     def frame(self, part: Part) -> tuple[Frame, dict[Source, tuple[Row, ...]]]:
         """The part's own axes, and those of its sources.

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import fx
 
+from llcompile.patterns.graph.walk import walk
 from llcompile.patterns.records import Certificate
 from llcompile.patterns.structure.axes import Axis
 from llcompile.patterns.structure.classify import Miss
@@ -74,18 +75,10 @@ class Found:
     @functools.cached_property
     def _straight(self) -> tuple[set[Value], bool]:
         """What the queries are computed from with all tokens in their order; whether anything changes that order."""
-        pending = values_of(self.reading.query)
-        seen, reordered = set(pending), False
-        for value in pending:
-            if value.op is None:
-                continue
-            if value.op.name in _REORDERS and self.times.mixes_time(value.op):
-                reordered = True
-                continue
-            new = [v for v in value.op.inputs if v not in seen]
-            seen.update(new)
-            pending.extend(new)
-        return seen, reordered
+        reorders = lambda op: op.name in _REORDERS and self.times.mixes_time(op)  # noqa: E731
+        above = lambda v: () if v.op is None or reorders(v.op) else v.op.inputs  # noqa: E731
+        straight = set(walk(values_of(self.reading.query), above))
+        return straight, any(v.op is not None and reorders(v.op) for v in straight)
 
     @property
     def _reordered(self) -> bool:
@@ -127,16 +120,11 @@ class Found:
         By its size: a number for each row, head, key and value feature. Nothing is decided by it.
         """
         operands = [value for source in self.reading.operands for value in values_of(source)]
-        seen = {self.part.result, self.output, *operands}
-        pending = operands
-        states: set[Value] = set()
+        ends = {self.part.result, self.output}
+        below = walk(operands, lambda v: (o for user in v.users for o in user.outputs if o not in ends))
         size = self.rows_and_tokens[0] * self.sizes[0] * self.sizes[2] * self.sizes[3]
-        while pending:
-            for user in pending.pop().users:
-                new = [value for value in user.outputs if value not in seen]
-                seen.update(new)
-                pending.extend(new)
-                states.update(v for v in new if self.times.facts[v].form != "sequence" and count(v.shape) == size)
+        made = set(below).difference(operands)
+        states = {v for v in made if self.times.facts[v].form != "sequence" and count(v.shape) == size}
         nodes = (node for node, held in self.program.results.items() if held in states)
         return any(user.op == "output" or user.target == "copy_" for node in nodes for user in node.users)
 
@@ -152,13 +140,8 @@ class Found:
 
     def _made_of(self, values: list[Value]) -> set[Value]:
         """The values, and what is made of them token by token."""
-        found, pending = set(values), list(values)
-        while pending:
-            made = (v for op in pending.pop().users for v in op.outputs if not self.times.facts[v].mixed)
-            new = [v for v in made if v not in found]
-            found.update(new)
-            pending.extend(new)
-        return found
+        facts = self.times.facts
+        return set(walk(values, lambda v: (o for op in v.users for o in op.outputs if not facts[o].mixed)))
 
     def activations(self) -> list[fx.Node]:
         """The nodes of the operands that depend on the model's input."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from llcompile.patterns.boundary import raises
 from llcompile.patterns.mechanisms.facts import Facts, Shape
 from llcompile.patterns.mechanisms.vocabulary import PROJECTIONS
 
@@ -50,6 +51,8 @@ class TimeAxes:
         try:
             return rule(self, node)
         except (IndexError, KeyError, TypeError, ValueError, AttributeError):  # a spelling that no rule knows
+            if raises():
+                raise
             return NONE
 
 

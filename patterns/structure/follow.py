@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from llcompile.patterns.boundary import raises
 from llcompile.patterns.structure.axes import Atoms, Axes, Axis
 from llcompile.patterns.structure.axis_rules.call import Call
 from llcompile.patterns.structure.axis_rules.others import opaque
@@ -122,6 +123,8 @@ def _step(found: Followed, op: Op, lost: dict[Value, tuple[Axis, ...]]) -> None:
     try:
         results = rule(call)
     except (ValueError, IndexError, TypeError, KeyError, AttributeError):
+        if raises():
+            raise
         rule = opaque
         results = opaque(call)
     found.counts[rule.__name__.strip("_")] += 1

@@ -207,8 +207,8 @@ def _verified(
 
 
 def _without_blamed(report: Report, verdict: verify_.Verdict) -> Report:
-    for mixer, reason in verdict.blamed.items():
-        withheld.withhold(mixer.owner, mixer.attribute, reason)
+    for mixer, given in verdict.blamed.items():
+        withheld.withhold(mixer.owner, mixer.attribute, given)
         if mixer.fresh and mixer.weights is not None:
             attachment.detach_one(mixer.owner, mixer.attribute)
     return verify_.judged(report, verdict)

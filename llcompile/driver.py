@@ -16,6 +16,7 @@ from llcompile.errors import StrictError
 from llcompile.options import Options
 from llcompile.passes import pipeline
 from llcompile.passes.session import Session, Settings, Site
+from llcompile.patterns import reasons
 from llcompile.patterns.known import capture
 from llcompile.patterns.records import Converted, Declined, GraphBreak
 from llcompile.report import Report
@@ -64,7 +65,7 @@ def report_of(session: Session) -> Report:
     return Report(
         converted=tuple(_converted(site) for site in distinct(session.sites)),
         declined=(
-            *(Declined(site.module, site.reason, site.where, site.hint) for site in session.sites if not site.open),
+            *(Declined.because(s.given, s.module, s.where) for s in session.sites if s.given is not None),
             *session.refused,
         ),
         untouched=tuple(session.untouched),
@@ -94,15 +95,16 @@ def distinct(sites: list[Site]) -> list[Site]:
 
 def give_up_opaque(session: Session) -> bool:
     """Whether the frame must be traced once more, to break the graph at declined calls that no compiler can trace."""
-    declined = [s for s in session.sites if not s.open and s.leaf is not None and s.leaf.row.opaque]
-    new = [capture.give_up(s.known, s.arguments, s.owner, s.reason) for s in declined]  # every one of them
+    called = [(s, s.given) for s in session.sites if s.leaf is not None and s.leaf.row.opaque]
+    # Every one of them.
+    new = [capture.give_up(s.known, s.arguments, s.owner, given) for s, given in called if given is not None]
     return any(new)
 
 
 def original_code(session: Session) -> Callable[..., Any]:
     """The graph with every captured call back as the library's own code, to be run as it is."""
     for site in session.sites:
-        site.decline("the example run of convert and inspect uses the model's own code")
+        site.decline(reasons.EXAMPLE_RUN())
     pipeline.change(session)
     return session.module.forward
 
@@ -112,8 +114,8 @@ def check_strict(report: Report, options: Options) -> None:
     if not options.strict:
         return
     if report.declined:
-        reasons = "\n".join(f"  {d.module or '(root)'}: {d.reason} ({d.where})" for d in report.declined)
-        raise StrictError(f"strict=True, and {len(report.declined)} linear-time mixers were not converted:\n{reasons}")
+        lines = "\n".join(f"  {d.module or '(root)'}: {d.reason} ({d.where}) [{d.code}]" for d in report.declined)
+        raise StrictError(f"strict=True, and {len(report.declined)} linear-time mixers were not converted:\n{lines}")
     if not report.converted:
         seen = ", ".join(sorted({u.kind for u in report.untouched})) or "nothing that mixes positions"
         raise StrictError(f"strict=True, and no linear-time mixer was found in the graph; what was seen: {seen}.")

@@ -17,12 +17,10 @@ from llcompile import driver, missed
 from llcompile.errors import LLCompileError
 from llcompile.options import Options
 from llcompile.passes import pipeline
+from llcompile.patterns import reasons
 from llcompile.torch_internals.inputs import graph_inputs
 from llcompile.torch_internals.trace import below_export, restart_trace, surfaced, traced_once
 from llcompile.weights import attachment
-
-_NEW = "it has no level weights, and an export adds none"
-_NEW_HINT = "call llcompile.convert(model, *example_inputs) with inputs like those of the export"
 
 
 def rewritten_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -61,7 +59,7 @@ def _rewrite(module: fx.GraphModule) -> None:
         attachment.detach_one(owner, name)
     for site in session.sites:
         if (site.owner, site.attribute) in session.attached:
-            site.decline(_NEW, _NEW_HINT)
+            site.decline(reasons.NOT_EXPORTED())
     missed.check(session, Options().on_miss)
     if driver.give_up_opaque(session):
         restart_trace("a declined call must run by itself")

@@ -16,6 +16,7 @@ from torch import nn
 from llcompile import driver, missed
 from llcompile.options import Options
 from llcompile.passes.session import Session
+from llcompile.patterns import reasons
 from llcompile.report import Report
 from llcompile.verify import Mixer, Verdict
 
@@ -47,9 +48,7 @@ def judge(
     for mixer in asking:
         reason = seen.missed.get(mixer.key) if mixer.key not in seen.read else None
         if reason is not None and mode and mixer.fresh:
-            verdict.blamed[mixer] = (
-                f"in training it is another program, so that level weights would not learn: {reason}"
-            )
+            verdict.blamed[mixer] = reasons.OTHER_IN_TRAINING(reason=reason)
         elif reason is not None:
             verdict.notes[mixer] = f"in {missed.mode_name(mode)} it is no mixer, and a compiled call says so: {reason}"
     return verdict

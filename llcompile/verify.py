@@ -22,6 +22,8 @@ from torch.utils import _pytree
 from llcompile import backend, driver
 from llcompile.compare import Result, difference, gradient_difference, leaves
 from llcompile.options import Options
+from llcompile.patterns import reasons
+from llcompile.patterns.reasons import GivenReason
 from llcompile.patterns.records import Declined, ModelCertificate
 from llcompile.report import Report
 from llcompile.torch_internals.trace import traced_once
@@ -35,17 +37,6 @@ _AMPLIFIED = 30  # times what rounding at the mixers alone does to the output
 _LOOSE = 0.5  # a bound beyond this lets any output pass, in more than 16 bits
 _NOISE = 0.3
 _ALONE = 6  # groups of mixers that are tried by themselves before all are declined
-
-_HINT = "it runs unchanged; the rest of the model is converted"
-_KEPT_HINT = "it runs unchanged; the level weights that it had before are kept"
-_IDLE = (
-    "noise on its level weights does not change what the model returns: nothing that is returned depends on the mixer, "
-    "or the compiled program does not read its level weights"
-)
-_NO_GRADIENT = (
-    "its level weights change the output and get no gradient: the program around the mixer stops gradients "
-    "(detach, no_grad, or an autograd.Function of its own)"
-)
 
 
 @dataclass(frozen=True)
@@ -76,13 +67,13 @@ class Verdict:
 
     certificate: ModelCertificate | None = None
     unverified: str = ""
-    blamed: dict[Mixer, str] = field(default_factory=dict)
+    blamed: dict[Mixer, GivenReason] = field(default_factory=dict)
     notes: dict[Mixer, str] = field(default_factory=dict)
 
 
 def judged(report: Report, verdict: Verdict) -> Report:
     """The report with the mixers that are to blame among the declined, and the notes."""
-    blamed = [(m.module, m.where, reason, m.fresh) for m, reason in verdict.blamed.items()]
+    blamed = [(m.module, m.where, given) for m, given in verdict.blamed.items()]
     notes = {(m.module, m.where): note for m, note in verdict.notes.items()}
     kept, declined = [], list(report.declined)
     for record in report.converted:
@@ -92,7 +83,7 @@ def judged(report: Report, verdict: Verdict) -> Report:
             kept.append(record if note is None else replace(record, notes=(*record.notes, note)))
             continue
         blamed.remove(found)
-        declined.append(Declined(record.module, found[2], record.where, _HINT if found[3] else _KEPT_HINT))
+        declined.append(Declined.because(found[2], record.module, record.where))
     return replace(report, converted=tuple(kept), declined=tuple(declined))
 
 
@@ -125,16 +116,16 @@ def verify(
 def _judge(run: _Runs) -> Verdict:
     """Compares, and takes mixers out until what is left agrees."""
     run.reference()
-    blamed: dict[Mixer, str] = {}
+    blamed: dict[Mixer, GivenReason] = {}
     error, gradient_error, reason = run.compare(run.mixers)
-    if reason:
+    if reason is not None:
         blamed = _to_blame(run, reason)
         left = [m for m in run.mixers if m not in blamed]
         try:
             error, gradient_error, reason = run.compare(left)
         except _Unverified as unverified:  # those that were found remain to blame
             return Verdict(unverified=str(unverified), blamed=blamed)
-        if reason:  # only together, or the search was cut short
+        if reason is not None:  # only together, or the search was cut short
             blamed.update(dict.fromkeys(left, reason))
             return Verdict(unverified="nothing is left to verify", blamed=blamed)
         if not left:
@@ -147,20 +138,21 @@ def _judge(run: _Runs) -> Verdict:
     return Verdict(certificate, "", blamed, notes)
 
 
-def _to_blame(run: _Runs, reason: str) -> dict[Mixer, str]:
+def _to_blame(run: _Runs, reason: GivenReason) -> dict[Mixer, GivenReason]:
     """The mixers whose rewrite makes the difference; those that stand in the same line of code are one."""
     _, _, without = run.compare([])
-    if without:
-        raise _Unverified(f"compiled without any rewrite, the model does not give its own output either: {without}")
+    if without is not None:
+        problem = f"compiled without any rewrite, the model does not give its own output either: {without.text}"
+        raise _Unverified(problem)
     groups: dict[Any, list[Mixer]] = {}
     for mixer in run.mixers:
         groups.setdefault((type(mixer.owner), mixer.attribute, mixer.where), []).append(mixer)
     if len(groups) == 1 or len(groups) > _ALONE:
         return dict.fromkeys(run.mixers, reason)
-    blamed: dict[Mixer, str] = {}
+    blamed: dict[Mixer, GivenReason] = {}
     for group in groups.values():
         _, _, alone = run.compare(group)
-        if alone:
+        if alone is not None:
             blamed.update(dict.fromkeys(group, alone))
     return blamed or dict.fromkeys(run.mixers, reason)
 
@@ -223,32 +215,32 @@ class _Runs:
         if self.dtype == torch.float64 and not exact:
             self.dtype = torch.float32  # some of it computes in float32 inside
 
-    def compare(self, mixers: Sequence[Mixer]) -> tuple[float, float | None, str]:
-        """(error, gradient error, why they are too large or "") with these mixers rewritten and no other."""
+    def compare(self, mixers: Sequence[Mixer]) -> tuple[float, float | None, GivenReason | None]:
+        """(error, gradient error, why they are too large or None) with these mixers rewritten and no other."""
         try:
             self.last = got = self.run(self.through_backend(mixers), mixers)
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise _Unverified(_line(error)) from error
         except Exception as error:
-            return float("inf"), None, f"the rewritten program does not run on the example inputs: {_line(error)}"
+            return float("inf"), None, reasons.REWRITE_NOT_RUN(error=_line(error))
         off, gradient_off = difference(got, self.want), gradient_difference(got, self.want)
         if max(off, gradient_off or 0.0) <= BUDGETS[self.dtype]:
-            return off, gradient_off, ""
+            return off, gradient_off, None
         self.expect_repeatable()
         if self.is_nearer(got):
-            return off, gradient_off, ""
+            return off, gradient_off, None
         bounds = [max(BUDGETS[self.dtype], _AMPLIFIED * rounding) for rounding in self.rounding()]
-        what = f"at level weights of 1 in {str(self.dtype).removeprefix('torch.')} on the example inputs"
+        dtype = str(self.dtype).removeprefix("torch.")
         if off > bounds[0]:
-            return off, gradient_off, f"the model's output would change by {off:.1e} of its largest value {what}"
+            return off, gradient_off, reasons.OUTPUT_CHANGES(error=off, dtype=dtype)
         if gradient_off is not None and gradient_off > bounds[1]:
-            return off, gradient_off, f"the gradients of its parameters would change by {gradient_off:.1e} {what}"
+            return off, gradient_off, reasons.GRADIENTS_CHANGE(error=gradient_off, dtype=dtype)
         if max(bounds) > _LOOSE and self.dtype.itemsize > 2:
             raise _Unverified(
                 f"rounding at the mixers alone changes what the model gives by {max(bounds) / _AMPLIFIED:.1e}, so that "
                 "no comparison tells a right program from a wrong one"
             )
-        return off, gradient_off, ""
+        return off, gradient_off, None
 
     def is_nearer(self, got: Result) -> bool:
         """Whether a run of 16 bits is no further from the model in float32 than the model's own run is."""
@@ -300,7 +292,7 @@ class _Runs:
         if again > BUDGETS[self.dtype]:
             raise _Unverified(f"the model's own output changes by {again:.1e} from run to run")
 
-    def acting(self, mixers: list[Mixer]) -> tuple[list[Mixer], dict[Mixer, str], dict[Mixer, str]]:
+    def acting(self, mixers: list[Mixer]) -> tuple[list[Mixer], dict[Mixer, GivenReason], dict[Mixer, str]]:
         """The mixers whose level weights act; those that do not, with the reason; and notes on the rest."""
         weighted = [m for m in mixers if m.weights is not None]
         if not weighted or self._all_act(weighted):
@@ -309,7 +301,7 @@ class _Runs:
             base = self.run(self.through_backend(mixers), weighted)
         silent = [m for m in weighted if not base.has_levels(m.weights)]
         moving = {m for m in silent if self._moves(m, mixers, base)}
-        idle: dict[Mixer, str] = {}
+        idle: dict[Mixer, GivenReason] = {}
         notes: dict[Mixer, str] = {}
         for mixer in silent:
             if mixer in moving and not base.graded:
@@ -319,7 +311,7 @@ class _Runs:
                     "its output is zero on the example inputs, so that they do not show its level weights acting"
                 )
                 continue
-            idle[mixer] = _NO_GRADIENT if mixer in moving else _IDLE
+            idle[mixer] = reasons.WEIGHTS_WITHOUT_GRADIENT() if mixer in moving else reasons.WEIGHTS_IDLE()
         acting = [m for m in weighted if m not in idle and m not in notes]
         return acting, idle, notes
 

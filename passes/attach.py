@@ -10,6 +10,7 @@ from llcompile.errors import LevelWeightsError
 from llcompile.passes.one_token import remember
 from llcompile.passes.origin import Role, given, is_projected, operand_nodes, projection_input, role_of
 from llcompile.passes.session import Session, Site
+from llcompile.patterns import reasons
 from llcompile.patterns.boundary import boundary
 from llcompile.torch_internals.inputs import input_value, is_handed_in_twice
 from llcompile.torch_internals.owner_input import Call, call_under_way
@@ -18,22 +19,6 @@ from llcompile.torch_internals.trace import is_resumed
 
 # The options that say what level weights are like, by what they are about.
 _OPTIONS = {"kind": "level_weights", "levels": "levels"}
-_NO_OWNER = (
-    "its module cannot be reached from the compiled frame, so it has no place for level weights",
-    "a graph break above this line splits the module's forward; TORCH_LOGS=graph_breaks shows it",
-)
-_NO_VALUES = (
-    "its level weights are on the device meta: the offloading of the model does not load them",
-    "keep the modules named loglinear out of the offloading",
-)
-_NO_INPUT = (
-    "a graph break stands between its projections and its mixing, and what its level weights read is not in this graph",
-    "move what breaks the graph (a hook, .item(), a print) out of the module; TORCH_LOGS=graph_breaks shows it",
-)
-_OTHER_INPUT = (
-    "what its level weights read when they were made is not what its operands are projected from in this graph",
-    "run the same code as in convert, or call llcompile.revert(model) and convert the model again",
-)
 
 
 def attach(session: Session) -> int:
@@ -42,7 +27,7 @@ def attach(session: Session) -> int:
         return 0
     for site in session.sites:
         if site.open and site.owner is None:
-            site.decline(*_NO_OWNER)
+            site.decline(reasons.NO_OWNER())
         if site.open:
             _attach(session, site)
     return len(session.attached)
@@ -53,13 +38,13 @@ def _expect_values(session: Session, site: Site, weights: Any) -> None:
     assert site.owner is not None
     operands = [node.meta["example_value"] for node in operand_nodes(site)]
     if any(t.is_meta for _, t in weights.tensors()) and not any(operand.is_meta for operand in operands):
-        site.decline(*_NO_VALUES)
+        site.decline(reasons.WEIGHTS_ON_META())
     if session.marks:  # the owner's hook has handed them in
         return
     try:
         session.settings.path(site.owner, site.attribute)
     except LookupError as error:
-        site.decline(f"its level weights cannot be read in this frame: {error}", "compile the model as a whole")
+        site.decline(reasons.WEIGHTS_OUT_OF_REACH(error=error))
 
 
 def _attach(session: Session, site: Site) -> None:
@@ -144,7 +129,7 @@ def _find_source(site: Site, weights: Any) -> tuple[Role | None, int | None]:
         if tensor is not None and (weights is None or tensor.shape[-1] == weights.in_features):
             site.owner_input = tensor
             return Role(True, frozenset()), int(tensor.shape[-1])
-    site.decline(*(_NO_INPUT if cut else _OTHER_INPUT))
+    site.decline(reasons.CUT_OFF_INPUT() if cut else reasons.OTHER_INPUT())
     return None, None
 
 

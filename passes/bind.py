@@ -6,6 +6,7 @@ import torch
 
 from llcompile.errors import MixerError
 from llcompile.passes.session import Session, Site
+from llcompile.patterns import reasons
 from llcompile.patterns.boundary import boundary
 from llcompile.patterns.known.arguments import Mismatch, read_call
 from llcompile.patterns.mixer import validate
@@ -19,22 +20,22 @@ def bind(session: Session) -> int:
             with boundary(site.where) as outcome:
                 _bind(site)
             if outcome.failed:
-                site.decline(outcome.reason, outcome.hint)
+                site.decline(outcome.given)
     return sum(site.open for site in session.sites)
 
 
 def _bind(site: Site) -> None:
     row, leaf = site.known.row, site.known
     if leaf.problem is not None:
-        return site.decline(leaf.problem, "the installed version is not in the table; please report it")
+        return site.decline(leaf.problem)
     try:
         site.call = read_call(row, leaf.plain, site.arguments)
     except Mismatch as mismatch:
-        return site.decline(str(mismatch), "the call runs the library's own code")
+        return site.decline(mismatch.given)
     try:
         with fake_mode_of(site.node.graph), torch.no_grad():
             mixer = row.bind(site.call)
             site.cell, site.shape = (mixer.decay, mixer.correction), validate(mixer)
     except MixerError as error:
-        return site.decline(str(error), "the call runs the library's own code")
+        return site.decline(reasons.OPERANDS_UNFIT(problem=error))
     return None

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from llcompile.passes.session import Session, Site, module_name
+from llcompile.patterns import reasons
 from llcompile.patterns.known.capture import leaf_of, take_refused
 from llcompile.patterns.records import Declined
 from llcompile.torch_internals import reach
 from llcompile.torch_internals.places import module_of, place_of, user_line
-
-_CLOSED = "move the mixer out of the control flow, or compile the part inside by itself"
 
 
 def discover(session: Session) -> int:
@@ -22,7 +22,7 @@ def discover(session: Session) -> int:
         key, name = place_of(node)
         site = Site(node, region, leaf, session.name(key, name), user_line(node.meta))
         if region.closed:
-            site.decline(f"it stands in the body of {region.closed}, which takes no further operands", _CLOSED)
+            site.decline(reasons.CLOSED_BODY(operation=region.closed))
         if key:
             site.owner = reach.find_module(key)
         session.sites.append(site)
@@ -32,7 +32,10 @@ def discover(session: Session) -> int:
 
 def refused_calls(names: Mapping[int, str]) -> list[Declined]:
     """The calls of opaque functions at which the trace has broken the graph since this was last asked."""
-    hint = "the graph breaks there and the library's own code runs, as it does without this backend"
-    calls = take_refused()
-    found = [Declined(module_name(names, *module_of(c.meta)), c.reason, user_line(c.meta), hint) for c in calls]
+    found = [
+        Declined.because(
+            replace(call.given, hint=reasons.BREAKS), module_name(names, *module_of(call.meta)), user_line(call.meta)
+        )
+        for call in take_refused()
+    ]
     return list(dict.fromkeys(found))  # Dynamo traces up to a break more than once

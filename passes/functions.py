@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 
 from llcompile.passes.session import Session
+from llcompile.patterns import reasons
 from llcompile.patterns.graph.regions import Region
 from llcompile.patterns.records import Declined
 from llcompile.patterns.structure.find import find
@@ -27,10 +28,6 @@ from llcompile.torch_internals.sizes import size_hint
 _AGREES = 1e-6  # relative difference of two gradients in float64 that is rounding (constants may be float32)
 _DRAWS = 2
 _MODES = ("_set_grad_enabled",)
-_OWN_GRADIENT = (
-    "it stands in an autograd.Function whose backward is not the gradient of its forward",
-    "call the mixer outside of the Function, so that its level weights have a gradient",
-)
 
 
 def functions(session: Session) -> int:
@@ -59,9 +56,8 @@ def _write(session: Session, region: Region, node: fx.Node) -> bool:
         return False
     if not _is_gradient(forward, backward, operands):
         key, path = module_of(node.meta)
-        session.refused.append(
-            Declined(session.name(key, path), _OWN_GRADIENT[0], user_line(node.meta), _OWN_GRADIENT[1])
-        )
+        record = Declined.because(reasons.OWN_BACKWARD(), session.name(key, path), user_line(node.meta))
+        session.refused.append(record)
         return False
     return _inline(region, node, forward, operands)
 

@@ -30,10 +30,10 @@ def hold(found: Found, with_it: Iterable[Found] = ()) -> None:
         with_it: its denominators.
     """
     group = [found, *with_it]
-    found.fixed = next((f.fixed for f in group if f.fixed), "")
-    if found.fixed:
+    found.fixed = next((f.fixed for f in group if f.fixed is not None), None)
+    if found.fixed is not None:
         found.held = hold_sizes(size for one in group for size in (*_times(one), *_numbers(one)))
-        log.debug("lengths: %s, %s", found.fixed, "fixed" if found.held else "which must vary")
+        log.debug("lengths: %s, %s", found.fixed.text, "fixed" if found.held else "which must vary")
 
 
 def hold_sizes(sizes: Iterable[Any]) -> bool:

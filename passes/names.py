@@ -19,11 +19,10 @@ from torch import fx, nn
 
 from llcompile.passes.origin import operand_nodes
 from llcompile.passes.session import Session, Site
+from llcompile.patterns import reasons
 from llcompile.patterns.graph.walk import walk
 from llcompile.torch_internals.inputs import input_value, is_parameter
 from llcompile.torch_internals.places import place_of, user_frames
-
-_AMBIGUOUS = "its module has several level weights, and it is not clear which of them belong to it"
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ def _name(sites: list[Site], held: dict[str, CodePlace | None]) -> None:
         for site in list(pending):
             fits = [name for name, place in known.items() if rule(place, _place(site))]
             if len(fits) > 1:
-                site.decline(_AMBIGUOUS, "a graph break stands inside of the mixer; TORCH_LOGS=graph_breaks shows it")
+                site.decline(reasons.AMBIGUOUS_WEIGHTS())
             if fits:
                 pending.remove(site)
                 site.attribute = fits[0]
@@ -97,7 +96,7 @@ def _name(sites: list[Site], held: dict[str, CodePlace | None]) -> None:
     unplaced = [name for name, place in held.items() if place is None]
     if len(unplaced) > len(pending) > 0:
         for site in pending:
-            site.decline(_AMBIGUOUS, "they come from a checkpoint and fewer mixers run here; convert the model again")
+            site.decline(reasons.AMBIGUOUS_CHECKPOINT())
     free = (name for name in _names() if name not in held)
     for site in pending:
         site.attribute = unplaced.pop(0) if unplaced else next(free)

@@ -20,6 +20,7 @@ from torch import fx, nn
 from llcompile.passes.one_token_proof import off_linear
 from llcompile.passes.session import Session, Site
 from llcompile.passes.spots import Call, Spot, Spots, stack_of
+from llcompile.patterns import reasons
 from llcompile.patterns.boundary import boundary
 from llcompile.patterns.graph.regions import Region
 from llcompile.patterns.mixer import MixerShape
@@ -31,8 +32,6 @@ from llcompile.torch_internals import reach
 from llcompile.torch_internals.places import place_of, user_line
 from llcompile.torch_internals.sizes import size_hint
 
-_NOT_LINEAR = "its output for one token is not linear in its values: a state came in, or something else is added to it"
-_HINT = "call it with two tokens or more"
 _BUDGET = 1e-9
 
 
@@ -173,9 +172,9 @@ def _site(session: Session, region: Region, owner: nn.Module, name: str, token: 
     error = off_linear(region, ((part.values, part.output) for part in token.parts), token.operands)
     site.certificate = Certificate(error, "float64", 2)
     if not error <= _BUDGET:
-        site.decline(_NOT_LINEAR, _HINT)
+        site.decline(reasons.ONE_TOKEN_NOT_LINEAR())
     if not all(_stands_alone(region, part.output) for part in token.parts):
-        site.decline("its output for one token is changed in place, or written into another tensor", _HINT)
+        site.decline(reasons.ONE_TOKEN_CHANGED())
     return site
 
 

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from torch import fx
 
 from llcompile.passes.session import Session
+from llcompile.patterns import reasons
 from llcompile.patterns.graph.effects import Effects, Storages
+from llcompile.patterns.reasons import GivenReason
 from llcompile.patterns.structure.found import Found
 from llcompile.patterns.structure.lift import bases_of
 from llcompile.patterns.structure.lifted import Lifted, Source
@@ -24,11 +26,11 @@ from llcompile.torch_internals.places import user_line
 
 
 class CannotPlace(Exception):
-    """The rewrite would change what the program means: the reason, and what to do."""
+    """The rewrite would change what the program means."""
 
-    def __init__(self, reason: str, hint: str) -> None:
-        super().__init__(reason)
-        self.reason, self.hint = reason, hint
+    def __init__(self, given: GivenReason) -> None:
+        super().__init__(given.text)
+        self.given = given
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def placing(session: Session) -> int:
                 try:
                     place(site.region.graph, site.region.effects, found)
                 except CannotPlace as problem:
-                    site.decline(problem.reason, problem.hint)
+                    site.decline(problem.given)
     return before - sum(site.open for site in session.sites)
 
 
@@ -94,7 +96,7 @@ def operand_nodes(found: Found) -> list[fx.Node]:
     nodes = []
     for value in values:
         if value.node is None:
-            raise CannotPlace("an operand is changed in place while it is read", "write the changed operand anew")
+            raise CannotPlace(reasons.OPERAND_CHANGED())
         nodes.append(value.node)
     return nodes
 
@@ -127,15 +129,12 @@ class _Placer:
         result = next(node for node in carriers if self._is_before(node)) if result is None else result
         shown = self.effects.shows(result)
         if self.effects.outlives(shown):
-            raise CannotPlace(
-                "its output is written into a tensor that is there before and after the call (an input, a buffer)",
-                "compute the output in a tensor of its own, and copy it",
-            )
+            raise CannotPlace(reasons.OUTPUT_OUTLIVES())
         written = self._writes(shown, self.end)
         apart = [node for node in carriers if shown.isdisjoint(self.effects.shows(node))]
         changed = written or [w for node in apart for w in self._writes(self.effects.shows(node), self.end)]
         if changed and apart:
-            raise CannotPlace(f"it is computed twice, and one is changed in place at {_line(changed[0])}", _PLAIN)
+            raise CannotPlace(reasons.COMPUTED_TWICE(where=_line(changed[0])))
         if written:
             carriers = self._shown_alike(shown, result, written[0])
         else:
@@ -152,7 +151,7 @@ class _Placer:
         value = results.get(operand)
         same = [node for node, held in results.items() if held is value and self._is_before(node)]
         if not same:
-            raise CannotPlace("no node before its end returns one of its operands", "name the operand in a statement")
+            raise CannotPlace(reasons.OPERAND_LOST())
         return min(same, key=self.position.__getitem__)
 
     def _carriers(self) -> list[fx.Node]:
@@ -176,10 +175,7 @@ class _Placer:
         ]
         for node in nodes:
             if self.effects.view(node) != self.effects.view(result) or self.effects.shows(node) != shown:
-                raise CannotPlace(
-                    f"its output is changed in place at {_line(write)}, and read through a view made before it",
-                    _PLAIN,
-                )
+                raise CannotPlace(reasons.OUTPUT_CHANGED(where=_line(write)))
         return nodes
 
     def _changes(self, operand: fx.Node, trains: bool) -> bool:
@@ -197,9 +193,6 @@ class _Placer:
 
     def _is_behind(self, node: fx.Node) -> bool:
         return self.position.get(node, -1) > self.end
-
-
-_PLAIN = "write it without the in-place statement (o = o * 2)"
 
 
 def _line(node: fx.Node) -> str:

@@ -17,32 +17,34 @@ from torch.utils._python_dispatch import _disable_current_modes
 from llcompile.passes.behaviour import behaviour
 from llcompile.passes.draws import draw_call, small_sizes
 from llcompile.passes.session import Session, Site
+from llcompile.patterns import reasons
 from llcompile.patterns.agreement import BUDGETS, apart, gradients
 from llcompile.patterns.boundary import boundary
 from llcompile.patterns.known import KnownFunction
 from llcompile.patterns.known.arguments import is_level_state, read_call, state_argument
 from llcompile.patterns.known.lower import lower
+from llcompile.patterns.reasons import GivenReason
 from llcompile.patterns.records import Certificate
 
 LENGTHS = (3, 70, 133)  # shorter than a chunk, across one chunk, and across two with a remainder
 LEVELS = 9  # enough for the longest of them
 
-_proofs: dict[Any, Certificate | str] = {}
+_proofs: dict[Any, Certificate | GivenReason] = {}
 
 
 def prove(session: Session) -> int:
     """Gives every open site its certificate or declines it; returns how many were proved."""
-    failed: dict[Any, str] = {}
+    failed: dict[Any, GivenReason] = {}
     for site in session.sites:
         if site.open and site.leaf is not None:
             with boundary(site.where) as outcome:
                 _prove(site, session.settings.kind != "none", failed)
             if outcome.failed:
-                site.decline(outcome.reason, outcome.hint)
+                site.decline(outcome.given)
     return sum(site.open for site in session.sites)
 
 
-def _prove(site: Site, weighted: bool, failed: dict[Any, str]) -> None:
+def _prove(site: Site, weighted: bool, failed: dict[Any, GivenReason]) -> None:
     """`failed` are proofs that did not run in this look: want of memory, say, which need not last."""
     assert site.call is not None
     key = (site.known.function, behaviour(site.known.plain), weighted, _fingerprint(site))
@@ -51,12 +53,12 @@ def _prove(site: Site, weighted: bool, failed: dict[Any, str]) -> None:
             try:
                 _proofs[key] = torch._dynamo.disable(_run_proof)(site, weighted)
             except _DoesNotRun as error:
-                failed[key] = str(error)
+                failed[key] = reasons.NOT_PROVABLE_HERE(problem=error)
     result = _proofs[key] if key in _proofs else failed[key]
     if isinstance(result, Certificate):
         site.certificate = result
     else:
-        site.decline(result, "the call runs the library's own code, so the model is unchanged")
+        site.decline(result)
 
 
 class _DoesNotRun(Exception):
@@ -94,7 +96,7 @@ class Original:
     budgets: tuple[tuple[str, float], ...] = BUDGETS
 
 
-def _run_proof(site: Site, weighted: bool) -> Certificate | str:
+def _run_proof(site: Site, weighted: bool) -> Certificate | GivenReason:
     assert site.call is not None
     row, failures = site.known.row, []
     for original in _originals(site):
@@ -110,15 +112,15 @@ def _run_proof(site: Site, weighted: bool) -> Certificate | str:
             failures.append(f"{what} does not run here: {type(error).__name__}: {error}".split("\n")[0])
             continue
         if idle:
-            return f"its result does not depend on {idle}, so agreement would prove nothing"
+            return reasons.IDLE_OPERAND(operand=idle)
         if worst <= original.budgets[-1][1] < slopes:
-            return f"its gradients differ from the operator's by {slopes:.0e}"
+            return reasons.GRADIENTS_DIFFER(error=slopes)
         for dtype, budget in original.budgets:
             if worst <= budget:
                 return Certificate(worst, dtype, len(LENGTHS), original.against)
         against = f" with {original.against}" if original.against else ""
-        return f"agrees{against} at w = 1 to {worst:.0e} only, where {original.budgets[-1][1]:.0e} is the bound"
-    raise _DoesNotRun(f"it cannot be proved on this machine: {'; '.join(failures)}")
+        return reasons.FUNCTION_DIFFERS(against=against, error=worst, bound=original.budgets[-1][1])
+    raise _DoesNotRun("; ".join(failures))
 
 
 def _originals(site: Site) -> Iterator[Original]:

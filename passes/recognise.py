@@ -19,9 +19,6 @@ from llcompile.torch_internals.places import module_of, place_of, user_line
 
 log = logging.getLogger("llcompile")
 
-_CLOSED = "move the mixer out of the control flow, or compile the part inside by itself"
-_LEFT = "the code runs as it is"
-
 
 def recognise(session: Session) -> int:
     """Adds a site for each hand-written mixer, and a record for each near miss; returns how many mixers there are."""
@@ -69,8 +66,8 @@ def _add_site(session: Session, region: Region, found: Found, denominators: list
     site.owner = owner
     site.cell, site.certificate = found.reading.family, found.certificate
     site.shape = MixerShape(*found.sizes)
-    if found.fixed and not found.held:
-        site.decline(found.fixed, "its length varies by mark_dynamic or export: leave it to Dynamo, which adapts")
+    if found.fixed is not None and not found.held:
+        site.decline(found.fixed)
     session.sites.append(site)
 
 
@@ -78,11 +75,9 @@ def _failed(session: Session, region: Region, outcome: Outcome) -> Declined:
     """The record of a graph that could not be looked at."""
     last = next(node for node in reversed(region.graph.nodes) if node.op != "output")
     key, name = module_of(last.meta)
-    return Declined(session.name(key, name), outcome.reason, user_line(last.meta), outcome.hint)
+    return Declined.because(outcome.given, session.name(key, name), user_line(last.meta))
 
 
 def _declined(session: Session, missed: Missed) -> Declined:
     key, name = module_of(missed.anchor.meta)
-    return Declined(
-        session.name(key, name), missed.miss.reason, user_line(missed.anchor.meta), missed.miss.hint or _LEFT
-    )
+    return Declined.because(missed.miss.given, session.name(key, name), user_line(missed.anchor.meta))

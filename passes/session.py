@@ -16,6 +16,7 @@ from llcompile.patterns.graph.regions import Region, regions
 from llcompile.patterns.known import Arguments
 from llcompile.patterns.known.capture import Leaf
 from llcompile.patterns.mixer import MixerShape
+from llcompile.patterns.reasons import GivenReason
 from llcompile.patterns.records import Certificate, Declined, Untouched
 from llcompile.patterns.structure.found import Found
 from llcompile.torch_internals import nested_gradients
@@ -35,7 +36,7 @@ class Settings:
         attach: registers level weights on a module under a name.
         path: the names that lead from what a module has under a name to the level weights, where a wrapper holds them.
         function: (level weights, dtype of their input) -> the pure function (input, *tensors) that they compute.
-        withheld: why the mixer with a module's level weights of a name stays as it is, or "".
+        withheld: why the mixer with a module's level weights of a name stays as it is, or None.
         names: id of a module -> its dotted name in the user's model, where the whole model is known; frames after a
             graph break only know a part of it.
         dry_run: find out everything and change nothing.
@@ -50,7 +51,7 @@ class Settings:
     attach: Callable[[nn.Module, str, nn.Module], None]
     path: Callable[[nn.Module, str], tuple[str, ...]]
     function: Callable[[nn.Module, torch.dtype], Callable[..., Any]]
-    withheld: Callable[[nn.Module, str], str] = lambda owner, name: ""
+    withheld: Callable[[nn.Module, str], GivenReason | None] = lambda owner, name: None
     names: Mapping[int, str] = field(default_factory=dict)
     dry_run: bool = False
     compiles: bool = False
@@ -94,8 +95,7 @@ class Site:
     notes: list[str] = field(default_factory=list)
     # What the rewrite has put in its place.
     written: list[fx.Node] = field(default_factory=list)
-    reason: str = ""
-    hint: str = ""
+    given: GivenReason | None = None  # why it stays as it is
 
     @property
     def known(self) -> Leaf:
@@ -135,12 +135,17 @@ class Site:
     @property
     def open(self) -> bool:
         """Whether nothing has spoken against the rewrite so far."""
-        return not self.reason
+        return self.given is None
 
-    def decline(self, reason: str, hint: str = "") -> None:
+    @property
+    def reason(self) -> str:
+        """Why it stays as it is, in a sentence; "" where it is open."""
+        return "" if self.given is None else self.given.text
+
+    def decline(self, given: GivenReason) -> None:
         """Gives the mixer up, with the reason that the report will show. The first reason stays."""
         if self.open:
-            self.reason, self.hint = reason, hint
+            self.given = given
 
 
 @dataclass

@@ -10,15 +10,10 @@ from torch import fx, nn
 
 from llcompile.errors import StateError
 from llcompile.passes.session import Session, Site
+from llcompile.patterns import reasons
 from llcompile.patterns.known.arguments import is_level_state, state_argument
 from llcompile.patterns.known.states import state_problem
 from llcompile.torch_internals.inputs import input_value
-
-_LINEAR = (
-    "a state without levels came in: its output reads the past through it, which level weights do not reach",
-    "run the whole sequence in one call, without a state, or use level_weights='none'",
-)
-_NO_PLACE = "its state has no levels and is computed by the model, so there is no place to keep levels"
 
 
 def states(session: Session) -> int:
@@ -29,7 +24,7 @@ def states(session: Session) -> int:
     """
     for site in session.sites:
         if site.found is not None and session.settings.kind != "none" and site.found.takes_state():
-            site.decline(*_LINEAR)
+            site.decline(reasons.LINEAR_STATE())
     held = [site for site in session.sites if site.leaf is not None and _state_node(site) is not None]
     for site in held:
         levels = _levels(session, site)
@@ -42,7 +37,7 @@ def states(session: Session) -> int:
             )
         linear = session.settings.kind != "none" and not is_level_state(_state(site))
         if site.open and linear and _tensor(site) is None and site.known.row.wants_state(_call(site)):
-            site.decline(_NO_PLACE, "prefill through the compiled model, without a state")
+            site.decline(reasons.STATE_WITHOUT_PLACE())
     return len(held)
 
 

@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from torch._dynamo.exc import TorchDynamoException
 
 from llcompile.errors import LLCompileError
+from llcompile.patterns import reasons
+from llcompile.patterns.reasons import GivenReason
 
 log = logging.getLogger("llcompile")
 
 RAISE = "LLCOMPILE_RAISE"
 # What is said to the user, and what makes Dynamo trace once more.
 _MEANT = (LLCompileError, TorchDynamoException)
-_HINT = "the code runs unchanged; please report it with the log of TORCH_LOGS=+loglinear"
 
 
 @dataclass
@@ -37,15 +38,10 @@ class Outcome:
         return self.error is not None
 
     @property
-    def reason(self) -> str:
+    def given(self) -> GivenReason:
         """What a report says of it."""
         first = str(self.error).strip().split("\n")[0]
-        return f"llcompile failed to analyse it: {type(self.error).__name__}: {first}"
-
-    @property
-    def hint(self) -> str:
-        """What to do about it."""
-        return _HINT
+        return reasons.ANALYSIS_FAILED(error=f"{type(self.error).__name__}: {first}")
 
 
 @contextmanager

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from llcompile.patterns.families import Correction, Decay
+from llcompile.patterns.reasons import GivenReason
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,26 @@ class Converted:
 
 @dataclass(frozen=True)
 class Declined:
-    """A linear-time mixer that was seen and not rewritten; `where` is the user's file and line."""
+    """A linear-time mixer that was seen and not rewritten.
+
+    Args:
+        module: its module's name in the model.
+        reason: why, in a sentence.
+        where: the user's file and line.
+        hint: what to do.
+        code: the reason's stable code; docs/reasons.md lists them.
+    """
 
     module: str
     reason: str
     where: str
     hint: str = ""
+    code: str = field(kw_only=True)
+
+    @classmethod
+    def because(cls, given: GivenReason, module: str, where: str) -> Declined:
+        """The record of a mixer that a reason was given for."""
+        return cls(module, given.text, where, given.hint, code=given.code)
 
 
 @dataclass(frozen=True)

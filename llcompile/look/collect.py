@@ -52,6 +52,7 @@ def without_graph(record: Declined) -> MixerLook:
         origin="function",
         reason=record.reason,
         hint=record.hint,
+        code=record.code,
         source=excerpt(record.where),
     )
 
@@ -80,7 +81,8 @@ def _of_site(session: Session, site: Site, order: dict[fx.Node, int]) -> _Draft:
         correction=site.cell[1] if site.cell else None,
         origin=site.origin,
         reason=site.reason,
-        hint=site.hint,
+        hint="" if site.given is None else site.given.hint,
+        code="" if site.given is None else site.given.code,
         certificate=site.certificate,
         level_weights="none" if weights is None else weights.kind,
         parameters=0 if weights is None else sum(p.numel() for p in weights.parameters()),

@@ -116,7 +116,7 @@ class MixerLook:
         family: what the field calls it; "" for a near miss, which is of no family.
         decay, correction: its cell of the table of families, or None.
         origin: "function" or "graph".
-        reason, hint: why it was declined, and what to do.
+        reason, hint, code: why it was declined, what to do, and the reason's stable code.
         certificate: the outcome of its proof, or None.
         level_weights: their kind, or "none".
         parameters: how many numbers the level weights add.
@@ -138,6 +138,7 @@ class MixerLook:
     origin: str = ""
     reason: str = ""
     hint: str = ""
+    code: str = ""
     certificate: Certificate | None = None
     level_weights: str = "none"
     parameters: int = 0

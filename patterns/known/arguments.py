@@ -9,11 +9,17 @@ from typing import Any
 
 import torch
 
+from llcompile.patterns import reasons
 from llcompile.patterns.known.row import Arguments, KnownFunction, Tensor
+from llcompile.patterns.reasons import GivenReason
 
 
 class Mismatch(Exception):
-    """A call of a known function that its row does not cover; the text is the reason in the report."""
+    """A call of a known function that its row does not cover."""
+
+    def __init__(self, given: GivenReason) -> None:
+        super().__init__(given.text)
+        self.given = given
 
 
 def read_call(row: KnownFunction, function: Callable[..., Any], given: Mapping[str, Any]) -> Arguments:
@@ -43,9 +49,9 @@ def read_call(row: KnownFunction, function: Callable[..., Any], given: Mapping[s
             dtypes[tensor.name] = value.dtype
     ranks = {tensor.name: values[tensor.name].dim() for tensor in row.tensors if tensor.name in dtypes}
     arguments = Arguments(values, sizes, dtypes, ranks)
-    reason = (row.requires(arguments) if row.requires is not None else None) or _packing_problem(row, arguments)
-    if reason is not None:
-        raise Mismatch(f"the call of {row.function} {reason}")
+    problem = (row.requires(arguments) if row.requires is not None else None) or _packing_problem(row, arguments)
+    if problem is not None:
+        raise Mismatch(reasons.CALL_NOT_COVERED(function=row.function, problem=problem))
     return arguments
 
 
@@ -77,8 +83,8 @@ def _check_refused(row: KnownFunction, defaults: Mapping[str, Any], given: Mappi
         if not isinstance(value, torch.Tensor) and type(value) is type(default) and value == default:
             continue
         if name in row.refuses:
-            raise Mismatch(f"argument {name} of {row.function} {row.refuses[name]}")
-        raise Mismatch(f"argument {name} of {row.function} is set, and its meaning is not in the table")
+            raise Mismatch(reasons.ARGUMENT_REFUSED(argument=name, function=row.function, problem=row.refuses[name]))
+        raise Mismatch(reasons.ARGUMENT_UNKNOWN(argument=name, function=row.function))
 
 
 def _read_sizes(
@@ -87,20 +93,22 @@ def _read_sizes(
     if tensor.draw == "state" and is_level_state(value):
         return
     axes = row.axes(tensor, value.dim(), values)
-    where = f"argument {tensor.name} of {row.function} has shape {list(value.shape)}"
+    found = {"argument": tensor.name, "function": row.function, "shape": list(value.shape)}
     if axes is None:
-        raise Mismatch(f"{where}, expected {' or '.join(str(len(a)) for a in tensor.layouts())} axes ({tensor.axes})")
+        expected = f"{' or '.join(str(len(a)) for a in tensor.layouts())} axes"
+        raise Mismatch(reasons.ARGUMENT_SHAPE(**found, expected=expected, axes=tensor.axes))
     for axis, size, stride in zip(axes, value.shape, value.stride(), strict=True):
         name = axis.lstrip("*")
         if axis.startswith("*") and stride != 0 and size != 1:
-            raise Mismatch(f"{where} and differs along {name}, where the family has one value per head")
+            raise Mismatch(reasons.ARGUMENT_VARIES(**found, axis=name))
         # Batch and length may be symbolic: they are not compared, so that no guard is put on them.
         if name in "BT":
             sizes.setdefault(name, size)
         elif name.isalpha():
             sizes.setdefault(name, int(size))
         if name not in "BT" and axis_size(name, sizes) != int(size):
-            raise Mismatch(f"{where}, expected {name} = {axis_size(name, sizes)} ({tensor.axes})")
+            expected = f"{name} = {axis_size(name, sizes)}"
+            raise Mismatch(reasons.ARGUMENT_SHAPE(**found, expected=expected, axes=tensor.axes))
 
 
 def axis_size(name: str, sizes: Mapping[str, Any]) -> int:

@@ -19,11 +19,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from llcompile.patterns import reasons
 from llcompile.patterns.known import KnownFunction, rows
 from llcompile.patterns.known.arguments import Mismatch, axis_size
 from llcompile.patterns.known.lower import lower_call
 from llcompile.patterns.known.row import Reference
 from llcompile.patterns.known.states import batch_size, state_problem, state_sizes
+from llcompile.patterns.reasons import GivenReason
 from llcompile.torch_internals import reach
 from llcompile.torch_internals.substitution import substitute, unsubstituted
 from llcompile.torch_internals.trace import trace_position
@@ -45,7 +47,9 @@ class Leaf:
         self.row = row
         self.function = function
         self.plain = plain_form(function)
-        self.problem = row.signature_problem(self.plain)
+        problem = row.signature_problem(self.plain)
+        named = {"function": row.function, "library": row.library}
+        self.problem = None if problem is None else reasons.SIGNATURE(**named, problem=problem)
         self.names = positional_names(function)
         self.calls = _call_node_target(self)
 
@@ -62,19 +66,19 @@ class Leaf:
 
     def __call__(self, **arguments: Any) -> Any:
         """Runs the linear operator in the function's place (under Dynamo: on fake tensors, for the shapes)."""
-        reason = self.problem or _given_up.get(call_key(self, arguments))
+        given = self.problem or _given_up.get(call_key(self, arguments))
         levels = _levels_of_trace()
-        arguments = self._with_own_state(arguments, levels, lowered=reason is None)
+        arguments = self._with_own_state(arguments, levels, lowered=given is None)
         try:
-            if reason is None:
+            if given is None:
                 return lower_call(self.row, self.plain, arguments, levels=levels)
         except Mismatch as mismatch:  # the bind pass says so in the report
-            reason = str(mismatch)
+            given = mismatch.given
         if not self.row.opaque:
             return self.function(**self._with_own_state(arguments, levels, lowered=False))
-        _trace.refused.append(Refused(self.row, reason, trace_position()))
+        _trace.refused.append(Refused(self.row, given, trace_position()))
         # Dynamo breaks the graph here: the function runs outside of it, as it does without us.
-        raise NotImplementedError(f"{self.row.function}: {reason}")
+        raise NotImplementedError(f"{self.row.function}: {given.text}")
 
     def _with_own_state(self, arguments: dict[str, Any], levels: int | None, lowered: bool) -> dict[str, Any]:
         """The call with an empty state in the place of one that it cannot take: the pass `states` raises an error."""
@@ -94,7 +98,7 @@ class Refused:
     """A call of an opaque function that was declined while it was traced; `meta` is what its node would have had."""
 
     row: KnownFunction
-    reason: str
+    given: GivenReason
     meta: dict[str, Any]
 
 
@@ -107,7 +111,7 @@ class _Trace(threading.local):
 
 _trace = _Trace()
 # Calls of opaque functions that were declined after a trace, and why: the next trace breaks the graph there.
-_given_up: dict[Any, str] = {}
+_given_up: dict[Any, GivenReason] = {}
 _leaves: dict[int, Leaf] = {}
 _targets: dict[Callable[..., Any], Leaf] = {}
 _levels_of_trace: Callable[[], int | None] = lambda: None  # noqa: E731  (set by `install`)
@@ -123,11 +127,11 @@ def call_key(leaf: Leaf, arguments: Mapping[str, Any], module: nn.Module | None 
     return leaf, None if module is None else weakref.ref(module), facts
 
 
-def give_up(leaf: Leaf, arguments: Mapping[str, Any], module: nn.Module | None, reason: str) -> bool:
+def give_up(leaf: Leaf, arguments: Mapping[str, Any], module: nn.Module | None, given: GivenReason) -> bool:
     """Has the next trace break the graph at a call that was declined after this one; False where it was to already."""
     key = call_key(leaf, arguments, module)
     known = key in _given_up
-    _given_up[key] = reason
+    _given_up[key] = given
     return not known
 
 

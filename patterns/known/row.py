@@ -150,17 +150,16 @@ class KnownFunction:
         return next(t for t in self.tensors if t.draw != "state" and t.axes.split()[-1] == axis)
 
     def signature_problem(self, function: Callable[..., Any]) -> str | None:
-        """Why `function` does not have the signature that this row was written for, or None."""
+        """What the signature of `function` has that this row was not written for, or None."""
         try:
             known = inspect.signature(function).parameters
         except (TypeError, ValueError):
-            return f"{self.function} has no signature that can be read"
-        installed = f"{self.function} of the installed {self.library}"
+            return "has no signature that can be read"
         required = [n for n in (*(t.name for t in self.tensors), *self.constants) if n not in self.optional]
         missing = [n for n in required if n not in known]
         if missing:
-            return f"{installed} has no argument {', '.join(missing)}"
+            return f"has no argument {', '.join(missing)}"
         for name, expected in self.defaults.items():
             if name in known and known[name].default != expected:
-                return f"{installed} has {name}={known[name].default} by default, where the table knows {expected}"
+                return f"has {name}={known[name].default} by default, where the table knows {expected}"
         return None

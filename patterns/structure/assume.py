@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from llcompile.patterns import reasons
 from llcompile.patterns.structure.classify import Miss
 from llcompile.patterns.structure.cut import Part
 from llcompile.patterns.structure.facts import Times
@@ -40,5 +41,4 @@ def expect_decay(source: Source) -> None:
         return
     low, high = (float(x) for x in held.detach().aminmax())
     if not 0 < low <= high <= 1:
-        reason = f"its decay is a parameter with numbers from {low:.3g} to {high:.3g}"
-        raise Miss(reason, 3, "keep it in (0, 1], by a sigmoid for example")
+        raise Miss(reasons.DECAY_OUT_OF_RANGE(low=low, high=high), 3)

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
+from llcompile.patterns import reasons
 from llcompile.patterns.structure.classify import Miss
 from llcompile.patterns.structure.cut import Part
 from llcompile.patterns.structure.facts import Times
@@ -33,7 +34,7 @@ def expect_no_barrier(part: Part, tail: Tail | None, times: Times, program: Prog
     assert output.op is not None
     mode = output.op.mode
     if program.grad and not mode.grad:
-        raise Miss("it runs under torch.no_grad(): level weights could not learn", _NEAR, "the code runs as it is")
+        raise Miss(reasons.NO_GRAD(), _NEAR)
     for op in part.ops:
         if _is_followed(op, times):
             _expect_passes(op)
@@ -51,20 +52,19 @@ def _is_followed(op: Op, times: Times) -> bool:
 
 
 def _expect_passes(op: Op) -> None:
-    hint = "leave gradients as they are inside, or do it above its queries, keys, values and gates"
     if op.mode.function is not None or is_function(op.node):
-        raise Miss(f"a function inside has a backward of its own{_line(op)}", _NEAR, hint)
+        raise Miss(reasons.FUNCTION_INSIDE(at=_at(op)), _NEAR)
     if op.name == "detach":
-        raise Miss(f"its gradient is stopped inside (detach){_line(op)}", _NEAR, hint)
+        raise Miss(reasons.GRADIENT_STOPPED(at=_at(op)), _NEAR)
     if isinstance(op.target, torch._ops.OpOverload) and op.target.namespace not in ("aten", "prims"):
-        raise Miss(f"what the backward of {op.target} is, is not known{_line(op)}", _NEAR, hint)
+        raise Miss(reasons.UNKNOWN_BACKWARD(operation=op.target, at=_at(op)), _NEAR)
 
 
 def _expect_mode(op: Op, mode: Mode) -> None:
     if op.mode.grad != mode.grad:
-        raise Miss(f"a part of it runs under torch.no_grad(){_line(op)}", _NEAR, "have all of it in one mode")
+        raise Miss(reasons.NO_GRAD_INSIDE(at=_at(op)), _NEAR)
     if op.mode.autocast != mode.autocast:
-        raise Miss(f"autocast changes inside{_line(op)}", _NEAR, "have all of it inside of one autocast region")
+        raise Miss(reasons.AUTOCAST_INSIDE(at=_at(op)), _NEAR)
 
 
 def around(part: Part, tail: Tail | None) -> Iterator[Op]:
@@ -78,6 +78,6 @@ def around(part: Part, tail: Tail | None) -> Iterator[Op]:
         pending.extend(a for a in leaves((current.args, current.kwargs)) if isinstance(a, Lifted))
 
 
-def _line(op: Op) -> str:
+def _at(op: Op) -> str:
     line = user_line(op.node.meta)
     return f" at {line}" if line else ""

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from llcompile.patterns import reasons
 from llcompile.patterns.agreement import BUDGETS, apart, gradients
 from llcompile.patterns.records import Certificate
 from llcompile.patterns.structure.classify import Miss
@@ -56,10 +57,7 @@ def certify(part: Part, reading: Reading, tried: Probe, bounds: Mapping[Value, R
             reading, error = _rescaled(reading, probe, theirs, ours)
         worst, draws = max(worst, error), draws + 1
         if worst > budget:
-            length = probe.length
-            raise Miss(
-                f"agrees at w = 1 to {worst:.0e} only (at length {length})", 3, "see docs/recognition.md for the proof"
-            )
+            raise Miss(reasons.PROOF_FAILED(error=worst, length=probe.length), 3)
     probe, _ = _drawn(part, reading, (sizings[-1], sizings[0]), tried.ranges, seed=200)
     draws += expect_pieces(part, reading, probe, bounds, lambda p: _apart(p, reading), budget)
     probe, _ = _drawn(part, reading, (sizings[-1], sizings[0]), tried.ranges, seed=300)
@@ -93,7 +91,7 @@ def _expect_gradients(probe: Probe, reading: Reading) -> None:
         ours = gradients(output_of(probe, reading), leaves)
     error = apart(theirs, ours)
     if not error <= BUDGETS[-1][1]:
-        raise Miss(f"its gradients differ from the operator's by {error:.0e}", 3, "see docs/recognition.md")
+        raise Miss(reasons.GRADIENTS_DIFFER(error=error), 3)
 
 
 def _drawn(

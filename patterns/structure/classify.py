@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from llcompile.patterns import reasons
+from llcompile.patterns.reasons import GivenReason
 from llcompile.patterns.structure.lifted import Source
 from llcompile.patterns.structure.probe import SAME, Probe, difference
 from llcompile.patterns.structure.sizing import CannotArrange, arrange
@@ -16,15 +18,14 @@ class Miss(Exception):
     """The part is no mixer of ours; the first property that failed.
 
     Args:
-        reason: that property, in words.
+        given: that property, as a reason.
         near: whether the part looks like a mixer otherwise, so that a person wants to read of it.
-        hint: what to do about it.
         open: whether it looks at the past and at the token itself, as a mixer does, so that another cut may show one.
     """
 
-    def __init__(self, reason: str, near: int = 0, hint: str = "", open: bool = False) -> None:
-        super().__init__(reason)
-        self.reason, self.near, self.hint, self.open = reason, near, hint, open
+    def __init__(self, given: GivenReason, near: int = 0, open: bool = False) -> None:
+        super().__init__(given.text)
+        self.given, self.near, self.open = given, near, open
 
 
 @dataclass
@@ -85,7 +86,7 @@ def sees_itself(probe: Probe) -> bool:
         for position in {1, probe.length // 2, probe.length - 1}:
             rows = classifier.reached(source, position)
             if rows and rows[0] < position:
-                raise Miss(f"not causal: output {rows[0]} depends on input {position}")
+                raise Miss(reasons.NOT_CAUSAL(output=rows[0], input=position))
             itself |= position in rows
     return itself
 
@@ -95,7 +96,7 @@ class _Classifier:
         self.probe = probe
         self.base = probe.by_time(probe.run())
         if not bool(torch.isfinite(self.base).all()):
-            raise Miss("it has no finite result on generic numbers")
+            raise Miss(reasons.NOT_FINITE())
         self.kept = {id(atom) for row in probe.result for atom in row}
         self.atoms = {s: {id(a) for row in probe.rows[s] for a in row} for s in probe.part.sources}
         self.post: list[tuple[Source, str]] = []
@@ -106,16 +107,16 @@ class _Classifier:
         probe = self.probe
         sources = [s for s in probe.part.sources if probe.values[s].is_floating_point()]
         if len(sources) < len(probe.part.sources):
-            raise Miss("it depends on whole numbers or masks of the input")
+            raise Miss(reasons.WHOLE_NUMBERS())
         timed = [s for s in sources if probe.is_timed(s)]
         if len(timed) < 2:
-            raise Miss("it has fewer than two sequences to mix")
+            raise Miss(reasons.FEW_SEQUENCES())
         self._reaches(timed)
         contracted = [s for s in timed if self.reach[s] == "own" and self.atoms[s] - self.kept]
         if not contracted:
-            raise Miss(*self._no_query(timed))
+            raise Miss(self.noncausal or reasons.NO_QUERY())
         if len(contracted) > 1:
-            raise Miss("two sources act as queries")
+            raise Miss(reasons.TWO_QUERIES())
         query = contracted[0]
         first = next((s for s in sources if self._starts_from(s, query)), None)
         for source in [s for s in sources if s is not query and self._is_outer(s)]:
@@ -168,7 +169,7 @@ class _Classifier:
             rows = self.reached(source, middle)
             if probe.length == 2 and self.reached(source, 1)[:1] == [0]:
                 self.reach[source] = "before"
-                noncausal = noncausal or "not causal: output 0 depends on input 1"
+                noncausal = noncausal or reasons.NOT_CAUSAL(output=0, input=1)
             elif not rows:
                 # Of two tokens the first has no past that could decay; of more, none in the middle is without one.
                 last = probe.length == 2 and self.reached(source, 1) == [1]
@@ -177,7 +178,7 @@ class _Classifier:
                 self.reach[source] = "own"
             elif rows[0] < middle:
                 self.reach[source] = "before"
-                noncausal = noncausal or f"not causal: output {rows[0]} depends on input {middle}"
+                noncausal = noncausal or reasons.NOT_CAUSAL(output=rows[0], input=middle)
             else:
                 self.reach[source] = "later" if rows[0] > middle else "from"
                 if rows[-1] < probe.length - 1:
@@ -190,11 +191,6 @@ class _Classifier:
         size = self.base.abs().amax().clamp_min(1e-300)
         found: list[int] = ((other - self.base).abs().amax(1) > 1e-11 * size).nonzero().flatten().tolist()
         return found
-
-    def _no_query(self, timed: list[Source]) -> tuple[str, int]:
-        if self.noncausal:
-            return self.noncausal, 0
-        return "no source is a query: linear, and contracted with the state at its own position", 0
 
     def _degree(self, source: Source) -> int | None:
         """How the result grows with the source: 1 where twice the source gives twice the result."""
@@ -240,7 +236,7 @@ class _Classifier:
         left = [s for s in sources if id(s) not in taken]
         idle = [s for s in left if self.reach.get(s) == "none"]
         if idle:
-            raise Miss("its result does not depend on one of its sources")
+            raise Miss(reasons.IDLE_SOURCE())
         contracted = self.atoms[query] - self.kept
         timed = [s for s in left if s in self.reach]
         values = [s for s in timed if self.degree[s] == 1 and not self.atoms[s] & contracted]
@@ -250,25 +246,25 @@ class _Classifier:
         values.sort(key=lambda s: -len((self.atoms[s] & self.kept) - inner))
         near = 2 if values or self.degree[query] == 1 else 0
         if self.noncausal:
-            raise Miss(self.noncausal, near, "log-linear attention looks back only")
+            raise Miss(self.noncausal, near)
         stray = [s for s in timed if self.reach[s] == "own"]
         if stray:
-            raise Miss("a source acts on single outputs in a way that is not a factor or a sum", near)
+            raise Miss(reasons.STRAY_SOURCE(), near)
         if self.degree[query] != 1 and not values:
-            raise Miss("not linear in the query, nor in a value")
+            raise Miss(reasons.NOT_LINEAR())
         keyed = [s for s in timed if self.atoms[s] & contracted]
         if not keyed:
-            raise Miss("no key meets the query")
+            raise Miss(reasons.NO_KEY())
         value = values[0] if values and (self.atoms[values[0]] & self.kept) - inner else None
         if value is None and self._has_value_atoms(query, keyed):
-            raise Miss("not linear in the value", 2, "the rule applies to outputs that are sums of values")
+            raise Miss(reasons.NOT_LINEAR_IN_VALUE(), 2)
         scalars = [s for s in timed if s is not value and s not in keyed]
         strict = {s for s in timed if self.reach[s] == "later"}
         windowed = [s for s in timed if self.reach[s] == "window"]
         if value in windowed and self._really_ends(value):
-            raise Miss("its reach ends: a sliding window or a reset", near, "log-linear attention sees the whole past")
+            raise Miss(reasons.SLIDING_WINDOW(output=self.probe.length - 1, input=self.probe.length // 2), near)
         if value in strict:
-            raise Miss("strictly causal: a token does not see itself", near, "include the diagonal")
+            raise Miss(reasons.STRICTLY_CAUSAL(), near)
         timeless = [s for s in left if s not in self.reach]
         return Roles(
             query, keyed, value, scalars, timeless, strict, self.degree, self.post, linear_query=self.degree[query] == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from llcompile.patterns import reasons
 from llcompile.patterns.structure.classify import Miss
 from llcompile.patterns.structure.found import Findings, Found, Missed, values_of
 from llcompile.patterns.structure.lifted import MOVES, SHAPES, Source, origin
@@ -60,8 +61,7 @@ def _is_divided(findings: Findings, found: Found) -> bool:
             if user.name in MOVES:
                 pending.extend(user.outputs)
             elif any(_joins_others(findings, found, d) for d in _divisors(user, value)):
-                reason = "its denominator is not the sum of its scores"
-                miss = Miss(reason, 3, "normalise by the same scores")
+                miss = Miss(reasons.OTHER_DENOMINATOR(), 3)
                 findings.missed.append(Missed(found.output, miss, found.part, times=found.times))
                 return True
     return False

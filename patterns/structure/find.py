@@ -17,6 +17,7 @@ import torch
 from torch import fx
 from torch.utils._python_dispatch import _disable_current_modes
 
+from llcompile.patterns import reasons
 from llcompile.patterns.boundary import boundary
 from llcompile.patterns.graph.regions import Region
 from llcompile.patterns.known.capture import leaf_of
@@ -61,10 +62,6 @@ _NORMS = ("native_layer_norm", "native_group_norm", "_fused_rms_norm", "rms_norm
 _SOFTMAXES = ("_softmax", "_safe_softmax", "_log_softmax")
 _NOT_RUN = (CannotArrange, RuntimeError, MemoryError, IndexError, AssertionError, TypeError, ValueError)
 _SCATTERS = ("select_scatter", "slice_scatter", "index_put")
-_CHOSEN = "a top-k, a threshold or buckets leave tokens out; log-linear attention sees the whole past"
-_OUTSIDE = "put it before or behind the mixer: on its values or its output"
-_WHOLE = "log-linear attention counts positions from the start: mix all of the sequence, or compile the piece by itself"
-_APART = "compute what the steps of a loop read for all tokens at once, before the loop"
 _ASKED = 8000  # operations of a part that is run again and again to say why it is no mixer
 _TIMES = 3  # axes that are tried as time
 _BORN = 8  # axes that the model makes which are tried as well
@@ -128,7 +125,7 @@ def _search_pieces(findings: Findings, followed: Followed, pieces: list[Axis]) -
         apart = Findings(findings.program)
         _search(apart, followed, axis, set())
         tokens = math.prod(leaf.size for leaf in axis)
-        miss = Miss(f"it mixes a piece of its sequence by itself ({tokens} tokens)", 2, _WHOLE)
+        miss = Miss(reasons.PIECE_OF_SEQUENCE(tokens=tokens), 2)
         findings.missed += [Missed(f.output, miss, f.part, times=f.times) for f in apart.found] + apart.missed
 
 
@@ -175,7 +172,7 @@ class _Search:
         if rule_for(op) is not None or op.node in self.captured or not op.outputs:
             return
         if self.before is None and any(self._stands_across(v) for v in op.inputs):
-            miss = Miss(f"scores pass through {_named(op)}, which is not known", 1, "write it in operations of torch")
+            miss = Miss(reasons.UNKNOWN_ON_SCORES(operation=_named(op)), 1)
             self.findings.missed.append(Missed(op.outputs[0], miss, times=self.times))
 
     def _is_candidate(self, op: Op, value: Value) -> bool:
@@ -230,7 +227,7 @@ class _Search:
             try:
                 found = self._read_safely(part, tail)
             except Miss as miss:
-                log.debug("structure: %s %s from %s: %s", _made_by(part.result), part.result, part.sources, miss.reason)
+                log.debug("structure: %s %s from %s: %s", _made_by(part.result), part.result, part.sources, miss)
                 if miss.open:
                     self.open.add(value)
                 if best is None or miss.near > best.near:
@@ -282,7 +279,7 @@ class _Search:
                 return self._read(part, tail)
             except Miss as miss:
                 missed = miss
-        raise missed or Miss(outcome.reason, 1, outcome.hint)
+        raise missed or Miss(outcome.given, 1)
 
     def _read(self, part: Part, tail: Tail | None) -> Found:
         self._expect_sequences(part)
@@ -292,12 +289,10 @@ class _Search:
         meets = int(meet(axes, result, frame))
         drawn = part.random
         if drawn is not None:
-            raise Miss(
-                f"its {_named(drawn)} ({user_line(drawn.node.meta)}) is random", 3 * meets, _OUTSIDE, open=meets > 0
-            )
+            random = reasons.RANDOM(operation=_named(drawn), where=user_line(drawn.node.meta))
+            raise Miss(random, 3 * meets, open=meets > 0)
         if len(part.sources) > SOURCES:
-            reason = f"the search stops at {SOURCES} operands, and it is computed from {len(part.sources)} tensors"
-            raise Miss(reason, meets, _APART)
+            raise Miss(reasons.TOO_MANY_OPERANDS(most=SOURCES, count=len(part.sources)), meets)
         bounds = {s: self._range(part, s) for s in part.sources}
         key = fingerprint(part, axes, result, bounds)
         if key in self.findings.failed:
@@ -310,7 +305,7 @@ class _Search:
             except Miss as first:
                 miss, lasting = first, is_lasting(first)
                 if not miss.near and meet(axes, result, frame):
-                    miss = Miss(miss.reason, 1, miss.hint, miss.open)
+                    miss = Miss(miss.given, 1, miss.open)
                 if lasting:
                     remember(key, part, axes, result, miss)
                 else:
@@ -330,10 +325,8 @@ class _Search:
         """What has not happened at any position so far would happen at some position further on."""
         op = Positions(found).unseen()
         if op is not None:
-            reason = (
-                f"its {op.name} of positions ({user_line(op.node.meta)}) does nothing at length {self.cutter.length}"
-            )
-            raise Miss(reason, 3, "give an example that is longer than every window, block or bucket of the code")
+            where = user_line(op.node.meta)
+            raise Miss(reasons.SHORT_EXAMPLE(operation=op.name, where=where, length=self.cutter.length), 3)
 
     def _prove(
         self,
@@ -371,7 +364,7 @@ class _Search:
                 probe.values[source] = probe.values[source].abs() * (4 * sign / probe.length)
             return certify(part, suppose(probe, classify(probe)), probe, self.ranges)
         except _NOT_RUN as error:
-            raise Miss(f"it does not run by itself: {type(error).__name__}: {error}".split("\n")[0]) from error
+            raise Miss(reasons.NOT_RUN(error=_line(error))) from error
 
     def mixes(self, source: Source) -> bool:
         """Whether a source joins positions; a row of pieces that a tail put together does."""
@@ -386,37 +379,37 @@ class _Search:
         """
         late = {source for source in filter(self.mixes, reading.rows) if not self._sees_itself(source)}
         if reading.key in late and (reading.value is None or reading.value in late):
-            raise Miss("strictly causal: a token does not see itself", 3, "include the diagonal")
+            raise Miss(reasons.STRICTLY_CAUSAL(), 3)
 
     def _sees_itself(self, source: Source) -> bool:
         value = sample_of(source)
         part = self.cutter.cut(value)
         if part is None:
-            raise Miss("an operand that mixes positions is too large to be looked at")
+            raise Miss(reasons.OPERAND_TOO_LARGE())
         frame, axes = self.cutter.frame(part)
         result = frame.rows(frame.followed.axes[value])
         try:
             return sees_itself(self._probe(frame, part, axes, result, {s: self._range(part, s) for s in part.sources}))
         except _NOT_RUN as error:
-            raise Miss("an operand that mixes positions does not run by itself") from error
+            raise Miss(reasons.OPERAND_NOT_RUN(error=_line(error))) from error
 
     def _expect_sequences(self, part: Part) -> None:
         """What can be told without numbers, so that most values cost little."""
         facts = self.times.facts
         if self._is_residual(part):
-            raise Miss("it adds a mixer's output to what that was computed from; each mixer is looked at by itself")
+            raise Miss(reasons.RESIDUAL())
         if len(part.sources) > SOURCES and len(part.ops) > _ASKED:
-            raise Miss("it is computed from more tensors, by more operations, than are looked at")
+            raise Miss(reasons.TOO_LARGE())
         if sum(isinstance(s, Lifted) or facts[s].data for s in part.sources) < 2:
-            raise Miss("it has fewer than two sequences to mix")
+            raise Miss(reasons.FEW_SEQUENCES())
         own = set(part.ops)
         for op in part.ops:
             if op.name in _SOFTMAXES and self.times.mixes_time(op):
-                raise Miss("not linear in the query: scores pass through a softmax", 1)
+                raise Miss(reasons.SOFTMAX_SCORES(), 1)
             whole = [v for v in op.outputs if not (v.dtype.is_floating_point or v.dtype.is_complex)]
             chosen = any(own.intersection(v.users) for v in whole)
             if chosen and any(v.dtype.is_floating_point and facts[v].data for v in op.inputs):
-                raise Miss("what it does depends on comparisons of values", int(self._has_scores(part)), _CHOSEN)
+                raise Miss(reasons.COMPARES_VALUES(), int(self._has_scores(part)))
 
     def _is_residual(self, part: Part) -> bool:
         """Whether its last operation does no more than to put an earlier mixer's output and a later one together."""
@@ -445,11 +438,11 @@ class _Search:
         """Queries and keys have axes that the output does not have; told without numbers, as most values fail here."""
         kept = {id(atom) for row in result for atom in row}
         if any(id(leaf) not in kept for leaf in frame.leaves):
-            raise Miss("it does not have all of time")
+            raise Miss(reasons.NOT_ALL_OF_TIME())
         timed = [{id(a) for row in rows for a in row} for rows in axes.values()]
         times = {id(leaf) for leaf in frame.leaves}
         if sum(bool(atoms & times) and bool(atoms - kept) for atoms in timed) < 2:
-            raise Miss("no query and key: nothing is contracted", open=self._has_scores(part))
+            raise Miss(reasons.NOT_CONTRACTED(), open=self._has_scores(part))
 
     def _probe(
         self,
@@ -470,7 +463,7 @@ class _Search:
                 log.debug("structure: %s does not run at %s: %s", part.result, sizing.shape(part.result), error)
                 continue
             return probe
-        raise Miss("it does not run by itself") from failure
+        raise Miss(reasons.NOT_RUN(error=_line(failure))) from failure
 
     def _range(self, part: Part, source: Source) -> Range:
         """Of a row of pieces, what all of them keep to: each may have numbers of its own."""
@@ -483,6 +476,11 @@ def _grows(probe: Probe) -> bool:
     """Whether later outputs are so large that nothing is seen of their own position."""
     first, *_, last = probe.by_time(probe.run()).abs().amax(1).tolist()
     return not last < _LARGER * first
+
+
+def _line(error: Exception | None) -> str:
+    """The first line of an error."""
+    return f"{type(error).__name__}: {error}".split("\n")[0]
 
 
 def _named(op: Op) -> str:

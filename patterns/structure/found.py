@@ -12,6 +12,7 @@ from typing import Any
 from torch import fx
 
 from llcompile.patterns.graph.walk import walk
+from llcompile.patterns.reasons import GivenReason
 from llcompile.patterns.records import Certificate
 from llcompile.patterns.structure.axes import Axis
 from llcompile.patterns.structure.classify import Miss
@@ -38,7 +39,7 @@ class Found:
     times: Times
     program: Program
     tail: Tail | None = None
-    fixed: str = ""  # why it is known at the graph's own length only
+    fixed: GivenReason | None = None  # why it is known at the graph's own length only
     held: bool = True  # whether that length could be made the only one of the graph
 
     @property

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from llcompile.patterns import reasons
+from llcompile.patterns.reasons import GivenReason
 from llcompile.patterns.structure.program import Op
 
 
@@ -87,18 +89,18 @@ def pieces(op: Op) -> list[float]:
     return PIECES[op.name](op) if op.name in PIECES else []
 
 
-def stranger(op: Op) -> str:
-    """Why an operation on what comes in has no place in a mixer; "" where it may have one."""
+def stranger(op: Op, where: str) -> GivenReason | None:
+    """Why an operation on what comes in, at a line, has no place in a mixer; None where it may have one."""
     if op.is_random:
-        return "is random"
+        return reasons.RANDOM(operation=op.name, where=where)
     given, made = [v.dtype for v in op.inputs], op.outputs[0].dtype if op.outputs else torch.float32
     if op.name == "_to_copy" and given[0].is_floating_point and (not made.is_floating_point or made.itemsize < 2):
-        return f"rounds to {made}"
+        return reasons.ROUNDING(operation=op.name, where=where, dtype=made)
     if op.name == "pow" and not _is_whole_power(op):
-        return ""
+        return None
     if op.kwargs.get("rounding_mode") is not None or (op.name not in ANALYTIC and op.name not in PIECES):
-        return "is not an operation that a proof by random draws can cover"
-    return ""
+        return reasons.UNKNOWN_OPERATION(operation=op.name, where=where)
+    return None
 
 
 def _is_whole_power(op: Op) -> bool:

@@ -91,7 +91,7 @@ def remember(
 ) -> None:
     """Keeps an answer, without the part's own objects."""
     if isinstance(found, Miss):
-        _answers[key] = Answer(None, None, Miss(found.reason, found.near, found.hint, found.open))
+        _answers[key] = Answer(None, None, Miss(found.given, found.near, found.open))
         return
     numbers = _numbers(part.sources, rows, result)
     places = {id(source): i for i, source in enumerate(part.sources)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from llcompile.patterns import reasons
 from llcompile.patterns.graph.regions import Region
 from llcompile.patterns.structure.barriers import around
 from llcompile.patterns.structure.found import Findings, Found
@@ -24,7 +25,7 @@ def expect_same(findings: Findings) -> None:
         redone = filter(numbers_vary, around(found.part, found.tail))
         op = Positions(found).varying() or next(redone, None)
         if op is not None:
-            found.fixed = f"its {op.name} ({user_line(op.node.meta)}) may differ at other lengths"
+            found.fixed = reasons.OTHER_LENGTHS(operation=op.name, where=user_line(op.node.meta))
 
 
 def expect_elsewhere(region: Region, findings: Findings, find: Callable[[Region, int], Findings]) -> None:
@@ -36,7 +37,7 @@ def expect_elsewhere(region: Region, findings: Findings, find: Callable[[Region,
     factor = 2 + max((int(n) for n in _compared(findings.program) if n < _LONGEST), default=0) // length
     seen = {_signature(f) for f in find(region, factor).found}
     for found in [f for f in findings.found if _signature(f) not in seen and not f.fixed]:
-        found.fixed = f"it is a mixer at length {length}, not at {factor * length}"
+        found.fixed = reasons.ONE_LENGTH(length=length, other=factor * length)
 
 
 def _compared(program: Program) -> list[float]:

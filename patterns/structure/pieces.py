@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from llcompile.patterns import reasons
 from llcompile.patterns.structure.classify import Miss
 from llcompile.patterns.structure.cut import Part
 from llcompile.patterns.structure.grammar import pieces, stranger
@@ -24,7 +25,6 @@ from llcompile.patterns.structure.reading import Reading
 from llcompile.torch_internals.places import user_line
 
 _MARGIN = 3.0  # how far beyond a number draws are brought
-_HINT = "move it before or after the mixer, where it stays unchanged"
 
 Compare = Callable[[Probe], float | None]
 
@@ -37,9 +37,9 @@ class Crossing:
     numbers: tuple[float, ...]
 
     @property
-    def words(self) -> str:
-        """The operation, for a person."""
-        return f"its {self.op.name} ({user_line(self.op.node.meta)})"
+    def words(self) -> dict[str, str]:
+        """The operation and its line, for a reason."""
+        return {"operation": self.op.name, "where": user_line(self.op.node.meta)}
 
 
 def expect_known(part: Part) -> None:
@@ -49,9 +49,9 @@ def expect_known(part: Part) -> None:
         Miss: with the first other one, and its line.
     """
     for op in _dependent(part):
-        problem = stranger(op)
-        if problem:
-            raise Miss(f"its {op.name} ({user_line(op.node.meta)}) {problem}", 3, _HINT)
+        problem = stranger(op, user_line(op.node.meta))
+        if problem is not None:
+            raise Miss(problem, 3)
 
 
 def expect_pieces(
@@ -82,12 +82,12 @@ def expect_pieces(
                     continue
                 draws += 1
                 if apart > budget:
-                    raise Miss(f"{crossing.words} acts on numbers that the code may meet", 3, _HINT)
+                    raise Miss(reasons.ACTS_INSIDE(**crossing.words), 3)
                 open_numbers -= crossed
                 if not open_numbers:
                     break
             if open_numbers:
-                raise Miss(f"{crossing.words} could not be shown to do nothing", 3, _HINT)
+                raise Miss(reasons.NOT_SHOWN_IDLE(**crossing.words), 3)
     finally:
         probe.values = kept
     return draws

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import llcompile.kernels.operators  # noqa: F401  (registers torch.ops.llcompile)
+from llcompile.patterns import reasons
 from llcompile.patterns.structure.axes import Atom
 from llcompile.patterns.structure.classify import Miss, Roles
 from llcompile.patterns.structure.lifted import Source
@@ -42,11 +43,8 @@ def suppose(probe: Probe, roles: Roles) -> Reading:
             return _with_rest(probe, found, roles)
         closest = min(closest, error)
     if not roles.linear_query:
-        raise Miss(
-            "not linear in the query", 2, "scores must enter as they are: no square, exponential or softmax", True
-        )
-    how = f"agrees at w = 1 to {closest:.0e} only" if closest < 0.3 else "its scores are not those of a known family"
-    raise Miss(how, 2, "see docs/operator.md for the families", True)
+        raise Miss(reasons.NOT_LINEAR_IN_QUERY(), 2, open=True)
+    raise Miss(reasons.NEAR_A_FAMILY(error=closest) if closest < 0.3 else reasons.UNKNOWN_SCORES(), 2, open=True)
 
 
 def _with_rest(probe: Probe, reading: Reading, roles: Roles) -> Reading:
@@ -72,7 +70,7 @@ def _with_rest(probe: Probe, reading: Reading, roles: Roles) -> Reading:
             theirs = probe.by_time(probe.run(without))
             reading = replace(reading, skip_scale=_factor(theirs, _output_with(probe, reading, without)))
     except (CannotArrange, RuntimeError) as error:
-        raise Miss("what is added to its sum has other axes", 2, open=True) from error
+        raise Miss(reasons.ADDED_TO_SUM(), 2, open=True) from error
     return reading
 
 
@@ -84,7 +82,7 @@ def _factor(theirs: Tensor, ours: Tensor) -> float:
     """
     factor = float((theirs * ours).sum() / (ours * ours).sum().clamp_min(1e-300))
     if difference(theirs, factor * ours) > AGREES:
-        raise Miss("what is added to its sum is neither a first state nor the token's own value", 2, open=True)
+        raise Miss(reasons.ADDED_TO_SUM(), 2, open=True)
     return 1.0 if abs(factor - 1) < 1e-9 else factor
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llcompile.patterns import reasons
+from llcompile.patterns.reasons import GivenReason
 from llcompile.patterns.structure.classify import Miss
 from llcompile.patterns.structure.lifted import Source
 from llcompile.patterns.structure.measured import SEEN, Measured
@@ -27,13 +29,11 @@ class Property:
     """One property that every family has.
 
     Args:
-        failed: what a part does that does not have it, in words; "" where the part has it, or it cannot be seen.
-        hint: what to do.
+        failed: the reason for a part that does not have it; None where the part has it, or it cannot be seen.
         near: how near a part is that fails here first.
     """
 
-    failed: Callable[[Measured], str]
-    hint: str
+    failed: Callable[[Measured], GivenReason | None]
     near: int = 3
 
 
@@ -43,35 +43,35 @@ def explain(measured: Measured, miss: Miss) -> tuple[Miss, bool]:
     A miss that is not near: along this axis, no positions are joined.
     """
     if measured.pointwise:
-        return Miss(miss.reason), True
+        return Miss(miss.given), True
     for row in PROPERTIES:
         try:
-            words = row.failed(measured)
+            given = row.failed(measured)
         except _ERRORS:
             continue  # it cannot be asked of this part
-        if words:
-            return Miss(words, max(miss.near, row.near), row.hint), True
+        if given is not None:
+            return Miss(given, max(miss.near, row.near)), True
     whole = measured.query is not None and measured.value is not None
-    return Miss(miss.reason, max(miss.near, 3 if whole else 0), miss.hint), False
+    return Miss(miss.given, max(miss.near, 3 if whole else 0)), False
 
 
-def _is_causal(m: Measured) -> str:
+def _is_causal(m: Measured) -> GivenReason | None:
     for source in m.timed:
         for position in (m.middle, m.length - 1):
             rows = m.reach(source, position)
             if rows and rows[0] < position:
-                return f"not causal: output {rows[0]} depends on input {position}"
-    return ""
+                return reasons.NOT_CAUSAL(output=rows[0], input=position)
+    return None
 
 
-def _sees_itself(m: Measured) -> str:
+def _sees_itself(m: Measured) -> GivenReason | None:
     if m.value is None:
-        return ""
+        return None
     rows = m.reach(m.value, m.middle)
-    return "strictly causal: a token does not see itself" if rows and rows[0] > m.middle else ""
+    return reasons.STRICTLY_CAUSAL() if rows and rows[0] > m.middle else None
 
 
-def _keeps_rows_apart(m: Measured) -> str:
+def _keeps_rows_apart(m: Measured) -> GivenReason | None:
     """Batch and heads: what one of them has does not act on another."""
     seen = {id(a): a for s in m.timed for a in m.atoms(s) if id(a) in m.kept and m.probe.sizing.of(a) > 1}
     for atom in seen.values():
@@ -86,54 +86,52 @@ def _keeps_rows_apart(m: Measured) -> str:
             continue
         rest = difference.narrow(dim, 1, difference.shape[dim] - 1)
         if float(rest.abs().max()) > SEEN * float(difference.abs().max()):
-            return "rows are mixed: sequences of a batch, or heads, act on each other"
-    return ""
+            return reasons.ROWS_MIXED()
+    return None
 
 
-def _sums_values(m: Measured) -> str:
+def _sums_values(m: Measured) -> GivenReason | None:
     if m.value is not None or all(s in m.readers for s in m.timed):
-        return ""
-    return "not linear in the value"
+        return None
+    return reasons.NOT_LINEAR_IN_VALUE()
 
 
-def _weighs_a_value_as_one(m: Measured) -> str:
+def _weighs_a_value_as_one(m: Measured) -> GivenReason | None:
     """All channels of a value have the same weights."""
     value = m.value
     if value is None:
-        return ""
+        return None
     own = {id(a) for a in m.atoms(value)} & m.kept
     scored = {id(a) for s in (m.query, *m.keys) if s is not None for a in m.atoms(s)}
     others = [s for s in m.timed if s is not value and s not in m.readers and not m.is_paired(s)]
     shared = own.intersection(*({id(a) for a in m.atoms(s)} for s in others)) if others else set()
     if m.query is None or not (own - scored) or (own - scored) - shared:
-        return ""
-    return "each channel of the value has weights of its own: a decay, gate or rate has the value's axis"
+        return None
+    return reasons.VALUE_CHANNELS()
 
 
-def _looks_forward(m: Measured) -> str:
+def _looks_forward(m: Measured) -> GivenReason | None:
     """What a token counts depends on it and on what comes after it, not on what came before."""
     if m.value is None or m.length < 5 or m.normalised:
-        return ""
+        return None
     others = [s for s in m.timed if s is not m.value]
     before = {s: torch.where(m.other(s, 1) != m.probe.values[s], m.other(s, 1), m.other(s, 0)) for s in others}
     own, changed = m.weights(m.middle), m.weights(m.middle, before)
     if float((own - changed).abs().max()) > SEEN * float(own.abs().max()):
-        return f"the score of two positions depends on a third: that of token {m.middle} on tokens before it"
-    return ""
+        return reasons.THIRD_POSITION(token=m.middle)
+    return None
 
 
-def _has_a_query(m: Measured) -> str:
+def _has_a_query(m: Measured) -> GivenReason | None:
     if m.query is not None or not m.paired:
-        return ""
-    if m.readers:
-        return "no key: what is read with meets no other sequence"
-    return "no query: each sequence that meets another acts on later outputs, too"
+        return None
+    return reasons.NO_KEY() if m.readers else reasons.NO_QUERY()
 
 
-def _has_one_reader(m: Measured) -> str:
+def _has_one_reader(m: Measured) -> GivenReason | None:
     """Beside the query, what acts at one position alone is a factor of the output, or is added to it."""
     if m.query is None or m.value is None:
-        return ""
+        return None
     places, last = _places(m), m.length - 1
     for source in m.readers:
         if source is m.query:
@@ -141,65 +139,63 @@ def _has_one_reader(m: Measured) -> str:
         own = m.rows(places, last)
         other = m.rows(places, last, {source: m.other(source, last)})
         if _off(other, [own]) > SEEN:
-            return (
-                "the weights of the past depend on another sequence at the position that reads (a decay of the query)"
-            )
-    return ""
+            return reasons.DECAY_OF_QUERY()
+    return None
 
 
-def _is_linear_in_the_query(m: Measured) -> str:
+def _is_linear_in_the_query(m: Measured) -> GivenReason | None:
     """The weights for a sum of two queries are made of the weights for each; a common factor (a denominator) aside."""
     if m.query is None or m.value is None:
-        return ""
+        return None
     places, last, one = _places(m), m.length - 1, m.probe.values[m.query]
     two = m.other(m.query, last)
     apart = [m.rows(places, last), m.rows(places, last, {m.query: two})]
     together = m.rows(places, last, {m.query: one + two})
-    return "not linear in the query" if _off(together, apart) > SEEN else ""
+    return reasons.NOT_LINEAR_IN_QUERY() if _off(together, apart) > SEEN else None
 
 
-def _is_linear_in_the_key(m: Measured) -> str:
+def _is_linear_in_the_key(m: Measured) -> GivenReason | None:
     """A token's own weight, at the first position, where there is no past that a key could act on."""
     if m.query is None or m.value is None or not m.keys or m.normalised:
-        return ""
+        return None
     for key in m.keys:
         one, two = m.probe.values[key], m.other(key, 0)
         at = [m.weights(0, {key: x})[0] for x in (one, two, one + two)]
         size = max(float(x.abs().max()) for x in at)
         if size and float((at[0] + at[1] - at[2]).abs().max()) < SEEN * size:
-            return ""
+            return None
     own = float(m.weights(0)[0].abs().max())
-    return "not linear in the key" if own > 0 else ""
+    return reasons.NOT_LINEAR_IN_KEY() if own > 0 else None
 
 
-def _sees_all_of_the_past(m: Measured) -> str:
+def _sees_all_of_the_past(m: Measured) -> GivenReason | None:
     """No weight falls to nothing from one position to the next."""
     if m.value is None or m.query is None:
-        return ""
+        return None
     size = m.weights(0).abs().amax(1)
     for at in range(1, m.length):
         if float(size[at]) <= _GONE * float(size[:at].min()):
             if float(size[at:].max()) > _GONE * float(size[:at].min()):
-                return f"not every earlier token counts: output {at} does not depend on input 0"
-            return f"its reach ends: output {at} does not depend on input 0 any more (a window or a reset)"
-    return ""
+                return reasons.SKIPPED_TOKENS(output=at, input=0)
+            return reasons.SLIDING_WINDOW(output=at, input=0)
+    return None
 
 
-def _decays_step_by_step(m: Measured) -> str:
+def _decays_step_by_step(m: Measured) -> GivenReason | None:
     """With one and the same key throughout, what lies between two tokens weighs all that came before alike."""
     alone = _one_channel(m)
     if alone is None:
-        return ""
+        return None
     weights = [m.weights(s, alone) for s in _early(m)]
     if _is_corrected(m, alone, weights[0]):
-        return ""
+        return None
     for s, one in zip(_early(m), weights, strict=True):
         for p, two in zip(_early(m), weights, strict=True):
             if s < p and _off(two[p + 1 :].T, [one[p + 1 :].T]) > SEEN:
-                return "its decay is not a product of one factor for each token"
+                return reasons.DECAY_NOT_A_PRODUCT()
     own = torch.stack([m.weights(1, alone)[t] * weights[0][2] - weights[0][t] * m.weights(1, alone)[2] for t in (1,)])
     size = float((m.weights(1, alone)[1] * weights[0][2]).abs().max())
-    return "a token's own weight is not the one that its decays give" if float(own.abs().max()) > SEEN * size else ""
+    return reasons.OWN_WEIGHT() if float(own.abs().max()) > SEEN * size else None
 
 
 def _early(m: Measured) -> tuple[int, ...]:
@@ -232,21 +228,21 @@ def _from(m: Measured, source: Source, position: int, before: Tensor, after: Ten
     return torch.where(where, after, before)
 
 
-def _erases_along_its_key(m: Measured) -> str:
+def _erases_along_its_key(m: Measured) -> GivenReason | None:
     """What the first token wrote in one channel stays in it, as long as the keys after it have nothing there."""
     if m.value is None or m.query is None or not m.keys:
-        return ""
+        return None
     channels = m.contracted(m.query)
     keys = [k for k in _written(m) if all(any(a is b for b in m.contracted(k)) for a in channels)]
     if not keys or math.prod(m.probe.sizing.of(a) for a in channels) < 2:
-        return ""
+        return None
     firsts = {k: m.along(k, channels, 0) for k in keys}
     later = {k: torch.where(one > 0, torch.zeros_like(one), m.probe.values[k]) for k, one in firsts.items()}
     changed = {k: _from(m, k, 1, firsts[k], later[k]) for k in keys}
     found, stays = (m.weights(0, {**changed, m.query: m.along(m.query, channels, i)}) for i in (1, 0))
     if float(found.abs().max()) <= SEEN * float(stays.abs().max()):
-        return ""
-    return "what a token erases is not along its own key"
+        return None
+    return reasons.OTHER_ERASE_KEY()
 
 
 def _written(m: Measured) -> list[Source]:
@@ -259,15 +255,15 @@ def _written(m: Measured) -> list[Source]:
     return [k for k in m.keys if id(k) in same or m.origins.get(k, set()) & same]
 
 
-def _is_divided_by_its_own_scores(m: Measured) -> str:
+def _is_divided_by_its_own_scores(m: Measured) -> GivenReason | None:
     """Where the size of the query does not matter, values of one come out as one."""
     if m.value is None or not m.normalised or m.query is None:
-        return ""
+        return None
     ones = torch.ones_like(m.probe.values[m.value])
     large = 1e6 * m.probe.values[m.query]
     nothing = m.run({m.value: torch.zeros_like(ones), m.query: large})
     found = (m.run({m.value: ones, m.query: large}) - nothing).abs()
-    return "its denominator is not the sum of its scores" if float((found - 1).abs().max()) > 1e-3 else ""
+    return reasons.OTHER_DENOMINATOR() if float((found - 1).abs().max()) > 1e-3 else None
 
 
 def _places(m: Measured) -> list[int]:
@@ -285,27 +281,24 @@ def _off(target: Tensor, basis: list[Tensor]) -> float:
     return float((a @ x - b).abs().max()) / max(float(b.abs().max()), 1e-300)
 
 
-_SUM = "the rule applies to outputs that are sums of values: move what is not linear behind the mixer"
-_SCORES = "scores must enter as they are: no square, exponential or softmax; put functions on queries and keys"
-
 PROPERTIES: tuple[Property, ...] = (
     # What sees what.
-    Property(_is_causal, "log-linear attention looks back only"),
-    Property(_keeps_rows_apart, "each sequence and head must have a state of its own"),
+    Property(_is_causal),
+    Property(_keeps_rows_apart),
     # What is summed up.
     # Perhaps only something behind a mixer is not linear.
-    Property(_sums_values, _SUM, near=2),
-    Property(_sees_itself, "include the diagonal"),
-    Property(_weighs_a_value_as_one, "decays may belong to heads or to channels of the key"),
+    Property(_sums_values, near=2),
+    Property(_sees_itself),
+    Property(_weighs_a_value_as_one),
     # How it is weighed.
-    Property(_looks_forward, "scores may depend on the two positions and, by decays, on what lies between"),
-    Property(_has_a_query, "a query acts at its own position only: compute decays and errors from other sources"),
-    Property(_has_one_reader, "a decay belongs to the positions that it passes, not to the one that reads"),
-    Property(_is_linear_in_the_query, _SCORES),
-    Property(_is_linear_in_the_key, _SCORES),
-    Property(_is_divided_by_its_own_scores, "normalise by the same scores"),
+    Property(_looks_forward),
+    Property(_has_a_query),
+    Property(_has_one_reader),
+    Property(_is_linear_in_the_query),
+    Property(_is_linear_in_the_key),
+    Property(_is_divided_by_its_own_scores),
     # What becomes of a weight with time.
-    Property(_sees_all_of_the_past, "log-linear attention sees the whole past"),
-    Property(_decays_step_by_step, "decays multiply: one factor for each token (and head, or channel of the key)"),
-    Property(_erases_along_its_key, "a delta rule erases along the key that it writes to"),
+    Property(_sees_all_of_the_past),
+    Property(_decays_step_by_step),
+    Property(_erases_along_its_key),
 )

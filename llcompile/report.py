@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from llcompile.patterns.records import Certificate, Converted, Declined, GraphBreak, ModelCertificate, Untouched
@@ -126,7 +127,7 @@ def _declined_table(records: tuple[Declined, ...]) -> Table:
     for name in ("module", "reason", "where", "what to do"):
         table.add_column(name)
     for r in records:
-        table.add_row(r.module or "(root)", r.reason, r.where, r.hint)
+        table.add_row(r.module or "(root)", escape(f"{r.reason} [{r.code}]"), r.where, escape(r.hint))
     return table
 
 

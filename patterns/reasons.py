@@ -262,7 +262,7 @@ GRADIENTS_DIFFER = _computes.add(
 _inside = _group(
     "Hand-written mixers: what stands inside",
     "The code is a mixer but for something in it: what changes a gradient or a dtype, what no proof can cover, what "
-    "depends on the length, or a statement in place. See recognition.md.",
+    "depends on the length, or a statement in place. See [recognition.md](recognition.md#in-place-statements).",
 )
 NO_GRAD = _inside.add(
     "no-grad",

@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "recognition.md").read_text()
-SOURCES = "".join(path.read_text() for path in sorted((ROOT / "passes").rglob("*.py")))
+SOURCES = "".join(path.read_text() for path in sorted((ROOT / "patterns").rglob("*.py")))
 
 
 def blocks(language: str) -> list[str]:
@@ -34,7 +34,7 @@ def test_the_example_prints_what_the_page_shows(
 def messages() -> list[str]:
     told = PAGE[PAGE.index("| note |") : PAGE.index("`options={")]
     quoted = re.findall(r"^\| `([^`]+)` \|", told, re.MULTILINE)
-    rest = told[told.index("Other messages") :]
+    rest = told[told.index("Most values of a model") :]
     return quoted + [" ".join(m.split()) for m in re.findall(r"`([^`]+)`", rest) if "=" not in m]
 
 
@@ -46,9 +46,9 @@ def test_messages_are_those_of_the_code(message: str) -> None:
 
 
 def test_files_exist() -> None:
-    named = re.findall(r"`((?:\.\./)?[a-z_]+\.py)`", PAGE)
+    named = re.findall(r"`([a-z_]+\.py)`", PAGE)
     assert len(named) >= 8
-    assert all((ROOT / "passes" / "structure" / name).resolve().is_file() for name in named)
+    assert all((ROOT / "patterns" / "structure" / name).is_file() for name in named)
 
 
 def test_transforms_are_those_of_the_table() -> None:

@@ -1,0 +1,253 @@
+"""Reasons of declined mixers: one table, stable codes, a page; and no place that declines with words of its own."""
+
+from __future__ import annotations
+
+import ast
+import re
+import runpy
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import llcompile
+from llcompile.errors import StrictError
+from llcompile.patterns import reasons
+from llcompile.patterns.reasons import TABLE, Group, Reason
+from llcompile.report import Declined, Report
+
+ROOT = Path(__file__).parents[2]
+ROWS = [row for group in TABLE for row in group.rows]
+NAMES = {name: value for name, value in vars(reasons).items() if isinstance(value, Reason)}
+# What takes a reason, as its first argument (`withhold` as its third).
+GIVEN_TO = {"Miss": 0, "Mismatch": 0, "CannotPlace": 0, "decline": 0, "because": 0, "withhold": 2, "give_up": 3}
+# Who makes one or unmakes it: the table, and what is saved with a module.
+MAKERS = {"patterns/reasons.py", "llcompile/weights/withheld.py"}
+
+
+# -- the table
+
+
+def test_codes_are_words_of_their_own() -> None:
+    codes = [row.code for row in ROWS]
+    assert len(codes) == len(set(codes)) > 80
+    assert all(re.fullmatch(r"[a-z]+(-[a-z]+)*", code) for code in codes)
+    sentences = [row.sentence for row in ROWS]
+    assert len(sentences) == len(set(sentences))
+
+
+def test_every_row_says_what_to_do() -> None:
+    assert all(row.hint and row.sentence for row in ROWS)
+    assert not [row.code for row in ROWS if "{" in row.hint or "`" in row.sentence]
+
+
+def test_every_constant_is_in_the_table_once() -> None:
+    assert sorted(map(id, NAMES.values())) == sorted(map(id, ROWS))
+
+
+def test_a_code_cannot_be_given_twice() -> None:
+    group = Group("another", "")
+    group.add("a-code-of-its-own", "it is new", "nothing")  # the control
+    with pytest.raises(ValueError, match="not-causal"):
+        group.add("not-causal", "it is new", "nothing")
+
+
+def test_fields_are_filled_in() -> None:
+    given = reasons.NOT_CAUSAL(output=3, input=5)
+    assert (given.code, given.text) == ("not-causal", "not causal: output 3 depends on input 5")
+    assert reasons.NEAR_A_FAMILY(error=0.0312).text == "agrees at w = 1 to 3e-02 only"
+    assert reasons.ANALYSIS_FAILED(error="KeyError: {x}").text.endswith("KeyError: {x}")
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"output": 3}, {"output": 3, "input": 5, "length": 7}, {"output": 3, "inputs": 5}]
+)
+def test_a_wrong_field_is_an_error(fields: dict[str, int]) -> None:
+    with pytest.raises(KeyError, match="not-causal"):
+        reasons.NOT_CAUSAL(**fields)
+
+
+def test_the_page_is_the_table() -> None:
+    page = (ROOT / "docs" / "reasons.md").read_text()
+    assert page == runpy.run_path(str(ROOT / "docs" / "make_reasons.py"))["page"](), "run python docs/make_reasons.py"
+    assert re.findall(r"^\| `([a-z-]+)` \|", page, re.MULTILINE) == [row.code for row in ROWS]
+
+
+# -- the places that decline
+
+
+@dataclass
+class Places:
+    """What the code does with reasons.
+
+    Args:
+        used: names of constants that are given somewhere.
+        wrong: what declines without a reason of the table, or fills it in wrongly.
+    """
+
+    used: set[str] = field(default_factory=set)
+    wrong: list[str] = field(default_factory=list)
+
+    def read(self, source: str, name: str) -> None:
+        """Adds what one file does."""
+        tree = ast.parse(source)
+        called = {id(node.func): node for node in ast.walk(tree) if isinstance(node, ast.Call)}
+        for node in ast.walk(tree):
+            where = f"{name}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "reasons":
+                self._use(node, called.get(id(node)), where)
+            elif isinstance(node, ast.Call):
+                self._call(node, where, name)
+
+    def _use(self, node: ast.Attribute, call: ast.Call | None, where: str) -> None:
+        row = NAMES.get(node.attr)
+        if row is None:
+            self.wrong += [] if node.attr == "BREAKS" else [f"{where}: no reason {node.attr}"]
+            return
+        self.used.add(node.attr)
+        given = None if call is None else {keyword.arg for keyword in call.keywords}
+        whole = given is None or call is None or call.args or (None not in given and given != row.fields)
+        if whole or not row.fields.issuperset((given or set()) - {None}):
+            self.wrong.append(f"{where}: the fields of {node.attr} are {sorted(row.fields)}")
+
+    def _call(self, node: ast.Call, where: str, file: str) -> None:
+        name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
+        if name == "GivenReason" and file not in MAKERS:
+            self.wrong.append(f"{where}: a reason that is not in the table")
+        if name == "Declined" and file not in MAKERS:
+            self.wrong.append(f"{where}: Declined.because has the reason")
+        at = GIVEN_TO.get(name)
+        if at is not None and at < len(node.args) and any(map(_is_text, ast.walk(node.args[at]))):
+            parts = ast.walk(node.args[at])
+            if not any(isinstance(part, ast.Attribute) and part.attr in NAMES for part in parts):
+                self.wrong.append(f"{where}: {name} with words of its own")
+
+
+def _is_text(node: ast.AST) -> bool:
+    return isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str))
+
+
+def sources() -> Iterator[tuple[str, str]]:
+    for folder in ("llcompile", "passes", "patterns"):
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            name = file.relative_to(ROOT).as_posix()
+            if not name.startswith(("llcompile/passes/", "llcompile/patterns/", "llcompile/kernels/")):
+                yield name, file.read_text()
+
+
+@pytest.fixture(scope="module")
+def places() -> Places:
+    found = Places()
+    for name, source in sources():
+        found.read(source, name)
+    return found
+
+
+def test_every_code_is_given_somewhere(places: Places) -> None:
+    assert sorted(NAMES.keys() - places.used) == []
+
+
+def test_nothing_declines_without_a_code(places: Places) -> None:
+    assert places.wrong == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'raise Miss("not causal", 3)',
+        'raise Miss(f"not causal: {output}", 3)',
+        'site.decline("it is odd")',
+        'site.decline(GivenReason("odd", "it is odd", ""))',
+        'Declined("a", "it is odd", "here", code="odd")',
+        'withheld.withhold(owner, "loglinear", "it is odd")',
+        "raise Miss(reasons.NOT_CASUAL(output=1, input=2))",
+        "raise Miss(reasons.NOT_CAUSAL(output=1))",
+        "raise Miss(reasons.NOT_CAUSAL)",
+        "raise Miss(reasons.STRICTLY_CAUSAL(output=1))",
+    ],
+)
+def test_what_is_wrong_is_seen(line: str) -> None:
+    found = Places()
+    found.read(line, "passes/planted.py")
+    assert found.wrong
+    right = Places()
+    right.read("raise Miss(reasons.NOT_CAUSAL(output=1, input=2), 3)", "passes/planted.py")
+    assert (right.wrong, right.used) == ([], {"NOT_CAUSAL"})
+
+
+def test_a_record_has_a_code() -> None:
+    with pytest.raises(TypeError, match="code"):
+        Declined("layer", "it is odd", "model.py:3")  # type: ignore[call-arg]
+
+
+# -- what a person and a program see
+
+
+class Mixer(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.all, self.kind = nn.Linear(8, 24), kind
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.all(x).chunk(3, -1)
+        scores = q @ k.mT
+        if self.kind == "not-causal":
+            return scores.triu() @ v
+        if self.kind == "strictly-causal":
+            return scores.tril(-1) @ v
+        if self.kind == "sliding-window":
+            return scores.tril().triu(-4) @ v
+        if self.kind == "gradient-stopped":
+            return scores.tril().detach() @ v
+        if self.kind == "random":
+            return F.dropout(scores.tril(), 0.5) @ v
+        return scores.tril() @ v
+
+
+KINDS = ("not-causal", "strictly-causal", "sliding-window", "gradient-stopped", "random")
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({kind: Mixer(kind) for kind in (*KINDS, "plain")})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([layer(x) for layer in self.layers.values()], -1)
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    torch.manual_seed(0)
+    return llcompile.inspect(Model(), torch.randn(2, 20, 8)).report
+
+
+def test_each_kind_has_its_code(report: Report) -> None:
+    assert {d.module.rpartition(".")[2]: d.code for d in report.declined} == {kind: kind for kind in KINDS}
+    assert [c.module for c in report.converted] == ["layers.plain"]  # the control
+
+
+def test_a_report_shows_codes(report: Report) -> None:
+    assert [d["code"] for d in report.to_dict()["declined"]] == [d.code for d in report.declined]
+    shown = str(report)
+    assert all(f"[{kind}]" in shown for kind in KINDS)
+
+
+def test_strict_names_the_code() -> None:
+    options = {"strict": True}
+    with pytest.raises(StrictError, match=r"a token does not see itself .*\[strictly-causal\]"):
+        llcompile.convert(Mixer("strictly-causal"), torch.randn(1, 20, 8), options=options)
+
+
+def test_a_page_and_a_look_have_the_code() -> None:
+    pytest.importorskip("jinja2")
+    look = llcompile.inspect(Mixer("strictly-causal"), torch.randn(1, 20, 8))
+    assert look.mixers[0].code == look.declined[0].code == "strictly-causal"
+    from llcompile.look.page import page
+
+    assert "<code>strictly-causal</code>" in page(look)
+    assert "<code>strictly-causal</code>" not in page(llcompile.inspect(Mixer("plain"), torch.randn(1, 20, 8)))

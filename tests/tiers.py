@@ -36,6 +36,11 @@ LONG_TESTS = {
         "test_packed_rows_have_homes",
         "test_triton_is_optional",
     ),
+    "patterns/test_reasons.py": (
+        "test_each_kind_has_its_code",
+        "test_a_report_shows_codes",
+        "test_a_page_and_a_look_have_the_code",
+    ),
     "spellings/test_corpus.py": ("test_spelling_is_of_its_family", "test_twin_differs"),
     "test_bench_cuda.py": ("test_worker_measures_ours",),
     "test_cli.py": ("test_config_folder", "test_model_type", "test_everything_that_can_be_written", "test_doctor"),

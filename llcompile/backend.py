@@ -7,7 +7,7 @@ import json
 import logging
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from torch import fx, nn
@@ -16,7 +16,8 @@ from llcompile import checkpoint, driver, missed, versions
 from llcompile.errors import LateAttachWarning, LLCompileError, StateAdoptedWarning, WrappedBackendError
 from llcompile.options import Options
 from llcompile.passes import pipeline, states
-from llcompile.passes.session import Session, Site
+from llcompile.passes.session import Session
+from llcompile.passes.site import Site
 from llcompile.patterns.known import capture
 from llcompile.report import Report
 from llcompile.torch_internals import compile_check, inner, logs, reach, recompile_room, splitters
@@ -189,7 +190,7 @@ def _warn_late(session: Session) -> None:
     )
 
 
-def _warn_adopted(sites: list[Site]) -> None:
+def _warn_adopted(sites: Sequence[Site]) -> None:
     modules = list(dict.fromkeys(site.module for site in sites))
     some = ", ".join(modules[:3]) + ", ..." * (len(modules) > 3)
     warnings.warn(

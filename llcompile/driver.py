@@ -15,7 +15,8 @@ from torch import fx, nn
 from llcompile.errors import StrictError
 from llcompile.options import Options
 from llcompile.passes import pipeline
-from llcompile.passes.session import Session, Settings, Site
+from llcompile.passes.session import Session, Settings
+from llcompile.passes.site import CallSite, Site
 from llcompile.patterns import reasons
 from llcompile.patterns.known import capture
 from llcompile.patterns.records import Converted, Declined, GraphBreak
@@ -95,9 +96,9 @@ def distinct(sites: list[Site]) -> list[Site]:
 
 def give_up_opaque(session: Session) -> bool:
     """Whether the frame must be traced once more, to break the graph at declined calls that no compiler can trace."""
-    called = [(s, s.given) for s in session.sites if s.leaf is not None and s.leaf.row.opaque]
+    called = [(s, s.given) for s in session.sites if isinstance(s, CallSite) and s.leaf.row.opaque]
     # Every one of them.
-    new = [capture.give_up(s.known, s.arguments, s.owner, given) for s, given in called if given is not None]
+    new = [capture.give_up(s.leaf, s.arguments, s.owner, given) for s, given in called if given is not None]
     return any(new)
 
 
@@ -139,7 +140,7 @@ def _converted(site: Site) -> Converted:
         value_dim=site.shape.value_dim,
         level_weights="none" if weights is None else weights.kind,
         where=site.where,
-        notes=(*site.notes, *(() if site.found is None else site.found.notes())),
+        notes=site.all_notes,
     )
 
 

@@ -8,8 +8,9 @@ from torch import fx
 
 from llcompile.errors import LevelWeightsError
 from llcompile.passes.one_token import remember
-from llcompile.passes.origin import Role, given, is_projected, operand_nodes, projection_input, role_of
-from llcompile.passes.session import Session, Site
+from llcompile.passes.origin import Role, given, is_projected, projection_input, role_of
+from llcompile.passes.session import Session
+from llcompile.passes.site import Site, WrittenSite
 from llcompile.patterns import reasons
 from llcompile.patterns.boundary import boundary
 from llcompile.torch_internals.inputs import input_value, is_handed_in_twice
@@ -36,7 +37,7 @@ def attach(session: Session) -> int:
 def _expect_values(session: Session, site: Site, weights: Any) -> None:
     """The level weights must be where the graph can read them, and must have values if the operands have."""
     assert site.owner is not None
-    operands = [node.meta["example_value"] for node in operand_nodes(site)]
+    operands = [node.meta["example_value"] for node in site.activations()]
     if any(t.is_meta for _, t in weights.tensors()) and not any(operand.is_meta for operand in operands):
         site.decline(reasons.WEIGHTS_ON_META())
     if session.marks:  # the owner's hook has handed them in
@@ -71,7 +72,7 @@ def _attach(session: Session, site: Site) -> None:
     if not settings.dry_run:
         # What a checkpoint does not say is learned from the first graph that tells.
         weights.place = weights.place or site.place
-        if site.found is not None:
+        if isinstance(site, WrittenSite):
             with boundary(f"the place of {site.where}"):
                 weights.token = remember(site) or weights.token
         weights.role = weights.role or role
@@ -84,7 +85,7 @@ def _attach(session: Session, site: Site) -> None:
 def _serves_all(weights: Any, site: Site) -> bool:
     """Whether level weights of one head are those of all: heads that share queries and keys are one where the code
     reads them so, and several where it copies them (a chunk loop at a length of one chunk)."""
-    return site.found is not None and weights.heads == 1
+    return isinstance(site, WrittenSite) and weights.heads == 1
 
 
 def _check_asked(session: Session, site: Site, weights: Any) -> None:
@@ -125,7 +126,7 @@ def _find_source(site: Site, weights: Any) -> tuple[Role | None, int | None]:
     elif node is None and not cut and weights is None:
         return None, None  # no tensor is what all operands come from
     if call is not None and cut and (role is None or role.own):
-        tensor = call.sequence(*_sizes(site))
+        tensor = call.sequence(*map(size_hint, site.rows_and_tokens))
         if tensor is not None and (weights is None or tensor.shape[-1] == weights.in_features):
             site.owner_input = tensor
             return Role(True, frozenset()), int(tensor.shape[-1])
@@ -158,12 +159,3 @@ def _roots(site: Site) -> list[fx.Node]:
 
 def _width(node: fx.Node) -> int:
     return int(node.meta["example_value"].shape[-1])
-
-
-def _sizes(site: Site) -> tuple[Any, Any]:
-    """How many rows and tokens the mixer has, in the example."""
-    part = site.found or site.token
-    if part is not None:
-        return part.rows_and_tokens  # type: ignore[no-any-return]
-    assert site.call is not None
-    return size_hint(site.call.sizes["B"]), size_hint(site.call.sizes.get("T", 1))

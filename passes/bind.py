@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from llcompile.errors import MixerError
-from llcompile.passes.session import Session, Site
+from llcompile.passes.session import Session
+from llcompile.passes.site import CallSite
 from llcompile.patterns import reasons
 from llcompile.patterns.boundary import boundary
 from llcompile.patterns.known.arguments import Mismatch, read_call
@@ -16,7 +17,7 @@ from llcompile.torch_internals.inputs import fake_mode_of
 def bind(session: Session) -> int:
     """Gives every site its call, mixer and sizes; returns how many were bound."""
     for site in session.sites:
-        if site.leaf is not None:
+        if isinstance(site, CallSite):
             with boundary(site.where) as outcome:
                 _bind(site)
             if outcome.failed:
@@ -24,12 +25,12 @@ def bind(session: Session) -> int:
     return sum(site.open for site in session.sites)
 
 
-def _bind(site: Site) -> None:
-    row, leaf = site.known.row, site.known
+def _bind(site: CallSite) -> None:
+    row, leaf = site.leaf.row, site.leaf
     if leaf.problem is not None:
         return site.decline(leaf.problem)
     try:
-        site.call = read_call(row, leaf.plain, site.arguments)
+        site.bound = read_call(row, leaf.plain, site.arguments)
     except Mismatch as mismatch:
         return site.decline(mismatch.given)
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from llcompile.errors import GraphError
 from llcompile.passes.session import Session
+from llcompile.passes.site import CallSite
 
 
 def check(session: Session, after: str) -> None:
@@ -22,5 +23,5 @@ def check(session: Session, after: str) -> None:
             raise GraphError(f"node {node.format_node()} has no example_value after pass {after!r}")
     present = set(nodes)
     for site in session.sites:
-        if after == "rewrite" and site.leaf is not None and site.node in present:
+        if after == "rewrite" and isinstance(site, CallSite) and site.node in present:
             raise GraphError(f"the call at {site.where} is still in the graph after pass {after!r}")

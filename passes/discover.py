@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from llcompile.passes.session import Session, Site, module_name
+from llcompile.passes.session import Session, module_name
+from llcompile.passes.site import CallSite
 from llcompile.patterns import reasons
 from llcompile.patterns.known.capture import leaf_of, take_refused
 from llcompile.patterns.records import Declined
@@ -20,7 +21,7 @@ def discover(session: Session) -> int:
         if leaf is None:
             continue
         key, name = place_of(node)
-        site = Site(node, region, leaf, session.name(key, name), user_line(node.meta))
+        site = CallSite(node, region, session.name(key, name), user_line(node.meta), leaf=leaf)
         if region.closed:
             site.decline(reasons.CLOSED_BODY(operation=region.closed))
         if key:

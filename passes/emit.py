@@ -6,7 +6,8 @@ from torch import fx
 
 from llcompile.errors import MissedLevelWeightsError
 from llcompile.passes.marks import marked_tensors
-from llcompile.passes.session import Session, Site
+from llcompile.passes.session import Session
+from llcompile.passes.site import Site
 from llcompile.torch_internals import reach
 from llcompile.torch_internals.inputs import fake_mode_of, hold_tensor
 from llcompile.torch_internals.owner_input import HELD

@@ -17,8 +17,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from llcompile.passes.origin import operand_nodes
-from llcompile.passes.session import Session, Site
+from llcompile.passes.session import Session
+from llcompile.passes.site import Site
 from llcompile.patterns import reasons
 from llcompile.patterns.graph.walk import walk
 from llcompile.torch_internals.inputs import input_value, is_parameter
@@ -212,7 +212,7 @@ def _operands(site: Site) -> frozenset[str]:
     def parameters(node: fx.Node) -> list[Any]:
         return [held for n in node.all_input_nodes if is_parameter(held := _held(site, n))]
 
-    above = walk(operand_nodes(site), lambda node: () if parameters(node) else node.all_input_nodes)
+    above = walk(site.activations(), lambda node: () if parameters(node) else node.all_input_nodes)
     return frozenset(names[id(held)] for node in above for held in parameters(node) if id(held) in names)
 
 

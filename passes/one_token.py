@@ -18,7 +18,8 @@ import torch
 from torch import fx, nn
 
 from llcompile.passes.one_token_proof import off_linear
-from llcompile.passes.session import Session, Site
+from llcompile.passes.session import Session
+from llcompile.passes.site import TokenSite, WrittenSite
 from llcompile.passes.spots import Call, Spot, Spots, stack_of
 from llcompile.patterns import reasons
 from llcompile.patterns.boundary import boundary
@@ -110,15 +111,13 @@ class Token:
         return (0, 1) if shape[:2] == [batch, 1] else (1, 0) if shape[:2] == [1, batch] else None
 
 
-def remember(site: Site) -> Place | None:
+def remember(site: WrittenSite) -> Place | None:
     """Where a mixer that was recognised among several tokens would be found with one; None where that is not known."""
-    assert site.found is not None
-    group = (*site.denominators, site.found)
-    if len(site.found.reading.axes.batch) > 1 or not all(map(_is_plain, group)):
+    if len(site.found.reading.axes.batch) > 1 or not all(map(_is_plain, site.group)):
         return None
     spots = Spots(site.region.graph, site.owner)
     try:
-        parts = tuple(_part_place(spots, found) for found in group)
+        parts = tuple(_part_place(spots, found) for found in site.group)
         operands = tuple(spots.of(node, before=site.found.anchor) for node in site.found.activations())
     except LookupError:
         return None
@@ -164,10 +163,10 @@ def one_token(session: Session) -> int:
     return len(session.sites) - before
 
 
-def _site(session: Session, region: Region, owner: nn.Module, name: str, token: Token) -> Site:
+def _site(session: Session, region: Region, owner: nn.Module, name: str, token: Token) -> TokenSite:
     node = token.parts[-1].output
     module = session.name(*place_of(node))
-    site = Site(node, region, None, module, user_line(node.meta), owner=owner, attribute=name, token=token)
+    site = TokenSite(node, region, module, user_line(node.meta), owner, name, token=token)
     site.cell, site.shape = token.place.cell, token.place.shape
     error = off_linear(region, ((part.values, part.output) for part in token.parts), token.operands)
     site.certificate = Certificate(error, "float64", 2)

@@ -10,9 +10,8 @@ import networkx as nx
 import torch
 import torch.nn.functional as F
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from llcompile.passes.session import Site
+from llcompile.passes.site import Site
 from llcompile.torch_internals import reach
 from llcompile.torch_internals.inputs import input_value, is_parameter, module_tensors
 
@@ -63,28 +62,9 @@ def projection_input(site: Site) -> fx.Node | None:
     The candidates are the common dominators of q, k and v; the nearest one that a projection reads is taken, so that
     the same tensor is found while prefilling, training and decoding, whatever lies between (convolutions, caches).
     """
-    part = site.found or site.token
-    if part is not None:
-        candidates = [n for n in _dominators(site) if part.batch_first(n) is not None]
-    else:
-        batch, length = _batch_and_length(site)
-        candidates = [n for n in _dominators(site) if _is_sequence(n, batch, length)]
+    candidates = [n for n in _dominators(site) if site.is_sequence(n)]
     projected = [n for n in candidates if is_projected(n)]
     return next(iter(projected or candidates), None)
-
-
-def _batch_and_length(site: Site) -> tuple[Any, Any]:
-    assert site.call is not None
-    return site.call.sizes["B"], site.call.sizes.get("T", 1)
-
-
-def operand_nodes(site: Site) -> list[fx.Node]:
-    """The nodes of the call's activations: every tensor argument that has a batch axis, the state apart."""
-    part = site.found or site.token
-    if part is not None:
-        return part.activations()  # type: ignore[no-any-return]
-    names = [t.name for t in site.known.row.tensors if t.axes.startswith("B") and t.draw != "state"]
-    return [n for n in (site.node.kwargs.get(name) for name in names) if isinstance(n, fx.Node)]
 
 
 def data_inputs(node: fx.Node) -> list[fx.Node]:
@@ -101,7 +81,7 @@ def given(site: Site) -> list[fx.Node]:
 
 def _above(site: Site) -> nx.DiGraph[Any]:
     """Everything that the operands are computed from: from the root, over the inputs, to the operands and the sink."""
-    operands = operand_nodes(site)
+    operands = site.activations()
     graph: nx.DiGraph[Any] = nx.DiGraph()
     graph.add_edges_from((operand, _SINK) for operand in operands)
     pending, seen = list(operands), set(operands)
@@ -142,17 +122,6 @@ def is_constant_input(node: fx.Node) -> bool:
     if is_parameter(held) or (held is not None and id(held) in module_tensors()):
         return True
     return any(u.op == "call_method" and str(u.target).endswith("_") and u.args[0] is node for u in node.users)
-
-
-def _is_sequence(node: fx.Node, batch: Any, length: Any) -> bool:
-    value = node.meta.get("example_value")
-    return (
-        isinstance(value, torch.Tensor)
-        and value.dim() == 3
-        and value.is_floating_point()
-        and statically_known_true(value.shape[0] == batch)
-        and statically_known_true(value.shape[1] == length)
-    )
 
 
 def is_projected(node: fx.Node) -> bool:

@@ -6,6 +6,7 @@ from torch import fx
 
 from llcompile.passes.rewrite import plain_call
 from llcompile.passes.session import Session
+from llcompile.passes.site import CallSite
 from llcompile.patterns.graph.regions import Region
 
 
@@ -23,7 +24,7 @@ def _copied(session: Session, region: Region, copies: dict[int, fx.GraphModule])
     result = graph.graph_copy(region.graph, nodes)
     graph.output(result)
     for site in session.sites:
-        if site.leaf is not None and site.region is region:
+        if isinstance(site, CallSite) and site.region is region:
             nodes[site.node].target = plain_call(site)
     module = fx.GraphModule(region.module, graph)
     for node in graph.find_nodes(op="get_attr"):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 
-from llcompile.passes.session import Site
+from llcompile.passes.site import CallSite, Site, WrittenSite
 from llcompile.patterns.graph.walk import walk
 from llcompile.torch_internals.sizes import size_hint
 
@@ -42,10 +42,11 @@ def writes_nothing(site: Site, masked: Iterable[fx.Node]) -> bool:
 
 
 def _values(site: Site) -> list[fx.Node]:
-    if site.found is not None:
+    if isinstance(site, WrittenSite):
         value = site.found.reading.value
         return [] if value is None else site.found.nodes_of(value)
-    node = site.node.kwargs.get(site.known.row.tensor_with("V").name)
+    assert isinstance(site, CallSite)
+    node = site.node.kwargs.get(site.leaf.row.tensor_with("V").name)
     return [node] if isinstance(node, fx.Node) else []
 
 

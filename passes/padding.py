@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from llcompile.passes.origin import data_inputs, is_constant_input, operand_nodes
+from llcompile.passes.origin import data_inputs, is_constant_input
 from llcompile.passes.padded import writes_nothing
-from llcompile.passes.session import Session, Site
+from llcompile.passes.session import Session
+from llcompile.passes.site import CallSite, Site, WrittenSite
 from llcompile.patterns.boundary import boundary
 from llcompile.patterns.graph.walk import walk
 from llcompile.torch_internals.sizes import size_hint
@@ -75,21 +76,28 @@ _COMPARES = {torch.ne, "ne", operator.ne, torch.eq, "eq", operator.eq}
 def padding(session: Session) -> int:
     """Gives sites their padding mask where the graph has one; returns how many have."""
     for site in session.sites:
-        if site.open and site.has_time and not site.packed and site.token is None:
+        if site.open and _has_rows(site):
             with boundary(f"the padding of {site.where}"):
                 _find(site)
     return sum(site.mask is not None for site in session.sites)
 
 
+def _has_rows(site: Site) -> bool:
+    """Whether it works on rows of several tokens, which may be padded."""
+    if isinstance(site, CallSite):
+        return site.has_time and not site.packed
+    return isinstance(site, WrittenSite)
+
+
 def _find(site: Site) -> None:
-    operands = operand_nodes(site)
+    operands = site.activations()
     masked: dict[Mask, set[fx.Node]] = {}
     for node in _ancestors(operands):
         mask = _mask_of(node)
         if mask is not None:
             masked.setdefault(mask, set()).add(node)
     site.masks = frozenset(mask.node for mask in masked)
-    if site.found is not None:
+    if isinstance(site, WrittenSite):
         masked = {
             mask: nodes for mask, nodes in masked.items() if site.found.batch_and_time == tuple(_sizes(mask.node))
         }

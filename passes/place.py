@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from llcompile.passes.session import Session
+from llcompile.passes.site import WrittenSite
 from llcompile.patterns import reasons
 from llcompile.patterns.graph.effects import Effects, Storages
 from llcompile.patterns.reasons import GivenReason
@@ -74,7 +75,7 @@ def placing(session: Session) -> int:
     """Declines each hand-written mixer whose rewrite would change the program; returns how many."""
     before = sum(site.open for site in session.sites)
     for site in session.sites:
-        for found in (*site.denominators, site.found) if site.open else ():
+        for found in site.group if site.open and isinstance(site, WrittenSite) else ():
             if found is not None:
                 try:
                     place(site.region.graph, site.region.effects, found)

@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from llcompile.passes.behaviour import behaviour
 from llcompile.passes.draws import draw_call, small_sizes
-from llcompile.passes.session import Session, Site
+from llcompile.passes.session import Session
+from llcompile.passes.site import CallSite
 from llcompile.patterns import reasons
 from llcompile.patterns.agreement import BUDGETS, apart, gradients
 from llcompile.patterns.boundary import boundary
@@ -36,7 +37,7 @@ def prove(session: Session) -> int:
     """Gives every open site its certificate or declines it; returns how many were proved."""
     failed: dict[Any, GivenReason] = {}
     for site in session.sites:
-        if site.open and site.leaf is not None:
+        if site.open and isinstance(site, CallSite):
             with boundary(site.where) as outcome:
                 _prove(site, session.settings.kind != "none", failed)
             if outcome.failed:
@@ -44,10 +45,9 @@ def prove(session: Session) -> int:
     return sum(site.open for site in session.sites)
 
 
-def _prove(site: Site, weighted: bool, failed: dict[Any, GivenReason]) -> None:
+def _prove(site: CallSite, weighted: bool, failed: dict[Any, GivenReason]) -> None:
     """`failed` are proofs that did not run in this look: want of memory, say, which need not last."""
-    assert site.call is not None
-    key = (site.known.function, behaviour(site.known.plain), weighted, _fingerprint(site))
+    key = (site.leaf.function, behaviour(site.leaf.plain), weighted, _fingerprint(site))
     if key not in _proofs and key not in failed:
         with _disable_current_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
             try:
@@ -65,12 +65,11 @@ class _DoesNotRun(Exception):
     """Neither the function nor anything that stands for it runs here and now."""
 
 
-def _fingerprint(site: Site) -> Any:
+def _fingerprint(site: CallSite) -> Any:
     """What a proof depends on: constants, which operands are given, the kind of state, and the small sizes."""
-    assert site.call is not None
     facts = []
     for name, value in sorted(site.call.values.items()):
-        if name in site.known.row.packing:
+        if name in site.leaf.row.packing:
             continue
         facts.append(
             (name, "state" if is_level_state(value) else "tensor" if isinstance(value, torch.Tensor) else repr(value))
@@ -96,9 +95,8 @@ class Original:
     budgets: tuple[tuple[str, float], ...] = BUDGETS
 
 
-def _run_proof(site: Site, weighted: bool) -> Certificate | GivenReason:
-    assert site.call is not None
-    row, failures = site.known.row, []
+def _run_proof(site: CallSite, weighted: bool) -> Certificate | GivenReason:
+    row, failures = site.leaf.row, []
     for original in _originals(site):
         try:
             worst = 0.0
@@ -123,20 +121,20 @@ def _run_proof(site: Site, weighted: bool) -> Certificate | GivenReason:
     raise _DoesNotRun("; ".join(failures))
 
 
-def _originals(site: Site) -> Iterator[Original]:
+def _originals(site: CallSite) -> Iterator[Original]:
     """What to compare with, in turn until one runs: the function, the library's references, the function on a GPU."""
-    yield Original(site.known.plain)
-    for name, reference in site.known.references():
+    yield Original(site.leaf.plain)
+    for name, reference in site.leaf.references():
         yield Original(reference, against=name)
-    if site.known.row.opaque and torch.cuda.is_available():
+    if site.leaf.row.opaque and torch.cuda.is_available():
         # Triton's products of float32 are TF32 by default, and some of these functions take no float32 at all.
-        function = site.known.function
+        function = site.leaf.function
         yield Original(function, device="cuda", dtype=torch.float32, budgets=(("tf32", 5e-3),))
         yield Original(function, device="cuda", dtype=torch.bfloat16, budgets=(("bfloat16", 2e-2),))
 
 
 def _error(
-    row: KnownFunction, original: Original, site: Site, weighted: bool, seed: int, theirs: dict[str, Any]
+    row: KnownFunction, original: Original, site: CallSite, weighted: bool, seed: int, theirs: dict[str, Any]
 ) -> float:
     """The largest relative difference of a result."""
     transposed = _is_transposed(row, site)
@@ -145,10 +143,9 @@ def _error(
 
 
 def _both(
-    row: KnownFunction, original: Original, site: Site, weighted: bool, seed: int, theirs: dict[str, Any]
+    row: KnownFunction, original: Original, site: CallSite, weighted: bool, seed: int, theirs: dict[str, Any]
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """What the function and what our operator give for the same values."""
-    assert site.call is not None
     # Rounded the same way, in float64; copies, because either side may write the state.
     ours = _moved(theirs, lambda name: ("cpu", torch.float64))
     state_name = state_argument(row)
@@ -157,7 +154,7 @@ def _both(
     if is_level_state(site.call[state_name]) or gets_levels:
         ours[state_name] = _split_over_levels(ours[state_name], _is_transposed(row, site), seed)
     expected = _flat(row, original.run(**theirs), theirs)
-    call = read_call(row, site.known.plain, ours)
+    call = read_call(row, site.leaf.plain, ours)
     weights = None
     if weighted:
         value = call[row.tensor_with("V").name]
@@ -165,7 +162,7 @@ def _both(
     return expected, _flat(row, lower(row, call, call, weights), ours)
 
 
-def _gradient_error(row: KnownFunction, original: Original, site: Site, weighted: bool) -> float:
+def _gradient_error(row: KnownFunction, original: Original, site: CallSite, weighted: bool) -> float:
     """The largest relative difference of the gradients of a fixed function of the result, on a draw of its own.
 
     0 where the function has no backward: there is nothing that a rewrite could change.
@@ -187,8 +184,7 @@ def _gradient_error(row: KnownFunction, original: Original, site: Site, weighted
         return apart(slopes, gradients(actual[0], leaves))
 
 
-def _draw(row: KnownFunction, original: Original, site: Site, seed: int, length: int) -> dict[str, Any]:
-    assert site.call is not None
+def _draw(row: KnownFunction, original: Original, site: CallSite, seed: int, length: int) -> dict[str, Any]:
     state = state_argument(row)  # kernels insist on float32 for it at least
     low = original.dtype if original.dtype == torch.float64 else torch.float32
     place = lambda name: (original.device, low if name == state else original.dtype)  # noqa: E731
@@ -232,9 +228,8 @@ def _sum_levels(state: torch.Tensor, transposed: bool) -> torch.Tensor:
     return linear.transpose(-1, -2) if transposed else linear
 
 
-def _is_transposed(row: KnownFunction, site: Site) -> bool:
+def _is_transposed(row: KnownFunction, site: CallSite) -> bool:
     """Whether the state of this call is [..., V, K]."""
-    assert site.call is not None
     state = next((t for t in row.tensors if t.draw == "state"), None)
     axes = row.axes(state, 4, site.call.values) if state is not None else None
     return axes is not None and axes[-1] == "K"
@@ -251,9 +246,8 @@ def _split_over_levels(linear: torch.Tensor, transposed: bool, seed: int) -> tor
     return torch.cat([header, parts], dim=2).float()
 
 
-def _idle_operand(row: KnownFunction, original: Original, site: Site) -> str:
+def _idle_operand(row: KnownFunction, original: Original, site: CallSite) -> str:
     """The first operand that can be drawn anew without changing the result, or ""."""
-    assert site.call is not None
     length = LENGTHS[1]
     base = _output(original.run, _draw(row, original, site, 0, length))
     other = _draw(row, original, site, 1, length)

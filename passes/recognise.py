@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 
 from llcompile.passes import lengths
-from llcompile.passes.session import Session, Site
+from llcompile.passes.session import Session
+from llcompile.passes.site import WrittenSite
 from llcompile.patterns.boundary import Outcome, boundary
 from llcompile.patterns.graph.regions import Region
 from llcompile.patterns.mixer import MixerShape
@@ -62,8 +63,9 @@ def _add_site(session: Session, region: Region, found: Found, denominators: list
     node = found.anchor
     key, name = place_of(node)
     owner = reach.find_module(key) if key else None
-    site = Site(node, region, None, session.name(key, name), user_line(node.meta), found, denominators)
-    site.owner = owner
+    site = WrittenSite(
+        node, region, session.name(key, name), user_line(node.meta), owner, found=found, denominators=denominators
+    )
     site.cell, site.certificate = found.reading.family, found.certificate
     site.shape = MixerShape(*found.sizes)
     if found.fixed is not None and not found.held:

@@ -14,7 +14,8 @@ from llcompile.passes.emit import infer_values, owner_input, weight_inputs
 from llcompile.passes.one_token import batch_size, weigh
 from llcompile.passes.place import copy_behind, is_changed
 from llcompile.passes.rewrite_part import write_part
-from llcompile.passes.session import Session, Site
+from llcompile.passes.session import Session
+from llcompile.passes.site import CallSite, Site, TokenSite, WrittenSite
 from llcompile.patterns.graph.regions import Region
 from llcompile.patterns.known.lower import lower, lower_call
 
@@ -25,20 +26,14 @@ def rewrite(session: Session) -> int:
     for site in session.sites:
         if site.open and site.owner_input is not None:
             site.source = owner_input(session, site)
-        if site.token is not None:
-            if site.open:
-                _write_token(session, site, inputs)
-        elif site.leaf is None:
-            if site.open:
-                write_part(session, site, inputs)
-        elif site.open:
-            _write_operator(session, site, inputs)
-        else:
+        if site.open:
+            _WRITERS[type(site)](session, site, inputs)
+        elif isinstance(site, CallSite):
             _restore(site.region.graph, site)
     return sum(site.open for site in session.sites)
 
 
-def _restore(graph: fx.Graph, site: Site) -> None:
+def _restore(graph: fx.Graph, site: CallSite) -> None:
     """A declined call: the library's function itself, which the inner compiler traces through."""
     with graph.inserting_before(site.node):
         original = graph.call_function(plain_call(site), (), dict(site.node.kwargs))
@@ -48,9 +43,9 @@ def _restore(graph: fx.Graph, site: Site) -> None:
     graph.erase_node(site.node)
 
 
-def plain_call(site: Site) -> Callable[..., Any]:
+def plain_call(site: CallSite) -> Callable[..., Any]:
     """The library's function of a captured call."""
-    leaf, proved = site.known, site.certificate is not None
+    leaf, proved = site.leaf, site.certificate is not None
 
     def original(**arguments: Any) -> Any:
         try:
@@ -67,8 +62,7 @@ def plain_call(site: Site) -> Callable[..., Any]:
     return original
 
 
-def _write_operator(session: Session, site: Site, inputs: dict[tuple[int, str], fx.Node]) -> None:
-    assert site.call is not None
+def _write_operator(session: Session, site: CallSite, inputs: dict[tuple[int, str], fx.Node]) -> None:
     graph = site.region.graph
     tensors = weight_inputs(session, site, inputs)
     before = set(graph.nodes)
@@ -82,7 +76,7 @@ def _write_operator(session: Session, site: Site, inputs: dict[tuple[int, str], 
         weights = _write_weights(session, site, [as_proxy(node) for node in tensors], as_proxy)
         mask = None if site.mask is None else as_proxy(site.mask)
         mask = mask.eq(0) if site.mask_inverted and mask is not None else mask
-        result = lower(site.known.row, site.call.with_values(values), site.call, weights, mask)
+        result = lower(site.leaf.row, site.call.with_values(values), site.call, weights, mask)
     new = [node for node in graph.nodes if node not in before]
     infer_values(new, site.node)
     site.written.extend(new)
@@ -90,7 +84,7 @@ def _write_operator(session: Session, site: Site, inputs: dict[tuple[int, str], 
     _replace(site.region, site.node, result)
 
 
-def _write_token(session: Session, site: Site, inputs: dict[tuple[int, str], fx.Node]) -> None:
+def _write_token(session: Session, site: TokenSite, inputs: dict[tuple[int, str], fx.Node]) -> None:
     """Weighs what a mixer gives for one token."""
     graph, effects = site.region.graph, site.region.effects
     tensors = weight_inputs(session, site, inputs)
@@ -125,22 +119,21 @@ def _write_token(session: Session, site: Site, inputs: dict[tuple[int, str], fx.
         effects.place(result.node, fresh, like=output)
 
 
-def _saved(site: Site) -> frozenset[fx.Node]:
+def _saved(site: CallSite) -> frozenset[fx.Node]:
     """The operands that are changed in place after the call, which the operator's backward still needs."""
-    state = site.node.kwargs.get(site.known.row.writes_state or "")
+    state = site.node.kwargs.get(site.leaf.row.writes_state or "")
     read = (node for node in site.node.all_input_nodes if node is not state)
     return frozenset(node for node in read if is_changed(site.region.effects, node, after=site.node))
 
 
 def _write_weights(
-    session: Session, site: Site, tensors: list[fx.Proxy], as_proxy: Callable[[fx.Node], fx.Proxy]
+    session: Session, site: CallSite, tensors: list[fx.Proxy], as_proxy: Callable[[fx.Node], fx.Proxy]
 ) -> Any:
     """w [B, T, H, L], or [B, H, L] for a step; None for the linear operator."""
     if site.level_weights is None:
         return None
-    assert site.call is not None
     has_time = "T" in site.call.sizes
-    value = site.node.kwargs[site.known.row.tensor_with("V").name]
+    value = site.node.kwargs[site.leaf.row.tensor_with("V").name]
     assert isinstance(value, fx.Node)
     like = as_proxy(value) if has_time else as_proxy(value).unsqueeze(1)
     source = site.source if site.level_weights.in_features is not None else None
@@ -175,3 +168,7 @@ def _replace(region: Region, node: fx.Node, result: Any) -> None:
         if old is not node:
             graph.erase_node(old)
     graph.erase_node(node)
+
+
+_Writer = Callable[[Session, Any, dict[tuple[int, str], fx.Node]], None]
+_WRITERS: dict[type[Site], _Writer] = {CallSite: _write_operator, WrittenSite: write_part, TokenSite: _write_token}

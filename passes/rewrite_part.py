@@ -15,7 +15,8 @@ from llcompile.passes.dead import erase_dead, live
 from llcompile.passes.emit import infer_values, weight_inputs
 from llcompile.passes.place import Place, copy_behind
 from llcompile.passes.place import place as placed
-from llcompile.passes.session import Session, Site
+from llcompile.passes.session import Session
+from llcompile.passes.site import Site, WrittenSite
 from llcompile.patterns.graph.effects import Effects
 from llcompile.patterns.known.lower import OperatorCall, Sequences, call_operator
 from llcompile.patterns.mixer import Mixer
@@ -30,11 +31,10 @@ from llcompile.torch_internals.sizes import dims_by_stride
 _CALL = OperatorCall(own_state=False, single=False, wants_state=False)
 
 
-def write_part(session: Session, site: Site, inputs: dict[tuple[int, str], fx.Node]) -> None:
+def write_part(session: Session, site: WrittenSite, inputs: dict[tuple[int, str], fx.Node]) -> None:
     """Writes one mixer, with the denominators that share its level weights."""
-    assert site.found is not None
     tensors = weight_inputs(session, site, inputs)
-    for found in (*site.denominators, site.found):
+    for found in site.group:
         _write(session, site, found, tensors)
 
 

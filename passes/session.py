@@ -1,4 +1,4 @@
-"""The state that flows through the pipeline: one graph, the mixers found in it, and what became of each."""
+"""The state that flows through the pipeline: one graph, what the front door wants, and the mixers found in it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,10 @@ import torch
 from torch import fx, nn
 
 from llcompile.passes.marks import Mark, take
-from llcompile.patterns.families import FAMILIES, Correction, Decay
-from llcompile.patterns.graph.regions import Region, regions
-from llcompile.patterns.known import Arguments
-from llcompile.patterns.known.capture import Leaf
-from llcompile.patterns.mixer import MixerShape
+from llcompile.passes.site import Site
+from llcompile.patterns.graph.regions import regions
 from llcompile.patterns.reasons import GivenReason
-from llcompile.patterns.records import Certificate, Declined, Untouched
-from llcompile.patterns.structure.found import Found
+from llcompile.patterns.records import Declined, Untouched
 from llcompile.torch_internals import nested_gradients
 
 
@@ -56,96 +52,6 @@ class Settings:
     dry_run: bool = False
     compiles: bool = False
     asked: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class Site:
-    """One mixer in the graph, from its discovery to its rewrite.
-
-    It is the call of a known function (`leaf`), or a part of the graph that was recognised by what it computes
-    (`found`), with the denominators that go with it, or by where it stands (`token`).
-    """
-
-    node: fx.Node
-    region: Region
-    leaf: Leaf | None
-    module: str
-    where: str
-    found: Found | None = None
-    denominators: list[Found] = field(default_factory=list)
-    # Instead of `found`: a mixer of one token, known by its place (see passes/one_token.py).
-    token: Any = None
-    owner: nn.Module | None = None
-    attribute: str = "loglinear"
-    # Where it stands in the user's code (see passes/names.py).
-    place: Any = None
-    call: Arguments | None = None
-    cell: tuple[Decay, Correction] | None = None
-    shape: MixerShape | None = None
-    certificate: Certificate | None = None
-    source: fx.Node | None = None
-    # What the owner was called with, where level weights read that and this graph does not hold it.
-    owner_input: torch.Tensor | None = None
-    level_weights: Any = None
-    # [B, T] in the graph, non-zero at tokens that are no padding (`mask_inverted`: at padding).
-    mask: fx.Node | None = None
-    # Every padding mask above its operands, whether or not it covers them all.
-    masks: frozenset[fx.Node] = frozenset()
-    mask_inverted: bool = False
-    notes: list[str] = field(default_factory=list)
-    # What the rewrite has put in its place.
-    written: list[fx.Node] = field(default_factory=list)
-    given: GivenReason | None = None  # why it stays as it is
-
-    @property
-    def known(self) -> Leaf:
-        """The known function of a site that is a call."""
-        assert self.leaf is not None
-        return self.leaf
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """The call's arguments as Dynamo knows them: fake tensors and constants."""
-        return fx.map_arg(dict(self.node.kwargs), lambda n: n.meta["example_value"])  # type: ignore[return-value]
-
-    @property
-    def has_time(self) -> bool:
-        """Whether it works on a sequence, and not on a single token."""
-        return self.leaf is None or (self.call is not None and "T" in self.call.sizes)
-
-    @property
-    def packed(self) -> bool:
-        """Whether the call says itself where its sequences are."""
-        row = None if self.leaf is None else self.leaf.row
-        return row is not None and self.call is not None and any(self.call[name] is not None for name in row.packing)
-
-    @property
-    def origin(self) -> str:
-        """How the mixer was found: "function" or "graph"."""
-        return "graph" if self.leaf is None else "function"
-
-    @property
-    def family(self) -> str:
-        """What the field calls it."""
-        if self.leaf is not None:
-            return self.leaf.row.family
-        assert self.cell is not None
-        return FAMILIES[self.cell]
-
-    @property
-    def open(self) -> bool:
-        """Whether nothing has spoken against the rewrite so far."""
-        return self.given is None
-
-    @property
-    def reason(self) -> str:
-        """Why it stays as it is, in a sentence; "" where it is open."""
-        return "" if self.given is None else self.given.text
-
-    def decline(self, given: GivenReason) -> None:
-        """Gives the mixer up, with the reason that the report will show. The first reason stays."""
-        if self.open:
-            self.given = given
 
 
 @dataclass

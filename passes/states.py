@@ -9,7 +9,8 @@ import torch
 from torch import fx, nn
 
 from llcompile.errors import StateError
-from llcompile.passes.session import Session, Site
+from llcompile.passes.session import Session
+from llcompile.passes.site import CallSite, WrittenSite
 from llcompile.patterns import reasons
 from llcompile.patterns.known.arguments import is_level_state, state_argument
 from llcompile.patterns.known.states import state_problem
@@ -23,12 +24,12 @@ def states(session: Session) -> int:
         StateError: it was made by another model, for other sizes, or of another kind.
     """
     for site in session.sites:
-        if site.found is not None and session.settings.kind != "none" and site.found.takes_state():
+        if isinstance(site, WrittenSite) and session.settings.kind != "none" and site.found.takes_state():
             site.decline(reasons.LINEAR_STATE())
-    held = [site for site in session.sites if site.leaf is not None and _state_node(site) is not None]
+    held = [site for site in session.sites if isinstance(site, CallSite) and _state_node(site) is not None]
     for site in held:
         levels = _levels(session, site)
-        problem = state_problem(site.known.row, site.arguments, levels, session.settings.kind != "none")
+        problem = state_problem(site.leaf.row, site.arguments, levels, session.settings.kind != "none")
         if problem is None and not site.open and is_level_state(_state(site)):
             problem = f"it has levels, and this call has to run the library's own code, because {site.reason}"
         if problem is not None:
@@ -36,12 +37,12 @@ def states(session: Session) -> int:
                 f"{site.module or 'the model'} ({site.where}) received a state that does not belong to it: {problem}"
             )
         linear = session.settings.kind != "none" and not is_level_state(_state(site))
-        if site.open and linear and _tensor(site) is None and site.known.row.wants_state(_call(site)):
+        if site.open and linear and _tensor(site) is None and site.leaf.row.wants_state(site.call):
             site.decline(reasons.STATE_WITHOUT_PLACE())
     return len(held)
 
 
-def adopt(session: Session) -> list[Site]:
+def adopt(session: Session) -> list[CallSite]:
     """Turns linear states of the program's inputs into level states, in place; returns the sites that have one.
 
     All that such a state holds goes to the last level, and positions count from here. The tensor object stays the one
@@ -49,12 +50,13 @@ def adopt(session: Session) -> list[Site]:
     """
     adopted = []
     for site in session.sites:
-        tensor = _tensor(site) if site.open and site.leaf is not None and site.level_weights is not None else None
+        if not isinstance(site, CallSite) or not site.open or site.level_weights is None:
+            continue
+        tensor = _tensor(site)
         if tensor is None or tensor.dim() != 4:
             continue
         linear = tensor.detach().float()
-        turned = _call(site) is not None and _value_first(site)
-        linear = linear.transpose(-1, -2) if turned else linear
+        linear = linear.transpose(-1, -2) if _value_first(site) else linear
         levels = site.level_weights.levels
         state = linear.new_zeros(*linear.shape[:2], 1 + levels, *linear.shape[2:])
         state[:, :, -1] = linear
@@ -63,35 +65,30 @@ def adopt(session: Session) -> list[Site]:
     return adopted
 
 
-def _value_first(site: Site) -> bool:
+def _value_first(site: CallSite) -> bool:
     """Whether the linear state of this call is [..., V, K]."""
-    row = site.known.row
+    row = site.leaf.row
     tensor = next(t for t in row.tensors if t.draw == "state")
-    axes = row.axes(tensor, 4, _call(site).values)
+    axes = row.axes(tensor, 4, site.call.values)
     return axes is not None and axes[-1] == "K"
 
 
-def _call(site: Site) -> Any:
-    assert site.call is not None
-    return site.call
-
-
-def _levels(session: Session, site: Site) -> int:
+def _levels(session: Session, site: CallSite) -> int:
     weights = None if site.owner is None else session.settings.find(site.owner, site.attribute)
     return int(weights.levels) if weights is not None else session.settings.levels
 
 
-def _state_node(site: Site) -> fx.Node | None:
-    node = site.node.kwargs.get(state_argument(site.known.row))
+def _state_node(site: CallSite) -> fx.Node | None:
+    node = site.node.kwargs.get(state_argument(site.leaf.row))
     return node if isinstance(node, fx.Node) else None
 
 
-def _state(site: Site) -> Any:
+def _state(site: CallSite) -> Any:
     node = _state_node(site)
     return None if node is None else node.meta["example_value"]
 
 
-def _tensor(site: Site) -> torch.Tensor | None:
+def _tensor(site: CallSite) -> torch.Tensor | None:
     """The tensor of the user's program that holds the state; None where the graph computes it, or it is trained."""
     node = _state_node(site)
     if node is None:

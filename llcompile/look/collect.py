@@ -18,7 +18,8 @@ from llcompile.look.source_lines import excerpt
 from llcompile.look.weights import level_table
 from llcompile.passes import pipeline
 from llcompile.passes.original import original
-from llcompile.passes.session import Session, Site
+from llcompile.passes.session import Session
+from llcompile.passes.site import Site, WrittenSite
 from llcompile.patterns.records import Declined
 from llcompile.torch_internals.places import module_of
 
@@ -88,7 +89,7 @@ def _of_site(session: Session, site: Site, order: dict[fx.Node, int]) -> _Draft:
         parameters=0 if weights is None else sum(p.numel() for p in weights.parameters()),
         before="\n".join([*lines, code.text(before)]),
         source=excerpt(site.where, (step.where for step in before)),
-        notes=(*site.notes, *(() if site.found is None else site.found.notes())),
+        notes=site.all_notes,
         drawing_before=draw(nodes, site.module),
         table=None if weights is None else level_table(weights, fresh),
     )
@@ -124,11 +125,11 @@ def _after(draft: _Draft) -> MixerLook:
 
 def region_nodes(site: Site) -> set[fx.Node]:
     """The nodes of the graph that the operator takes the place of."""
-    if site.found is None:
+    if not isinstance(site, WrittenSite):
         return {site.node, *(user for user in site.node.users if user.target is operator.getitem)}
     module, _ = module_of(site.node.meta)
     nodes: set[fx.Node] = set()
-    for found in (*site.denominators, site.found):
+    for found in site.group:
         alike = {op: [op.node] for op in found.ops}
         for node, value in found.program.results.items():
             if value.op in alike:

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from llcompile.look.code import dtype_name, name_of
-from llcompile.passes.session import Site
+from llcompile.passes.site import CallSite, Site, WrittenSite
 from llcompile.patterns.structure.found import Found
 from llcompile.patterns.structure.lifted import Lifted, Source
 from llcompile.patterns.structure.program import Value
@@ -43,19 +43,19 @@ class Operand:
 
 def operands(site: Site) -> list[Operand]:
     """What comes into a mixer, in the order of the function's arguments or of the operator's."""
-    if site.found is not None:
+    if isinstance(site, WrittenSite):
         return list(_of_part(site.found, site.module))
-    return list(_of_call(site))
+    return list(_of_call(site)) if isinstance(site, CallSite) else []
 
 
-def _of_call(site: Site) -> Iterator[Operand]:
-    for tensor in site.known.row.tensors:
+def _of_call(site: CallSite) -> Iterator[Operand]:
+    for tensor in site.leaf.row.tensors:
         node = site.node.kwargs.get(tensor.name)
         value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
         if not isinstance(node, fx.Node) or not isinstance(value, torch.Tensor):
             continue
-        values = {} if site.call is None else site.call.values
-        axes = site.known.row.axes(tensor, value.dim(), values) or ()
+        values = {} if site.bound is None else site.bound.values
+        axes = site.leaf.row.axes(tensor, value.dim(), values) or ()
         shape, name = tuple(map(str, value.shape)), name_of(node, site.module)
         yield Operand(tensor.name, name, tuple(axes), shape, dtype_name(value.dtype))
 

@@ -16,6 +16,7 @@ from llcompile.look.collect import region_nodes
 from llcompile.look.region_source import RegionSource, region_source
 from llcompile.look.source_text import in_docstring
 from llcompile.passes.session import Session
+from llcompile.passes.site import CallSite
 from llcompile.version import __version__
 
 
@@ -62,7 +63,13 @@ def _all(session: Session) -> Iterator[tuple[str, str, str, list[fx.Node], fx.No
         fate = f"converted, {site.family}" if site.open else f"declined, {site.reason}"
         if site.certificate is not None:
             fate += f"; the proof's largest error was {site.certificate.max_error:.1e}"
-        yield site.module, fate, site.where, _sorted(region_nodes(site), order), None if site.leaf else site.node
+        yield (
+            site.module,
+            fate,
+            site.where,
+            _sorted(region_nodes(site), order),
+            None if isinstance(site, CallSite) else site.node,
+        )
     for record in session.near_misses:
         nodes = _sorted(session.missed_nodes.get(record, frozenset()), order)
         yield record.module, f"declined, {record.reason}", record.where, nodes, None

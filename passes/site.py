@@ -1,0 +1,213 @@
+"""Sites: one mixer in one graph, from its discovery to its rewrite, by how it was found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from llcompile.patterns.families import FAMILIES, Correction, Decay
+from llcompile.patterns.graph.regions import Region
+from llcompile.patterns.known import Arguments
+from llcompile.patterns.known.capture import Leaf
+from llcompile.patterns.mixer import MixerShape
+from llcompile.patterns.reasons import GivenReason
+from llcompile.patterns.records import Certificate
+from llcompile.patterns.structure.found import Found
+
+
+@dataclass
+class Site:
+    """One mixer in the graph: a `CallSite`, a `WrittenSite` or a `TokenSite`.
+
+    Args:
+        node: the node that gives its result.
+        region: the graph that it stands in.
+        module: the module's name in the user's model.
+        where: the user's line.
+        owner: the module that its level weights belong to.
+        attribute: their name there.
+        place: where it stands in the user's code (see passes/names.py).
+        cell, shape: its family and sizes.
+        certificate: the outcome of its proof.
+        source: what its level weights are computed from.
+        owner_input: what the owner was called with, where level weights read that and this graph does not hold it.
+        mask: [B, T] in the graph, non-zero at tokens that are no padding (`mask_inverted`: at padding).
+        masks: every padding mask above its operands, whether or not it covers them all.
+        notes: for the report.
+        written: what the rewrite has put in its place.
+        given: why it stays as it is.
+    """
+
+    node: fx.Node
+    region: Region
+    module: str
+    where: str
+    owner: nn.Module | None = None
+    attribute: str = "loglinear"
+    place: Any = None
+    cell: tuple[Decay, Correction] | None = None
+    shape: MixerShape | None = None
+    certificate: Certificate | None = None
+    source: fx.Node | None = None
+    owner_input: torch.Tensor | None = None
+    level_weights: Any = None
+    mask: fx.Node | None = None
+    masks: frozenset[fx.Node] = frozenset()
+    mask_inverted: bool = False
+    notes: list[str] = field(default_factory=list)
+    written: list[fx.Node] = field(default_factory=list)
+    given: GivenReason | None = None
+
+    origin = "graph"  # how the mixer was found: "function" or "graph"
+
+    @property
+    def rows_and_tokens(self) -> tuple[Any, Any]:
+        """How many rows and tokens it has."""
+        raise NotImplementedError
+
+    def activations(self) -> list[fx.Node]:
+        """The nodes of its operands that depend on the model's input."""
+        raise NotImplementedError
+
+    def is_sequence(self, node: fx.Node) -> bool:
+        """Whether a node is a sequence [B, T, D] of its rows and tokens (or [T, B, D], where its axes are known)."""
+        raise NotImplementedError
+
+    @property
+    def family(self) -> str:
+        """What the field calls it."""
+        assert self.cell is not None
+        return FAMILIES[self.cell]
+
+    @property
+    def open(self) -> bool:
+        """Whether nothing has spoken against the rewrite so far."""
+        return self.given is None
+
+    @property
+    def reason(self) -> str:
+        """Why it stays as it is, in a sentence; "" where it is open."""
+        return "" if self.given is None else self.given.text
+
+    @property
+    def all_notes(self) -> tuple[str, ...]:
+        """What the report says of this graph alone."""
+        return tuple(self.notes)
+
+    def decline(self, given: GivenReason) -> None:
+        """Gives the mixer up, with the reason that the report will show. The first reason stays."""
+        if self.open:
+            self.given = given
+
+
+@dataclass
+class CallSite(Site):
+    """The call of a known function, which the graph holds as one node.
+
+    Args:
+        leaf: the function.
+        bound: the call's arguments, once the pass `bind` has read them.
+    """
+
+    leaf: Leaf = field(kw_only=True)
+    bound: Arguments | None = None
+
+    origin = "function"
+
+    @property
+    def call(self) -> Arguments:
+        """The call's arguments, of a site that `bind` has not declined."""
+        assert self.bound is not None
+        return self.bound
+
+    @property
+    def rows_and_tokens(self) -> tuple[Any, Any]:
+        """How many rows and tokens it has."""
+        return self.call.sizes["B"], self.call.sizes.get("T", 1)
+
+    def activations(self) -> list[fx.Node]:
+        """The nodes of the call's activations: every tensor argument that has a batch axis, the state apart."""
+        names = [t.name for t in self.leaf.row.tensors if t.axes.startswith("B") and t.draw != "state"]
+        return [n for n in (self.node.kwargs.get(name) for name in names) if isinstance(n, fx.Node)]
+
+    def is_sequence(self, node: fx.Node) -> bool:
+        """Whether a node is a sequence [B, T, D] of its rows and tokens."""
+        value = node.meta.get("example_value")
+        if not isinstance(value, torch.Tensor) or value.dim() != 3 or not value.is_floating_point():
+            return False
+        return all(statically_known_true(a == b) for a, b in zip(value.shape, self.rows_and_tokens, strict=False))
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The call's arguments as Dynamo knows them: fake tensors and constants."""
+        return fx.map_arg(dict(self.node.kwargs), lambda n: n.meta["example_value"])  # type: ignore[return-value]
+
+    @property
+    def family(self) -> str:
+        """What the field calls it."""
+        return self.leaf.row.family
+
+    @property
+    def has_time(self) -> bool:
+        """Whether it works on a sequence, and not on a single token."""
+        return self.bound is not None and "T" in self.bound.sizes
+
+    @property
+    def packed(self) -> bool:
+        """Whether the call says itself where its sequences are."""
+        return self.bound is not None and any(self.bound[name] is not None for name in self.leaf.row.packing)
+
+
+@dataclass
+class WrittenSite(Site):
+    """A part of the graph that was recognised by what it computes, with the denominators that go with it."""
+
+    found: Found = field(kw_only=True)
+    denominators: list[Found] = field(default_factory=list)
+
+    @property
+    def rows_and_tokens(self) -> tuple[Any, Any]:
+        """How many rows and tokens it has."""
+        return self.found.rows_and_tokens
+
+    def activations(self) -> list[fx.Node]:
+        """The nodes of its operands that depend on the model's input."""
+        return self.found.activations()
+
+    def is_sequence(self, node: fx.Node) -> bool:
+        """Whether a node is a sequence [B, T, D] or [T, B, D] of its rows and tokens."""
+        return self.found.batch_first(node) is not None
+
+    @property
+    def group(self) -> tuple[Found, ...]:
+        """The denominators and the mixer."""
+        return (*self.denominators, self.found)
+
+    @property
+    def all_notes(self) -> tuple[str, ...]:
+        """What the report says of this graph alone."""
+        return (*self.notes, *self.found.notes())
+
+
+@dataclass
+class TokenSite(Site):
+    """A mixer of one token, known by its place (see passes/one_token.py)."""
+
+    token: Any = field(kw_only=True)
+
+    @property
+    def rows_and_tokens(self) -> tuple[Any, Any]:
+        """How many rows and tokens it has."""
+        return self.token.rows_and_tokens  # type: ignore[no-any-return]
+
+    def activations(self) -> list[fx.Node]:
+        """The nodes of its operands that depend on the model's input."""
+        return self.token.activations()  # type: ignore[no-any-return]
+
+    def is_sequence(self, node: fx.Node) -> bool:
+        """Whether a node is a sequence [B, T, D] or [T, B, D] of its rows and tokens."""
+        return self.token.batch_first(node) is not None

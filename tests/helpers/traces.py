@@ -76,5 +76,8 @@ class Layers(nn.Module):
 
 def node_of(module: fx.GraphModule, name: str) -> fx.Node:
     """The first node of a graph that calls a function or method of this name."""
-    named = (n for n in module.graph.nodes if name in (n.target, getattr(n.target, "__name__", "")))
-    return next(named)
+
+    def named(node: fx.Node) -> str:
+        return str(getattr(node.target, "__name__", node.target)).split(".")[0]
+
+    return next(node for node in module.graph.nodes if node.op.startswith("call_") and named(node) == name)

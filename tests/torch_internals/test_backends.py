@@ -18,7 +18,7 @@ from llcompile.torch_internals.backends import (
     tracing_backend,
     unwrapped,
 )
-from tests.helpers.traces import Asking, ask_of_graphs, asked_while_traced
+from tests.helpers.traces import Asking, asked_while_traced
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 

@@ -136,7 +136,9 @@ def test_input_name() -> None:
     def function(net: nn.Module, x: Tensor) -> Tensor:
         return net(x)
 
-    (names,) = ask_of_graphs(lambda module: [input_name(node) for node in placeholders(module)], function, model, torch.ones(3))
+    (names,) = ask_of_graphs(
+        lambda module: [input_name(node) for node in placeholders(module)], function, model, torch.ones(3)
+    )
     assert sorted(names) == [
         "L['net']._modules['layers']._modules['0']._parameters['weight']",
         "L['net']._modules['layers']._modules['1']._parameters['weight']",

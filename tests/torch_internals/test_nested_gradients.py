@@ -29,11 +29,15 @@ def test_what_the_nodes_are_about() -> None:
         both = [n for n in module.graph.nodes if nested_gradients.is_about(n) and nested_gradients.is_around(n)]
         return named(nested_gradients.is_about), named(nested_gradients.is_around), both
 
-    ((about, around, both),) = ask_of_graphs(
-        question, torch.func.grad(lambda x: x.sin().sum()), torch.ones(3)
-    )
-    assert about == ["_wrap_for_grad", "_set_tensor_requires_grad", "_autograd_grad", "_unwrap_for_grad", "_unwrap_for_grad"]
-    assert around == []
+    ((about, around, both),) = ask_of_graphs(question, torch.func.grad(lambda x: x.sin().sum()), torch.ones(3))
+    assert set(about) == {"_wrap_for_grad", "_set_tensor_requires_grad", "_autograd_grad", "_unwrap_for_grad"}
+    assert set(around) == {
+        "_saved_tensors_hooks_disable",
+        "_grad_increment_nesting",
+        "set_inplace_requires_grad_allowed",
+        "_grad_decrement_nesting",
+        "_saved_tensors_hooks_enable",
+    }
     assert both == []
     assert ask_of_graphs(question, lambda x: x.sin().sum(), torch.ones(3)) == [([], [], [])]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import EntryPoint
 from typing import Any
 
@@ -17,7 +17,7 @@ from tests.helpers.traces import Asking
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What was called; torch.compile is as before afterwards."""
     wrapper = torch._TorchCompileWrapper
     monkeypatch.setattr(wrapper, "__init__", wrapper.__init__)

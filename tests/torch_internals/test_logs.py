@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 
 import pytest
 import torch._logging._internal as internal
@@ -22,14 +21,14 @@ def test_register() -> None:
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[logging.LogRecord]]:
+def told(monkeypatch: pytest.MonkeyPatch) -> list[logging.LogRecord]:
     """What was said to the structured trace."""
     records: list[logging.LogRecord] = []
     handler = logging.Handler()
     handler.emit = records.append  # type: ignore[method-assign]
     monkeypatch.setattr(internal.trace_log, "handlers", [handler])
     monkeypatch.setattr(internal.trace_log, "propagate", False)
-    yield records
+    return records
 
 
 def test_artifact(told: list[logging.LogRecord]) -> None:

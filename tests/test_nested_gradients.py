@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.func import functional_call
 
 import llcompile
-from llcompile.torch_internals import nested_gradients
 from tests.helpers.small import Model
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -83,28 +82,3 @@ def test_a_gradient_of_a_gradient_is_refused_by_the_operator() -> None:
     # Torch writes both into the graph, and the error came between.
     assert torch._C._autograd._saved_tensors_hooks_is_enabled()
     assert torch._C._functorch.maybe_current_level() is None
-
-
-def test_a_graph_is_what_it_was() -> None:
-    """Two levels deep: what is read in one way inside is read itself in between, and all else as it was."""
-    read: dict[str, list[str]] = {}
-
-    def look(module: fx.GraphModule, inputs: list[Tensor]) -> Any:
-        before = str(module.graph)
-        wrappers = nested_gradients.unwrap(module.graph)
-        for name in ("sin", "cos"):
-            (node,) = module.graph.find_nodes(op="call_method", target=name)
-            read[name] = [source.op for source in node.all_input_nodes]
-        nested_gradients.wrap(module.graph, wrappers)
-        assert str(module.graph) == before
-        return module
-
-    def twice(x: Tensor, weight: Tensor) -> Tensor:
-        def inner(y: Tensor, w: Tensor) -> Tensor:
-            return torch.func.grad(lambda z: (z.sin() * y * w.cos()).sum())(y).sum()
-
-        return torch.func.grad(inner)(x, weight)
-
-    x, weight = torch.randn(2, 3)
-    torch.testing.assert_close(torch.compile(twice, backend=look)(x, weight), twice(x, weight))
-    assert read == {"sin": ["call_function"], "cos": ["placeholder"]}  # y is read as it is, too

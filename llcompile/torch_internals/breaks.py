@@ -14,6 +14,7 @@ from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX
 from llcompile.torch_internals.reach import current_translator
 
 _REASONS = {"generic_jump": "it branches on the values of a tensor"}
+_LEFT_ALONE = "Dynamo leaves it to Python as a whole, for example a checkpoint with a graph break inside"
 
 
 def graph_break() -> tuple[str, str] | None:
@@ -27,6 +28,7 @@ def graph_break() -> tuple[str, str] | None:
 
 def why_no_graph(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, str] | None:
     """Why Dynamo makes no graph at all of a call, and where; None where there is nothing to make one of."""
+    frames = torch._dynamo.utils.curr_frame
     try:
         torch._dynamo.optimize(lambda module, _: module, nopython=True)(function)(*args, **kwargs)
     except Unsupported as error:
@@ -34,8 +36,9 @@ def why_no_graph(function: Callable[..., Any], args: tuple[Any, ...], kwargs: di
     except RuntimeError as error:
         if "no compiled frames" not in str(error):
             raise
-        return "Dynamo leaves it to Python as a whole, for example a checkpoint with a graph break inside", ""
-    return None
+        return _LEFT_ALONE, ""
+    # Dynamo of torch 2.11 says nothing where it looked at no frame.
+    return (_LEFT_ALONE, "") if torch._dynamo.utils.curr_frame == frames else None
 
 
 def _first_line(reason: str) -> str:

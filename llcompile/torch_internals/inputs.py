@@ -48,7 +48,7 @@ def hold_tensor(module: fx.GraphModule, path: tuple[str, ...], tensor: torch.Ten
     setattr(module, name, tensor)
     first = next(iter(module.graph.nodes))
     with module.graph.inserting_before(first):
-        node = module.graph.get_attr(name)
+        node = module.graph.create_node("get_attr", name)  # `get_attr` itself warns of a tensor that is no buffer
     node.meta["held_as"] = ".".join(path)
     node.meta["example_value"] = fake_mode_of(module.graph).from_tensor(tensor, static_shapes=True)
     return node
@@ -91,7 +91,10 @@ def is_handed_in_twice(node: fx.Node) -> bool:
 
 
 def is_parameter(held: Any) -> bool:
-    """Whether a tensor of the user's program is a parameter, or stands in one's place for a `functional_call`."""
+    """Whether a tensor of the user's program is a parameter, or stands in one's place in a module that the frame holds.
+
+    That is so while a `functional_call` from outside runs the frame; one that is traced itself leaves modules alone.
+    """
     translator = current_translator()
     if isinstance(held, nn.Parameter) or translator is None or not isinstance(held, torch.Tensor):
         return isinstance(held, nn.Parameter)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import fx, nn
-from torch._dynamo.exc import Unsupported
+from torch._dynamo.exc import ObservedException, Unsupported
 from torch._dynamo.guards import GuardBuilder
 from torch._dynamo.source import AttrSource, GetItemSource, GlobalSource, LocalSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
@@ -174,7 +174,7 @@ def add_tensor_input(graph: fx.Graph, owner: nn.Module, path: tuple[str, ...]) -
         for name in path:
             variable = _attribute(variable, frame, name)
         node = variable.as_proxy().node
-    except (Unsupported, NotImplementedError) as error:
+    except (ObservedException, Unsupported, NotImplementedError) as error:
         raise LookupError(f"Dynamo cannot read {type(owner).__name__}.{'.'.join(path)}: {error}") from error
     if node.graph is not graph or "grapharg" not in node.meta:
         raise LookupError(f"Dynamo does not make {type(owner).__name__}.{'.'.join(path)} an input of the graph")

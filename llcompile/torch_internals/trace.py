@@ -41,7 +41,7 @@ def trace_note(name: str) -> Any:
 
 
 def is_traced_graph(module: fx.GraphModule) -> bool:
-    """Whether this is the graph that Dynamo has traced, and not a piece or a copy of it."""
+    """Whether this is the graph that Dynamo has traced, and not a piece or a copy of it; True outside of a trace."""
     translator = current_translator()
     return translator is None or translator.output.graph is module.graph
 

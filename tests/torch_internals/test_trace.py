@@ -1,4 +1,4 @@
-"""Dynamo's private interfaces, one test for each thing that llcompile/torch_internals relies on."""
+"""The trace under way: where it stands, what ended it, notes for its length, and tracing once more."""
 
 from __future__ import annotations
 
@@ -7,104 +7,138 @@ from typing import Any
 
 import pytest
 import torch
-from torch import fx, nn
+from torch import Tensor, fx
+from torch._dynamo.callback import callback_handler
 
-from llcompile.torch_internals import reach
-from llcompile.torch_internals.backends import tracing_backend
-from llcompile.torch_internals.inputs import graph_inputs, tracing_fake_mode
-from llcompile.torch_internals.places import module_of
-from llcompile.torch_internals.substitution import substitute, unsubstituted
-from llcompile.torch_internals.trace import restart_trace
+from llcompile.torch_internals.trace import (
+    at_compile_end,
+    below_export,
+    is_resumed,
+    is_traced_graph,
+    is_whole_frame,
+    leave_out,
+    note_trace,
+    restart_trace,
+    surfaced,
+    trace_note,
+    trace_position,
+    traced_once,
+    without_traces_of_transforms,
+)
+from tests.helpers.traces import Asking, Layers, Scale, ask_of_graphs, asked_while_traced
 
-
-class Inner(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(3))
-        self.unread = nn.Parameter(torch.full((3,), 5.0))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * self.weight
-
-
-class Outer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([Inner(), Inner()])
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
-def adding_unread(graph_module: fx.GraphModule, _: list[Any]) -> Callable[..., Any]:
-    """A backend that adds the parameter `unread` of each module that multiplied to the product's result."""
-    with tracing_fake_mode(graph_module.graph):
-        for node in [n for n in graph_module.graph.nodes if getattr(n.target, "__name__", "") == "mul"]:
-            owner = reach.find_module(module_of(node.meta)[0])
-            assert isinstance(owner, Inner)
-            added = reach.add_tensor_input(graph_module.graph, owner, ("unread",))
-            with graph_module.graph.inserting_after(node):
-                total = graph_module.graph.call_function(torch.add, (node, added))
-            node.replace_all_uses_with(total, delete_user_cb=lambda user, total=total: user is not total)
-    graph_module.recompile()
-    inputs = graph_inputs(graph_module.graph)
-    assert len(inputs) == len(graph_module.graph.find_nodes(op="placeholder"))
-    return torch._dynamo.lookup_backend("aot_eager")(graph_module, inputs)
+def whole(x: Tensor) -> Tensor:
+    return x + 1
 
 
-def expected(model: Outer, x: torch.Tensor) -> torch.Tensor:
-    for layer in model.layers:
-        x = x * layer.weight + layer.unread
-    return x
+def broken(x: Tensor) -> Tensor:
+    x = x + 1
+    torch._dynamo.graph_break()
+    return x + 2
 
 
-@pytest.mark.usefixtures("fresh_dynamo")
-class TestAddedInput:
-    """A tensor that the traced code never read becomes an input that Dynamo fills on each call."""
+@pytest.mark.parametrize("left_out", [False, True])
+def test_leave_out(left_out: bool) -> None:
+    """A hook, say, that is called beside compiled code; where a caller is traced, it is traced with it."""
 
-    def test_value_and_gradient(self) -> None:
-        model, x = Outer(), torch.randn(4, 3)
-        compiled = torch.compile(model, backend=adding_unread)
-        torch.testing.assert_close(compiled(x), expected(model, x))
-        compiled(x).sum().backward()
-        gradients = [layer.unread.grad for layer in model.layers]
-        model.zero_grad(set_to_none=True)
-        expected(model, x).sum().backward()
-        for ours, layer in zip(gradients, model.layers, strict=True):
-            torch.testing.assert_close(ours, layer.unread.grad)
+    def helper(x: Tensor) -> Tensor:
+        return x + 1
 
-    def test_replaced_parameters_are_seen(self) -> None:
-        model, x = Outer(), torch.randn(4, 3)
-        compiled = torch.compile(model, backend=adding_unread)
-        compiled(x)
-        state = {name: torch.randn_like(value) for name, value in model.state_dict().items()}
-        model.load_state_dict(state, assign=True)
-        torch.testing.assert_close(compiled(x), expected(model, x))
-        model.layers[1].unread = nn.Parameter(torch.randn(3))
-        torch.testing.assert_close(compiled(x), expected(model, x))
-
-    def test_layers_compiled_one_by_one(self) -> None:
-        model, x = Outer(), torch.randn(4, 3)
-        with torch.no_grad():
-            model.layers[1].unread.fill_(-2.0)
-        want = expected(model, x)
-        for layer in model.layers:
-            layer.compile(backend=adding_unread)
-        torch.testing.assert_close(model(x), want)
-
-    def test_function_over_a_model(self) -> None:
-        model, x = Outer(), torch.randn(4, 3)
-
-        @torch.compile(backend=adding_unread)
-        def step(x: torch.Tensor) -> torch.Tensor:
-            return model(x) + 2
-
-        torch.testing.assert_close(step(x), expected(model, x) + 2)
+    if left_out:
+        leave_out(helper)
+    asking = Asking(lambda module: len(module.graph.find_nodes(op="output")))
+    assert torch.compile(helper, backend=asking)(torch.ones(2)).tolist() == [2, 2]
+    assert asking.count == (not left_out)
+    assert torch.compile(lambda x: helper(x) * 2, backend=asking, fullgraph=True)(torch.ones(2)).tolist() == [4, 4]
+    assert asking.count == 2 - left_out
 
 
-@pytest.mark.usefixtures("fresh_dynamo")
+def test_notes_last_for_one_trace() -> None:
+    def note() -> Any:
+        before = trace_note("of_a_test")
+        note_trace("of_a_test", 1)
+        return before
+
+    ask, answers = asked_while_traced(note)
+    for _ in range(2):
+        asking = Asking(lambda _: trace_note("of_a_test"))
+        torch.compile(lambda x: x + ask() + ask(), backend=asking)(torch.ones(2))
+        assert asking.answers == [1]
+    assert answers == [None, 1] * 2
+    note_trace("of_a_test", 1)
+    assert trace_note("of_a_test") is None
+
+
+def test_is_traced_graph() -> None:
+    def question(module: fx.GraphModule) -> Any:
+        return is_traced_graph(module), is_traced_graph(fx.GraphModule(module, fx.Graph(module)))
+
+    assert ask_of_graphs(question, whole, torch.ones(2)) == [(True, False)]
+    assert is_traced_graph(fx.GraphModule(torch.nn.Module(), fx.Graph()))
+
+
+def test_trace_position() -> None:
+    ask, answers = asked_while_traced(trace_position)
+
+    class Asked(Scale):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.weight + ask()
+
+    model = torch.nn.Sequential(torch.nn.Identity(), Asked())
+    torch.compile(lambda x: model(x), backend="eager")(torch.ones(3))
+    (position,) = answers
+    key = list(position["nn_module_stack"])[-1]
+    assert key.split("@")[0] == str(id(model[1]))
+    assert position["nn_module_stack"][key][1] is Asked
+    line = Asked.forward.__code__.co_firstlineno + 1
+    assert f'File "{__file__}", line {line}, in forward' in position["stack_trace"]
+    assert trace_position() == {}
+
+
+def test_whole_and_resumed_frames() -> None:
+    def question(_: Any) -> Any:
+        return is_whole_frame(), is_resumed()
+
+    assert ask_of_graphs(question, whole, torch.ones(2)) == [(True, False)]
+    assert ask_of_graphs(question, broken, torch.ones(2)) == [(False, False), (False, True)]
+    assert question(None) == (False, False)
+
+
+class TestAtCompileEnd:
+    @pytest.fixture
+    def ends(self) -> Any:
+        ends: list[Any] = []
+        before = list(callback_handler.end_callbacks)
+        at_compile_end(ends.append)
+        yield ends
+        callback_handler.end_callbacks[:] = before
+
+    def test_a_compilation_that_succeeds(self, ends: list[Any]) -> None:
+        run = torch.compile(whole, backend=Asking(lambda _: ends.append("compiled")))
+        run(torch.ones(2))
+        assert ends[0] == "compiled"
+        assert len(ends) == 2
+        run(torch.ones(2))
+        assert len(ends) == 2
+
+    def test_a_compilation_that_fails(self, ends: list[Any]) -> None:
+        def failing(_: Any) -> None:
+            raise ValueError("of a test")
+
+        with pytest.raises(Exception, match="of a test"):
+            torch.compile(whole, backend=Asking(failing))(torch.ones(2))
+        assert len(ends) == 1
+
+    def test_it_is_registered_once(self, ends: list[Any]) -> None:
+        count = len(callback_handler.end_callbacks)
+        kept = ends.append
+        at_compile_end(kept)
+        assert len(callback_handler.end_callbacks) == count
+
+
 def test_restart_traces_again() -> None:
     seen: list[int] = []
 
@@ -115,42 +149,103 @@ def test_restart_traces_again() -> None:
             restart_trace("the test changed a module")
         return graph_module.forward
 
-    model, x = Outer(), torch.randn(4, 3)
+    model, x = Layers(), torch.randn(4, 3)
     result = torch.compile(model, backend=backend)(x)
     assert len(seen) == 2
     torch.testing.assert_close(result, (x * model.layers[0].weight + 1) * model.layers[1].weight)
 
 
-@pytest.mark.usefixtures("fresh_dynamo")
-def test_substitution_is_for_the_trace_only() -> None:
-    def square(x: torch.Tensor) -> torch.Tensor:
-        return x * x
-
-    def cube(x: torch.Tensor) -> torch.Tensor:
-        return x * x * x
-
-    original = unsubstituted(square)  # type: ignore[arg-type]
-    substitute(square, cube)
-    x = torch.tensor([2.0])
-    assert torch.compile(lambda x: square(x), backend="eager", fullgraph=True)(x).item() == 8.0
-    assert torch.compile(lambda x: original(x), backend="eager", fullgraph=True)(x).item() == 4.0
-    assert square(x).item() == 4.0
+class Refused(Exception):
+    """An error of a backend's."""
 
 
-@pytest.mark.usefixtures("fresh_dynamo")
-def test_the_backend_of_a_trace_is_known() -> None:
-    asked: list[Any] = []
+@pytest.mark.parametrize("shown", [False, True])
+def test_surfaced(shown: bool) -> None:
+    """Without it, users get an error of Dynamo's."""
 
-    @torch._dynamo.assume_constant_result
-    def ask() -> int:
-        asked.append(tracing_backend())
-        return 1
+    def failing(_: Any) -> None:
+        error = Refused("of a test", 1)
+        raise surfaced(error) if shown else error
 
-    def backend(graph_module: fx.GraphModule, inputs: list[Any], options: Any = None) -> Callable[..., Any]:
-        return graph_module.forward
+    with pytest.raises(Exception, match="of a test") as caught:
+        ask_of_graphs(failing, whole, torch.ones(2))
+    assert isinstance(caught.value, Refused) is shown
+    if shown:
+        text, number = caught.value.args
+        assert text.startswith("of a test")  # Dynamo adds a hint
+        assert number == 1
+        assert (type(caught.value).__name__, type(caught.value).__module__) == ("Refused", __name__)
 
-    torch.compile(lambda x: x + ask(), backend=backend, options={"a": 1})(torch.ones(2))
-    function, keywords = asked[0]
-    assert function is backend
-    assert keywords == {"options": {"a": 1}}
-    assert tracing_backend() == (None, {})
+
+def test_traced_once() -> None:
+    """It is traced for this backend only, and what was compiled of the function before stays."""
+    first, second = Asking(), Asking()
+    offset = 1
+
+    def function(x: Tensor) -> Tensor:
+        return x + offset
+
+    run = torch.compile(function, backend=first)
+    run(torch.ones(2))
+    for _ in range(2):
+        assert traced_once(function, second)(torch.ones(2)).tolist() == [2, 2]
+    run(torch.ones(2))
+    assert (first.count, second.count) == (1, 2)
+
+
+@pytest.mark.parametrize("by_dynamo", [False, True])
+def test_below_export(by_dynamo: bool) -> None:
+    """What Dynamo has traced is recorded as it runs, as what runs eagerly is."""
+    graphs: list[int] = []
+
+    class Traced(Scale):
+        def forward(self, x: Tensor) -> Tensor:
+            if not by_dynamo:
+                return x * self.weight
+            with below_export() as record:
+
+                def backend(module: fx.GraphModule, inputs: list[Any]) -> Any:
+                    graphs.append(len(module.graph.nodes))
+                    return record(module, inputs)
+
+                return traced_once(lambda x: x * self.weight, backend)(x)
+
+    model, x = Traced(2.0), torch.ones(3)
+    program = torch.export.export(model, (x,))
+    assert program.module()(x).tolist() == [2, 2, 2]
+    assert [str(n.target) for n in program.graph.nodes if n.op == "call_function"] == ["aten.mul.Tensor"]
+    assert len(graphs) == by_dynamo
+
+
+class TestTracesOfTransforms:
+    def fail_inside(self) -> None:
+        functorch = torch._C._functorch
+        torch._C._autograd._saved_tensors_hooks_disable("of a test")
+        functorch._grad_increment_nesting()
+        raise ValueError("of a test")
+
+    def test_an_error_leaves_none(self) -> None:
+        with pytest.raises(ValueError, match="of a test"), without_traces_of_transforms():
+            self.fail_inside()
+        assert torch._C._functorch.maybe_current_level() is None
+        assert torch._C._autograd._saved_tensors_hooks_is_enabled()
+
+    def test_what_was_open_before_stays_open(self) -> None:
+        levels: list[Any] = []
+
+        def loss(x: Tensor) -> Tensor:
+            levels.append(torch._C._functorch.maybe_current_level())
+            with pytest.raises(ValueError, match="of a test"), without_traces_of_transforms():
+                self.fail_inside()
+            levels.append(torch._C._functorch.maybe_current_level())
+            levels.append(torch._C._autograd._saved_tensors_hooks_is_enabled())
+            return x.sin().sum()
+
+        x = torch.ones(3)
+        torch.testing.assert_close(torch.func.grad(loss)(x), x.cos())
+        assert levels == [1, 1, False]
+
+    def test_no_error(self) -> None:
+        with without_traces_of_transforms():
+            assert torch.func.grad(torch.sin)(torch.tensor(0.0)).item() == 1
+        assert torch._C._functorch.maybe_current_level() is None

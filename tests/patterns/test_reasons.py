@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import copy
+import pickle
 import re
 import runpy
 from collections.abc import Iterator
@@ -19,6 +21,7 @@ from llcompile.errors import StrictError
 from llcompile.patterns import reasons
 from llcompile.patterns.reasons import TABLE, Group, Reason
 from llcompile.report import Declined, Report
+from llcompile.weights.withheld import withheld, withhold
 
 ROOT = Path(__file__).parents[2]
 ROWS = [row for group in TABLE for row in group.rows]
@@ -185,6 +188,15 @@ def test_what_is_wrong_is_seen(line: str) -> None:
 def test_a_record_has_a_code() -> None:
     with pytest.raises(TypeError, match="code"):
         Declined("layer", "it is odd", "model.py:3")  # type: ignore[call-arg]
+
+
+def test_what_is_saved_with_a_module_has_no_class_of_ours() -> None:
+    layer, given = nn.Linear(2, 2), reasons.OUTPUT_CHANGES(error=0.5, dtype="float32")
+    withhold(layer, "loglinear", given)
+    assert withheld(copy.deepcopy(layer), "loglinear") == given
+    assert withheld(layer, "another") is None
+    assert b"llcompile.patterns" not in pickle.dumps(layer)
+    assert b"llcompile.patterns" in pickle.dumps(given)  # the control
 
 
 # -- what a person and a program see

@@ -13,7 +13,7 @@ from torch import fx
 
 from llcompile.passes.site import Site
 from llcompile.torch_internals import reach
-from llcompile.torch_internals.inputs import input_value, is_parameter, module_tensors
+from llcompile.torch_internals.inputs import input_value, is_number, is_parameter, module_tensors
 
 # Calls that project features: the level weights read what these read.
 _PROJECTIONS = {F.linear, torch._C._nn.linear, torch.matmul, torch.nn.functional.bilinear}
@@ -113,13 +113,14 @@ def _dominators(site: Site) -> list[fx.Node]:
 
 
 def is_constant_input(node: fx.Node) -> bool:
-    """Parameters and buffers do not depend on the token; a cache's tensors, which the graph writes, are no input."""
+    """Parameters, buffers and numbers do not depend on the token; a cache's tensors, which the graph writes, are no
+    input."""
     if not isinstance(node.meta.get("example_value"), torch.Tensor):
         return True
     if node.op != "placeholder":  # computed outside of the region that reads it
         return False
     held = input_value(node)
-    if is_parameter(held) or (held is not None and id(held) in module_tensors()):
+    if is_number(node) or is_parameter(held) or (held is not None and id(held) in module_tensors()):
         return True
     return any(u.op == "call_method" and str(u.target).endswith("_") and u.args[0] is node for u in node.users)
 

@@ -76,6 +76,15 @@ def input_name(node: fx.Node) -> str:
     return "" if source is None else str(source.name)
 
 
+def is_number(node: fx.Node) -> bool:
+    """Whether a placeholder stands for a number of the user's program, which Dynamo hands in as a tensor.
+
+    It does with `dynamic=True`, for floats that modules hold or calls are given.
+    """
+    argument = node.meta.get("grapharg")
+    return bool(getattr(argument, "pass_arg_as_tensor", False)) and not getattr(argument, "is_tensor", True)
+
+
 def is_handed_in_twice(node: fx.Node) -> bool:
     """Whether a placeholder's tensor came in under several names in this call (Dynamo has guarded that it does)."""
     translator, name = current_translator(), input_name(node)

@@ -17,6 +17,7 @@ from llcompile.torch_internals.inputs import (
     input_name,
     input_value,
     is_handed_in_twice,
+    is_number,
     is_parameter,
     module_tensors,
     tracing_fake_mode,
@@ -196,3 +197,26 @@ def test_an_owners_input_is_none_of_its_tensors() -> None:
     (found,) = ask_of_graphs(lambda _: module_tensors(), model, x)
     assert id(x) not in found
     assert id(model.table) in found
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = 0.5
+        self.register_buffer("shift", torch.tensor(2.0))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x * self.factor + self.shift + y
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_is_number(dynamic: bool) -> None:
+    found: list[set[str]] = []
+
+    def backend(module: fx.GraphModule, _: list[Any]) -> Any:
+        found.append({input_name(node) for node in placeholders(module) if is_number(node)})
+        return module.forward
+
+    torch.compile(Scaled(), backend=backend, dynamic=dynamic)(torch.ones(3, 4), torch.tensor(1.5))
+    assert found == [{"L['self'].factor"} if dynamic else set()]
+    assert not any(map(is_number, loose_graph().nodes))

@@ -10,14 +10,17 @@ import torch._logging._internal as internal
 from llcompile.torch_internals import logs
 
 
-def test_register() -> None:
+def test_register(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry, settings = internal.log_registry, f"+{logs.LOG_NAME},{logs.KERNEL_LOG_NAME}"
+    monkeypatch.delitem(registry.log_alias_to_log_qnames, logs.LOG_NAME, raising=False)
+    monkeypatch.setattr(registry, "artifact_names", registry.artifact_names - {logs.KERNEL_LOG_NAME})
+    with pytest.raises(ValueError, match=logs.LOG_NAME):
+        internal._parse_log_settings(settings)
     for _ in range(2):  # the second time changes nothing
         logs.register()
-        state = internal._parse_log_settings(f"+{logs.LOG_NAME},{logs.KERNEL_LOG_NAME}")
-    assert state.log_qname_to_level == {logs.LOGGER: logging.DEBUG}
-    assert state.is_artifact_enabled(logs.KERNEL_LOG_NAME)
-    with pytest.raises(ValueError, match="logl"):
-        internal._parse_log_settings("loglin")
+        state = internal._parse_log_settings(settings)
+        assert state.log_qname_to_level == {logs.LOGGER: logging.DEBUG}
+        assert state.is_artifact_enabled(logs.KERNEL_LOG_NAME)
 
 
 @pytest.fixture

@@ -44,6 +44,6 @@ def steps(model: Any, name: str, ids: Tensor, prefill: int) -> Iterator[Tensor]:
     yield tiny.logits(out)
     key = "cache_params" if name == "mamba2" else "past_key_values"
     for t in range(prefill, ids.shape[1]):
-        position = torch.full((1, 1), t, device=ids.device)
+        position = torch.full((ids.shape[0], 1), t, device=ids.device)
         out = model(ids[:, t : t + 1], use_cache=True, position_ids=position, **{key: out[key]})
         yield tiny.logits(out)

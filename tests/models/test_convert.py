@@ -217,19 +217,37 @@ def test_linear_state_is_the_librarys_own(name: str) -> None:
 
 @pytest.mark.parametrize("name", some(("mamba2",)))
 def test_dynamic_length(name: str) -> None:
+    """One graph for all lengths, as near to the model in float64 as its own code is; of a model that breaks, no more
+    graphs than without us."""
+    model = build(name)
+    inputs = [tiny.tokens(*shape) for shape in ((2, 37), (3, 40), (2, 65), (4, 18))]
+    before, exact = [eager(model, ids) for ids in inputs], [eager(_exact(name), ids) for ids in inputs]
+    plain = _graphs_of(torch.compile(model, backend="eager", dynamic=True), inputs)[1]
+    convert(model, tiny.tokens())
+    results, counts = _graphs_of(compiled(model, dynamic=True), inputs)
+    for result, expected, truth in zip(results, before, exact, strict=True):
+        assert difference(result, truth) < 1e-5 + 2 * difference(expected, truth)
+    assert counts == [1] * 4 or (name in BREAKING and all(a <= b for a, b in zip(counts, plain, strict=True)))
+
+
+def _exact(name: str) -> nn.Module:
+    """The model in float64, with experts one by one: the grouped product does not take it."""
+    model = build(name).double()
+    model.config._experts_implementation = "eager"
+    return model
+
+
+def _graphs_of(run: Any, inputs: list[Tensor]) -> tuple[list[Tensor], list[int]]:
+    """The logits for each, and how many graphs there were after it."""
     from torch._dynamo.utils import counters
 
-    model = build(name)
-    before = {shape: eager(model, tiny.tokens(*shape)) for shape in ((2, 37), (3, 40), (2, 65), (4, 18))}
-    convert(model, tiny.tokens())
-    run = compiled(model, dynamic=True)
-    start, counts = counters["stats"]["unique_graphs"], []
-    with torch.no_grad():
-        for shape, expected in before.items():
-            assert difference(tiny.logits(run(tiny.tokens(*shape))), expected) < 1e-5
+    torch._dynamo.reset()
+    start, results, counts = counters["stats"]["unique_graphs"], [], []
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=64):
+        for ids in inputs:
+            results.append(tiny.logits(run(ids)))
             counts.append(counters["stats"]["unique_graphs"] - start)
-    assert len(set(counts)) == 1
-    assert counts[0] == 1 or name in BREAKING
+    return results, counts
 
 
 @pytest.mark.parametrize("name", some(("mamba2",)))

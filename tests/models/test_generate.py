@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -13,7 +15,10 @@ from tests.models.serving import graphs, greedy, in_parts, serving
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
-GRAPHS = 6  # a prefill, a first step, steps of any length; a break doubles them
+SIZES = ((1,) * 9, (13, 1, 1, 1, 1, 16, 5, 1, 31), (33, 30, 1, 1, 1, 1, 3))
+# Unconverted, too, its sparse attention gives something else for several tokens behind a prefill than for all at once.
+ONE_BY_ONE = {"glm5_next_text"}
+GRAPHS = 6  # a prefill, a first step, steps of any length
 
 
 @pytest.mark.usefixtures("warm_dynamo")
@@ -23,7 +28,7 @@ def test_prefill_and_decode_in_parts(name: str) -> None:
     model, ids = serving(name), tiny.tokens(2, 70)
     with torch.no_grad():
         whole = tiny.logits(model(ids, use_cache=False))
-        for sizes in ((1,) * 9, (13, 1, 1, 1, 1, 16, 5, 1, 31), (33, 30, 1, 1, 1, 1, 3)):
+        for sizes in ((1,) * 9, (13, 1, 1, 1, 1)) if name in ONE_BY_ONE else SIZES:
             length = sum(sizes)
             parts = torch.cat(list(in_parts(model, name, ids[:, :length], sizes)), dim=1)
             assert difference(parts, whole[:, :length]) < 1e-5, sizes
@@ -36,8 +41,19 @@ def test_greedy(name: str) -> None:
     model, ids = serving(name), tiny.tokens(2, 13)
     with torch.no_grad():
         expected = greedy(model, ids, 24)
-        torch._dynamo.reset()
-        before = graphs()
-        written = model.generate(ids, max_new_tokens=24, do_sample=False, eos_token_id=None)
-    assert torch.equal(written, expected)
-    assert graphs() - before <= GRAPHS * (tiny.CONFIGS[name]["num_hidden_layers"] + 1 if name in BREAKING else 1)
+        written, count = _generated(model, ids)
+        assert torch.equal(written, expected)
+        if name in BREAKING:
+            plain = tiny.build(name)
+            plain.compile(backend="eager")
+            assert count <= _generated(plain, ids)[1]
+        else:
+            assert count <= GRAPHS
+
+
+def _generated(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """24 tokens, and the number of graphs that they took."""
+    torch._dynamo.reset()
+    before = graphs()
+    with torch._dynamo.config.patch(recompile_limit=64):
+        return model.generate(ids, max_new_tokens=24, do_sample=False, eos_token_id=None), graphs() - before

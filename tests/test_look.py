@@ -116,7 +116,7 @@ def test_regions_are_code_with_shapes(look: Look) -> None:
     assert "# query: [B, T, G, K] = [2, 40, 2, 8] f32" in called.before
     assert "# decay: [B, T, 1] = [2, 40, 1] f32" in written.before
     assert "masked_fill" in written.before
-    assert "test_look.py" in written.before
+    assert "looked.py" in written.before
     for mixer in (called, written):
         assert "torch.ops.llcompile.loglinear_attention(" in mixer.after
         assert "self.loglinear.weight" in mixer.after
@@ -132,7 +132,7 @@ def test_regions_are_code_with_shapes(look: Look) -> None:
 def test_the_source_is_what_the_user_wrote(look: Look) -> None:
     source = look.mixers[1].source
     assert source is not None
-    assert Path(source.file).name == "test_look.py"
+    assert Path(source.file).name == "looked.py"
     marked = [source.lines[n - source.first].strip() for n in source.marked]
     assert any(line.startswith("total =") for line in marked)
     assert marked[-1].startswith("return (q @ k")

@@ -50,8 +50,8 @@ class TimeAxes:
         rule = RULES.get(self.facts.names[node], _pointwise)
         try:
             return rule(self, node)
-        except (IndexError, KeyError, TypeError, ValueError, AttributeError):  # a spelling that no rule knows
-            if raises():
+        except (IndexError, KeyError, TypeError, ValueError, AttributeError) as error:  # a spelling that no rule knows
+            if isinstance(error, AttributeError) and raises():  # a typo in a rule
                 raise
             return NONE
 

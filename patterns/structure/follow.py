@@ -122,8 +122,8 @@ def _step(found: Followed, op: Op, lost: dict[Value, tuple[Axis, ...]]) -> None:
     call = Call(op, found.atoms, found.axes, lost)
     try:
         results = rule(call)
-    except (ValueError, IndexError, TypeError, KeyError, AttributeError):
-        if raises():
+    except (ValueError, IndexError, TypeError, KeyError, AttributeError) as error:
+        if isinstance(error, AttributeError) and raises():  # a typo in a rule, and no operation that it does not take
             raise
         rule = opaque
         results = opaque(call)

@@ -114,8 +114,9 @@ def test_a_mixer_that_does_not_act_is_declined(join: Any, reason: str) -> None:
 def _wrong_rewrite(monkeypatch: pytest.MonkeyPatch, marked: Callable[[Any], bool], factor: float = 1.01) -> None:
     """Stands for a fault of a pass: what it writes for some mixers is a little off."""
     from llcompile.passes import rewrite
+    from llcompile.passes.site import WrittenSite
 
-    write = rewrite.write_part
+    write = rewrite._WRITERS[WrittenSite]
 
     def off(session: Any, site: Any, held: Any) -> None:
         write(session, site, held)
@@ -126,7 +127,7 @@ def _wrong_rewrite(monkeypatch: pytest.MonkeyPatch, marked: Callable[[Any], bool
             scaled.meta = dict(last.meta)
             last.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
 
-    monkeypatch.setattr(rewrite, "write_part", off)
+    monkeypatch.setitem(rewrite._WRITERS, WrittenSite, off)
 
 
 def test_a_wrong_rewrite_costs_the_mixer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,7 +60,7 @@ def test_colours_on_a_terminal(monkeypatch):
 
 def test_who_reads_may_stop():
     """A pipe that closes early, as that of `head`, is no error."""
-    code = "from llcompile import cli; raise SystemExit(cli.main(['kernels', 'show', '--correction', 'delta']))"
+    code = "from llcompile.commands.cli import main; raise SystemExit(main('kernels show --correction delta'.split()))"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stderr is not None

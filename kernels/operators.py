@@ -3,6 +3,10 @@
 Shape functions never look at values and never specialise on batch or length, so one compiled graph serves every
 length. Only inputs are saved for the backward pass, which recomputes what it needs. Outputs never alias inputs.
 
+Compile caches hash a graph, in which the operator is only a name. Who calls it in code that others compile says in
+``revision`` which sources the call was traced with, so that no cache serves an older gradient or schema; nothing else
+reads it.
+
 What runs packed or padded rows may have to know a tensor's value (the ATen lowering the longest sequence), which no
 compiler knows; inside an operator that is nobody's concern.
 """
@@ -33,6 +37,7 @@ def _attention(
     cu_seqlens: Tensor | None = None,
     attention_mask: Tensor | None = None,
     seq_idx: Tensor | None = None,
+    revision: str = "",
 ) -> tuple[Tensor, Tensor]:
     x = in_place(Operands(q, k, v, level_weights, log_decay, beta, initial_state), cu_seqlens, attention_mask, seq_idx)
     _check_state(x.initial_state, x.rows, x.q, x.v, x.level_weights, x.v.shape[1], "initial_state")
@@ -56,6 +61,7 @@ def _attention_backward(
     cu_seqlens: Tensor | None = None,
     attention_mask: Tensor | None = None,
     seq_idx: Tensor | None = None,
+    revision: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = Operands(q, k, v, level_weights, log_decay, beta, initial_state)
     x = in_place(inputs, cu_seqlens, attention_mask, seq_idx)
@@ -74,6 +80,7 @@ def _attention_step(
     log_decay: Tensor | None,
     beta: Tensor | None,
     scale: float,
+    revision: str = "",
 ) -> tuple[Tensor, Tensor]:
     _check_state(state, v.shape[0], q, v, level_weights, 1, "state")
     with torch.no_grad(), torch.autocast(v.device.type, enabled=False):
@@ -124,6 +131,7 @@ def _attention_shapes(
     cu_seqlens: Tensor | None = None,
     attention_mask: Tensor | None = None,
     seq_idx: Tensor | None = None,
+    revision: str = "",
 ) -> tuple[Tensor, Tensor]:
     rows = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     shape = _state_shape(rows, q, v, level_weights) if return_final_state else (0,)
@@ -144,6 +152,7 @@ def _attention_step_shapes(
     log_decay: Tensor | None,
     beta: Tensor | None,
     scale: float,
+    revision: str = "",
 ) -> tuple[Tensor, Tensor]:
     new_state = v.new_empty(_state_shape(v.shape[0], q, v, level_weights), dtype=state_dtype(v.dtype))
     return v.new_empty(v.shape), new_state
@@ -155,23 +164,24 @@ def _own(state: Tensor | None) -> Tensor | None:
 
 
 def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, state, scale, return_final_state, cu_seqlens, attention_mask, seq_idx = inputs
+    *tensors, state, scale, return_final_state, cu_seqlens, attention_mask, seq_idx, revision = inputs
     ctx.save_for_backward(*tensors, _own(state), cu_seqlens, attention_mask, seq_idx)
-    ctx.scale, ctx.return_final_state = scale, return_final_state
+    ctx.scale, ctx.return_final_state, ctx.revision = scale, return_final_state, revision
 
 
 def _attention_gradient(ctx: Any, grad_o: Tensor, grad_state: Tensor) -> tuple[Any, ...]:
     *tensors, cu_seqlens, attention_mask, seq_idx = ctx.saved_tensors
+    where = (cu_seqlens, attention_mask, seq_idx)
     grads = torch.ops.llcompile.loglinear_attention_backward(
-        grad_o, grad_state, *tensors, ctx.scale, ctx.return_final_state, cu_seqlens, attention_mask, seq_idx
+        grad_o, grad_state, *tensors, ctx.scale, ctx.return_final_state, *where, revision=ctx.revision
     )
-    return (*_present(tensors, grads), None, None, None, None, None)
+    return (*_present(tensors, grads), None, None, None, None, None, None)
 
 
 def _save_step(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    q, k, v, w, state, g, beta, scale = inputs
+    q, k, v, w, state, g, beta, scale, revision = inputs
     ctx.save_for_backward(q, k, v, w, _own(state), g, beta)
-    ctx.scale = scale
+    ctx.scale, ctx.revision = scale, revision
 
 
 def _step_gradient(ctx: Any, grad_o: Tensor, grad_state: Tensor) -> tuple[Any, ...]:
@@ -181,12 +191,12 @@ def _step_gradient(ctx: Any, grad_o: Tensor, grad_state: Tensor) -> tuple[Any, .
     longer = [x if x is None else x.unsqueeze(1) for x in (q, k, v, w, None if per_head else g, beta)]
     longer[4] = g if per_head else longer[4]
     grads = torch.ops.llcompile.loglinear_attention_backward(
-        grad_o.unsqueeze(1), grad_state, *longer, state, ctx.scale, True
+        grad_o.unsqueeze(1), grad_state, *longer, state, ctx.scale, True, revision=ctx.revision
     )
     dq, dk, dv, dw, dg, dbeta, dstate = _present([*longer, state], grads)
     shorter = [x if x is None else x.squeeze(1) for x in (dq, dk, dv, dw, None if per_head else dg, dbeta)]
     dq, dk, dv, dw, dg_token, dbeta = shorter
-    return dq, dk, dv, dw, dstate, dg if per_head else dg_token, dbeta, None
+    return dq, dk, dv, dw, dstate, dg if per_head else dg_token, dbeta, None, None
 
 
 def _present(inputs: Any, grads: Any) -> list[Tensor | None]:

@@ -9,8 +9,11 @@ from llcompile.errors import OperandError
 from llcompile.kernels import operands as _operands
 from llcompile.kernels import operators as _operators  # noqa: F401  (registers the torch operators)
 from llcompile.kernels.state import check_state
+from llcompile.torch_internals.sources import source_tag
 
 __all__ = ["loglinear_attention", "loglinear_attention_step"]
+
+_REVISION = source_tag()
 
 
 def loglinear_attention(
@@ -70,7 +73,7 @@ def loglinear_attention(
         check_state(initial_state, batch, v.shape[2], q.shape[3], v.shape[3], levels)
         _operands.check_device(v, initial_state=initial_state)
     given = (q, k, v, level_weights, log_decay, beta, initial_state, float(scale), return_final_state)
-    o, state = torch.ops.llcompile.loglinear_attention(*given, cu_seqlens, attention_mask)
+    o, state = torch.ops.llcompile.loglinear_attention(*given, cu_seqlens, attention_mask, revision=_REVISION)
     return o, state if return_final_state else None
 
 
@@ -110,6 +113,6 @@ def loglinear_attention_step(
     check_state(state, v.shape[0], v.shape[1], q.shape[2], v.shape[2], levels, "state")
     _operands.check_device(v, state=state)
     o, new_state = torch.ops.llcompile.loglinear_attention_step(
-        q, k, v, level_weights, state, log_decay, beta, float(scale)
+        q, k, v, level_weights, state, log_decay, beta, float(scale), revision=_REVISION
     )
     return o, new_state

@@ -28,10 +28,12 @@ def _inductor(
     module: fx.GraphModule, inputs: list[Any], inductor: Mapping[str, Any], mode: str | None
 ) -> Callable[..., Any]:
     from torch._inductor import list_mode_options
-    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
     patches = {**(list_mode_options(mode) if mode and mode != "default" else {}), **inductor}
-    return compile_fx(module, inputs, config_patches=patches)  # type: ignore[return-value]
+    # A backward pass may be compiled as late as the first call of backward, far outside of what `compile_graph` set.
+    tagged = torch.compiler.config.patch(cache_key_tag=torch.compiler.config.cache_key_tag)  # type: ignore[attr-defined]
+    return compile_fx(module, inputs, tagged(compile_fx_inner), config_patches=patches)  # type: ignore[return-value]
 
 
 def _registered(name: str) -> Callable[..., Callable[..., Any]]:

@@ -7,6 +7,7 @@ import torch
 import torch._dynamo.testing
 
 from llcompile.ops import loglinear_attention, loglinear_attention_step
+from llcompile.torch_internals.sources import source_tag
 from tests.kernels.kernel_cases import NAMES, operands
 
 
@@ -106,3 +107,28 @@ def test_outputs_are_new():
     _, new = loglinear_attention_step(**token, state=state)
     assert torch.equal(state, before)
     assert new.untyped_storage().data_ptr() != state.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("step", [False, True])
+def test_a_compile_cache_sees_by_which_sources_a_call_was_traced(step):
+    """An operator is only a name in the graphs that caches hash, and its gradient is traced out of our sources."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    revisions = []
+
+    def look(module, inputs):
+        calls = [n for n in module.graph.nodes if "loglinear" in str(n.target)]
+        revisions.extend((n.target._opname, n.args[-1]) for n in calls)
+        return module.forward
+
+    torch._dynamo.reset()
+    x = {n: t if t is None else t.requires_grad_() for n, t in operands(7, "token", True, 4, "level").items()}
+    if step:
+        state = x.pop("initial_state")
+        token = {n: t if t is None else t[:, 0] for n, t in x.items()}
+        o, _ = torch.compile(loglinear_attention_step, backend=aot_autograd(fw_compiler=look))(**token, state=state)
+    else:
+        o, _ = torch.compile(loglinear_attention, backend=aot_autograd(fw_compiler=look))(**x)
+    o.sum().backward()
+    forward = "loglinear_attention_step" if step else "loglinear_attention"
+    assert revisions == [(forward, source_tag()), ("loglinear_attention_backward", source_tag())]

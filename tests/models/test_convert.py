@@ -217,8 +217,10 @@ def test_linear_state_is_the_librarys_own(name: str) -> None:
 
 @pytest.mark.parametrize("name", some(("mamba2",)))
 def test_dynamic_length(name: str) -> None:
-    """One graph for all lengths, as near to the model in float64 as its own code is; of a model that breaks, no more
-    graphs than without us."""
+    """One graph for all lengths; of a model that breaks, no more than without us.
+
+    The output is the model's own to 1e-5, or to twice what that is from float64 where this is more.
+    """
     model = build(name)
     inputs = [tiny.tokens(*shape) for shape in ((2, 37), (3, 40), (2, 65), (4, 18))]
     before, exact = [eager(model, ids) for ids in inputs], [eager(_exact(name), ids) for ids in inputs]
@@ -226,7 +228,7 @@ def test_dynamic_length(name: str) -> None:
     convert(model, tiny.tokens())
     results, counts = _graphs_of(compiled(model, dynamic=True), inputs)
     for result, expected, truth in zip(results, before, exact, strict=True):
-        assert difference(result, truth) < 1e-5 + 2 * difference(expected, truth)
+        assert difference(result, expected) < max(1e-5, 2 * difference(expected, truth))
     assert counts == [1] * 4 or (name in BREAKING and all(a <= b for a, b in zip(counts, plain, strict=True)))
 
 

@@ -16,8 +16,6 @@ from tests.models.serving import graphs, greedy, in_parts, serving
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 SIZES = ((1,) * 9, (13, 1, 1, 1, 1, 16, 5, 1, 31), (33, 30, 1, 1, 1, 1, 3))
-# Unconverted, too, its sparse attention gives something else for several tokens behind a prefill than for all at once.
-ONE_BY_ONE = {"glm5_next_text"}
 GRAPHS = 6  # a prefill, a first step, steps of any length
 
 
@@ -28,7 +26,7 @@ def test_prefill_and_decode_in_parts(name: str) -> None:
     model, ids = serving(name), tiny.tokens(2, 70)
     with torch.no_grad():
         whole = tiny.logits(model(ids, use_cache=False))
-        for sizes in ((1,) * 9, (13, 1, 1, 1, 1)) if name in ONE_BY_ONE else SIZES:
+        for sizes in SIZES:
             length = sum(sizes)
             parts = torch.cat(list(in_parts(model, name, ids[:, :length], sizes)), dim=1)
             assert difference(parts, whole[:, :length]) < 1e-5, sizes

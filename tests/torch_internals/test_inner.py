@@ -41,8 +41,11 @@ def test_inductor_is_given_its_options_and_a_tag_for_its_cache() -> None:
 
     before = torch.compiler.config.cache_key_tag
     run = torch.compile(torch.mm, backend=backend("inductor", {"post_grad_custom_pre_pass": look}))
-    run(torch.randn(2, 3), torch.randn(3, 4))
-    assert tags == [f"{before}:llcompile:{source_tag()}:of a test"]
+    with torch._functorch.config.patch(force_non_lazy_backward_lowering=False, enable_autograd_cache=False):
+        product = run(torch.randn(2, 3, requires_grad=True), torch.randn(3, 4))
+        assert len(tags) == 1
+        product.sum().backward()  # compiles the backward pass
+    assert tags == 2 * [f"{before}:llcompile:{source_tag()}:of a test"]
     assert torch.compiler.config.cache_key_tag == before
 
 

@@ -33,7 +33,7 @@ def _inductor(
     patches = {**(list_mode_options(mode) if mode and mode != "default" else {}), **inductor}
     # A backward pass may be compiled as late as the first call of backward, far outside of what `compile_graph` set.
     tagged = torch.compiler.config.patch(cache_key_tag=torch.compiler.config.cache_key_tag)  # type: ignore[attr-defined]
-    return compile_fx(module, inputs, tagged(compile_fx_inner), config_patches=patches)  # type: ignore[return-value]
+    return compile_fx(module, inputs, inner_compile=tagged(compile_fx_inner), config_patches=patches)  # type: ignore[return-value]
 
 
 def _registered(name: str) -> Callable[..., Callable[..., Any]]:

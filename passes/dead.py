@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 from torch import fx
 
 from llcompile.patterns.graph.effects import Effects, is_nesting
@@ -33,22 +31,31 @@ def erase_dead(graph: fx.Graph, effects: Effects, before: set[fx.Node]) -> None:
     for node in graph.nodes:
         if node not in now and (node in before or not gone.isdisjoint(node.all_input_nodes)):
             gone.add(node)
-    empty = _empty_vmaps(graph, set())
+    empty = _empty_vmaps(graph, set(graph.nodes))
+    held = {node for node in graph.nodes if node in before or node not in now}  # what the rewrite wrote needs no vmap
     for node in reversed(list(graph.nodes)):
         if node in gone:
             graph.erase_node(node)
-    for opened, closed in _empty_vmaps(graph, empty):
-        graph.erase_node(closed)
-        graph.erase_node(opened)
+    for node in _empty_vmaps(graph, held) - empty:
+        graph.erase_node(node)
 
 
-def _empty_vmaps(graph: fx.Graph, known: set[tuple[fx.Node, fx.Node]]) -> set[tuple[fx.Node, fx.Node]]:
-    """The pairs of nodes that open and close a vmap with nothing in between."""
-    nodes = list(graph.nodes)
-    pairs = itertools.pairwise(nodes)
-    found = {(a, b) for a, b in pairs if is_nesting(a) and is_nesting(b) and _opens(a) and not _opens(b)}
-    return found - known
+def _empty_vmaps(graph: fx.Graph, held: set[fx.Node]) -> set[fx.Node]:
+    """The nodes that open and close a vmap of which no operation is one of those `held`."""
+    found: set[fx.Node] = set()
+    opened: list[tuple[fx.Node, list[fx.Node]]] = []  # and what it holds
+    for node in graph.nodes:
+        if not is_nesting(node):
+            for _, holds in opened if node in held else ():
+                holds.append(node)
+        elif _does(node, "increment"):
+            opened.append((node, []))
+        elif _does(node, "decrement") and opened:
+            start, holds = opened.pop()
+            if not holds:
+                found |= {start, node}
+    return found
 
 
-def _opens(node: fx.Node) -> bool:
-    return "increment" in str(getattr(node.target, "__name__", ""))
+def _does(node: fx.Node, what: str) -> bool:
+    return what in str(getattr(node.target, "__name__", ""))

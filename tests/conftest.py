@@ -11,15 +11,17 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.tiers import is_long
+from tests.tiers import is_long, is_second_case
 
 # An exception inside of the recogniser costs a user's program a candidate, and fails a test.
 os.environ["LLCOMPILE_RAISE"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The tier of `make check` is what is neither slow nor long."""
+    """The tier of `make test` is what is not slow, that of `make check` what is neither slow nor long."""
     for item in items:
+        if is_second_case(item.path, item.name):
+            item.add_marker("slow")
         if isinstance(item, pytest.Function) and is_long(item.path, item.originalname, item.fixturenames):
             item.add_marker("long")
 
@@ -39,7 +41,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol() -> None:
     """pytest listens to each logger that tells its parent nothing, and torch writes its traces (of each graph, guard
-    and size) where anything listens: a tenth of all time. Its parent is told now, to which torch pays no attention."""
+    and size) where anything listens: what a failing test had logged was lost in them. Now their parent is told."""
     logging.getLogger("torch.__trace").propagate = True
 
 

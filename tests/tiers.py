@@ -1,7 +1,12 @@
-"""What `make check` leaves out: tests that take a second or more, start a program or trace a model of a library.
+"""What `make check` and `make test` leave out.
+
+`make check`: tests that take a second or more, start a program or trace a model of a library.
 
 Tests that use `fresh_dynamo` or `warm_dynamo` compile something and are left out as well; everything else, new tests
 included, is in `make check`.
+
+`make test`: tests marked as slow, and the cases of SECOND_CASES: each takes seconds, and another one of its test, or of
+the file that is named beside it, tries the same.
 """
 
 from __future__ import annotations
@@ -60,13 +65,65 @@ LONG_TESTS = {
     "test_versions.py": ("test_a_newer_release_is_named_once", "test_tested_releases_are_not_spoken_of"),
 }
 
+SECOND_CASES = {
+    "models/test_convert.py": (
+        "test_converts_and_computes_the_same[kimi_linear]",
+        "test_prefill_and_decode[qwen3_5_text-linear]",
+        "test_dynamic_length[mamba2]",  # test_backend.py
+        "test_trains[olmo_hybrid]",
+    ),
+    "models/test_checkpoint.py": ("test_left_out_when_it_was_opened[compile]", "test_opened_as_it_was_saved[dtype1]"),
+    "models/test_loops.py": ("test_a_number_that_follows_from_the_batch[keys]",),
+    "models/test_packed.py": ("test_forward_and_backward[seq_idx]",),
+    "models/test_spellings.py": (
+        "test_recognised[loop over 128 tokens]",
+        "test_left_alone[associative scan of affine maps, swapped]",
+        "test_left_alone[scan, tanh]",
+        "test_left_alone[loop with a denominator for each token, clipped]",
+        "test_missed[associative scan of affine maps]",
+        "test_some_layouts_left_alone",
+    ),
+    "fuzz/test_fuzz.py": ("test_a_few[0]", "test_a_few[61]", "test_a_few[122]", "test_a_few[183]"),
+    "kernels/test_triton_interpreter.py": (
+        "test_decode[(None, False)]",
+        "test_decode[('channel', False)]",
+        "test_half_precision_with_decay_per_channel[True-torch.float16]",
+    ),
+    "patterns/test_float_attributes.py": ("test_another_number_is_seen[power]",),
+    "patterns/test_identify_models.py": ("test_models[mamba]", "test_models[recurrent_gemma]"),
+    "patterns/test_identify_recurrences.py": (
+        "test_long_loops_are_read_once[model1-gated linear recurrence (RG-LRU)-256]",
+        "test_long_loops_are_read_once[model2-non-linear recurrence (RNN)-100]",
+    ),
+    "patterns/test_operand_kinds.py": (
+        "test_a_learned_state_at_the_start[sum]",
+        "test_a_learned_state_at_the_start[delta]",
+        "test_a_divisor_of_decays[stabilised]",
+    ),
+    "test_attachment.py": ("test_revert_leaves_nothing[True]",),
+    "test_backend.py": ("test_bfloat16_autocast[False]",),
+    "test_calls_differ.py": ("test_dropout_hides_no_layer_behind_it[False]",),
+    "test_nested_gradients.py": ("test_has_the_gradients_of_autograd[a known function]",),
+    "test_processes.py": ("test_first_look_up_and_logs[loglinear-0]", "test_first_look_up_and_logs[+loglinear-1]"),
+    "test_repro.py": ("test_the_file_runs_by_itself[tabled]",),
+}
+
+
+def is_second_case(file: Path, name: str) -> bool:
+    """Whether `make test` leaves this case out."""
+    return name in SECOND_CASES.get(_within(file), ())
+
 
 def is_long(file: Path, function: str, fixtures: Collection[str]) -> bool:
     """Whether `make check` leaves this test out."""
-    name = file.relative_to(FOLDER).as_posix() if file.is_relative_to(FOLDER) else file.name
+    name = _within(file)
     return (
         not COMPILING.isdisjoint(fixtures)
         or name.split("/")[0] in LONG_FOLDERS
         or name in LONG_FILES
         or function in LONG_TESTS.get(name, ())
     )
+
+
+def _within(file: Path) -> str:
+    return file.relative_to(FOLDER).as_posix() if file.is_relative_to(FOLDER) else file.name

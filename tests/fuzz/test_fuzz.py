@@ -31,7 +31,6 @@ SEED = os.environ.get("LLCOMPILE_FUZZ_SEED") or str(
 MANY, BATCH = 300, 10
 # Every so many of the seed "fixed" for `make test`, whether they pass or not; an odd number, so that half are mutated.
 STRIDE = 61
-LONGEST = (122, 183)  # of these; they take half of the time
 
 
 def failures(seed: str, numbers: Iterable[int], folder: Path) -> tuple[list[str], Counter[str]]:
@@ -48,9 +47,7 @@ def failures(seed: str, numbers: Iterable[int], folder: Path) -> tuple[list[str]
     return failed, ended
 
 
-@pytest.mark.parametrize(
-    "number", [pytest.param(n, marks=[pytest.mark.slow] if n in LONGEST else []) for n in range(0, MANY, STRIDE)]
-)
+@pytest.mark.parametrize("number", range(0, MANY, STRIDE))
 def test_a_few(number: int, tmp_path: Path) -> None:
     failed, _ = failures("fixed", [number], tmp_path)
     assert not failed, failed[0]

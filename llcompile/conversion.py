@@ -25,6 +25,7 @@ from llcompile.options import Options
 from llcompile.passes import discover
 from llcompile.passes.session import Session
 from llcompile.passes.site import Site
+from llcompile.patterns.reasons import GivenReason
 from llcompile.report import Report
 from llcompile.torch_internals import reach
 from llcompile.torch_internals.breaks import why_no_graph
@@ -170,6 +171,8 @@ def _captured(
         adapters.enlist(model, new)
         if dry_run:
             withheld.put_withheld(set_aside)
+        else:
+            _keep_declined(model, report)
     return report, capture
 
 
@@ -205,6 +208,14 @@ def _verified(
     verdict = verify_.verify(model, args, kwargs, capture.options, [m for m in mixers if m not in other.blamed])
     report = _without_blamed(report, verdict)
     return replace(report, certificate=verdict.certificate, unverified=verdict.unverified)
+
+
+def _keep_declined(model: nn.Module, report: Report) -> None:
+    """What was declined stays as it is in every call, also in one in which it would look like a mixer."""
+    modules = dict(model.named_modules())
+    for record in report.declined:
+        if record.module in modules:
+            withheld.withhold_all(modules[record.module], GivenReason(record.code, record.reason, record.hint))
 
 
 def _without_blamed(report: Report, verdict: verify_.Verdict) -> Report:

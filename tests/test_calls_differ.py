@@ -216,6 +216,26 @@ def test_two_tokens_that_see_each_other_are_no_mixer() -> None:
     assert not llcompile.convert(Layer(both_ways), data(2), verify=False).converted
 
 
+def test_what_convert_declined_is_no_mixer_in_another_call() -> None:
+    """A short sequence looks like a mixer; its level weights would be missed in every longer one."""
+
+    def stops(m: Any, x: Tensor) -> Tensor:
+        q, k, v = m.split(m.qkv(x))
+        scores = (q @ k.mT).tril()
+        scores = (scores + scores.detach()) / 2 if x.shape[1] > 10 else scores
+        return (scores @ v).transpose(1, 2).flatten(2)
+
+    model, x = Layer(stops), data(33)
+    report = llcompile.convert(model, x)
+    assert not report.converted
+    assert [record.code for record in report.declined] == ["gradient-stopped"]
+    run = compiled(model)
+    for length in (6, 33, 9):
+        assert difference(run(x[:, :length]), model(x[:, :length])) < 1e-6
+    assert not levels(model)
+    assert llcompile.convert(model, x[:, :9]).converted, "another conversion looks anew"
+
+
 # Gradients by hand.
 def _function(factor: float) -> Any:
     class Product(torch.autograd.Function):

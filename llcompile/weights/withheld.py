@@ -50,8 +50,8 @@ def forget_withheld(model: nn.Module) -> list[tuple[nn.Module, dict[str, Any]]]:
 
 def put_withheld(before: Iterable[tuple[nn.Module, dict[str, Any]]]) -> None:
     """Undoes `forget_withheld`."""
-    for owner, held in before:
-        vars(owner)[_WITHHELD] = held
+    for owner, kept in before:
+        vars(owner)[_WITHHELD] = kept
 
 
 @contextmanager

@@ -218,7 +218,7 @@ class _Runs:
     def compare(self, mixers: Sequence[Mixer]) -> tuple[float, float | None, GivenReason | None]:
         """(error, gradient error, why they are too large or None) with these mixers rewritten and no other."""
         try:
-            self.last = got = self.run(self.through_backend(mixers), mixers)
+            self.last = got = self.run(self.through_backend(mixers), mixers, mixers)
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise _Unverified(_line(error)) from error
         except Exception as error:
@@ -298,7 +298,7 @@ class _Runs:
         if not weighted or self._all_act(weighted):
             return weighted, {}, {}
         with _noise([m.weights for m in weighted], self.model):
-            base = self.run(self.through_backend(mixers), weighted)
+            base = self.run(self.through_backend(mixers), mixers, weighted)
         silent = [m for m in weighted if not base.has_levels(m.weights)]
         moving = {m for m in silent if self._moves(m, mixers, base)}
         idle: dict[Mixer, GivenReason] = {}
@@ -323,14 +323,14 @@ class _Runs:
         if not all(self.last.has_levels(m.weights) for m in weighted):
             return False
         with _noise([m.weights for m in weighted], None):
-            moved = self.run(self.through_backend(self.kept), gradients=False)
+            moved = self.run(self.through_backend(self.kept), self.kept, gradients=False)
         return difference(moved, self.last) > 4 * torch.finfo(self.dtype).eps
 
     def _moves(self, mixer: Mixer, mixers: list[Mixer], base: Result) -> bool:
         """Whether other values of these level weights alone give another output."""
         others = [m.weights for m in mixers if m.weights is not None]
         with _noise(others, self.model), _noise([mixer.weights], None, seed=1):
-            return difference(self.run(self.through_backend(mixers)), base) > 4 * torch.finfo(self.dtype).eps
+            return difference(self.run(self.through_backend(mixers), mixers), base) > 4 * torch.finfo(self.dtype).eps
 
     def _is_zero(self, mixer: Mixer) -> bool:
         """Whether the mixer's module gives nothing but zeros on the example inputs."""
@@ -343,15 +343,25 @@ class _Runs:
             hook.remove()
         return bool(seen) and all(seen)
 
-    def run(self, call: Callable[..., Any], weighted: Sequence[Mixer] = (), gradients: bool = True) -> Result:
-        """Outputs and gradients of one run, after which all is as it was."""
+    def run(
+        self,
+        call: Callable[..., Any],
+        mixers: Sequence[Mixer] = (),
+        weighted: Sequence[Mixer] = (),
+        gradients: bool = True,
+    ) -> Result:
+        """Outputs and gradients of one run, after which all is as it was; only these mixers have level weights in it.
+
+        Code may go over its module's children or parameters: level weights that are there are seen by it.
+        """
         self.snapshot.restore_random_state()
         try:
-            outputs = leaves(call(*self.args, **self.kwargs))
-            result = Result([out.detach().clone() for out in outputs])
-            if gradients:
-                held = [m.weights for m in weighted if m.weights is not None]
-                result.take_gradients(outputs, self.own, held, self.want)
+            with _away([m for m in self.mixers if m not in mixers]):
+                outputs = leaves(call(*self.args, **self.kwargs))
+                result = Result([out.detach().clone() for out in outputs])
+                if gradients:
+                    held = [m.weights for m in weighted if m.weights is not None]
+                    result.take_gradients(outputs, self.own, held, self.want)
             return result
         finally:
             put_back(self.model, self.snapshot)
@@ -399,6 +409,21 @@ class Backend:
 def _no_values(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     tensors = [*model.parameters(), *model.buffers(), *leaves((args, kwargs))]
     return "the model is on the device meta, so it has no values" if any(t.is_meta for t in tensors) else ""
+
+
+@contextmanager
+def _away(mixers: Sequence[Mixer]) -> Iterator[None]:
+    """These mixers' modules are without their level weights for a while."""
+    modules = {id(m.owner): (m.owner, dict(m.owner._modules)) for m in mixers}
+    for mixer in mixers:
+        mixer.owner._modules.pop(mixer.attribute, None)
+    try:
+        yield
+    finally:
+        for owner, before in modules.values():
+            later = {name: child for name, child in owner._modules.items() if name not in before}
+            owner._modules.clear()
+            owner._modules.update({**before, **later})
 
 
 @contextmanager

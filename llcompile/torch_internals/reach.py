@@ -174,6 +174,8 @@ def add_tensor_input(graph: fx.Graph, owner: nn.Module, path: tuple[str, ...]) -
         for name in path:
             variable = _attribute(variable, frame, name)
         node = variable.as_proxy().node
+        if "grapharg" not in node.meta:  # code asked for its device, say, and Dynamo took the input out as unused
+            node = _wrapped_again(frame, variable, functools.reduce(getattr, path, owner)).as_proxy().node
     except (ObservedException, Unsupported, NotImplementedError) as error:
         raise LookupError(f"Dynamo cannot read {type(owner).__name__}.{'.'.join(path)}: {error}") from error
     if node.graph is not graph or "grapharg" not in node.meta:
@@ -181,6 +183,15 @@ def add_tensor_input(graph: fx.Graph, owner: nn.Module, path: tuple[str, ...]) -
     node._dynamo_source = node.meta["grapharg"].source
     assert isinstance(node, fx.Node)
     return node
+
+
+def _wrapped_again(frame: Any, variable: Any, tensor: Any) -> Any:
+    """What Dynamo makes of a tensor that it has wrapped and whose input is gone from the graph."""
+    source, output = variable.source, frame.output
+    output.side_effects.id_to_variable.pop(id(tensor), None)
+    for known in (getattr(output, name, {}) for name in ("variable_tracker_cache", "input_source_to_var")):
+        known.pop(source, None)
+    return VariableBuilder(frame, source)(tensor)
 
 
 def _variable(module: nn.Module) -> Any:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import functools
-import inspect
 import linecache
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +21,7 @@ from llcompile.passes.site import Site
 from llcompile.patterns import reasons
 from llcompile.patterns.graph.walk import walk
 from llcompile.torch_internals.inputs import input_value, is_parameter
-from llcompile.torch_internals.places import place_of, user_frames
+from llcompile.torch_internals.places import is_forward_of, place_of, user_frames
 
 
 @dataclass(frozen=True)
@@ -162,15 +161,9 @@ def code_lines(meta: Mapping[str, Any], owner: nn.Module | None) -> tuple[tuple[
 
 def _start(frames: list[dict[str, str]], owner: nn.Module | None) -> int:
     """The last frame that is the owner's forward; 0 where the trace began inside of it."""
-    forward = getattr(inspect.unwrap(type(owner).forward), "__code__", None) if owner is not None else None
-    if forward is None:
+    if owner is None:
         return 0
-    spans = [line for _, _, line in forward.co_lines() if line]
-    inside = (
-        i
-        for i, f in enumerate(frames)
-        if f["file"] == forward.co_filename and spans and forward.co_firstlineno <= int(f["line"]) <= max(spans)
-    )
+    inside = (i for i, frame in enumerate(frames) if is_forward_of(owner, frame))
     return max(inside, default=0)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 import re
 from collections.abc import Mapping
@@ -33,14 +35,53 @@ _OURS = tuple(
 def place_of(node: fx.Node) -> tuple[str, str]:
     """As `module_of`, of a node of the graph under work, whose level weights belong there.
 
-    In a frame that is no module's call (a function that calls `layer.forward(x)`) that is the innermost module which
-    holds the parameters that the node works with, and was not called itself.
+    Code may run a module as `layer.forward(x)`, which Dynamo takes for code of what stands around it. In a module's
+    call the node belongs to such a layer if it stands in that forward, and works with parameters from below it; in a
+    frame that is no module's call, to the innermost module that holds the parameters and was not called itself.
     """
+    inside = _run_as_forward(node)
+    if inside is not None:
+        return str(id(inside)), ""
     if node.meta.get("nn_module_stack") or reach.is_call_of_a_module():
         return module_of(node.meta)
     parameter = _parameter_above(node)
     owner = None if parameter is None else reach.innermost_holding(parameter, reach.modules_in(node.graph))
     return module_of(node.meta) if owner is None else (str(id(owner)), "")
+
+
+def _run_as_forward(node: fx.Node) -> nn.Module | None:
+    """The module whose forward was called, and not the module itself, and that the node was traced in."""
+    key, _ = module_of(node.meta)
+    outer = reach.find_module(key) if key else None
+    if outer is None:
+        return None
+    frames = user_frames(node.meta)
+    below = [m for m in reach.touched_modules() if m is not outer and any(is_forward_of(m, f) for f in frames)]
+    if not below:
+        return None
+    called = {id(module) for module in reach.modules_in(node.graph)}
+    known = {id(module) for module in outer.modules()}
+    if not any(id(m) in known and id(m) not in called for m in below):
+        return None
+    parameter = _parameter_above(node)
+    inside = None if parameter is None else reach.innermost_holding(parameter, reach.modules_in(node.graph))
+    return inside if any(inside is m for m in below) and id(inside) in known else None
+
+
+def is_forward_of(module: nn.Module, frame: Mapping[str, str]) -> bool:
+    """Whether a frame (see `user_frames`) is in the forward of a module's class."""
+    span = _span(type(module))  # type: ignore[arg-type]
+    return span is not None and frame["file"] == span[0] and span[1] <= int(frame["line"]) <= span[2]
+
+
+@functools.lru_cache(maxsize=1024)
+def _span(kind: type[nn.Module]) -> tuple[str, int, int] | None:
+    """File, first and last line of a class's forward; None where it is not written in Python."""
+    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
+    if code is None:
+        return None
+    lines = [line for _, _, line in code.co_lines() if line]
+    return (code.co_filename, code.co_firstlineno, max(lines)) if lines else None
 
 
 def _parameter_above(node: fx.Node) -> nn.Parameter | None:

@@ -137,6 +137,11 @@ def path_of(module: nn.Module) -> str:
     return ""
 
 
+def touched_modules() -> list[nn.Module]:
+    """Every module that traced code has read an attribute of, or called."""
+    return list(_touched().values())
+
+
 def held_modules() -> list[nn.Module]:
     """Every module that the traced frame holds or touches."""
     return [*_touched().values(), *(module for module, _, _ in _below().values())]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from llcompile.torch_internals.places import module_of, place_of, user_frames, user_line
+from llcompile.torch_internals.places import is_forward_of, module_of, place_of, user_frames, user_line
 from tests.helpers.traces import Layers, Scale, ask_of_graphs, node_of
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -61,6 +61,30 @@ class TestPlaceOf:
 
         (found,) = ask_of_graphs(lambda module: place_of(products(module)[0]), function, model, torch.ones(3))
         assert found == (str(id(model.layers[1])), "")
+
+    def test_a_module_that_calls_forward_itself(self) -> None:
+        """What is not called is in no module's stack; its code and its parameters say that it is at work."""
+
+        class Around(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.inner, self.weight = Scale(), nn.Parameter(torch.ones(3))
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.inner.forward(x) * self.weight
+
+        model = Around()
+        (found,) = ask_of_graphs(lambda module: [place_of(n)[0] for n in products(module)], model, torch.ones(3))
+        assert found == [str(id(model.inner)), str(id(model))]
+
+
+def test_is_forward_of() -> None:
+    def question(module: fx.GraphModule) -> Any:
+        (frame, *_) = user_frames(products(module)[0].meta)
+        return [is_forward_of(m, frame) for m in (Scale(), Layers(), nn.Identity())]
+
+    (found,) = ask_of_graphs(question, Scale(), torch.ones(3))
+    assert found == [True, False, False]
 
 
 def add(x: Tensor) -> Tensor:

@@ -209,6 +209,14 @@ def test_held_modules(how: str) -> None:
     assert reach.held_modules() == []
 
 
+def test_touched_modules() -> None:
+    model = Layers()
+    (found,) = ask_of_graphs(lambda _: reach.touched_modules(), lambda x: model.layers[0](x), torch.ones(3))
+    assert any(module is model.layers[0] for module in found)
+    assert not any(module is model.layers[1] for module in found)
+    assert reach.touched_modules() == []
+
+
 @pytest.mark.parametrize("guarded", [False, True])
 def test_guard_modules(guarded: bool) -> None:
     """Without it, modules that are alike share what was compiled."""
@@ -245,6 +253,22 @@ def expected(model: Layers, x: Tensor) -> Tensor:
 
 class TestAddedInput:
     """A tensor that the traced code never read becomes an input that Dynamo fills on each call."""
+
+    def test_a_tensor_that_was_asked_for_its_shape_alone(self) -> None:
+        """Dynamo has wrapped it, and taken it out of the graph as unused."""
+        model, x = Layers(), torch.randn(4, 3)
+
+        def asks(x: Tensor) -> Tensor:
+            assert all(p.shape == (3,) for p in model.parameters())
+            return model(x)  # type: ignore[no-any-return]
+
+        run = torch.compile(asks, backend=adding_unread)
+        for _ in range(2):
+            torch.testing.assert_close(run(x), expected(model, x))
+            with torch.no_grad():
+                model.layers[0].unread += 1
+        run(x).sum().backward()
+        assert model.layers[0].unread.grad is not None
 
     def test_value_and_gradient(self) -> None:
         model, x = Layers(), torch.randn(4, 3)

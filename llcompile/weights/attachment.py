@@ -176,8 +176,9 @@ def _warn_if_unused(owner: nn.Module, output: Any) -> None:
 
 
 _LEFT_OUT = (
-    "ran in a compiled call, but no compiled graph read them: its mixer was declined, or Dynamo skipped a function or "
-    "stopped compiling (TORCH_LOGS=loglinear,graph_breaks,recompiles shows why; "
+    "ran in a compiled call, but no compiled graph read them: its mixer was declined, or a transform of torch.func ran "
+    "the compiled call (compile the function that calls the transform), or Dynamo skipped a function or stopped "
+    "compiling (TORCH_LOGS=loglinear,graph_breaks,recompiles shows why; "
     "torch._dynamo.config.recompile_limit limits the graphs per function)"
 )
 

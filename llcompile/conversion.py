@@ -25,7 +25,6 @@ from llcompile.options import Options
 from llcompile.passes import discover
 from llcompile.passes.session import Session
 from llcompile.passes.site import Site
-from llcompile.patterns.reasons import GivenReason
 from llcompile.report import Report
 from llcompile.torch_internals import reach
 from llcompile.torch_internals.breaks import why_no_graph
@@ -215,7 +214,7 @@ def _keep_declined(model: nn.Module, report: Report) -> None:
     modules = dict(model.named_modules())
     for record in report.declined:
         if record.module in modules:
-            withheld.withhold_all(modules[record.module], GivenReason(record.code, record.reason, record.hint))
+            withheld.withhold_all(modules[record.module], record.given)
 
 
 def _without_blamed(report: Report, verdict: verify_.Verdict) -> Report:

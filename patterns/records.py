@@ -90,6 +90,11 @@ class Declined:
         """The record of a mixer that a reason was given for."""
         return cls(module, given.text, where, given.hint, code=given.code)
 
+    @property
+    def given(self) -> GivenReason:
+        """Its reason."""
+        return GivenReason(self.code, self.reason, self.hint)
+
 
 @dataclass(frozen=True)
 class GraphBreak:

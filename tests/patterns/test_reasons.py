@@ -29,8 +29,8 @@ NAMES = {name: value for name, value in vars(reasons).items() if isinstance(valu
 # What takes a reason, as its first argument (`withhold` as its third).
 GIVEN_TO = {"Miss": 0, "Mismatch": 0, "CannotPlace": 0, "decline": 0, "because": 0, "withhold": 2, "give_up": 3}
 SPEAKS = re.compile("|".join(("reasons", "GivenReason", "Declined", *GIVEN_TO)))
-# Who makes one or unmakes it: the table, and what is saved with a module.
-MAKERS = {"patterns/reasons.py", "llcompile/weights/withheld.py"}
+# Who makes one or unmakes it: the table, the record of a declined mixer, and what is saved with a module.
+MAKERS = {"patterns/reasons.py", "patterns/records.py", "llcompile/weights/withheld.py"}
 
 
 # -- the table

@@ -56,16 +56,13 @@ def _run_as_forward(node: fx.Node) -> nn.Module | None:
     if outer is None:
         return None
     frames = user_frames(node.meta)
-    below = [m for m in reach.touched_modules() if m is not outer and any(is_forward_of(m, f) for f in frames)]
-    if not below:
-        return None
-    called = {id(module) for module in reach.modules_in(node.graph)}
-    known = {id(module) for module in outer.modules()}
-    if not any(id(m) in known and id(m) not in called for m in below):
-        return None
-    parameter = _parameter_above(node)
-    inside = None if parameter is None else reach.innermost_holding(parameter, reach.modules_in(node.graph))
-    return inside if any(inside is m for m in below) and id(inside) in known else None
+    touched = (m for m in reach.touched_modules() if m is not outer)
+    below = {id(m) for m in touched if any(is_forward_of(m, f) for f in frames)}
+    called = reach.modules_in(node.graph) if below else []
+    fitting = {id(m) for m in outer.modules() if id(m) in below} - {id(m) for m in called}
+    parameter = _parameter_above(node) if fitting else None
+    inside = None if parameter is None else reach.innermost_holding(parameter, called)
+    return inside if id(inside) in fitting else None
 
 
 def is_forward_of(module: nn.Module, frame: Mapping[str, str]) -> bool:

@@ -17,7 +17,7 @@ from llcompile.errors import LateAttachWarning, LLCompileError, StateAdoptedWarn
 from llcompile.options import Options
 from llcompile.passes import pipeline, states
 from llcompile.passes.session import Session
-from llcompile.passes.site import Site
+from llcompile.passes.candidate import Candidate
 from llcompile.patterns.known import capture
 from llcompile.report import Report
 from llcompile.torch_internals import compile_check, inner, logs, reach, recompile_room, splitters
@@ -96,7 +96,7 @@ def _rewrite(module: fx.GraphModule, parsed: Options) -> Callable[[Callable[...,
     report = driver.look(session)
     driver.check_strict(report, parsed)
     if parsed.level_weights == "none":
-        warn_if_switched_off(site.owner for site in session.sites)
+        warn_if_switched_off(candidate.owner for candidate in session.candidates)
     else:
         missed.check(session, parsed.on_miss)
     adapters.warn_if_frozen(_read(session), graph_inputs(module.graph))
@@ -180,7 +180,7 @@ def prepare() -> None:
 
 def _warn_late(session: Session) -> None:
     new = {(id(owner), name) for owner, name in session.attached}
-    modules = list(dict.fromkeys(s.module for s in session.sites if (id(s.owner), s.attribute) in new))
+    modules = list(dict.fromkeys(s.module for s in session.candidates if (id(s.owner), s.attribute) in new))
     some = ", ".join(modules[:3]) + ", ..." * (len(modules) > 3)
     warnings.warn(
         f"level weights were attached to {len(new)} mixers ({some}) at the first compiled call: an optimizer built "
@@ -190,8 +190,8 @@ def _warn_late(session: Session) -> None:
     )
 
 
-def _warn_adopted(sites: Sequence[Site]) -> None:
-    modules = list(dict.fromkeys(site.module for site in sites))
+def _warn_adopted(candidates: Sequence[Candidate]) -> None:
+    modules = list(dict.fromkeys(candidate.module for candidate in candidates))
     some = ", ".join(modules[:3]) + ", ..." * (len(modules) > 3)
     warnings.warn(
         f"the states of {len(modules)} mixers ({some}) come from the unconverted model. Each was imported as a "
@@ -204,8 +204,8 @@ def _warn_adopted(sites: Sequence[Site]) -> None:
 
 def _read(session: Session) -> list[tuple[nn.Module, str]]:
     """The owners whose level weights the graph reads, and the names of those."""
-    sites = [s for s in session.sites if s.open and s.level_weights is not None]
-    return [(s.owner, s.attribute) for s in sites if s.owner is not None]
+    candidates = [s for s in session.candidates if s.open and s.level_weights is not None]
+    return [(s.owner, s.attribute) for s in candidates if s.owner is not None]
 
 
 def _weight_positions(session: Session) -> list[int]:

@@ -24,7 +24,7 @@ from llcompile.look.records import MixerLook
 from llcompile.options import Options
 from llcompile.passes import discover
 from llcompile.passes.session import Session
-from llcompile.passes.site import Site
+from llcompile.passes.candidate import Candidate
 from llcompile.report import Report
 from llcompile.torch_internals import reach
 from llcompile.torch_internals.breaks import why_no_graph
@@ -275,7 +275,7 @@ class _Capture:
         self.report = self.report.merged(found)
         self.asked.update(id(module) for module in reach.modules_asked("training"))
         if not self.dry_run:
-            mixers = map(self._mixer, driver.distinct(session.sites))
+            mixers = map(self._mixer, driver.distinct(session.candidates))
             self.found.update({mixer.key: mixer for mixer in mixers if mixer is not None})
             return None
         if self.visit is not None:
@@ -286,12 +286,12 @@ class _Capture:
         self.mixers = [m for m in self.mixers if (m.module, m.where) not in again] + mixers_seen
         return original
 
-    def _mixer(self, site: Site) -> verify_.Mixer | None:
-        if site.owner is None:
+    def _mixer(self, candidate: Candidate) -> verify_.Mixer | None:
+        if candidate.owner is None:
             return None
-        proof = "" if site.certificate is None else site.certificate.dtype
-        fresh = id(site.level_weights) not in self.before
-        return verify_.Mixer(site.owner, site.attribute, site.module, site.where, proof, fresh)
+        proof = "" if candidate.certificate is None else candidate.certificate.dtype
+        fresh = id(candidate.level_weights) not in self.before
+        return verify_.Mixer(candidate.owner, candidate.attribute, candidate.module, candidate.where, proof, fresh)
 
 
 def _is_ours(other: Any) -> bool:

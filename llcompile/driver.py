@@ -16,7 +16,7 @@ from llcompile.errors import StrictError
 from llcompile.options import Options
 from llcompile.passes import pipeline
 from llcompile.passes.session import Session, Settings
-from llcompile.passes.site import CallSite, Site
+from llcompile.passes.candidate import CallCandidate, Candidate
 from llcompile.patterns import reasons
 from llcompile.patterns.known import capture
 from llcompile.patterns.records import Converted, Declined, GraphBreak
@@ -64,15 +64,15 @@ def report_of(session: Session) -> Report:
     """What the session has found, as a report."""
     broken = graph_break()
     return Report(
-        converted=tuple(_converted(site) for site in distinct(session.sites)),
+        converted=tuple(_converted(candidate) for candidate in distinct(session.candidates)),
         declined=(
-            *(Declined.because(s.given, s.module, s.where) for s in session.sites if s.given is not None),
+            *(Declined.because(s.given, s.module, s.where) for s in session.candidates if s.given is not None),
             *session.refused,
         ),
         untouched=tuple(session.untouched),
         graphs=1,
         breaks=() if broken is None else (GraphBreak(*broken),),
-        remarks=() if session.sites else tuple(_one_token(session)),
+        remarks=() if session.candidates else tuple(_one_token(session)),
     )
 
 
@@ -85,18 +85,18 @@ def _one_token(session: Session) -> Iterator[str]:
             yield f"{place}: give an example of several tokens"
 
 
-def distinct(sites: list[Site]) -> list[Site]:
-    """The open sites, without further calls of a module that has been called before."""
-    found: dict[Any, Site] = {}
-    for site in sites:
-        if site.open:
-            found.setdefault((id(site.owner), site.attribute, site.where) if site.owner else id(site), site)
+def distinct(candidates: list[Candidate]) -> list[Candidate]:
+    """The open candidates, without further calls of a module that has been called before."""
+    found: dict[Any, Candidate] = {}
+    for candidate in candidates:
+        if candidate.open:
+            found.setdefault((id(candidate.owner), candidate.attribute, candidate.where) if candidate.owner else id(candidate), candidate)
     return list(found.values())
 
 
 def give_up_opaque(session: Session) -> bool:
     """Whether the frame must be traced once more, to break the graph at declined calls that no compiler can trace."""
-    called = [(s, s.given) for s in session.sites if isinstance(s, CallSite) and s.leaf.row.opaque]
+    called = [(s, s.given) for s in session.candidates if isinstance(s, CallCandidate) and s.leaf.row.opaque]
     # Every one of them.
     new = [capture.give_up(s.leaf, s.arguments, s.owner, given) for s, given in called if given is not None]
     return any(new)
@@ -104,8 +104,8 @@ def give_up_opaque(session: Session) -> bool:
 
 def original_code(session: Session) -> Callable[..., Any]:
     """The graph with every captured call back as the library's own code, to be run as it is."""
-    for site in session.sites:
-        site.decline(reasons.EXAMPLE_RUN())
+    for candidate in session.candidates:
+        candidate.decline(reasons.EXAMPLE_RUN())
     pipeline.change(session)
     return session.module.forward
 
@@ -122,25 +122,25 @@ def check_strict(report: Report, options: Options) -> None:
         raise StrictError(f"strict=True, and no linear-time mixer was found in the graph; what was seen: {seen}.")
 
 
-def _converted(site: Site) -> Converted:
-    assert site.cell is not None
-    assert site.shape is not None
-    assert site.certificate is not None
-    weights = site.level_weights
+def _converted(candidate: Candidate) -> Converted:
+    assert candidate.cell is not None
+    assert candidate.shape is not None
+    assert candidate.certificate is not None
+    weights = candidate.level_weights
     return Converted(
-        module=site.module,
-        family=site.family,
-        decay=site.cell[0],
-        correction=site.cell[1],
-        origin=site.origin,
-        certificate=site.certificate,
+        module=candidate.module,
+        family=candidate.family,
+        decay=candidate.cell[0],
+        correction=candidate.cell[1],
+        origin=candidate.origin,
+        certificate=candidate.certificate,
         parameters=0 if weights is None else sum(p.numel() for p in weights.parameters()),
-        heads=site.shape.heads,
-        key_dim=site.shape.key_dim,
-        value_dim=site.shape.value_dim,
+        heads=candidate.shape.heads,
+        key_dim=candidate.shape.key_dim,
+        value_dim=candidate.shape.value_dim,
         level_weights="none" if weights is None else weights.kind,
-        where=site.where,
-        notes=site.all_notes,
+        where=candidate.where,
+        notes=candidate.all_notes,
     )
 
 

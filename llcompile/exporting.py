@@ -57,9 +57,9 @@ def _rewrite(module: fx.GraphModule) -> None:
     driver.look(session)
     for owner, name in session.attached:
         attachment.detach_one(owner, name)
-    for site in session.sites:
-        if (site.owner, site.attribute) in session.attached:
-            site.decline(reasons.NOT_EXPORTED())
+    for candidate in session.candidates:
+        if (candidate.owner, candidate.attribute) in session.attached:
+            candidate.decline(reasons.NOT_EXPORTED())
     missed.check(session, Options().on_miss)
     if driver.give_up_opaque(session):
         restart_trace("a declined call must run by itself")

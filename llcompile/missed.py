@@ -49,8 +49,8 @@ def misses(session: Session) -> Iterator[tuple[nn.Module, list[str]]]:
     Of several level weights of one owner some may belong to a mixer that does not run in this mode; they are missed if
     their mixer is there and was declined, if the code of their place ran, or if none of the owner's is read.
     """
-    read = {(id(s.owner), s.attribute) for s in session.sites if s.open and s.level_weights is not None}
-    declined = {(id(s.owner), s.attribute) for s in session.sites if not s.open}
+    read = {(id(s.owner), s.attribute) for s in session.candidates if s.open and s.level_weights is not None}
+    declined = {(id(s.owner), s.attribute) for s in session.candidates if not s.open}
     for owner in _ran(session):
         places = {name: weights.place for name, weights in held(owner)}
         unread = [name for name in places if (id(owner), name) not in read]
@@ -73,7 +73,7 @@ def _ran(session: Session) -> list[nn.Module]:
 def why(session: Session, owner: nn.Module) -> str:
     """Why level weights of a module have no part in a graph: what was said of its mixers, or of what came near."""
     module = _name(session, owner)
-    reasons = [f"{s.reason} ({s.where})" for s in session.sites if s.owner is owner and not s.open]
+    reasons = [f"{s.reason} ({s.where})" for s in session.candidates if s.owner is owner and not s.open]
     records = (*session.near_misses, *session.refused)
     named = bool(module) or owner is reach.root_module()
     reasons = reasons or [f"{r.reason} ({r.where})" for r in records if named and r.module == module]
@@ -86,8 +86,8 @@ def mode_name(training: bool) -> str:
 
 
 def _name(session: Session, owner: nn.Module) -> str:
-    sites = (site.module for site in session.sites if site.owner is owner)
-    return next(filter(None, sites), "") or session.settings.names.get(id(owner), "") or reach.path_of(owner)
+    candidates = (candidate.module for candidate in session.candidates if candidate.owner is owner)
+    return next(filter(None, candidates), "") or session.settings.names.get(id(owner), "") or reach.path_of(owner)
 
 
 def _message(session: Session, owner: nn.Module, unread: list[str]) -> str:

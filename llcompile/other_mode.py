@@ -62,7 +62,7 @@ class _Seen:
         self.missed: dict[tuple[int, str], str] = {}
 
     def note(self, session: Session, _: Report) -> None:
-        self.read.update((id(s.owner), s.attribute) for s in session.sites if s.open)
+        self.read.update((id(s.owner), s.attribute) for s in session.candidates if s.open)
         for owner, unread in missed.misses(session):
             self.missed.update(((id(owner), name), missed.why(session, owner)) for name in unread)
 

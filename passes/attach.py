@@ -10,7 +10,7 @@ from llcompile.errors import LevelWeightsError
 from llcompile.passes.one_token import remember
 from llcompile.passes.origin import Role, given, is_projected, projection_input, role_of
 from llcompile.passes.session import Session
-from llcompile.passes.site import Site, WrittenSite
+from llcompile.passes.candidate import Candidate, GraphCandidate
 from llcompile.patterns import reasons
 from llcompile.patterns.boundary import boundary
 from llcompile.torch_internals.inputs import input_value, is_handed_in_twice
@@ -23,114 +23,114 @@ _OPTIONS = {"kind": "level_weights", "levels": "levels"}
 
 
 def attach(session: Session) -> int:
-    """Gives every open site its level weights; returns how many were newly attached."""
+    """Gives every open candidate its level weights; returns how many were newly attached."""
     if session.settings.kind == "none":
         return 0
-    for site in session.sites:
-        if site.open and site.owner is None:
-            site.decline(reasons.NO_OWNER())
-        if site.open:
-            _attach(session, site)
+    for candidate in session.candidates:
+        if candidate.open and candidate.owner is None:
+            candidate.decline(reasons.NO_OWNER())
+        if candidate.open:
+            _attach(session, candidate)
     return len(session.attached)
 
 
-def _expect_values(session: Session, site: Site, weights: Any) -> None:
+def _expect_values(session: Session, candidate: Candidate, weights: Any) -> None:
     """The level weights must be where the graph can read them, and must have values if the operands have."""
-    assert site.owner is not None
-    operands = [node.meta["example_value"] for node in site.activations()]
+    assert candidate.owner is not None
+    operands = [node.meta["example_value"] for node in candidate.activations()]
     if any(t.is_meta for _, t in weights.tensors()) and not any(operand.is_meta for operand in operands):
-        site.decline(reasons.WEIGHTS_ON_META())
+        candidate.decline(reasons.WEIGHTS_ON_META())
     if session.marks:  # the owner's hook has handed them in
         return
     try:
-        session.settings.path(site.owner, site.attribute)
+        session.settings.path(candidate.owner, candidate.attribute)
     except LookupError as error:
-        site.decline(reasons.WEIGHTS_OUT_OF_REACH(error=error))
+        candidate.decline(reasons.WEIGHTS_OUT_OF_REACH(error=error))
 
 
-def _attach(session: Session, site: Site) -> None:
-    settings, owner, shape = session.settings, site.owner, site.shape
+def _attach(session: Session, candidate: Candidate) -> None:
+    settings, owner, shape = session.settings, candidate.owner, candidate.shape
     assert owner is not None
     assert shape is not None
-    weights = settings.find(owner, site.attribute)
-    if weights is not None and weights.heads != shape.heads and not _serves_all(weights, site):
+    weights = settings.find(owner, candidate.attribute)
+    if weights is not None and weights.heads != shape.heads and not _serves_all(weights, candidate):
         raise LevelWeightsError(
-            f"{site.module}.{site.attribute} was made for {weights.heads} heads and an input of width "
-            f"{weights.in_features}, but the mixer at {site.where} has {shape.heads} heads. "
+            f"{candidate.module}.{candidate.attribute} was made for {weights.heads} heads and an input of width "
+            f"{weights.in_features}, but the mixer at {candidate.where} has {shape.heads} heads. "
             "Call llcompile.revert(model) and convert it again."
         )
-    role, width = _find_source(site, weights)
-    if not site.open:
+    role, width = _find_source(candidate, weights)
+    if not candidate.open:
         return
     if weights is None:
         weights = settings.make(settings.kind if width else "static", shape.heads, settings.levels, width, owner)
         if not settings.dry_run:
-            settings.attach(owner, site.attribute, weights)
-            session.attached.append((owner, site.attribute))
+            settings.attach(owner, candidate.attribute, weights)
+            session.attached.append((owner, candidate.attribute))
     elif session.settings.compiles:
-        _expect_values(session, site, weights)
+        _expect_values(session, candidate, weights)
     if not settings.dry_run:
         # What a checkpoint does not say is learned from the first graph that tells.
-        weights.place = weights.place or site.place
-        if isinstance(site, WrittenSite):
-            with boundary(f"the place of {site.where}"):
-                weights.token = remember(site) or weights.token
+        weights.place = weights.place or candidate.place
+        if isinstance(candidate, GraphCandidate):
+            with boundary(f"the place of {candidate.where}"):
+                weights.token = remember(candidate) or weights.token
         weights.role = weights.role or role
-        if site.owner_input is not None and settings.compiles:
-            weights.owner_input = site.owner_input
-    _check_asked(session, site, weights)
-    site.level_weights = weights
+        if candidate.owner_input is not None and settings.compiles:
+            weights.owner_input = candidate.owner_input
+    _check_asked(session, candidate, weights)
+    candidate.level_weights = weights
 
 
-def _serves_all(weights: Any, site: Site) -> bool:
+def _serves_all(weights: Any, candidate: Candidate) -> bool:
     """Whether level weights of one head are those of all: heads that share queries and keys are one where the code
     reads them so, and several where it copies them (a chunk loop at a length of one chunk)."""
-    return isinstance(site, WrittenSite) and weights.heads == 1
+    return isinstance(candidate, GraphCandidate) and weights.heads == 1
 
 
-def _check_asked(session: Session, site: Site, weights: Any) -> None:
+def _check_asked(session: Session, candidate: Candidate, weights: Any) -> None:
     """What was asked for must not contradict level weights that are there; "static" is what an absent input gives."""
     asked = {name: value for name, value in session.settings.asked.items() if getattr(weights, name) != value}
-    if site.source is None and site.owner_input is None and weights.kind == "static":
+    if candidate.source is None and candidate.owner_input is None and weights.kind == "static":
         asked.pop("kind", None)
     if asked:
         said = " and ".join(f"{_OPTIONS[name]}={value!r}" for name, value in asked.items())
         raise LevelWeightsError(
-            f"options ask for {said}, but {site.module or 'the model'}.{site.attribute} has level weights already, of "
+            f"options ask for {said}, but {candidate.module or 'the model'}.{candidate.attribute} has level weights already, of "
             f"kind {weights.kind!r} with {weights.levels} levels. Leave the option out to use them; or call "
             "llcompile.revert(model), which deletes them, trained values included, and convert the model again."
         )
 
 
-def _find_source(site: Site, weights: Any) -> tuple[Role | None, int | None]:
+def _find_source(candidate: Candidate, weights: Any) -> tuple[Role | None, int | None]:
     """Finds what the level weights read, in the graph or among the owner's arguments: its role and its width.
 
-    Declines the site where level weights are there, or would be, and cannot be fed.
+    Declines the candidate where level weights are there, or would be, and cannot be fed.
     """
-    assert site.owner is not None
+    assert candidate.owner is not None
     role = None if weights is None else weights.role
-    call = call_under_way(site.owner)
-    node = projection_input(site)
-    cut = _is_cut_off(site, call)
-    if node is not None and not _is_wide(weights) and is_handed_in_twice(site.region.outer(node)):
+    call = call_under_way(candidate.owner)
+    node = projection_input(candidate)
+    cut = _is_cut_off(candidate, call)
+    if node is not None and not _is_wide(weights) and is_handed_in_twice(candidate.region.outer(node)):
         return None, None  # another call may hand in another tensor for each operand
     if weights is not None and not _is_wide(weights):
-        site.source = node
+        candidate.source = node
         return None, None
     if node is not None and (not cut or is_projected(node)):
-        found = role_of(site, node)
+        found = role_of(candidate, node)
         width = _width(node)
         if weights is None or (width == weights.in_features and (role is None or role.fits(found, cut))):
-            site.source = node
+            candidate.source = node
             return found, width
     elif node is None and not cut and weights is None:
         return None, None  # no tensor is what all operands come from
     if call is not None and cut and (role is None or role.own):
-        tensor = call.sequence(*map(size_hint, site.rows_and_tokens))
+        tensor = call.sequence(*map(size_hint, candidate.rows_and_tokens))
         if tensor is not None and (weights is None or tensor.shape[-1] == weights.in_features):
-            site.owner_input = tensor
+            candidate.owner_input = tensor
             return Role(True, frozenset()), int(tensor.shape[-1])
-    site.decline(reasons.CUT_OFF_INPUT() if cut else reasons.OTHER_INPUT())
+    candidate.decline(reasons.CUT_OFF_INPUT() if cut else reasons.OTHER_INPUT())
     return None, None
 
 
@@ -139,22 +139,22 @@ def _is_wide(weights: Any) -> bool:
     return weights is not None and weights.in_features is not None
 
 
-def _is_cut_off(site: Site, call: Call | None) -> bool:
+def _is_cut_off(candidate: Candidate, call: Call | None) -> bool:
     """Whether the graph begins behind a break inside of the owner's forward: the operands come from what is handed in
     and is no argument of the owner."""
-    inputs = [input_value(site.region.outer(node)) for node in _roots(site)]
+    inputs = [input_value(candidate.region.outer(node)) for node in _roots(candidate)]
     if call is not None:
         return any(not call.holds(value) for value in inputs)
-    return is_resumed() and bool(inputs) and not _is_called(site)
+    return is_resumed() and bool(inputs) and not _is_called(candidate)
 
 
-def _is_called(site: Site) -> bool:
+def _is_called(candidate: Candidate) -> bool:
     """Whether the owner's call is a part of this graph."""
-    return any(key.split("@")[0] == str(id(site.owner)) for key in site.node.meta.get("nn_module_stack") or {})
+    return any(key.split("@")[0] == str(id(candidate.owner)) for key in candidate.node.meta.get("nn_module_stack") or {})
 
 
-def _roots(site: Site) -> list[fx.Node]:
-    return [node for node in given(site) if node.op == "placeholder"]
+def _roots(candidate: Candidate) -> list[fx.Node]:
+    return [node for node in given(candidate) if node.op == "placeholder"]
 
 
 def _width(node: fx.Node) -> int:

@@ -6,7 +6,7 @@ import torch
 
 from llcompile.errors import MixerError
 from llcompile.passes.session import Session
-from llcompile.passes.site import CallSite
+from llcompile.passes.candidate import CallCandidate
 from llcompile.patterns import reasons
 from llcompile.patterns.boundary import boundary
 from llcompile.patterns.known.arguments import Mismatch, read_call
@@ -15,28 +15,28 @@ from llcompile.torch_internals.inputs import fake_mode_of
 
 
 def bind(session: Session) -> int:
-    """Gives every site its call, mixer and sizes; returns how many were bound."""
-    for site in session.sites:
-        if isinstance(site, CallSite):
-            with boundary(site.where) as outcome:
-                _bind(site)
+    """Gives every candidate its call, mixer and sizes; returns how many were bound."""
+    for candidate in session.candidates:
+        if isinstance(candidate, CallCandidate):
+            with boundary(candidate.where) as outcome:
+                _bind(candidate)
             if outcome.failed:
-                site.decline(outcome.given)
-    return sum(site.open for site in session.sites)
+                candidate.decline(outcome.given)
+    return sum(candidate.open for candidate in session.candidates)
 
 
-def _bind(site: CallSite) -> None:
-    row, leaf = site.leaf.row, site.leaf
+def _bind(candidate: CallCandidate) -> None:
+    row, leaf = candidate.leaf.row, candidate.leaf
     if leaf.problem is not None:
-        return site.decline(leaf.problem)
+        return candidate.decline(leaf.problem)
     try:
-        site.bound = read_call(row, leaf.plain, site.arguments)
+        candidate.bound = read_call(row, leaf.plain, candidate.arguments)
     except Mismatch as mismatch:
-        return site.decline(mismatch.given)
+        return candidate.decline(mismatch.given)
     try:
-        with fake_mode_of(site.node.graph), torch.no_grad():
-            mixer = row.bind(site.call)
-            site.cell, site.shape = (mixer.decay, mixer.correction), validate(mixer)
+        with fake_mode_of(candidate.node.graph), torch.no_grad():
+            mixer = row.bind(candidate.call)
+            candidate.cell, candidate.shape = (mixer.decay, mixer.correction), validate(mixer)
     except MixerError as error:
-        return site.decline(reasons.OPERANDS_UNFIT(problem=error))
+        return candidate.decline(reasons.OPERANDS_UNFIT(problem=error))
     return None

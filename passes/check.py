@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llcompile.errors import GraphError
 from llcompile.passes.session import Session
-from llcompile.passes.site import CallSite
+from llcompile.passes.candidate import CallCandidate
 
 
 def check(session: Session, after: str) -> None:
@@ -22,6 +22,6 @@ def check(session: Session, after: str) -> None:
         if node.users and computed and "example_value" not in node.meta:
             raise GraphError(f"node {node.format_node()} has no example_value after pass {after!r}")
     present = set(nodes)
-    for site in session.sites:
-        if after == "rewrite" and isinstance(site, CallSite) and site.node in present:
-            raise GraphError(f"the call at {site.where} is still in the graph after pass {after!r}")
+    for candidate in session.candidates:
+        if after == "rewrite" and isinstance(candidate, CallCandidate) and candidate.node in present:
+            raise GraphError(f"the call at {candidate.where} is still in the graph after pass {after!r}")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from llcompile.passes.session import Session, module_name
-from llcompile.passes.site import CallSite
+from llcompile.passes.candidate import CallCandidate
 from llcompile.patterns import reasons
 from llcompile.patterns.known.capture import leaf_of, take_refused
 from llcompile.patterns.records import Declined
@@ -15,20 +15,20 @@ from llcompile.torch_internals.places import module_of, place_of, user_line
 
 
 def discover(session: Session) -> int:
-    """Fills `session.sites`; returns how many mixers were found."""
+    """Fills `session.candidates`; returns how many mixers were found."""
     captured = [(r, n, leaf_of(n.target)) for r in session.regions for n in r.graph.nodes if n.op == "call_function"]
     for region, node, leaf in captured:
         if leaf is None:
             continue
         key, name = place_of(node)
-        site = CallSite(node, region, session.name(key, name), user_line(node.meta), leaf=leaf)
+        candidate = CallCandidate(node, region, session.name(key, name), user_line(node.meta), leaf=leaf)
         if region.closed:
-            site.decline(reasons.CLOSED_BODY(operation=region.closed))
+            candidate.decline(reasons.CLOSED_BODY(operation=region.closed))
         if key:
-            site.owner = reach.find_module(key)
-        session.sites.append(site)
+            candidate.owner = reach.find_module(key)
+        session.candidates.append(candidate)
     session.refused.extend(refused_calls(session.settings.names))
-    return len(session.sites)
+    return len(session.candidates)
 
 
 def refused_calls(names: Mapping[int, str]) -> list[Declined]:

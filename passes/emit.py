@@ -7,55 +7,55 @@ from torch import fx
 from llcompile.errors import MissedLevelWeightsError
 from llcompile.passes.marks import marked_tensors
 from llcompile.passes.session import Session
-from llcompile.passes.site import Site
+from llcompile.passes.candidate import Candidate
 from llcompile.torch_internals import reach
 from llcompile.torch_internals.inputs import fake_mode_of, hold_tensor
 from llcompile.torch_internals.owner_input import HELD
 from llcompile.torch_internals.places import place_of
 
 
-def weight_inputs(session: Session, site: Site, inputs: dict[tuple[int, str], fx.Node]) -> list[fx.Node]:
+def weight_inputs(session: Session, candidate: Candidate, inputs: dict[tuple[int, str], fx.Node]) -> list[fx.Node]:
     """The level weights' tensors: as the owner's call has them, else as inputs of the program, each made once.
 
-    Inputs are handed into the site's region.
+    Inputs are handed into the candidate's region.
     """
-    if site.level_weights is None or site.owner is None:
+    if candidate.level_weights is None or candidate.owner is None:
         return []
-    marked = marked_tensors(session.marks, site.region, place_of(site.node)[0], site.attribute)
+    marked = marked_tensors(session.marks, candidate.region, place_of(candidate.node)[0], candidate.attribute)
     if marked is not None:
         return list(marked)
     nodes = []
-    for name, tensor in site.level_weights.tensors():
+    for name, tensor in candidate.level_weights.tensors():
         key = (id(tensor), name)
         if key not in inputs:
             if session.settings.dry_run:  # nothing is attached that Dynamo could read
-                inputs[key] = hold_tensor(session.module, (site.attribute, name), tensor)
+                inputs[key] = hold_tensor(session.module, (candidate.attribute, name), tensor)
             else:
-                path = session.settings.path(site.owner, site.attribute)
-                inputs[key] = _input(session, site, (site.attribute, *path, name))
-        nodes.append(site.region.lift(inputs[key]))
+                path = session.settings.path(candidate.owner, candidate.attribute)
+                inputs[key] = _input(session, candidate, (candidate.attribute, *path, name))
+        nodes.append(candidate.region.lift(inputs[key]))
     return nodes
 
 
-def _input(session: Session, site: Site, path: tuple[str, ...]) -> fx.Node:
-    assert site.owner is not None
+def _input(session: Session, candidate: Candidate, path: tuple[str, ...]) -> fx.Node:
+    assert candidate.owner is not None
     try:
-        return reach.add_tensor_input(session.graph, site.owner, path)
+        return reach.add_tensor_input(session.graph, candidate.owner, path)
     except LookupError as error:
         raise MissedLevelWeightsError(
-            f"{site.module or type(site.owner).__name__}: its level weights cannot be read in this frame: {error}. "
+            f"{candidate.module or type(candidate.owner).__name__}: its level weights cannot be read in this frame: {error}. "
             "Compile the model as a whole, or run the call uncompiled."
         ) from error
 
 
-def owner_input(session: Session, site: Site) -> fx.Node:
-    """What the owner was called with, [B, T, D], as an input of the program, handed into the site's region."""
-    assert site.owner is not None
-    assert site.owner_input is not None
+def owner_input(session: Session, candidate: Candidate) -> fx.Node:
+    """What the owner was called with, [B, T, D], as an input of the program, handed into the candidate's region."""
+    assert candidate.owner is not None
+    assert candidate.owner_input is not None
     if session.settings.dry_run:
-        return site.region.lift(hold_tensor(session.module, (site.attribute, HELD), site.owner_input))
-    path = (site.attribute, *session.settings.path(site.owner, site.attribute), HELD)
-    return site.region.lift(_input(session, site, path))
+        return candidate.region.lift(hold_tensor(session.module, (candidate.attribute, HELD), candidate.owner_input))
+    path = (candidate.attribute, *session.settings.path(candidate.owner, candidate.attribute), HELD)
+    return candidate.region.lift(_input(session, candidate, path))
 
 
 def infer_values(nodes: list[fx.Node], template: fx.Node) -> None:

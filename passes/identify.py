@@ -35,7 +35,7 @@ def identify(session: Session) -> int:
         with boundary("the mechanisms of a graph"):
             _name(session, region, records, rest)
     said = {r.module for r in records.values()} | {m.module for m in session.near_misses}
-    said |= {site.module for site in session.sites}
+    said |= {candidate.module for candidate in session.candidates}
     records.update({(r.module, r.kind): r for r in reversed(rest) if r.module not in said})
     session.untouched = list(records.values())
     named = {record.module for record in session.untouched}
@@ -47,12 +47,12 @@ def _name(session: Session, region: Region, records: dict[tuple[str, str], Untou
     """Adds the mechanisms of one graph, and what is one only where nothing else is found."""
     facts = Facts(region)
     axes = TimeAxes(facts)
-    sites = [site.node for site in session.sites if site.node in facts.position]
-    for found in _found(facts, axes, sites):
+    candidates = [candidate.node for candidate in session.candidates if candidate.node in facts.position]
+    for found in _found(facts, axes, candidates):
         record = _record(session, found)
-        if not _is_site(session, found, record.module, record.where):
+        if not _is_candidate(session, found, record.module, record.where):
             records.setdefault((record.module, found.kind), record)
-    fed = _feeding(facts, set(sites))
+    fed = _feeding(facts, set(candidates))
     rest.extend(_record(session, found) for find in REST for found in find(facts, axes) if found.node not in fed)
 
 
@@ -62,7 +62,7 @@ def _record(session: Session, found: Found) -> Untouched:
     return Untouched(session.name(key, path), found.kind, where, found.heads, found.groups)
 
 
-def _found(facts: Facts, axes: TimeAxes, sites: list[fx.Node]) -> Iterator[Found]:
+def _found(facts: Facts, axes: TimeAxes, candidates: list[fx.Node]) -> Iterator[Found]:
     mixers: list[Found] = []
     taken: set[fx.Node] = set()
     for found in (found for find in MIXERS for found in find(facts, axes)):
@@ -70,7 +70,7 @@ def _found(facts: Facts, axes: TimeAxes, sites: list[fx.Node]) -> Iterator[Found
             mixers.append(found)
             taken |= found.inside
     yield from mixers
-    fed = _feeding(facts, {*sites, *taken})
+    fed = _feeding(facts, {*candidates, *taken})
     yield from (found for find in HELPERS for found in find(facts, axes) if found.node not in fed)
 
 
@@ -83,14 +83,14 @@ def _feeding(facts: Facts, mixers: set[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def _is_site(session: Session, found: Found, module: str, where: str) -> bool:
+def _is_candidate(session: Session, found: Found, module: str, where: str) -> bool:
     """Whether it is a linear-time mixer that the report has already, its denominator, or a convolution before it."""
-    sites = [site for site in session.sites if module == site.module or module.startswith(site.module + ".")]
+    candidates = [candidate for candidate in session.candidates if module == candidate.module or module.startswith(candidate.module + ".")]
     if "convolution" in found.kind:
-        return bool(sites)
+        return bool(candidates)
     if found.heads is not None or "attention" in found.kind:
-        return any((module, where) == (s.module, s.where) for s in sites)
-    return any(_function(where) == _function(s.where) for s in sites if module == s.module)
+        return any((module, where) == (s.module, s.where) for s in candidates)
+    return any(_function(where) == _function(s.where) for s in candidates if module == s.module)
 
 
 def _function(where: str) -> tuple[str, str]:

@@ -17,7 +17,7 @@ from typing import Any
 from torch import fx, nn
 
 from llcompile.passes.session import Session
-from llcompile.passes.site import Site
+from llcompile.passes.candidate import Candidate
 from llcompile.patterns import reasons
 from llcompile.patterns.graph.walk import walk
 from llcompile.torch_internals.inputs import input_value, is_parameter
@@ -47,20 +47,20 @@ class CodePlace:
 
 
 def names(session: Session) -> int:
-    """Finds each site's place, and the name that its level weights have or will have; returns how many have some."""
-    calls: dict[Any, list[Site]] = {}
-    for site in session.sites:
+    """Finds each candidate's place, and the name that its level weights have or will have; returns how many have some."""
+    calls: dict[Any, list[Candidate]] = {}
+    for candidate in session.candidates:
         # A module that is called twice has one mixer: each call is named by itself.
-        calls.setdefault((id(site.owner), *place_of(site.node)), []).append(site)
+        calls.setdefault((id(candidate.owner), *place_of(candidate.node)), []).append(candidate)
     known: dict[nn.Module | None, dict[str, Any]] = {}
-    for sites in calls.values():
-        owner = sites[0].owner
+    for candidates in calls.values():
+        owner = candidates[0].owner
         if owner not in known:
             held = [] if owner is None else session.settings.held(owner)
             known[owner] = {n: _as_now(w.place, owner) for n, w in held}
-        _number(sites)
-        _name(sites, known[owner])
-    return sum(site.owner is not None for site in session.sites)
+        _number(candidates)
+        _name(candidates, known[owner])
+    return sum(candidate.owner is not None for candidate in session.candidates)
 
 
 def _as_now(place: CodePlace | None, owner: nn.Module | None) -> CodePlace | None:
@@ -70,41 +70,41 @@ def _as_now(place: CodePlace | None, owner: nn.Module | None) -> CodePlace | Non
     return replace(place, operands=place.operands.intersection(_own_parameters(owner).values()))
 
 
-def _number(sites: list[Site]) -> None:
+def _number(candidates: list[Candidate]) -> None:
     seen: Counter[Any] = Counter()
-    for site in sites:
-        lines, operands = code_lines(site.node.meta, site.owner), _operands(site)
-        site.place = CodePlace(lines, operands, seen[lines, operands])
+    for candidate in candidates:
+        lines, operands = code_lines(candidate.node.meta, candidate.owner), _operands(candidate)
+        candidate.place = CodePlace(lines, operands, seen[lines, operands])
         seen[lines, operands] += 1
 
 
-def _name(sites: list[Site], held: dict[str, CodePlace | None]) -> None:
-    """Gives each site the name of the level weights of its place, or a free one; `held` says which there are."""
+def _name(candidates: list[Candidate], held: dict[str, CodePlace | None]) -> None:
+    """Gives each candidate the name of the level weights of its place, or a free one; `held` says which there are."""
     known = {name: place for name, place in held.items() if place is not None}
-    pending = list(sites)
+    pending = list(candidates)
     for rule in _RULES:
-        for site in list(pending):
-            fits = [name for name, place in known.items() if rule(place, _place(site))]
+        for candidate in list(pending):
+            fits = [name for name, place in known.items() if rule(place, _place(candidate))]
             if len(fits) > 1:
-                site.decline(reasons.AMBIGUOUS_WEIGHTS())
+                candidate.decline(reasons.AMBIGUOUS_WEIGHTS())
             if fits:
-                pending.remove(site)
-                site.attribute = fits[0]
+                pending.remove(candidate)
+                candidate.attribute = fits[0]
             if len(fits) == 1:
                 del known[fits[0]]
     unplaced = [name for name, place in held.items() if place is None]
     if len(unplaced) > len(pending) > 0:
-        for site in pending:
-            site.decline(reasons.AMBIGUOUS_CHECKPOINT())
+        for candidate in pending:
+            candidate.decline(reasons.AMBIGUOUS_CHECKPOINT())
     free = (name for name in _names() if name not in held)
-    for site in pending:
-        site.attribute = unplaced.pop(0) if unplaced else next(free)
-        held[site.attribute] = _place(site)
+    for candidate in pending:
+        candidate.attribute = unplaced.pop(0) if unplaced else next(free)
+        held[candidate.attribute] = _place(candidate)
 
 
-def _place(site: Site) -> CodePlace:
-    assert isinstance(site.place, CodePlace)
-    return site.place
+def _place(candidate: Candidate) -> CodePlace:
+    assert isinstance(candidate.place, CodePlace)
+    return candidate.place
 
 
 def _names() -> Iterator[str]:
@@ -196,16 +196,16 @@ def _walk(node: ast.AST, prefix: str) -> Iterator[tuple[int, int, str]]:
         yield from _walk(child, name)
 
 
-def _operands(site: Site) -> frozenset[str]:
+def _operands(candidate: Candidate) -> frozenset[str]:
     """The owner's parameters that the operands are made with, the nearest on each way."""
-    if site.owner is None:
+    if candidate.owner is None:
         return frozenset()
-    names = _own_parameters(site.owner)
+    names = _own_parameters(candidate.owner)
 
     def parameters(node: fx.Node) -> list[Any]:
-        return [held for n in node.all_input_nodes if is_parameter(held := _held(site, n))]
+        return [held for n in node.all_input_nodes if is_parameter(held := _held(candidate, n))]
 
-    above = walk(site.activations(), lambda node: () if parameters(node) else node.all_input_nodes)
+    above = walk(candidate.activations(), lambda node: () if parameters(node) else node.all_input_nodes)
     return frozenset(names[id(held)] for node in above for held in parameters(node) if id(held) in names)
 
 
@@ -214,6 +214,6 @@ def _own_parameters(owner: nn.Module) -> dict[int, str]:
     return {id(parameter): name for name, parameter in owner.named_parameters() if ".loglinear" not in f".{name}"}
 
 
-def _held(site: Site, node: fx.Node) -> Any:
-    outer = site.region.outer(node) if node.op == "placeholder" else node
+def _held(candidate: Candidate, node: fx.Node) -> Any:
+    outer = candidate.region.outer(node) if node.op == "placeholder" else node
     return input_value(outer) if outer.op == "placeholder" else None

@@ -19,7 +19,7 @@ from torch import fx, nn
 
 from llcompile.passes.one_token_proof import off_linear
 from llcompile.passes.session import Session
-from llcompile.passes.site import TokenSite, WrittenSite
+from llcompile.passes.candidate import TokenCandidate, GraphCandidate
 from llcompile.passes.spots import Call, Spot, Spots, stack_of
 from llcompile.patterns import reasons
 from llcompile.patterns.boundary import boundary
@@ -111,17 +111,17 @@ class Token:
         return (0, 1) if shape[:2] == [batch, 1] else (1, 0) if shape[:2] == [1, batch] else None
 
 
-def remember(site: WrittenSite) -> Place | None:
+def remember(candidate: GraphCandidate) -> Place | None:
     """Where a mixer that was recognised among several tokens would be found with one; None where that is not known."""
-    if len(site.found.reading.axes.batch) > 1 or not all(map(_is_plain, site.group)):
+    if len(candidate.found.reading.axes.batch) > 1 or not all(map(_is_plain, candidate.group)):
         return None
-    spots = Spots(site.region.graph, site.owner)
+    spots = Spots(candidate.region.graph, candidate.owner)
     try:
-        parts = tuple(_part_place(spots, found) for found in site.group)
-        operands = tuple(spots.of(node, before=site.found.anchor) for node in site.found.activations())
+        parts = tuple(_part_place(spots, found) for found in candidate.group)
+        operands = tuple(spots.of(node, before=candidate.found.anchor) for node in candidate.found.activations())
     except LookupError:
         return None
-    return Place(parts, operands, site.cell, MixerShape(*site.found.sizes))
+    return Place(parts, operands, candidate.cell, MixerShape(*candidate.found.sizes))
 
 
 def _part_place(spots: Spots, found: Found) -> PartPlace:
@@ -145,11 +145,11 @@ def _part_place(spots: Spots, found: Found) -> PartPlace:
 
 
 def one_token(session: Session) -> int:
-    """Adds a site for each remembered mixer of a module that ran with one token; returns how many."""
+    """Adds a candidate for each remembered mixer of a module that ran with one token; returns how many."""
     if session.settings.dry_run:  # a look shows what was recognised
         return 0
-    before = len(session.sites)
-    seen = {(id(site.owner), site.attribute) for site in session.sites}
+    before = len(session.candidates)
+    seen = {(id(candidate.owner), candidate.attribute) for candidate in session.candidates}
     for region, owner, key in _calls(session):
         places = {name: weights.token for name, weights in session.settings.held(owner)}
         places = {name: place for name, place in places.items() if place and (id(owner), name) not in seen}
@@ -159,22 +159,22 @@ def one_token(session: Session) -> int:
             with boundary(f"{type(owner).__name__} with one token"):
                 token = _find(spots, key, place)
                 if token is not None:
-                    session.sites.append(_site(session, region, owner, name, token))
-    return len(session.sites) - before
+                    session.candidates.append(_candidate(session, region, owner, name, token))
+    return len(session.candidates) - before
 
 
-def _site(session: Session, region: Region, owner: nn.Module, name: str, token: Token) -> TokenSite:
+def _candidate(session: Session, region: Region, owner: nn.Module, name: str, token: Token) -> TokenCandidate:
     node = token.parts[-1].output
     module = session.name(*place_of(node))
-    site = TokenSite(node, region, module, user_line(node.meta), owner, name, token=token)
-    site.cell, site.shape = token.place.cell, token.place.shape
+    candidate = TokenCandidate(node, region, module, user_line(node.meta), owner, name, token=token)
+    candidate.cell, candidate.shape = token.place.cell, token.place.shape
     error = off_linear(region, ((part.values, part.output) for part in token.parts), token.operands)
-    site.certificate = Certificate(error, "float64", 2)
+    candidate.certificate = Certificate(error, "float64", 2)
     if not error <= _BUDGET:
-        site.decline(reasons.ONE_TOKEN_NOT_LINEAR())
+        candidate.decline(reasons.ONE_TOKEN_NOT_LINEAR())
     if not all(_stands_alone(region, part.output) for part in token.parts):
-        site.decline(reasons.ONE_TOKEN_CHANGED())
-    return site
+        candidate.decline(reasons.ONE_TOKEN_CHANGED())
+    return candidate
 
 
 def _stands_alone(region: Region, output: fx.Node) -> bool:

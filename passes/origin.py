@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from llcompile.passes.site import Site
+from llcompile.passes.candidate import Candidate
 from llcompile.torch_internals import reach
 from llcompile.torch_internals.inputs import input_value, is_number, is_parameter, module_tensors
 
@@ -45,24 +45,24 @@ class Role:
         return bool(self.readers) or self.own == other.own
 
 
-def role_of(site: Site, node: fx.Node) -> Role:
-    """The role of a node of the site's graph."""
-    assert site.owner is not None
-    names = {id(parameter): name for name, parameter in site.owner.named_parameters()}
-    held = (input_value(site.region.outer(n)) for reader in _readers(node) for n in reader.all_input_nodes)
+def role_of(candidate: Candidate, node: fx.Node) -> Role:
+    """The role of a node of the candidate's graph."""
+    assert candidate.owner is not None
+    names = {id(parameter): name for name, parameter in candidate.owner.named_parameters()}
+    held = (input_value(candidate.region.outer(n)) for reader in _readers(node) for n in reader.all_input_nodes)
     readers = frozenset(names[id(parameter)] for parameter in held if id(parameter) in names)
     keys = {key.split("@")[0] for key in node.meta.get("nn_module_stack") or {}}
-    inside = str(id(site.owner)) in keys or reach.root_module() is site.owner
+    inside = str(id(candidate.owner)) in keys or reach.root_module() is candidate.owner
     return Role(node.op == "placeholder" or not inside, readers)
 
 
-def projection_input(site: Site) -> fx.Node | None:
-    """The node that the site's level weights are computed from, or None where no input dominates its operands.
+def projection_input(candidate: Candidate) -> fx.Node | None:
+    """The node that the candidate's level weights are computed from, or None where no input dominates its operands.
 
     The candidates are the common dominators of q, k and v; the nearest one that a projection reads is taken, so that
     the same tensor is found while prefilling, training and decoding, whatever lies between (convolutions, caches).
     """
-    candidates = [n for n in _dominators(site) if site.is_sequence(n)]
+    candidates = [n for n in _dominators(candidate) if candidate.is_sequence(n)]
     projected = [n for n in candidates if is_projected(n)]
     return next(iter(projected or candidates), None)
 
@@ -73,24 +73,24 @@ def data_inputs(node: fx.Node) -> list[fx.Node]:
     return [n for n in node.all_input_nodes if not isinstance(n.meta.get("example_value"), sizes)]
 
 
-def given(site: Site) -> list[fx.Node]:
+def given(candidate: Candidate) -> list[fx.Node]:
     """The program's inputs that the operands are computed from: no parameters, buffers, caches and masks."""
-    graph = _above(site)
+    graph = _above(candidate)
     return list(graph.successors(_ROOT)) if _ROOT in graph else []
 
 
-def _above(site: Site) -> nx.DiGraph[Any]:
+def _above(candidate: Candidate) -> nx.DiGraph[Any]:
     """Everything that the operands are computed from: from the root, over the inputs, to the operands and the sink."""
-    operands = site.activations()
+    operands = candidate.activations()
     graph: nx.DiGraph[Any] = nx.DiGraph()
     graph.add_edges_from((operand, _SINK) for operand in operands)
     pending, seen = list(operands), set(operands)
     while pending:
         node = pending.pop()
-        if node.op == "placeholder" and not is_constant_input(site.region.outer(node)):
+        if node.op == "placeholder" and not is_constant_input(candidate.region.outer(node)):
             graph.add_edge(_ROOT, node)
         for parent in data_inputs(node):
-            if parent in site.masks:  # says which tokens there are, and nothing about them
+            if parent in candidate.masks:  # says which tokens there are, and nothing about them
                 continue
             graph.add_edge(parent, node)
             if parent not in seen:
@@ -99,9 +99,9 @@ def _above(site: Site) -> nx.DiGraph[Any]:
     return graph
 
 
-def _dominators(site: Site) -> list[fx.Node]:
+def _dominators(candidate: Candidate) -> list[fx.Node]:
     """Common dominators of the operands, the nearest first."""
-    graph = _above(site)
+    graph = _above(candidate)
     if _ROOT not in graph:
         return []
     immediate = nx.immediate_dominators(graph, _ROOT)

@@ -6,7 +6,7 @@ from torch import fx
 
 from llcompile.passes.rewrite import plain_call
 from llcompile.passes.session import Session
-from llcompile.passes.site import CallSite
+from llcompile.passes.candidate import CallCandidate
 from llcompile.patterns.graph.regions import Region
 
 
@@ -23,9 +23,9 @@ def _copied(session: Session, region: Region, copies: dict[int, fx.GraphModule])
     nodes: dict[fx.Node, fx.Node] = {}
     result = graph.graph_copy(region.graph, nodes)
     graph.output(result)
-    for site in session.sites:
-        if isinstance(site, CallSite) and site.region is region:
-            nodes[site.node].target = plain_call(site)
+    for candidate in session.candidates:
+        if isinstance(candidate, CallCandidate) and candidate.region is region:
+            nodes[candidate.node].target = plain_call(candidate)
     module = fx.GraphModule(region.module, graph)
     for node in graph.find_nodes(op="get_attr"):
         body = copies.get(id(getattr(region.module, str(node.target), None)))

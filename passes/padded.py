@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 
-from llcompile.passes.site import CallSite, Site, WrittenSite
+from llcompile.passes.candidate import CallCandidate, Candidate, GraphCandidate
 from llcompile.patterns.graph.walk import walk
 from llcompile.torch_internals.sizes import size_hint
 
@@ -29,33 +29,33 @@ _PRODUCTS: dict[Any, int | None] = {
 }
 
 
-def writes_nothing(site: Site, masked: Iterable[fx.Node]) -> bool:
+def writes_nothing(candidate: Candidate, masked: Iterable[fx.Node]) -> bool:
     """Whether the values of tokens that the masked nodes zero are zero, too; where that cannot be seen, they are."""
-    values = _values(site)
+    values = _values(candidate)
     with _disable_current_modes(), torch.no_grad(), torch.device("cpu"):
         try:
-            results = _run(site, set(masked), values)
+            results = _run(candidate, set(masked), values)
             return all(_is_zero(results[value]) for value in values)
         except Exception as error:  # a node that does not run on its own: the whole model's comparison decides
             log.debug("padding: the nodes behind a mask do not run on zeros: %s", error)
             return True
 
 
-def _values(site: Site) -> list[fx.Node]:
-    if isinstance(site, WrittenSite):
-        value = site.found.reading.value
-        return [] if value is None else site.found.nodes_of(value)
-    assert isinstance(site, CallSite)
-    node = site.node.kwargs.get(site.leaf.row.tensor_with("V").name)
+def _values(candidate: Candidate) -> list[fx.Node]:
+    if isinstance(candidate, GraphCandidate):
+        value = candidate.found.reading.value
+        return [] if value is None else candidate.found.nodes_of(value)
+    assert isinstance(candidate, CallCandidate)
+    node = candidate.node.kwargs.get(candidate.leaf.row.tensor_with("V").name)
     return [node] if isinstance(node, fx.Node) else []
 
 
-def _run(site: Site, masked: set[fx.Node], values: list[fx.Node]) -> dict[fx.Node, Any]:
+def _run(candidate: Candidate, masked: set[fx.Node], values: list[fx.Node]) -> dict[fx.Node, Any]:
     """Results of the nodes between the masked ones, which are zero, and the values; what needs no mask is drawn."""
     between = _between(masked, values)
     results: dict[fx.Node, Any] = {}
     drawn: set[fx.Node] = set()
-    for node in site.node.graph.nodes:
+    for node in candidate.node.graph.nodes:
         if node not in between:
             continue
         if node in masked:

@@ -20,7 +20,7 @@ from torch import fx
 from llcompile.passes.origin import data_inputs, is_constant_input
 from llcompile.passes.padded import writes_nothing
 from llcompile.passes.session import Session
-from llcompile.passes.site import CallSite, Site, WrittenSite
+from llcompile.passes.candidate import CallCandidate, Candidate, GraphCandidate
 from llcompile.patterns.boundary import boundary
 from llcompile.patterns.graph.walk import walk
 from llcompile.torch_internals.sizes import size_hint
@@ -74,40 +74,40 @@ _COMPARES = {torch.ne, "ne", operator.ne, torch.eq, "eq", operator.eq}
 
 
 def padding(session: Session) -> int:
-    """Gives sites their padding mask where the graph has one; returns how many have."""
-    for site in session.sites:
-        if site.open and _has_rows(site):
-            with boundary(f"the padding of {site.where}"):
-                _find(site)
-    return sum(site.mask is not None for site in session.sites)
+    """Gives candidates their padding mask where the graph has one; returns how many have."""
+    for candidate in session.candidates:
+        if candidate.open and _has_rows(candidate):
+            with boundary(f"the padding of {candidate.where}"):
+                _find(candidate)
+    return sum(candidate.mask is not None for candidate in session.candidates)
 
 
-def _has_rows(site: Site) -> bool:
+def _has_rows(candidate: Candidate) -> bool:
     """Whether it works on rows of several tokens, which may be padded."""
-    if isinstance(site, CallSite):
-        return site.has_time and not site.packed
-    return isinstance(site, WrittenSite)
+    if isinstance(candidate, CallCandidate):
+        return candidate.has_time and not candidate.packed
+    return isinstance(candidate, GraphCandidate)
 
 
-def _find(site: Site) -> None:
-    operands = site.activations()
+def _find(candidate: Candidate) -> None:
+    operands = candidate.activations()
     masked: dict[Mask, set[fx.Node]] = {}
     for node in _ancestors(operands):
         mask = _mask_of(node)
         if mask is not None:
             masked.setdefault(mask, set()).add(node)
-    site.masks = frozenset(mask.node for mask in masked)
-    if isinstance(site, WrittenSite):
+    candidate.masks = frozenset(mask.node for mask in masked)
+    if isinstance(candidate, GraphCandidate):
         masked = {
-            mask: nodes for mask, nodes in masked.items() if site.found.batch_and_time == tuple(_sizes(mask.node))
+            mask: nodes for mask, nodes in masked.items() if candidate.found.batch_and_time == tuple(_sizes(mask.node))
         }
-    covering = [mask for mask, nodes in masked.items() if not _reached(site, operands, nodes)]
-    if covering and not writes_nothing(site, masked[covering[0]]):
-        site.notes.append(_WRITTEN)
+    covering = [mask for mask, nodes in masked.items() if not _reached(candidate, operands, nodes)]
+    if covering and not writes_nothing(candidate, masked[covering[0]]):
+        candidate.notes.append(_WRITTEN)
     elif covering:
-        site.mask, site.mask_inverted = covering[0].node, covering[0].inverted
+        candidate.mask, candidate.mask_inverted = covering[0].node, covering[0].inverted
     elif masked:
-        site.notes.append(_UNFOLLOWED)
+        candidate.notes.append(_UNFOLLOWED)
 
 
 def _ancestors(nodes: list[fx.Node]) -> Iterator[fx.Node]:
@@ -146,11 +146,11 @@ def _is_input(mask: fx.Node) -> bool:
     return all(_is_whole(node) for node in above) and any(node.op == "placeholder" for node in above)
 
 
-def _reached(site: Site, operands: list[fx.Node], masked: set[fx.Node]) -> bool:
+def _reached(candidate: Candidate, operands: list[fx.Node], masked: set[fx.Node]) -> bool:
     """Whether an operand depends on the model's input by a way that no masked node lies on."""
     open_ = lambda nodes: (n for n in nodes if n not in masked)  # noqa: E731
     reached = walk(open_(operands), lambda node: open_(data_inputs(node)))
-    return any(node.op == "placeholder" and not is_constant_input(site.region.outer(node)) for node in reached)
+    return any(node.op == "placeholder" and not is_constant_input(candidate.region.outer(node)) for node in reached)
 
 
 def _value(node: Any) -> Any:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from llcompile.passes.session import Session
-from llcompile.passes.site import WrittenSite
+from llcompile.passes.candidate import GraphCandidate
 from llcompile.patterns import reasons
 from llcompile.patterns.graph.effects import Effects, Storages
 from llcompile.patterns.reasons import GivenReason
@@ -73,15 +73,15 @@ def place(graph: fx.Graph, effects: Effects, found: Found, reads: Iterable[fx.No
 
 def placing(session: Session) -> int:
     """Declines each hand-written mixer whose rewrite would change the program; returns how many."""
-    before = sum(site.open for site in session.sites)
-    for site in session.sites:
-        for found in site.group if site.open and isinstance(site, WrittenSite) else ():
+    before = sum(candidate.open for candidate in session.candidates)
+    for candidate in session.candidates:
+        for found in candidate.group if candidate.open and isinstance(candidate, GraphCandidate) else ():
             if found is not None:
                 try:
-                    place(site.region.graph, site.region.effects, found)
+                    place(candidate.region.graph, candidate.region.effects, found)
                 except CannotPlace as problem:
-                    site.decline(problem.given)
-    return before - sum(site.open for site in session.sites)
+                    candidate.decline(problem.given)
+    return before - sum(candidate.open for candidate in session.candidates)
 
 
 def operand_nodes(found: Found) -> list[fx.Node]:

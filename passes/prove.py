@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from llcompile.passes.behaviour import behaviour
 from llcompile.passes.draws import draw_call, small_sizes
 from llcompile.passes.session import Session
-from llcompile.passes.site import CallSite
+from llcompile.passes.candidate import CallCandidate
 from llcompile.patterns import reasons
 from llcompile.patterns.agreement import BUDGETS, apart, gradients
 from llcompile.patterns.boundary import boundary
@@ -34,47 +34,47 @@ _proofs: dict[Any, Certificate | GivenReason] = {}
 
 
 def prove(session: Session) -> int:
-    """Gives every open site its certificate or declines it; returns how many were proved."""
+    """Gives every open candidate its certificate or declines it; returns how many were proved."""
     failed: dict[Any, GivenReason] = {}
-    for site in session.sites:
-        if site.open and isinstance(site, CallSite):
-            with boundary(site.where) as outcome:
-                _prove(site, session.settings.kind != "none", failed)
+    for candidate in session.candidates:
+        if candidate.open and isinstance(candidate, CallCandidate):
+            with boundary(candidate.where) as outcome:
+                _prove(candidate, session.settings.kind != "none", failed)
             if outcome.failed:
-                site.decline(outcome.given)
-    return sum(site.open for site in session.sites)
+                candidate.decline(outcome.given)
+    return sum(candidate.open for candidate in session.candidates)
 
 
-def _prove(site: CallSite, weighted: bool, failed: dict[Any, GivenReason]) -> None:
+def _prove(candidate: CallCandidate, weighted: bool, failed: dict[Any, GivenReason]) -> None:
     """`failed` are proofs that did not run in this look: want of memory, say, which need not last."""
-    key = (site.leaf.function, behaviour(site.leaf.plain), weighted, _fingerprint(site))
+    key = (candidate.leaf.function, behaviour(candidate.leaf.plain), weighted, _fingerprint(candidate))
     if key not in _proofs and key not in failed:
         with _disable_current_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
             try:
-                _proofs[key] = torch._dynamo.disable(_run_proof)(site, weighted)
+                _proofs[key] = torch._dynamo.disable(_run_proof)(candidate, weighted)
             except _DoesNotRun as error:
                 failed[key] = reasons.NOT_PROVABLE_HERE(problem=error)
     result = _proofs[key] if key in _proofs else failed[key]
     if isinstance(result, Certificate):
-        site.certificate = result
+        candidate.certificate = result
     else:
-        site.decline(result)
+        candidate.decline(result)
 
 
 class _DoesNotRun(Exception):
     """Neither the function nor anything that stands for it runs here and now."""
 
 
-def _fingerprint(site: CallSite) -> Any:
+def _fingerprint(candidate: CallCandidate) -> Any:
     """What a proof depends on: constants, which operands are given, the kind of state, and the small sizes."""
     facts = []
-    for name, value in sorted(site.call.values.items()):
-        if name in site.leaf.row.packing:
+    for name, value in sorted(candidate.call.values.items()):
+        if name in candidate.leaf.row.packing:
             continue
         facts.append(
             (name, "state" if is_level_state(value) else "tensor" if isinstance(value, torch.Tensor) else repr(value))
         )
-    return tuple(facts), tuple(sorted(small_sizes(site.call.sizes).items()))
+    return tuple(facts), tuple(sorted(small_sizes(candidate.call.sizes).items()))
 
 
 @dataclass(frozen=True)
@@ -95,16 +95,16 @@ class Original:
     budgets: tuple[tuple[str, float], ...] = BUDGETS
 
 
-def _run_proof(site: CallSite, weighted: bool) -> Certificate | GivenReason:
-    row, failures = site.leaf.row, []
-    for original in _originals(site):
+def _run_proof(candidate: CallCandidate, weighted: bool) -> Certificate | GivenReason:
+    row, failures = candidate.leaf.row, []
+    for original in _originals(candidate):
         try:
             worst = 0.0
             for seed, length in enumerate(LENGTHS):
-                theirs = _draw(row, original, site, seed, length)
-                worst = max(worst, _error(row, original, site, weighted, seed, theirs))
-            slopes = _gradient_error(row, original, site, weighted)
-            idle = _idle_operand(row, original, site)
+                theirs = _draw(row, original, candidate, seed, length)
+                worst = max(worst, _error(row, original, candidate, weighted, seed, theirs))
+            slopes = _gradient_error(row, original, candidate, weighted)
+            idle = _idle_operand(row, original, candidate)
         except Exception as error:
             what = f"{original.against or row.function} ({original.device})"
             failures.append(f"{what} does not run here: {type(error).__name__}: {error}".split("\n")[0])
@@ -121,29 +121,29 @@ def _run_proof(site: CallSite, weighted: bool) -> Certificate | GivenReason:
     raise _DoesNotRun("; ".join(failures))
 
 
-def _originals(site: CallSite) -> Iterator[Original]:
+def _originals(candidate: CallCandidate) -> Iterator[Original]:
     """What to compare with, in turn until one runs: the function, the library's references, the function on a GPU."""
-    yield Original(site.leaf.plain)
-    for name, reference in site.leaf.references():
+    yield Original(candidate.leaf.plain)
+    for name, reference in candidate.leaf.references():
         yield Original(reference, against=name)
-    if site.leaf.row.opaque and torch.cuda.is_available():
+    if candidate.leaf.row.opaque and torch.cuda.is_available():
         # Triton's products of float32 are TF32 by default, and some of these functions take no float32 at all.
-        function = site.leaf.function
+        function = candidate.leaf.function
         yield Original(function, device="cuda", dtype=torch.float32, budgets=(("tf32", 5e-3),))
         yield Original(function, device="cuda", dtype=torch.bfloat16, budgets=(("bfloat16", 2e-2),))
 
 
 def _error(
-    row: KnownFunction, original: Original, site: CallSite, weighted: bool, seed: int, theirs: dict[str, Any]
+    row: KnownFunction, original: Original, candidate: CallCandidate, weighted: bool, seed: int, theirs: dict[str, Any]
 ) -> float:
     """The largest relative difference of a result."""
-    transposed = _is_transposed(row, site)
-    expected, actual = _both(row, original, site, weighted, seed, theirs)
+    transposed = _is_transposed(row, candidate)
+    expected, actual = _both(row, original, candidate, weighted, seed, theirs)
     return max(_difference(a.cpu(), _sum_levels(b, transposed)) for a, b in zip(expected, actual, strict=True))
 
 
 def _both(
-    row: KnownFunction, original: Original, site: CallSite, weighted: bool, seed: int, theirs: dict[str, Any]
+    row: KnownFunction, original: Original, candidate: CallCandidate, weighted: bool, seed: int, theirs: dict[str, Any]
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """What the function and what our operator give for the same values."""
     # Rounded the same way, in float64; copies, because either side may write the state.
@@ -151,10 +151,10 @@ def _both(
     state_name = state_argument(row)
     # A state without levels that the function writes gets levels first (the pass `states`).
     gets_levels = weighted and row.writes_state is not None
-    if is_level_state(site.call[state_name]) or gets_levels:
-        ours[state_name] = _split_over_levels(ours[state_name], _is_transposed(row, site), seed)
+    if is_level_state(candidate.call[state_name]) or gets_levels:
+        ours[state_name] = _split_over_levels(ours[state_name], _is_transposed(row, candidate), seed)
     expected = _flat(row, original.run(**theirs), theirs)
-    call = read_call(row, site.leaf.plain, ours)
+    call = read_call(row, candidate.leaf.plain, ours)
     weights = None
     if weighted:
         value = call[row.tensor_with("V").name]
@@ -162,12 +162,12 @@ def _both(
     return expected, _flat(row, lower(row, call, call, weights), ours)
 
 
-def _gradient_error(row: KnownFunction, original: Original, site: CallSite, weighted: bool) -> float:
+def _gradient_error(row: KnownFunction, original: Original, candidate: CallCandidate, weighted: bool) -> float:
     """The largest relative difference of the gradients of a fixed function of the result, on a draw of its own.
 
     0 where the function has no backward: there is nothing that a rewrite could change.
     """
-    drawn = _draw(row, original, site, len(LENGTHS), LENGTHS[1])
+    drawn = _draw(row, original, candidate, len(LENGTHS), LENGTHS[1])
     written = row.writes_state
     names = [n for n, x in drawn.items() if isinstance(x, torch.Tensor) and x.is_floating_point() and n != written]
     leaves = [_once(drawn[name]).clone() for name in names]
@@ -176,7 +176,7 @@ def _gradient_error(row: KnownFunction, original: Original, site: CallSite, weig
         theirs = {name: x.clone() if name == written else x for name, x in drawn.items()}
         for name, leaf in zip(names, leaves, strict=True):
             theirs[name] = leaf.requires_grad_().expand(drawn[name].shape)
-        expected, actual = _both(row, original, site, weighted, len(LENGTHS), theirs)
+        expected, actual = _both(row, original, candidate, weighted, len(LENGTHS), theirs)
         try:
             slopes = gradients(expected[0], leaves)
         except (RuntimeError, NotImplementedError):
@@ -184,11 +184,11 @@ def _gradient_error(row: KnownFunction, original: Original, site: CallSite, weig
         return apart(slopes, gradients(actual[0], leaves))
 
 
-def _draw(row: KnownFunction, original: Original, site: CallSite, seed: int, length: int) -> dict[str, Any]:
+def _draw(row: KnownFunction, original: Original, candidate: CallCandidate, seed: int, length: int) -> dict[str, Any]:
     state = state_argument(row)  # kernels insist on float32 for it at least
     low = original.dtype if original.dtype == torch.float64 else torch.float32
     place = lambda name: (original.device, low if name == state else original.dtype)  # noqa: E731
-    return _moved(draw_call(row, site.call, seed, length), place)
+    return _moved(draw_call(row, candidate.call, seed, length), place)
 
 
 def _moved(values: dict[str, Any], place: Callable[[str], tuple[str, torch.dtype]]) -> dict[str, Any]:
@@ -228,10 +228,10 @@ def _sum_levels(state: torch.Tensor, transposed: bool) -> torch.Tensor:
     return linear.transpose(-1, -2) if transposed else linear
 
 
-def _is_transposed(row: KnownFunction, site: CallSite) -> bool:
+def _is_transposed(row: KnownFunction, candidate: CallCandidate) -> bool:
     """Whether the state of this call is [..., V, K]."""
     state = next((t for t in row.tensors if t.draw == "state"), None)
-    axes = row.axes(state, 4, site.call.values) if state is not None else None
+    axes = row.axes(state, 4, candidate.call.values) if state is not None else None
     return axes is not None and axes[-1] == "K"
 
 
@@ -246,13 +246,13 @@ def _split_over_levels(linear: torch.Tensor, transposed: bool, seed: int) -> tor
     return torch.cat([header, parts], dim=2).float()
 
 
-def _idle_operand(row: KnownFunction, original: Original, site: CallSite) -> str:
+def _idle_operand(row: KnownFunction, original: Original, candidate: CallCandidate) -> str:
     """The first operand that can be drawn anew without changing the result, or ""."""
     length = LENGTHS[1]
-    base = _output(original.run, _draw(row, original, site, 0, length))
-    other = _draw(row, original, site, 1, length)
+    base = _output(original.run, _draw(row, original, candidate, 0, length))
+    other = _draw(row, original, candidate, 1, length)
     for tensor in row.tensors:
-        changed = _draw(row, original, site, 0, length)
+        changed = _draw(row, original, candidate, 0, length)
         if not isinstance(changed.get(tensor.name), torch.Tensor):
             continue
         changed[tensor.name] = other[tensor.name]

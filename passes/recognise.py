@@ -6,7 +6,7 @@ import logging
 
 from llcompile.passes import lengths
 from llcompile.passes.session import Session
-from llcompile.passes.site import WrittenSite
+from llcompile.passes.candidate import GraphCandidate
 from llcompile.patterns.boundary import Outcome, boundary
 from llcompile.patterns.graph.regions import Region
 from llcompile.patterns.mixer import MixerShape
@@ -22,8 +22,8 @@ log = logging.getLogger("llcompile")
 
 
 def recognise(session: Session) -> int:
-    """Adds a site for each hand-written mixer, and a record for each near miss; returns how many mixers there are."""
-    before = len(session.sites)
+    """Adds a candidate for each hand-written mixer, and a record for each near miss; returns how many mixers there are."""
+    before = len(session.candidates)
     for region in session.regions:
         if region.closed:
             continue
@@ -36,7 +36,7 @@ def recognise(session: Session) -> int:
         log.debug("recognise: %s", ", ".join(f"{rule} {n}" for rule, n in sorted(findings.counts.items())))
         for found in findings.found:
             lengths.hold(found, findings.denominators.get(id(found), []))
-            _add_site(session, region, found, findings.denominators.get(id(found), []))
+            _add_candidate(session, region, found, findings.denominators.get(id(found), []))
         if session.settings.compiles:
             _guard(region, findings)
         if findings.one is not None:
@@ -47,7 +47,7 @@ def recognise(session: Session) -> int:
             session.near_misses.append(record)
             nodes = () if missed.part is None else (op.node for op in missed.part.ops)
             session.missed_nodes.setdefault(record, frozenset({*nodes, missed.anchor}))
-    return len(session.sites) - before
+    return len(session.candidates) - before
 
 
 def _guard(region: Region, findings: Findings) -> None:
@@ -59,18 +59,18 @@ def _guard(region: Region, findings: Findings) -> None:
         guard_numbers(region.outer(value.node), value.data)
 
 
-def _add_site(session: Session, region: Region, found: Found, denominators: list[Found]) -> None:
+def _add_candidate(session: Session, region: Region, found: Found, denominators: list[Found]) -> None:
     node = found.anchor
     key, name = place_of(node)
     owner = reach.find_module(key) if key else None
-    site = WrittenSite(
+    candidate = GraphCandidate(
         node, region, session.name(key, name), user_line(node.meta), owner, found=found, denominators=denominators
     )
-    site.cell, site.certificate = found.reading.family, found.certificate
-    site.shape = MixerShape(*found.sizes)
+    candidate.cell, candidate.certificate = found.reading.family, found.certificate
+    candidate.shape = MixerShape(*found.sizes)
     if found.fixed is not None and not found.held:
-        site.decline(found.fixed)
-    session.sites.append(site)
+        candidate.decline(found.fixed)
+    session.candidates.append(candidate)
 
 
 def _failed(session: Session, region: Region, outcome: Outcome) -> Declined:

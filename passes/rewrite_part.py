@@ -16,7 +16,7 @@ from llcompile.passes.emit import infer_values, weight_inputs
 from llcompile.passes.place import Place, copy_behind
 from llcompile.passes.place import place as placed
 from llcompile.passes.session import Session
-from llcompile.passes.site import Site, WrittenSite
+from llcompile.passes.candidate import Candidate, GraphCandidate
 from llcompile.patterns.graph.effects import Effects
 from llcompile.patterns.known.lower import OperatorCall, Sequences, call_operator
 from llcompile.patterns.mixer import Mixer
@@ -31,17 +31,17 @@ from llcompile.torch_internals.sizes import dims_by_stride
 _CALL = OperatorCall(own_state=False, single=False, wants_state=False)
 
 
-def write_part(session: Session, site: WrittenSite, inputs: dict[tuple[int, str], fx.Node]) -> None:
+def write_part(session: Session, candidate: GraphCandidate, inputs: dict[tuple[int, str], fx.Node]) -> None:
     """Writes one mixer, with the denominators that share its level weights."""
-    tensors = weight_inputs(session, site, inputs)
-    for found in site.group:
-        _write(session, site, found, tensors)
+    tensors = weight_inputs(session, candidate, inputs)
+    for found in candidate.group:
+        _write(session, candidate, found, tensors)
 
 
-def _write(session: Session, site: Site, found: Found, tensors: list[fx.Node]) -> None:
-    graph, effects = site.region.graph, site.region.effects
+def _write(session: Session, candidate: Candidate, found: Found, tensors: list[fx.Node]) -> None:
+    graph, effects = candidate.region.graph, candidate.region.effects
     lived, before = live(graph, effects), set(graph.nodes)
-    reads = [node for node in (_weighed(site), site.mask) if node is not None]
+    reads = [node for node in (_weighed(candidate), candidate.mask) if node is not None]
     place = placed(graph, effects, found, reads, trains=torch.is_grad_enabled())
     tracer = GraphAppendingTracer(graph)
     copies = {node: copy_behind(node) for node in place.copied}
@@ -52,12 +52,12 @@ def _write(session: Session, site: Site, found: Found, tensors: list[fx.Node]) -
 
     with graph.inserting_before(place.anchor.next):
         values = {source: _as_operand(graph, source, as_proxy) for source in found.reading.rows}
-        _guard(site, found, values)
+        _guard(candidate, found, values)
         size = _sizes(found, values)
         mixer = found.reading.mixer(values, size)
         mixer = _as_precise(found, mixer)
-        weights = _weights(session, site, found, mixer.value, [as_proxy(node) for node in tensors], as_proxy)
-        output, _ = call_operator(mixer, weights, _CALL, _sequences(site, as_proxy))
+        weights = _weights(session, candidate, found, mixer.value, [as_proxy(node) for node in tensors], as_proxy)
+        output, _ = call_operator(mixer, weights, _CALL, _sequences(candidate, as_proxy))
         result = found.reading.finish(output, values, size)
         if found.part.result.dtype != _dtype(found):
             result = result.to(found.part.result.dtype)
@@ -69,25 +69,25 @@ def _write(session: Session, site: Site, found: Found, tensors: list[fx.Node]) -
     new = [node for node in graph.nodes if node not in before]
     infer_values(new, place.anchor)
     effects.add(new)
-    site.written.extend(new)
+    candidate.written.extend(new)
     _put(graph, effects, place, result.node)
     found.program.results[result.node] = found.output  # parts behind it read it there
     erase_dead(graph, effects, lived)
 
 
-def _guard(site: Site, found: Found, values: Mapping[Source, Any]) -> None:
+def _guard(candidate: Candidate, found: Found, values: Mapping[Source, Any]) -> None:
     """A check in the graph of what the proof could not know: the range of a decay that is a parameter."""
     if found.reading.assumed and found.reading.decay is not None:
         decay = values[found.reading.decay]
         inside = torch.logical_and(decay > 0, decay <= 1).all()
-        torch._assert_async(inside, f"{site.module or 'the model'}: its decay must lie in (0, 1] (see the report)")
+        torch._assert_async(inside, f"{candidate.module or 'the model'}: its decay must lie in (0, 1] (see the report)")
 
 
-def _sequences(site: Site, as_proxy: Callable[[fx.Node], fx.Proxy]) -> Sequences | None:
-    if site.mask is None:
+def _sequences(candidate: Candidate, as_proxy: Callable[[fx.Node], fx.Proxy]) -> Sequences | None:
+    if candidate.mask is None:
         return None
-    mask = as_proxy(site.mask)
-    return Sequences(attention_mask=mask.eq(0) if site.mask_inverted else mask)
+    mask = as_proxy(candidate.mask)
+    return Sequences(attention_mask=mask.eq(0) if candidate.mask_inverted else mask)
 
 
 def _laid_out(result: Any, example: Any) -> Any:
@@ -156,35 +156,35 @@ def _sizes(found: Found, values: Mapping[Source, fx.Proxy]) -> Callable[[Atom], 
 
 def _weights(
     session: Session,
-    site: Site,
+    candidate: Candidate,
     found: Found,
     value: Any,
     tensors: list[fx.Proxy],
     as_proxy: Callable[[fx.Node], fx.Proxy],
 ) -> Any:
     """w [B, T, H, L]; None for the linear operator."""
-    weights = site.level_weights
+    weights = candidate.level_weights
     if weights is None:
         return None
-    source = _weighed(site)
+    source = _weighed(candidate)
     if source is None:
         like = value
     else:
-        like = _batch_first(found, source, as_proxy(source)) if site.owner_input is None else as_proxy(source)
+        like = _batch_first(found, source, as_proxy(source)) if candidate.owner_input is None else as_proxy(source)
     dtype = found.part.result.dtype if source is None else source.meta["example_value"].dtype
     made = session.settings.function(weights, dtype)(like, *tensors)  # [B, T, H, L]
     if weights.heads == 1 < found.sizes[0]:
         made = made.expand(-1, -1, found.sizes[0], -1)
     missing = _count(found.times.leaves) - _count(found.times.shorter)
-    if source is None or not missing or (site.owner_input is None and not found.is_shorter(source)):
+    if source is None or not missing or (candidate.owner_input is None and not found.is_shorter(source)):
         return made
     return torch.nn.functional.pad(made, (0, 0, 0, 0, 0, missing), value=1.0)  # positions that are cut off again
 
 
-def _weighed(site: Site) -> fx.Node | None:
+def _weighed(candidate: Candidate) -> fx.Node | None:
     """The node that the level weights are computed from; None where they read nothing."""
-    weights = site.level_weights
-    return None if weights is None or weights.in_features is None else site.source
+    weights = candidate.level_weights
+    return None if weights is None or weights.in_features is None else candidate.source
 
 
 def _count(axis: Axis) -> int:

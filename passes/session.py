@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from llcompile.passes.marks import Mark, take
-from llcompile.passes.site import Site
+from llcompile.passes.candidate import Candidate
 from llcompile.patterns.graph.regions import regions
 from llcompile.patterns.reasons import GivenReason
 from llcompile.patterns.records import Declined, Untouched
@@ -60,7 +60,7 @@ class Session:
 
     module: fx.GraphModule
     settings: Settings
-    sites: list[Site] = field(default_factory=list)
+    candidates: list[Candidate] = field(default_factory=list)
     refused: list[Declined] = field(default_factory=list)
     untouched: list[Untouched] = field(default_factory=list)
     # Parts that looked like mixers; those that have another name are left out of the report.

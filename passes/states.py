@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from llcompile.errors import StateError
 from llcompile.passes.session import Session
-from llcompile.passes.site import CallSite, WrittenSite
+from llcompile.passes.candidate import CallCandidate, GraphCandidate
 from llcompile.patterns import reasons
 from llcompile.patterns.known.arguments import is_level_state, state_argument
 from llcompile.patterns.known.states import state_problem
@@ -23,76 +23,76 @@ def states(session: Session) -> int:
     Raises:
         StateError: it was made by another model, for other sizes, or of another kind.
     """
-    for site in session.sites:
-        if isinstance(site, WrittenSite) and session.settings.kind != "none" and site.found.takes_state():
-            site.decline(reasons.LINEAR_STATE())
-    held = [site for site in session.sites if isinstance(site, CallSite) and _state_node(site) is not None]
-    for site in held:
-        levels = _levels(session, site)
-        problem = state_problem(site.leaf.row, site.arguments, levels, session.settings.kind != "none")
-        if problem is None and not site.open and is_level_state(_state(site)):
-            problem = f"it has levels, and this call has to run the library's own code, because {site.reason}"
+    for candidate in session.candidates:
+        if isinstance(candidate, GraphCandidate) and session.settings.kind != "none" and candidate.found.takes_state():
+            candidate.decline(reasons.LINEAR_STATE())
+    held = [candidate for candidate in session.candidates if isinstance(candidate, CallCandidate) and _state_node(candidate) is not None]
+    for candidate in held:
+        levels = _levels(session, candidate)
+        problem = state_problem(candidate.leaf.row, candidate.arguments, levels, session.settings.kind != "none")
+        if problem is None and not candidate.open and is_level_state(_state(candidate)):
+            problem = f"it has levels, and this call has to run the library's own code, because {candidate.reason}"
         if problem is not None:
             raise StateError(
-                f"{site.module or 'the model'} ({site.where}) received a state that does not belong to it: {problem}"
+                f"{candidate.module or 'the model'} ({candidate.where}) received a state that does not belong to it: {problem}"
             )
-        linear = session.settings.kind != "none" and not is_level_state(_state(site))
-        if site.open and linear and _tensor(site) is None and site.leaf.row.wants_state(site.call):
-            site.decline(reasons.STATE_WITHOUT_PLACE())
+        linear = session.settings.kind != "none" and not is_level_state(_state(candidate))
+        if candidate.open and linear and _tensor(candidate) is None and candidate.leaf.row.wants_state(candidate.call):
+            candidate.decline(reasons.STATE_WITHOUT_PLACE())
     return len(held)
 
 
-def adopt(session: Session) -> list[CallSite]:
-    """Turns linear states of the program's inputs into level states, in place; returns the sites that have one.
+def adopt(session: Session) -> list[CallCandidate]:
+    """Turns linear states of the program's inputs into level states, in place; returns the candidates that have one.
 
     All that such a state holds goes to the last level, and positions count from here. The tensor object stays the one
     that the user's cache holds, so that the next call finds the levels in it.
     """
     adopted = []
-    for site in session.sites:
-        if not isinstance(site, CallSite) or not site.open or site.level_weights is None:
+    for candidate in session.candidates:
+        if not isinstance(candidate, CallCandidate) or not candidate.open or candidate.level_weights is None:
             continue
-        tensor = _tensor(site)
+        tensor = _tensor(candidate)
         if tensor is None or tensor.dim() != 4:
             continue
         linear = tensor.detach().float()
-        linear = linear.transpose(-1, -2) if _value_first(site) else linear
-        levels = site.level_weights.levels
+        linear = linear.transpose(-1, -2) if _value_first(candidate) else linear
+        levels = candidate.level_weights.levels
         state = linear.new_zeros(*linear.shape[:2], 1 + levels, *linear.shape[2:])
         state[:, :, -1] = linear
         tensor.data = state
-        adopted.append(site)
+        adopted.append(candidate)
     return adopted
 
 
-def _value_first(site: CallSite) -> bool:
+def _value_first(candidate: CallCandidate) -> bool:
     """Whether the linear state of this call is [..., V, K]."""
-    row = site.leaf.row
+    row = candidate.leaf.row
     tensor = next(t for t in row.tensors if t.draw == "state")
-    axes = row.axes(tensor, 4, site.call.values)
+    axes = row.axes(tensor, 4, candidate.call.values)
     return axes is not None and axes[-1] == "K"
 
 
-def _levels(session: Session, site: CallSite) -> int:
-    weights = None if site.owner is None else session.settings.find(site.owner, site.attribute)
+def _levels(session: Session, candidate: CallCandidate) -> int:
+    weights = None if candidate.owner is None else session.settings.find(candidate.owner, candidate.attribute)
     return int(weights.levels) if weights is not None else session.settings.levels
 
 
-def _state_node(site: CallSite) -> fx.Node | None:
-    node = site.node.kwargs.get(state_argument(site.leaf.row))
+def _state_node(candidate: CallCandidate) -> fx.Node | None:
+    node = candidate.node.kwargs.get(state_argument(candidate.leaf.row))
     return node if isinstance(node, fx.Node) else None
 
 
-def _state(site: CallSite) -> Any:
-    node = _state_node(site)
+def _state(candidate: CallCandidate) -> Any:
+    node = _state_node(candidate)
     return None if node is None else node.meta["example_value"]
 
 
-def _tensor(site: CallSite) -> torch.Tensor | None:
+def _tensor(candidate: CallCandidate) -> torch.Tensor | None:
     """The tensor of the user's program that holds the state; None where the graph computes it, or it is trained."""
-    node = _state_node(site)
+    node = _state_node(candidate)
     if node is None:
         return None
-    outer = site.region.outer(node)
+    outer = candidate.region.outer(node)
     held = input_value(outer) if outer.op == "placeholder" else None
     return held if isinstance(held, torch.Tensor) and not isinstance(held, nn.Parameter) else None

@@ -6,11 +6,11 @@ from llcompile.passes.session import Session
 
 
 def withhold(session: Session) -> int:
-    """Declines the sites that the front door withholds; returns how many."""
+    """Declines the candidates that the front door withholds; returns how many."""
     count = 0
-    for site in session.sites:
-        given = None if site.owner is None else session.settings.withheld(site.owner, site.attribute)
-        if site.open and given is not None:
-            site.decline(given)
+    for candidate in session.candidates:
+        given = None if candidate.owner is None else session.settings.withheld(candidate.owner, candidate.attribute)
+        if candidate.open and given is not None:
+            candidate.decline(given)
             count += 1
     return count

@@ -152,8 +152,8 @@ change = pipeline.change
 
 def no_rewrite(session: Session) -> None:
     """What `pipeline.change` would do if every mixer were declined without a word."""
-    for site in session.sites:
-        site.decline("not today")
+    for candidate in session.candidates:
+        candidate.decline("not today")
     change(session)
 
 

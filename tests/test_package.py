@@ -96,10 +96,10 @@ def test_wheel_installs_and_works(wheel: Path, tmp_path: Path) -> None:
     venv = tmp_path / "venv"
     run(sys.executable, "-m", "venv", "--without-pip", str(venv))
     python = str(venv / "bin" / "python")
-    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])").strip())
+    candidate = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])").strip())
     run(sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-index", str(wheel))
     # A plain path behind the environment's own: .pth files over there, our editable install among them, are not read.
-    (site / "borrowed.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    (candidate / "borrowed.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
 
     modules = run(python, "-I", "-c", CHECK_INSTALLED).split()
     assert {f"llcompile.{folder}" for folder in FOLDERS} <= set(modules)

@@ -114,27 +114,27 @@ def test_a_mixer_that_does_not_act_is_declined(join: Any, reason: str) -> None:
 def _wrong_rewrite(monkeypatch: pytest.MonkeyPatch, marked: Callable[[Any], bool], factor: float = 1.01) -> None:
     """Stands for a fault of a pass: what it writes for some mixers is a little off."""
     from llcompile.passes import rewrite
-    from llcompile.passes.site import WrittenSite
+    from llcompile.passes.candidate import GraphCandidate
 
-    write = rewrite._WRITERS[WrittenSite]
+    write = rewrite._WRITERS[GraphCandidate]
 
-    def off(session: Any, site: Any, held: Any) -> None:
-        write(session, site, held)
-        if session.settings.compiles and marked(site):
-            last = site.written[-1]
+    def off(session: Any, candidate: Any, held: Any) -> None:
+        write(session, candidate, held)
+        if session.settings.compiles and marked(candidate):
+            last = candidate.written[-1]
             with session.graph.inserting_after(last):
                 scaled = session.graph.call_function(torch.mul, (last, factor))
             scaled.meta = dict(last.meta)
             last.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
 
-    monkeypatch.setitem(rewrite._WRITERS, WrittenSite, off)
+    monkeypatch.setitem(rewrite._WRITERS, GraphCandidate, off)
 
 
 def test_a_wrong_rewrite_costs_the_mixer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the passes believe: the run at the end says that the output would change, and which mixers do it."""
     model, x = Two(), inputs()
     twin, want = copy.deepcopy(model), model(x).detach()
-    _wrong_rewrite(monkeypatch, lambda site: site.owner is model.second)
+    _wrong_rewrite(monkeypatch, lambda candidate: candidate.owner is model.second)
     report = llcompile.convert(model, x)
     # Both stand in the same line of one class, so that they are one to the search.
     assert {d.module for d in report.declined} == {"first", "second"}
@@ -164,7 +164,7 @@ def test_the_search_blames_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is tried alone: the one that makes the difference is declined, and the other one is certified without it."""
     model, x = Apart(), inputs()
     want = model(x).detach()
-    _wrong_rewrite(monkeypatch, lambda site: site.owner is model.second)
+    _wrong_rewrite(monkeypatch, lambda candidate: candidate.owner is model.second)
     report = llcompile.convert(model, x)
     assert [d.module for d in report.declined] == ["second"]
     assert "would change by" in report.declined[0].reason
@@ -194,7 +194,7 @@ def test_amplified_rounding_hides_no_wrong_rewrite(factor: float, monkeypatch: p
     """The room for rounding is that of rounding at the mixer, however much the model makes of it."""
     model, x = Near(3e-4), inputs()
     twin = copy.deepcopy(model)
-    _wrong_rewrite(monkeypatch, lambda site: True, factor)
+    _wrong_rewrite(monkeypatch, lambda candidate: True, factor)
     report = llcompile.convert(model, x)
     assert {d.module for d in report.declined} == {"first", "second"}
     assert all("would change by" in d.reason for d in report.declined)
@@ -207,7 +207,7 @@ def test_amplified_rounding_hides_no_wrong_rewrite(factor: float, monkeypatch: p
 
 def test_what_makes_noise_of_rounding_is_not_called_verified(monkeypatch: pytest.MonkeyPatch) -> None:
     """No comparison tells such a rewrite from rounding: nothing is declined for it, and nothing certified."""
-    _wrong_rewrite(monkeypatch, lambda site: True, 1 + 1e-6)
+    _wrong_rewrite(monkeypatch, lambda candidate: True, 1 + 1e-6)
     model = Two(lambda m, x, a, b: torch.sin(1e8 * (x + a + b)))
     report = llcompile.convert(model, inputs())
     assert not report.verified
@@ -314,7 +314,7 @@ class Mixed(Two):
 @pytest.mark.parametrize("wrong", [False, True])
 def test_under_autocast_the_budget_is_that_of_the_dtype_inside(wrong: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if wrong:
-        _wrong_rewrite(monkeypatch, lambda site: True, factor=3.0)
+        _wrong_rewrite(monkeypatch, lambda candidate: True, factor=3.0)
     report = llcompile.convert(Mixed(), inputs())
     assert len(report.converted) == (0 if wrong else 2), str(report)
     if not wrong:

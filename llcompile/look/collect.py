@@ -19,7 +19,7 @@ from llcompile.look.weights import level_table
 from llcompile.passes import pipeline
 from llcompile.passes.original import original
 from llcompile.passes.session import Session
-from llcompile.passes.site import Site, WrittenSite
+from llcompile.passes.candidate import Candidate, GraphCandidate
 from llcompile.patterns.records import Declined
 from llcompile.torch_internals.places import module_of
 
@@ -29,7 +29,7 @@ class _Draft:
     """A mixer whose graph has been seen before the rewrite."""
 
     look: MixerLook
-    site: Site | None
+    candidate: Candidate | None
     position: int
 
 
@@ -60,40 +60,40 @@ def without_graph(record: Declined) -> MixerLook:
 
 def _drafts(session: Session) -> list[_Draft]:
     order = {node: i for i, node in enumerate(n for region in session.regions for n in region.graph.nodes)}
-    shown = [*distinct(session.sites), *(site for site in session.sites if not site.open)]
-    drafts = [_of_site(session, site, order) for site in shown]
+    shown = [*distinct(session.candidates), *(candidate for candidate in session.candidates if not candidate.open)]
+    drafts = [_of_candidate(session, candidate, order) for candidate in shown]
     drafts.extend(_of_near_miss(session, record, order) for record in session.refused)
     return sorted(drafts, key=lambda draft: draft.position)
 
 
-def _of_site(session: Session, site: Site, order: dict[fx.Node, int]) -> _Draft:
-    inside = region_nodes(site)
+def _of_candidate(session: Session, candidate: Candidate, order: dict[fx.Node, int]) -> _Draft:
+    inside = region_nodes(candidate)
     nodes = sorted((n for n in inside if n in order), key=order.__getitem__)
-    before = code.steps(nodes, site.module)
-    lines = [operand.text for operand in operands.operands(site)]
-    weights = site.level_weights
-    fresh = site.owner is None or session.settings.find(site.owner, site.attribute) is None
+    before = code.steps(nodes, candidate.module)
+    lines = [operand.text for operand in operands.operands(candidate)]
+    weights = candidate.level_weights
+    fresh = candidate.owner is None or session.settings.find(candidate.owner, candidate.attribute) is None
     look = MixerLook(
-        module=site.module,
-        fate="converted" if site.open else "declined",
-        where=site.where,
-        family=site.family,
-        decay=site.cell[0] if site.cell else None,
-        correction=site.cell[1] if site.cell else None,
-        origin=site.origin,
-        reason=site.reason,
-        hint="" if site.given is None else site.given.hint,
-        code="" if site.given is None else site.given.code,
-        certificate=site.certificate,
+        module=candidate.module,
+        fate="converted" if candidate.open else "declined",
+        where=candidate.where,
+        family=candidate.family,
+        decay=candidate.cell[0] if candidate.cell else None,
+        correction=candidate.cell[1] if candidate.cell else None,
+        origin=candidate.origin,
+        reason=candidate.reason,
+        hint="" if candidate.given is None else candidate.given.hint,
+        code="" if candidate.given is None else candidate.given.code,
+        certificate=candidate.certificate,
         level_weights="none" if weights is None else weights.kind,
         parameters=0 if weights is None else sum(p.numel() for p in weights.parameters()),
         before="\n".join([*lines, code.text(before)]),
-        source=excerpt(site.where, (step.where for step in before)),
-        notes=site.all_notes,
-        drawing_before=draw(nodes, site.module),
+        source=excerpt(candidate.where, (step.where for step in before)),
+        notes=candidate.all_notes,
+        drawing_before=draw(nodes, candidate.module),
         table=None if weights is None else level_table(weights, fresh),
     )
-    return _Draft(look, site, order.get(site.node, 0))
+    return _Draft(look, candidate, order.get(candidate.node, 0))
 
 
 def _of_near_miss(session: Session, record: Declined, order: dict[fx.Node, int]) -> _Draft:
@@ -113,23 +113,23 @@ def _of_near_miss(session: Session, record: Declined, order: dict[fx.Node, int])
 
 
 def _after(draft: _Draft) -> MixerLook:
-    if draft.site is None or not draft.site.open:
+    if draft.candidate is None or not draft.candidate.open:
         return draft.look
-    site = draft.site
-    written = set(site.written)
-    nodes = [n for n in site.region.graph.nodes if n in written and (n.users or n.is_impure())]
-    after = code.text(code.steps(nodes, site.module))
+    candidate = draft.candidate
+    written = set(candidate.written)
+    nodes = [n for n in candidate.region.graph.nodes if n in written and (n.users or n.is_impure())]
+    after = code.text(code.steps(nodes, candidate.module))
     folded = dict.fromkeys(weight_nodes(nodes), "level weights")
-    return replace(draft.look, after=after, call=call_in(nodes), drawing_after=draw(nodes, site.module, folded))
+    return replace(draft.look, after=after, call=call_in(nodes), drawing_after=draw(nodes, candidate.module, folded))
 
 
-def region_nodes(site: Site) -> set[fx.Node]:
+def region_nodes(candidate: Candidate) -> set[fx.Node]:
     """The nodes of the graph that the operator takes the place of."""
-    if not isinstance(site, WrittenSite):
-        return {site.node, *(user for user in site.node.users if user.target is operator.getitem)}
-    module, _ = module_of(site.node.meta)
+    if not isinstance(candidate, GraphCandidate):
+        return {candidate.node, *(user for user in candidate.node.users if user.target is operator.getitem)}
+    module, _ = module_of(candidate.node.meta)
     nodes: set[fx.Node] = set()
-    for found in site.group:
+    for found in candidate.group:
         alike = {op: [op.node] for op in found.ops}
         for node, value in found.program.results.items():
             if value.op in alike:

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from llcompile.look.code import dtype_name, name_of
-from llcompile.passes.site import CallSite, Site, WrittenSite
+from llcompile.passes.candidate import CallCandidate, Candidate, GraphCandidate
 from llcompile.patterns.structure.found import Found
 from llcompile.patterns.structure.lifted import Lifted, Source
 from llcompile.patterns.structure.program import Value
@@ -41,22 +41,22 @@ class Operand:
         )
 
 
-def operands(site: Site) -> list[Operand]:
+def operands(candidate: Candidate) -> list[Operand]:
     """What comes into a mixer, in the order of the function's arguments or of the operator's."""
-    if isinstance(site, WrittenSite):
-        return list(_of_part(site.found, site.module))
-    return list(_of_call(site)) if isinstance(site, CallSite) else []
+    if isinstance(candidate, GraphCandidate):
+        return list(_of_part(candidate.found, candidate.module))
+    return list(_of_call(candidate)) if isinstance(candidate, CallCandidate) else []
 
 
-def _of_call(site: CallSite) -> Iterator[Operand]:
-    for tensor in site.leaf.row.tensors:
-        node = site.node.kwargs.get(tensor.name)
+def _of_call(candidate: CallCandidate) -> Iterator[Operand]:
+    for tensor in candidate.leaf.row.tensors:
+        node = candidate.node.kwargs.get(tensor.name)
         value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
         if not isinstance(node, fx.Node) or not isinstance(value, torch.Tensor):
             continue
-        values = {} if site.bound is None else site.bound.values
-        axes = site.leaf.row.axes(tensor, value.dim(), values) or ()
-        shape, name = tuple(map(str, value.shape)), name_of(node, site.module)
+        values = {} if candidate.bound is None else candidate.bound.values
+        axes = candidate.leaf.row.axes(tensor, value.dim(), values) or ()
+        shape, name = tuple(map(str, value.shape)), name_of(node, candidate.module)
         yield Operand(tensor.name, name, tuple(axes), shape, dtype_name(value.dtype))
 
 

@@ -16,7 +16,7 @@ from llcompile.look.collect import region_nodes
 from llcompile.look.region_source import RegionSource, region_source
 from llcompile.look.source_text import in_docstring
 from llcompile.passes.session import Session
-from llcompile.passes.site import CallSite
+from llcompile.passes.candidate import CallCandidate
 from llcompile.version import __version__
 
 
@@ -59,16 +59,16 @@ def reproducer(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
 def _all(session: Session) -> Iterator[tuple[str, str, str, list[fx.Node], fx.Node | None]]:
     """Module, fate, line, nodes and result of everything that the report names."""
     order = {node: i for i, node in enumerate(n for region in session.regions for n in region.graph.nodes)}
-    for site in session.sites:
-        fate = f"converted, {site.family}" if site.open else f"declined, {site.reason}"
-        if site.certificate is not None:
-            fate += f"; the proof's largest error was {site.certificate.max_error:.1e}"
+    for candidate in session.candidates:
+        fate = f"converted, {candidate.family}" if candidate.open else f"declined, {candidate.reason}"
+        if candidate.certificate is not None:
+            fate += f"; the proof's largest error was {candidate.certificate.max_error:.1e}"
         yield (
-            site.module,
+            candidate.module,
             fate,
-            site.where,
-            _sorted(region_nodes(site), order),
-            None if isinstance(site, CallSite) else site.node,
+            candidate.where,
+            _sorted(region_nodes(candidate), order),
+            None if isinstance(candidate, CallCandidate) else candidate.node,
         )
     for record in session.near_misses:
         nodes = _sorted(session.missed_nodes.get(record, frozenset()), order)

@@ -44,6 +44,6 @@ def proof(leaf: Leaf, arguments: Mapping[str, Any], weighted: bool = True) -> Ce
     """The certificate, or the reason against it."""
     call = read_call(leaf.row, leaf.plain, arguments)
     validate(leaf.row.bind(call))
-    site: Any = SimpleNamespace(leaf=leaf, call=call)  # what a proof reads of a Site
+    candidate: Any = SimpleNamespace(leaf=leaf, call=call)  # what a proof reads of a Candidate
     with torch.no_grad():
-        return prove._run_proof(site, weighted)
+        return prove._run_proof(candidate, weighted)

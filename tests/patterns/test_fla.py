@@ -304,10 +304,10 @@ def test_a_whole_model_is_inspected(fresh_dynamo: None) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(HAS_FLA, reason="this is the run with FLA")
 def test_with_fla_installed(tmp_path: Path) -> None:
-    site = tmp_path / "site"
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), *PACKAGES]
+    candidate = tmp_path / "site"
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(candidate), *PACKAGES]
     subprocess.run(install, check=True, timeout=1200)
-    environment = {**os.environ, "PYTHONPATH": str(site)}
+    environment = {**os.environ, "PYTHONPATH": str(candidate)}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
     print(run.stdout[-6000:])

@@ -1,4 +1,4 @@
-"""Sites: one mixer in one graph, from its discovery to its rewrite, by how it was found."""
+"""Candidates: one mixer in one graph, from its discovery to its rewrite, by how it was found."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from llcompile.patterns.structure.found import Found
 
 
 @dataclass
-class Site:
-    """One mixer in the graph: a `CallSite`, a `WrittenSite` or a `TokenSite`.
+class Candidate:
+    """One mixer in the graph: a `CallCandidate`, a `GraphCandidate` or a `TokenCandidate`.
 
     Args:
         node: the node that gives its result.
@@ -105,7 +105,7 @@ class Site:
 
 
 @dataclass
-class CallSite(Site):
+class CallCandidate(Candidate):
     """The call of a known function, which the graph holds as one node.
 
     Args:
@@ -120,7 +120,7 @@ class CallSite(Site):
 
     @property
     def call(self) -> Arguments:
-        """The call's arguments, of a site that `bind` has not declined."""
+        """The call's arguments, of a candidate that `bind` has not declined."""
         assert self.bound is not None
         return self.bound
 
@@ -163,7 +163,7 @@ class CallSite(Site):
 
 
 @dataclass
-class WrittenSite(Site):
+class GraphCandidate(Candidate):
     """A part of the graph that was recognised by what it computes, with the denominators that go with it."""
 
     found: Found = field(kw_only=True)
@@ -194,7 +194,7 @@ class WrittenSite(Site):
 
 
 @dataclass
-class TokenSite(Site):
+class TokenCandidate(Candidate):
     """A mixer of one token, known by its place (see passes/one_token.py)."""
 
     token: Any = field(kw_only=True)

@@ -96,9 +96,9 @@ def distinct(candidates: list[Candidate]) -> list[Candidate]:
 
 def give_up_opaque(session: Session) -> bool:
     """Whether the frame must be traced once more, to break the graph at declined calls that no compiler can trace."""
-    called = [(s, s.given) for s in session.candidates if isinstance(s, CallCandidate) and s.leaf.row.opaque]
+    called = [(s, s.given) for s in session.candidates if isinstance(s, CallCandidate) and s.captured.entry.opaque]
     # Every one of them.
-    new = [capture.give_up(s.leaf, s.arguments, s.owner, given) for s, given in called if given is not None]
+    new = [capture.give_up(s.captured, s.arguments, s.owner, given) for s, given in called if given is not None]
     return any(new)
 
 

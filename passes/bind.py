@@ -26,16 +26,16 @@ def bind(session: Session) -> int:
 
 
 def _bind(candidate: CallCandidate) -> None:
-    row, leaf = candidate.leaf.row, candidate.leaf
-    if leaf.problem is not None:
-        return candidate.decline(leaf.problem)
+    entry, captured = candidate.captured.entry, candidate.captured
+    if captured.problem is not None:
+        return candidate.decline(captured.problem)
     try:
-        candidate.bound = read_call(row, leaf.plain, candidate.arguments)
+        candidate.bound = read_call(entry, captured.plain, candidate.arguments)
     except Mismatch as mismatch:
         return candidate.decline(mismatch.given)
     try:
         with fake_mode_of(candidate.node.graph), torch.no_grad():
-            mixer = row.bind(candidate.call)
+            mixer = entry.bind(candidate.call)
             candidate.cell, candidate.shape = (mixer.decay, mixer.correction), validate(mixer)
     except MixerError as error:
         return candidate.decline(reasons.OPERANDS_UNFIT(problem=error))

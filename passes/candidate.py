@@ -12,7 +12,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from llcompile.patterns.families import FAMILIES, Correction, Decay
 from llcompile.patterns.graph.regions import Region
 from llcompile.patterns.known import Arguments
-from llcompile.patterns.known.capture import Leaf
+from llcompile.patterns.known.capture import CapturedFunction
 from llcompile.patterns.mixer import MixerShape
 from llcompile.patterns.reasons import GivenReason
 from llcompile.patterns.records import Certificate
@@ -113,7 +113,7 @@ class CallCandidate(Candidate):
         bound: the call's arguments, once the pass `bind` has read them.
     """
 
-    leaf: Leaf = field(kw_only=True)
+    captured: CapturedFunction = field(kw_only=True)
     bound: Arguments | None = None
 
     origin = "function"
@@ -131,7 +131,7 @@ class CallCandidate(Candidate):
 
     def activations(self) -> list[fx.Node]:
         """The nodes of the call's activations: every tensor argument that has a batch axis, the state apart."""
-        names = [t.name for t in self.leaf.row.tensors if t.axes.startswith("B") and t.draw != "state"]
+        names = [t.name for t in self.captured.entry.tensors if t.axes.startswith("B") and t.draw != "state"]
         return [n for n in (self.node.kwargs.get(name) for name in names) if isinstance(n, fx.Node)]
 
     def is_sequence(self, node: fx.Node) -> bool:
@@ -149,7 +149,7 @@ class CallCandidate(Candidate):
     @property
     def family(self) -> str:
         """What the field calls it."""
-        return self.leaf.row.family
+        return self.captured.entry.family
 
     @property
     def has_time(self) -> bool:
@@ -159,7 +159,7 @@ class CallCandidate(Candidate):
     @property
     def packed(self) -> bool:
         """Whether the call says itself where its sequences are."""
-        return self.bound is not None and any(self.bound[name] is not None for name in self.leaf.row.packing)
+        return self.bound is not None and any(self.bound[name] is not None for name in self.captured.entry.packing)
 
 
 @dataclass

@@ -8,7 +8,7 @@ from dataclasses import replace
 from llcompile.passes.session import Session, module_name
 from llcompile.passes.candidate import CallCandidate
 from llcompile.patterns import reasons
-from llcompile.patterns.known.capture import leaf_of, take_refused
+from llcompile.patterns.known.capture import captured_function, take_refused
 from llcompile.patterns.records import Declined
 from llcompile.torch_internals import reach
 from llcompile.torch_internals.places import module_of, place_of, user_line
@@ -16,12 +16,12 @@ from llcompile.torch_internals.places import module_of, place_of, user_line
 
 def discover(session: Session) -> int:
     """Fills `session.candidates`; returns how many mixers were found."""
-    captured = [(r, n, leaf_of(n.target)) for r in session.regions for n in r.graph.nodes if n.op == "call_function"]
-    for region, node, leaf in captured:
-        if leaf is None:
+    calls = [(r, n, captured_function(n.target)) for r in session.regions for n in r.graph.nodes if n.op == "call_function"]
+    for region, node, captured in calls:
+        if captured is None:
             continue
         key, name = place_of(node)
-        candidate = CallCandidate(node, region, session.name(key, name), user_line(node.meta), leaf=leaf)
+        candidate = CallCandidate(node, region, session.name(key, name), user_line(node.meta), captured=captured)
         if region.closed:
             candidate.decline(reasons.CLOSED_BODY(operation=region.closed))
         if key:

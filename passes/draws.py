@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from llcompile.patterns.known import Arguments, KnownFunction
 from llcompile.patterns.known.arguments import axis_size, is_level_state
-from llcompile.patterns.known.row import Draw
+from llcompile.patterns.known.entry import Draw
 
 # Values as real models have them: log decays whose sum over a chunk is a few units, gates inside (0, 1).
 DRAWS: dict[Draw, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -39,16 +39,16 @@ def small_sizes(sizes: Mapping[str, Any]) -> dict[str, int]:
     return small
 
 
-def draw_call(row: KnownFunction, call: Arguments, seed: int, length: int) -> dict[str, Any]:
+def draw_call(entry: KnownFunction, call: Arguments, seed: int, length: int) -> dict[str, Any]:
     """Fresh float64 values for every tensor of the call; constants and absent operands stay as they are."""
     generator = torch.Generator().manual_seed(seed)
     sizes = {**small_sizes(call.sizes), "T": length}
-    values = {name: None if name in row.packing else value for name, value in call.values.items()}
-    for tensor in row.tensors:
+    values = {name: None if name in entry.packing else value for name, value in call.values.items()}
+    for tensor in entry.tensors:
         given = call[tensor.name]
         if isinstance(given, torch.Tensor):
             # A state of ours is drawn as the linear one that it stands for.
-            axes = row.axes(tensor, 4 if is_level_state(given) else given.dim(), call.values)
+            axes = entry.axes(tensor, 4 if is_level_state(given) else given.dim(), call.values)
             assert axes is not None
             kind = "step_before_softplus" if tensor.draw == "step" and call["dt_softplus"] else tensor.draw
             values[tensor.name] = _draw(kind, axes, sizes, generator)

@@ -46,7 +46,7 @@ def _values(candidate: Candidate) -> list[fx.Node]:
         value = candidate.found.reading.value
         return [] if value is None else candidate.found.nodes_of(value)
     assert isinstance(candidate, CallCandidate)
-    node = candidate.node.kwargs.get(candidate.leaf.row.tensor_with("V").name)
+    node = candidate.node.kwargs.get(candidate.captured.entry.tensor_with("V").name)
     return [node] if isinstance(node, fx.Node) else []
 
 

@@ -47,7 +47,7 @@ def prove(session: Session) -> int:
 
 def _prove(candidate: CallCandidate, weighted: bool, failed: dict[Any, GivenReason]) -> None:
     """`failed` are proofs that did not run in this look: want of memory, say, which need not last."""
-    key = (candidate.leaf.function, behaviour(candidate.leaf.plain), weighted, _fingerprint(candidate))
+    key = (candidate.captured.function, behaviour(candidate.captured.plain), weighted, _fingerprint(candidate))
     if key not in _proofs and key not in failed:
         with _disable_current_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
             try:
@@ -69,7 +69,7 @@ def _fingerprint(candidate: CallCandidate) -> Any:
     """What a proof depends on: constants, which operands are given, the kind of state, and the small sizes."""
     facts = []
     for name, value in sorted(candidate.call.values.items()):
-        if name in candidate.leaf.row.packing:
+        if name in candidate.captured.entry.packing:
             continue
         facts.append(
             (name, "state" if is_level_state(value) else "tensor" if isinstance(value, torch.Tensor) else repr(value))
@@ -96,17 +96,17 @@ class Original:
 
 
 def _run_proof(candidate: CallCandidate, weighted: bool) -> Certificate | GivenReason:
-    row, failures = candidate.leaf.row, []
+    entry, failures = candidate.captured.entry, []
     for original in _originals(candidate):
         try:
             worst = 0.0
             for seed, length in enumerate(LENGTHS):
-                theirs = _draw(row, original, candidate, seed, length)
-                worst = max(worst, _error(row, original, candidate, weighted, seed, theirs))
-            slopes = _gradient_error(row, original, candidate, weighted)
-            idle = _idle_operand(row, original, candidate)
+                theirs = _draw(entry, original, candidate, seed, length)
+                worst = max(worst, _error(entry, original, candidate, weighted, seed, theirs))
+            slopes = _gradient_error(entry, original, candidate, weighted)
+            idle = _idle_operand(entry, original, candidate)
         except Exception as error:
-            what = f"{original.against or row.function} ({original.device})"
+            what = f"{original.against or entry.function} ({original.device})"
             failures.append(f"{what} does not run here: {type(error).__name__}: {error}".split("\n")[0])
             continue
         if idle:
@@ -123,52 +123,52 @@ def _run_proof(candidate: CallCandidate, weighted: bool) -> Certificate | GivenR
 
 def _originals(candidate: CallCandidate) -> Iterator[Original]:
     """What to compare with, in turn until one runs: the function, the library's references, the function on a GPU."""
-    yield Original(candidate.leaf.plain)
-    for name, reference in candidate.leaf.references():
+    yield Original(candidate.captured.plain)
+    for name, reference in candidate.captured.references():
         yield Original(reference, against=name)
-    if candidate.leaf.row.opaque and torch.cuda.is_available():
+    if candidate.captured.entry.opaque and torch.cuda.is_available():
         # Triton's products of float32 are TF32 by default, and some of these functions take no float32 at all.
-        function = candidate.leaf.function
+        function = candidate.captured.function
         yield Original(function, device="cuda", dtype=torch.float32, budgets=(("tf32", 5e-3),))
         yield Original(function, device="cuda", dtype=torch.bfloat16, budgets=(("bfloat16", 2e-2),))
 
 
 def _error(
-    row: KnownFunction, original: Original, candidate: CallCandidate, weighted: bool, seed: int, theirs: dict[str, Any]
+    entry: KnownFunction, original: Original, candidate: CallCandidate, weighted: bool, seed: int, theirs: dict[str, Any]
 ) -> float:
     """The largest relative difference of a result."""
-    transposed = _is_transposed(row, candidate)
-    expected, actual = _both(row, original, candidate, weighted, seed, theirs)
+    transposed = _is_transposed(entry, candidate)
+    expected, actual = _both(entry, original, candidate, weighted, seed, theirs)
     return max(_difference(a.cpu(), _sum_levels(b, transposed)) for a, b in zip(expected, actual, strict=True))
 
 
 def _both(
-    row: KnownFunction, original: Original, candidate: CallCandidate, weighted: bool, seed: int, theirs: dict[str, Any]
+    entry: KnownFunction, original: Original, candidate: CallCandidate, weighted: bool, seed: int, theirs: dict[str, Any]
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """What the function and what our operator give for the same values."""
     # Rounded the same way, in float64; copies, because either side may write the state.
     ours = _moved(theirs, lambda name: ("cpu", torch.float64))
-    state_name = state_argument(row)
+    state_name = state_argument(entry)
     # A state without levels that the function writes gets levels first (the pass `states`).
-    gets_levels = weighted and row.writes_state is not None
+    gets_levels = weighted and entry.writes_state is not None
     if is_level_state(candidate.call[state_name]) or gets_levels:
-        ours[state_name] = _split_over_levels(ours[state_name], _is_transposed(row, candidate), seed)
-    expected = _flat(row, original.run(**theirs), theirs)
-    call = read_call(row, candidate.leaf.plain, ours)
+        ours[state_name] = _split_over_levels(ours[state_name], _is_transposed(entry, candidate), seed)
+    expected = _flat(entry, original.run(**theirs), theirs)
+    call = read_call(entry, candidate.captured.plain, ours)
     weights = None
     if weighted:
-        value = call[row.tensor_with("V").name]
+        value = call[entry.tensor_with("V").name]
         weights = torch.ones(*value.shape[:-1], LEVELS, dtype=torch.float32)
-    return expected, _flat(row, lower(row, call, call, weights), ours)
+    return expected, _flat(entry, lower(entry, call, call, weights), ours)
 
 
-def _gradient_error(row: KnownFunction, original: Original, candidate: CallCandidate, weighted: bool) -> float:
+def _gradient_error(entry: KnownFunction, original: Original, candidate: CallCandidate, weighted: bool) -> float:
     """The largest relative difference of the gradients of a fixed function of the result, on a draw of its own.
 
     0 where the function has no backward: there is nothing that a rewrite could change.
     """
-    drawn = _draw(row, original, candidate, len(LENGTHS), LENGTHS[1])
-    written = row.writes_state
+    drawn = _draw(entry, original, candidate, len(LENGTHS), LENGTHS[1])
+    written = entry.writes_state
     names = [n for n, x in drawn.items() if isinstance(x, torch.Tensor) and x.is_floating_point() and n != written]
     leaves = [_once(drawn[name]).clone() for name in names]
     with torch.inference_mode(False), torch.enable_grad():
@@ -176,7 +176,7 @@ def _gradient_error(row: KnownFunction, original: Original, candidate: CallCandi
         theirs = {name: x.clone() if name == written else x for name, x in drawn.items()}
         for name, leaf in zip(names, leaves, strict=True):
             theirs[name] = leaf.requires_grad_().expand(drawn[name].shape)
-        expected, actual = _both(row, original, candidate, weighted, len(LENGTHS), theirs)
+        expected, actual = _both(entry, original, candidate, weighted, len(LENGTHS), theirs)
         try:
             slopes = gradients(expected[0], leaves)
         except (RuntimeError, NotImplementedError):
@@ -184,11 +184,11 @@ def _gradient_error(row: KnownFunction, original: Original, candidate: CallCandi
         return apart(slopes, gradients(actual[0], leaves))
 
 
-def _draw(row: KnownFunction, original: Original, candidate: CallCandidate, seed: int, length: int) -> dict[str, Any]:
-    state = state_argument(row)  # kernels insist on float32 for it at least
+def _draw(entry: KnownFunction, original: Original, candidate: CallCandidate, seed: int, length: int) -> dict[str, Any]:
+    state = state_argument(entry)  # kernels insist on float32 for it at least
     low = original.dtype if original.dtype == torch.float64 else torch.float32
     place = lambda name: (original.device, low if name == state else original.dtype)  # noqa: E731
-    return _moved(draw_call(row, candidate.call, seed, length), place)
+    return _moved(draw_call(entry, candidate.call, seed, length), place)
 
 
 def _moved(values: dict[str, Any], place: Callable[[str], tuple[str, torch.dtype]]) -> dict[str, Any]:
@@ -206,10 +206,10 @@ def _once(value: torch.Tensor) -> torch.Tensor:
     return value[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in value.stride())]
 
 
-def _flat(row: KnownFunction, result: Any, arguments: dict[str, Any]) -> list[torch.Tensor]:
+def _flat(entry: KnownFunction, result: Any, arguments: dict[str, Any]) -> list[torch.Tensor]:
     results = list(result) if isinstance(result, (tuple, list)) else [result]
-    if row.writes_state is not None:
-        results.append(arguments[row.writes_state])
+    if entry.writes_state is not None:
+        results.append(arguments[entry.writes_state])
     return [r for r in results if r is not None]
 
 
@@ -228,10 +228,10 @@ def _sum_levels(state: torch.Tensor, transposed: bool) -> torch.Tensor:
     return linear.transpose(-1, -2) if transposed else linear
 
 
-def _is_transposed(row: KnownFunction, candidate: CallCandidate) -> bool:
+def _is_transposed(entry: KnownFunction, candidate: CallCandidate) -> bool:
     """Whether the state of this call is [..., V, K]."""
-    state = next((t for t in row.tensors if t.draw == "state"), None)
-    axes = row.axes(state, 4, candidate.call.values) if state is not None else None
+    state = next((t for t in entry.tensors if t.draw == "state"), None)
+    axes = entry.axes(state, 4, candidate.call.values) if state is not None else None
     return axes is not None and axes[-1] == "K"
 
 
@@ -246,13 +246,13 @@ def _split_over_levels(linear: torch.Tensor, transposed: bool, seed: int) -> tor
     return torch.cat([header, parts], dim=2).float()
 
 
-def _idle_operand(row: KnownFunction, original: Original, candidate: CallCandidate) -> str:
+def _idle_operand(entry: KnownFunction, original: Original, candidate: CallCandidate) -> str:
     """The first operand that can be drawn anew without changing the result, or ""."""
     length = LENGTHS[1]
-    base = _output(original.run, _draw(row, original, candidate, 0, length))
-    other = _draw(row, original, candidate, 1, length)
-    for tensor in row.tensors:
-        changed = _draw(row, original, candidate, 0, length)
+    base = _output(original.run, _draw(entry, original, candidate, 0, length))
+    other = _draw(entry, original, candidate, 1, length)
+    for tensor in entry.tensors:
+        changed = _draw(entry, original, candidate, 0, length)
         if not isinstance(changed.get(tensor.name), torch.Tensor):
             continue
         changed[tensor.name] = other[tensor.name]

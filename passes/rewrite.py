@@ -45,19 +45,19 @@ def _restore(graph: fx.Graph, candidate: CallCandidate) -> None:
 
 def plain_call(candidate: CallCandidate) -> Callable[..., Any]:
     """The library's function of a captured call."""
-    leaf, proved = candidate.leaf, candidate.certificate is not None
+    captured, proved = candidate.captured, candidate.certificate is not None
 
     def original(**arguments: Any) -> Any:
         try:
-            return leaf.function(**arguments)
+            return captured.function(**arguments)
         except Exception:
             # A kernel for another device (the example run of a CUDA-only library on a CPU), or one that is not
             # installed and that packed sequences need: the operator is the same.
-            if not (proved and (leaf.row.opaque or candidate.packed)):
+            if not (proved and (captured.entry.opaque or candidate.packed)):
                 raise
-            return lower_call(leaf.row, leaf.plain, arguments, levels=None)
+            return lower_call(captured.entry, captured.plain, arguments, levels=None)
 
-    original.__name__ = original.__qualname__ = leaf.function.__name__
+    original.__name__ = original.__qualname__ = captured.function.__name__
     original.__module__ = __name__
     return original
 
@@ -76,7 +76,7 @@ def _write_operator(session: Session, candidate: CallCandidate, inputs: dict[tup
         weights = _write_weights(session, candidate, [as_proxy(node) for node in tensors], as_proxy)
         mask = None if candidate.mask is None else as_proxy(candidate.mask)
         mask = mask.eq(0) if candidate.mask_inverted and mask is not None else mask
-        result = lower(candidate.leaf.row, candidate.call.with_values(values), candidate.call, weights, mask)
+        result = lower(candidate.captured.entry, candidate.call.with_values(values), candidate.call, weights, mask)
     new = [node for node in graph.nodes if node not in before]
     infer_values(new, candidate.node)
     candidate.written.extend(new)
@@ -121,7 +121,7 @@ def _write_token(session: Session, candidate: TokenCandidate, inputs: dict[tuple
 
 def _saved(candidate: CallCandidate) -> frozenset[fx.Node]:
     """The operands that are changed in place after the call, which the operator's backward still needs."""
-    state = candidate.node.kwargs.get(candidate.leaf.row.writes_state or "")
+    state = candidate.node.kwargs.get(candidate.captured.entry.writes_state or "")
     read = (node for node in candidate.node.all_input_nodes if node is not state)
     return frozenset(node for node in read if is_changed(candidate.region.effects, node, after=candidate.node))
 
@@ -133,7 +133,7 @@ def _write_weights(
     if candidate.level_weights is None:
         return None
     has_time = "T" in candidate.call.sizes
-    value = candidate.node.kwargs[candidate.leaf.row.tensor_with("V").name]
+    value = candidate.node.kwargs[candidate.captured.entry.tensor_with("V").name]
     assert isinstance(value, fx.Node)
     like = as_proxy(value) if has_time else as_proxy(value).unsqueeze(1)
     source = candidate.source if candidate.level_weights.in_features is not None else None

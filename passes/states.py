@@ -29,7 +29,7 @@ def states(session: Session) -> int:
     held = [candidate for candidate in session.candidates if isinstance(candidate, CallCandidate) and _state_node(candidate) is not None]
     for candidate in held:
         levels = _levels(session, candidate)
-        problem = state_problem(candidate.leaf.row, candidate.arguments, levels, session.settings.kind != "none")
+        problem = state_problem(candidate.captured.entry, candidate.arguments, levels, session.settings.kind != "none")
         if problem is None and not candidate.open and is_level_state(_state(candidate)):
             problem = f"it has levels, and this call has to run the library's own code, because {candidate.reason}"
         if problem is not None:
@@ -37,7 +37,7 @@ def states(session: Session) -> int:
                 f"{candidate.module or 'the model'} ({candidate.where}) received a state that does not belong to it: {problem}"
             )
         linear = session.settings.kind != "none" and not is_level_state(_state(candidate))
-        if candidate.open and linear and _tensor(candidate) is None and candidate.leaf.row.wants_state(candidate.call):
+        if candidate.open and linear and _tensor(candidate) is None and candidate.captured.entry.wants_state(candidate.call):
             candidate.decline(reasons.STATE_WITHOUT_PLACE())
     return len(held)
 
@@ -67,9 +67,9 @@ def adopt(session: Session) -> list[CallCandidate]:
 
 def _value_first(candidate: CallCandidate) -> bool:
     """Whether the linear state of this call is [..., V, K]."""
-    row = candidate.leaf.row
-    tensor = next(t for t in row.tensors if t.draw == "state")
-    axes = row.axes(tensor, 4, candidate.call.values)
+    entry = candidate.captured.entry
+    tensor = next(t for t in entry.tensors if t.draw == "state")
+    axes = entry.axes(tensor, 4, candidate.call.values)
     return axes is not None and axes[-1] == "K"
 
 
@@ -79,7 +79,7 @@ def _levels(session: Session, candidate: CallCandidate) -> int:
 
 
 def _state_node(candidate: CallCandidate) -> fx.Node | None:
-    node = candidate.node.kwargs.get(state_argument(candidate.leaf.row))
+    node = candidate.node.kwargs.get(state_argument(candidate.captured.entry))
     return node if isinstance(node, fx.Node) else None
 
 

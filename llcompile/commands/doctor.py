@@ -75,8 +75,8 @@ def self_test(inner: str = "eager", device: str | None = None) -> list[Finding]:
     topic = "self-test" if place.device == "cpu" else f"self-test on {place.device}"
     advice = "please report it with the output of `llcompile doctor --json`"
     return [
-        Finding(f"{topic}: {row.name}", row.detail, row.acts, advice if row.acts is False else "")
-        for row in self_test.every(place)
+        Finding(f"{topic}: {entry.name}", entry.detail, entry.acts, advice if entry.acts is False else "")
+        for entry in self_test.every(place)
     ]
 
 
@@ -168,14 +168,14 @@ def _isa(torch: Any) -> str:
 
 def _libraries() -> Iterator[Finding]:
     """For each library of known functions, how many rows of the table the installed version fits."""
-    from llcompile.patterns.known import ROWS
+    from llcompile.patterns.known import ENTRIES
 
-    for library in dict.fromkeys(row.library for row in ROWS):
-        rows = [row for row in ROWS if row.library == library]
+    for library in dict.fromkeys(entry.library for entry in ENTRIES):
+        entries = [entry for entry in ENTRIES if entry.library == library]
         if importlib.util.find_spec(library) is None:
-            yield Finding(library, f"not installed; its {len(rows)} known functions are not used", None)
+            yield Finding(library, f"not installed; its {len(entries)} known functions are not used", None)
         else:
-            names = sorted({row.function for row in rows})
+            names = sorted({entry.function for entry in entries})
             yield _against_tested(library, _DISTRIBUTIONS.get(library, library), f"rows for {', '.join(names)}")
 
 

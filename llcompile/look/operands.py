@@ -49,13 +49,13 @@ def operands(candidate: Candidate) -> list[Operand]:
 
 
 def _of_call(candidate: CallCandidate) -> Iterator[Operand]:
-    for tensor in candidate.leaf.row.tensors:
+    for tensor in candidate.captured.entry.tensors:
         node = candidate.node.kwargs.get(tensor.name)
         value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
         if not isinstance(node, fx.Node) or not isinstance(value, torch.Tensor):
             continue
         values = {} if candidate.bound is None else candidate.bound.values
-        axes = candidate.leaf.row.axes(tensor, value.dim(), values) or ()
+        axes = candidate.captured.entry.axes(tensor, value.dim(), values) or ()
         shape, name = tuple(map(str, value.shape)), name_of(node, candidate.module)
         yield Operand(tensor.name, name, tuple(axes), shape, dtype_name(value.dtype))
 

@@ -79,12 +79,12 @@ class LevelWeights(nn.Module):
         self.sizes = _checked_sizes(kind, heads, levels, in_features, hidden)
         # Raw parameters and not nn.Linear, so that nothing which walks a model and re-initialises, quantises or
         # adapts its Linear modules finds these.
-        for row in find_kind(kind).tensors:
-            tensor = torch.empty(row.shape(self.sizes), device=device, dtype=dtype)
-            if row.learned:
-                self.register_parameter(row.name, nn.Parameter(tensor))
+        for entry in find_kind(kind).tensors:
+            tensor = torch.empty(entry.shape(self.sizes), device=device, dtype=dtype)
+            if entry.learned:
+                self.register_parameter(entry.name, nn.Parameter(tensor))
             else:
-                self.register_buffer(row.name, tensor)
+                self.register_buffer(entry.name, tensor)
         # A tensor and not an "extra state": safetensors holds tensors only.
         self.register_buffer("descriptor", self._descriptor(device))
         self._not_one: _Seen | None = None
@@ -114,8 +114,8 @@ class LevelWeights(nn.Module):
     def reset_parameters(self) -> None:
         """Go back to the start, where w is exactly 1. To be called after ``to_empty``, as for torch's own modules."""
         with torch.no_grad():
-            for row, tensor in zip(find_kind(self.kind).tensors, self._values(), strict=True):
-                if row.start is None:
+            for entry, tensor in zip(find_kind(self.kind).tensors, self._values(), strict=True):
+                if entry.start is None:
                     _fill_uniform(tensor)
         self.set_to_one()
         self._renew_descriptor()
@@ -123,13 +123,13 @@ class LevelWeights(nn.Module):
     @torch.no_grad()
     def set_to_one(self) -> None:
         """Gives the tensors that decide it the values at which w is exactly 1; nothing is drawn."""
-        for row, tensor in zip(find_kind(self.kind).tensors, self._values(), strict=True):
-            if row.start is not None:
-                tensor.fill_(row.start)
+        for entry, tensor in zip(find_kind(self.kind).tensors, self._values(), strict=True):
+            if entry.start is not None:
+                tensor.fill_(entry.start)
 
     def tensors(self) -> list[tuple[str, Tensor]]:
         """(name, tensor) pairs, in the order in which ``level_weights_function(kind, ...)`` takes them after x."""
-        return [(row.name, getattr(self, row.name)) for row in find_kind(self.kind).tensors]
+        return [(entry.name, getattr(self, entry.name)) for entry in find_kind(self.kind).tensors]
 
     def forward(self, x: Tensor | None) -> Any:
         """w [B, T, H, L] in float32 (float64 if x or a parameter is) for x [B, T, D], or [B, T, ...] if static.
@@ -335,16 +335,16 @@ def _capturing(tensors: list[Tensor]) -> bool:
 
 
 def _checked_sizes(kind: str, heads: int, levels: int, in_features: int | None, hidden: int | None) -> Sizes:
-    row = find_kind(kind)
+    entry = find_kind(kind)
     if heads < 1 or levels < 1:
         raise LevelWeightsError(f"level weights need at least one head and one level, got {heads=} and {levels=}")
-    if row.needs_input and (in_features is None or in_features < 1):
+    if entry.needs_input and (in_features is None or in_features < 1):
         raise LevelWeightsError(f"level weights of kind {kind!r} need in_features, the last size of the mixer's input")
-    if not row.needs_input and in_features is not None:
+    if not entry.needs_input and in_features is not None:
         raise LevelWeightsError(f"level weights of kind {kind!r} do not use the input: leave in_features out")
-    if hidden is not None and (not row.needs_hidden or hidden < 1):
+    if hidden is not None and (not entry.needs_hidden or hidden < 1):
         raise LevelWeightsError(f"hidden={hidden} is not an argument of level weights of kind {kind!r}")
-    return Sizes(heads, levels, in_features or 0, (hidden or _DEFAULT_HIDDEN) if row.needs_hidden else 0)
+    return Sizes(heads, levels, in_features or 0, (hidden or _DEFAULT_HIDDEN) if entry.needs_hidden else 0)
 
 
 def _fill_uniform(tensor: Tensor) -> None:

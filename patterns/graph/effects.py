@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from llcompile.patterns.known.capture import leaf_of
+from llcompile.patterns.known.capture import captured_function
 from llcompile.patterns.structure.modes import is_function
 from llcompile.patterns.structure.nested import leaves, mapped
 from llcompile.torch_internals.nested_gradients import is_about
@@ -143,7 +143,7 @@ class _Runner:
 
     def _written_by_another(self, node: fx.Node, tensors: list[Tensor]) -> list[Tensor]:
         """The same for a node that does not run on meta tensors: what its schema says, else any it could write to."""
-        if isinstance(node.target, HigherOrderOperator) or leaf_of(node.target) is not None:
+        if isinstance(node.target, HigherOrderOperator) or captured_function(node.target) is not None:
             return []  # Dynamo lets neither change what it is given
         if node.target in _READS:
             return []
@@ -206,7 +206,7 @@ def _run(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return result[0] if is_function(node) else result  # the rest is for its backward
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    if node.op != "call_function" or leaf_of(node.target) is not None:
+    if node.op != "call_function" or captured_function(node.target) is not None:
         raise NotImplementedError(str(node.target))
     return node.target(*args, **kwargs)  # type: ignore[operator]
 

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from llcompile.patterns.known import fla, mamba_ssm, transformers
-from llcompile.patterns.known.row import Arguments, KnownFunction, Tensor
+from llcompile.patterns.known.entry import Arguments, KnownFunction, Tensor
 
-ROWS: tuple[KnownFunction, ...] = (*transformers.ROWS, *fla.ROWS, *mamba_ssm.ROWS)
+ENTRIES: tuple[KnownFunction, ...] = (*transformers.ENTRIES, *fla.ENTRIES, *mamba_ssm.ENTRIES)
 
 _registered: list[KnownFunction] = []
 
 
-def register(row: KnownFunction) -> None:
+def register(entry: KnownFunction) -> None:
     """Adds a function of a user's own library, for this process; it is proved like all others before it is rewritten.
 
     Call it before the model is converted or compiled.
     """
-    _registered.append(row)
+    _registered.append(entry)
 
 
-def rows() -> tuple[KnownFunction, ...]:
+def entries() -> tuple[KnownFunction, ...]:
     """Every row: the tables', and those that were registered."""
-    return (*ROWS, *_registered)
+    return (*ENTRIES, *_registered)
 
 
 __all__ = ["ROWS", "Arguments", "KnownFunction", "Tensor", "register", "rows"]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from llcompile.patterns import reasons
-from llcompile.patterns.known.row import Arguments, KnownFunction, Tensor
+from llcompile.patterns.known.entry import Arguments, KnownFunction, Tensor
 from llcompile.patterns.reasons import GivenReason
 
 
@@ -22,7 +22,7 @@ class Mismatch(Exception):
         self.given = given
 
 
-def read_call(row: KnownFunction, function: Callable[..., Any], given: Mapping[str, Any]) -> Arguments:
+def read_call(entry: KnownFunction, function: Callable[..., Any], given: Mapping[str, Any]) -> Arguments:
     """The call's arguments with their defaults and sizes.
 
     Args:
@@ -38,28 +38,28 @@ def read_call(row: KnownFunction, function: Callable[..., Any], given: Mapping[s
         for name, parameter in inspect.signature(function).parameters.items()
         if parameter.default is not inspect.Parameter.empty
     }
-    _check_refused(row, defaults, given)
-    values = {**{n: d for n, d in defaults.items() if n in row.parameters}, **given}
+    _check_refused(entry, defaults, given)
+    values = {**{n: d for n, d in defaults.items() if n in entry.parameters}, **given}
     sizes: dict[str, int] = {}
     dtypes: dict[str, torch.dtype] = {}
-    for tensor in row.tensors:
+    for tensor in entry.tensors:
         value = values.get(tensor.name)
         if isinstance(value, torch.Tensor):
-            _read_sizes(row, tensor, value, values, sizes)
+            _read_sizes(entry, tensor, value, values, sizes)
             dtypes[tensor.name] = value.dtype
-    ranks = {tensor.name: values[tensor.name].dim() for tensor in row.tensors if tensor.name in dtypes}
+    ranks = {tensor.name: values[tensor.name].dim() for tensor in entry.tensors if tensor.name in dtypes}
     arguments = Arguments(values, sizes, dtypes, ranks)
-    problem = (row.requires(arguments) if row.requires is not None else None) or _packing_problem(row, arguments)
+    problem = (entry.requires(arguments) if entry.requires is not None else None) or _packing_problem(entry, arguments)
     if problem is not None:
-        raise Mismatch(reasons.CALL_NOT_COVERED(function=row.function, problem=problem))
+        raise Mismatch(reasons.CALL_NOT_COVERED(function=entry.function, problem=problem))
     return arguments
 
 
-def _packing_problem(row: KnownFunction, arguments: Arguments) -> str | None:
+def _packing_problem(entry: KnownFunction, arguments: Arguments) -> str | None:
     """Why this way of packing is not covered, or None."""
-    if row.packed_by(arguments, "indices") is None or row.packed_by(arguments, "bounds") is not None:
+    if entry.packed_by(arguments, "indices") is None or entry.packed_by(arguments, "bounds") is not None:
         return None
-    if arguments[state_argument(row)] is not None or row.wants_state(arguments):
+    if arguments[state_argument(entry)] is not None or entry.wants_state(arguments):
         return "packs sequences by seq_idx and hands states on, of which there would be one for each; use cu_seqlens"
     return None
 
@@ -69,31 +69,31 @@ def is_level_state(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.dim() == 5
 
 
-def state_argument(row: KnownFunction) -> str:
+def state_argument(entry: KnownFunction) -> str:
     """The name of the row's state argument, or "" where it has none."""
-    return next((t.name for t in row.tensors if t.draw == "state"), "")
+    return next((t.name for t in entry.tensors if t.draw == "state"), "")
 
 
-def _check_refused(row: KnownFunction, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    known = {t.name for t in row.tensors} | set(row.constants) | set(row.packing)
+def _check_refused(entry: KnownFunction, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    known = {t.name for t in entry.tensors} | set(entry.constants) | set(entry.packing)
     for name, value in given.items():
         if name in known or value is None:
             continue
         default = defaults.get(name)
         if not isinstance(value, torch.Tensor) and type(value) is type(default) and value == default:
             continue
-        if name in row.refuses:
-            raise Mismatch(reasons.ARGUMENT_REFUSED(argument=name, function=row.function, problem=row.refuses[name]))
-        raise Mismatch(reasons.ARGUMENT_UNKNOWN(argument=name, function=row.function))
+        if name in entry.refuses:
+            raise Mismatch(reasons.ARGUMENT_REFUSED(argument=name, function=entry.function, problem=entry.refuses[name]))
+        raise Mismatch(reasons.ARGUMENT_UNKNOWN(argument=name, function=entry.function))
 
 
 def _read_sizes(
-    row: KnownFunction, tensor: Tensor, value: torch.Tensor, values: Mapping[str, Any], sizes: dict[str, Any]
+    entry: KnownFunction, tensor: Tensor, value: torch.Tensor, values: Mapping[str, Any], sizes: dict[str, Any]
 ) -> None:
     if tensor.draw == "state" and is_level_state(value):
         return
-    axes = row.axes(tensor, value.dim(), values)
-    found = {"argument": tensor.name, "function": row.function, "shape": list(value.shape)}
+    axes = entry.axes(tensor, value.dim(), values)
+    found = {"argument": tensor.name, "function": entry.function, "shape": list(value.shape)}
     if axes is None:
         expected = f"{' or '.join(str(len(a)) for a in tensor.layouts())} axes"
         raise Mismatch(reasons.ARGUMENT_SHAPE(**found, expected=expected, axes=tensor.axes))

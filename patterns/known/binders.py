@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from llcompile.patterns.known.row import Arguments
+from llcompile.patterns.known.entry import Arguments
 from llcompile.patterns.mixer import Mixer
 
 

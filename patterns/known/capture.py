@@ -1,7 +1,7 @@
 """Capture: makes known library functions leaves of the Dynamo graph, without touching their source.
 
 Dynamo is told to trace a stand-in wherever user code calls a known function. Under our backend the stand-in is one
-call node whose target is a `Leaf`; under any other backend it is the function itself, so nobody else notices.
+call node whose target is a `CapturedFunction`; under any other backend it is the function itself, so nobody else notices.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import torch
 from torch import nn
 
 from llcompile.patterns import reasons
-from llcompile.patterns.known import KnownFunction, rows
+from llcompile.patterns.known import KnownFunction, entries
 from llcompile.patterns.known.arguments import Mismatch, axis_size
 from llcompile.patterns.known.lower import lower_call
-from llcompile.patterns.known.row import Reference
+from llcompile.patterns.known.entry import Reference
 from llcompile.patterns.known.states import batch_size, state_problem, state_sizes
 from llcompile.patterns.reasons import GivenReason
 from llcompile.torch_internals import reach
@@ -34,7 +34,7 @@ from llcompile.torch_internals.trace import trace_position
 _ALIASES = {"transformers": ("transformers", "transformers_modules")}
 
 
-class Leaf:
+class CapturedFunction:
     """A known function as Dynamo's graph sees it; callable, so that shapes can be inferred through it.
 
     Args:
@@ -43,25 +43,25 @@ class Leaf:
         problem: why its signature is not the one that the row was written for, or None.
     """
 
-    def __init__(self, row: KnownFunction, function: types.FunctionType) -> None:
-        self.row = row
+    def __init__(self, entry: KnownFunction, function: types.FunctionType) -> None:
+        self.entry = entry
         self.function = function
         self.plain = plain_form(function)
-        problem = row.signature_problem(self.plain)
-        named = {"function": row.function, "library": row.library}
+        problem = entry.signature_problem(self.plain)
+        named = {"function": entry.function, "library": entry.library}
         self.problem = None if problem is None else reasons.SIGNATURE(**named, problem=problem)
         self.names = positional_names(function)
         self.calls = _call_node_target(self)
 
     def references(self) -> Iterator[tuple[str, Callable[..., Any]]]:
         """The library's own device-independent forms of the function that can be imported, each with its name."""
-        for reference in self.row.references:
+        for reference in self.entry.references:
             module, name = reference.name.split(":")
             try:
                 found = getattr(importlib.import_module(module), name)
             except (ImportError, AttributeError):
                 continue
-            over = "" if reference.callee is None else f"{self.row.function} over "
+            over = "" if reference.callee is None else f"{self.entry.function} over "
             yield over + reference.name, _as_function(reference, found, self.plain)
 
     def __call__(self, **arguments: Any) -> Any:
@@ -71,25 +71,25 @@ class Leaf:
         arguments = self._with_own_state(arguments, levels, lowered=given is None)
         try:
             if given is None:
-                return lower_call(self.row, self.plain, arguments, levels=levels)
+                return lower_call(self.entry, self.plain, arguments, levels=levels)
         except Mismatch as mismatch:  # the bind pass says so in the report
             given = mismatch.given
-        if not self.row.opaque:
+        if not self.entry.opaque:
             return self.function(**self._with_own_state(arguments, levels, lowered=False))
-        _trace.refused.append(Refused(self.row, given, trace_position()))
+        _trace.refused.append(Refused(self.entry, given, trace_position()))
         # Dynamo breaks the graph here: the function runs outside of it, as it does without us.
-        raise NotImplementedError(f"{self.row.function}: {given.text}")
+        raise NotImplementedError(f"{self.entry.function}: {given.text}")
 
     def _with_own_state(self, arguments: dict[str, Any], levels: int | None, lowered: bool) -> dict[str, Any]:
         """The call with an empty state in the place of one that it cannot take: the pass `states` raises an error."""
-        if state_problem(self.row, arguments, levels, weighted=lowered and levels is not None) is None:
+        if state_problem(self.entry, arguments, levels, weighted=lowered and levels is not None) is None:
             return arguments
-        tensor = next(t for t in self.row.tensors if t.draw == "state")
-        state, axes = arguments[tensor.name], self.row.axes(tensor, 4, arguments)
+        tensor = next(t for t in self.entry.tensors if t.draw == "state")
+        state, axes = arguments[tensor.name], self.entry.axes(tensor, 4, arguments)
         assert axes is not None
-        sizes = state_sizes(self.row, arguments)
-        rows = batch_size(self.row, arguments, state)
-        own = state.new_zeros(rows, *(axis_size(axis, sizes) for axis in axes[1:]))
+        sizes = state_sizes(self.entry, arguments)
+        count = batch_size(self.entry, arguments, state)
+        own = state.new_zeros(count, *(axis_size(axis, sizes) for axis in axes[1:]))
         return {**arguments, tensor.name: own}
 
 
@@ -97,7 +97,7 @@ class Leaf:
 class Refused:
     """A call of an opaque function that was declined while it was traced; `meta` is what its node would have had."""
 
-    row: KnownFunction
+    entry: KnownFunction
     given: GivenReason
     meta: dict[str, Any]
 
@@ -112,24 +112,24 @@ class _Trace(threading.local):
 _trace = _Trace()
 # Calls of opaque functions that were declined after a trace, and why: the next trace breaks the graph there.
 _given_up: dict[Any, GivenReason] = {}
-_leaves: dict[int, Leaf] = {}
-_targets: dict[Callable[..., Any], Leaf] = {}
+_captured: dict[int, CapturedFunction] = {}
+_targets: dict[Callable[..., Any], CapturedFunction] = {}
 _levels_of_trace: Callable[[], int | None] = lambda: None  # noqa: E731  (set by `install`)
 
 
-def call_key(leaf: Leaf, arguments: Mapping[str, Any], module: nn.Module | None = None) -> Any:
+def call_key(captured: CapturedFunction, arguments: Mapping[str, Any], module: nn.Module | None = None) -> Any:
     """What tells calls apart whose fate may differ: the module, which operands are given and their rank, constants."""
     module = module or reach.innermost_module()
     facts = tuple(
         (name, value.dim() if isinstance(value, torch.Tensor) else repr(value))
         for name, value in sorted(arguments.items())
     )
-    return leaf, None if module is None else weakref.ref(module), facts
+    return captured, None if module is None else weakref.ref(module), facts
 
 
-def give_up(leaf: Leaf, arguments: Mapping[str, Any], module: nn.Module | None, given: GivenReason) -> bool:
+def give_up(captured: CapturedFunction, arguments: Mapping[str, Any], module: nn.Module | None, given: GivenReason) -> bool:
     """Has the next trace break the graph at a call that was declined after this one; False where it was to already."""
-    key = call_key(leaf, arguments, module)
+    key = call_key(captured, arguments, module)
     known = key in _given_up
     _given_up[key] = given
     return not known
@@ -141,7 +141,7 @@ def take_refused() -> list[Refused]:
     return taken
 
 
-def leaf_of(target: Any) -> Leaf | None:
+def captured_function(target: Any) -> CapturedFunction | None:
     """The leaf whose call a node's target is, or None."""
     try:
         return _targets.get(target)
@@ -188,12 +188,12 @@ def install(is_ours: Callable[[], bool], levels_of_trace: Callable[[], int | Non
     global _levels_of_trace
     _levels_of_trace = levels_of_trace
     modules = _modules()
-    new = [(row, f) for row in rows() for f in _definitions(row, modules) if id(f) not in _leaves]
-    for row, function in new:
-        leaf = Leaf(row, unsubstituted(function))
-        _leaves[id(function)] = leaf
-        _targets[leaf.calls] = leaf
-        substitute(function, _stand_in(leaf, is_ours))
+    new = [(entry, f) for entry in entries() for f in _definitions(entry, modules) if id(f) not in _captured]
+    for entry, function in new:
+        captured = CapturedFunction(entry, unsubstituted(function))
+        _captured[id(function)] = captured
+        _targets[captured.calls] = captured
+        substitute(function, _stand_in(captured, is_ours))
     return len(new)
 
 
@@ -205,33 +205,33 @@ def _modules() -> Mapping[str, list[types.ModuleType]]:
     return found
 
 
-def _definitions(row: KnownFunction, modules: Mapping[str, list[types.ModuleType]]) -> Iterable[types.FunctionType]:
+def _definitions(entry: KnownFunction, modules: Mapping[str, list[types.ModuleType]]) -> Iterable[types.FunctionType]:
     """Every distinct function object that is this row's function."""
-    roots = _ALIASES.get(row.library, (row.library,))
+    roots = _ALIASES.get(entry.library, (entry.library,))
     seen: dict[int, types.FunctionType] = {}
     for module in (m for root in roots for m in modules.get(root, ())):
-        value = vars(module).get(row.function)
+        value = vars(module).get(entry.function)
         if isinstance(value, types.FunctionType) and value.__module__.split(".")[0] in roots:
             seen[id(value)] = value
     return seen.values()
 
 
-def _call_node_target(leaf: Leaf) -> Callable[..., Any]:
+def _call_node_target(captured: CapturedFunction) -> Callable[..., Any]:
     def target(**arguments: Any) -> Any:
-        return leaf(**arguments)
+        return captured(**arguments)
 
-    target.__name__ = target.__qualname__ = leaf.row.function
+    target.__name__ = target.__qualname__ = captured.entry.function
     target.__module__ = "llcompile.patterns.known.capture"
     torch._dynamo.allow_in_graph(target)
     return target
 
 
-def _stand_in(leaf: Leaf, is_ours: Callable[[], bool]) -> Callable[..., Any]:
-    names, target, function = leaf.names, leaf.calls, leaf.function
-    kept = frozenset(leaf.row.parameters) | frozenset(inspect.signature(leaf.plain).parameters)
+def _stand_in(captured: CapturedFunction, is_ours: Callable[[], bool]) -> Callable[..., Any]:
+    names, target, function = captured.names, captured.calls, captured.function
+    kept = frozenset(captured.entry.parameters) | frozenset(inspect.signature(captured.plain).parameters)
     # Transformers hands its functions keywords of the whole model (`use_cache`), which their **kwargs swallow; what
     # FLA takes through **kwargs has a meaning, so that the row must see it.
-    keeps_all = leaf.row.opaque
+    keeps_all = captured.entry.opaque
     ours = torch._dynamo.assume_constant_result(is_ours)
 
     def stand_in(*args: Any, **kwargs: Any) -> Any:

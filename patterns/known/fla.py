@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from llcompile.patterns.families import Correction, Decay
 from llcompile.patterns.known.binders import head_index, l2norm, output_and_state, query_scale
 from llcompile.patterns.known.fla_references import delta, gated, gla, kda, linear, simple_gla
-from llcompile.patterns.known.row import Arguments, KnownFunction, Packing, Reference, Tensor
+from llcompile.patterns.known.entry import Arguments, KnownFunction, Packing, Reference, Tensor
 from llcompile.patterns.mixer import Mixer
 
 _VALUE_FIRST = ("state_v_first", "transpose_state_layout")
@@ -226,7 +226,7 @@ def _over_simple_gla(form: str) -> Reference:
     return Reference(_NAIVE_SIMPLE_GLA, simple_gla, callee=f"{form}_simple_gla")
 
 
-ROWS: tuple[KnownFunction, ...] = (
+ENTRIES: tuple[KnownFunction, ...] = (
     *(
         _row(
             f"{form}_linear_attn",

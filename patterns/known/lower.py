@@ -14,20 +14,20 @@ from llcompile.patterns.known.arguments import Mismatch, is_level_state, read_ca
 from llcompile.patterns.mixer import Mixer
 
 
-def lower_call(row: KnownFunction, function: Callable[..., Any], given: Mapping[str, Any], levels: int | None) -> Any:
+def lower_call(entry: KnownFunction, function: Callable[..., Any], given: Mapping[str, Any], levels: int | None) -> Any:
     """What the call computes through our operator, with every level weight 1 (or none, for `levels` None)."""
-    arguments = read_call(row, function, given)
-    state = arguments[state_argument(row)]
+    arguments = read_call(entry, function, given)
+    state = arguments[state_argument(entry)]
     if state is not None and not is_level_state(state):
         levels = None
     weights = None
     if levels is not None:
-        value = arguments[row.tensor_with("V").name]
+        value = arguments[entry.tensor_with("V").name]
         weights = value.new_ones(*value.shape[:-1], levels, dtype=torch.float32)
-    return lower(row, arguments, arguments, weights)
+    return lower(entry, arguments, arguments, weights)
 
 
-def lower(row: KnownFunction, arguments: Arguments, example: Arguments, level_weights: Any, mask: Any = None) -> Any:
+def lower(entry: KnownFunction, arguments: Arguments, example: Arguments, level_weights: Any, mask: Any = None) -> Any:
     """Emits the operator and what the function does around it.
 
     Args:
@@ -37,16 +37,16 @@ def lower(row: KnownFunction, arguments: Arguments, example: Arguments, level_we
         level_weights: [B, T, H, L] (or [B, H, L] for a step), or None for the linear operator.
         mask: [B, T], non-zero at tokens that are no padding, or None.
     """
-    sequences = sequences_of(row, arguments, mask)
+    sequences = sequences_of(entry, arguments, mask)
     call = OperatorCall(
-        own_state=is_level_state(example[state_argument(row)]),
-        single=is_single_token(row, example) and sequences is None,
-        wants_state=row.wants_state(example),
+        own_state=is_level_state(example[state_argument(entry)]),
+        single=is_single_token(entry, example) and sequences is None,
+        wants_state=entry.wants_state(example),
     )
-    output, state = call_operator(row.bind(arguments), level_weights, call, sequences)
-    if row.writes_state is not None:
-        arguments[row.writes_state].copy_(state)
-    return row.result(arguments, output, state)
+    output, state = call_operator(entry.bind(arguments), level_weights, call, sequences)
+    if entry.writes_state is not None:
+        arguments[entry.writes_state].copy_(state)
+    return entry.result(arguments, output, state)
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ class Sequences:
     seq_idx: Any = None
 
 
-def sequences_of(row: KnownFunction, arguments: Arguments, mask: Any) -> Sequences | None:
+def sequences_of(entry: KnownFunction, arguments: Arguments, mask: Any) -> Sequences | None:
     """How the call packs or pads its sequences; None where each fills its row. Bounds say more than indices."""
-    bounds, indices = row.packed_by(arguments, "bounds"), row.packed_by(arguments, "indices")
+    bounds, indices = entry.packed_by(arguments, "bounds"), entry.packed_by(arguments, "indices")
     if bounds is not None:
         return Sequences(cu_seqlens=bounds)
     if indices is not None:
@@ -77,7 +77,7 @@ class OperatorCall:
     wants_state: bool
 
 
-def is_single_token(row: KnownFunction, example: Arguments) -> bool:
+def is_single_token(entry: KnownFunction, example: Arguments) -> bool:
     """Whether the call is a decoding step: one token, known to be one without a guard."""
     length = example.sizes.get("T", 1)
     return isinstance(length, int) and length == 1

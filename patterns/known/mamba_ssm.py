@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from llcompile.patterns.known.binders import time_step
-from llcompile.patterns.known.row import Arguments, KnownFunction, Reference, Tensor
+from llcompile.patterns.known.entry import Arguments, KnownFunction, Reference, Tensor
 from llcompile.patterns.mixer import Mixer
 
 
@@ -122,7 +122,7 @@ _STEP_TENSORS = (
 )
 _STEP_REFERENCE = "mamba_ssm.ops.triton.selective_state_update:selective_state_update_ref"
 
-ROWS: tuple[KnownFunction, ...] = (
+ENTRIES: tuple[KnownFunction, ...] = (
     KnownFunction(
         library="mamba_ssm",
         function="mamba_chunk_scan_combined",

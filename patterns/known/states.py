@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from llcompile.patterns.known.arguments import axis_size, is_level_state
-from llcompile.patterns.known.row import KnownFunction
+from llcompile.patterns.known.entry import KnownFunction
 
 
-def state_problem(row: KnownFunction, given: Mapping[str, Any], levels: int | None, weighted: bool) -> str | None:
+def state_problem(entry: KnownFunction, given: Mapping[str, Any], levels: int | None, weighted: bool) -> str | None:
     """What speaks against the state of a call, or None.
 
     Args:
@@ -20,19 +20,19 @@ def state_problem(row: KnownFunction, given: Mapping[str, Any], levels: int | No
         levels: how many levels the mixer's weights have, where that is known.
         weighted: whether the mixer has level weights.
     """
-    tensor = next((t for t in row.tensors if t.draw == "state"), None)
+    tensor = next((t for t in entry.tensors if t.draw == "state"), None)
     state = given.get(tensor.name) if tensor is not None else None
     if tensor is None or not isinstance(state, torch.Tensor):
         return None
-    sizes = state_sizes(row, given)
-    axes = row.axes(tensor, 4, given)
+    sizes = state_sizes(entry, given)
+    axes = entry.axes(tensor, 4, given)
     if axes is None or any(not set(axis.split(".")) <= set(sizes) for axis in axes[1:]):
         return None
     linear = [axis_size(axis, sizes) for axis in axes[1:]]
     shape = f"its shape is {_shown(state.shape)}"
-    rows, batch = _number(state.shape[0]), _number(batch_size(row, given, state))
-    if None not in (rows, batch) and rows != batch:
-        return f"{shape}, for a batch of {rows}, but this batch has {batch}"
+    entries, batch = _number(state.shape[0]), _number(batch_size(entry, given, state))
+    if None not in (entries, batch) and entries != batch:
+        return f"{shape}, for a batch of {entries}, but this batch has {batch}"
     if not is_level_state(state):
         own = state.dim() == 4 and [int(n) for n in state.shape[1:]] == linear
         return None if own else f"{shape}, expected {_shown(['B', *linear])}"
@@ -47,12 +47,12 @@ def state_problem(row: KnownFunction, given: Mapping[str, Any], levels: int | No
     return None
 
 
-def state_sizes(row: KnownFunction, given: Mapping[str, Any]) -> dict[str, int]:
+def state_sizes(entry: KnownFunction, given: Mapping[str, Any]) -> dict[str, int]:
     """Sizes of heads and widths, from every tensor but the state."""
     sizes: dict[str, int] = {}
-    for tensor in row.tensors:
+    for tensor in entry.tensors:
         value = given.get(tensor.name)
-        axes = row.axes(tensor, value.dim(), given) if isinstance(value, torch.Tensor) else None
+        axes = entry.axes(tensor, value.dim(), given) if isinstance(value, torch.Tensor) else None
         if tensor.draw == "state" or axes is None:
             continue
         assert isinstance(value, torch.Tensor)
@@ -62,13 +62,13 @@ def state_sizes(row: KnownFunction, given: Mapping[str, Any]) -> dict[str, int]:
     return sizes
 
 
-def batch_size(row: KnownFunction, given: Mapping[str, Any], state: torch.Tensor) -> Any:
+def batch_size(entry: KnownFunction, given: Mapping[str, Any], state: torch.Tensor) -> Any:
     """How many rows the state of a call must have; the state's own where sequences are packed, one row for each."""
-    if any(given.get(name) is not None for name in row.packing):
+    if any(given.get(name) is not None for name in entry.packing):
         return state.shape[0]
-    for tensor in row.tensors:
+    for tensor in entry.tensors:
         value = given.get(tensor.name)
-        axes = row.axes(tensor, value.dim(), given) if isinstance(value, torch.Tensor) else None
+        axes = entry.axes(tensor, value.dim(), given) if isinstance(value, torch.Tensor) else None
         if tensor.draw != "state" and axes is not None and "B" in axes:
             assert isinstance(value, torch.Tensor)
             return value.shape[axes.index("B")]

@@ -11,7 +11,7 @@ from typing import Any
 import torch.nn.functional as F
 
 from llcompile.patterns.known.binders import delta_rule, output_and_state, time_step
-from llcompile.patterns.known.row import Arguments, KnownFunction, Packing, Tensor
+from llcompile.patterns.known.entry import Arguments, KnownFunction, Packing, Tensor
 from llcompile.patterns.mixer import Mixer
 
 
@@ -124,7 +124,7 @@ def _delta_row(function: str, family: str, kimi: bool) -> KnownFunction:
     )
 
 
-ROWS: tuple[KnownFunction, ...] = (
+ENTRIES: tuple[KnownFunction, ...] = (
     KnownFunction(
         library="transformers",
         function="mamba2_chunk_scan",

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from llcompile.patterns import reasons
 from llcompile.patterns.boundary import boundary
 from llcompile.patterns.graph.regions import Region
-from llcompile.patterns.known.capture import leaf_of
+from llcompile.patterns.known.capture import captured_function
 from llcompile.patterns.records import Certificate
 from llcompile.patterns.structure.assume import expect_decay, learned
 from llcompile.patterns.structure.axes import Axis
@@ -154,7 +154,7 @@ class _Search:
         self.cuts = Cuts(self.cutter)
         self.tried: set[Value] = set()
         self._across: dict[Value, bool] = {}
-        self.captured = {op.node for op in findings.program.ops if leaf_of(_called(op.node).target) is not None}
+        self.captured = {op.node for op in findings.program.ops if captured_function(_called(op.node).target) is not None}
 
     def run(self) -> None:
         """Goes through the program in order."""

@@ -12,7 +12,7 @@ from torch._C._functorch import _unwrap_functional_tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from llcompile.patterns.graph.regions import Region
-from llcompile.patterns.known.capture import leaf_of
+from llcompile.patterns.known.capture import captured_function
 from llcompile.patterns.structure.modes import Mode, Modes, is_function
 from llcompile.patterns.structure.nested import leaves, mapped
 from llcompile.patterns.structure.program import Op, Program, Value
@@ -167,7 +167,7 @@ class _Recorder:
                 return self._applied(node, args)
             except Exception:
                 return self._opaque(node, args, kwargs)
-        if isinstance(node.target, torch._ops.HigherOrderOperator) or leaf_of(node.target) is not None:
+        if isinstance(node.target, torch._ops.HigherOrderOperator) or captured_function(node.target) is not None:
             return self._opaque(node, args, kwargs)
         if node.op == "call_module":
             return self._opaque(node, args, kwargs)

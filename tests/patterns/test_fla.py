@@ -23,25 +23,25 @@ import torch
 from torch import Tensor, nn
 
 import llcompile
-from llcompile.patterns.known import ROWS
+from llcompile.patterns.known import ENTRIES
 from llcompile.patterns.known.arguments import Mismatch, read_call
-from llcompile.patterns.known.capture import Leaf
+from llcompile.patterns.known.capture import CapturedFunction
 from llcompile.patterns.records import Certificate
-from tests.patterns.proofs import SIZES, leaf_of, operands, proof
+from tests.patterns.proofs import SIZES, captured_function, operands, proof
 
 PACKAGES = ("fla-core==0.6.0", "flash-linear-attention==0.6.0", "einops", "triton")
 HAS_FLA = importlib.util.find_spec("fla") is not None
 needs_fla = pytest.mark.skipif(not HAS_FLA, reason="FLA is not installed; `pytest -m slow` runs this file with it")
 
-FLA_ROWS = {row.function: row for row in ROWS if row.library == "fla"}
+FLA_ROWS = {entry.function: entry for entry in ENTRIES if entry.library == "fla"}
 # Where FLA defines the functions that its package does not export by the first part of their name.
 STEMS = ("linear_attn", "retention", "simple_gla", "gla", "gated_delta_rule", "delta_rule", "kda", "lightning_attn")
 GATES = ("g_gamma", "A_log", "dt_bias", "gk")
 
 
-def fla_leaf(name: str) -> Leaf:
+def fla_leaf(name: str) -> CapturedFunction:
     stem = next(s for s in STEMS if name.endswith(f"_{s}"))
-    found = leaf_of(FLA_ROWS[name], getattr(importlib.import_module(f"fla.ops.{stem}"), name))
+    found = captured_function(FLA_ROWS[name], getattr(importlib.import_module(f"fla.ops.{stem}"), name))
     assert found.problem is None
     return found
 

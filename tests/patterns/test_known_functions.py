@@ -16,8 +16,8 @@ from torch import Tensor, nn
 import llcompile
 from llcompile.patterns.known import capture
 from llcompile.patterns.known.binders import output_and_state, query_scale
-from llcompile.patterns.known.row import KnownFunction, Reference
-from llcompile.patterns.known.row import Tensor as Operand
+from llcompile.patterns.known.entry import KnownFunction, Reference
+from llcompile.patterns.known.entry import Tensor as Operand
 from llcompile.patterns.mixer import Mixer
 
 HEADS, WIDTH = 2, 4
@@ -74,7 +74,7 @@ def bind(a: Any) -> Mixer:
     return Mixer("none", "none", a["q"], a["k"], a["v"], initial_state=a["initial_state"], scale=query_scale(a))
 
 
-def row_for(library: str, function: str, **more: Any) -> KnownFunction:
+def entry_for(library: str, function: str, **more: Any) -> KnownFunction:
     operands = (Operand("q", "B T H K"), Operand("k", "B T H K"), Operand("v", "B T H V"))
     given: dict[str, Any] = {
         "library": library,
@@ -110,7 +110,7 @@ class Attention(nn.Module):
 def make(monkeypatch: pytest.MonkeyPatch, fresh_dynamo: None) -> Make:
     """Puts a copy of a function into a library of its own, with a row that claims to know it."""
 
-    def build(function: Any, arguments: dict[str, Any] | None = None, **row: Any) -> nn.Module:
+    def build(function: Any, arguments: dict[str, Any] | None = None, **entry: Any) -> nn.Module:
         library = f"fake_library_{next(_names)}"
         module = types.ModuleType(library)
         monkeypatch.setitem(sys.modules, library, module)
@@ -121,8 +121,8 @@ def make(monkeypatch: pytest.MonkeyPatch, fresh_dynamo: None) -> Make:
         if plain is not function:
             copy = torch.compiler.disable(copy)
         setattr(module, plain.__name__, copy)
-        rows = (*capture.rows(), row_for(library, plain.__name__, **row))
-        monkeypatch.setattr(capture, "rows", lambda: rows)
+        entries = (*capture.entries(), entry_for(library, plain.__name__, **entry))
+        monkeypatch.setattr(capture, "rows", lambda: entries)
         return Attention(copy, **(arguments or {}))
 
     return build

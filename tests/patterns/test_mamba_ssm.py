@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from llcompile.patterns.known.arguments import Mismatch, read_call
-from llcompile.patterns.known.capture import Leaf
+from llcompile.patterns.known.capture import CapturedFunction
 from llcompile.patterns.records import Certificate
-from tests.patterns.proofs import SIZES, leaf_of, operands, proof, row_of
+from tests.patterns.proofs import SIZES, captured_function, operands, proof, row_of
 
 if os.environ.get("LLCOMPILE_STUB_MAMBA"):
     sys.modules.setdefault("selective_scan_cuda", types.ModuleType("selective_scan_cuda"))
@@ -30,8 +30,8 @@ SINGLE = "mamba_ssm.ops.triton.selective_state_update:selective_state_update_ref
 ROW = row_of("mamba_ssm", SCAN[0])
 
 
-def leaf(name: str, module: str) -> Leaf:
-    found = leaf_of(row_of("mamba_ssm", name), getattr(importlib.import_module(module), name))
+def captured(name: str, module: str) -> CapturedFunction:
+    found = captured_function(row_of("mamba_ssm", name), getattr(importlib.import_module(module), name))
     assert found.problem is None
     return found
 
@@ -41,7 +41,7 @@ def leaf(name: str, module: str) -> Leaf:
 @pytest.mark.parametrize("dt_softplus", [True, False])
 def test_scan_without_states(absent: tuple[str, ...], dt_softplus: bool, weighted: bool) -> None:
     arguments = {**operands(ROW, (*absent, "initial_states")), "chunk_size": 64, "dt_softplus": dt_softplus}
-    result = proof(leaf(*SCAN), arguments, weighted)
+    result = proof(captured(*SCAN), arguments, weighted)
     assert isinstance(result, Certificate), result
     assert result.against == CHUNKED
 
@@ -49,7 +49,7 @@ def test_scan_without_states(absent: tuple[str, ...], dt_softplus: bool, weighte
 @pytest.mark.parametrize("absent", [(), ("initial_states",), ("D", "z", "dt_bias")])
 def test_scan_with_states(absent: tuple[str, ...]) -> None:
     arguments = {**operands(ROW, absent), "chunk_size": 64, "dt_softplus": True, "return_final_states": True}
-    result = proof(leaf(*SCAN), arguments)
+    result = proof(captured(*SCAN), arguments)
     assert isinstance(result, Certificate), result
     assert result.against == SINGLE
 
@@ -57,12 +57,12 @@ def test_scan_with_states(absent: tuple[str, ...]) -> None:
 def test_skip_per_channel() -> None:
     arguments = {**operands(ROW, ("initial_states",)), "chunk_size": 64, "dt_softplus": True}
     arguments["D"] = torch.zeros(SIZES["H"], SIZES["V"])
-    assert isinstance(proof(leaf(*SCAN), arguments), Certificate)
+    assert isinstance(proof(captured(*SCAN), arguments), Certificate)
 
 
 def test_time_step_limits_have_no_reference() -> None:
     arguments = {**operands(ROW), "chunk_size": 64, "dt_softplus": True, "dt_limit": (0.1, 1.0)}
-    result = proof(leaf(*SCAN), arguments)
+    result = proof(captured(*SCAN), arguments)
     assert isinstance(result, str)
     assert "cannot be proved on this machine" in result
     assert "no dt_limit" in result
@@ -74,13 +74,13 @@ def test_step(absent: tuple[str, ...], levels: int | None) -> None:
     arguments = {**operands(row_of("mamba_ssm", STEP[0]), absent), "dt_softplus": True}
     if levels is not None:
         arguments["state"] = torch.zeros(SIZES["B"], SIZES["H"], 1 + levels, SIZES["K"], SIZES["V"])
-    result = proof(leaf(*STEP), arguments, weighted=levels is not None)
+    result = proof(captured(*STEP), arguments, weighted=levels is not None)
     assert isinstance(result, Certificate), result
     assert result.against == SINGLE
 
 
 def test_states_of_sequences_packed_by_index_are_declined() -> None:
-    found = leaf(*SCAN)
+    found = captured(*SCAN)
     given = {**operands(ROW, ("initial_states",)), "chunk_size": 64, "seq_idx": torch.zeros(2, 70, dtype=torch.int32)}
     assert isinstance(proof(found, given), Certificate)
     with pytest.raises(Mismatch, match="packs sequences by seq_idx and hands states on"):
@@ -88,8 +88,8 @@ def test_states_of_sequences_packed_by_index_are_declined() -> None:
 
 
 def test_a_selective_scan_with_a_decay_per_channel_is_declined() -> None:
-    found = leaf(*STEP)
-    arguments = operands(found.row)
+    found = captured(*STEP)
+    arguments = operands(found.entry)
     arguments["A"] = torch.randn(SIZES["H"], SIZES["V"], SIZES["K"])
     with pytest.raises(Mismatch, match="differs along V"):
-        read_call(found.row, found.plain, arguments)
+        read_call(found.entry, found.plain, arguments)

@@ -24,7 +24,7 @@ from llcompile.report import Declined, Report
 from llcompile.weights.withheld import withheld, withhold
 
 ROOT = Path(__file__).parents[2]
-ROWS = [row for group in TABLE for row in group.rows]
+ENTRIES = [entry for group in TABLE for entry in group.entries]
 NAMES = {name: value for name, value in vars(reasons).items() if isinstance(value, Reason)}
 # What takes a reason, as its first argument (`withhold` as its third).
 GIVEN_TO = {"Miss": 0, "Mismatch": 0, "CannotPlace": 0, "decline": 0, "because": 0, "withhold": 2, "give_up": 3}
@@ -37,20 +37,20 @@ MAKERS = {"patterns/reasons.py", "patterns/records.py", "llcompile/weights/withh
 
 
 def test_codes_are_words_of_their_own() -> None:
-    codes = [row.code for row in ROWS]
+    codes = [entry.code for entry in ENTRIES]
     assert len(codes) == len(set(codes)) > 80
     assert all(re.fullmatch(r"[a-z]+(-[a-z]+)*", code) for code in codes)
-    sentences = [row.sentence for row in ROWS]
+    sentences = [entry.sentence for entry in ENTRIES]
     assert len(sentences) == len(set(sentences))
 
 
 def test_every_row_says_what_to_do() -> None:
-    assert all(row.hint and row.sentence for row in ROWS)
-    assert not [row.code for row in ROWS if "{" in row.hint or "`" in row.sentence]
+    assert all(entry.hint and entry.sentence for entry in ENTRIES)
+    assert not [entry.code for entry in ENTRIES if "{" in entry.hint or "`" in entry.sentence]
 
 
 def test_every_constant_is_in_the_table_once() -> None:
-    assert sorted(map(id, NAMES.values())) == sorted(map(id, ROWS))
+    assert sorted(map(id, NAMES.values())) == sorted(map(id, ENTRIES))
 
 
 def test_a_code_cannot_be_given_twice() -> None:
@@ -78,7 +78,7 @@ def test_a_wrong_field_is_an_error(fields: dict[str, int]) -> None:
 def test_the_page_is_the_table() -> None:
     page = (ROOT / "docs" / "reasons.md").read_text()
     assert page == runpy.run_path(str(ROOT / "docs" / "make_reasons.py"))["page"](), "run python docs/make_reasons.py"
-    assert re.findall(r"^\| `([a-z-]+)` \|", page, re.MULTILINE) == [row.code for row in ROWS]
+    assert re.findall(r"^\| `([a-z-]+)` \|", page, re.MULTILINE) == [entry.code for entry in ENTRIES]
 
 
 # -- the places that decline
@@ -108,15 +108,15 @@ class Places:
                 self._call(node, where, name)
 
     def _use(self, node: ast.Attribute, call: ast.Call | None, where: str) -> None:
-        row = NAMES.get(node.attr)
-        if row is None:
+        entry = NAMES.get(node.attr)
+        if entry is None:
             self.wrong += [] if node.attr == "BREAKS" else [f"{where}: no reason {node.attr}"]
             return
         self.used.add(node.attr)
         given = None if call is None else {keyword.arg for keyword in call.keywords}
-        whole = given is None or call is None or call.args or (None not in given and given != row.fields)
-        if whole or not row.fields.issuperset((given or set()) - {None}):
-            self.wrong.append(f"{where}: the fields of {node.attr} are {sorted(row.fields)}")
+        whole = given is None or call is None or call.args or (None not in given and given != entry.fields)
+        if whole or not entry.fields.issuperset((given or set()) - {None}):
+            self.wrong.append(f"{where}: the fields of {node.attr} are {sorted(entry.fields)}")
 
     def _call(self, node: ast.Call, where: str, file: str) -> None:
         name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from llcompile.patterns.known.arguments import Mismatch, read_call
-from llcompile.patterns.known.capture import Leaf
+from llcompile.patterns.known.capture import CapturedFunction
 from llcompile.patterns.records import Certificate
-from tests.patterns.proofs import SIZES, leaf_of, operands, proof, row_of
+from tests.patterns.proofs import SIZES, captured_function, operands, proof, row_of
 
 pytest.importorskip("transformers")
 
@@ -26,8 +26,8 @@ DELTA = {
 }
 
 
-def leaf(name: str, module: str) -> Leaf:
-    found = leaf_of(row_of("transformers", name), getattr(importlib.import_module(module), name))
+def captured(name: str, module: str) -> CapturedFunction:
+    found = captured_function(row_of("transformers", name), getattr(importlib.import_module(module), name))
     assert found.problem is None
     return found
 
@@ -42,10 +42,10 @@ def level_state() -> torch.Tensor:
 )
 @pytest.mark.parametrize("name", DELTA)
 def test_delta_rules(name: str, state: str, normalised: bool, weighted: bool) -> None:
-    found = leaf(name, DELTA[name])
+    found = captured(name, DELTA[name])
     # Kimi's functions know no groups: each head has a query and a key of its own.
     sizes = {**SIZES, "G": SIZES["H"]} if "kimi" in name else SIZES
-    arguments: dict[str, Any] = operands(found.row, sizes=sizes)
+    arguments: dict[str, Any] = operands(found.entry, sizes=sizes)
     if state == "none":
         arguments["initial_state"] = None
     if state == "levels":
@@ -60,8 +60,8 @@ def test_delta_rules(name: str, state: str, normalised: bool, weighted: bool) ->
 @pytest.mark.parametrize("absent", [("initial_states",), (), ("D", "dt_bias")])
 @pytest.mark.parametrize("limit", [(0.0, float("inf")), (1.5, 2.5)])
 def test_mamba2_scan(absent: tuple[str, ...], limit: tuple[float, float], weighted: bool) -> None:
-    found = leaf("mamba2_chunk_scan", MAMBA2)
-    arguments = operands(found.row, absent)
+    found = captured("mamba2_chunk_scan", MAMBA2)
+    arguments = operands(found.entry, absent)
     arguments.update(chunk_size=64, dt_softplus=True, dt_limit=limit, return_final_states=True)
     result = proof(found, arguments, weighted)
     assert isinstance(result, Certificate), result
@@ -71,8 +71,8 @@ def test_mamba2_scan(absent: tuple[str, ...], limit: tuple[float, float], weight
 @pytest.mark.parametrize("levels", [False, True])
 @pytest.mark.parametrize("absent", [(), ("z",), ("D", "z")])
 def test_mamba2_step(absent: tuple[str, ...], levels: bool) -> None:
-    found = leaf("mamba2_selective_state_update", MAMBA2)
-    arguments = {**operands(found.row, absent), "dt_softplus": True}
+    found = captured("mamba2_selective_state_update", MAMBA2)
+    arguments = {**operands(found.entry, absent), "dt_softplus": True}
     if levels:
         arguments["state"] = level_state()
     result = proof(found, arguments, weighted=levels)
@@ -81,8 +81,8 @@ def test_mamba2_step(absent: tuple[str, ...], levels: bool) -> None:
 
 
 def test_one_head_and_one_channel() -> None:
-    found = leaf("mamba2_chunk_scan", MAMBA2)
-    arguments = operands(found.row, sizes=dict.fromkeys(SIZES, 1))
+    found = captured("mamba2_chunk_scan", MAMBA2)
+    arguments = operands(found.entry, sizes=dict.fromkeys(SIZES, 1))
     assert isinstance(proof(found, {**arguments, "chunk_size": 64, "dt_softplus": True}), Certificate)
 
 
@@ -93,6 +93,6 @@ def test_one_head_and_one_channel() -> None:
     ],
 )
 def test_refused_arguments_have_a_reason(name: str, module: str, refused: str) -> None:
-    found = leaf(name, module)
-    with pytest.raises(Mismatch, match=f"argument {refused} of {name} {found.row.refuses[refused]}"):
-        read_call(found.row, found.plain, {**operands(found.row), refused: torch.zeros(1)})
+    found = captured(name, module)
+    with pytest.raises(Mismatch, match=f"argument {refused} of {name} {found.entry.refuses[refused]}"):
+        read_call(found.entry, found.plain, {**operands(found.entry), refused: torch.zeros(1)})

@@ -16,8 +16,8 @@ from llcompile import checkpoint, driver, missed, versions
 from llcompile.errors import LateAttachWarning, LLCompileError, StateAdoptedWarning, WrappedBackendError
 from llcompile.options import Options
 from llcompile.passes import pipeline, states
-from llcompile.passes.session import Session
 from llcompile.passes.candidate import Candidate
+from llcompile.passes.session import Session
 from llcompile.patterns.known import capture
 from llcompile.report import Report
 from llcompile.torch_internals import compile_check, inner, logs, reach, recompile_room, splitters

@@ -23,8 +23,8 @@ from llcompile.look.look import Look
 from llcompile.look.records import MixerLook
 from llcompile.options import Options
 from llcompile.passes import discover
-from llcompile.passes.session import Session
 from llcompile.passes.candidate import Candidate
+from llcompile.passes.session import Session
 from llcompile.report import Report
 from llcompile.torch_internals import reach
 from llcompile.torch_internals.breaks import why_no_graph

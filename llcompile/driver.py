@@ -15,8 +15,8 @@ from torch import fx, nn
 from llcompile.errors import StrictError
 from llcompile.options import Options
 from llcompile.passes import pipeline
-from llcompile.passes.session import Session, Settings
 from llcompile.passes.candidate import CallCandidate, Candidate
+from llcompile.passes.session import Session, Settings
 from llcompile.patterns import reasons
 from llcompile.patterns.known import capture
 from llcompile.patterns.records import Converted, Declined, GraphBreak
@@ -90,7 +90,10 @@ def distinct(candidates: list[Candidate]) -> list[Candidate]:
     found: dict[Any, Candidate] = {}
     for candidate in candidates:
         if candidate.open:
-            found.setdefault((id(candidate.owner), candidate.attribute, candidate.where) if candidate.owner else id(candidate), candidate)
+            found.setdefault(
+                (id(candidate.owner), candidate.attribute, candidate.where) if candidate.owner else id(candidate),
+                candidate,
+            )
     return list(found.values())
 
 

@@ -7,10 +7,10 @@ from typing import Any
 from torch import fx
 
 from llcompile.errors import LevelWeightsError
+from llcompile.passes.candidate import Candidate, GraphCandidate
 from llcompile.passes.one_token import remember
 from llcompile.passes.origin import Role, given, is_projected, projection_input, role_of
 from llcompile.passes.session import Session
-from llcompile.passes.candidate import Candidate, GraphCandidate
 from llcompile.patterns import reasons
 from llcompile.patterns.boundary import boundary
 from llcompile.torch_internals.inputs import input_value, is_handed_in_twice
@@ -91,14 +91,14 @@ def _serves_all(weights: Any, candidate: Candidate) -> bool:
 def _check_asked(session: Session, candidate: Candidate, weights: Any) -> None:
     """What was asked for must not contradict level weights that are there; "static" is what an absent input gives."""
     asked = {name: value for name, value in session.settings.asked.items() if getattr(weights, name) != value}
-    if candidate.source is None and candidate.owner_input is None and weights.kind == "static":
+    if candidate.weight_input is None and candidate.owner_input is None and weights.kind == "static":
         asked.pop("kind", None)
     if asked:
         said = " and ".join(f"{_OPTIONS[name]}={value!r}" for name, value in asked.items())
         raise LevelWeightsError(
-            f"options ask for {said}, but {candidate.module or 'the model'}.{candidate.attribute} has level weights already, of "
-            f"kind {weights.kind!r} with {weights.levels} levels. Leave the option out to use them; or call "
-            "llcompile.revert(model), which deletes them, trained values included, and convert the model again."
+            f"options ask for {said}, but {candidate.module or 'the model'}.{candidate.attribute} has level "
+            f"weights already, of kind {weights.kind!r} with {weights.levels} levels. Leave the option out to use them; or "
+            "call llcompile.revert(model), which deletes them, trained values included, and convert the model again."
         )
 
 
@@ -115,13 +115,13 @@ def _find_source(candidate: Candidate, weights: Any) -> tuple[Role | None, int |
     if node is not None and not _is_wide(weights) and is_handed_in_twice(candidate.region.outer(node)):
         return None, None  # another call may hand in another tensor for each operand
     if weights is not None and not _is_wide(weights):
-        candidate.source = node
+        candidate.weight_input = node
         return None, None
     if node is not None and (not cut or is_projected(node)):
         found = role_of(candidate, node)
         width = _width(node)
         if weights is None or (width == weights.in_features and (role is None or role.fits(found, cut))):
-            candidate.source = node
+            candidate.weight_input = node
             return found, width
     elif node is None and not cut and weights is None:
         return None, None  # no tensor is what all operands come from
@@ -150,7 +150,9 @@ def _is_cut_off(candidate: Candidate, call: Call | None) -> bool:
 
 def _is_called(candidate: Candidate) -> bool:
     """Whether the owner's call is a part of this graph."""
-    return any(key.split("@")[0] == str(id(candidate.owner)) for key in candidate.node.meta.get("nn_module_stack") or {})
+    return any(
+        key.split("@")[0] == str(id(candidate.owner)) for key in candidate.node.meta.get("nn_module_stack") or {}
+    )
 
 
 def _roots(candidate: Candidate) -> list[fx.Node]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from llcompile.errors import MixerError
-from llcompile.passes.session import Session
 from llcompile.passes.candidate import CallCandidate
+from llcompile.passes.session import Session
 from llcompile.patterns import reasons
 from llcompile.patterns.boundary import boundary
-from llcompile.patterns.known.arguments import Mismatch, read_call
+from llcompile.patterns.known.arguments import CallRejection, read_call
 from llcompile.patterns.mixer import validate
 from llcompile.torch_internals.inputs import fake_mode_of
 
@@ -31,8 +31,8 @@ def _bind(candidate: CallCandidate) -> None:
         return candidate.decline(captured.problem)
     try:
         candidate.bound = read_call(entry, captured.plain, candidate.arguments)
-    except Mismatch as mismatch:
-        return candidate.decline(mismatch.given)
+    except CallRejection as rejection:
+        return candidate.decline(rejection.given)
     try:
         with fake_mode_of(candidate.node.graph), torch.no_grad():
             mixer = entry.bind(candidate.call)

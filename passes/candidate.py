@@ -52,7 +52,7 @@ class Candidate:
     cell: tuple[Decay, Correction] | None = None
     shape: MixerShape | None = None
     certificate: Certificate | None = None
-    source: fx.Node | None = None
+    weight_input: fx.Node | None = None
     owner_input: torch.Tensor | None = None
     level_weights: Any = None
     mask: fx.Node | None = None

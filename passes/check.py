@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from llcompile.errors import GraphError
-from llcompile.passes.session import Session
 from llcompile.passes.candidate import CallCandidate
+from llcompile.passes.session import Session
 
 
 def check(session: Session, after: str) -> None:

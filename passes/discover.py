@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from llcompile.passes.session import Session, module_name
 from llcompile.passes.candidate import CallCandidate
+from llcompile.passes.session import Session, module_name
 from llcompile.patterns import reasons
 from llcompile.patterns.known.capture import captured_function, take_refused
 from llcompile.patterns.records import Declined
@@ -16,7 +16,9 @@ from llcompile.torch_internals.places import module_of, place_of, user_line
 
 def discover(session: Session) -> int:
     """Fills `session.candidates`; returns how many mixers were found."""
-    calls = [(r, n, captured_function(n.target)) for r in session.regions for n in r.graph.nodes if n.op == "call_function"]
+    calls = [
+        (r, n, captured_function(n.target)) for r in session.regions for n in r.graph.nodes if n.op == "call_function"
+    ]
     for region, node, captured in calls:
         if captured is None:
             continue

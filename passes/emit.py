@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import fx
 
 from llcompile.errors import MissedLevelWeightsError
+from llcompile.passes.candidate import Candidate
 from llcompile.passes.marks import marked_tensors
 from llcompile.passes.session import Session
-from llcompile.passes.candidate import Candidate
 from llcompile.torch_internals import reach
 from llcompile.torch_internals.inputs import fake_mode_of, hold_tensor
 from llcompile.torch_internals.owner_input import HELD
@@ -43,8 +43,8 @@ def _input(session: Session, candidate: Candidate, path: tuple[str, ...]) -> fx.
         return reach.add_tensor_input(session.graph, candidate.owner, path)
     except LookupError as error:
         raise MissedLevelWeightsError(
-            f"{candidate.module or type(candidate.owner).__name__}: its level weights cannot be read in this frame: {error}. "
-            "Compile the model as a whole, or run the call uncompiled."
+            f"{candidate.module or type(candidate.owner).__name__}: its level weights cannot be read in this frame: "
+            f"{error}. Compile the model as a whole, or run the call uncompiled."
         ) from error
 
 

@@ -85,7 +85,11 @@ def _feeding(facts: Facts, mixers: set[fx.Node]) -> set[fx.Node]:
 
 def _is_candidate(session: Session, found: Found, module: str, where: str) -> bool:
     """Whether it is a linear-time mixer that the report has already, its denominator, or a convolution before it."""
-    candidates = [candidate for candidate in session.candidates if module == candidate.module or module.startswith(candidate.module + ".")]
+    candidates = [
+        candidate
+        for candidate in session.candidates
+        if module == candidate.module or module.startswith(candidate.module + ".")
+    ]
     if "convolution" in found.kind:
         return bool(candidates)
     if found.heads is not None or "attention" in found.kind:

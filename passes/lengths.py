@@ -43,19 +43,19 @@ def hold_sizes(sizes: Iterable[Any]) -> bool:
 
 def _times(found: Found) -> Iterator[Any]:
     """The sizes along time of what comes into the mixer."""
-    times = found.times
-    for source in found.part.sources:
-        value = source.base.value if isinstance(source, Lifted) and source.base is not None else source
-        if not isinstance(value, Value) or value.node is None or value not in times.followed.axes:
+    analysis = found.analysis
+    for live_in in found.subgraph.live_ins:
+        value = live_in.base.value if isinstance(live_in, Lifted) and live_in.base is not None else live_in
+        if not isinstance(value, Value) or value.node is None or value not in analysis.followed.axes:
             continue
         example = value.node.meta.get("example_value")
         if isinstance(example, torch.Tensor):
-            rows = times.rows(times.followed.axes[value])
-            yield from (size for size, row in zip(example.shape, rows, strict=True) if any(map(times.is_time, row)))
+            rows = analysis.rows(analysis.followed.axes[value])
+            yield from (size for size, row in zip(example.shape, rows, strict=True) if any(map(analysis.is_time, row)))
 
 
 def _numbers(found: Found) -> Iterator[Any]:
     """The sizes that come into it as numbers (and, where both stand in one call, as sizes)."""
-    for op in dict.fromkeys((*found.ops, *around(found.part, found.tail))):
+    for op in dict.fromkeys((*found.ops, *around(found.subgraph, found.tail))):
         sizes = [size for _, size in symbolic(op.node)]
         yield from (size for size in sizes if isinstance(size, torch.SymFloat) or numbers_vary(op))

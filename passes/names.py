@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from llcompile.passes.session import Session
 from llcompile.passes.candidate import Candidate
+from llcompile.passes.session import Session
 from llcompile.patterns import reasons
 from llcompile.patterns.graph.walk import walk
 from llcompile.torch_internals.inputs import input_value, is_parameter
@@ -47,7 +47,7 @@ class CodePlace:
 
 
 def names(session: Session) -> int:
-    """Finds each candidate's place, and the name that its level weights have or will have; returns how many have some."""
+    """Finds each candidate's place and the name of its level weights; returns how many have some."""
     calls: dict[Any, list[Candidate]] = {}
     for candidate in session.candidates:
         # A module that is called twice has one mixer: each call is named by itself.

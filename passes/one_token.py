@@ -17,16 +17,16 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from llcompile.passes.candidate import GraphCandidate, TokenCandidate
 from llcompile.passes.one_token_proof import off_linear
 from llcompile.passes.session import Session
-from llcompile.passes.candidate import TokenCandidate, GraphCandidate
 from llcompile.passes.spots import Call, Spot, Spots, stack_of
 from llcompile.patterns import reasons
 from llcompile.patterns.boundary import boundary
 from llcompile.patterns.graph.regions import Region
 from llcompile.patterns.mixer import MixerShape
 from llcompile.patterns.records import Certificate
-from llcompile.patterns.structure.axes import Atom, Axis
+from llcompile.patterns.structure.axes import Axis, Dim
 from llcompile.patterns.structure.found import Found
 from llcompile.patterns.structure.sizing import arrange
 from llcompile.torch_internals import reach
@@ -42,8 +42,8 @@ class PartPlace:
 
     Args:
         output: where its result is computed.
-        rows: the axes of that, with atoms of their own.
-        batch, time, heads: the atoms of these axes.
+        rows: the axes of that, with dims of their own.
+        batch, time, heads: the dims of these axes.
         values: where the operand that it is linear in is computed, or one of those that it is made of.
     """
 
@@ -73,7 +73,7 @@ class Place:
 
 @dataclass(eq=False)
 class Part:
-    """A part that was found again: its output, sizes of atoms that differ, and nodes of the values."""
+    """A part that was found again: its output, sizes of dims that differ, and nodes of the values."""
 
     place: PartPlace
     output: fx.Node
@@ -92,7 +92,7 @@ class Token:
 
     def __post_init__(self) -> None:
         part = self.parts[-1]
-        self.rows_and_tokens = math.prod(part.sizes[id(atom)] for atom in part.place.batch), 1
+        self.rows_and_tokens = math.prod(part.sizes[id(dim)] for dim in part.place.batch), 1
 
     def activations(self) -> list[fx.Node]:
         """The nodes of the operands."""
@@ -113,7 +113,7 @@ class Token:
 
 def remember(candidate: GraphCandidate) -> Place | None:
     """Where a mixer that was recognised among several tokens would be found with one; None where that is not known."""
-    if len(candidate.found.reading.axes.batch) > 1 or not all(map(_is_plain, candidate.group)):
+    if len(candidate.found.hypothesis.axes.batch) > 1 or not all(map(_is_plain, candidate.group)):
         return None
     spots = Spots(candidate.region.graph, candidate.owner)
     try:
@@ -125,13 +125,13 @@ def remember(candidate: GraphCandidate) -> Place | None:
 
 
 def _part_place(spots: Spots, found: Found) -> PartPlace:
-    atoms: dict[int, Atom] = {}
-    copied = lambda row: tuple(atoms.setdefault(id(a), Atom(a.size)) for a in row)  # noqa: E731
-    reading = found.reading
-    axes, result = reading.axes, reading.result
-    if not {*axes.batch, *axes.heads} <= {atom for row in result for atom in row}:
+    dims: dict[int, Dim] = {}
+    copied = lambda row: tuple(dims.setdefault(id(a), Dim(a.size)) for a in row)  # noqa: E731
+    hypothesis = found.hypothesis
+    axes, result = hypothesis.axes, hypothesis.result
+    if not {*axes.batch, *axes.heads} <= {dim for row in result for dim in row}:
         raise LookupError("its output has not all axes of its weights")
-    if {*axes.time} != {atom for row in result for atom in row if {*row} <= {*axes.time}}:
+    if {*axes.time} != {dim for row in result for dim in row if {*row} <= {*axes.time}}:
         raise LookupError("its output has no axis of time alone, which would show that there is one token")
     stack = stack_of(found.anchor)
     return PartPlace(
@@ -140,7 +140,7 @@ def _part_place(spots: Spots, found: Found) -> PartPlace:
         copied(axes.batch),
         copied(axes.time),
         copied(axes.heads),
-        tuple(spots.of(node, before=found.anchor) for node in found.nodes_of(reading.value or reading.key)),
+        tuple(spots.of(node, before=found.anchor) for node in found.nodes_of(hypothesis.value or hypothesis.key)),
     )
 
 
@@ -201,10 +201,12 @@ def _calls(session: Session) -> Iterator[tuple[Region, nn.Module, Call | None]]:
 
 def _is_plain(found: Found) -> bool:
     """Whether all that it gives is weighed, and nothing that is not: a normaliser inside has an epsilon, say."""
-    reading = found.reading
-    added = reading.first is not None or reading.skip is not None or any(how == "plus" for _, how in reading.post)
-    plain = found.tail is None and reading.normaliser is None and not added
-    return plain and found.order == found.times.leaves
+    hypothesis = found.hypothesis
+    added = (
+        hypothesis.first is not None or hypothesis.skip is not None or any(how == "plus" for _, how in hypothesis.post)
+    )
+    plain = found.tail is None and hypothesis.normaliser is None and not added
+    return plain and found.order == found.analysis.leaves
 
 
 def _find(spots: Spots, call: Call | None, place: Place) -> Token | None:
@@ -226,16 +228,16 @@ def _find(spots: Spots, call: Call | None, place: Place) -> Token | None:
 
 
 def _sizes(place: PartPlace, node: fx.Node) -> dict[int, int] | None:
-    """The size of each atom in a tensor of one token; None where the tensor's shape is another one."""
+    """The size of each dim in a tensor of one token; None where the tensor's shape is another one."""
     value = node.meta.get("example_value")
     if not isinstance(value, torch.Tensor) or value.dim() != len(place.rows):
         return None
     sizes: dict[int, int] = {}
     for row, size in zip(place.rows, (size_hint(n) for n in value.shape), strict=True):
-        sizes.update((id(atom), atom.size) for atom in row)
-        sizes.update((id(atom), 1) for atom in row if atom in place.time)
-        free = next((atom for atom in row if atom in place.batch), None)
-        others = math.prod(sizes[id(atom)] for atom in row if atom is not free)
+        sizes.update((id(dim), dim.size) for dim in row)
+        sizes.update((id(dim), 1) for dim in row if dim in place.time)
+        free = next((dim for dim in row if dim in place.batch), None)
+        others = math.prod(sizes[id(dim)] for dim in row if dim is not free)
         if size is None or size % others or (free is None and size != others):
             return None
         if free is not None:
@@ -254,12 +256,12 @@ def weigh(part: Part, output: fx.Proxy, weights: Any) -> Any:
 def batch_size(part: Part, output: fx.Proxy) -> Any:
     """How many rows there are: a number, or a proxy for one."""
     size = _size_of(part, output)
-    return next((size(atom) for atom in part.place.batch), 1)
+    return next((size(dim) for dim in part.place.batch), 1)
 
 
-def _size_of(part: Part, output: fx.Proxy) -> Callable[[Atom], Any]:
-    """The size of an atom; the batch's is read off the output, where it may vary."""
+def _size_of(part: Part, output: fx.Proxy) -> Callable[[Dim], Any]:
+    """The size of a dim; the batch's is read off the output, where it may vary."""
     rows, batch, shape = part.place.rows, part.place.batch, part.output.meta["example_value"].shape
-    alone = [(dim, row[0]) for dim, row in enumerate(rows) if len(row) == 1 and row[0] in batch]
-    varying = {id(atom): output.size(dim) for dim, atom in alone if isinstance(shape[dim], torch.SymInt)}
-    return lambda atom: varying.get(id(atom), part.sizes[id(atom)])
+    alone = [(position, row[0]) for position, row in enumerate(rows) if len(row) == 1 and row[0] in batch]
+    varying = {id(dim): output.size(position) for position, dim in alone if isinstance(shape[position], torch.SymInt)}
+    return lambda dim: varying.get(id(dim), part.sizes[id(dim)])

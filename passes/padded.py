@@ -43,7 +43,7 @@ def writes_nothing(candidate: Candidate, masked: Iterable[fx.Node]) -> bool:
 
 def _values(candidate: Candidate) -> list[fx.Node]:
     if isinstance(candidate, GraphCandidate):
-        value = candidate.found.reading.value
+        value = candidate.found.hypothesis.value
         return [] if value is None else candidate.found.nodes_of(value)
     assert isinstance(candidate, CallCandidate)
     node = candidate.node.kwargs.get(candidate.captured.entry.tensor_with("V").name)

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from llcompile.passes.candidate import CallCandidate, Candidate, GraphCandidate
 from llcompile.passes.origin import data_inputs, is_constant_input
 from llcompile.passes.padded import writes_nothing
 from llcompile.passes.session import Session
-from llcompile.passes.candidate import CallCandidate, Candidate, GraphCandidate
 from llcompile.patterns.boundary import boundary
 from llcompile.patterns.graph.walk import walk
 from llcompile.torch_internals.sizes import size_hint

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from llcompile.passes.session import Session
 from llcompile.passes.candidate import GraphCandidate
+from llcompile.passes.session import Session
 from llcompile.patterns import reasons
 from llcompile.patterns.graph.effects import Effects, Storages
 from llcompile.patterns.reasons import GivenReason
 from llcompile.patterns.structure.found import Found
 from llcompile.patterns.structure.lift import bases_of
-from llcompile.patterns.structure.lifted import Lifted, Source
+from llcompile.patterns.structure.lifted import Lifted, LiveIn
 from llcompile.patterns.structure.program import Value
 from llcompile.torch_internals.places import user_line
 
@@ -90,7 +90,7 @@ def operand_nodes(found: Found) -> list[fx.Node]:
     Raises:
         CannotPlace: an operand is what a tensor was at a time at which no node returned it.
     """
-    values = dict.fromkeys(v for source in found.reading.rows for v in _values(source))
+    values = dict.fromkeys(v for live_in in found.hypothesis.rows for v in _values(live_in))
     if found.tail is not None:
         joined = found.tail.joined
         values.update(dict.fromkeys(v for v in _values(found.tail.root) if v is not joined))
@@ -200,5 +200,5 @@ def _line(node: fx.Node) -> str:
     return user_line(node.meta) or node.name
 
 
-def _values(source: Source) -> list[Value]:
-    return bases_of(source) if isinstance(source, Lifted) else [source]
+def _values(live_in: LiveIn) -> list[Value]:
+    return bases_of(live_in) if isinstance(live_in, Lifted) else [live_in]

@@ -15,9 +15,9 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from llcompile.passes.behaviour import behaviour
+from llcompile.passes.candidate import CallCandidate
 from llcompile.passes.draws import draw_call, small_sizes
 from llcompile.passes.session import Session
-from llcompile.passes.candidate import CallCandidate
 from llcompile.patterns import reasons
 from llcompile.patterns.agreement import BUDGETS, apart, gradients
 from llcompile.patterns.boundary import boundary
@@ -134,7 +134,12 @@ def _originals(candidate: CallCandidate) -> Iterator[Original]:
 
 
 def _error(
-    entry: KnownFunction, original: Original, candidate: CallCandidate, weighted: bool, seed: int, theirs: dict[str, Any]
+    entry: KnownFunction,
+    original: Original,
+    candidate: CallCandidate,
+    weighted: bool,
+    seed: int,
+    theirs: dict[str, Any],
 ) -> float:
     """The largest relative difference of a result."""
     transposed = _is_transposed(entry, candidate)
@@ -143,7 +148,12 @@ def _error(
 
 
 def _both(
-    entry: KnownFunction, original: Original, candidate: CallCandidate, weighted: bool, seed: int, theirs: dict[str, Any]
+    entry: KnownFunction,
+    original: Original,
+    candidate: CallCandidate,
+    weighted: bool,
+    seed: int,
+    theirs: dict[str, Any],
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """What the function and what our operator give for the same values."""
     # Rounded the same way, in float64; copies, because either side may write the state.

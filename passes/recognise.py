@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 
 from llcompile.passes import lengths
-from llcompile.passes.session import Session
 from llcompile.passes.candidate import GraphCandidate
+from llcompile.passes.session import Session
 from llcompile.patterns.boundary import Outcome, boundary
 from llcompile.patterns.graph.regions import Region
 from llcompile.patterns.mixer import MixerShape
 from llcompile.patterns.records import Declined
 from llcompile.patterns.structure.find import find
-from llcompile.patterns.structure.found import Findings, Found, Missed
+from llcompile.patterns.structure.found import Findings, Found, NearMiss
 from llcompile.patterns.structure.numbers import numbers_read
 from llcompile.torch_internals import reach
 from llcompile.torch_internals.guards import guard_numbers
@@ -22,7 +22,7 @@ log = logging.getLogger("llcompile")
 
 
 def recognise(session: Session) -> int:
-    """Adds a candidate for each hand-written mixer, and a record for each near miss; returns how many mixers there are."""
+    """Adds a candidate for each hand-written mixer, and a record for each near miss; returns how many."""
     before = len(session.candidates)
     for region in session.regions:
         if region.closed:
@@ -42,10 +42,10 @@ def recognise(session: Session) -> int:
         if findings.one is not None:
             key, name = module_of(findings.one.node.meta)
             session.unseen[session.name(key, name)] = user_line(findings.one.node.meta)
-        for missed in findings.missed:
+        for missed in findings.near_misses:
             record = _declined(session, missed)
             session.near_misses.append(record)
-            nodes = () if missed.part is None else (op.node for op in missed.part.ops)
+            nodes = () if missed.subgraph is None else (op.node for op in missed.subgraph.ops)
             session.missed_nodes.setdefault(record, frozenset({*nodes, missed.anchor}))
     return len(session.candidates) - before
 
@@ -53,7 +53,7 @@ def recognise(session: Session) -> int:
 def _guard(region: Region, findings: Findings) -> None:
     """What was read off tensors that may change is checked at every call."""
     denominators = (f for group in findings.denominators.values() for f in group)
-    for value in numbers_read(findings.program, [*findings.found, *denominators], findings.missed):
+    for value in numbers_read(findings.program, [*findings.found, *denominators], findings.near_misses):
         assert value.node is not None
         assert value.data is not None
         guard_numbers(region.outer(value.node), value.data)
@@ -66,7 +66,7 @@ def _add_candidate(session: Session, region: Region, found: Found, denominators:
     candidate = GraphCandidate(
         node, region, session.name(key, name), user_line(node.meta), owner, found=found, denominators=denominators
     )
-    candidate.cell, candidate.certificate = found.reading.family, found.certificate
+    candidate.cell, candidate.certificate = found.hypothesis.family, found.certificate
     candidate.shape = MixerShape(*found.sizes)
     if found.fixed is not None and not found.held:
         candidate.decline(found.fixed)
@@ -80,6 +80,6 @@ def _failed(session: Session, region: Region, outcome: Outcome) -> Declined:
     return Declined.because(outcome.given, session.name(key, name), user_line(last.meta))
 
 
-def _declined(session: Session, missed: Missed) -> Declined:
+def _declined(session: Session, missed: NearMiss) -> Declined:
     key, name = module_of(missed.anchor.meta)
-    return Declined.because(missed.miss.given, session.name(key, name), user_line(missed.anchor.meta))
+    return Declined.because(missed.rejection.given, session.name(key, name), user_line(missed.anchor.meta))

@@ -10,12 +10,12 @@ import torch
 from torch import fx
 from torch.fx.proxy import GraphAppendingTracer
 
+from llcompile.passes.candidate import CallCandidate, Candidate, GraphCandidate, TokenCandidate
 from llcompile.passes.emit import infer_values, owner_input, weight_inputs
 from llcompile.passes.one_token import batch_size, weigh
 from llcompile.passes.place import copy_behind, is_changed
 from llcompile.passes.rewrite_part import write_part
 from llcompile.passes.session import Session
-from llcompile.passes.candidate import CallCandidate, Candidate, TokenCandidate, GraphCandidate
 from llcompile.patterns.graph.regions import Region
 from llcompile.patterns.known.lower import lower, lower_call
 
@@ -25,7 +25,7 @@ def rewrite(session: Session) -> int:
     inputs: dict[tuple[int, str], fx.Node] = {}
     for candidate in session.candidates:
         if candidate.open and candidate.owner_input is not None:
-            candidate.source = owner_input(session, candidate)
+            candidate.weight_input = owner_input(session, candidate)
         if candidate.open:
             _WRITERS[type(candidate)](session, candidate, inputs)
         elif isinstance(candidate, CallCandidate):
@@ -92,7 +92,7 @@ def _write_token(session: Session, candidate: TokenCandidate, inputs: dict[tuple
         return
     tracer = GraphAppendingTracer(graph)
     as_proxy = lambda node: fx.Proxy(node, tracer)  # noqa: E731
-    source = candidate.source if candidate.level_weights.in_features is not None else None
+    source = candidate.weight_input if candidate.level_weights.in_features is not None else None
     axes = None if source is None else candidate.token.batch_first(source)
     source = None if source is None else _kept(candidate, source)
     for part in candidate.token.parts:
@@ -136,7 +136,7 @@ def _write_weights(
     value = candidate.node.kwargs[candidate.captured.entry.tensor_with("V").name]
     assert isinstance(value, fx.Node)
     like = as_proxy(value) if has_time else as_proxy(value).unsqueeze(1)
-    source = candidate.source if candidate.level_weights.in_features is not None else None
+    source = candidate.weight_input if candidate.level_weights.in_features is not None else None
     source = None if source is None else _kept(candidate, source)
     dtype = (source or value).meta["example_value"].dtype
     function = session.settings.function(candidate.level_weights, dtype)
@@ -171,4 +171,8 @@ def _replace(region: Region, node: fx.Node, result: Any) -> None:
 
 
 _Writer = Callable[[Session, Any, dict[tuple[int, str], fx.Node]], None]
-_WRITERS: dict[type[Candidate], _Writer] = {CallCandidate: _write_operator, GraphCandidate: write_part, TokenCandidate: _write_token}
+_WRITERS: dict[type[Candidate], _Writer] = {
+    CallCandidate: _write_operator,
+    GraphCandidate: write_part,
+    TokenCandidate: _write_token,
+}

@@ -11,19 +11,19 @@ import torch
 from torch import fx
 from torch.fx.proxy import GraphAppendingTracer
 
+from llcompile.passes.candidate import Candidate, GraphCandidate
 from llcompile.passes.dead import erase_dead, live
 from llcompile.passes.emit import infer_values, weight_inputs
 from llcompile.passes.place import Place, copy_behind
 from llcompile.passes.place import place as placed
 from llcompile.passes.session import Session
-from llcompile.passes.candidate import Candidate, GraphCandidate
 from llcompile.patterns.graph.effects import Effects
 from llcompile.patterns.known.lower import OperatorCall, Sequences, call_operator
 from llcompile.patterns.mixer import Mixer
-from llcompile.patterns.structure.axes import Atom, Axis
+from llcompile.patterns.structure.axes import Axis, Dim
 from llcompile.patterns.structure.found import Found
 from llcompile.patterns.structure.lift import lifted_function
-from llcompile.patterns.structure.lifted import Lifted, Source, sample_of
+from llcompile.patterns.structure.lifted import Lifted, LiveIn, sample_of
 from llcompile.patterns.structure.program import Value
 from llcompile.patterns.structure.tail import Tail
 from llcompile.torch_internals.sizes import dims_by_stride
@@ -51,16 +51,16 @@ def _write(session: Session, candidate: Candidate, found: Found, tensors: list[f
         return fx.Proxy(copies.get(node, node), tracer)
 
     with graph.inserting_before(place.anchor.next):
-        values = {source: _as_operand(graph, source, as_proxy) for source in found.reading.rows}
+        values = {live_in: _as_operand(graph, live_in, as_proxy) for live_in in found.hypothesis.rows}
         _guard(candidate, found, values)
         size = _sizes(found, values)
-        mixer = found.reading.mixer(values, size)
+        mixer = found.hypothesis.mixer(values, size)
         mixer = _as_precise(found, mixer)
         weights = _weights(session, candidate, found, mixer.value, [as_proxy(node) for node in tensors], as_proxy)
         output, _ = call_operator(mixer, weights, _CALL, _sequences(candidate, as_proxy))
-        result = found.reading.finish(output, values, size)
-        if found.part.result.dtype != _dtype(found):
-            result = result.to(found.part.result.dtype)
+        result = found.hypothesis.finish(output, values, size)
+        if found.subgraph.result.dtype != _dtype(found):
+            result = result.to(found.subgraph.result.dtype)
         if found.tail is not None:
             result = _with_tail(graph, found.tail, result, as_proxy)
         result = _laid_out(result, place.result.meta.get("example_value"))
@@ -75,10 +75,10 @@ def _write(session: Session, candidate: Candidate, found: Found, tensors: list[f
     erase_dead(graph, effects, lived)
 
 
-def _guard(candidate: Candidate, found: Found, values: Mapping[Source, Any]) -> None:
+def _guard(candidate: Candidate, found: Found, values: Mapping[LiveIn, Any]) -> None:
     """A check in the graph of what the proof could not know: the range of a decay that is a parameter."""
-    if found.reading.assumed and found.reading.decay is not None:
-        decay = values[found.reading.decay]
+    if found.hypothesis.assumed and found.hypothesis.decay is not None:
+        decay = values[found.hypothesis.decay]
         inside = torch.logical_and(decay > 0, decay <= 1).all()
         torch._assert_async(inside, f"{candidate.module or 'the model'}: its decay must lie in (0, 1] (see the report)")
 
@@ -99,21 +99,21 @@ def _laid_out(result: Any, example: Any) -> Any:
     order = dims_by_stride(example)
     if order is None:
         return result
-    back = [order.index(dim) for dim in range(len(order))]
+    back = [order.index(position) for position in range(len(order))]
     return result.permute(order).contiguous().permute(back)
 
 
 def _dtype(found: Found) -> torch.dtype | None:
     """The dtype of the operator's output, where it is known to be the result's."""
-    source = found.reading.value
-    return source.dtype if isinstance(source, Value) and not found.reading.post else None
+    live_in = found.hypothesis.value
+    return live_in.dtype if isinstance(live_in, Value) and not found.hypothesis.post else None
 
 
 def _as_precise(found: Found, mixer: Mixer) -> Mixer:
     """The mixer in the result's precision, where the code widens what it reads and the result is not narrowed again."""
-    operands = (found.reading.query, found.reading.key, found.reading.value)
-    given = {sample_of(source).dtype for source in operands if source is not None}
-    wide = found.part.result.dtype
+    operands = (found.hypothesis.query, found.hypothesis.key, found.hypothesis.value)
+    given = {sample_of(live_in).dtype for live_in in operands if live_in is not None}
+    wide = found.subgraph.result.dtype
     read = [v for user in found.output.users for v in user.outputs if user.name == "_to_copy"]
     narrowed = len(read) == len(found.output.users) > 0 and {v.dtype for v in read} <= given
     if wide.itemsize <= min(dtype.itemsize for dtype in given) or (narrowed and len(given) == 1):
@@ -121,11 +121,11 @@ def _as_precise(found: Found, mixer: Mixer) -> Mixer:
     return replace(mixer, query=mixer.query.to(wide), key=mixer.key.to(wide), value=mixer.value.to(wide))
 
 
-def _as_operand(graph: fx.Graph, source: Source, as_proxy: Callable[[fx.Node], fx.Proxy]) -> fx.Proxy:
-    if isinstance(source, Value):
-        assert source.node is not None
-        return as_proxy(source.node)
-    function, bases = lifted_function(source)
+def _as_operand(graph: fx.Graph, live_in: LiveIn, as_proxy: Callable[[fx.Node], fx.Proxy]) -> fx.Proxy:
+    if isinstance(live_in, Value):
+        assert live_in.node is not None
+        return as_proxy(live_in.node)
+    function, bases = lifted_function(live_in)
     return as_proxy(graph.call_function(function, tuple(_node(base, as_proxy) for base in bases)))
 
 
@@ -141,17 +141,17 @@ def _with_tail(graph: fx.Graph, tail: Tail, joined: fx.Proxy, as_proxy: Callable
     return as_proxy(graph.call_function(function, tuple(nodes)))
 
 
-def _sizes(found: Found, values: Mapping[Source, fx.Proxy]) -> Callable[[Atom], Any]:
+def _sizes(found: Found, values: Mapping[LiveIn, fx.Proxy]) -> Callable[[Dim], Any]:
     """The size of an axis: a number, or where it is symbolic in this graph, read off an operand."""
     symbolic: dict[int, Any] = {}
-    for source, rows in found.reading.rows.items():
-        if isinstance(source, Lifted) or source.node is None:
+    for live_in, rows in found.hypothesis.rows.items():
+        if isinstance(live_in, Lifted) or live_in.node is None:
             continue
-        shape = source.node.meta["example_value"].shape
-        for dim, (row, size) in enumerate(zip(rows, shape, strict=True)):
+        shape = live_in.node.meta["example_value"].shape
+        for position, (row, size) in enumerate(zip(rows, shape, strict=True)):
             if isinstance(size, torch.SymInt) and len(row) == 1:
-                symbolic.setdefault(id(row[0]), values[source].size(dim))
-    return lambda atom: symbolic.get(id(atom), atom.size)
+                symbolic.setdefault(id(row[0]), values[live_in].size(position))
+    return lambda dim: symbolic.get(id(dim), dim.size)
 
 
 def _weights(
@@ -166,17 +166,17 @@ def _weights(
     weights = candidate.level_weights
     if weights is None:
         return None
-    source = _weighed(candidate)
-    if source is None:
+    live_in = _weighed(candidate)
+    if live_in is None:
         like = value
     else:
-        like = _batch_first(found, source, as_proxy(source)) if candidate.owner_input is None else as_proxy(source)
-    dtype = found.part.result.dtype if source is None else source.meta["example_value"].dtype
+        like = _batch_first(found, live_in, as_proxy(live_in)) if candidate.owner_input is None else as_proxy(live_in)
+    dtype = found.subgraph.result.dtype if live_in is None else live_in.meta["example_value"].dtype
     made = session.settings.function(weights, dtype)(like, *tensors)  # [B, T, H, L]
     if weights.heads == 1 < found.sizes[0]:
         made = made.expand(-1, -1, found.sizes[0], -1)
-    missing = _count(found.times.leaves) - _count(found.times.shorter)
-    if source is None or not missing or (candidate.owner_input is None and not found.is_shorter(source)):
+    missing = _count(found.analysis.leaves) - _count(found.analysis.shorter)
+    if live_in is None or not missing or (candidate.owner_input is None and not found.is_shorter(live_in)):
         return made
     return torch.nn.functional.pad(made, (0, 0, 0, 0, 0, missing), value=1.0)  # positions that are cut off again
 
@@ -184,7 +184,7 @@ def _weights(
 def _weighed(candidate: Candidate) -> fx.Node | None:
     """The node that the level weights are computed from; None where they read nothing."""
     weights = candidate.level_weights
-    return None if weights is None or weights.in_features is None else candidate.source
+    return None if weights is None or weights.in_features is None else candidate.weight_input
 
 
 def _count(axis: Axis) -> int:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from llcompile.passes.marks import Mark, take
 from llcompile.passes.candidate import Candidate
+from llcompile.passes.marks import Mark, take
 from llcompile.patterns.graph.regions import regions
 from llcompile.patterns.reasons import GivenReason
 from llcompile.patterns.records import Declined, Untouched

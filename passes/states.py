@@ -9,8 +9,8 @@ import torch
 from torch import fx, nn
 
 from llcompile.errors import StateError
-from llcompile.passes.session import Session
 from llcompile.passes.candidate import CallCandidate, GraphCandidate
+from llcompile.passes.session import Session
 from llcompile.patterns import reasons
 from llcompile.patterns.known.arguments import is_level_state, state_argument
 from llcompile.patterns.known.states import state_problem
@@ -26,7 +26,11 @@ def states(session: Session) -> int:
     for candidate in session.candidates:
         if isinstance(candidate, GraphCandidate) and session.settings.kind != "none" and candidate.found.takes_state():
             candidate.decline(reasons.LINEAR_STATE())
-    held = [candidate for candidate in session.candidates if isinstance(candidate, CallCandidate) and _state_node(candidate) is not None]
+    held = [
+        candidate
+        for candidate in session.candidates
+        if isinstance(candidate, CallCandidate) and _state_node(candidate) is not None
+    ]
     for candidate in held:
         levels = _levels(session, candidate)
         problem = state_problem(candidate.captured.entry, candidate.arguments, levels, session.settings.kind != "none")
@@ -34,10 +38,16 @@ def states(session: Session) -> int:
             problem = f"it has levels, and this call has to run the library's own code, because {candidate.reason}"
         if problem is not None:
             raise StateError(
-                f"{candidate.module or 'the model'} ({candidate.where}) received a state that does not belong to it: {problem}"
+                f"{candidate.module or 'the model'} ({candidate.where}) received a state that does not belong to it: "
+                f"{problem}"
             )
         linear = session.settings.kind != "none" and not is_level_state(_state(candidate))
-        if candidate.open and linear and _tensor(candidate) is None and candidate.captured.entry.wants_state(candidate.call):
+        if (
+            candidate.open
+            and linear
+            and _tensor(candidate) is None
+            and candidate.captured.entry.wants_state(candidate.call)
+        ):
             candidate.decline(reasons.STATE_WITHOUT_PLACE())
     return len(held)
 

@@ -1,4 +1,4 @@
-"""The table of families: one row for each cell of decay x correction (docs/operator.md has the recurrences)."""
+"""The table of families: one entry for each cell of decay x correction (docs/operator.md has the recurrences)."""
 
 from __future__ import annotations
 

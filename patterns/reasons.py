@@ -1,6 +1,7 @@
 """Reasons: why a mixer that was seen stays as it is, all of them, each with a stable code.
 
-A place that declines takes a constant from here and fills in its fields: `Miss(reasons.NOT_CAUSAL(output=3, input=5))`.
+Code that declines takes a constant from here and fills in its fields:
+`Rejection(reasons.NOT_CAUSAL(output=3, input=5))`.
 `python docs/make_reasons.py` writes docs/reasons.md from this table. Codes are public: a code keeps its meaning, and a
 reason that is no longer given leaves its code unused.
 """

@@ -11,7 +11,7 @@ from torch import fx
 from llcompile.look.code import dtype_name, name_of
 from llcompile.passes.candidate import CallCandidate, Candidate, GraphCandidate
 from llcompile.patterns.structure.found import Found
-from llcompile.patterns.structure.lifted import Lifted, Source
+from llcompile.patterns.structure.lifted import Lifted, LiveIn
 from llcompile.patterns.structure.program import Value
 
 
@@ -61,24 +61,24 @@ def _of_call(candidate: CallCandidate) -> Iterator[Operand]:
 
 
 def _of_part(found: Found, module: str) -> Iterator[Operand]:
-    reading = found.reading
-    named = [("query", reading.query), ("key", reading.key), ("value", reading.value)]
-    named += [("decay", reading.decay), ("beta", reading.beta)]
-    named += [("factor", source) for source, _ in reading.factors]
-    named += [(f"output {how}", source) for source, how in reading.post]
-    axes = reading.axes
+    hypothesis = found.hypothesis
+    named = [("query", hypothesis.query), ("key", hypothesis.key), ("value", hypothesis.value)]
+    named += [("decay", hypothesis.decay), ("beta", hypothesis.beta)]
+    named += [("factor", live_in) for live_in, _ in hypothesis.factors]
+    named += [(f"output {how}", live_in) for live_in, how in hypothesis.post]
+    axes = hypothesis.axes
     groups = (("B", axes.batch), ("T", axes.time), ("G", axes.groups), ("H", axes.rest), ("K", axes.key))
-    letters = {id(atom): letter for letter, row in (*groups, ("V", axes.value)) for atom in row}
+    letters = {id(dim): letter for letter, row in (*groups, ("V", axes.value)) for dim in row}
     if not axes.groups:
-        letters.update({id(atom): "H" for atom in axes.rest})
+        letters.update({id(dim): "H" for dim in axes.rest})
     shared = not axes.rest
-    for role, source in named:
-        if source is None:
+    for role, live_in in named:
+        if live_in is None:
             continue
-        rows = reading.rows[source]
+        rows = hypothesis.rows[live_in]
         read = tuple("*".join(_letter(letters.get(id(a), "·"), shared) for a in row) or "1" for row in rows)
         shape = tuple(str(_product(a.size for a in row)) for row in rows)
-        yield Operand(role, _name(source, module), read, shape, dtype_name(_dtype(source)))
+        yield Operand(role, _name(live_in, module), read, shape, dtype_name(_dtype(live_in)))
 
 
 def _letter(letter: str, shared: bool) -> str:
@@ -86,14 +86,14 @@ def _letter(letter: str, shared: bool) -> str:
     return "H" if letter == "G" and shared else letter
 
 
-def _name(source: Source, module: str) -> str:
-    if isinstance(source, Lifted):
-        return f"{source.count} pieces"
-    return name_of(source.node, module) if source.node is not None else ""
+def _name(live_in: LiveIn, module: str) -> str:
+    if isinstance(live_in, Lifted):
+        return f"{live_in.count} pieces"
+    return name_of(live_in.node, module) if live_in.node is not None else ""
 
 
-def _dtype(source: Source) -> torch.dtype:
-    value = source.sample if isinstance(source, Lifted) else source
+def _dtype(live_in: LiveIn) -> torch.dtype:
+    value = live_in.sample if isinstance(live_in, Lifted) else live_in
     return value.dtype if isinstance(value, Value) else torch.float32
 
 

@@ -15,8 +15,8 @@ from llcompile.errors import ReproError
 from llcompile.look.collect import region_nodes
 from llcompile.look.region_source import RegionSource, region_source
 from llcompile.look.source_text import in_docstring
-from llcompile.passes.session import Session
 from llcompile.passes.candidate import CallCandidate
+from llcompile.passes.session import Session
 from llcompile.version import __version__
 
 

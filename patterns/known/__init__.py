@@ -1,4 +1,4 @@
-"""Tables of library functions that are mixers, one file a library, one row a function."""
+"""Tables of library functions that are mixers, one file a library, one entry a function."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def register(entry: KnownFunction) -> None:
 
 
 def entries() -> tuple[KnownFunction, ...]:
-    """Every row: the tables', and those that were registered."""
+    """Every entry: the tables', and those that were registered."""
     return (*ENTRIES, *_registered)
 
 
-__all__ = ["ROWS", "Arguments", "KnownFunction", "Tensor", "register", "rows"]
+__all__ = ["ENTRIES", "Arguments", "KnownFunction", "Tensor", "entries", "register"]

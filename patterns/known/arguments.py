@@ -1,4 +1,4 @@
-"""Reads one call of a known function: fills in defaults, names the sizes, and says what does not fit the row."""
+"""Reads one call of a known function: fills in defaults, names the sizes, and says what does not fit the entry."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from llcompile.patterns.known.entry import Arguments, KnownFunction, Tensor
 from llcompile.patterns.reasons import GivenReason
 
 
-class Mismatch(Exception):
-    """A call of a known function that its row does not cover."""
+class CallRejection(Exception):
+    """A call of a known function that its entry does not cover."""
 
     def __init__(self, given: GivenReason) -> None:
         super().__init__(given.text)
@@ -26,12 +26,12 @@ def read_call(entry: KnownFunction, function: Callable[..., Any], given: Mapping
     """The call's arguments with their defaults and sizes.
 
     Args:
-        row: the function's row.
+        entry: the function's entry.
         function: the function, for its defaults.
         given: arguments by name; tensors may be fake.
 
     Raises:
-        Mismatch: an argument that the row refuses or does not know is set, or a tensor has an unexpected shape.
+        CallRejection: an argument that the entry refuses or does not know is set, or a tensor has an unexpected shape.
     """
     defaults = {
         name: parameter.default
@@ -51,7 +51,7 @@ def read_call(entry: KnownFunction, function: Callable[..., Any], given: Mapping
     arguments = Arguments(values, sizes, dtypes, ranks)
     problem = (entry.requires(arguments) if entry.requires is not None else None) or _packing_problem(entry, arguments)
     if problem is not None:
-        raise Mismatch(reasons.CALL_NOT_COVERED(function=entry.function, problem=problem))
+        raise CallRejection(reasons.CALL_NOT_COVERED(function=entry.function, problem=problem))
     return arguments
 
 
@@ -70,7 +70,7 @@ def is_level_state(value: Any) -> bool:
 
 
 def state_argument(entry: KnownFunction) -> str:
-    """The name of the row's state argument, or "" where it has none."""
+    """The name of the entry's state argument, or "" where it has none."""
     return next((t.name for t in entry.tensors if t.draw == "state"), "")
 
 
@@ -83,8 +83,10 @@ def _check_refused(entry: KnownFunction, defaults: Mapping[str, Any], given: Map
         if not isinstance(value, torch.Tensor) and type(value) is type(default) and value == default:
             continue
         if name in entry.refuses:
-            raise Mismatch(reasons.ARGUMENT_REFUSED(argument=name, function=entry.function, problem=entry.refuses[name]))
-        raise Mismatch(reasons.ARGUMENT_UNKNOWN(argument=name, function=entry.function))
+            raise CallRejection(
+                reasons.ARGUMENT_REFUSED(argument=name, function=entry.function, problem=entry.refuses[name])
+            )
+        raise CallRejection(reasons.ARGUMENT_UNKNOWN(argument=name, function=entry.function))
 
 
 def _read_sizes(
@@ -96,11 +98,11 @@ def _read_sizes(
     found = {"argument": tensor.name, "function": entry.function, "shape": list(value.shape)}
     if axes is None:
         expected = f"{' or '.join(str(len(a)) for a in tensor.layouts())} axes"
-        raise Mismatch(reasons.ARGUMENT_SHAPE(**found, expected=expected, axes=tensor.axes))
+        raise CallRejection(reasons.ARGUMENT_SHAPE(**found, expected=expected, axes=tensor.axes))
     for axis, size, stride in zip(axes, value.shape, value.stride(), strict=True):
         name = axis.lstrip("*")
         if axis.startswith("*") and stride != 0 and size != 1:
-            raise Mismatch(reasons.ARGUMENT_VARIES(**found, axis=name))
+            raise CallRejection(reasons.ARGUMENT_VARIES(**found, axis=name))
         # Batch and length may be symbolic: they are not compared, so that no guard is put on them.
         if name in "BT":
             sizes.setdefault(name, size)
@@ -108,7 +110,7 @@ def _read_sizes(
             sizes.setdefault(name, int(size))
         if name not in "BT" and axis_size(name, sizes) != int(size):
             expected = f"{name} = {axis_size(name, sizes)}"
-            raise Mismatch(reasons.ARGUMENT_SHAPE(**found, expected=expected, axes=tensor.axes))
+            raise CallRejection(reasons.ARGUMENT_SHAPE(**found, expected=expected, axes=tensor.axes))
 
 
 def axis_size(name: str, sizes: Mapping[str, Any]) -> int:

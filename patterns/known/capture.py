@@ -1,7 +1,7 @@
-"""Capture: makes known library functions leaves of the Dynamo graph, without touching their source.
+"""Capture: makes each call of a known library function one node of the Dynamo graph, without touching their source.
 
 Dynamo is told to trace a stand-in wherever user code calls a known function. Under our backend the stand-in is one
-call node whose target is a `CapturedFunction`; under any other backend it is the function itself, so nobody else notices.
+call node whose target is a `CapturedFunction`; under any other backend it is the function itself.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch import nn
 
 from llcompile.patterns import reasons
 from llcompile.patterns.known import KnownFunction, entries
-from llcompile.patterns.known.arguments import Mismatch, axis_size
-from llcompile.patterns.known.lower import lower_call
+from llcompile.patterns.known.arguments import CallRejection, axis_size
 from llcompile.patterns.known.entry import Reference
+from llcompile.patterns.known.lower import lower_call
 from llcompile.patterns.known.states import batch_size, state_problem, state_sizes
 from llcompile.patterns.reasons import GivenReason
 from llcompile.torch_internals import reach
@@ -38,9 +38,9 @@ class CapturedFunction:
     """A known function as Dynamo's graph sees it; callable, so that shapes can be inferred through it.
 
     Args:
-        row: its row in the table.
+        entry: its entry in the table.
         function: the function as the library defines it, unknown to Dynamo's substitution.
-        problem: why its signature is not the one that the row was written for, or None.
+        problem: why its signature is not the one that the entry was written for, or None.
     """
 
     def __init__(self, entry: KnownFunction, function: types.FunctionType) -> None:
@@ -72,8 +72,8 @@ class CapturedFunction:
         try:
             if given is None:
                 return lower_call(self.entry, self.plain, arguments, levels=levels)
-        except Mismatch as mismatch:  # the bind pass says so in the report
-            given = mismatch.given
+        except CallRejection as rejection:  # the bind pass says so in the report
+            given = rejection.given
         if not self.entry.opaque:
             return self.function(**self._with_own_state(arguments, levels, lowered=False))
         _trace.refused.append(Refused(self.entry, given, trace_position()))
@@ -127,7 +127,9 @@ def call_key(captured: CapturedFunction, arguments: Mapping[str, Any], module: n
     return captured, None if module is None else weakref.ref(module), facts
 
 
-def give_up(captured: CapturedFunction, arguments: Mapping[str, Any], module: nn.Module | None, given: GivenReason) -> bool:
+def give_up(
+    captured: CapturedFunction, arguments: Mapping[str, Any], module: nn.Module | None, given: GivenReason
+) -> bool:
     """Has the next trace break the graph at a call that was declined after this one; False where it was to already."""
     key = call_key(captured, arguments, module)
     known = key in _given_up
@@ -206,7 +208,7 @@ def _modules() -> Mapping[str, list[types.ModuleType]]:
 
 
 def _definitions(entry: KnownFunction, modules: Mapping[str, list[types.ModuleType]]) -> Iterable[types.FunctionType]:
-    """Every distinct function object that is this row's function."""
+    """Every distinct function object that is this entry's function."""
     roots = _ALIASES.get(entry.library, (entry.library,))
     seen: dict[int, types.FunctionType] = {}
     for module in (m for root in roots for m in modules.get(root, ())):
@@ -230,7 +232,7 @@ def _stand_in(captured: CapturedFunction, is_ours: Callable[[], bool]) -> Callab
     names, target, function = captured.names, captured.calls, captured.function
     kept = frozenset(captured.entry.parameters) | frozenset(inspect.signature(captured.plain).parameters)
     # Transformers hands its functions keywords of the whole model (`use_cache`), which their **kwargs swallow; what
-    # FLA takes through **kwargs has a meaning, so that the row must see it.
+    # FLA takes through **kwargs has a meaning, so that the entry must see it.
     keeps_all = captured.entry.opaque
     ours = torch._dynamo.assume_constant_result(is_ours)
 

@@ -1,4 +1,4 @@
-"""The row of a table of known functions: how a library function's arguments bind to a Mixer."""
+"""The entry of a table of known functions: how a library function's arguments bind to a Mixer."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ class KnownFunction:
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        """Every argument that the row knows, in no particular order."""
+        """Every argument that the entry knows, in no particular order."""
         return (*(t.name for t in self.tensors), *self.constants, *self.packing, *self.refuses)
 
     def axes(self, tensor: Tensor, rank: int, values: Mapping[str, Any]) -> tuple[str, ...] | None:
@@ -150,7 +150,7 @@ class KnownFunction:
         return next(t for t in self.tensors if t.draw != "state" and t.axes.split()[-1] == axis)
 
     def signature_problem(self, function: Callable[..., Any]) -> str | None:
-        """What the signature of `function` has that this row was not written for, or None."""
+        """What the signature of `function` has that this entry was not written for, or None."""
         try:
             known = inspect.signature(function).parameters
         except (TypeError, ValueError):

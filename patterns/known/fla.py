@@ -1,6 +1,6 @@
-"""Known functions of FLA (flash-linear-attention 0.6): one table of its mixers, one row for each form.
+"""Known functions of FLA (flash-linear-attention 0.6): one table of its mixers, one entry for each form.
 
-Its kernels run on a GPU only, so the proofs use its own torch code (fla_references.py). What the rows know was read
+Its kernels run on a GPU only, so the proofs use its own torch code (fla_references.py). What the entries know was read
 from the source of fla-core 0.6.0: the scale is K^-1/2 unless given, operands are [B, T, H, ...], value head h uses
 query/key head h // (HV // H), states are [B, H, K, V] in float32 unless `state_v_first` (before 0.6:
 `transpose_state_layout`) turns them.
@@ -19,8 +19,8 @@ import torch.nn.functional as F
 
 from llcompile.patterns.families import Correction, Decay
 from llcompile.patterns.known.binders import head_index, l2norm, output_and_state, query_scale
-from llcompile.patterns.known.fla_references import delta, gated, gla, kda, linear, simple_gla
 from llcompile.patterns.known.entry import Arguments, KnownFunction, Packing, Reference, Tensor
+from llcompile.patterns.known.fla_references import delta, gated, gla, kda, linear, simple_gla
 from llcompile.patterns.mixer import Mixer
 
 _VALUE_FIRST = ("state_v_first", "transpose_state_layout")

@@ -10,7 +10,7 @@ import torch
 
 import llcompile.kernels.operators  # noqa: F401  (registers torch.ops.llcompile)
 from llcompile.patterns.known import Arguments, KnownFunction
-from llcompile.patterns.known.arguments import Mismatch, is_level_state, read_call, state_argument
+from llcompile.patterns.known.arguments import CallRejection, is_level_state, read_call, state_argument
 from llcompile.patterns.mixer import Mixer
 
 
@@ -113,4 +113,4 @@ def _call_step(mixer: Mixer, level_weights: Any, state: Any) -> tuple[Any, Any]:
     return result[0] if mixer.step else result[0].unsqueeze(1), result[1]
 
 
-__all__ = ["Mismatch", "Sequences", "call_operator", "is_single_token", "lower", "lower_call"]
+__all__ = ["CallRejection", "Sequences", "call_operator", "is_single_token", "lower", "lower_call"]

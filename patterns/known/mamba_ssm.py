@@ -1,6 +1,6 @@
 """Known functions of mamba_ssm (read from 2.3.2): the SSD chunk scan and its single step.
 
-Transformers calls them through functions of its own, which its table knows; these rows are for models built on
+Transformers calls them through functions of its own, which its table knows; these entries are for models built on
 mamba_ssm itself. Its `mamba_split_conv1d_scan_combined` (projection split, convolution, scan, norm and output
 projection in one, the training path of its own Mamba2 block) is not in the table: what is wanted there is a mixer
 inside a larger function. Build the block with use_mem_eff_path=False to have the chunk scan called by itself.

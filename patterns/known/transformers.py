@@ -1,6 +1,6 @@
 """Known functions of transformers >= 5: Mamba-2, the gated delta rule and Kimi delta attention, whole and by step.
 
-Every model of a kind carries the same code under the same name (modular transformers copies it), so that one row
+Every model of a kind carries the same code under the same name (modular transformers copies it), so that one entry
 serves all of them.
 """
 

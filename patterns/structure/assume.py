@@ -9,10 +9,10 @@ import math
 from collections.abc import Mapping
 
 from llcompile.patterns import reasons
-from llcompile.patterns.structure.classify import Miss
-from llcompile.patterns.structure.cut import Part
-from llcompile.patterns.structure.facts import Times
-from llcompile.patterns.structure.lifted import Source
+from llcompile.patterns.structure.classify import Rejection
+from llcompile.patterns.structure.cut import Subgraph
+from llcompile.patterns.structure.facts import TimeAnalysis
+from llcompile.patterns.structure.lifted import LiveIn
 from llcompile.patterns.structure.program import Value
 from llcompile.patterns.structure.ranges import REALS, Range
 
@@ -20,25 +20,25 @@ DECAYS: Range = (0.0, 1.0)
 _LARGEST = 65536  # numbers that a decay has at most: heads times channels
 
 
-def learned(part: Part, bounds: Mapping[Source, Range], times: Times) -> dict[Source, Range]:
-    """The part's sources that may be such decays, with the range that is assumed."""
+def learned(subgraph: Subgraph, bounds: Mapping[LiveIn, Range], analysis: TimeAnalysis) -> dict[LiveIn, Range]:
+    """The part's live-ins that may be such decays, with the range that is assumed."""
     return {
         s: DECAYS
-        for s in part.sources
-        if isinstance(s, Value) and not times.facts[s].data and times.facts[s].weight
+        for s in subgraph.live_ins
+        if isinstance(s, Value) and not analysis.facts[s].data and analysis.facts[s].weight
         if bounds[s] == REALS and math.prod(s.shape) <= _LARGEST
     }
 
 
-def expect_decay(source: Source) -> None:
+def expect_decay(live_in: LiveIn) -> None:
     """Looks at the parameter's numbers, where there are any (a model on the meta device has none).
 
     Raises:
-        Miss: they do not lie in (0, 1].
+        Rejection: they do not lie in (0, 1].
     """
-    held = source.held if isinstance(source, Value) else None
+    held = live_in.held if isinstance(live_in, Value) else None
     if held is None or held.is_meta or held.numel() == 0:
         return
     low, high = (float(x) for x in held.detach().aminmax())
     if not 0 < low <= high <= 1:
-        raise Miss(reasons.DECAY_OUT_OF_RANGE(low=low, high=high), 3)
+        raise Rejection(reasons.DECAY_OUT_OF_RANGE(low=low, high=high), 3)

@@ -1,7 +1,7 @@
 """Axes: follows every axis through the program, so that it is known which one is time, a head, a feature.
 
-An axis of a value is a row of atoms, outermost first: `[B*T, H*K]` has the axes `(b, t)` and `(h, k)`. Operations that
-pair axes element by element make their atoms the same; a reshape that cuts an axis splits its atom, for all values.
+An axis of a value is a row of dims, outermost first: `[B*T, H*K]` has the axes `(b, t)` and `(h, k)`. Operations that
+pair axes element by element make their dims the same; a reshape that cuts an axis splits its dim, for all values.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 
 
 @dataclass(eq=False)
-class Atom:
+class Dim:
     """An axis that is not made of others, or was not when it came up.
 
     Args:
         size: how many positions.
-        parent: the atom that this one was found to be the same as.
-        parts: the two atoms, outer and inner, that it was split into.
+        parent: the dim that this one was found to be the same as.
+        parts: the two dims, outer and inner, that it was split into.
         pinned: operations speak of positions along it by number (slices, constants), so it has no other size.
         weight: a parameter of the model has it: a feature, a head, or a table of positions.
         feature: a weight is summed over it, or makes it.
@@ -26,9 +26,9 @@ class Atom:
     """
 
     size: int
-    parent: Atom | None = None
-    parts: tuple[Atom, Atom] | None = None
-    whole: Atom | None = None
+    parent: Dim | None = None
+    parts: tuple[Dim, Dim] | None = None
+    whole: Dim | None = None
     pinned: bool = False
     weight: bool = False
     feature: bool = False
@@ -40,17 +40,17 @@ class Atom:
         return f"a{self.number}:{self.size}"
 
 
-Axis = tuple[Atom, ...]  # () for an axis of size one
+Axis = tuple[Dim, ...]  # () for an axis of size one
 Axes = tuple[Axis, ...]
 
 
 @dataclass
-class Atoms:
-    """All atoms of a program."""
+class Dims:
+    """All dims of a program."""
 
-    made: list[Atom] = field(default_factory=list)
-    slices: dict[tuple[tuple[Atom, ...], int, int, int], Atom] = field(default_factory=dict)
-    pads: dict[tuple[tuple[Atom, ...], int], Atom] = field(default_factory=dict)
+    made: list[Dim] = field(default_factory=list)
+    slices: dict[tuple[tuple[Dim, ...], int, int, int], Dim] = field(default_factory=dict)
+    pads: dict[tuple[tuple[Dim, ...], int], Dim] = field(default_factory=dict)
     joined: set[Axis] = field(default_factory=set)  # axes that were laid end to end with others
     beside: dict[Axis, set[Axis]] = field(default_factory=dict)  # axis that was cut -> the others of its tensors
 
@@ -58,37 +58,37 @@ class Atoms:
         """A new axis of the given size."""
         if size == 1:
             return ()
-        atom = Atom(size, number=len(self.made))
-        self.made.append(atom)
-        return (atom,)
+        dim = Dim(size, number=len(self.made))
+        self.made.append(dim)
+        return (dim,)
 
-    def find(self, atom: Atom) -> Atom:
-        """The atom that stands for all those that are the same as this one."""
-        while atom.parent is not None:
-            if atom.parent.parent is not None:
-                atom.parent = atom.parent.parent
-            atom = atom.parent
-        return atom
+    def find(self, dim: Dim) -> Dim:
+        """The dim that stands for all those that are the same as this one."""
+        while dim.parent is not None:
+            if dim.parent.parent is not None:
+                dim.parent = dim.parent.parent
+            dim = dim.parent
+        return dim
 
     def leaves(self, axis: Axis) -> Axis:
-        """The axis as atoms that were never split."""
-        if all(atom.parent is None and atom.parts is None for atom in axis):
+        """The axis as dims that were never split."""
+        if all(dim.parent is None and dim.parts is None for dim in axis):
             return axis
-        return tuple(leaf for atom in axis for leaf in self._leaves(self.find(atom)))
+        return tuple(leaf for dim in axis for leaf in self._leaves(self.find(dim)))
 
-    def _leaves(self, atom: Atom) -> Iterator[Atom]:
-        if atom.parts is None:
-            yield atom
+    def _leaves(self, dim: Dim) -> Iterator[Dim]:
+        if dim.parts is None:
+            yield dim
         else:
-            for part in atom.parts:
+            for part in dim.parts:
                 yield from self._leaves(self.find(part))
 
-    def root(self, atom: Atom) -> Atom:
-        """The atom that this one was split from."""
-        atom = self.find(atom)
-        while atom.whole is not None:
-            atom = self.find(atom.whole)
-        return atom
+    def root(self, dim: Dim) -> Dim:
+        """The dim that this one was split from."""
+        dim = self.find(dim)
+        while dim.whole is not None:
+            dim = self.find(dim.whole)
+        return dim
 
     def same(self, first: Axis, second: Axis) -> bool:
         """Notes that two axes pair element by element; False where their sizes do not allow it."""
@@ -111,13 +111,13 @@ class Atoms:
                 return False
         return not one and not two
 
-    def _join_sized(self, a: Atom, b: Atom) -> bool:
+    def _join_sized(self, a: Dim, b: Dim) -> bool:
         a, b = self.find(a), self.find(b)
         if a is not b and a.size == b.size:
             self._join(a, b)
         return a.size == b.size
 
-    def _join(self, a: Atom, b: Atom) -> None:
+    def _join(self, a: Dim, b: Dim) -> None:
         if a.whole is None and b.whole is not None:
             a, b = b, a  # the one that is a part of something stays
         b.parent = a
@@ -126,24 +126,24 @@ class Atoms:
         a.feature |= b.feature
         a.repeated &= b.repeated
 
-    def split(self, atom: Atom, outer: int) -> bool:
-        """Splits an atom that has no parts into an outer one of the given size and the rest."""
-        atom = self.find(atom)
-        if atom.parts is not None or atom.size % outer or outer in (1, atom.size):
+    def split(self, dim: Dim, outer: int) -> bool:
+        """Splits a dim that has no parts into an outer one of the given size and the rest."""
+        dim = self.find(dim)
+        if dim.parts is not None or dim.size % outer or outer in (1, dim.size):
             return False
-        parts = self.new(outer) + self.new(atom.size // outer)
+        parts = self.new(outer) + self.new(dim.size // outer)
         for part in parts:
-            part.whole, part.weight, part.feature, part.pinned = atom, atom.weight, atom.feature, atom.pinned
-            part.repeated = atom.repeated
-        atom.parts = (parts[0], parts[1])
+            part.whole, part.weight, part.feature, part.pinned = dim, dim.weight, dim.feature, dim.pinned
+            part.repeated = dim.repeated
+        dim.parts = (parts[0], parts[1])
         return True
 
     def regroup(self, axes: Axes, sizes: Sequence[int]) -> Axes | None:
-        """The axes of a reshape to the given sizes, or None where they cut across atoms."""
+        """The axes of a reshape to the given sizes, or None where they cut across dims."""
         leaves = [leaf for axis in axes for leaf in self.leaves(axis)]
         made = []
         for size in sizes:
-            taken: list[Atom] = []
+            taken: list[Dim] = []
             room = size
             while room > 1:
                 if not leaves:

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from llcompile.patterns import reasons
-from llcompile.patterns.structure.classify import Miss
-from llcompile.patterns.structure.cut import Part
-from llcompile.patterns.structure.facts import Times
+from llcompile.patterns.structure.classify import Rejection
+from llcompile.patterns.structure.cut import Subgraph
+from llcompile.patterns.structure.facts import TimeAnalysis
 from llcompile.patterns.structure.lifted import Lifted
 from llcompile.patterns.structure.modes import Mode, is_function
 from llcompile.patterns.structure.nested import leaves
@@ -24,52 +24,52 @@ from llcompile.torch_internals.places import user_line
 _NEAR = 3  # it is a mixer but for this
 
 
-def expect_no_barrier(part: Part, tail: Tail | None, times: Times, program: Program) -> None:
+def expect_no_barrier(subgraph: Subgraph, tail: Tail | None, analysis: TimeAnalysis, program: Program) -> None:
     """Nothing inside of the part stops or changes a gradient or a dtype.
 
     Raises:
-        Miss: something does.
+        Rejection: something does.
     """
-    output = part.result if tail is None else tail.output
+    output = subgraph.result if tail is None else tail.output
     assert output.op is not None
     mode = output.op.mode
     if program.grad and not mode.grad:
-        raise Miss(reasons.NO_GRAD(), _NEAR)
-    for op in part.ops:
-        if _is_followed(op, times):
+        raise Rejection(reasons.NO_GRAD(), _NEAR)
+    for op in subgraph.ops:
+        if _is_followed(op, analysis):
             _expect_passes(op)
             _expect_mode(op, mode)
-    for op in around(part, tail):
+    for op in around(subgraph, tail):
         _expect_mode(op, mode)
         if op.mode.function is not None:
             _expect_passes(op)
 
 
-def _is_followed(op: Op, times: Times) -> bool:
+def _is_followed(op: Op, analysis: TimeAnalysis) -> bool:
     """Whether it computes on what the model is given or learns: masks of positions have no gradient."""
-    facts = [times.facts[value] for value in op.inputs if value in times.facts]
+    facts = [analysis.facts[value] for value in op.inputs if value in analysis.facts]
     return any(fact.data or fact.weight for fact in facts)
 
 
 def _expect_passes(op: Op) -> None:
     if op.mode.function is not None or is_function(op.node):
-        raise Miss(reasons.FUNCTION_INSIDE(at=_at(op)), _NEAR)
+        raise Rejection(reasons.FUNCTION_INSIDE(at=_at(op)), _NEAR)
     if op.name == "detach":
-        raise Miss(reasons.GRADIENT_STOPPED(at=_at(op)), _NEAR)
+        raise Rejection(reasons.GRADIENT_STOPPED(at=_at(op)), _NEAR)
     if isinstance(op.target, torch._ops.OpOverload) and op.target.namespace not in ("aten", "prims"):
-        raise Miss(reasons.UNKNOWN_BACKWARD(operation=op.target, at=_at(op)), _NEAR)
+        raise Rejection(reasons.UNKNOWN_BACKWARD(operation=op.target, at=_at(op)), _NEAR)
 
 
 def _expect_mode(op: Op, mode: Mode) -> None:
     if op.mode.grad != mode.grad:
-        raise Miss(reasons.NO_GRAD_INSIDE(at=_at(op)), _NEAR)
+        raise Rejection(reasons.NO_GRAD_INSIDE(at=_at(op)), _NEAR)
     if op.mode.autocast != mode.autocast:
-        raise Miss(reasons.AUTOCAST_INSIDE(at=_at(op)), _NEAR)
+        raise Rejection(reasons.AUTOCAST_INSIDE(at=_at(op)), _NEAR)
 
 
-def around(part: Part, tail: Tail | None) -> Iterator[Op]:
+def around(subgraph: Subgraph, tail: Tail | None) -> Iterator[Op]:
     """The operations that the rewrite does anew in the part's place."""
-    lifted: Iterable[Lifted] = (source for source in part.sources if isinstance(source, Lifted))
+    lifted: Iterable[Lifted] = (live_in for live_in in subgraph.live_ins if isinstance(live_in, Lifted))
     pending = [*lifted, *(() if tail is None else (tail.root,))]
     while pending:
         current = pending.pop()

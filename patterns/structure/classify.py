@@ -1,4 +1,4 @@
-"""Classify: tells what each source of a part is, by what the part is as a function of it."""
+"""Classify: tells what each live-in of a part is, by what the part is as a function of it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 from llcompile.patterns import reasons
 from llcompile.patterns.reasons import GivenReason
-from llcompile.patterns.structure.lifted import Source
+from llcompile.patterns.structure.lifted import LiveIn
 from llcompile.patterns.structure.probe import SAME, Probe, difference
 from llcompile.patterns.structure.sizing import CannotArrange, arrange
 
 
-class Miss(Exception):
+class Rejection(Exception):
     """The part is no mixer of ours; the first property that failed.
 
     Args:
@@ -30,63 +30,63 @@ class Miss(Exception):
 
 @dataclass
 class Roles:
-    """What is known of the sources before the operands are tried.
+    """What is known of the live-ins before the operands are tried.
 
     Args:
         query: linear, each position by itself, contracted.
-        keyed: sources with the query's contracted atoms, that later positions depend on.
-        value: linear, causal, its atoms pass through.
-        scalars: the other causal sources.
-        timeless: sources without time that are not `post`.
+        keyed: live-ins with the query's contracted dims, that later positions depend on.
+        value: linear, causal, its dims pass through.
+        scalars: the other causal live-ins.
+        timeless: live-ins without time that are not `post`.
         strict: those which only later positions depend on.
-        degree: source -> 1 linear, 0 scale-free, -1 inverse, None otherwise.
+        degree: live-in -> 1 linear, 0 scale-free, -1 inverse, None otherwise.
         post: what is done to the output.
         first: the state that the sum starts from; the probe has zeros there.
-        aside: where the result is affine in the query, sources that only what is left without queries depends on; the
+        aside: where the result is affine in the query, live-ins that only what is left without queries depends on; the
             probe leaves that away.
         scale_free: the result does not change with the query's size (a denominator inside).
     """
 
-    query: Source
-    keyed: list[Source]
-    value: Source | None
-    scalars: list[Source]
-    timeless: list[Source]
-    strict: set[Source]
-    degree: dict[Source, int | None]
-    post: list[tuple[Source, str]] = field(default_factory=list)
+    query: LiveIn
+    keyed: list[LiveIn]
+    value: LiveIn | None
+    scalars: list[LiveIn]
+    timeless: list[LiveIn]
+    strict: set[LiveIn]
+    degree: dict[LiveIn, int | None]
+    post: list[tuple[LiveIn, str]] = field(default_factory=list)
     linear_query: bool = True
-    first: Source | None = None
-    aside: tuple[Source, ...] | None = None
+    first: LiveIn | None = None
+    aside: tuple[LiveIn, ...] | None = None
 
 
 def classify(probe: Probe) -> Roles:
-    """The roles of the part's sources.
+    """The roles of the part's live-ins.
 
     Raises:
-        Miss: with the first property that does not hold.
+        Rejection: with the first property that does not hold.
     """
     classifier = _Classifier(probe)
     try:
         return classifier.roles()
-    except Miss as miss:
+    except Rejection as rejection:
         reach = set(classifier.reach.values())
-        miss.open = "from" in reach and reach.isdisjoint(["window", "before"])
+        rejection.open = "from" in reach and reach.isdisjoint(["window", "before"])
         raise
 
 
 def sees_itself(probe: Probe) -> bool:
-    """Whether positions of the result depend on the same position of some source.
+    """Whether positions of the result depend on the same position of some live-in.
 
     Raises:
-        Miss: one depends on a later position.
+        Rejection: one depends on a later position.
     """
     classifier, itself = _Classifier(probe), False
-    for source in (s for s in probe.part.sources if probe.values[s].is_floating_point() and probe.is_timed(s)):
+    for live_in in (s for s in probe.subgraph.live_ins if probe.values[s].is_floating_point() and probe.is_timed(s)):
         for position in {1, probe.length // 2, probe.length - 1}:
-            rows = classifier.reached(source, position)
+            rows = classifier.reached(live_in, position)
             if rows and rows[0] < position:
-                raise Miss(reasons.NOT_CAUSAL(output=rows[0], input=position))
+                raise Rejection(reasons.NOT_CAUSAL(output=rows[0], input=position))
             itself |= position in rows
     return itself
 
@@ -96,53 +96,53 @@ class _Classifier:
         self.probe = probe
         self.base = probe.by_time(probe.run())
         if not bool(torch.isfinite(self.base).all()):
-            raise Miss(reasons.NOT_FINITE())
-        self.kept = {id(atom) for row in probe.result for atom in row}
-        self.atoms = {s: {id(a) for row in probe.rows[s] for a in row} for s in probe.part.sources}
-        self.post: list[tuple[Source, str]] = []
-        self.degree: dict[Source, int | None] = {}
-        self.reach: dict[Source, str] = {}
+            raise Rejection(reasons.NOT_FINITE())
+        self.kept = {id(dim) for row in probe.result for dim in row}
+        self.dims = {s: {id(a) for row in probe.rows[s] for a in row} for s in probe.subgraph.live_ins}
+        self.post: list[tuple[LiveIn, str]] = []
+        self.degree: dict[LiveIn, int | None] = {}
+        self.reach: dict[LiveIn, str] = {}
 
     def roles(self) -> Roles:
         probe = self.probe
-        sources = [s for s in probe.part.sources if probe.values[s].is_floating_point()]
-        if len(sources) < len(probe.part.sources):
-            raise Miss(reasons.WHOLE_NUMBERS())
-        timed = [s for s in sources if probe.is_timed(s)]
+        live_ins = [s for s in probe.subgraph.live_ins if probe.values[s].is_floating_point()]
+        if len(live_ins) < len(probe.subgraph.live_ins):
+            raise Rejection(reasons.WHOLE_NUMBERS())
+        timed = [s for s in live_ins if probe.is_timed(s)]
         if len(timed) < 2:
-            raise Miss(reasons.FEW_SEQUENCES())
+            raise Rejection(reasons.FEW_SEQUENCES())
         self._reaches(timed)
-        contracted = [s for s in timed if self.reach[s] == "own" and self.atoms[s] - self.kept]
+        contracted = [s for s in timed if self.reach[s] == "own" and self.dims[s] - self.kept]
         if not contracted:
-            raise Miss(self.noncausal or reasons.NO_QUERY())
+            raise Rejection(self.noncausal or reasons.NO_QUERY())
         if len(contracted) > 1:
-            raise Miss(reasons.TWO_QUERIES())
+            raise Rejection(reasons.TWO_QUERIES())
         query = contracted[0]
-        first = next((s for s in sources if self._starts_from(s, query)), None)
-        for source in [s for s in sources if s is not query and self._is_outer(s)]:
-            self._take_post(source)
-        aside = self._aside(query, sources)
-        sources = [s for s in sources if s is not first and s not in (aside or ())]
-        for source in sources:
-            if source not in self.degree:
-                self.degree[source] = self._degree(source)
-        return replace(self._sort(query, sources), first=first, aside=aside)
+        first = next((s for s in live_ins if self._starts_from(s, query)), None)
+        for live_in in [s for s in live_ins if s is not query and self._is_outer(s)]:
+            self._take_post(live_in)
+        aside = self._aside(query, live_ins)
+        live_ins = [s for s in live_ins if s is not first and s not in (aside or ())]
+        for live_in in live_ins:
+            if live_in not in self.degree:
+                self.degree[live_in] = self._degree(live_in)
+        return replace(self._sort(query, live_ins), first=first, aside=aside)
 
-    def _starts_from(self, source: Source, query: Source) -> bool:
-        """Whether a learned source is added to the state that the query meets; if so, it is made zero."""
-        probe, x = self.probe, self.probe.values[source]
-        inner, outer = self.atoms[query] - self.kept, self.kept - self.atoms[query]
-        if source not in probe.part.learned or not (self.atoms[source] & inner and self.atoms[source] & outer):
+    def _starts_from(self, live_in: LiveIn, query: LiveIn) -> bool:
+        """Whether a learned live-in is added to the state that the query meets; if so, it is made zero."""
+        probe, x = self.probe, self.probe.values[live_in]
+        inner, outer = self.dims[query] - self.kept, self.kept - self.dims[query]
+        if live_in not in probe.subgraph.learned or not (self.dims[live_in] & inner and self.dims[live_in] & outer):
             return False
-        without, twice = (probe.by_time(probe.run({source: x * factor})) for factor in (0, 2))
+        without, twice = (probe.by_time(probe.run({live_in: x * factor})) for factor in (0, 2))
         added = self.base - without
         if min(_size(without), _size(added)) < 1e-6 * _size(self.base) or difference(twice - self.base, added) > 1e-6:
             return False
-        probe.values[source], self.base = torch.zeros_like(x), without
+        probe.values[live_in], self.base = torch.zeros_like(x), without
         return True
 
-    def _aside(self, query: Source, sources: list[Source]) -> tuple[Source, ...] | None:
-        """Where the result is affine in the query: the sources that only what is left without queries depends on.
+    def _aside(self, query: LiveIn, live_ins: list[LiveIn]) -> tuple[LiveIn, ...] | None:
+        """Where the result is affine in the query: the live-ins that only what is left without queries depends on.
 
         From here on the probe leaves that away.
         """
@@ -154,123 +154,123 @@ class _Classifier:
             return None
         probe.linear_in, self.base = query, self.base - left
         same = lambda s: difference(probe.by_time(probe.run({s: probe.draw(s)})), self.base) < SAME  # noqa: E731
-        return tuple(s for s in sources if s is not query and same(s))
+        return tuple(s for s in live_ins if s is not query and same(s))
 
-    def _is_outer(self, source: Source) -> bool:
-        return self.reach.get(source, "own") == "own" and not self.atoms[source] - self.kept
+    def _is_outer(self, live_in: LiveIn) -> bool:
+        return self.reach.get(live_in, "own") == "own" and not self.dims[live_in] - self.kept
 
-    def _reaches(self, timed: list[Source]) -> None:
-        """Which positions of the result depend on one position of each source."""
+    def _reaches(self, timed: list[LiveIn]) -> None:
+        """Which positions of the result depend on one position of each live-in."""
         probe = self.probe
         # Of two positions, the first has a later one, and the second an earlier one.
         middle = 0 if probe.length == 2 else probe.length // 2
         noncausal = None
-        for source in timed:
-            rows = self.reached(source, middle)
-            if probe.length == 2 and self.reached(source, 1)[:1] == [0]:
-                self.reach[source] = "before"
+        for live_in in timed:
+            rows = self.reached(live_in, middle)
+            if probe.length == 2 and self.reached(live_in, 1)[:1] == [0]:
+                self.reach[live_in] = "before"
                 noncausal = noncausal or reasons.NOT_CAUSAL(output=0, input=1)
             elif not rows:
                 # Of two tokens the first has no past that could decay; of more, none in the middle is without one.
-                last = probe.length == 2 and self.reached(source, 1) == [1]
-                self.reach[source] = "from" if last else "none"
+                last = probe.length == 2 and self.reached(live_in, 1) == [1]
+                self.reach[live_in] = "from" if last else "none"
             elif rows == [middle]:
-                self.reach[source] = "own"
+                self.reach[live_in] = "own"
             elif rows[0] < middle:
-                self.reach[source] = "before"
+                self.reach[live_in] = "before"
                 noncausal = noncausal or reasons.NOT_CAUSAL(output=rows[0], input=middle)
             else:
-                self.reach[source] = "later" if rows[0] > middle else "from"
+                self.reach[live_in] = "later" if rows[0] > middle else "from"
                 if rows[-1] < probe.length - 1:
-                    self.reach[source] = "window"
+                    self.reach[live_in] = "window"
         self.noncausal = noncausal
 
-    def reached(self, source: Source, position: int) -> list[int]:
-        """The positions of the result that depend on one position of a source."""
-        other = self.probe.by_time(self.probe.run({source: self.probe.at_one_time(source, position)}))
+    def reached(self, live_in: LiveIn, position: int) -> list[int]:
+        """The positions of the result that depend on one position of a live-in."""
+        other = self.probe.by_time(self.probe.run({live_in: self.probe.at_one_time(live_in, position)}))
         size = self.base.abs().amax().clamp_min(1e-300)
         found: list[int] = ((other - self.base).abs().amax(1) > 1e-11 * size).nonzero().flatten().tolist()
         return found
 
-    def _degree(self, source: Source) -> int | None:
-        """How the result grows with the source: 1 where twice the source gives twice the result."""
-        twice = self.probe.by_time(self.probe.run({source: 2 * self.probe.values[source]}))
+    def _degree(self, live_in: LiveIn) -> int | None:
+        """How the result grows with the live-in: 1 where twice the live-in gives twice the result."""
+        twice = self.probe.by_time(self.probe.run({live_in: 2 * self.probe.values[live_in]}))
         for degree in (1, 0, -1, 2):
             if difference(twice, self.base * 2.0**degree) < SAME:
                 return degree
         return None
 
-    def _take_post(self, source: Source) -> None:
-        """A source that is added to the output, or that the output is multiplied with or divided by."""
+    def _take_post(self, live_in: LiveIn) -> None:
+        """A live-in that is added to the output, or that the output is multiplied with or divided by."""
         probe = self.probe
-        x = probe.values[source]
-        other = probe.draw(source)
-        changed = probe.by_time(probe.run({source: other}))
+        x = probe.values[live_in]
+        other = probe.draw(live_in)
+        changed = probe.by_time(probe.run({live_in: other}))
         try:
-            one, two = (self._spread(source, t) for t in (x, other))
+            one, two = (self._spread(live_in, t) for t in (x, other))
         except CannotArrange:
             return
         if difference(changed - self.base, two - one) < 1e-6 and difference(changed, self.base + two - one) < SAME:
-            self.post.append((source, "plus"))
-            probe.values[source] = torch.zeros_like(x)
+            self.post.append((live_in, "plus"))
+            probe.values[live_in] = torch.zeros_like(x)
             self.base = probe.by_time(probe.run())
         elif difference(changed * one, self.base * two) < SAME:
-            self.post.append((source, "times"))
+            self.post.append((live_in, "times"))
         elif difference(changed * two, self.base * one) < SAME:
-            self.post.append((source, "over"))
+            self.post.append((live_in, "over"))
         elif difference(changed * one.exp(), self.base * two.exp()) < SAME:
-            self.post.append((source, "times exp"))
+            self.post.append((live_in, "times exp"))
         elif difference(changed * two.exp(), self.base * one.exp()) < SAME:
-            self.post.append((source, "over exp"))
+            self.post.append((live_in, "over exp"))
         else:
             return
-        self.degree[source] = 1
+        self.degree[live_in] = 1
 
-    def _spread(self, source: Source, x: Tensor) -> Tensor:
+    def _spread(self, live_in: LiveIn, x: Tensor) -> Tensor:
         probe = self.probe
-        full = arrange(x, probe.rows[source], probe.result, probe.sizing.of)
+        full = arrange(x, probe.rows[live_in], probe.result, probe.sizing.of)
         return probe.by_time(full)
 
-    def _sort(self, query: Source, sources: list[Source]) -> Roles:
+    def _sort(self, query: LiveIn, live_ins: list[LiveIn]) -> Roles:
         taken = {id(s) for s, _ in self.post} | {id(query)}
-        left = [s for s in sources if id(s) not in taken]
+        left = [s for s in live_ins if id(s) not in taken]
         idle = [s for s in left if self.reach.get(s) == "none"]
         if idle:
-            raise Miss(reasons.IDLE_SOURCE())
-        contracted = self.atoms[query] - self.kept
+            raise Rejection(reasons.IDLE_SOURCE())
+        contracted = self.dims[query] - self.kept
         timed = [s for s in left if s in self.reach]
-        values = [s for s in timed if self.degree[s] == 1 and not self.atoms[s] & contracted]
+        values = [s for s in timed if self.degree[s] == 1 and not self.dims[s] & contracted]
         values = [s for s in values if self.reach[s] != "own"]
-        inner = self.atoms[query].union(*(self.atoms[s] for s in timed if s not in values))
-        # The value's own atoms pass through to the result; those of scores do not have them.
-        values.sort(key=lambda s: -len((self.atoms[s] & self.kept) - inner))
+        inner = self.dims[query].union(*(self.dims[s] for s in timed if s not in values))
+        # The value's own dims pass through to the result; those of scores do not have them.
+        values.sort(key=lambda s: -len((self.dims[s] & self.kept) - inner))
         near = 2 if values or self.degree[query] == 1 else 0
         if self.noncausal:
-            raise Miss(self.noncausal, near)
+            raise Rejection(self.noncausal, near)
         stray = [s for s in timed if self.reach[s] == "own"]
         if stray:
-            raise Miss(reasons.STRAY_SOURCE(), near)
+            raise Rejection(reasons.STRAY_SOURCE(), near)
         if self.degree[query] != 1 and not values:
-            raise Miss(reasons.NOT_LINEAR())
-        keyed = [s for s in timed if self.atoms[s] & contracted]
+            raise Rejection(reasons.NOT_LINEAR())
+        keyed = [s for s in timed if self.dims[s] & contracted]
         if not keyed:
-            raise Miss(reasons.NO_KEY())
-        value = values[0] if values and (self.atoms[values[0]] & self.kept) - inner else None
-        if value is None and self._has_value_atoms(query, keyed):
-            raise Miss(reasons.NOT_LINEAR_IN_VALUE(), 2)
+            raise Rejection(reasons.NO_KEY())
+        value = values[0] if values and (self.dims[values[0]] & self.kept) - inner else None
+        if value is None and self._has_value_dims(query, keyed):
+            raise Rejection(reasons.NOT_LINEAR_IN_VALUE(), 2)
         scalars = [s for s in timed if s is not value and s not in keyed]
         strict = {s for s in timed if self.reach[s] == "later"}
         windowed = [s for s in timed if self.reach[s] == "window"]
         if value in windowed and self._really_ends(value):
-            raise Miss(reasons.SLIDING_WINDOW(output=self.probe.length - 1, input=self.probe.length // 2), near)
+            raise Rejection(reasons.SLIDING_WINDOW(output=self.probe.length - 1, input=self.probe.length // 2), near)
         if value in strict:
-            raise Miss(reasons.STRICTLY_CAUSAL(), near)
+            raise Rejection(reasons.STRICTLY_CAUSAL(), near)
         timeless = [s for s in left if s not in self.reach]
         return Roles(
             query, keyed, value, scalars, timeless, strict, self.degree, self.post, linear_query=self.degree[query] == 1
         )
 
-    def _really_ends(self, value: Source) -> bool:
+    def _really_ends(self, value: LiveIn) -> bool:
         """Whether a value's reach ends, and is not only lost to rounding under a strong decay."""
         probe, middle = self.probe, self.probe.length // 2
         # In proportion to the value, however large it is; what is left of it at the end is no less than this.
@@ -278,11 +278,11 @@ class _Classifier:
         last = probe.by_time(probe.run({value: changed}))[-1]
         return float((last - self.base[-1]).abs().amax()) < 1e-9 * float(self.base[-1].abs().amax())
 
-    def _has_value_atoms(self, query: Source, keyed: list[Source]) -> bool:
-        """Whether the result has atoms that neither queries nor keys have, and no other source brings linearly."""
-        return bool(self.kept - self.atoms[query].union(*(self.atoms[s] for s in keyed)) - self._plain_atoms())
+    def _has_value_dims(self, query: LiveIn, keyed: list[LiveIn]) -> bool:
+        """Whether the result has dims that neither queries nor keys have, and no other live-in brings linearly."""
+        return bool(self.kept - self.dims[query].union(*(self.dims[s] for s in keyed)) - self._plain_dims())
 
-    def _plain_atoms(self) -> set[int]:
+    def _plain_dims(self) -> set[int]:
         return {id(a) for s, how in self.post for row in self.probe.rows[s] for a in row}
 
 

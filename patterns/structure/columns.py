@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from llcompile.patterns.structure.cut import Part
-from llcompile.patterns.structure.facts import Times
+from llcompile.patterns.structure.cut import Subgraph
+from llcompile.patterns.structure.facts import TimeAnalysis
 from llcompile.patterns.structure.follow import WEIGHTED
 from llcompile.patterns.structure.lifted import MOVES, SHAPES, piece
 from llcompile.patterns.structure.program import Op, Value
 
 _FEWEST = 4  # features; fewer are queries, keys and values in one tensor
-_DEEPEST = 6  # operations between a feature and a source of the part
+_DEEPEST = 6  # operations between a feature and a live-in of the part
 
 
 class Column(NamedTuple):
@@ -24,33 +24,33 @@ class Column(NamedTuple):
     path: frozenset[Value]
 
 
-def columns(part: Part, times: Times) -> dict[tuple[Value, int], set[Value]]:
+def columns(subgraph: Subgraph, analysis: TimeAnalysis) -> dict[tuple[Value, int], set[Value]]:
     """Tensors that are taken feature by feature, all of them, with the dimension -> what is computed on the way."""
-    sources = [s for s in part.sources if isinstance(s, Value)]
-    if len(sources) < _FEWEST:
+    live_ins = [s for s in subgraph.live_ins if isinstance(s, Value)]
+    if len(live_ins) < _FEWEST:
         return {}
     found: dict[tuple[Value, int], dict[int, frozenset[Value]]] = {}
-    for source in sources:
-        for base, dim, place, path in _above(source, times, frozenset()):
+    for live_in in live_ins:
+        for base, dim, place, path in _above(live_in, analysis, frozenset()):
             places = found.setdefault((base, dim), {})
             places[place] = places.get(place, frozenset()) | path
     whole = {key: places for key, places in found.items() if len(places) == key[0].shape[key[1]] >= _FEWEST}
     return {key: set().union(*places.values()) for key, places in whole.items()}
 
 
-def _above(value: Value, times: Times, path: frozenset[Value]) -> Iterator[Column]:
+def _above(value: Value, analysis: TimeAnalysis, path: frozenset[Value]) -> Iterator[Column]:
     """The features that a value is computed from."""
     op, path = value.op, path | {value}
-    if op is None or op.name in WEIGHTED or len(path) > _DEEPEST or times.facts[value].form != "sequence":
+    if op is None or op.name in WEIGHTED or len(path) > _DEEPEST or analysis.facts[value].form != "sequence":
         return
-    if op.name in SHAPES - MOVES and not times.mixes_time(op):
+    if op.name in SHAPES - MOVES and not analysis.mixes_time(op):
         found = _taken(value, op, path)
         if found is not None:
             yield found
             return
     for parent in op.inputs:
-        if times.facts[parent].data and not times.facts[parent].mixed:
-            yield from _above(parent, times, path)
+        if analysis.facts[parent].data and not analysis.facts[parent].mixed:
+            yield from _above(parent, analysis, path)
 
 
 def _taken(value: Value, op: Op, path: frozenset[Value]) -> Column | None:

@@ -11,35 +11,35 @@ from typing import Any
 from torch import Tensor
 
 from llcompile.patterns.graph.walk import walk
-from llcompile.patterns.structure.axes import Atom, Atoms, Axes, Axis
-from llcompile.patterns.structure.facts import Times
+from llcompile.patterns.structure.axes import Axes, Axis, Dim, Dims
+from llcompile.patterns.structure.facts import TimeAnalysis
 from llcompile.patterns.structure.follow import Followed, follow
-from llcompile.patterns.structure.frame import Frame, Row
-from llcompile.patterns.structure.lifted import MOVES, SHAPES, Lifted, Lifter, Source, sample_of
+from llcompile.patterns.structure.frame import Frame
+from llcompile.patterns.structure.lifted import MOVES, SHAPES, Lifted, Lifter, LiveIn, sample_of
 from llcompile.patterns.structure.program import Op, Value
 
 
 @dataclass
-class Part:
+class Subgraph:
     """The operations between a cut and a value.
 
     Args:
         result: the value.
-        sources: the cut: what comes in.
+        live_ins: the cut: what comes in.
         ops: the operations, in order.
-        taps: lifted source -> the values of single pieces that it stands for, with their positions.
-        earlier: sources that join positions already: outputs of mixers that come before.
-        learned: sources that the model's input has no part in.
+        taps: lifted live-in -> the values of single pieces that it stands for, with their positions.
+        earlier: live-ins that join positions already: outputs of mixers that come before.
+        learned: live-ins that the model's input has no part in.
         columns: tensors that are taken feature by feature, with that dimension.
         functions: sizes and dtype -> the part as a function, once it was written out.
     """
 
     result: Value
-    sources: list[Source]
+    live_ins: list[LiveIn]
     ops: list[Op]
     taps: dict[Lifted, dict[Value, int]] = field(default_factory=dict)
     earlier: frozenset[Value] = frozenset()
-    learned: frozenset[Source] = frozenset()
+    learned: frozenset[LiveIn] = frozenset()
     columns: list[tuple[Value, int]] = field(default_factory=list)
     functions: dict[Any, Callable[..., Tensor]] = field(default_factory=dict)
 
@@ -53,51 +53,51 @@ class Cutter:
     """Cuts parts out of a program, as close to where times are mixed as it is allowed to.
 
     Args:
-        times: the facts.
+        analysis: the facts.
         zeros: values that are zero whatever comes in (an empty state times a decay): never cut at.
     """
 
-    def __init__(self, times: Times, zeros: Container[Value] = ()) -> None:
-        self.times, self.zeros = times, zeros
+    def __init__(self, analysis: TimeAnalysis, zeros: Container[Value] = ()) -> None:
+        self.analysis, self.zeros = analysis, zeros
         self.views = False
-        self.lifter = Lifter(times)
+        self.lifter = Lifter(analysis)
 
     @property
     def length(self) -> int:
         """The number of positions."""
-        return math.prod(leaf.size for leaf in self.times.leaves)
+        return math.prod(leaf.size for leaf in self.analysis.leaves)
 
     def cut(
-        self, result: Value, passed: Iterable[Source] = (), views: bool = False, limit: int = 200_000
-    ) -> Part | None:
+        self, result: Value, passed: Iterable[LiveIn] = (), views: bool = False, limit: int = 200_000
+    ) -> Subgraph | None:
         """The part that makes `result`; None for more operations than `limit`.
 
         Values in `passed` are not cut at, but what they are made of. With `views`, two views of one tensor are two
-        sources: queries that are the keys as well.
+        live_ins: queries that are the keys as well.
         """
         self.views = views
         earlier: frozenset[Value] = frozenset()
         while True:
-            part = self._cut(result, set(passed), earlier, limit)
-            further = frozenset() if part is None else self._earlier(part)
+            subgraph = self._cut(result, set(passed), earlier, limit)
+            further = frozenset() if subgraph is None else self._earlier(subgraph)
             if not further:
-                return part
+                return subgraph
             earlier |= further
 
-    def _cut(self, result: Value, through: set[Source], earlier: frozenset[Value], limit: int) -> Part | None:
-        sources: dict[Source, None] = {}
+    def _cut(self, result: Value, through: set[LiveIn], earlier: frozenset[Value], limit: int) -> Subgraph | None:
+        live_ins: dict[LiveIn, None] = {}
         ops: dict[Op, None] = {}
         taps: dict[Lifted, dict[Value, int]] = {}
         pending, seen = [result], {result}
         while pending:
             value = pending.pop()
-            source = value if value in earlier else None if value is result else self._source(value, through, taps)
-            if source is not None:
-                sources.setdefault(source)
+            live_in = value if value in earlier else None if value is result else self._source(value, through, taps)
+            if live_in is not None:
+                live_ins.setdefault(live_in)
                 continue
             if value.op is None:
                 if value.data is None:
-                    sources.setdefault(value)
+                    live_ins.setdefault(value)
                 continue
             if value.op in ops:
                 continue
@@ -108,103 +108,103 @@ class Cutter:
                 if parent not in seen:
                     seen.add(parent)
                     pending.append(parent)
-        learned = frozenset(s for s in sources if isinstance(s, Value) and not self.times.facts[s].data)
+        learned = frozenset(s for s in live_ins if isinstance(s, Value) and not self.analysis.facts[s].data)
         ordered = sorted(ops, key=lambda op: op.number)
-        return Part(result, list(sources), ordered, taps, earlier & set(sources), learned)
+        return Subgraph(result, list(live_ins), ordered, taps, earlier & set(live_ins), learned)
 
-    def _earlier(self, part: Part) -> frozenset[Value]:
-        """Values inside that are whole sequences, join positions, and are what the part's sources are computed from.
+    def _earlier(self, subgraph: Subgraph) -> frozenset[Value]:
+        """Values inside that are whole sequences, join positions, and are what the part's live-ins are computed from.
 
         A mixer's output on a residual stream: the next layer is added to it, and has it as its input.
         """
-        facts = self.times.facts
-        inside = (v for op in part.ops for v in op.outputs if v is not part.result)
+        facts = self.analysis.facts
+        inside = (v for op in subgraph.ops for v in op.outputs if v is not subgraph.result)
         mixed = {v for v in inside if facts[v].mixed and facts[v].form == "sequence"}
-        if self.times.lone:  # decays that were summed up, beside the largest of them
+        if self.analysis.lone:  # decays that were summed up, beside the largest of them
             mixed = {v for v in mixed if facts[v].met}
         if not mixed:
             return frozenset()
         first = min(value.op.number for value in mixed if value.op is not None)
-        read = (v for s in part.sources for v in (part.taps[s] if isinstance(s, Lifted) else (s,)))
+        read = (v for s in subgraph.live_ins for v in (subgraph.taps[s] if isinstance(s, Lifted) else (s,)))
 
         def above(value: Value) -> Iterable[Value]:
             return () if value in mixed or value.op is None or value.op.number <= first else value.op.inputs
 
-        reached = walk((v for v in read if v not in part.earlier), above)
+        reached = walk((v for v in read if v not in subgraph.earlier), above)
         return frozenset(value for value in reached if value in mixed)
 
-    def frame(self, part: Part) -> tuple[Frame, dict[Source, tuple[Row, ...]]]:
-        """The part's own axes, and those of its sources.
+    def frame(self, subgraph: Subgraph) -> tuple[Frame, dict[LiveIn, Axes]]:
+        """The part's own axes, and those of its live-ins.
 
         New ones: in the whole program two axes can be the same only because they were cut from one tensor (the keys and
         values of a fused projection).
         """
-        atoms, times = Atoms(), self.times
-        time = atoms.new(math.prod(leaf.size for leaf in times.leaves))
-        for sizes in self._chunkings(part):
-            atoms.regroup((time,), sizes)
+        dims, analysis = Dims(), self.analysis
+        time = dims.new(math.prod(leaf.size for leaf in analysis.leaves))
+        for sizes in self._chunkings(subgraph):
+            dims.regroup((time,), sizes)
         axes: dict[Value, Axes] = {}
         taken: dict[Value, tuple[Axis, ...]] = {}
-        sources: dict[Source, Axes] = {}
-        for source in part.sources:
-            piece = self._renewed(atoms, time, times.followed.axes[sample_of(source)])
-            if isinstance(source, Value):
-                axes[source] = sources[source] = piece
+        live_ins: dict[LiveIn, Axes] = {}
+        for live_in in subgraph.live_ins:
+            piece = self._renewed(dims, time, analysis.followed.axes[sample_of(live_in)])
+            if isinstance(live_in, Value):
+                axes[live_in] = live_ins[live_in] = piece
                 continue
-            outer, _ = _divided(atoms, time, source.count)
-            sources[source] = (outer, *piece)
-            for value in (sample_of(source), *part.taps[source]):
+            outer, _ = _divided(dims, time, live_in.count)
+            live_ins[live_in] = (outer, *piece)
+            for value in (sample_of(live_in), *subgraph.taps[live_in]):
                 axes[value], taken[value] = piece, (outer, time)
-        live = [value for value in axes if times.facts[value].data]
-        followed = follow(part.ops, axes, atoms, taken, live)
-        _meet(part, followed)
+        live = [value for value in axes if analysis.facts[value].data]
+        followed = follow(subgraph.ops, axes, dims, taken, live)
+        _meet(subgraph, followed)
         frame = Frame(followed, time)
-        return frame, {source: frame.rows(found) for source, found in sources.items()}
+        return frame, {live_in: frame.rows(found) for live_in, found in live_ins.items()}
 
-    def _chunkings(self, part: Part) -> list[tuple[int, ...]]:
-        """The ways in which the sources have time in chunks."""
-        times, found = self.times, []
-        whole = {id(leaf) for leaf in times.leaves}
-        for source in part.sources:
-            rows = times.rows(times.followed.axes[sample_of(source)])
+    def _chunkings(self, subgraph: Subgraph) -> list[tuple[int, ...]]:
+        """The ways in which the live-ins have time in chunks."""
+        analysis, found = self.analysis, []
+        whole = {id(leaf) for leaf in analysis.leaves}
+        for live_in in subgraph.live_ins:
+            rows = analysis.rows(analysis.followed.axes[sample_of(live_in)])
             if any(0 < sum(id(leaf) in whole for leaf in row) < len(whole) for row in rows):
-                found.append(tuple(leaf.size for leaf in times.leaves))
-            if isinstance(source, Lifted) and source.count < self.length:
-                found.append((source.count, self.length // source.count))
+                found.append(tuple(leaf.size for leaf in analysis.leaves))
+            if isinstance(live_in, Lifted) and live_in.count < self.length:
+                found.append((live_in.count, self.length // live_in.count))
         return list(dict.fromkeys(found))
 
-    def _renewed(self, atoms: Atoms, time: Axis, axes: Axes) -> Axes:
-        """New axes for a source. Time is shared; where the source has it in chunks, the part's time is split alike."""
-        times, inner = self.times, atoms.leaves(time)
-        places = {id(leaf): i for i, leaf in enumerate(times.leaves)}
+    def _renewed(self, dims: Dims, time: Axis, axes: Axes) -> Axes:
+        """New axes for a live-in. Time is shared; where the live-in has it in chunks, the part's time is split, too."""
+        analysis, inner = self.analysis, dims.leaves(time)
+        places = {id(leaf): i for i, leaf in enumerate(analysis.leaves)}
         made = []
-        for row in times.rows(axes):
-            axis: list[Atom] = []
+        for row in analysis.rows(axes):
+            axis: list[Dim] = []
             for leaf in row:
                 if id(leaf) in places:
                     whole = inner if not places[id(leaf)] else ()
                     axis.extend([inner[places[id(leaf)]]] if len(inner) == len(places) else whole)
-                elif id(leaf) in times.chunks:
-                    axis.extend(_divided(atoms, time, self.length // leaf.size)[1])
+                elif id(leaf) in analysis.chunks:
+                    axis.extend(_divided(dims, time, self.length // leaf.size)[1])
                 else:
-                    new = atoms.new(leaf.size)[0]
+                    new = dims.new(leaf.size)[0]
                     new.weight = leaf.weight
                     axis.append(new)
             made.append(tuple(axis))
         return tuple(made)
 
-    def parents(self, source: Source) -> list[Source]:
-        """What a source is computed from, if it can be cut there."""
-        if isinstance(source, Lifted):
+    def parents(self, live_in: LiveIn) -> list[LiveIn]:
+        """What a live-in is computed from, if it can be cut there."""
+        if isinstance(live_in, Lifted):
             return [
                 a.base[0] if isinstance(a, Lifted) and a.base else a
-                for a in source.args
+                for a in live_in.args
                 if isinstance(a, (Lifted, Value))
             ]
-        return list(source.op.inputs) if source.op is not None else []
+        return list(live_in.op.inputs) if live_in.op is not None else []
 
-    def _source(self, value: Value, through: set[Source], taps: dict[Lifted, dict[Value, int]]) -> Source | None:
-        fact = self.times.facts[value]
+    def _source(self, value: Value, through: set[LiveIn], taps: dict[Lifted, dict[Value, int]]) -> LiveIn | None:
+        fact = self.analysis.facts[value]
         if value.data is not None or fact.mixed or (value in self.zeros and not self._is_numbered(value)):
             return None
         if fact.form == "pieces":
@@ -223,22 +223,22 @@ class Cutter:
 
     def _is_numbered(self, value: Value) -> bool:
         """Whether it is zero for the number of its piece alone: `k * t` of the first token."""
-        fact = self.times.facts[value]
+        fact = self.analysis.facts[value]
         lifted = self.lifter.place(value) if fact.form == "pieces" and fact.data else None
         return lifted is not None and lifted[0].has_numbers
 
     def _is_repeated(self, value: Value) -> bool:
         """Whether a weight was repeated along one of its axes, or it is a piece of that: one decay for all steps."""
-        followed, op = self.times.followed, value.op
+        followed, op = self.analysis.followed, value.op
         piece = op is not None and op.name in SHAPES
         axes = [*followed.axes[value], *(followed.mixed[op] if op is not None and piece else ())]
-        if any(leaf.repeated for axis in axes for leaf in followed.atoms.leaves(axis)):
+        if any(leaf.repeated for axis in axes for leaf in followed.dims.leaves(axis)):
             return True
         return op is not None and piece and any(self._is_repeated(v) for v in op.inputs)
 
     def _only_moves(self, value: Value) -> bool:
         """Whether it is another view of something that can be cut at as well."""
-        op, facts = value.op, self.times.facts
+        op, facts = value.op, self.analysis.facts
         if op is None or op.name not in MOVES or not op.inputs:
             return False
         base = op.inputs[0]
@@ -248,20 +248,20 @@ class Cutter:
         return base.node is not None or self._only_moves(base)
 
 
-def _meet(part: Part, followed: Followed) -> None:
+def _meet(subgraph: Subgraph, followed: Followed) -> None:
     """The axes that are taken feature by feature, one feature of each at a time, are one axis."""
     first: dict[int, Axis] = {}
-    for base, dim in part.columns:
+    for base, dim in subgraph.columns:
         if base in followed.axes:
             axis = followed.axes[base][dim]
-            followed.atoms.same(first.setdefault(base.shape[dim], axis), axis)
-            for leaf in followed.atoms.leaves(axis):
+            followed.dims.same(first.setdefault(base.shape[dim], axis), axis)
+            for leaf in followed.dims.leaves(axis):
                 leaf.pinned = True
 
 
-def _divided(atoms: Atoms, time: Axis, count: int) -> tuple[Axis, Axis]:
+def _divided(dims: Dims, time: Axis, count: int) -> tuple[Axis, Axis]:
     """Time as the axis of its first `count` parts, and the rest."""
-    leaves, size = atoms.leaves(time), 1
+    leaves, size = dims.leaves(time), 1
     for i, leaf in enumerate(leaves):
         if size == count:
             return leaves[:i], leaves[i:]

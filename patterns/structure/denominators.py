@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 
 from llcompile.patterns import reasons
-from llcompile.patterns.structure.classify import Miss
-from llcompile.patterns.structure.found import Findings, Found, Missed, values_of
-from llcompile.patterns.structure.lifted import MOVES, SHAPES, Source, origin
+from llcompile.patterns.structure.classify import Rejection
+from llcompile.patterns.structure.found import Findings, Found, NearMiss, values_of
+from llcompile.patterns.structure.hypothesis import Hypothesis
+from llcompile.patterns.structure.lifted import MOVES, SHAPES, LiveIn, origin
 from llcompile.patterns.structure.program import Op, Value
-from llcompile.patterns.structure.reading import Reading
 
 _ROUNDING = 1e-9
 # What code does to a denominator before it divides.
@@ -19,35 +19,36 @@ _AROUND = MOVES | {"detach", "add", "abs", "clamp", "clamp_min", "maximum", "mul
 
 def pair_denominators(findings: Findings) -> None:
     """Sums of scores alone are mixers only as the denominators of others, whose level weights they share."""
-    whole = [f for f in findings.found if f.reading.value is not None]
+    whole = [f for f in findings.found if f.hypothesis.value is not None]
     for found in findings.found:
-        if found.reading.value is None:
+        if found.hypothesis.value is None:
             for other in whole:
-                if _are_same(other.reading, found.reading):
+                if _are_same(other.hypothesis, found.hypothesis):
                     findings.denominators.setdefault(id(other), []).append(found)
                     break
     findings.found = [f for f in whole if not _is_divided(findings, f)]
     inside = {value for f in findings.found for op in f.ops for value in op.outputs}
     outputs = {f.output for mixer in findings.found for f in (mixer, *findings.denominators.get(id(mixer), []))}
-    findings.missed = [
+    findings.near_misses = [
         m
-        for m in findings.missed
-        if m.value not in inside and not (m.part is not None and outputs & {v for op in m.part.ops for v in op.outputs})
+        for m in findings.near_misses
+        if m.value not in inside
+        and not (m.subgraph is not None and outputs & {v for op in m.subgraph.ops for v in op.outputs})
     ]
 
 
-def _are_same(one: Reading, other: Reading) -> bool:
-    """Whether two readings have the same scores; a constant decay was read off each by itself."""
+def _are_same(one: Hypothesis, other: Hypothesis) -> bool:
+    """Whether two hypotheses have the same scores; a constant decay was read off each by itself."""
     if _scores(one) != _scores(other) or (one.constant is None) != (other.constant is None):
         return False
     decays = zip(one.constant or (), other.constant or (), strict=False)
     return all(math.isclose(a, b, rel_tol=_ROUNDING, abs_tol=_ROUNDING) for a, b in decays)
 
 
-def _scores(reading: Reading) -> tuple[object, ...]:
+def _scores(hypothesis: Hypothesis) -> tuple[object, ...]:
     """What the scores are made of, but for a constant decay."""
-    decay = None if reading.decay is None else origin(reading.decay)
-    return origin(reading.query), origin(reading.key), decay, reading.transform, len(reading.constant or ())
+    decay = None if hypothesis.decay is None else origin(hypothesis.decay)
+    return origin(hypothesis.query), origin(hypothesis.key), decay, hypothesis.transform, len(hypothesis.constant or ())
 
 
 def _is_divided(findings: Findings, found: Found) -> bool:
@@ -61,8 +62,8 @@ def _is_divided(findings: Findings, found: Found) -> bool:
             if user.name in MOVES:
                 pending.extend(user.outputs)
             elif any(_joins_others(findings, found, d) for d in _divisors(user, value)):
-                miss = Miss(reasons.OTHER_DENOMINATOR(), 3)
-                findings.missed.append(Missed(found.output, miss, found.part, times=found.times))
+                rejection = Rejection(reasons.OTHER_DENOMINATOR(), 3)
+                findings.near_misses.append(NearMiss(found.output, rejection, found.subgraph, analysis=found.analysis))
                 return True
     return False
 
@@ -79,21 +80,21 @@ def _divisors(user: Op, value: Value) -> list[Value]:
 
 def _meets(found: Found, value: Value) -> bool:
     """Whether a value that joins positions is made of the queries, keys or values: not of decays and gates alone."""
-    reading = found.reading
-    own = _made_from([s for s in (reading.query, reading.key, reading.value) if s is not None], found)
+    hypothesis = found.hypothesis
+    own = _made_from([s for s in (hypothesis.query, hypothesis.key, hypothesis.value) if s is not None], found)
     other = _made_from([value], found)
     return any(a == b or (a[:1] == b[:1] and None in (a[1], b[1])) for a in own for b in other)
 
 
-def _made_from(sources: Sequence[Source], found: Found) -> set[tuple[Value, Value | None]]:
-    """The projections that sources are computed from, each with the piece of it that was taken; None for all of it."""
+def _made_from(live_ins: Sequence[LiveIn], found: Found) -> set[tuple[Value, Value | None]]:
+    """The projections that live-ins are computed from, each with the piece of it that was taken; None for all of it."""
     made: set[tuple[Value, Value | None]] = set()
-    pending: list[tuple[Value, Value | None]] = [(v, None) for s in sources for v in values_of(s)]
+    pending: list[tuple[Value, Value | None]] = [(v, None) for s in live_ins for v in values_of(s)]
     seen = set(pending)
     while pending:
         value, piece = pending.pop()
         op = value.op
-        if op is None or found.times.is_projection(op):
+        if op is None or found.analysis.is_projection(op):
             made.update([(value, piece)] if value.data is None else [])
             continue
         piece = (piece or (None if op.name in MOVES else value)) if op.name in SHAPES else None
@@ -105,7 +106,7 @@ def _made_from(sources: Sequence[Source], found: Found) -> set[tuple[Value, Valu
 
 def _joins_others(findings: Findings, found: Found, divisor: Value) -> bool:
     """Whether a denominator joins positions in another way than the mixer's own does."""
-    sums = {f.output: f for f in findings.found if f.reading.value is None}
+    sums = {f.output: f for f in findings.found if f.hypothesis.value is None}
     own = findings.denominators.get(id(found), [])
     pending, seen = [divisor], 0
     while pending and seen < 20:
@@ -115,7 +116,7 @@ def _joins_others(findings: Findings, found: Found, divisor: Value) -> bool:
             if not any(sums[value] is f for f in own):
                 return True
             continue
-        fact = found.times.facts.get(value)
+        fact = found.analysis.facts.get(value)
         if fact is not None and fact.mixed:
             if _meets(found, value):
                 return True

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from llcompile.patterns.structure.axes import Atom, Axis
+from llcompile.patterns.structure.axes import Axis, Dim
 from llcompile.patterns.structure.follow import WEIGHTED, Followed
 from llcompile.patterns.structure.frame import Frame
 from llcompile.patterns.structure.program import Op, Program, Value
@@ -47,7 +47,7 @@ class Fact:
     place: tuple[int, ...] | None = None
 
 
-class Times(Frame):
+class TimeAnalysis(Frame):
     """The facts of a program for one choice of the time axis.
 
     Args:
@@ -63,7 +63,7 @@ class Times(Frame):
     ) -> None:
         super().__init__(followed, time)
         self.program, self.lone = program, lone
-        self.shorter = self.leaves if shorter is None else followed.atoms.leaves(shorter)
+        self.shorter = self.leaves if shorter is None else followed.dims.leaves(shorter)
         self.chunks = self._chunks()
         self.facts: dict[Value, Fact] = {
             value: self._of_input(value) for value in program.inputs if value in followed.axes
@@ -71,13 +71,13 @@ class Times(Frame):
 
     def _chunks(self) -> set[int]:
         """The axes of chunks of equal width that the code cuts out of time."""
-        atoms, length = self.followed.atoms, _length(self.leaves)
+        dims, length = self.followed.dims, _length(self.leaves)
         return {
             id(leaf)
-            for (leaves, start, stop, step), cut in atoms.slices.items()
+            for (leaves, start, stop, step), cut in dims.slices.items()
             if step == 1 and stop - start > 1 and length % (stop - start) == 0 == start % (stop - start)
-            if atoms.leaves(leaves) == self.leaves
-            for leaf in atoms.leaves((cut,))
+            if dims.leaves(leaves) == self.leaves
+            for leaf in dims.leaves((cut,))
         } - {id(leaf) for leaf in self.leaves}
 
     def _of_input(self, value: Value) -> Fact:
@@ -97,7 +97,7 @@ class Times(Frame):
         axes = self.followed.mixed[op]
         return any(self._in_order(leaf) for axis in axes for leaf in self.axis_leaves(axis))
 
-    def _in_order(self, leaf: Atom) -> bool:
+    def _in_order(self, leaf: Dim) -> bool:
         """Whether positions along it are positions in time: of all of it, or within a chunk."""
         return self.is_time(leaf) or id(leaf) in self.chunks
 
@@ -179,9 +179,9 @@ def time_axes(program: Program, followed: Followed) -> list[Axis]:
     An axis that a parameter has is a late choice (a table of positions), and what a weight is summed over the last: a
     feature, or the positions that a head takes together.
     """
-    atoms = followed.atoms
+    dims = followed.dims
     given = [v for v in program.inputs if v.data is None and not v.parameter and v in followed.axes]
-    present = {atoms.leaves(axis) for v in given for axis in followed.axes[v]}
+    present = {dims.leaves(axis) for v in given for axis in followed.axes[v]}
     present |= _shortened(followed, present)
     mixed, ordered = _mixed(program, followed), _ordered(program, followed)
     free = [a for a in present if mixed(a) and _is_told_apart(a) and (not _is_feature(a) or a[0] in ordered)]
@@ -194,12 +194,12 @@ def born_axes(program: Program, followed: Followed, known: Iterable[Axis]) -> tu
     All of such an axis is mixed: a batch that was laid out with it, as projections have it, is no part of it. Pieces of
     an axis that was cut in several, or that are put together with others, come second: chunks, most of the time.
     """
-    atoms, most = followed.atoms, _mixed(program, followed)
+    dims, most = followed.dims, _mixed(program, followed)
     mixed = lambda axis: min(most((leaf,)) for leaf in axis)  # noqa: E731
     tried = [time for axis in known if not _is_feature(axis) for time in (axis, *lengthened(followed, axis))]
-    leaves = {leaf for time in tried for leaf in atoms.leaves(time)}
+    leaves = {leaf for time in tried for leaf in dims.leaves(time)}
     used = (value for op in program.ops for value in op.inputs if value in followed.live)
-    made = {atoms.leaves(axis) for value in used for axis in followed.axes[value]}
+    made = {dims.leaves(axis) for value in used for axis in followed.axes[value]}
     new = [axis for axis in made if not leaves.issuperset(axis) and mixed(axis)]
     born = [axis for axis in new if not _is_feature(axis) and _is_told_apart(axis)]
     pieces = _pieces(followed, made) | {axis for axis in born for other in born if set(axis) < set(other)}
@@ -209,35 +209,35 @@ def born_axes(program: Program, followed: Followed, known: Iterable[Axis]) -> tu
 
 def _pieces(followed: Followed, made: set[Axis]) -> set[Axis]:
     """Axes that are one of several pieces of another."""
-    atoms = followed.atoms
+    dims = followed.dims
     cut: dict[Axis, list[Axis]] = {}
-    for (leaves, *_), piece in atoms.slices.items():
-        if atoms.leaves((piece,)) in made:
-            cut.setdefault(atoms.leaves(leaves), []).append(atoms.leaves((piece,)))
+    for (leaves, *_), piece in dims.slices.items():
+        if dims.leaves((piece,)) in made:
+            cut.setdefault(dims.leaves(leaves), []).append(dims.leaves((piece,)))
     several = {piece for pieces in cut.values() if len(pieces) > 1 for piece in pieces}
-    return several | {atoms.leaves(axis) for axis in atoms.joined}
+    return several | {dims.leaves(axis) for axis in dims.joined}
 
 
 def _mixed(program: Program, followed: Followed) -> Callable[[Axis], int]:
     """How many operations on the model's input mix an axis."""
-    counts: Counter[Atom] = Counter()
+    counts: Counter[Dim] = Counter()
     for op in program.ops:
         if not followed.live.isdisjoint(op.inputs):
-            counts.update({leaf for axis in followed.mixed[op] for leaf in followed.atoms.leaves(axis)})
+            counts.update({leaf for axis in followed.mixed[op] for leaf in followed.dims.leaves(axis)})
     return lambda axis: max((counts[leaf] for leaf in axis), default=0)
 
 
-def _ordered(program: Program, followed: Followed) -> set[Atom]:
+def _ordered(program: Program, followed: Followed) -> set[Dim]:
     """Axes of the input's data that something runs along in order, or that stand across from themselves (scores)."""
-    found: set[Atom] = set()
+    found: set[Dim] = set()
     for op in program.ops:
         if followed.live.isdisjoint(op.inputs):
             continue
         if op.name in _SCANS:
-            found.update(leaf for axis in followed.mixed[op] for leaf in followed.atoms.leaves(axis))
+            found.update(leaf for axis in followed.mixed[op] for leaf in followed.dims.leaves(axis))
         for value in op.outputs:
-            leaves = [leaf for axis in followed.axes[value] for leaf in followed.atoms.leaves(axis)]
-            found.update(leaf for leaf, times in Counter(leaves).items() if times > 1)
+            leaves = [leaf for axis in followed.axes[value] for leaf in followed.dims.leaves(axis)]
+            found.update(leaf for leaf, analysis in Counter(leaves).items() if analysis > 1)
     return found
 
 
@@ -252,11 +252,11 @@ def _is_told_apart(axis: Axis) -> bool:
 
 def lengthened(followed: Followed, time: Axis) -> list[Axis]:
     """Time with positions added at its end, as code does that works in whole chunks."""
-    atoms, length = followed.atoms, _length(time)
+    dims, length = followed.dims, _length(time)
     found = {
-        atoms.leaves((axis,)): size
-        for (leaves, size), axis in atoms.pads.items()
-        if atoms.leaves(leaves) == time and size < 2 * length
+        dims.leaves((axis,)): size
+        for (leaves, size), axis in dims.pads.items()
+        if dims.leaves(leaves) == time and size < 2 * length
     }
     return list(found)
 
@@ -264,9 +264,9 @@ def lengthened(followed: Followed, time: Axis) -> list[Axis]:
 def _shortened(followed: Followed, present: set[Axis]) -> set[Axis]:
     """Axes that are most of an axis of the input (all tokens but the last)."""
     return {
-        followed.atoms.leaves((cut,))
-        for (leaves, start, stop, step), cut in followed.atoms.slices.items()
-        if followed.atoms.leaves(leaves) in present and step == 1 and 4 * (stop - start) > 3 * _length(leaves)
+        followed.dims.leaves((cut,))
+        for (leaves, start, stop, step), cut in followed.dims.slices.items()
+        if followed.dims.leaves(leaves) in present and step == 1 and 4 * (stop - start) > 3 * _length(leaves)
     }
 
 

@@ -23,36 +23,36 @@ from llcompile.patterns.graph.regions import Region
 from llcompile.patterns.known.capture import captured_function
 from llcompile.patterns.records import Certificate
 from llcompile.patterns.structure.assume import expect_decay, learned
-from llcompile.patterns.structure.axes import Axis
+from llcompile.patterns.structure.axes import Axes, Axis
 from llcompile.patterns.structure.axis_rules.table import rule_for
 from llcompile.patterns.structure.barriers import expect_no_barrier
 from llcompile.patterns.structure.certify import certify
-from llcompile.patterns.structure.classify import Miss, classify, sees_itself
+from llcompile.patterns.structure.classify import Rejection, classify, sees_itself
 from llcompile.patterns.structure.computed_twice import merge_computed_twice
-from llcompile.patterns.structure.cut import Cutter, Part
+from llcompile.patterns.structure.cut import Cutter, Subgraph
 from llcompile.patterns.structure.cuts import SOURCES, Cuts
 from llcompile.patterns.structure.denominators import pair_denominators
-from llcompile.patterns.structure.facts import Times, born_axes, lengthened, time_axes
+from llcompile.patterns.structure.facts import TimeAnalysis, born_axes, lengthened, time_axes
+from llcompile.patterns.structure.fit import fit
 from llcompile.patterns.structure.follow import Followed, follow_program
-from llcompile.patterns.structure.found import Findings, Found, Missed
-from llcompile.patterns.structure.frame import Frame, Row
-from llcompile.patterns.structure.lifted import SHAPES, Lifted, Source, sample_of
-from llcompile.patterns.structure.measured import Measured, meet
+from llcompile.patterns.structure.found import Findings, Found, NearMiss
+from llcompile.patterns.structure.frame import Frame
+from llcompile.patterns.structure.hypothesis import Hypothesis
+from llcompile.patterns.structure.lifted import SHAPES, Lifted, LiveIn, sample_of
 from llcompile.patterns.structure.memo import fingerprint, is_lasting, recall, remember
 from llcompile.patterns.structure.name_written import name_written
 from llcompile.patterns.structure.near_misses import explain_near_misses
+from llcompile.patterns.structure.observations import Observations, meet
 from llcompile.patterns.structure.one_position import one_position
 from llcompile.patterns.structure.other_lengths import expect_elsewhere, expect_same
 from llcompile.patterns.structure.positions import Positions
 from llcompile.patterns.structure.probe import Probe
 from llcompile.patterns.structure.program import Op, Value
+from llcompile.patterns.structure.properties import explain
 from llcompile.patterns.structure.ranges import REALS, Range, ranges
-from llcompile.patterns.structure.reading import Reading
 from llcompile.patterns.structure.record import record
 from llcompile.patterns.structure.sizing import CannotArrange, Sizing, small
-from llcompile.patterns.structure.suppose import suppose
 from llcompile.patterns.structure.tail import Tail
-from llcompile.patterns.structure.why import explain
 from llcompile.torch_internals.places import user_line
 from llcompile.torch_internals.sizes import is_symbolic
 
@@ -97,25 +97,25 @@ def _find(region: Region, factor: int) -> Findings:
                 break
         born, pieces = born_axes(program, followed, given)
         for axis in born[:_BORN]:
-            said = len(findings.missed)
+            said = len(findings.near_misses)
             _search(findings, followed, axis, taken)
             # The model makes axes that are no time: pools, experts. Nothing was measured of the farthest misses there.
-            findings.missed[said:] = [m for m in findings.missed[said:] if m.miss.near > 1]
-        if not findings.found and not findings.missed:
+            findings.near_misses[said:] = [m for m in findings.near_misses[said:] if m.rejection.near > 1]
+        if not findings.found and not findings.near_misses:
             _search_pieces(findings, followed, pieces[:_TIMES])
         pair_denominators(findings)
         explain_near_misses(findings, given)
-    if not findings.found and not findings.missed:
+    if not findings.found and not findings.near_misses:
         findings.one = one_position(program)
     return findings
 
 
 def _search(findings: Findings, followed: Followed, axis: Axis, taken: set[Value]) -> None:
     for time in (axis, *lengthened(followed, axis)):
-        first = _Search(findings, followed, Times(findings.program, followed, time, shorter=axis), taken)
+        first = _Search(findings, followed, TimeAnalysis(findings.program, followed, time, shorter=axis), taken)
         first.run()
         if first.open:
-            again = Times(findings.program, followed, time, shorter=axis, lone=True)
+            again = TimeAnalysis(findings.program, followed, time, shorter=axis, lone=True)
             _Search(findings, followed, again, taken, first).run()
 
 
@@ -125,8 +125,10 @@ def _search_pieces(findings: Findings, followed: Followed, pieces: list[Axis]) -
         apart = Findings(findings.program)
         _search(apart, followed, axis, set())
         tokens = math.prod(leaf.size for leaf in axis)
-        miss = Miss(reasons.PIECE_OF_SEQUENCE(tokens=tokens), 2)
-        findings.missed += [Missed(f.output, miss, f.part, times=f.times) for f in apart.found] + apart.missed
+        rejection = Rejection(reasons.PIECE_OF_SEQUENCE(tokens=tokens), 2)
+        findings.near_misses += [
+            NearMiss(f.output, rejection, f.subgraph, analysis=f.analysis) for f in apart.found
+        ] + apart.near_misses
 
 
 def _called(node: fx.Node) -> fx.Node:
@@ -140,30 +142,37 @@ class _Search:
     """The search with one choice of the time axis.
 
     Where operands mix positions themselves (keys with the keys before), the values that look like a mixer's output
-    are searched once more, with such operands as sources; `before` is the first search.
+    are searched once more, with such operands as live-ins; `before` is the first search.
     """
 
     def __init__(
-        self, findings: Findings, followed: Followed, times: Times, taken: set[Value], before: _Search | None = None
+        self,
+        findings: Findings,
+        followed: Followed,
+        analysis: TimeAnalysis,
+        taken: set[Value],
+        before: _Search | None = None,
     ) -> None:
-        self.findings, self.followed, self.times, self.taken = findings, followed, times, taken
+        self.findings, self.followed, self.analysis, self.taken = findings, followed, analysis, taken
         self.before, self.open = before, set[Value]()
         self.ranges = ranges(findings.program)
         zeros = {v for v, bounds in self.ranges.items() if v.op is not None and bounds == (0.0, 0.0)}
-        self.cutter = Cutter(times, zeros)
+        self.cutter = Cutter(analysis, zeros)
         self.cuts = Cuts(self.cutter)
         self.tried: set[Value] = set()
         self._across: dict[Value, bool] = {}
-        self.captured = {op.node for op in findings.program.ops if captured_function(_called(op.node).target) is not None}
+        self.captured = {
+            op.node for op in findings.program.ops if captured_function(_called(op.node).target) is not None
+        }
 
     def run(self) -> None:
         """Goes through the program in order."""
         for op in self.findings.program.ops:
-            self.times.step(op)
+            self.analysis.step(op)
             self._expect_rule(op)
             for value in op.outputs:
                 if value in self.taken or op.node in self.captured:
-                    self.times.facts[value].mixed = False
+                    self.analysis.facts[value].mixed = False
                 elif self._is_candidate(op, value):
                     self._try(value)
 
@@ -172,14 +181,14 @@ class _Search:
         if rule_for(op) is not None or op.node in self.captured or not op.outputs:
             return
         if self.before is None and any(self._stands_across(v) for v in op.inputs):
-            miss = Miss(reasons.UNKNOWN_ON_SCORES(operation=_named(op)), 1)
-            self.findings.missed.append(Missed(op.outputs[0], miss, times=self.times))
+            rejection = Rejection(reasons.UNKNOWN_ON_SCORES(operation=_named(op)), 1)
+            self.findings.near_misses.append(NearMiss(op.outputs[0], rejection, analysis=self.analysis))
 
     def _is_candidate(self, op: Op, value: Value) -> bool:
-        fact = self.times.facts[value]
+        fact = self.analysis.facts[value]
         if not (fact.mixed and fact.data and fact.form == "sequence") or not value.dtype.is_floating_point:
             return False
-        if any(op in found.ops for found in self.findings.found if found.times is not self.times):
+        if any(op in found.ops for found in self.findings.found if found.analysis is not self.analysis):
             return False  # it was found before, with time as it was before it was padded
         if self.before is not None and value not in self.before.open:
             return False
@@ -200,7 +209,7 @@ class _Search:
             above = [] if (op := pending.pop().op) is None else [v for v in op.inputs if v not in seen]
             seen.update(above)
             pending.extend(above)
-        return self.times.mixes_time(write) or (bool(pieces) and base not in seen)
+        return self.analysis.mixes_time(write) or (bool(pieces) and base not in seen)
 
     def _may_complete(self, op: Op) -> bool:
         """Whether a mixer can end here: something is summed or put together, or two mixed values meet."""
@@ -208,7 +217,7 @@ class _Search:
             return True
         if op.name in _NORMS:
             return False
-        return bool(self.followed.mixed[op]) or sum(self.times.facts[v].mixed for v in op.inputs) > 1
+        return bool(self.followed.mixed[op]) or sum(self.analysis.facts[v].mixed for v in op.inputs) > 1
 
     def _is_read(self, value: Value) -> bool:
         if not hasattr(self, "_reads"):
@@ -217,107 +226,113 @@ class _Search:
 
     def _try(self, value: Value) -> None:
         self.tried.add(value)
-        best: Miss | None = None
-        part: Part | None = None
-        nearest: Part | None = None
-        for part, tail in self.cuts.of(value):
-            if self.before is not None and not self._is_new(part):
+        best: Rejection | None = None
+        subgraph: Subgraph | None = None
+        nearest: Subgraph | None = None
+        for subgraph, tail in self.cuts.of(value):
+            if self.before is not None and not self._is_new(subgraph):
                 continue
             self.findings.counts["cuts"] += 1
             try:
-                found = self._read_safely(part, tail)
-            except Miss as miss:
-                log.debug("structure: %s %s from %s: %s", _made_by(part.result), part.result, part.sources, miss)
-                if miss.open:
+                found = self._read_safely(subgraph, tail)
+            except Rejection as rejection:
+                log.debug(
+                    "structure: %s %s from %s: %s",
+                    _made_by(subgraph.result),
+                    subgraph.result,
+                    subgraph.live_ins,
+                    rejection,
+                )
+                if rejection.open:
                     self.open.add(value)
-                if best is None or miss.near > best.near:
-                    best, nearest = miss, part
+                if best is None or rejection.near > best.near:
+                    best, nearest = rejection, subgraph
                 continue
             self.findings.found.append(found)
             self.taken.add(value)
-            self.times.facts[value].mixed = False
+            self.analysis.facts[value].mixed = False
             return
         if self.before is None and best is not None and nearest is not None and best.near > 0:
             why = functools.partial(self._why, nearest, best)
-            self.findings.missed.append(Missed(value, best, part, why, self.times))
+            self.findings.near_misses.append(NearMiss(value, best, subgraph, why, self.analysis))
 
-    def _is_new(self, part: Part) -> bool:
-        """Whether it has a source that the first search took for mixed."""
+    def _is_new(self, subgraph: Subgraph) -> bool:
+        """Whether it has a live-in that the first search took for mixed."""
         assert self.before is not None
-        return any(self.before.mixes(s) for s in part.sources)
+        return any(self.before.mixes(s) for s in subgraph.live_ins)
 
-    def _why(self, part: Part, miss: Miss) -> Miss:
+    def _why(self, subgraph: Subgraph, rejection: Rejection) -> Rejection:
         """The miss with the first property that fails, if one can be measured."""
-        if len(part.ops) > _ASKED or part.random is not None:
-            return miss
-        frame, axes = self.cutter.frame(part)
-        result = frame.rows(frame.followed.axes[part.result])
-        bounds = {s: self._range(part, s) for s in part.sources}
-        key = "why", fingerprint(part, axes, result, bounds)
+        if len(subgraph.ops) > _ASKED or subgraph.random is not None:
+            return rejection
+        frame, axes = self.cutter.frame(subgraph)
+        result = frame.rows(frame.followed.axes[subgraph.result])
+        bounds = {s: self._range(subgraph, s) for s in subgraph.live_ins}
+        key = "why", fingerprint(subgraph, axes, result, bounds)
         try:
-            recall(key, part, axes, result)
-        except Miss as known:
+            recall(key, subgraph, axes, result)
+        except Rejection as known:
             return known
         # What holds for few tokens may fail for many.
-        for whole in (False, True)[: 1 + (miss.near > 2)]:
+        for whole in (False, True)[: 1 + (rejection.near > 2)]:
             try:
-                probe = self._probe(frame, part, axes, result, bounds, whole)
-                origins = {s: above for s, (above, _) in self.cuts.origins(part).items()}
-                miss, done = explain(Measured(probe, origins), miss)
-            except (Miss, *_NOT_RUN):
+                probe = self._probe(frame, subgraph, axes, result, bounds, whole)
+                origins = {s: above for s, (above, _) in self.cuts.origins(subgraph).items()}
+                rejection, done = explain(Observations(probe, origins), rejection)
+            except (Rejection, *_NOT_RUN):
                 break
             if done:
                 break
-        remember(key, part, axes, result, miss)
-        return miss
+        remember(key, subgraph, axes, result, rejection)
+        return rejection
 
-    def _read_safely(self, part: Part, tail: Tail | None) -> Found:
+    def _read_safely(self, subgraph: Subgraph, tail: Tail | None) -> Found:
         """As `_read`; an exception of the recogniser's own is a miss of this part."""
-        missed: Miss | None = None
-        with boundary(f"{_made_by(part.result)} {part.result}") as outcome:
+        missed: Rejection | None = None
+        with boundary(f"{_made_by(subgraph.result)} {subgraph.result}") as outcome:
             try:
-                return self._read(part, tail)
-            except Miss as miss:
-                missed = miss
-        raise missed or Miss(outcome.given, 1)
+                return self._read(subgraph, tail)
+            except Rejection as rejection:
+                missed = rejection
+        raise missed or Rejection(outcome.given, 1)
 
-    def _read(self, part: Part, tail: Tail | None) -> Found:
-        self._expect_sequences(part)
-        frame, axes = self.cutter.frame(part)
-        result = frame.rows(frame.followed.axes[part.result])
-        self._expect_contraction(part, frame, axes, result)
+    def _read(self, subgraph: Subgraph, tail: Tail | None) -> Found:
+        self._expect_sequences(subgraph)
+        frame, axes = self.cutter.frame(subgraph)
+        result = frame.rows(frame.followed.axes[subgraph.result])
+        self._expect_contraction(subgraph, frame, axes, result)
         meets = int(meet(axes, result, frame))
-        drawn = part.random
+        drawn = subgraph.random
         if drawn is not None:
             random = reasons.RANDOM(operation=_named(drawn), where=user_line(drawn.node.meta))
-            raise Miss(random, 3 * meets, open=meets > 0)
-        if len(part.sources) > SOURCES:
-            raise Miss(reasons.TOO_MANY_OPERANDS(most=SOURCES, count=len(part.sources)), meets)
-        bounds = {s: self._range(part, s) for s in part.sources}
-        key = fingerprint(part, axes, result, bounds)
+            raise Rejection(random, 3 * meets, open=meets > 0)
+        if len(subgraph.live_ins) > SOURCES:
+            raise Rejection(reasons.TOO_MANY_OPERANDS(most=SOURCES, count=len(subgraph.live_ins)), meets)
+        bounds = {s: self._range(subgraph, s) for s in subgraph.live_ins}
+        key = fingerprint(subgraph, axes, result, bounds)
         if key in self.findings.failed:
             raise self.findings.failed[key]
-        known = recall(key, part, axes, result)
+        known = recall(key, subgraph, axes, result)
         if known is None:
             self.findings.counts["proofs"] += 1
             try:
-                known = self._prove(frame, part, axes, result, bounds)
-            except Miss as first:
-                miss, lasting = first, is_lasting(first)
-                if not miss.near and meet(axes, result, frame):
-                    miss = Miss(miss.given, 1, miss.open)
+                known = self._prove(frame, subgraph, axes, result, bounds)
+            except Rejection as first:
+                rejection, lasting = first, is_lasting(first)
+                if not rejection.near and meet(axes, result, frame):
+                    rejection = Rejection(rejection.given, 1, rejection.open)
                 if lasting:
-                    remember(key, part, axes, result, miss)
+                    remember(key, subgraph, axes, result, rejection)
                 else:
-                    self.findings.failed[key] = miss
-                raise miss from first.__cause__
-            remember(key, part, axes, result, known)
+                    self.findings.failed[key] = rejection
+                raise rejection from first.__cause__
+            remember(key, subgraph, axes, result, known)
         if self.before is not None:
             self.before.expect_causal(known[0])
         if known[0].assumed and known[0].decay is not None:
             expect_decay(known[0].decay)
-        expect_no_barrier(part, tail, self.times, self.findings.program)
-        mixer = Found(part, *known, frame, self.times, self.findings.program, tail)
+        expect_no_barrier(subgraph, tail, self.analysis, self.findings.program)
+        mixer = Found(subgraph, *known, frame, self.analysis, self.findings.program, tail)
         self._expect_seen(mixer)
         return mixer
 
@@ -326,148 +341,148 @@ class _Search:
         op = Positions(found).unseen()
         if op is not None:
             where = user_line(op.node.meta)
-            raise Miss(reasons.SHORT_EXAMPLE(operation=op.name, where=where, length=self.cutter.length), 3)
+            raise Rejection(reasons.SHORT_EXAMPLE(operation=op.name, where=where, length=self.cutter.length), 3)
 
     def _prove(
         self,
         frame: Frame,
-        part: Part,
-        axes: Mapping[Source, tuple[Row, ...]],
-        result: tuple[Row, ...],
-        bounds: Mapping[Source, Range],
-    ) -> tuple[Reading, Certificate]:
+        subgraph: Subgraph,
+        axes: Mapping[LiveIn, Axes],
+        result: Axes,
+        bounds: Mapping[LiveIn, Range],
+    ) -> tuple[Hypothesis, Certificate]:
         try:
-            return self._prove_within(frame, part, axes, result, bounds)
-        except Miss:
-            assumed = learned(part, bounds, self.times)
+            return self._prove_within(frame, subgraph, axes, result, bounds)
+        except Rejection:
+            assumed = learned(subgraph, bounds, self.analysis)
             if not assumed:
                 raise
-        for sign in (-1.0, 1.0) if _grows(self._probe(frame, part, axes, result, bounds)) else ():
-            with suppress(Miss):
-                return self._prove_within(frame, part, axes, result, bounds, dict.fromkeys(assumed, sign))
-        reading, certificate = self._prove_within(frame, part, axes, result, {**bounds, **assumed})
-        return replace(reading, assumed=reading.decay in assumed), certificate
+        for sign in (-1.0, 1.0) if _grows(self._probe(frame, subgraph, axes, result, bounds)) else ():
+            with suppress(Rejection):
+                return self._prove_within(frame, subgraph, axes, result, bounds, dict.fromkeys(assumed, sign))
+        hypothesis, certificate = self._prove_within(frame, subgraph, axes, result, {**bounds, **assumed})
+        return replace(hypothesis, assumed=hypothesis.decay in assumed), certificate
 
     def _prove_within(
         self,
         frame: Frame,
-        part: Part,
-        axes: Mapping[Source, tuple[Row, ...]],
-        result: tuple[Row, ...],
-        bounds: Mapping[Source, Range],
-        signs: Mapping[Source, float] | None = None,
-    ) -> tuple[Reading, Certificate]:
+        subgraph: Subgraph,
+        axes: Mapping[LiveIn, Axes],
+        result: Axes,
+        bounds: Mapping[LiveIn, Range],
+        signs: Mapping[LiveIn, float] | None = None,
+    ) -> tuple[Hypothesis, Certificate]:
         """The proof within these ranges; a learned rate of either sign is classified where it lets the past fade."""
         try:
-            probe = self._probe(frame, part, axes, result, bounds)
-            for source, sign in (signs or {}).items():
-                probe.values[source] = probe.values[source].abs() * (4 * sign / probe.length)
-            return certify(part, suppose(probe, classify(probe)), probe, self.ranges)
+            probe = self._probe(frame, subgraph, axes, result, bounds)
+            for live_in, sign in (signs or {}).items():
+                probe.values[live_in] = probe.values[live_in].abs() * (4 * sign / probe.length)
+            return certify(subgraph, fit(probe, classify(probe)), probe, self.ranges)
         except _NOT_RUN as error:
-            raise Miss(reasons.NOT_RUN(error=_line(error))) from error
+            raise Rejection(reasons.NOT_RUN(error=_line(error))) from error
 
-    def mixes(self, source: Source) -> bool:
-        """Whether a source joins positions; a row of pieces that a tail put together does."""
-        fact = self.times.facts.get(sample_of(source))
+    def mixes(self, live_in: LiveIn) -> bool:
+        """Whether a live-in joins positions; a row of pieces that a tail put together does."""
+        fact = self.analysis.facts.get(sample_of(live_in))
         return fact is None or fact.mixed
 
-    def expect_causal(self, reading: Reading) -> None:
+    def expect_causal(self, hypothesis: Hypothesis) -> None:
         """The operands that mix positions look back and at the token itself: what is read may see no more than before.
 
         Raises:
-            Miss: one does not, or it could not be seen.
+            Rejection: one does not, or it could not be seen.
         """
-        late = {source for source in filter(self.mixes, reading.rows) if not self._sees_itself(source)}
-        if reading.key in late and (reading.value is None or reading.value in late):
-            raise Miss(reasons.STRICTLY_CAUSAL(), 3)
+        late = {live_in for live_in in filter(self.mixes, hypothesis.rows) if not self._sees_itself(live_in)}
+        if hypothesis.key in late and (hypothesis.value is None or hypothesis.value in late):
+            raise Rejection(reasons.STRICTLY_CAUSAL(), 3)
 
-    def _sees_itself(self, source: Source) -> bool:
-        value = sample_of(source)
-        part = self.cutter.cut(value)
-        if part is None:
-            raise Miss(reasons.OPERAND_TOO_LARGE())
-        frame, axes = self.cutter.frame(part)
+    def _sees_itself(self, live_in: LiveIn) -> bool:
+        value = sample_of(live_in)
+        subgraph = self.cutter.cut(value)
+        if subgraph is None:
+            raise Rejection(reasons.OPERAND_TOO_LARGE())
+        frame, axes = self.cutter.frame(subgraph)
         result = frame.rows(frame.followed.axes[value])
         try:
-            return sees_itself(self._probe(frame, part, axes, result, {s: self._range(part, s) for s in part.sources}))
+            return sees_itself(
+                self._probe(frame, subgraph, axes, result, {s: self._range(subgraph, s) for s in subgraph.live_ins})
+            )
         except _NOT_RUN as error:
-            raise Miss(reasons.OPERAND_NOT_RUN(error=_line(error))) from error
+            raise Rejection(reasons.OPERAND_NOT_RUN(error=_line(error))) from error
 
-    def _expect_sequences(self, part: Part) -> None:
+    def _expect_sequences(self, subgraph: Subgraph) -> None:
         """What can be told without numbers, so that most values cost little."""
-        facts = self.times.facts
-        if self._is_residual(part):
-            raise Miss(reasons.RESIDUAL())
-        if len(part.sources) > SOURCES and len(part.ops) > _ASKED:
-            raise Miss(reasons.TOO_LARGE())
-        if sum(isinstance(s, Lifted) or facts[s].data for s in part.sources) < 2:
-            raise Miss(reasons.FEW_SEQUENCES())
-        own = set(part.ops)
-        for op in part.ops:
-            if op.name in _SOFTMAXES and self.times.mixes_time(op):
-                raise Miss(reasons.SOFTMAX_SCORES(), 1)
+        facts = self.analysis.facts
+        if self._is_residual(subgraph):
+            raise Rejection(reasons.RESIDUAL())
+        if len(subgraph.live_ins) > SOURCES and len(subgraph.ops) > _ASKED:
+            raise Rejection(reasons.TOO_LARGE())
+        if sum(isinstance(s, Lifted) or facts[s].data for s in subgraph.live_ins) < 2:
+            raise Rejection(reasons.FEW_SEQUENCES())
+        own = set(subgraph.ops)
+        for op in subgraph.ops:
+            if op.name in _SOFTMAXES and self.analysis.mixes_time(op):
+                raise Rejection(reasons.SOFTMAX_SCORES(), 1)
             whole = [v for v in op.outputs if not (v.dtype.is_floating_point or v.dtype.is_complex)]
             chosen = any(own.intersection(v.users) for v in whole)
             if chosen and any(v.dtype.is_floating_point and facts[v].data for v in op.inputs):
-                raise Miss(reasons.COMPARES_VALUES(), int(self._has_scores(part)))
+                raise Rejection(reasons.COMPARES_VALUES(), int(self._has_scores(subgraph)))
 
-    def _is_residual(self, part: Part) -> bool:
+    def _is_residual(self, subgraph: Subgraph) -> bool:
         """Whether its last operation does no more than to put an earlier mixer's output and a later one together."""
-        last = part.result.op
-        if not part.earlier or last is None or self.followed.mixed.get(last):
+        last = subgraph.result.op
+        if not subgraph.earlier or last is None or self.followed.mixed.get(last):
             return False
-        return sum(self.times.facts[v].mixed for v in {*last.inputs} - part.earlier) < 2
+        return sum(self.analysis.facts[v].mixed for v in {*last.inputs} - subgraph.earlier) < 2
 
-    def _has_scores(self, part: Part) -> bool:
+    def _has_scores(self, subgraph: Subgraph) -> bool:
         """Whether there is a number for each two positions, from the input."""
-        return any(self._stands_across(v) for op in part.ops for v in op.outputs)
+        return any(self._stands_across(v) for op in subgraph.ops for v in op.outputs)
 
     def _stands_across(self, value: Value) -> bool:
         """Whether it has a number for each two positions, from the input."""
         if value not in self._across:
-            fact = self.times.facts.get(value)
+            fact = self.analysis.facts.get(value)
             if fact is None or not fact.data or not value.dtype.is_floating_point:
                 return False
-            rows = self.times.rows(self.times.followed.axes[value])
-            self._across[value] = sum(map(self.times.is_time, itertools.chain(*rows))) > len(self.times.leaves)
+            rows = self.analysis.rows(self.analysis.followed.axes[value])
+            self._across[value] = sum(map(self.analysis.is_time, itertools.chain(*rows))) > len(self.analysis.leaves)
         return self._across[value]
 
-    def _expect_contraction(
-        self, part: Part, frame: Frame, axes: Mapping[Source, tuple[Row, ...]], result: tuple[Row, ...]
-    ) -> None:
+    def _expect_contraction(self, subgraph: Subgraph, frame: Frame, axes: Mapping[LiveIn, Axes], result: Axes) -> None:
         """Queries and keys have axes that the output does not have; told without numbers, as most values fail here."""
-        kept = {id(atom) for row in result for atom in row}
+        kept = {id(dim) for row in result for dim in row}
         if any(id(leaf) not in kept for leaf in frame.leaves):
-            raise Miss(reasons.NOT_ALL_OF_TIME())
+            raise Rejection(reasons.NOT_ALL_OF_TIME())
         timed = [{id(a) for row in rows for a in row} for rows in axes.values()]
-        times = {id(leaf) for leaf in frame.leaves}
-        if sum(bool(atoms & times) and bool(atoms - kept) for atoms in timed) < 2:
-            raise Miss(reasons.NOT_CONTRACTED(), open=self._has_scores(part))
+        analysis = {id(leaf) for leaf in frame.leaves}
+        if sum(bool(dims & analysis) and bool(dims - kept) for dims in timed) < 2:
+            raise Rejection(reasons.NOT_CONTRACTED(), open=self._has_scores(subgraph))
 
     def _probe(
         self,
         frame: Frame,
-        part: Part,
-        axes: Mapping[Source, tuple[Row, ...]],
-        result: tuple[Row, ...],
-        bounds: Mapping[Source, Range],
+        subgraph: Subgraph,
+        axes: Mapping[LiveIn, Axes],
+        result: Axes,
+        bounds: Mapping[LiveIn, Range],
         whole: bool = False,
     ) -> Probe:
         failure: Exception | None = None
-        for sizing in (small(frame, part, keep_time=whole), Sizing(frame)):
-            probe = Probe(part, axes, result, sizing, bounds)
+        for sizing in (small(frame, subgraph, keep_time=whole), Sizing(frame)):
+            probe = Probe(subgraph, axes, result, sizing, bounds)
             try:
                 probe.run()
             except _NOT_RUN as error:
                 failure = error
-                log.debug("structure: %s does not run at %s: %s", part.result, sizing.shape(part.result), error)
+                log.debug("structure: %s does not run at %s: %s", subgraph.result, sizing.shape(subgraph.result), error)
                 continue
             return probe
-        raise Miss(reasons.NOT_RUN(error=_line(failure))) from failure
+        raise Rejection(reasons.NOT_RUN(error=_line(failure))) from failure
 
-    def _range(self, part: Part, source: Source) -> Range:
+    def _range(self, subgraph: Subgraph, live_in: LiveIn) -> Range:
         """Of a row of pieces, what all of them keep to: each may have numbers of its own."""
-        values = part.taps[source] if isinstance(source, Lifted) else [source]
+        values = subgraph.taps[live_in] if isinstance(live_in, Lifted) else [live_in]
         found = [self.ranges.get(value, REALS) for value in values]
         return min(low for low, _ in found), max(high for _, high in found)
 

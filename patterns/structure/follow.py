@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from llcompile.patterns.boundary import raises
-from llcompile.patterns.structure.axes import Atoms, Axes, Axis
+from llcompile.patterns.structure.axes import Axes, Axis, Dims
 from llcompile.patterns.structure.axis_rules.call import Call
 from llcompile.patterns.structure.axis_rules.others import opaque
 from llcompile.patterns.structure.axis_rules.table import rule_for
@@ -26,15 +26,15 @@ class Followed:
     """A program with its axes.
 
     Args:
-        atoms: all atoms.
-        axes: value -> its axes; `atoms.leaves` resolves each to what it is by the end.
+        dims: all dims.
+        axes: value -> its axes; `dims.leaves` resolves each to what it is by the end.
         mixed: operation -> the axes that it mixes.
         counts: how often each rule was used, by its name.
         live: values that the model's input has a part in.
         weights: the other values that a parameter has a part in.
     """
 
-    atoms: Atoms
+    dims: Dims
     axes: dict[Value, Axes]
     mixed: dict[Op, list[Axis]] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
@@ -45,7 +45,7 @@ class Followed:
 def follow(
     ops: Iterable[Op],
     inputs: Mapping[Value, Axes],
-    atoms: Atoms,
+    dims: Dims,
     taken: Mapping[Value, tuple[Axis, ...]],
     live: Iterable[Value],
 ) -> Followed:
@@ -54,11 +54,11 @@ def follow(
     Args:
         ops: the operations, in order.
         inputs: the axes of values that none of them computes; the others start with new ones.
-        atoms: what the inputs' axes are made of.
+        dims: what the inputs' axes are made of.
         taken: value -> the axes that it is one position of.
         live: those of the inputs that the model's input has a part in.
     """
-    found = Followed(atoms, dict(inputs), live=set(live))
+    found = Followed(dims, dict(inputs), live=set(live))
     lost: dict[Value, tuple[Axis, ...]] = dict(taken)
     for op in ops:
         for value in op.inputs:
@@ -70,12 +70,12 @@ def follow(
 
 def follow_program(program: Program) -> Followed:
     """The axes of every value of a program."""
-    atoms = Atoms()
-    axes = _like_axes(program, atoms)
-    return follow(program.ops, axes, atoms, {}, filter(_is_live, axes))
+    dims = Dims()
+    axes = _like_axes(program, dims)
+    return follow(program.ops, axes, dims, {}, filter(_is_live, axes))
 
 
-def _like_axes(program: Program, atoms: Atoms) -> dict[Value, Axes]:
+def _like_axes(program: Program, dims: Dims) -> dict[Value, Axes]:
     """Axes of the model's inputs: those of one size at one place are taken to be the same (queries, keys and values
     that come from outside). Only time is read off them; a part has axes of its own."""
     shared: dict[tuple[int, int, int], Axis] = {}
@@ -85,24 +85,24 @@ def _like_axes(program: Program, atoms: Atoms) -> dict[Value, Axes]:
         if given and value.data is None and value.dtype.is_floating_point:
             rank = len(value.shape)
             axes[value] = tuple(
-                shared.setdefault((rank, dim, size), atoms.new(size)) for dim, size in enumerate(value.shape)
+                shared.setdefault((rank, position, size), dims.new(size)) for position, size in enumerate(value.shape)
             )
     return axes
 
 
 def _start(found: Followed, value: Value) -> None:
-    axes = tuple(found.atoms.new(n) for n in value.shape)
+    axes = tuple(found.dims.new(n) for n in value.shape)
     found.axes[value] = axes
     if _is_live(value):
         found.live.add(value)
     if value.parameter:
         found.weights.add(value)
     for axis in axes:
-        for atom in axis:
-            atom.weight = value.parameter
-            atom.pinned = value.data is not None
+        for dim in axis:
+            dim.weight = value.parameter
+            dim.pinned = value.data is not None
     if _is_triangle(value):
-        found.atoms.same(axes[-1], axes[-2])
+        found.dims.same(axes[-1], axes[-2])
 
 
 def _is_live(value: Value) -> bool:
@@ -119,7 +119,7 @@ def _is_triangle(value: Value) -> bool:
 
 def _step(found: Followed, op: Op, lost: dict[Value, tuple[Axis, ...]]) -> None:
     rule = rule_for(op) or opaque
-    call = Call(op, found.atoms, found.axes, lost)
+    call = Call(op, found.dims, found.axes, lost)
     try:
         results = rule(call)
     except (ValueError, IndexError, TypeError, KeyError, AttributeError) as error:
@@ -139,11 +139,11 @@ def _step(found: Followed, op: Op, lost: dict[Value, tuple[Axis, ...]]) -> None:
     gone = [axis for value in live or op.inputs for axis in lost.get(value, ())] + cut
     kept: dict[tuple[int, ...], Axis] = {}
     for axis in reversed(gone):
-        kept.setdefault(tuple(id(leaf) for leaf in found.atoms.leaves(axis)), axis)
+        kept.setdefault(tuple(id(leaf) for leaf in found.dims.leaves(axis)), axis)
         if len(kept) == _KEEP:
             break
     for value, axes in zip(op.outputs, results, strict=True):
-        if value in found.axes:  # a source of the part, which is not computed here
+        if value in found.axes:  # a live-in of the part, which is not computed here
             continue
         found.axes[value] = axes
         lost[value] = tuple(kept.values())
@@ -155,5 +155,5 @@ def _step(found: Followed, op: Op, lost: dict[Value, tuple[Axis, ...]]) -> None:
 
 def _note_features(found: Followed, weights: Iterable[Value]) -> None:
     for axis in (axis for value in weights for axis in found.axes[value]):
-        for leaf in found.atoms.leaves(axis):
+        for leaf in found.dims.leaves(axis):
             leaf.feature = True

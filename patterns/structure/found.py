@@ -15,13 +15,13 @@ from llcompile.patterns.graph.walk import walk
 from llcompile.patterns.reasons import GivenReason
 from llcompile.patterns.records import Certificate
 from llcompile.patterns.structure.axes import Axis
-from llcompile.patterns.structure.classify import Miss
-from llcompile.patterns.structure.cut import Part
-from llcompile.patterns.structure.facts import Times
+from llcompile.patterns.structure.classify import Rejection
+from llcompile.patterns.structure.cut import Subgraph
+from llcompile.patterns.structure.facts import TimeAnalysis
 from llcompile.patterns.structure.frame import Frame
-from llcompile.patterns.structure.lifted import Lifted, Source, origin
+from llcompile.patterns.structure.hypothesis import Hypothesis
+from llcompile.patterns.structure.lifted import Lifted, LiveIn, origin
 from llcompile.patterns.structure.program import Op, Program, Value
-from llcompile.patterns.structure.reading import Reading
 from llcompile.patterns.structure.tail import Tail
 
 # Operations that may put tokens in another order.
@@ -32,11 +32,11 @@ _REORDERS = frozenset(["flip", "index", "index_select", "gather", "take", "take_
 class Found:
     """A mixer in a graph."""
 
-    part: Part
-    reading: Reading
+    subgraph: Subgraph
+    hypothesis: Hypothesis
     certificate: Certificate
     frame: Frame
-    times: Times
+    analysis: TimeAnalysis
     program: Program
     tail: Tail | None = None
     fixed: GivenReason | None = None  # why it is known at the graph's own length only
@@ -45,12 +45,12 @@ class Found:
     @property
     def output(self) -> Value:
         """The value of the program that is the part's result, or is computed from it piece by piece."""
-        return self.part.result if self.tail is None else self.tail.output
+        return self.subgraph.result if self.tail is None else self.tail.output
 
     @property
     def ops(self) -> list[Op]:
         """The operations that the mixer stands for."""
-        return [*self.part.ops, *(self.tail.ops if self.tail is not None else ())]
+        return [*self.subgraph.ops, *(self.tail.ops if self.tail is not None else ())]
 
     @property
     def anchor(self) -> fx.Node:
@@ -60,25 +60,25 @@ class Found:
     @property
     def batch_and_time(self) -> tuple[int, int] | None:
         """How many rows and tokens it has; None where the code pads or cuts its time, or puts it in another order."""
-        if self.times.shorter != self.times.leaves or self.order != self.times.leaves or self._reordered:
+        if self.analysis.shorter != self.analysis.leaves or self.order != self.analysis.leaves or self._reordered:
             return None
-        batch, time = self.reading.axes.batch, self.times.leaves
+        batch, time = self.hypothesis.axes.batch, self.analysis.leaves
         return count(tuple(leaf.size for leaf in batch)), count(tuple(leaf.size for leaf in time))
 
     @functools.cached_property
     def order(self) -> Axis:
         """Time in the order in which the queries have it: that of a grid's columns, say, where the input has rows."""
-        value = next(v for v in values_of(self.reading.query) if self.times.facts[v].data)
-        rows = self.times.rows(self.times.followed.axes[value])
-        found = tuple(leaf for row in rows for leaf in row if self.times.is_time(leaf))
-        return found if len(found) == len(self.times.leaves) else self.times.leaves
+        value = next(v for v in values_of(self.hypothesis.query) if self.analysis.facts[v].data)
+        rows = self.analysis.rows(self.analysis.followed.axes[value])
+        found = tuple(leaf for row in rows for leaf in row if self.analysis.is_time(leaf))
+        return found if len(found) == len(self.analysis.leaves) else self.analysis.leaves
 
     @functools.cached_property
     def _straight(self) -> tuple[set[Value], bool]:
         """What the queries are computed from with all tokens in their order; whether anything changes that order."""
-        reorders = lambda op: op.name in _REORDERS and self.times.mixes_time(op)  # noqa: E731
+        reorders = lambda op: op.name in _REORDERS and self.analysis.mixes_time(op)  # noqa: E731
         above = lambda v: () if v.op is None or reorders(v.op) else v.op.inputs  # noqa: E731
-        straight = set(walk(values_of(self.reading.query), above))
+        straight = set(walk(values_of(self.hypothesis.query), above))
         return straight, any(v.op is not None and reorders(v.op) for v in straight)
 
     @property
@@ -88,13 +88,13 @@ class Found:
     @property
     def rows_and_tokens(self) -> tuple[int, int]:
         """How many rows and tokens come in: time is as it was before it was padded."""
-        batch, time = self.reading.axes.batch, self.times.shorter
+        batch, time = self.hypothesis.axes.batch, self.analysis.shorter
         return count(tuple(leaf.size for leaf in batch)), count(tuple(leaf.size for leaf in time))
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
         """Heads, groups, key width, value width."""
-        axes = self.reading.axes
+        axes = self.hypothesis.axes
         of = lambda row: count(tuple(leaf.size for leaf in row))  # noqa: E731
         return of(axes.heads), of(axes.groups), of(axes.key), of(axes.value)
 
@@ -103,11 +103,11 @@ class Found:
         found = []
         if any(leaf.pinned for leaf in self.frame.leaves):
             found.append(f"its code is written out for length {count(tuple(x.size for x in self.frame.leaves))}")
-        if self.reading.constant is not None:
+        if self.hypothesis.constant is not None:
             found.append("its decay was read from the code's numbers when it was compiled")
-        if self.reading.step is not None:
-            found.append(f"its step (beta) is a number of the code, {self.reading.step:.6g}")
-        if self.reading.assumed:
+        if self.hypothesis.step is not None:
+            found.append(f"its step (beta) is a number of the code, {self.hypothesis.step:.6g}")
+        if self.hypothesis.assumed:
             found.append("its decay is a parameter taken as it is: every call checks that it lies in (0, 1]")
         if self.hands_on():
             found.append(
@@ -120,61 +120,61 @@ class Found:
 
         By its size: a number for each row, head, key and value feature. Nothing is decided by it.
         """
-        operands = [value for source in self.reading.operands for value in values_of(source)]
-        ends = {self.part.result, self.output}
+        operands = [value for live_in in self.hypothesis.operands for value in values_of(live_in)]
+        ends = {self.subgraph.result, self.output}
         below = walk(operands, lambda v: (o for user in v.users for o in user.outputs if o not in ends))
         size = self.rows_and_tokens[0] * self.sizes[0] * self.sizes[2] * self.sizes[3]
         made = set(below).difference(operands)
-        states = {v for v in made if self.times.facts[v].form != "sequence" and count(v.shape) == size}
+        states = {v for v in made if self.analysis.facts[v].form != "sequence" and count(v.shape) == size}
         nodes = (node for node, held in self.program.results.items() if held in states)
         return any(user.op == "output" or user.target == "copy_" for node in nodes for user in node.users)
 
     def takes_state(self) -> bool:
         """Whether the queries also read a linear state that came in: an input without time, of a state's size."""
         size = self.rows_and_tokens[0] * self.sizes[0] * self.sizes[2] * self.sizes[3]
-        facts = self.times.facts
+        facts = self.analysis.facts
         given = [v for v in self.program.inputs if v in facts and facts[v].data and facts[v].form == "timeless"]
         states = self._made_of([v for v in given if v.dtype.is_floating_point and count(v.shape) == size])
-        queries = self._made_of(values_of(self.reading.query))
+        queries = self._made_of(values_of(self.hypothesis.query))
         readers = {op for value in states for op in value.users}
         return any(queries.intersection(op.inputs) - states for op in readers)
 
     def _made_of(self, values: list[Value]) -> set[Value]:
         """The values, and what is made of them token by token."""
-        facts = self.times.facts
+        facts = self.analysis.facts
         return set(walk(values, lambda v: (o for op in v.users for o in op.outputs if not facts[o].mixed)))
 
     def activations(self) -> list[fx.Node]:
         """The nodes of the operands that depend on the model's input."""
-        return self.nodes_of(*self.reading.operands)
+        return self.nodes_of(*self.hypothesis.operands)
 
-    def nodes_of(self, *sources: Source) -> list[fx.Node]:
-        """The nodes that sources are made of and that depend on the model's input."""
+    def nodes_of(self, *live_ins: LiveIn) -> list[fx.Node]:
+        """The nodes that live-ins are made of and that depend on the model's input."""
         found: list[fx.Node] = []
-        pending = list(sources)
+        pending = list(live_ins)
         while pending:
-            source = pending.pop()
-            if isinstance(source, Lifted):
-                bases = [a for a in source.args if isinstance(a, (Lifted, Value))]
-                pending.extend([source.base[0]] if source.base is not None else bases)
-            elif self.times.facts[source].data and source.node is not None:
-                found.append(source.node)
+            live_in = pending.pop()
+            if isinstance(live_in, Lifted):
+                bases = [a for a in live_in.args if isinstance(a, (Lifted, Value))]
+                pending.extend([live_in.base[0]] if live_in.base is not None else bases)
+            elif self.analysis.facts[live_in].data and live_in.node is not None:
+                found.append(live_in.node)
         return list(dict.fromkeys(found))
 
     def batch_first(self, node: fx.Node) -> tuple[int, int] | None:
         """(batch, time) dimensions of a node [B, T, D] or [T, B, D]; batch is -1 for [T, D]; None for others."""
         value = self.program.results.get(node)
-        if value is None or value not in self.times.facts or not value.dtype.is_floating_point:
+        if value is None or value not in self.analysis.facts or not value.dtype.is_floating_point:
             return None
-        fact = self.times.facts[value]
-        rows = self.times.rows(self.times.followed.axes[value])
-        wanted = {self.order, self.times.shorter} if self.order == self.times.leaves else {self.order}
+        fact = self.analysis.facts[value]
+        rows = self.analysis.rows(self.analysis.followed.axes[value])
+        wanted = {self.order, self.analysis.shorter} if self.order == self.analysis.leaves else {self.order}
         inside = [i for i, row in enumerate(rows) if row in wanted]
         if value not in self._straight[0]:
             return None
-        if (fact.form != "sequence" and self.times.shorter not in rows) or not fact.data or len(inside) != 1:
+        if (fact.form != "sequence" and self.analysis.shorter not in rows) or not fact.data or len(inside) != 1:
             return None
-        batch = count(tuple(leaf.size for leaf in self.reading.axes.batch))
+        batch = count(tuple(leaf.size for leaf in self.hypothesis.axes.batch))
         if len(rows) == 2 and inside == [0] and batch == 1:
             return -1, 0
         if len(rows) == 3 and inside[0] < 2 and value.shape[1 - inside[0]] == batch:
@@ -183,50 +183,53 @@ class Found:
 
     def is_shorter(self, node: fx.Node) -> bool:
         """Whether a node has time as it was before it was padded."""
-        rows = self.times.rows(self.times.followed.axes[self.program.results[node]])
-        return self.times.shorter != self.times.leaves and self.times.shorter in rows
+        rows = self.analysis.rows(self.analysis.followed.axes[self.program.results[node]])
+        return self.analysis.shorter != self.analysis.leaves and self.analysis.shorter in rows
 
 
 @dataclass(eq=False)
-class Missed:
+class NearMiss:
     """A value that looked like a mixer's output and is not.
 
     Args:
         value: the value.
-        miss: why it is none.
-        part: what was tried, the last time.
+        rejection: why it is none.
+        subgraph: what was tried, the last time.
         why: says more exactly why, at some cost.
-        times: what was taken as time.
+        analysis: what was taken as time.
     """
 
     value: Value
-    miss: Miss
-    part: Part | None = None
-    why: Callable[[], Miss] | None = None
-    times: Times | None = None
+    rejection: Rejection
+    subgraph: Subgraph | None = None
+    why: Callable[[], Rejection] | None = None
+    analysis: TimeAnalysis | None = None
 
     @property
     def axis(self) -> Axis:
         """The axis that was taken as time, before it was padded."""
-        return () if self.times is None else self.times.shorter
+        return () if self.analysis is None else self.analysis.shorter
 
     @functools.cached_property
     def origins(self) -> frozenset[object]:
         """What it is computed from; the pieces of one sequence are that sequence."""
-        sources = self.value.op.inputs if self.part is None and self.value.op is not None else []
-        return frozenset(map(origin, sources if self.part is None else self.part.sources))
+        live_ins = self.value.op.inputs if self.subgraph is None and self.value.op is not None else []
+        return frozenset(map(origin, live_ins if self.subgraph is None else self.subgraph.live_ins))
 
-    def is_inside(self, other: Missed) -> bool:
+    def is_inside(self, other: NearMiss) -> bool:
         """Whether the value is computed inside of what another one is computed from."""
-        return other.part is not None and self.value.op in other.part.ops
+        return other.subgraph is not None and self.value.op in other.subgraph.ops
 
-    def is_more_than(self, inner: list[Missed]) -> bool:
+    def is_more_than(self, inner: list[NearMiss]) -> bool:
         """Whether something mixes times that is in none of those inside; else what follows is done token by token."""
-        times, known = self.times, {op for missed in inner if missed.part is not None for op in missed.part.ops}
-        if self.part is None or times is None:
+        analysis, known = (
+            self.analysis,
+            {op for missed in inner if missed.subgraph is not None for op in missed.subgraph.ops},
+        )
+        if self.subgraph is None or analysis is None:
             return False
-        behind = set(self.part.ops) - known
-        return any(op in times.followed.mixed and times.mixes_time(op) for op in behind)
+        behind = set(self.subgraph.ops) - known
+        return any(op in analysis.followed.mixed and analysis.mixes_time(op) for op in behind)
 
     @property
     def anchor(self) -> fx.Node:
@@ -242,7 +245,7 @@ class Findings:
         program: the graph as a program.
         found: the mixers.
         denominators: id of a mixer -> the parts that sum its scores alone, for a normalisation in the code.
-        missed: the near misses, the nearest of each cluster.
+        near_misses: the near misses, the nearest of each cluster.
         failed: fingerprint of a part that did not run -> the miss that it is in this look; another may have the memory.
         one: what runs over one position, where the example has one token and shows no mixing.
         counts: uses of each axis rule, and of each step here.
@@ -250,8 +253,8 @@ class Findings:
 
     program: Program
     found: list[Found] = field(default_factory=list)
-    missed: list[Missed] = field(default_factory=list)
-    failed: dict[Any, Miss] = field(default_factory=dict)
+    near_misses: list[NearMiss] = field(default_factory=list)
+    failed: dict[Any, Rejection] = field(default_factory=dict)
     denominators: dict[int, list[Found]] = field(default_factory=dict)
     one: Op | None = None
     counts: Counter[str] = field(default_factory=Counter)
@@ -269,9 +272,9 @@ def count(shape: tuple[int, ...]) -> int:
     return math.prod(shape)
 
 
-def values_of(source: Source) -> list[Value]:
-    """The values that a source is, or is assembled from."""
-    if not isinstance(source, Lifted):
-        return [source]
-    inner = [*(a for a in source.args if isinstance(a, (Lifted, Value))), *(source.base or ())[:1]]
-    return [value for part in inner for value in values_of(part)]
+def values_of(live_in: LiveIn) -> list[Value]:
+    """The values that a live-in is, or is assembled from."""
+    if not isinstance(live_in, Lifted):
+        return [live_in]
+    inner = [*(a for a in live_in.args if isinstance(a, (Lifted, Value))), *(live_in.base or ())[:1]]
+    return [value for subgraph in inner for value in values_of(subgraph)]

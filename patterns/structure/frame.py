@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llcompile.patterns.structure.axes import Atom, Axis
+from llcompile.patterns.structure.axes import Axes, Axis, Dim
 from llcompile.patterns.structure.follow import Followed
-
-Row = tuple[Atom, ...]  # an axis as unsplit atoms
 
 
 class Frame:
@@ -15,17 +13,17 @@ class Frame:
 
     def __init__(self, followed: Followed, time: Axis) -> None:
         self.followed = followed
-        self.leaves = followed.atoms.leaves(time)
+        self.leaves = followed.dims.leaves(time)
         self._in_time = {id(leaf) for leaf in self.leaves}
 
     def axis_leaves(self, axis: Axis) -> Axis:
-        """The axis as atoms that were never split."""
-        return self.followed.atoms.leaves(axis)
+        """The axis as dims that were never split."""
+        return self.followed.dims.leaves(axis)
 
-    def is_time(self, atom: Atom) -> bool:
-        """Whether an unsplit atom is time or a part of it."""
-        return id(atom) in self._in_time
+    def is_time(self, dim: Dim) -> bool:
+        """Whether an unsplit dim is time or a part of it."""
+        return id(dim) in self._in_time
 
-    def rows(self, axes: Sequence[Axis]) -> tuple[Row, ...]:
-        """Axes as unsplit atoms."""
+    def rows(self, axes: Sequence[Axis]) -> Axes:
+        """Axes as unsplit dims."""
         return tuple(self.axis_leaves(axis) for axis in axes)

@@ -14,34 +14,34 @@ from llcompile.patterns.structure.program import Value
 
 
 def lifted_function(
-    source: Lifted, finish: Callable[[Tensor], Tensor] = lambda x: x
+    live_in: Lifted, finish: Callable[[Tensor], Tensor] = lambda x: x
 ) -> tuple[Callable[..., Tensor], list[Value]]:
-    """A function that computes the source [N, ...] from the values it reads, and those values.
+    """A function that computes the live-in [N, ...] from the values it reads, and those values.
 
     Args:
-        source: what to compute.
+        live_in: what to compute.
         finish: what to do with it in the end.
     """
-    values = bases_of(source)
+    values = bases_of(live_in)
 
     def lifted(*tensors: Tensor) -> Tensor:
-        return finish(_evaluate(source, dict(zip(values, tensors, strict=True)), {}))
+        return finish(_evaluate(live_in, dict(zip(values, tensors, strict=True)), {}))
 
     return lifted, values
 
 
-def bases_of(source: Lifted) -> list[Value]:
-    """The values that a source is computed from."""
+def bases_of(live_in: Lifted) -> list[Value]:
+    """The values that a live-in is computed from."""
     bases: dict[Value, None] = {}
-    _collect(source, bases)
+    _collect(live_in, bases)
     return list(bases)
 
 
-def _collect(source: Lifted, bases: dict[Value, None]) -> None:
-    if source.base is not None:
-        bases.setdefault(source.base[0])
+def _collect(live_in: Lifted, bases: dict[Value, None]) -> None:
+    if live_in.base is not None:
+        bases.setdefault(live_in.base[0])
         return
-    for leaf in tree_leaves((source.args, source.kwargs)):
+    for leaf in tree_leaves((live_in.args, live_in.kwargs)):
         if isinstance(leaf, Lifted):
             _collect(leaf, bases)
         elif isinstance(leaf, Value):
@@ -68,21 +68,21 @@ def _number_of(value: Value, env: dict[Value, Tensor]) -> Tensor:
     return env[value]
 
 
-def _evaluate(source: Lifted, env: dict[Value, Tensor], done: dict[Lifted, Tensor]) -> Tensor:
-    """The source over all tokens, time first."""
-    if source in done:
-        return done[source]
-    if source.base is not None:
-        base, dim, width = source.base
-        made, rows = env[base], source.count * max(1, width)
+def _evaluate(live_in: Lifted, env: dict[Value, Tensor], done: dict[Lifted, Tensor]) -> Tensor:
+    """The live-in over all tokens, time first."""
+    if live_in in done:
+        return done[live_in]
+    if live_in.base is not None:
+        base, dim, width = live_in.base
+        made, rows = env[base], live_in.count * max(1, width)
         if base.shape[dim] != rows:  # a table may have more
             made = made.narrow(dim, 0, rows)
-        made = made.unflatten(dim, (source.count, width)) if width else made
+        made = made.unflatten(dim, (live_in.count, width)) if width else made
         made = made.movedim(dim, 0)
-    elif (row := _own_numbers(source)) is not None:
-        made = _with_numbers(source, row, _evaluate(source.args[0], env, done))
+    elif (row := _own_numbers(live_in)) is not None:
+        made = _with_numbers(live_in, row, _evaluate(live_in.args[0], env, done))
     else:
-        assert source.op is not None
+        assert live_in.op is not None
         leaves: list[Any] = []
         axes: list[int | None] = []
 
@@ -97,31 +97,31 @@ def _evaluate(source: Lifted, env: dict[Value, Tensor], done: dict[Lifted, Tenso
                 return leaf
             return _Slot(len(leaves) - 1)
 
-        args, kwargs = tree_map(number, (source.args, source.kwargs or {}))
-        target = source.op.target
+        args, kwargs = tree_map(number, (live_in.args, live_in.kwargs or {}))
+        target = live_in.op.target
 
         def one(*tensors: Tensor) -> Tensor:
             filled = tree_map(lambda a: tensors[a.number] if isinstance(a, _Slot) else a, (args, kwargs))
             result = target(*filled[0], **filled[1])
-            return result if isinstance(result, Tensor) else result[source.index]  # type: ignore[no-any-return]
+            return result if isinstance(result, Tensor) else result[live_in.index]  # type: ignore[no-any-return]
 
         made = torch.vmap(one, in_dims=tuple(axes))(*leaves)
-    done[source] = made
+    done[live_in] = made
     return made
 
 
-def _own_numbers(source: Lifted) -> Numbers | None:
-    row = source.args[1] if len(source.args) > 1 else None
+def _own_numbers(live_in: Lifted) -> Numbers | None:
+    row = live_in.args[1] if len(live_in.args) > 1 else None
     return row if isinstance(row, Numbers) else None
 
 
-def _with_numbers(source: Lifted, row: Numbers, x: Tensor) -> Tensor:
+def _with_numbers(live_in: Lifted, row: Numbers, x: Tensor) -> Tensor:
     """Arithmetic with a number for each piece, in the precision in which it is done with one number."""
-    function = getattr(torch, source.op.name)  # type: ignore[union-attr]
+    function = getattr(torch, live_in.op.name)  # type: ignore[union-attr]
     if row.single is not None:
         return function(x, row.single)  # type: ignore[no-any-return]
     wide = torch.promote_types(x.dtype, torch.float32)
-    numbers = torch.tensor(row.row(source.count), dtype=wide, device=x.device)
+    numbers = torch.tensor(row.row(live_in.count), dtype=wide, device=x.device)
     return function(x.to(wide), numbers.view(-1, *(1,) * (x.dim() - 1))).to(x.dtype)  # type: ignore[no-any-return]
 
 

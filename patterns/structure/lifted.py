@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from llcompile.patterns.structure.facts import Times
+from llcompile.patterns.structure.facts import TimeAnalysis
 from llcompile.patterns.structure.nested import leaves, mapped
 from llcompile.patterns.structure.program import Op, Value
 
@@ -97,36 +97,36 @@ class Lifted:
         return any(isinstance(a, Numbers) or (isinstance(a, Lifted) and a.has_numbers) for a in leaves(self.args))
 
 
-Source = Value | Lifted
+LiveIn = Value | Lifted
 
 
-def sample_of(source: Source) -> Value:
+def sample_of(live_in: LiveIn) -> Value:
     """The value itself, or that of one piece."""
-    value = source.sample if isinstance(source, Lifted) else source
+    value = live_in.sample if isinstance(live_in, Lifted) else live_in
     assert value is not None
     return value
 
 
-def origin(source: Source) -> object:
-    """Equal for two sources with the same numbers up to a factor: one of a sequence, the other of its pieces, say."""
-    return _origin(source, {}, 12)
+def origin(live_in: LiveIn) -> object:
+    """Equal for two live-ins with the same numbers up to a factor: one of a sequence, the other of its pieces, say."""
+    return _origin(live_in, {}, 12)
 
 
-def _origin(source: Source, known: dict[Source, object], depth: int) -> object:
-    if isinstance(source, Lifted) and source.base is not None:
-        return _origin(source.base.value, known, depth)
-    if source.op is None or depth == 0:
-        return id(source)
-    if source not in known:
-        op, args = source.op, source.args if isinstance(source, Lifted) else source.op.args
+def _origin(live_in: LiveIn, known: dict[LiveIn, object], depth: int) -> object:
+    if isinstance(live_in, Lifted) and live_in.base is not None:
+        return _origin(live_in.base.value, known, depth)
+    if live_in.op is None or depth == 0:
+        return id(live_in)
+    if live_in not in known:
+        op, args = live_in.op, live_in.args if isinstance(live_in, Lifted) else live_in.op.args
         inner = [a for a in leaves(args) if isinstance(a, (Value, Lifted))]
         above = tuple(_origin(a, known, depth - 1) for a in inner)
         written = tuple(n for n in map(_written, leaves(args)) if n is not None)
         factor = op.name in ("mul", "div") and len(inner) == 1 and not any(isinstance(n, tuple) for n in written)
         moves = op.name in MOVES or factor
         numbers = () if op.name in MOVES else written
-        known[source] = above[0] if moves and above else (op.target, source.index, above, numbers)
-    return known[source]
+        known[live_in] = above[0] if moves and above else (op.target, live_in.index, above, numbers)
+    return known[live_in]
 
 
 def _written(argument: Any) -> Any:
@@ -139,8 +139,8 @@ def _written(argument: Any) -> Any:
 class Lifter:
     """Tells of the values of pieces what they are pieces of."""
 
-    def __init__(self, times: Times) -> None:
-        self.times = times
+    def __init__(self, analysis: TimeAnalysis) -> None:
+        self.analysis = analysis
         self._lifted: dict[Any, Lifted] = {}
         self._places: dict[Value, tuple[Lifted, int] | None] = {}
         self._rows: dict[Any, set[tuple[int | None, int]]] = {}
@@ -152,7 +152,7 @@ class Lifter:
         return self._places[value]
 
     def _find(self, value: Value) -> tuple[Lifted, int] | None:
-        op, facts = value.op, self.times.facts
+        op, facts = value.op, self.analysis.facts
         if op is None or facts[value].mixed:
             return None
         if op.name in (*_PICKS, *_CUTS) and facts[op.inputs[0]].form == "sequence":
@@ -196,7 +196,7 @@ class Lifter:
         if not isinstance(argument, (Value, Lifted)):
             return argument
         op = None if isinstance(argument, Lifted) else argument.op
-        fact = self.times.facts.get(argument) if isinstance(argument, Value) else None
+        fact = self.analysis.facts.get(argument) if isinstance(argument, Value) else None
         if op is None or fact is None or fact.data or len(op.inputs) > 1 or depth == 0 or op.is_random:
             return id(argument)
         inner = mapped(lambda a: self.name(a, depth - 1), (op.args, op.kwargs))
@@ -218,11 +218,11 @@ class Lifter:
 
     @functools.cached_property
     def _numbered(self) -> Counter[Any]:
-        return Counter(_call(op) for op in self.times.program.ops if is_numbered(op))
+        return Counter(_call(op) for op in self.analysis.program.ops if is_numbered(op))
 
     def table(self, value: Value, count: int, position: int) -> Lifted | None:
         """What is read off a table that has a row for each piece, `cos[t]`; None for what is the same for all."""
-        op, fact = value.op, self.times.facts.get(value)
+        op, fact = value.op, self.analysis.facts.get(value)
         if op is None or fact is None or fact.data or fact.form != "timeless" or len(op.inputs) != 1:
             return None
         if op.name not in (*_PICKS, *_CUTS):
@@ -250,8 +250,8 @@ class Lifter:
     def _taken(self, value: Value, op: Op) -> tuple[Lifted, int] | None:
         """A piece taken out of a sequence: a token, or one of chunks of equal width."""
         base, dim, width, start = piece(value, op)
-        row, leaves = self.times.axis_leaves(self.times.followed.axes[base][dim]), self.times.leaves
-        if not row or self.times.facts[base].mixed or row != leaves[: len(row)]:
+        row, leaves = self.analysis.axis_leaves(self.analysis.followed.axes[base][dim]), self.analysis.leaves
+        if not row or self.analysis.facts[base].mixed or row != leaves[: len(row)]:
             return None
         # Chunks of what is in chunks already are no pieces that time is made of in order.
         if op.name not in _PICKS and (not width or row != leaves or base.shape[dim] % width):

@@ -10,126 +10,127 @@ from typing import Any
 import torch
 
 from llcompile.patterns.records import Certificate
-from llcompile.patterns.structure.axes import Atom
-from llcompile.patterns.structure.classify import Miss
-from llcompile.patterns.structure.cut import Part
-from llcompile.patterns.structure.frame import Row
-from llcompile.patterns.structure.lifted import Source, sample_of
+from llcompile.patterns.structure.axes import Axes, Dim
+from llcompile.patterns.structure.classify import Rejection
+from llcompile.patterns.structure.cut import Subgraph
+from llcompile.patterns.structure.hypothesis import Hypothesis
+from llcompile.patterns.structure.lifted import LiveIn, sample_of
 from llcompile.patterns.structure.nested import mapped
 from llcompile.patterns.structure.program import Value
 from llcompile.patterns.structure.ranges import Range
-from llcompile.patterns.structure.reading import Reading
 
-Rows = Mapping[Source, tuple[Row, ...]]
+Rows = Mapping[LiveIn, Axes]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What became of a part: a reading of its sources and atoms by number, or a miss."""
+    """What became of a part: a hypothesis of its live-ins and dims by number, or a miss."""
 
-    reading: Reading | None
+    hypothesis: Hypothesis | None
     certificate: Certificate | None
-    miss: Miss | None
+    rejection: Rejection | None
 
 
 _answers: dict[Any, Answer] = {}
 
 
-def fingerprint(part: Part, rows: Rows, result: tuple[Row, ...], ranges: Mapping[Source, Range]) -> Any:
-    """Equal for two parts that are the same program: operations, numbers, shapes, axes and ranges of the sources."""
+def fingerprint(subgraph: Subgraph, rows: Rows, result: Axes, ranges: Mapping[LiveIn, Range]) -> Any:
+    """Equal for two parts that are the same program: operations, numbers, shapes, axes and ranges of the live-ins."""
     names: dict[Value, Any] = {}
-    for i, source in enumerate(part.sources):
-        if isinstance(source, Value):
-            names[source] = ("source", i)
+    for i, live_in in enumerate(subgraph.live_ins):
+        if isinstance(live_in, Value):
+            names[live_in] = ("source", i)
         else:
-            names.update((value, ("source", i, position)) for value, position in part.taps[source].items())
+            names.update((value, ("source", i, position)) for value, position in subgraph.taps[live_in].items())
     steps = []
-    for number, op in enumerate(part.ops):
+    for number, op in enumerate(subgraph.ops):
         args = mapped(lambda a: _named(a, names) if isinstance(a, Value) else a, (op.args, op.kwargs))
         steps.append((str(op.target), repr(args)))
         for i, value in enumerate(op.outputs):
             names.setdefault(value, ("step", number, i))
-    atoms = _numbers(part.sources, rows, result)
+    dims = _numbers(subgraph.live_ins, rows, result)
     shapes = tuple(
         (
             str(sample_of(s).dtype),
-            tuple(tuple((atoms[id(a)], a.size, a.weight) for a in row) for row in rows[s]),
+            tuple(tuple((dims[id(a)], a.size, a.weight) for a in row) for row in rows[s]),
             ranges[s],
-            s in part.learned,
+            s in subgraph.learned,
         )
-        for s in part.sources
+        for s in subgraph.live_ins
     )
-    final = tuple(tuple(atoms[id(a)] for a in row) for row in result)
-    text = repr((steps, shapes, final, names[part.result], str(part.result.dtype)))
+    final = tuple(tuple(dims[id(a)] for a in row) for row in result)
+    text = repr((steps, shapes, final, names[subgraph.result], str(subgraph.result.dtype)))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def recall(key: Any, part: Part, rows: Rows, result: tuple[Row, ...]) -> tuple[Reading, Certificate] | None:
-    """The answer for this part, in its own sources and atoms; None where there is none yet.
+def recall(key: Any, subgraph: Subgraph, rows: Rows, result: Axes) -> tuple[Hypothesis, Certificate] | None:
+    """The answer for this part, in its own live-ins and dims; None where there is none yet.
 
     Raises:
-        Miss: the answer was one.
+        Rejection: the answer was one.
     """
     answer = _answers.get(key)
     if answer is None:
         return None
-    if answer.miss is not None:
-        raise answer.miss
-    assert answer.reading is not None
+    if answer.rejection is not None:
+        raise answer.rejection
+    assert answer.hypothesis is not None
     assert answer.certificate is not None
-    atoms = {number: atom for atom, number in _atoms(part.sources, rows, result)}
-    return _mapped(answer.reading, lambda i: part.sources[i], lambda i: atoms[i], rows, result), answer.certificate
+    dims = {number: dim for dim, number in _dims(subgraph.live_ins, rows, result)}
+    return _mapped(
+        answer.hypothesis, lambda i: subgraph.live_ins[i], lambda i: dims[i], rows, result
+    ), answer.certificate
 
 
-def is_lasting(miss: Miss) -> bool:
+def is_lasting(rejection: Rejection) -> bool:
     """Whether the same part will be missed again: not where it did not run, for want of memory perhaps."""
-    return not isinstance(miss.__cause__, (RuntimeError, MemoryError))
+    return not isinstance(rejection.__cause__, (RuntimeError, MemoryError))
 
 
 def remember(
-    key: Any, part: Part, rows: Rows, result: tuple[Row, ...], found: tuple[Reading, Certificate] | Miss
+    key: Any, subgraph: Subgraph, rows: Rows, result: Axes, found: tuple[Hypothesis, Certificate] | Rejection
 ) -> None:
     """Keeps an answer, without the part's own objects."""
-    if isinstance(found, Miss):
-        _answers[key] = Answer(None, None, Miss(found.given, found.near, found.open))
+    if isinstance(found, Rejection):
+        _answers[key] = Answer(None, None, Rejection(found.given, found.near, found.open))
         return
-    numbers = _numbers(part.sources, rows, result)
-    places = {id(source): i for i, source in enumerate(part.sources)}
-    reading = _mapped(found[0], lambda s: places[id(s)], lambda a: numbers[id(a)], {}, ())
-    _answers[key] = Answer(reading, found[1], None)
+    numbers = _numbers(subgraph.live_ins, rows, result)
+    places = {id(live_in): i for i, live_in in enumerate(subgraph.live_ins)}
+    hypothesis = _mapped(found[0], lambda s: places[id(s)], lambda a: numbers[id(a)], {}, ())
+    _answers[key] = Answer(hypothesis, found[1], None)
 
 
-def _mapped(reading: Reading, source: Any, atom: Any, rows: Rows, result: tuple[Row, ...]) -> Reading:
-    one = lambda s: None if s is None else source(s)  # noqa: E731
-    axes = replace(reading.axes, **{name: tuple(atom(a) for a in row) for name, row in vars(reading.axes).items()})
+def _mapped(hypothesis: Hypothesis, live_in: Any, dim: Any, rows: Rows, result: Axes) -> Hypothesis:
+    one = lambda s: None if s is None else live_in(s)  # noqa: E731
+    axes = replace(hypothesis.axes, **{name: tuple(dim(a) for a in row) for name, row in vars(hypothesis.axes).items()})
     return replace(
-        reading,
+        hypothesis,
         rows=rows,
         result=result,
         axes=axes,
-        query=source(reading.query),
-        key=source(reading.key),
-        value=one(reading.value),
-        factors=tuple((source(s), how) for s, how in reading.factors),
-        decay=one(reading.decay),
-        beta=one(reading.beta),
-        post=tuple((source(s), how) for s, how in reading.post),
-        first=one(reading.first),
-        skip=None if reading.skip is None else tuple(map(source, reading.skip)),
+        query=live_in(hypothesis.query),
+        key=live_in(hypothesis.key),
+        value=one(hypothesis.value),
+        factors=tuple((live_in(s), how) for s, how in hypothesis.factors),
+        decay=one(hypothesis.decay),
+        beta=one(hypothesis.beta),
+        post=tuple((live_in(s), how) for s, how in hypothesis.post),
+        first=one(hypothesis.first),
+        skip=None if hypothesis.skip is None else tuple(map(live_in, hypothesis.skip)),
     )
 
 
-def _atoms(sources: list[Source], rows: Rows, result: tuple[Row, ...]) -> list[tuple[Atom, int]]:
-    found: dict[int, Atom] = {}
-    for axes in (*(rows[s] for s in sources), result):
+def _dims(live_ins: list[LiveIn], rows: Rows, result: Axes) -> list[tuple[Dim, int]]:
+    found: dict[int, Dim] = {}
+    for axes in (*(rows[s] for s in live_ins), result):
         for row in axes:
-            for atom in row:
-                found.setdefault(id(atom), atom)
-    return [(atom, number) for number, atom in enumerate(found.values())]
+            for dim in row:
+                found.setdefault(id(dim), dim)
+    return [(dim, number) for number, dim in enumerate(found.values())]
 
 
-def _numbers(sources: list[Source], rows: Rows, result: tuple[Row, ...]) -> dict[int, int]:
-    return {id(atom): number for atom, number in _atoms(sources, rows, result)}
+def _numbers(live_ins: list[LiveIn], rows: Rows, result: Axes) -> dict[int, int]:
+    return {id(dim): number for dim, number in _dims(live_ins, rows, result)}
 
 
 def _named(value: Value, names: dict[Value, Any]) -> Any:

@@ -8,27 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from llcompile.patterns.structure.found import Found, Missed
-from llcompile.patterns.structure.lifted import Source, sample_of
+from llcompile.patterns.structure.found import Found, NearMiss
+from llcompile.patterns.structure.lifted import LiveIn, sample_of
 from llcompile.patterns.structure.program import Op, Program, Value
 from llcompile.patterns.structure.ranges import REALS, Range, ranges
 
 
-def numbers_read(program: Program, found: Iterable[Found], missed: Iterable[Missed]) -> list[Value]:
+def numbers_read(program: Program, found: Iterable[Found], missed: Iterable[NearMiss]) -> list[Value]:
     """The values that were read off tensors which may change, and decide what was found or missed."""
-    parts = [*(f.ops for f in found), *(m.part.ops for m in missed if m.part is not None)]
+    parts = [*(f.ops for f in found), *(m.subgraph.ops for m in missed if m.subgraph is not None)]
     read = {v: None for ops in parts for op in ops for v in op.inputs if v.is_read}
     if any(v.is_read for v in program.inputs):
         known, unknown = ranges(program), ranges(program, numbers=False)
-        for source in (s for f in found for s in f.reading.operands):
-            if known.get(sample_of(source), REALS) != unknown.get(sample_of(source), REALS):
-                read.update(dict.fromkeys(_above(source, known)))
+        for live_in in (s for f in found for s in f.hypothesis.operands):
+            if known.get(sample_of(live_in), REALS) != unknown.get(sample_of(live_in), REALS):
+                read.update(dict.fromkeys(_above(live_in, known)))
     return list(read)
 
 
-def _above(source: Source, known: dict[Value, Range]) -> list[Value]:
-    """The values with numbers that bound a source."""
-    pending, seen = [sample_of(source)], {sample_of(source)}
+def _above(live_in: LiveIn, known: dict[Value, Range]) -> list[Value]:
+    """The values with numbers that bound a live-in."""
+    pending, seen = [sample_of(live_in)], {sample_of(live_in)}
     for value in pending:
         op: Op | None = value.op
         for parent in () if op is None else op.inputs:

@@ -22,7 +22,7 @@ _LONGEST = 4096  # a window wider than this is not looked for
 def expect_same(findings: Findings) -> None:
     """What is computed from positions and sizes must go on as it began, or the length is fixed."""
     for found in (*findings.found, *(f for group in findings.denominators.values() for f in group)):
-        redone = filter(numbers_vary, around(found.part, found.tail))
+        redone = filter(numbers_vary, around(found.subgraph, found.tail))
         op = Positions(found).varying() or next(redone, None)
         if op is not None:
             found.fixed = reasons.OTHER_LENGTHS(operation=op.name, where=user_line(op.node.meta))
@@ -33,7 +33,7 @@ def expect_elsewhere(region: Region, findings: Findings, find: Callable[[Region,
 
     The other length is beyond any number that the code compares with (the width of a window, say).
     """
-    length = max(math.prod(leaf.size for leaf in found.times.leaves) for found in findings.found)
+    length = max(math.prod(leaf.size for leaf in found.analysis.leaves) for found in findings.found)
     factor = 2 + max((int(n) for n in _compared(findings.program) if n < _LONGEST), default=0) // length
     seen = {_signature(f) for f in find(region, factor).found}
     for found in [f for f in findings.found if _signature(f) not in seen and not f.fixed]:
@@ -48,4 +48,8 @@ def _compared(program: Program) -> list[float]:
 
 def _signature(found: Found) -> tuple[object, ...]:
     """What is the same for one mixer at all lengths."""
-    return found.anchor, found.reading.family, tuple(s.node for s in found.reading.operands if isinstance(s, Value))
+    return (
+        found.anchor,
+        found.hypothesis.family,
+        tuple(s.node for s in found.hypothesis.operands if isinstance(s, Value)),
+    )

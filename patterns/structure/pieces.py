@@ -1,8 +1,8 @@
 """Pieces: brings the draws of a proof to both sides of every number at which the code changes what it does.
 
 A clamp at 100, the epsilon of a denominator, a rectifier: on generic numbers each does one thing only, and the operator
-may agree with that and not with the other. Where bounds on what comes in show that a piece is never used, it is idle.
-Elsewhere the sources are made larger, smaller or of the other sign until both sides are seen, and the proof is repeated
+may agree with that and not with the other. Where bounds on what comes in rule a piece out, it is idle.
+Elsewhere the live-ins are made larger, smaller or of the other sign until both sides are seen, and the proof is repeated
 there. What can be neither shown nor reached is no mixer.
 """
 
@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from llcompile.patterns import reasons
-from llcompile.patterns.structure.classify import Miss
-from llcompile.patterns.structure.cut import Part
+from llcompile.patterns.structure.classify import Rejection
+from llcompile.patterns.structure.cut import Subgraph
 from llcompile.patterns.structure.grammar import pieces, stranger
-from llcompile.patterns.structure.lifted import Source
+from llcompile.patterns.structure.hypothesis import Hypothesis
+from llcompile.patterns.structure.lifted import LiveIn
 from llcompile.patterns.structure.probe import Probe
 from llcompile.patterns.structure.program import Op, Value
 from llcompile.patterns.structure.ranges import Range
-from llcompile.patterns.structure.reading import Reading
 from llcompile.torch_internals.places import user_line
 
 _MARGIN = 3.0  # how far beyond a number draws are brought
@@ -42,39 +42,39 @@ class Crossing:
         return {"operation": self.op.name, "where": user_line(self.op.node.meta)}
 
 
-def expect_known(part: Part) -> None:
+def expect_known(part: Subgraph) -> None:
     """Only operations that a proof by draws can speak of.
 
     Raises:
-        Miss: with the first other one, and its line.
+        Rejection: with the first other one, and its line.
     """
     for op in _dependent(part):
         problem = stranger(op, user_line(op.node.meta))
         if problem is not None:
-            raise Miss(problem, 3)
+            raise Rejection(problem, 3)
 
 
 def expect_pieces(
-    part: Part, reading: Reading, probe: Probe, bounds: Mapping[Value, Range], error: Compare, budget: float
+    part: Subgraph, hypothesis: Hypothesis, probe: Probe, bounds: Mapping[Value, Range], error: Compare, budget: float
 ) -> int:
     """The proof on both sides of every number at which the code changes what it does; returns the draws it took.
 
     Args:
-        part: the part.
-        reading: what it is supposed to be.
+        subgraph: the part.
+        hypothesis: what it is supposed to be.
         probe: a draw; left as it was.
         bounds: the range of every value of the program.
         error: a probe -> how far the part and the operator are apart on its draw; None where the part overflows.
         budget: how far they may be.
 
     Raises:
-        Miss: they differ there, or there is no draw that gets there.
+        Rejection: they differ there, or there is no draw that gets there.
     """
     kept, draws = probe.values, 0
     try:
         for crossing in _crossings(part, bounds):
             open_numbers = set(crossing.numbers)
-            for values in _draws(crossing, reading, probe, kept):
+            for values in _draws(crossing, hypothesis, probe, kept):
                 probe.values = values
                 crossed = _crossed(probe, crossing, open_numbers) if _within(probe, values) else set()
                 apart = error(probe) if crossed else None
@@ -82,20 +82,20 @@ def expect_pieces(
                     continue
                 draws += 1
                 if apart > budget:
-                    raise Miss(reasons.ACTS_INSIDE(**crossing.words), 3)
+                    raise Rejection(reasons.ACTS_INSIDE(**crossing.words), 3)
                 open_numbers -= crossed
                 if not open_numbers:
                     break
             if open_numbers:
-                raise Miss(reasons.NOT_SHOWN_IDLE(**crossing.words), 3)
+                raise Rejection(reasons.NOT_SHOWN_IDLE(**crossing.words), 3)
     finally:
         probe.values = kept
     return draws
 
 
-def _dependent(part: Part) -> Iterator[Op]:
+def _dependent(part: Subgraph) -> Iterator[Op]:
     """The operations that something that comes in has a part in."""
-    depends: set[Value] = {s for s in part.sources if isinstance(s, Value)}
+    depends: set[Value] = {s for s in part.live_ins if isinstance(s, Value)}
     depends.update(value for taps in part.taps.values() for value in taps)
     for op in part.ops:
         if not depends.isdisjoint(op.inputs):
@@ -103,7 +103,7 @@ def _dependent(part: Part) -> Iterator[Op]:
             yield op
 
 
-def _crossings(part: Part, bounds: Mapping[Value, Range]) -> list[Crossing]:
+def _crossings(part: Subgraph, bounds: Mapping[Value, Range]) -> list[Crossing]:
     """What has pieces and is not idle; of an unrolled loop the last turn."""
     found: dict[object, Crossing] = {}
     for op in _dependent(part):
@@ -133,21 +133,23 @@ def _crossed(probe: Probe, crossing: Crossing, numbers: set[float]) -> set[float
 
 
 def _draws(
-    crossing: Crossing, reading: Reading, probe: Probe, kept: Mapping[Source, Tensor]
-) -> Iterator[dict[Source, Tensor]]:
+    crossing: Crossing, hypothesis: Hypothesis, probe: Probe, kept: Mapping[LiveIn, Tensor]
+) -> Iterator[dict[LiveIn, Tensor]]:
     """Draws that may get there, the draw as it is first."""
     yield dict(kept)
     x = _compared(probe, crossing.op).double().abs()
     middle, largest = float(x.median()), float(x.max())
-    for source in (s for s in (reading.value, reading.query, reading.key, *_others(reading)) if s is not None):
+    for live_in in (
+        s for s in (hypothesis.value, hypothesis.query, hypothesis.key, *_others(hypothesis)) if s is not None
+    ):
         for number in crossing.numbers:
             for factor in _factors(abs(number), middle, largest):
-                yield {**kept, source: _times(reading, source, kept[source], factor)}
-        yield {**kept, source: _turned(probe, source, kept[source])}
+                yield {**kept, live_in: _times(hypothesis, live_in, kept[live_in], factor)}
+        yield {**kept, live_in: _turned(probe, live_in, kept[live_in])}
 
 
-def _others(reading: Reading) -> list[Source | None]:
-    return [reading.decay, *(s for s, _ in reading.factors), *(s for s, _ in reading.post), reading.beta]
+def _others(hypothesis: Hypothesis) -> list[LiveIn | None]:
+    return [hypothesis.decay, *(s for s, _ in hypothesis.factors), *(s for s, _ in hypothesis.post), hypothesis.beta]
 
 
 def _factors(number: float, middle: float, largest: float) -> list[float]:
@@ -157,24 +159,24 @@ def _factors(number: float, middle: float, largest: float) -> list[float]:
     return [number / middle, _MARGIN * number / largest]
 
 
-def _times(reading: Reading, source: Source, x: Tensor, factor: float) -> Tensor:
-    """A source made larger; of a decay, the log decay."""
-    if source is reading.decay and reading.transform is not None:
-        log_decay = reading.transform.log_decay(x.double())
-        return reading.transform.inverse(log_decay * max(factor, 1.0)).to(x.dtype)
+def _times(hypothesis: Hypothesis, live_in: LiveIn, x: Tensor, factor: float) -> Tensor:
+    """A live-in made larger; of a decay, the log decay."""
+    if live_in is hypothesis.decay and hypothesis.transform is not None:
+        log_decay = hypothesis.transform.log_decay(x.double())
+        return hypothesis.transform.inverse(log_decay * max(factor, 1.0)).to(x.dtype)
     return x * factor
 
 
-def _turned(probe: Probe, source: Source, x: Tensor) -> Tensor:
-    """A source with the other sign, as far as its range has it."""
-    low, _ = probe.ranges[source]
+def _turned(probe: Probe, live_in: LiveIn, x: Tensor) -> Tensor:
+    """A live-in with the other sign, as far as its range has it."""
+    low, _ = probe.ranges[live_in]
     return -x * min(1.0, 0.9 * abs(low) / float(x.abs().max().clamp_min(1e-30))) if low < 0 else x
 
 
-def _within(probe: Probe, values: Mapping[Source, Tensor]) -> bool:
+def _within(probe: Probe, values: Mapping[LiveIn, Tensor]) -> bool:
     """Whether a draw is one that the code can meet."""
-    for source, x in values.items():
-        low, high = probe.ranges[source]
+    for live_in, x in values.items():
+        low, high = probe.ranges[live_in]
         if x.is_floating_point() and not (low <= float(x.min()) and float(x.max()) <= high):
             return False
     return True

@@ -4,7 +4,7 @@ A graph may serve lengths that no draw has. What is known to go on as it began: 
 that compares them, exponentials of them and products of these. Everything else (a division of positions by a number, a
 power, a bucket) is right at the length of the graph, where the proof has seen it, and says nothing of another one.
 
-Of each value without a source above it, its kind:
+Of each value without a live-in above it, its kind:
 
 | kind | |
 |---|---|
@@ -38,7 +38,7 @@ _LINES = {POSITION, LINE}
 
 
 class Positions:
-    """The values of a mixer that come from no source.
+    """The values of a mixer that come from no live-in.
 
     Args:
         found: the mixer.
@@ -46,9 +46,9 @@ class Positions:
 
     def __init__(self, found: Found) -> None:
         self.found, self.frame = found, found.frame
-        self.ops = found.part.ops
-        self.sources = {v for taps in found.part.taps.values() for v in taps}
-        self.sources |= {s for s in found.part.sources if isinstance(s, Value)}
+        self.ops = found.subgraph.ops
+        self.live_ins = {v for taps in found.subgraph.taps.values() for v in taps}
+        self.live_ins |= {s for s in found.subgraph.live_ins if isinstance(s, Value)}
         self.kinds: dict[Value, str] = {}
         for op in self.ops:
             if all(v in self.kinds or self._is_number(v) for v in op.inputs):
@@ -80,7 +80,7 @@ class Positions:
 
     def _is_number(self, value: Value) -> bool:
         """Whether it is a tensor of numbers that the code or the model holds."""
-        if value.data is None or value in self.sources:
+        if value.data is None or value in self.live_ins:
             return False
         # A number for each head is no line, though two of them always lie on one.
         one = value.data.numel() == 1 or not self._is_timed(value)

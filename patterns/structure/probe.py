@@ -10,10 +10,10 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-from llcompile.patterns.structure.cut import Part
+from llcompile.patterns.structure.axes import Axes
+from llcompile.patterns.structure.cut import Subgraph
 from llcompile.patterns.structure.execute import function_of
-from llcompile.patterns.structure.frame import Row
-from llcompile.patterns.structure.lifted import Source, sample_of
+from llcompile.patterns.structure.lifted import LiveIn, sample_of
 from llcompile.patterns.structure.program import Value
 from llcompile.patterns.structure.ranges import Range
 from llcompile.patterns.structure.sizing import Sizing, arrange
@@ -23,70 +23,70 @@ SAME = 1e-8  # relative difference up to which two float64 results are the same
 
 
 class Probe:
-    """A part at one choice of sizes, with one draw of its sources.
+    """A part at one choice of sizes, with one draw of its live-ins.
 
     Args:
-        part: the part.
-        rows: source -> its axes.
+        subgraph: the part.
+        rows: live-in -> its axes.
         result: the axes of its result.
         sizing: the sizes.
-        ranges: source -> the range of its numbers.
+        ranges: live-in -> the range of its numbers.
         seed: of the draw.
     """
 
     def __init__(
         self,
-        part: Part,
-        rows: Mapping[Source, tuple[Row, ...]],
-        result: tuple[Row, ...],
+        subgraph: Subgraph,
+        rows: Mapping[LiveIn, Axes],
+        result: Axes,
         sizing: Sizing,
-        ranges: Mapping[Source, Range],
+        ranges: Mapping[LiveIn, Range],
         seed: int = 0,
         dtype: torch.dtype = torch.float64,
     ) -> None:
-        self.part, self.rows, self.result, self.sizing, self.ranges = part, rows, result, sizing, ranges
+        self.subgraph, self.rows, self.result, self.sizing, self.ranges = subgraph, rows, result, sizing, ranges
         self.dtype = dtype
         self.generator = torch.Generator().manual_seed(seed)
-        self.values = {source: self.draw(source) for source in part.sources}
+        self.values = {live_in: self.draw(live_in) for live_in in subgraph.live_ins}
         # With all numbers as traced, the arguments stand as they are.
         self.resizes = any(sizing.of(leaf) != leaf.size for leaf in self._leaves())
-        self.linear_in: Source | None = None  # of what the part computes, only what this source has a part in
+        self.linear_in: LiveIn | None = None  # of what the part computes, only what this live-in has a part in
 
     def _leaves(self) -> list:  # type: ignore[type-arg]
-        times = self.sizing.times
-        values = dict.fromkeys(v for op in self.part.ops for v in (*op.inputs, *op.outputs))
-        return [leaf for v in values for axis in times.followed.axes[v] for leaf in times.axis_leaves(axis)]
+        analysis = self.sizing.analysis
+        values = dict.fromkeys(v for op in self.subgraph.ops for v in (*op.inputs, *op.outputs))
+        return [leaf for v in values for axis in analysis.followed.axes[v] for leaf in analysis.axis_leaves(axis)]
 
     @property
     def length(self) -> int:
         """The number of positions."""
         return self.sizing.length
 
-    def shape(self, source: Source) -> tuple[int, ...]:
-        """The shape of a source at these sizes."""
+    def shape(self, live_in: LiveIn) -> tuple[int, ...]:
+        """The shape of a live-in at these sizes."""
         of = self.sizing.of
-        return tuple(math.prod(of(leaf) for leaf in row) for row in self.rows[source])
+        return tuple(math.prod(of(leaf) for leaf in row) for row in self.rows[live_in])
 
-    def draw(self, source: Source) -> Tensor:
-        """Generic numbers in the source's range."""
-        dtype = sample_of(source).dtype
-        shape = self.shape(source)
+    def draw(self, live_in: LiveIn) -> Tensor:
+        """Generic numbers in the live-in's range."""
+        dtype = sample_of(live_in).dtype
+        shape = self.shape(live_in)
         if not dtype.is_floating_point:
             whole = torch.randint(0, 2, shape, generator=self.generator)
             return whole.to(dtype)
         z = torch.randn(shape, generator=self.generator, dtype=torch.float64)
-        return within(z, self.ranges[source]).to(self.dtype)
+        return within(z, self.ranges[live_in]).to(self.dtype)
 
-    def run(self, changed: Mapping[Source, Tensor] | None = None) -> Tensor:
-        """The result, with some sources changed."""
+    def run(self, changed: Mapping[LiveIn, Tensor] | None = None) -> Tensor:
+        """The result, with some live-ins changed."""
         numbers = {**self.values, **(changed or {})}
         result, own = self._run(numbers), self.linear_in
         return result if own is None else result - self._run({**numbers, own: torch.zeros_like(numbers[own])})
 
-    def _run(self, numbers: Mapping[Source, Tensor]) -> Tensor:
+    def _run(self, numbers: Mapping[LiveIn, Tensor]) -> Tensor:
         function, read = self._function
         given = [numbers[s] if isinstance(s, Value) else numbers[s][position] for s, position in read]
-        with _same_draws() if self.part.random is not None else nullcontext():
+        with _same_draws() if self.subgraph.random is not None else nullcontext():
             return function(*given).to(self.dtype)
 
     def numbers_of(self, value: Value) -> Tensor:
@@ -97,45 +97,45 @@ class Probe:
         return function(*given).to(self.dtype)
 
     @functools.cached_property
-    def _function(self) -> tuple[Callable[..., Tensor], list[tuple[Source, int]]]:
-        """The part as a function, and which source, at which position, each of its arguments is."""
-        inputs: dict[Value, tuple[Source, int]] = {}
-        for source in self.part.sources:
-            if isinstance(source, Value):
-                inputs[source] = (source, 0)
+    def _function(self) -> tuple[Callable[..., Tensor], list[tuple[LiveIn, int]]]:
+        """The part as a function, and which live-in, at which position, each of its arguments is."""
+        inputs: dict[Value, tuple[LiveIn, int]] = {}
+        for live_in in self.subgraph.live_ins:
+            if isinstance(live_in, Value):
+                inputs[live_in] = (live_in, 0)
             else:
-                inputs.update((value, (source, position)) for value, position in self.part.taps[source].items())
+                inputs.update((value, (live_in, position)) for value, position in self.subgraph.taps[live_in].items())
         self._inputs = list(inputs)
-        return self._written(self.part.result), list(inputs.values())
+        return self._written(self.subgraph.result), list(inputs.values())
 
     def _written(self, value: Value) -> Callable[..., Tensor]:
         """The part up to a value, as a function of its inputs."""
         sizes = self.sizing.shape if self.resizes else None
         key = (value, self.dtype, self.resizes and frozenset(self.sizing.sizes.items()))
-        known = self.part.functions
+        known = self.subgraph.functions
         if key not in known:
-            known[key] = function_of(self.part.ops, self._inputs, value, sizes, self.dtype)
+            known[key] = function_of(self.subgraph.ops, self._inputs, value, sizes, self.dtype)
         return known[key]
 
     def by_time(self, x: Tensor) -> Tensor:
         """A result as [T, everything else]."""
-        times = self.sizing.times
-        rest = tuple(atom for row in self.result for atom in row if not times.is_time(atom))
-        return arrange(x, self.result, (times.leaves, rest), self.sizing.of)
+        analysis = self.sizing.analysis
+        rest = tuple(dim for row in self.result for dim in row if not analysis.is_time(dim))
+        return arrange(x, self.result, (analysis.leaves, rest), self.sizing.of)
 
-    def is_timed(self, source: Source) -> bool:
-        """Whether a source has time."""
-        return any(self.sizing.times.is_time(atom) for row in self.rows[source] for atom in row)
+    def is_timed(self, live_in: LiveIn) -> bool:
+        """Whether a live-in has time."""
+        return any(self.sizing.analysis.is_time(dim) for row in self.rows[live_in] for dim in row)
 
-    def at_one_time(self, source: Source, position: int) -> Tensor:
-        """The source with other numbers at one position."""
-        times = self.sizing.times
-        atoms = tuple(atom for row in self.rows[source] for atom in row)
+    def at_one_time(self, live_in: LiveIn, position: int) -> Tensor:
+        """The live-in with other numbers at one position."""
+        analysis = self.sizing.analysis
+        dims = tuple(dim for row in self.rows[live_in] for dim in row)
         mask = torch.zeros(self.length, dtype=torch.bool)
         mask[position] = True
-        where = arrange(mask, (times.leaves,), tuple((a,) for a in atoms), self.sizing.of)
-        where = where.reshape(self.values[source].shape)
-        return torch.where(where, self.draw(source), self.values[source])
+        where = arrange(mask, (analysis.leaves,), tuple((a,) for a in dims), self.sizing.of)
+        where = where.reshape(self.values[live_in].shape)
+        return torch.where(where, self.draw(live_in), self.values[live_in])
 
 
 @contextmanager

@@ -124,14 +124,14 @@ class _Recorder:
         return result.to(example.dtype) if _is_float(result) and _is_float(example) else result
 
     def _read(self, node: fx.Node, results: Mapping[fx.Node, Any], made: Mapping[fx.Node, Mode]) -> None:
-        for source in node.all_input_nodes:
+        for live_in in node.all_input_nodes:
             # A view of what was written to since is made anew, in the mode in which it was made.
-            self.now = made.get(source, self.modes.now)
-            value = self._value(results.get(source))
+            self.now = made.get(live_in, self.modes.now)
+            value = self._value(results.get(live_in))
             if value is not None:
-                self.program.reads[node, source] = value
-                if self._is_unnamed(value, source) and self.modes.now == made.get(source):
-                    self.program.unnamed.setdefault(value, (node, source))
+                self.program.reads[node, live_in] = value
+                if self._is_unnamed(value, live_in) and self.modes.now == made.get(live_in):
+                    self.program.unnamed.setdefault(value, (node, live_in))
 
     def _is_unnamed(self, value: Value, node: fx.Node) -> bool:
         """Whether the value is what a write through a view has left in a node, as large as that was."""
@@ -324,15 +324,15 @@ class _Recorder:
             self._append(*_plain_fill(func, args, kwargs, result), result)
         return result
 
-    def _copied(self, destination: Tensor, source: Tensor) -> Value:
+    def _copied(self, destination: Tensor, live_in: Tensor) -> Value:
         """What lands in a destination: the source in its shape and dtype; what was there before does not matter."""
-        value = self.known[id(source)]
-        if source.dtype != destination.dtype:
-            source = aten._to_copy.default(source, dtype=destination.dtype)
-            value = self._append(aten._to_copy.default, (value,), {"dtype": destination.dtype}, source)
-        if source.shape != destination.shape:
-            source = aten.expand.default(source, list(destination.shape))
-            value = self._append(aten.expand.default, (value, list(destination.shape)), {}, source)
+        value = self.known[id(live_in)]
+        if live_in.dtype != destination.dtype:
+            live_in = aten._to_copy.default(live_in, dtype=destination.dtype)
+            value = self._append(aten._to_copy.default, (value,), {"dtype": destination.dtype}, live_in)
+        if live_in.shape != destination.shape:
+            live_in = aten.expand.default(live_in, list(destination.shape))
+            value = self._append(aten.expand.default, (value, list(destination.shape)), {}, live_in)
         return value
 
     def _append(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> Value:

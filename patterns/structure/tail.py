@@ -15,19 +15,19 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from llcompile.patterns.structure.facts import Times
+from llcompile.patterns.structure.facts import TimeAnalysis
 from llcompile.patterns.structure.lifted import Lifted, Lifter, Numbers, Taken, is_numbered
 from llcompile.patterns.structure.program import Op, Value
 
 _FEWEST = 4  # pieces of a loop
 _LONGEST = 24  # operations that a tail may have
-Row = tuple[Value, ...]
+Pieces = tuple[Value, ...]
 
 
 class Join(NamedTuple):
     """How pieces were put together: along `dim`, which they have (width > 0) or not (0)."""
 
-    pieces: Row
+    pieces: Pieces
     dim: int
     width: int
     ops: tuple[Op, ...]
@@ -58,28 +58,28 @@ class Tail:
         return made.flatten(self.dim, self.dim + 1) if self.width else made
 
 
-def tails(value: Value, times: Times, lifter: Lifter) -> Iterator[Tail]:
+def tails(value: Value, analysis: TimeAnalysis, lifter: Lifter) -> Iterator[Tail]:
     """The rows of pieces that a value may be computed from alike, the last first. Each is valid until the next."""
     join = _join(value)
-    if join is None or not _is_mixed(join.pieces, times):
+    if join is None or not _is_mixed(join.pieces, analysis):
         return
     root = Lifted(None, sample=join.pieces[0], count=len(join.pieces))
     open_rows, ops = {join.pieces: root}, list(join.ops)
     for _ in range(_LONGEST):
         row = max(open_rows, key=lambda r: r[0].op.number if r[0].op is not None else -1)
-        if not _expand(row, open_rows, times, lifter, ops):
+        if not _expand(row, open_rows, analysis, lifter, ops):
             return
         if len(open_rows) == 1:
-            yield from _cut_at(value, join, root, open_rows, ops, times)
+            yield from _cut_at(value, join, root, open_rows, ops, analysis)
 
 
 def _cut_at(
-    value: Value, join: Join, root: Lifted, open_rows: dict[Row, Lifted], ops: list[Op], times: Times
+    value: Value, join: Join, root: Lifted, open_rows: dict[Pieces, Lifted], ops: list[Op], analysis: TimeAnalysis
 ) -> Iterator[Tail]:
     (row, leaf) = next(iter(open_rows.items()))
     if row[0].op is None or row[0].op.name in _TRIVIAL:
         return
-    joined = _joined(value, row, times)
+    joined = _joined(value, row, analysis)
     if joined is None:
         return
     leaf.base = Taken(joined, *_place(joined, row))
@@ -91,7 +91,9 @@ def _cut_at(
 _TRIVIAL = frozenset(["view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "clone", "contiguous", "_to_copy"])
 
 
-def _expand(row: Row, open_rows: dict[Row, Lifted], times: Times, lifter: Lifter, ops: list[Op]) -> bool:
+def _expand(
+    row: Pieces, open_rows: dict[Pieces, Lifted], analysis: TimeAnalysis, lifter: Lifter, ops: list[Op]
+) -> bool:
     """Takes one step back from a row: fills its operation in, and opens the rows that it is computed from."""
     calls = [v.op for v in row]
     first = calls[0]
@@ -106,10 +108,10 @@ def _expand(row: Row, open_rows: dict[Row, Lifted], times: Times, lifter: Lifter
     if len(columns) != len(flat):
         return False
     filled: list[Any] = []
-    opened: dict[Row, Lifted] = {}
+    opened: dict[Pieces, Lifted] = {}
     numbered = all(op is not None and is_numbered(op) for op in calls)
     for at, column in enumerate(columns):
-        made = _argument(column, open_rows | opened, times, lifter)
+        made = _argument(column, open_rows | opened, analysis, lifter)
         if numbered and at == 1 and len(set(column)) > 1:
             made = Numbers(dict(enumerate(column)))
         if made is None and column[0] is not None:
@@ -125,7 +127,7 @@ def _expand(row: Row, open_rows: dict[Row, Lifted], times: Times, lifter: Lifter
     return True
 
 
-def _argument(column: tuple[Any, ...], known: dict[Row, Lifted], times: Times, lifter: Lifter) -> Any:
+def _argument(column: tuple[Any, ...], known: dict[Pieces, Lifted], analysis: TimeAnalysis, lifter: Lifter) -> Any:
     """One argument of all the calls: the same thing, a piece of one sequence each, or another row; None for neither."""
     first = column[0]
     if not isinstance(first, Value):
@@ -134,8 +136,8 @@ def _argument(column: tuple[Any, ...], known: dict[Row, Lifted], times: Times, l
         return None
     name = lifter.name(first)
     if all(c is first or lifter.name(c) == name for c in column):
-        return first if times.facts[first].form == "timeless" else None
-    if _is_mixed(column, times):
+        return first if analysis.facts[first].form == "timeless" else None
+    if _is_mixed(column, analysis):
         return known.get(column) or Lifted(None, sample=first, count=len(column))
     tables = {lifter.table(c, len(column), i) for i, c in enumerate(column)}
     if len(tables) == 1 and None not in tables:
@@ -148,9 +150,9 @@ def _argument(column: tuple[Any, ...], known: dict[Row, Lifted], times: Times, l
     return lifted if inside else None
 
 
-def _is_mixed(row: Row, times: Times) -> bool:
+def _is_mixed(row: Pieces, analysis: TimeAnalysis) -> bool:
     """Whether the pieces join several positions; the first one has nothing to join yet."""
-    return all(times.facts[v].mixed for v in row[1:])
+    return all(analysis.facts[v].mixed for v in row[1:])
 
 
 def _join(value: Value) -> Join | None:
@@ -214,12 +216,12 @@ def _written(value: Value) -> Join | None:
     return Join(pieces, dim, width, tuple(ops))
 
 
-def _joined(value: Value, row: Row, times: Times) -> Value | None:
+def _joined(value: Value, row: Pieces, analysis: TimeAnalysis) -> Value | None:
     """The row as one value: chunks laid end to end, tokens on a new axis in front."""
     assert value.op is not None
     first = row[0]
-    axes = times.rows(times.followed.axes[first])
-    inner = [i for i, found in enumerate(axes) if any(id(leaf) in times.chunks for leaf in found)]
+    axes = analysis.rows(analysis.followed.axes[first])
+    inner = [i for i, found in enumerate(axes) if any(id(leaf) in analysis.chunks for leaf in found)]
     if len(inner) > 1 or (inner and len(axes[inner[0]]) > 1):
         return None
     target, dim = (torch.ops.aten.cat.default, inner[0]) if inner else (torch.ops.aten.stack.default, 0)
@@ -234,7 +236,7 @@ def _joined(value: Value, row: Row, times: Times) -> Value | None:
     return made
 
 
-def _place(joined: Value, row: Row) -> tuple[int, int]:
+def _place(joined: Value, row: Pieces) -> tuple[int, int]:
     """The dimension and width of the pieces in the joined value."""
     if len(joined.shape) > len(row[0].shape):
         return 0, 0

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import llcompile
 from llcompile.patterns.known import ENTRIES
-from llcompile.patterns.known.arguments import Mismatch, read_call
+from llcompile.patterns.known.arguments import CallRejection, read_call
 from llcompile.patterns.known.capture import CapturedFunction
 from llcompile.patterns.records import Certificate
 from tests.patterns.proofs import SIZES, captured_function, operands, proof
@@ -122,7 +122,7 @@ class TestArguments:
         prove_variant(f"{form}_simple_gla", ("g", "g_gamma"))
 
     def test_simple_gla_with_both_decays(self, form: str) -> None:
-        with pytest.raises(Mismatch, match="gives both g and g_gamma"):
+        with pytest.raises(CallRejection, match="gives both g and g_gamma"):
             proof(fla_leaf(f"{form}_simple_gla"), arguments_of(f"{form}_simple_gla", ()))
 
     def test_normalised_linear_attention(self, form: str) -> None:
@@ -130,7 +130,7 @@ class TestArguments:
 
     def test_normalised_linear_attention_with_a_state(self, form: str) -> None:
         name = f"{form}_linear_attn"
-        with pytest.raises(Mismatch, match="a pair"):
+        with pytest.raises(CallRejection, match="a pair"):
             proof(fla_leaf(name), arguments_of(name, ("initial_state",), normalize=True))
 
     @pytest.mark.parametrize("stem", ["delta_rule", "gated_delta_rule", "kda"])
@@ -153,7 +153,7 @@ class TestArguments:
         prove_variant(f"{form}_kda", absent, use_gate_in_kernel=True, lower_bound=-2.0)
 
     def test_gate_without_its_rate(self, form: str) -> None:
-        with pytest.raises(Mismatch, match="without A_log or lower_bound"):
+        with pytest.raises(CallRejection, match="without A_log or lower_bound"):
             proof(fla_leaf(f"{form}_kda"), arguments_of(f"{form}_kda", ("A_log",), use_gate_in_kernel=True))
 
     def test_a_gate_that_the_call_ignores_is_not_proved(self, form: str) -> None:
@@ -191,7 +191,7 @@ class TestRecurrentForms:
         ],
     )
     def test_what_is_refused(self, name: str, more: dict[str, Any], reason: str) -> None:
-        with pytest.raises(Mismatch, match=reason):
+        with pytest.raises(CallRejection, match=reason):
             read_call(FLA_ROWS[name], fla_leaf(name).plain, arguments_of(name, usual(name), **more))
 
 

@@ -14,7 +14,7 @@ import types
 import pytest
 import torch
 
-from llcompile.patterns.known.arguments import Mismatch, read_call
+from llcompile.patterns.known.arguments import CallRejection, read_call
 from llcompile.patterns.known.capture import CapturedFunction
 from llcompile.patterns.records import Certificate
 from tests.patterns.proofs import SIZES, captured_function, operands, proof, row_of
@@ -83,7 +83,7 @@ def test_states_of_sequences_packed_by_index_are_declined() -> None:
     found = captured(*SCAN)
     given = {**operands(ROW, ("initial_states",)), "chunk_size": 64, "seq_idx": torch.zeros(2, 70, dtype=torch.int32)}
     assert isinstance(proof(found, given), Certificate)
-    with pytest.raises(Mismatch, match="packs sequences by seq_idx and hands states on"):
+    with pytest.raises(CallRejection, match="packs sequences by seq_idx and hands states on"):
         read_call(ROW, found.plain, {**given, "return_final_states": True})
 
 
@@ -91,5 +91,5 @@ def test_a_selective_scan_with_a_decay_per_channel_is_declined() -> None:
     found = captured(*STEP)
     arguments = operands(found.entry)
     arguments["A"] = torch.randn(SIZES["H"], SIZES["V"], SIZES["K"])
-    with pytest.raises(Mismatch, match="differs along V"):
+    with pytest.raises(CallRejection, match="differs along V"):
         read_call(found.entry, found.plain, arguments)

@@ -27,7 +27,15 @@ ROOT = Path(__file__).parents[2]
 ENTRIES = [entry for group in TABLE for entry in group.entries]
 NAMES = {name: value for name, value in vars(reasons).items() if isinstance(value, Reason)}
 # What takes a reason, as its first argument (`withhold` as its third).
-GIVEN_TO = {"Miss": 0, "Mismatch": 0, "CannotPlace": 0, "decline": 0, "because": 0, "withhold": 2, "give_up": 3}
+GIVEN_TO = {
+    "Rejection": 0,
+    "CallRejection": 0,
+    "CannotPlace": 0,
+    "decline": 0,
+    "because": 0,
+    "withhold": 2,
+    "give_up": 3,
+}
 SPEAKS = re.compile("|".join(("reasons", "GivenReason", "Declined", *GIVEN_TO)))
 # Who makes one or unmakes it: the table, the record of a declined mixer, and what is saved with a module.
 MAKERS = {"patterns/reasons.py", "patterns/records.py", "llcompile/weights/withheld.py"}
@@ -164,16 +172,16 @@ def test_nothing_declines_without_a_code(places: Places) -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        'raise Miss("not causal", 3)',
-        'raise Miss(f"not causal: {output}", 3)',
+        'raise Rejection("not causal", 3)',
+        'raise Rejection(f"not causal: {output}", 3)',
         'site.decline("it is odd")',
         'site.decline(GivenReason("odd", "it is odd", ""))',
         'Declined("a", "it is odd", "here", code="odd")',
         'withheld.withhold(owner, "loglinear", "it is odd")',
-        "raise Miss(reasons.NOT_CASUAL(output=1, input=2))",
-        "raise Miss(reasons.NOT_CAUSAL(output=1))",
-        "raise Miss(reasons.NOT_CAUSAL)",
-        "raise Miss(reasons.STRICTLY_CAUSAL(output=1))",
+        "raise Rejection(reasons.NOT_CASUAL(output=1, input=2))",
+        "raise Rejection(reasons.NOT_CAUSAL(output=1))",
+        "raise Rejection(reasons.NOT_CAUSAL)",
+        "raise Rejection(reasons.STRICTLY_CAUSAL(output=1))",
     ],
 )
 def test_what_is_wrong_is_seen(line: str) -> None:
@@ -181,7 +189,7 @@ def test_what_is_wrong_is_seen(line: str) -> None:
     found.read(line, "passes/planted.py")
     assert found.wrong
     right = Places()
-    right.read("raise Miss(reasons.NOT_CAUSAL(output=1, input=2), 3)", "passes/planted.py")
+    right.read("raise Rejection(reasons.NOT_CAUSAL(output=1, input=2), 3)", "passes/planted.py")
     assert (right.wrong, right.used) == ([], {"NOT_CAUSAL"})
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from llcompile.patterns.known.arguments import Mismatch, read_call
+from llcompile.patterns.known.arguments import CallRejection, read_call
 from llcompile.patterns.known.capture import CapturedFunction
 from llcompile.patterns.records import Certificate
 from tests.patterns.proofs import SIZES, captured_function, operands, proof, row_of
@@ -94,5 +94,5 @@ def test_one_head_and_one_channel() -> None:
 )
 def test_refused_arguments_have_a_reason(name: str, module: str, refused: str) -> None:
     found = captured(name, module)
-    with pytest.raises(Mismatch, match=f"argument {refused} of {name} {found.entry.refuses[refused]}"):
+    with pytest.raises(CallRejection, match=f"argument {refused} of {name} {found.entry.refuses[refused]}"):
         read_call(found.entry, found.plain, {**operands(found.entry), refused: torch.zeros(1)})

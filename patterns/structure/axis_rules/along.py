@@ -9,8 +9,8 @@ from llcompile.patterns.structure.axis_rules.call import Call, Rows
 def _reduce(c: Call) -> list[Axes]:
     axes, given = c.axes[c.first], c.arg("dim")
     rank = len(axes)
-    dims = range(rank) if given is None or given == [] else [given] if isinstance(given, int) else given
-    gone = {d % rank for d in dims} if rank else set()
+    removed = range(rank) if given is None or given == [] else [given] if isinstance(given, int) else given
+    gone = {d % rank for d in removed} if rank else set()
     c.mix(*(axes[d] for d in gone))
     kept = tuple(() if i in gone else a for i, a in enumerate(axes) if i not in gone or c.arg("keepdim"))
     return [kept] * len(c.op.outputs)
@@ -29,7 +29,7 @@ def _scan(c: Call) -> list[Axes]:
 def _topk(c: Call) -> list[Axes]:
     axes, d = c.axes[c.first], c.dim()
     c.mix(axes[d])
-    return [(*axes[:d], c.atoms.new(v.shape[d]), *axes[d + 1 :]) for v in c.op.outputs]
+    return [(*axes[:d], c.dims.new(v.shape[d]), *axes[d + 1 :]) for v in c.op.outputs]
 
 
 def _triangle(c: Call) -> list[Axes]:
@@ -43,7 +43,7 @@ def _gated(c: Call) -> list[Axes]:
     """One half of an axis, gated by the other."""
     axes, d = list(c.axes[c.first]), c.dim()
     c.mix(axes[d])
-    axes[d] = c.atoms.part(axes[d], 0, c.first.shape[d] // 2, 1)
+    axes[d] = c.dims.part(axes[d], 0, c.first.shape[d] // 2, 1)
     return [tuple(axes)]
 
 
@@ -51,10 +51,10 @@ def _diagonal(c: Call) -> list[Axes]:
     axes = list(c.axes[c.first])
     i, j = c.dim("dim1"), c.dim("dim2")
     if c.arg("offset") == 0:
-        c.atoms.same(axes[i], axes[j])
+        c.dims.same(axes[i], axes[j])
         row = axes[i] or axes[j]
     else:
-        row = c.atoms.new(c.op.outputs[0].shape[-1])
+        row = c.dims.new(c.op.outputs[0].shape[-1])
     c.mix(axes[i], axes[j])
     return [(*(a for n, a in enumerate(axes) if n not in (i, j)), row)]
 
@@ -102,7 +102,7 @@ def _batch_norm(c: Call) -> list[Axes]:
 
 def _convolution(c: Call) -> list[Axes]:
     axes, weight, out = c.of("input"), c.of("weight"), c.op.outputs[0].shape
-    made: list[Axis] = [axes[0], weight[0] if len(weight[0]) else c.atoms.new(out[1])]
+    made: list[Axis] = [axes[0], weight[0] if len(weight[0]) else c.dims.new(out[1])]
     for i in range(2, len(out)):
         keeps = out[i] == c.first.shape[i]
         c.mix(axes[i])

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from llcompile.patterns.structure.axes import Atoms, Axes, Axis
+from llcompile.patterns.structure.axes import Axes, Axis, Dims
 from llcompile.patterns.structure.program import Op, Value
 
 
@@ -18,14 +18,14 @@ class Call:
 
     Args:
         op: the operation.
-        atoms: all atoms.
+        dims: all dims.
         axes: value -> its axes, so far.
         lost: value -> axes that its history has cut to pieces; a row of pieces of the same size is that axis again.
         mixed: what the rule notes: axes that the operation mixes.
     """
 
     op: Op
-    atoms: Atoms
+    dims: Dims
     axes: dict[Value, Axes]
     lost: dict[Value, tuple[Axis, ...]]
     mixed: list[Axis] = field(default_factory=list)
@@ -55,13 +55,13 @@ class Call:
 
     def new(self, index: int = 0) -> Axes:
         """New axes for a result."""
-        return tuple(self.atoms.new(n) for n in self.op.outputs[index].shape)
+        return tuple(self.dims.new(n) for n in self.op.outputs[index].shape)
 
     def repeated(self, size: int) -> Axis:
         """A new axis along which all numbers are the same."""
-        made = self.atoms.new(size)
-        for atom in made:
-            atom.repeated = True
+        made = self.dims.new(size)
+        for dim in made:
+            dim.repeated = True
         return made
 
     def mix(self, *axes: Axis) -> None:
@@ -72,49 +72,51 @@ class Call:
         """The axis of two operands that run together (one may be of size one)."""
         if not first or not second:
             return first or second
-        self.atoms.same(first, second)
+        self.dims.same(first, second)
         return first
 
-    def cut(self, value: Value, dim: int) -> None:
+    def cut(self, value: Value, position: int) -> None:
         """Notes that pieces are taken out of one axis of a tensor, and which others stand beside it."""
         axes = self.axes[value]
-        self.mix(axes[dim])
-        if axes[dim]:
-            self.atoms.beside.setdefault(axes[dim], set()).update(a for i, a in enumerate(axes) if a and i != dim)
+        self.mix(axes[position])
+        if axes[position]:
+            self.dims.beside.setdefault(axes[position], set()).update(
+                a for i, a in enumerate(axes) if a and i != position
+            )
 
     def wholes(self, piece: Value, size: int, *along: Axis) -> list[Axis]:
         """The axes of this size that a piece was cut from, and that its axes `along` may be pieces of."""
         lost = self.lost.get(piece, ())
-        found = [a for a in lost if size_of(self.atoms, a) == size]
+        found = [a for a in lost if size_of(self.dims, a) == size]
         if not found and along and along[0]:
-            found = [a for a in (self.atoms.chunked(a, along[0]) for a in lost) if size_of(self.atoms, a) == size]
-        return [a for a in found if all(self.atoms.is_piece(axis, a) for axis in along)]
+            found = [a for a in (self.dims.chunked(a, along[0]) for a in lost) if size_of(self.dims, a) == size]
+        return [a for a in found if all(self.dims.is_piece(axis, a) for axis in along)]
 
     def assembled(self, size: int, pieces: Mapping[Value, Axis]) -> Axis:
         """A new axis put together from pieces along an axis of each; the one they were cut from, where its size says
         so."""
-        made = self.atoms.new(size)
-        for atom in made:
-            atom.row = True
+        made = self.dims.new(size)
+        for dim in made:
+            dim.row = True
         found = [a for piece, axis in pieces.items() for a in self.wholes(piece, size, axis)]
         # Features that were put together on the way are no whole that anything was cut from.
-        found = [a for a in found if self.atoms.is_cut(a)] or found
-        if found and all(self.atoms.leaves(a) == self.atoms.leaves(found[0]) for a in found):
-            self.atoms.same(made, found[0])
+        found = [a for a in found if self.dims.is_cut(a)] or found
+        if found and all(self.dims.leaves(a) == self.dims.leaves(found[0]) for a in found):
+            self.dims.same(made, found[0])
         return made
 
 
-def size_of(atoms: Atoms, axis: Axis) -> int:
+def size_of(dims: Dims, axis: Axis) -> int:
     """How many positions an axis has."""
     size = 1
-    for leaf in atoms.leaves(axis):
+    for leaf in dims.leaves(axis):
         size *= leaf.size
     return size
 
 
 def pin(c: Call, axis: Axis) -> None:
     """Notes that the graph is written for this axis' size."""
-    for leaf in c.atoms.leaves(axis):
+    for leaf in c.dims.leaves(axis):
         leaf.pinned = True
 
 

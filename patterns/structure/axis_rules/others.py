@@ -48,12 +48,12 @@ def _by_size(c: Call) -> list[Axes]:
     for value in c.op.inputs:
         for axis in c.axes[value]:
             pin(c, axis)
-            known.setdefault(size_of(c.atoms, axis), set()).add(c.atoms.leaves(axis))
+            known.setdefault(size_of(c.dims, axis), set()).add(c.dims.leaves(axis))
     made = []
     for value in c.op.outputs:
-        axes = [next(iter(known[n])) if n > 1 and len(known.get(n, ())) == 1 else c.atoms.new(n) for n in value.shape]
+        axes = [next(iter(known[n])) if n > 1 and len(known.get(n, ())) == 1 else c.dims.new(n) for n in value.shape]
         twice = {a for a in axes if a and axes.count(a) > 1}
-        axes = [c.atoms.new(n) if a in twice else a for a, n in zip(axes, value.shape, strict=True)]
+        axes = [c.dims.new(n) if a in twice else a for a, n in zip(axes, value.shape, strict=True)]
         for axis in axes:
             pin(c, axis)
         made.append(tuple(axes))

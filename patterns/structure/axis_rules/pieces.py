@@ -25,9 +25,9 @@ def _slice(c: Call) -> list[Axes]:
         return [axes]
     c.cut(c.first, d)
     whole = c.wholes(c.first, stop - start, axes[d]) if step == 1 else []
-    part = c.atoms.part(axes[d], start, stop, step)
+    part = c.dims.part(axes[d], start, stop, step)
     if whole and part:  # a sequence that was padded, or whose pieces were put together, cut to its length again
-        c.atoms.same(part, whole[0])
+        c.dims.same(part, whole[0])
     return [(*axes[:d], part, *axes[d + 1 :])]
 
 
@@ -36,7 +36,7 @@ def _split(c: Call) -> list[Axes]:
     c.cut(c.first, d)
     for value in c.op.outputs:
         n = value.shape[d]
-        made.append((*axes[:d], c.atoms.part(axes[d], start, start + n, 1), *axes[d + 1 :]))
+        made.append((*axes[:d], c.dims.part(axes[d], start, start + n, 1), *axes[d + 1 :]))
         start += n
     return made
 
@@ -59,9 +59,9 @@ def _cat(c: Call) -> list[Axes]:
     size, whole = c.op.outputs[0].shape[d], c.axes[tensors[0]][d]
     filled = all(_is_filled(value) for value in tensors[1:]) and 2 * tensors[0].shape[d] > size
     padded = filled and bool(whole)
-    axes[d] = c.atoms.longer(whole, size) if padded else c.assembled(size, {v: c.axes[v][d] for v in tensors})
+    axes[d] = c.dims.longer(whole, size) if padded else c.assembled(size, {v: c.axes[v][d] for v in tensors})
     c.mix(*(() if padded else (axes[d],)), *(c.axes[v][d] for v in tensors))
-    c.atoms.joined.update(() if padded else (c.axes[v][d] for v in tensors))
+    c.dims.joined.update(() if padded else (c.axes[v][d] for v in tensors))
     for value in tensors:
         pin(c, c.axes[value][d])
     pin(c, axes[d])
@@ -103,11 +103,11 @@ def _write_along(c: Call, axis: Axis, piece: Value, along: Axis) -> None:
     A piece that was cut from this very axis tells of no other. Where nothing of that size was cut, chunks may be
     written side by side.
     """
-    whole = c.wholes(piece, size_of(c.atoms, axis), along)
-    if axis and whole and all(c.atoms.leaves(a) != c.atoms.leaves(axis) for a in whole):
-        c.atoms.same(axis, whole[0])
+    whole = c.wholes(piece, size_of(c.dims, axis), along)
+    if axis and whole and all(c.dims.leaves(a) != c.dims.leaves(axis) for a in whole):
+        c.dims.same(axis, whole[0])
     elif not whole:
-        for leaf in c.atoms.leaves(axis):
+        for leaf in c.dims.leaves(axis):
             leaf.row = True
 
 
@@ -145,7 +145,7 @@ def _index_select(c: Call) -> list[Axes]:
     axes, d = c.axes[c.first], c.dim()
     c.mix(axes[d])
     pin(c, axes[d])
-    return [(*axes[:d], c.atoms.new(c.op.outputs[0].shape[d]), *axes[d + 1 :])]
+    return [(*axes[:d], c.dims.new(c.op.outputs[0].shape[d]), *axes[d + 1 :])]
 
 
 def _index_add(c: Call) -> list[Axes]:

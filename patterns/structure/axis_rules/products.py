@@ -35,7 +35,7 @@ def _added_matmul(c: Call) -> list[Axes]:
 def _solve(c: Call) -> list[Axes]:
     operands = (c.arg("A") if c.arg("A") is not None else c.arg("self"), c.arg("B"))
     matrix, right = (c.axes[value] for value in operands)
-    c.atoms.same(matrix[-1], matrix[-2])
+    c.dims.same(matrix[-1], matrix[-2])
     c.pair(matrix[-1], right[-2])
     for a, b in zip(matrix[:-2], right[:-2], strict=False):
         c.pair(a, b)
@@ -50,7 +50,7 @@ def _solve_ex(c: Call) -> list[Axes]:
 
 def _inverse(c: Call) -> list[Axes]:
     axes = c.axes[c.first]
-    c.atoms.same(axes[-1], axes[-2])
+    c.dims.same(axes[-1], axes[-2])
     c.mix(axes[-1])
     return [axes if len(v.shape) == len(axes) else c.new(i) for i, v in enumerate(c.op.outputs)]
 

@@ -14,7 +14,7 @@ def pointwise(c: Call) -> list[Axes]:
         for i, axis in enumerate(c.axes[value]):
             at = rank - len(value.shape) + i
             axes[at] = c.pair(axes[at], axis)
-    full = tuple(a if a or n == 1 else c.atoms.new(n) for a, n in zip(axes, c.op.outputs[0].shape, strict=True))
+    full = tuple(a if a or n == 1 else c.dims.new(n) for a, n in zip(axes, c.op.outputs[0].shape, strict=True))
     return [full] * len(c.op.outputs)
 
 
@@ -28,17 +28,17 @@ def _copy(c: Call) -> list[Axes]:
 
 
 def _view(c: Call) -> list[Axes]:
-    made = c.atoms.regroup(c.axes[c.first], c.op.outputs[0].shape)
+    made = c.dims.regroup(c.axes[c.first], c.op.outputs[0].shape)
     return [tuple(_interleaved(c, axis) for axis in made) if made is not None else _cut_across(c)]
 
 
 def _interleaved(c: Call, axis: Axis) -> Axis:
     """Rows of pieces laid side by side (evens and odds in the tree of a parallel scan) are the axis they came from."""
-    leaves = c.atoms.leaves(axis)
+    leaves = c.dims.leaves(axis)
     if len(leaves) < 2 or not any(leaf.row for leaf in leaves):
         return axis
-    size, learned = size_of(c.atoms, axis), any(leaf.weight for leaf in leaves)
-    cut = [found for found in map(c.atoms.leaves, c.lost.get(c.first, ())) if size_of(c.atoms, found) == size]
+    size, learned = size_of(c.dims, axis), any(leaf.weight for leaf in leaves)
+    cut = [found for found in map(c.dims.leaves, c.lost.get(c.first, ())) if size_of(c.dims, found) == size]
     # Rows of tokens are no channels that were cut, though there may be as many.
     if not any(found != leaves and any(leaf.weight for leaf in found) == learned for found in cut):
         return axis
@@ -76,8 +76,8 @@ def _unsqueeze(c: Call) -> list[Axes]:
 def _squeeze(c: Call) -> list[Axes]:
     axes, given = c.axes[c.first], c.arg("dim")
     rank = len(axes)
-    dims = range(rank) if given is None else [given] if isinstance(given, int) else given
-    drop = {d % rank for d in dims if rank} & {i for i, n in enumerate(c.first.shape) if n == 1}
+    removed = range(rank) if given is None else [given] if isinstance(given, int) else given
+    drop = {d % rank for d in removed if rank} & {i for i, n in enumerate(c.first.shape) if n == 1}
     return [tuple(a for i, a in enumerate(axes) if i not in drop)]
 
 
@@ -94,7 +94,7 @@ def _expand(c: Call) -> list[Axes]:
 def _repeat(c: Call) -> list[Axes]:
     axes, counts = c.axes[c.first], c.arg("repeats")
     axes = ((),) * (len(counts) - len(axes)) + axes
-    return [tuple(c.atoms.new(n) + a for n, a in zip(counts, axes, strict=True))]
+    return [tuple(c.dims.new(n) + a for n, a in zip(counts, axes, strict=True))]
 
 
 def _pad(c: Call) -> list[Axes]:
@@ -105,7 +105,7 @@ def _pad(c: Call) -> list[Axes]:
             c.mix(axes[d])
             pin(c, axes[d])
             if before == 0 and after > 0 and axes[d]:
-                axes[d] = c.atoms.longer(axes[d], shape[d])
+                axes[d] = c.dims.longer(axes[d], shape[d])
             elif before + after:  # else a shift: padded at one end and cut at the other
                 axes[d] = c.assembled(shape[d], {c.first: axes[d]})
     return [tuple(axes)]
@@ -119,7 +119,7 @@ def _as_complex(c: Call) -> list[Axes]:
 
 
 def _as_real(c: Call) -> list[Axes]:
-    return [(*c.axes[c.first], c.atoms.new(2))]
+    return [(*c.axes[c.first], c.dims.new(2))]
 
 
 # Rule, and the operations that follow it.

@@ -1,4 +1,4 @@
-"""Reading: a part of a program understood as a mixer: which source is which operand, and on which axes."""
+"""Hypothesis: a part of a program understood as a mixer: which live-in is which operand, and on which axes."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ import torch
 
 from llcompile.patterns.families import Correction, Decay
 from llcompile.patterns.mixer import Mixer
-from llcompile.patterns.structure.axes import Atom
-from llcompile.patterns.structure.frame import Row
-from llcompile.patterns.structure.lifted import Source
+from llcompile.patterns.structure.axes import Axes, Axis, Dim
+from llcompile.patterns.structure.lifted import LiveIn
 from llcompile.patterns.structure.sizing import CannotArrange, arrange
 from llcompile.patterns.structure.transforms import Transform
 
-Size = Callable[[Atom], Any]
+Size = Callable[[Dim], Any]
 
 # What may stand in the denominator d of normalised linear attention, with e the epsilon, and s() the sum of the query's
 # features: q . (sum of keys + e) is d + e s.
@@ -29,7 +28,7 @@ NORMALISERS: dict[str, Callable[[Any, float, Callable[[], Any]], Any]] = {
 }
 
 
-# What is done to the output o with a source x.
+# What is done to the output o with a live-in x.
 POSTS: dict[str, Callable[[Any, Any], Any]] = {
     "plus": lambda o, x: o + x,
     "times": lambda o, x: o * x,
@@ -40,39 +39,39 @@ POSTS: dict[str, Callable[[Any, Any], Any]] = {
 
 
 @dataclass(frozen=True)
-class Axes4:
-    """The atoms of the operator's axes. `groups` are the heads that queries and keys have, `rest` those they share."""
+class MixerAxes:
+    """The dims of the operator's axes. `groups` are the heads that queries and keys have, `rest` those they share."""
 
-    batch: Row
-    time: Row
-    groups: Row
-    rest: Row
-    key: Row
-    value: Row
+    batch: Axis
+    time: Axis
+    groups: Axis
+    rest: Axis
+    key: Axis
+    value: Axis
 
     @property
-    def heads(self) -> Row:
+    def heads(self) -> Axis:
         """All heads, the groups outermost."""
         return (*self.groups, *self.rest)
 
 
 @dataclass(frozen=True)
-class Reading:
-    """Which source is which operand.
+class Hypothesis:
+    """Which live-in is which operand.
 
     Args:
-        rows: source -> its axes.
+        rows: live-in -> its axes.
         result: the axes of what the part computes.
         axes: the operator's axes.
         value: None where the part sums scores alone (a denominator).
-        factors: sources [B, T, H] that multiply a token's key (or value), "as it is" or as its "exp".
-        decay: the source of the decay, with its transform; `rate` a factor on the log decay; `shifted`
+        factors: live-ins [B, T, H] that multiply a token's key (or value), "as it is" or as its "exp".
+        decay: the live-in of the decay, with its transform; `rate` a factor on the log decay; `shifted`
             where a token's decay acts after it was read.
         assumed: the decay is a parameter taken as it is, which must lie in (0, 1].
         constant: the log decay of each head where it is a number of the code.
         complement: what is written is multiplied with one minus the decay (a step from the state towards it).
         step: the beta of a delta rule where it is a number of the code.
-        post: sources that the output is multiplied with ("times"), divided by ("over"), or that are added ("plus");
+        post: live-ins that the output is multiplied with ("times"), divided by ("over"), or that are added ("plus");
             "times exp" and "over exp" for their exponentials.
         first: the state that the sum starts from, which the model has learned; `first_scale` a factor on it.
         skip: where the output has the token's own value once more (the scores have a number on their diagonal): what
@@ -81,26 +80,26 @@ class Reading:
         scale: factor on the query.
     """
 
-    rows: Mapping[Source, tuple[Row, ...]]
-    result: tuple[Row, ...]
-    axes: Axes4
-    query: Source
-    key: Source
-    value: Source | None
-    factors: tuple[tuple[Source, str], ...] = ()
-    decay: Source | None = None
+    rows: Mapping[LiveIn, Axes]
+    result: Axes
+    axes: MixerAxes
+    query: LiveIn
+    key: LiveIn
+    value: LiveIn | None
+    factors: tuple[tuple[LiveIn, str], ...] = ()
+    decay: LiveIn | None = None
     transform: Transform | None = None
     rate: float = 1.0
     shifted: bool = False
     assumed: bool = False
     constant: tuple[float, ...] | None = None
     complement: bool = False
-    beta: Source | None = None
+    beta: LiveIn | None = None
     step: float | None = None
-    post: tuple[tuple[Source, str], ...] = ()
-    first: Source | None = None
+    post: tuple[tuple[LiveIn, str], ...] = ()
+    first: LiveIn | None = None
     first_scale: float = 1.0
-    skip: tuple[Source, ...] | None = None
+    skip: tuple[LiveIn, ...] | None = None
     skip_scale: float = 1.0
     normaliser: tuple[str, float] | None = None
     scale: float = 1.0
@@ -112,23 +111,23 @@ class Reading:
         correction: Correction = "none" if self.step is None and self.beta is None else "delta"
         if self.decay is None:
             return ("none" if self.constant is None else "scalar"), correction
-        keyed = any(atom in self.axes.key for row in self.rows[self.decay] for atom in row)
+        keyed = any(dim in self.axes.key for row in self.rows[self.decay] for dim in row)
         return ("channel" if keyed else "scalar"), correction
 
     @property
-    def operands(self) -> list[Source]:
-        """Every source that is a part of the operator's operands."""
+    def operands(self) -> list[LiveIn]:
+        """Every live-in that is a part of the operator's operands."""
         found = [self.query, self.key, self.value, *(s for s, _ in self.factors), self.decay, self.beta]
         return [s for s in dict.fromkeys(found) if s is not None]
 
-    def scaled(self, scale: float) -> Reading:
+    def scaled(self, scale: float) -> Hypothesis:
         """The same with another scale."""
         return replace(self, scale=scale)
 
-    def mixer(self, values: Mapping[Source, Any], size: Size, precision: torch.dtype = torch.float32) -> Mixer:
+    def mixer(self, values: Mapping[LiveIn, Any], size: Size, precision: torch.dtype = torch.float32) -> Mixer:
         """The operands in the operator's layout, from tensors or proxies; decays that are numbers in `precision`."""
         a = self.axes
-        put = lambda source, *groups: arrange(values[source], self.rows[source], groups, size)  # noqa: E731
+        put = lambda live_in, *groups: arrange(values[live_in], self.rows[live_in], groups, size)  # noqa: E731
         key = put(self.key, a.batch, a.time, a.groups, a.key)
         if self.value is not None:
             value = put(self.value, a.batch, a.time, a.heads, a.value)
@@ -157,7 +156,7 @@ class Reading:
             scale=self.scale,
         )
 
-    def _first(self, values: Mapping[Source, Any], size: Size) -> Any:
+    def _first(self, values: Mapping[LiveIn, Any], size: Size) -> Any:
         """The state at the start, [B, H, K, V]."""
         if self.first is None:
             return None
@@ -171,7 +170,7 @@ class Reading:
         a = self.axes
         return None if self.beta is None else put(self.beta, a.batch, a.time, a.heads)
 
-    def _log_decay(self, values: Mapping[Source, Any], size: Size, like: Any, precision: torch.dtype) -> Any:
+    def _log_decay(self, values: Mapping[LiveIn, Any], size: Size, like: Any, precision: torch.dtype) -> Any:
         a = self.axes
         if self.decay is None:
             if self.constant is None:
@@ -181,7 +180,7 @@ class Reading:
         assert self.transform is not None
         z = self.transform.log_decay(values[self.decay])
         z = z if self.rate == 1.0 else z * self.rate
-        held = {id(atom) for row in self.rows[self.decay] for atom in row}
+        held = {id(dim) for row in self.rows[self.decay] for dim in row}
         keyed = [a.key] if self.family[0] == "channel" else []
         if not keyed and not held & {id(x) for x in (*a.batch, *a.time)}:
             return arrange(z, self.rows[self.decay], (a.heads,), size)
@@ -190,7 +189,7 @@ class Reading:
             z = torch.cat([torch.zeros_like(z[:, :1]), z[:, :-1]], dim=1)
         return z
 
-    def finish(self, output: Any, values: Mapping[Source, Any], size: Size) -> Any:
+    def finish(self, output: Any, values: Mapping[LiveIn, Any], size: Size) -> Any:
         """What the part computes, from the operator's output [B, T, H, V]."""
         a = self.axes
         if self.normaliser is not None:
@@ -200,23 +199,23 @@ class Reading:
         if self.skip is not None:
             output = output + self._skipped(values, size)
         output = arrange(output, (a.batch, a.time, a.heads, a.value), self.result, size)
-        for source, how in self.post:
-            other = arrange(values[source], self.rows[source], self.result, size, broadcast=True)
+        for live_in, how in self.post:
+            other = arrange(values[live_in], self.rows[live_in], self.result, size, broadcast=True)
             output = POSTS[how](output, other)
         return output
 
-    def _skipped(self, values: Mapping[Source, Any], size: Size) -> Any:
+    def _skipped(self, values: Mapping[LiveIn, Any], size: Size) -> Any:
         """What the diagonal of the scores adds, [B, T, H, V]."""
         if self.value is None or self.skip is None:
             raise CannotArrange
         a = self.axes
         whole = (a.batch, a.time, a.heads, a.value)
         added = arrange(values[self.value], self.rows[self.value], whole, size)
-        for source in self.skip:
-            added = added * arrange(values[source], self.rows[source], whole, size)
+        for live_in in self.skip:
+            added = added * arrange(values[live_in], self.rows[live_in], whole, size)
         return added if self.skip_scale == 1.0 else added * self.skip_scale
 
-    def _query_sum(self, values: Mapping[Source, Any], size: Size) -> Any:
+    def _query_sum(self, values: Mapping[LiveIn, Any], size: Size) -> Any:
         """The sum of the query's features, [B, T, H, 1]."""
         a = self.axes
         query = arrange(values[self.query], self.rows[self.query], (a.batch, a.time, a.groups, a.key), size)

@@ -13,11 +13,11 @@ from torch import Tensor
 
 import llcompile.kernels.operators  # noqa: F401  (registers torch.ops.llcompile)
 from llcompile.patterns import reasons
-from llcompile.patterns.structure.axes import Atom
-from llcompile.patterns.structure.classify import Miss, Roles
-from llcompile.patterns.structure.lifted import Source
+from llcompile.patterns.structure.axes import Dim
+from llcompile.patterns.structure.classify import Rejection, Roles
+from llcompile.patterns.structure.hypothesis import NORMALISERS, Hypothesis, MixerAxes
+from llcompile.patterns.structure.lifted import LiveIn
 from llcompile.patterns.structure.probe import Probe, difference
-from llcompile.patterns.structure.reading import NORMALISERS, Axes4, Reading
 from llcompile.patterns.structure.sizing import CannotArrange, arrange
 from llcompile.patterns.structure.transforms import TRANSFORMS
 
@@ -26,76 +26,76 @@ _STEADY = -0.1
 _DECAY, _BETA, _FACTOR, _EXP = "decay", "beta", "factor", "exponent"
 
 
-def suppose(probe: Probe, roles: Roles) -> Reading:
-    """The reading of the part that agrees with it on the probe's draw.
+def fit(probe: Probe, roles: Roles) -> Hypothesis:
+    """The hypothesis of the part that agrees with it on the probe's draw.
 
     Raises:
-        Miss: none does; with how close the best one came.
+        Rejection: none does; with how close the best one came.
     """
     base = probe.by_time(probe.run())
     closest = math.inf
-    for reading in _readings(probe, roles):
+    for hypothesis in _readings(probe, roles):
         try:
-            found, error = _fit(probe, reading, roles, base)
+            found, error = _fit(probe, hypothesis, roles, base)
         except (CannotArrange, RuntimeError):
             continue
         if error < AGREES:
             return _with_rest(probe, found, roles)
         closest = min(closest, error)
     if not roles.linear_query:
-        raise Miss(reasons.NOT_LINEAR_IN_QUERY(), 2, open=True)
-    raise Miss(reasons.NEAR_A_FAMILY(error=closest) if closest < 0.3 else reasons.UNKNOWN_SCORES(), 2, open=True)
+        raise Rejection(reasons.NOT_LINEAR_IN_QUERY(), 2, open=True)
+    raise Rejection(reasons.NEAR_A_FAMILY(error=closest) if closest < 0.3 else reasons.UNKNOWN_SCORES(), 2, open=True)
 
 
-def _with_rest(probe: Probe, reading: Reading, roles: Roles) -> Reading:
-    """The reading with what the probe left away: the state at the start, and the value once more.
+def _with_rest(probe: Probe, hypothesis: Hypothesis, roles: Roles) -> Hypothesis:
+    """The hypothesis with what the probe left away: the state at the start, and the value once more.
 
     Raises:
-        Miss: there is something else.
+        Rejection: there is something else.
     """
     if roles.first is None and roles.aside is None:
-        return reading
+        return hypothesis
     probe.linear_in, none = None, torch.zeros_like
     try:
         if roles.first is not None:
             probe.values[roles.first] = probe.draw(roles.first)
-            reading = replace(reading, first=roles.first)
+            hypothesis = replace(hypothesis, first=roles.first)
             without = {roles.first: none(probe.values[roles.first])}
             theirs = probe.by_time(probe.run()) - probe.by_time(probe.run(without))
-            ours = output_of(probe, reading) - _output_with(probe, reading, without)
-            reading = replace(reading, first_scale=_factor(theirs, ours))
+            ours = output_of(probe, hypothesis) - _output_with(probe, hypothesis, without)
+            hypothesis = replace(hypothesis, first_scale=_factor(theirs, ours))
         if roles.aside is not None:
-            reading = replace(reading, skip=roles.aside)
+            hypothesis = replace(hypothesis, skip=roles.aside)
             without = {roles.query: none(probe.values[roles.query])}
             theirs = probe.by_time(probe.run(without))
-            reading = replace(reading, skip_scale=_factor(theirs, _output_with(probe, reading, without)))
+            hypothesis = replace(hypothesis, skip_scale=_factor(theirs, _output_with(probe, hypothesis, without)))
     except (CannotArrange, RuntimeError) as error:
-        raise Miss(reasons.ADDED_TO_SUM(), 2, open=True) from error
-    return reading
+        raise Rejection(reasons.ADDED_TO_SUM(), 2, open=True) from error
+    return hypothesis
 
 
 def _factor(theirs: Tensor, ours: Tensor) -> float:
     """What the second is to be multiplied with.
 
     Raises:
-        Miss: it is not one number.
+        Rejection: it is not one number.
     """
     factor = float((theirs * ours).sum() / (ours * ours).sum().clamp_min(1e-300))
     if difference(theirs, factor * ours) > AGREES:
-        raise Miss(reasons.ADDED_TO_SUM(), 2, open=True)
+        raise Rejection(reasons.ADDED_TO_SUM(), 2, open=True)
     return 1.0 if abs(factor - 1) < 1e-9 else factor
 
 
-def _output_with(probe: Probe, reading: Reading, changed: dict[Source, Tensor]) -> Tensor:
+def _output_with(probe: Probe, hypothesis: Hypothesis, changed: dict[LiveIn, Tensor]) -> Tensor:
     kept, probe.values = probe.values, {**probe.values, **changed}
     try:
-        return output_of(probe, reading)
+        return output_of(probe, hypothesis)
     finally:
         probe.values = kept
 
 
-def _readings(probe: Probe, roles: Roles) -> Iterator[Reading]:
-    """Every way to read the sources, the plainest first."""
+def _readings(probe: Probe, roles: Roles) -> Iterator[Hypothesis]:
+    """Every way to read the live-ins, the plainest first."""
     for key in roles.keyed:
         others = [s for s in (*roles.keyed, *roles.scalars, *roles.timeless) if s is not key]
         choices = [_choices(probe, roles, s, key) for s in others]
@@ -106,26 +106,28 @@ def _readings(probe: Probe, roles: Roles) -> Iterator[Reading]:
             yield from _with_transforms(probe, roles, key, named)
 
 
-def _choices(probe: Probe, roles: Roles, source: Source, key: Source) -> list[str]:
-    if source in roles.keyed:
+def _choices(probe: Probe, roles: Roles, live_in: LiveIn, key: LiveIn) -> list[str]:
+    if live_in in roles.keyed:
         return [_DECAY]
     found = []
-    timeless = source in roles.timeless
-    if roles.degree[source] == 1:
+    timeless = live_in in roles.timeless
+    if roles.degree[live_in] == 1:
         return [_FACTOR] if not timeless else ["times"]
-    if not timeless and source not in roles.strict:
+    if not timeless and live_in not in roles.strict:
         # With a denominator inside, nothing is linear in a factor on the keys.
         found += [_BETA, _EXP] if roles.linear_query else [_FACTOR, _EXP]
     return [*found, _DECAY]
 
 
-def _with_transforms(probe: Probe, roles: Roles, key: Source, named: list[tuple[Source, str]]) -> Iterator[Reading]:
+def _with_transforms(probe: Probe, roles: Roles, key: LiveIn, named: list[tuple[LiveIn, str]]) -> Iterator[Hypothesis]:
     one = lambda role: next((s for s, r in named if r == role), None)  # noqa: E731
     decay = one(_DECAY)
     factors = tuple((s, "exp" if r == _EXP else "as it is") for s, r in named if r in (_FACTOR, _EXP))
     post = (*roles.post, *((s, r) for s, r in named if r == "times"))
     axes = _axes(probe, roles, key, [s for s in (*(f for f, _ in factors), decay, one(_BETA)) if s is not None])
-    base = Reading(probe.rows, probe.result, axes, roles.query, key, roles.value, factors, beta=one(_BETA), post=post)
+    base = Hypothesis(
+        probe.rows, probe.result, axes, roles.query, key, roles.value, factors, beta=one(_BETA), post=post
+    )
     bases = [base]
     if base.beta is None and roles.degree[key] != 1 and roles.linear_query:
         bases.append(replace(base, step=1.0))
@@ -144,13 +146,13 @@ def _with_transforms(probe: Probe, roles: Roles, key: Source, named: list[tuple[
             yield replace(one_base, decay=decay, transform=TRANSFORMS[0], rate=rate, shifted=decay in roles.strict)
 
 
-def _rate(probe: Probe, reading: Reading, decay: Source) -> float | None:
-    """The factor between a source and the log decay, where the code multiplies after summing; from a constant decay."""
+def _rate(probe: Probe, hypothesis: Hypothesis, decay: LiveIn) -> float | None:
+    """The factor between a live-in and the log decay, where code multiplies after summing; from a constant decay."""
     kept = probe.values
     probe.values = {**kept, decay: torch.full_like(kept[decay], _STEADY)}
     try:
         base = probe.by_time(probe.run())
-        steady = _constant_decay(probe, reading, output_of(probe, reading), base)
+        steady = _constant_decay(probe, hypothesis, output_of(probe, hypothesis), base)
     except (CannotArrange, RuntimeError):
         return None
     finally:
@@ -161,46 +163,46 @@ def _rate(probe: Probe, reading: Reading, decay: Source) -> float | None:
     return sum(rates) / len(rates) if max(rates) - min(rates) < 1e-6 * max(rates) else None
 
 
-def _axes(probe: Probe, roles: Roles, key: Source, scalars: list[Source]) -> Axes4:
-    """The operator's axes, from whose atoms are whose."""
-    rows, times = probe.rows, probe.sizing.times
-    atoms = lambda s: {id(a) for row in rows[s] for a in row}  # noqa: E731
-    result = [a for row in probe.result for a in row if not times.is_time(a)]
+def _axes(probe: Probe, roles: Roles, key: LiveIn, scalars: list[LiveIn]) -> MixerAxes:
+    """The operator's axes, from whose dims are whose."""
+    rows, analysis = probe.rows, probe.sizing.analysis
+    dims = lambda s: {id(a) for row in rows[s] for a in row}  # noqa: E731
+    result = [a for row in probe.result for a in row if not analysis.is_time(a)]
     kept = {id(a) for a in result}
-    contracted = tuple(a for row in rows[roles.query] for a in row if id(a) not in kept and not times.is_time(a))
-    scored = atoms(roles.query) | atoms(key)
-    inner = scored.union(*(atoms(s) for s in scalars)) if scalars else scored
-    own = atoms(roles.value) - inner if roles.value is not None else set()
+    contracted = tuple(a for row in rows[roles.query] for a in row if id(a) not in kept and not analysis.is_time(a))
+    scored = dims(roles.query) | dims(key)
+    inner = scored.union(*(dims(s) for s in scalars)) if scalars else scored
+    own = dims(roles.value) - inner if roles.value is not None else set()
     value = tuple(a for a in result if id(a) in own)
     rest = [a for a in result if id(a) not in own]
     batch = _batch(rest)
     heads = [a for a in rest if a not in batch]
     groups = tuple(a for a in heads if id(a) in scored)
     shared = tuple(a for a in heads if id(a) not in scored)
-    return Axes4(tuple(batch), times.leaves, groups, shared, contracted, value)
+    return MixerAxes(tuple(batch), analysis.leaves, groups, shared, contracted, value)
 
 
-def _batch(atoms: list[Atom]) -> list[Atom]:
+def _batch(dims: list[Dim]) -> list[Dim]:
     """Those of the axes that no parameter has; without parameters, the first."""
-    free = [a for a in atoms if not a.weight]
-    if len(free) == len(atoms):
+    free = [a for a in dims if not a.weight]
+    if len(free) == len(dims):
         return free[:1]
     return free
 
 
-def _fit(probe: Probe, reading: Reading, roles: Roles, base: Tensor) -> tuple[Reading, float]:
-    """The reading with its numbers (scale, constant decay, epsilon) found, and how far it is from the part."""
+def _fit(probe: Probe, hypothesis: Hypothesis, roles: Roles, base: Tensor) -> tuple[Hypothesis, float]:
+    """The hypothesis with its numbers (scale, constant decay, epsilon) found, and how far it is from the part."""
     if not roles.linear_query:
-        return _fit_normaliser(probe, reading, base)
-    ours = output_of(probe, reading)
-    found, error = _scaled(reading, ours, base)
-    if error >= AGREES and reading.step is not None:
-        step = _constant_step(probe, reading, base)
+        return _fit_normaliser(probe, hypothesis, base)
+    ours = output_of(probe, hypothesis)
+    found, error = _scaled(hypothesis, ours, base)
+    if error >= AGREES and hypothesis.step is not None:
+        step = _constant_step(probe, hypothesis, base)
         if step is not None:
-            stepped = replace(reading, step=step)
+            stepped = replace(hypothesis, step=step)
             found, error = _scaled(stepped, output_of(probe, stepped), base)
-    if error >= AGREES and reading.decay is None:
-        for headed in (reading, *_more_heads(reading)):
+    if error >= AGREES and hypothesis.decay is None:
+        for headed in (hypothesis, *_more_heads(hypothesis)):
             decayed = _constant_decay(probe, headed, ours, base)
             if decayed is not None:
                 # Over two tokens anything dies away as a decay does: only the agreement says whose it is.
@@ -212,38 +214,38 @@ def _fit(probe: Probe, reading: Reading, roles: Roles, base: Tensor) -> tuple[Re
     return found, error
 
 
-def _more_heads(reading: Reading) -> Iterator[Reading]:
-    """The reading with an axis of the value as heads: only a decay of the code's own numbers may tell them apart."""
-    axes = reading.axes
-    for atom in axes.value if len(axes.value) > 1 else ():
-        rest = tuple(a for a in axes.value if a is not atom)
-        yield replace(reading, axes=replace(axes, rest=(*axes.rest, atom), value=rest))
+def _more_heads(hypothesis: Hypothesis) -> Iterator[Hypothesis]:
+    """The hypothesis with an axis of the value as heads: only a decay of the code's own numbers may tell them apart."""
+    axes = hypothesis.axes
+    for dim in axes.value if len(axes.value) > 1 else ():
+        rest = tuple(a for a in axes.value if a is not dim)
+        yield replace(hypothesis, axes=replace(axes, rest=(*axes.rest, dim), value=rest))
 
 
-def output_of(probe: Probe, reading: Reading) -> Tensor:
-    """What the reading computes on the probe's draw, as [T, everything else]."""
+def output_of(probe: Probe, hypothesis: Hypothesis) -> Tensor:
+    """What the hypothesis computes on the probe's draw, as [T, everything else]."""
     size = probe.sizing.of
-    m = reading.mixer(probe.values, size, probe.dtype)
+    m = hypothesis.mixer(probe.values, size, probe.dtype)
     operands = m.query, m.key, m.value, None, m.log_decay, m.beta, m.initial_state
     output = torch.ops.llcompile.loglinear_attention(*operands, m.scale, False)[0]
-    return probe.by_time(reading.finish(output, probe.values, size))
+    return probe.by_time(hypothesis.finish(output, probe.values, size))
 
 
-def _scaled(reading: Reading, ours: Tensor, base: Tensor) -> tuple[Reading, float]:
+def _scaled(hypothesis: Hypothesis, ours: Tensor, base: Tensor) -> tuple[Hypothesis, float]:
     scale = float((ours * base).sum() / (ours * ours).sum().clamp_min(1e-300))
-    return reading.scaled(reading.scale * scale), difference(ours * scale, base)
+    return hypothesis.scaled(hypothesis.scale * scale), difference(ours * scale, base)
 
 
-def _constant_decay(probe: Probe, reading: Reading, ours: Tensor, base: Tensor) -> Reading | None:
+def _constant_decay(probe: Probe, hypothesis: Hypothesis, ours: Tensor, base: Tensor) -> Hypothesis | None:
     """The decay that the code holds as numbers, from how an impulse at the start dies away."""
-    value = reading.value if reading.value is not None else reading.key
+    value = hypothesis.value if hypothesis.value is not None else hypothesis.key
     start = probe.at_one_time(value, 0)
     theirs = base - probe.by_time(probe.run({value: start}))
     changed = dict(probe.values)
     kept, probe.values = probe.values, {**changed, value: start}
-    own = ours - output_of(probe, reading)
+    own = ours - output_of(probe, hypothesis)
     probe.values = kept
-    heads = _by_head(probe, reading, theirs), _by_head(probe, reading, own)
+    heads = _by_head(probe, hypothesis, theirs), _by_head(probe, hypothesis, own)
     ratio = (heads[0] * heads[1]).sum(-1) / (heads[1] * heads[1]).sum(-1).clamp_min(1e-300)  # [T, H]
     ratio = ratio / ratio[:1]
     if not bool((ratio > 0).all()) or ratio.shape[0] < 2:
@@ -258,21 +260,21 @@ def _constant_decay(probe: Probe, reading: Reading, ours: Tensor, base: Tensor) 
         return None
     if bool((log_decay > 1e-9).any()) or float(log_decay.abs().max()) < 1e-9:
         return None
-    return replace(reading, constant=tuple(float(x) for x in log_decay))
+    return replace(hypothesis, constant=tuple(float(x) for x in log_decay))
 
 
-def _constant_step(probe: Probe, reading: Reading, base: Tensor) -> float | None:
+def _constant_step(probe: Probe, hypothesis: Hypothesis, base: Tensor) -> float | None:
     """The beta that the code holds as a number, from what the second token leaves of the first.
 
     Up to a factor that is (1 - beta) times what no correction leaves, and beta times what a step of one leaves.
     """
-    if reading.value is None or probe.length < 2:
+    if hypothesis.value is None or probe.length < 2:
         return None
-    kept, changed = probe.values, {**probe.values, reading.value: probe.at_one_time(reading.value, 0)}
+    kept, changed = probe.values, {**probe.values, hypothesis.value: probe.at_one_time(hypothesis.value, 0)}
     theirs = (base - probe.by_time(probe.run(changed)))[1]
     left = []
     for step in (None, 1.0):
-        tried = replace(reading, step=step)
+        tried = replace(hypothesis, step=step)
         own = output_of(probe, tried)
         probe.values = changed
         left.append((own - output_of(probe, tried))[1])
@@ -282,63 +284,63 @@ def _constant_step(probe: Probe, reading: Reading, base: Tensor) -> float | None
     return step if math.isfinite(step) and step > 0 else None
 
 
-def _by_head(probe: Probe, reading: Reading, x: Tensor) -> Tensor:
+def _by_head(probe: Probe, hypothesis: Hypothesis, x: Tensor) -> Tensor:
     """A result [T, N] as [T, H, N / H]."""
-    times = probe.sizing.times
-    rest = tuple(atom for row in probe.result for atom in row if not times.is_time(atom))
-    heads = reading.axes.heads
+    analysis = probe.sizing.analysis
+    rest = tuple(dim for row in probe.result for dim in row if not analysis.is_time(dim))
+    heads = hypothesis.axes.heads
     others = tuple(a for a in rest if not any(a is h for h in heads))
-    return arrange(x, (times.leaves, rest), (times.leaves, heads, others), probe.sizing.of)
+    return arrange(x, (analysis.leaves, rest), (analysis.leaves, heads, others), probe.sizing.of)
 
 
-def _fit_normaliser(probe: Probe, reading: Reading, base: Tensor) -> tuple[Reading, float]:
+def _fit_normaliser(probe: Probe, hypothesis: Hypothesis, base: Tensor) -> tuple[Hypothesis, float]:
     """The denominator inside: the operator on ones, and what the code does to it."""
-    best: tuple[Reading, float] = (reading, math.inf)
-    epsilon = _epsilon(probe, reading)
+    best: tuple[Hypothesis, float] = (hypothesis, math.inf)
+    epsilon = _epsilon(probe, hypothesis)
     for form in NORMALISERS:
-        own = _slope(probe, reading, base) if form == "d + e s" else epsilon
-        found = replace(reading, normaliser=(form, own))
+        own = _slope(probe, hypothesis, base) if form == "d + e s" else epsilon
+        found = replace(hypothesis, normaliser=(form, own))
         error = difference(output_of(probe, found), base)
         error = max(error, _turned_error(probe, found))
         if epsilon and error < AGREES:
             # Where the denominator is about as large as the epsilon, a sum and a maximum differ.
-            with _queries_times(probe, reading, epsilon):
+            with _queries_times(probe, hypothesis, epsilon):
                 error = max(error, difference(output_of(probe, found), probe.by_time(probe.run())))
         best = min(best, (found, error), key=lambda pair: pair[1])
     return best
 
 
-def _turned_error(probe: Probe, reading: Reading) -> float:
+def _turned_error(probe: Probe, hypothesis: Hypothesis) -> float:
     """How far the two are apart for queries of the other sign, where there are such: |d| is not d."""
-    low, query = probe.ranges[reading.query][0], probe.values[reading.query]
+    low, query = probe.ranges[hypothesis.query][0], probe.values[hypothesis.query]
     if low >= 0:
         return 0.0
-    with _queries_times(probe, reading, -min(1.0, 0.9 * abs(low) / float(query.abs().max()))):
-        return difference(output_of(probe, reading), probe.by_time(probe.run()))
+    with _queries_times(probe, hypothesis, -min(1.0, 0.9 * abs(low) / float(query.abs().max()))):
+        return difference(output_of(probe, hypothesis), probe.by_time(probe.run()))
 
 
-def _epsilon(probe: Probe, reading: Reading) -> float:
+def _epsilon(probe: Probe, hypothesis: Hypothesis) -> float:
     """What remains of the denominator when the queries are tiny."""
-    with _queries_times(probe, reading, 1e-30):
+    with _queries_times(probe, hypothesis, 1e-30):
         theirs = probe.by_time(probe.run())
-        numerator = output_of(probe, replace(reading, normaliser=None))
+        numerator = output_of(probe, replace(hypothesis, normaliser=None))
     epsilon = float((numerator * numerator).sum() / (numerator * theirs).sum())
     return epsilon if math.isfinite(epsilon) and epsilon > 1e-25 else 0.0
 
 
-def _slope(probe: Probe, reading: Reading, base: Tensor) -> float:
+def _slope(probe: Probe, hypothesis: Hypothesis, base: Tensor) -> float:
     """What is added to the sum of the keys, from how far the denominator is off: n / base = d + e s."""
-    plain = output_of(probe, replace(reading, normaliser=("d + e", 0.0)))  # n / d
+    plain = output_of(probe, replace(hypothesis, normaliser=("d + e", 0.0)))  # n / d
     large = 1e30
-    only = large * output_of(probe, replace(reading, normaliser=("d + e s", large)))  # n / s
+    only = large * output_of(probe, replace(hypothesis, normaliser=("d + e s", large)))  # n / s
     slope = float((only / base - only / plain).median())
     return slope if math.isfinite(slope) and slope > 1e-12 else 0.0
 
 
 @contextmanager
-def _queries_times(probe: Probe, reading: Reading, factor: float) -> Iterator[None]:
+def _queries_times(probe: Probe, hypothesis: Hypothesis, factor: float) -> Iterator[None]:
     kept = probe.values
-    probe.values = {**kept, reading.query: kept[reading.query] * factor}
+    probe.values = {**kept, hypothesis.query: kept[hypothesis.query] * factor}
     try:
         yield
     finally:

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from llcompile.patterns import reasons
 from llcompile.patterns.reasons import GivenReason
-from llcompile.patterns.structure.classify import Miss
-from llcompile.patterns.structure.lifted import Source
-from llcompile.patterns.structure.measured import SEEN, Measured
+from llcompile.patterns.structure.classify import Rejection
+from llcompile.patterns.structure.lifted import LiveIn
+from llcompile.patterns.structure.observations import SEEN, Observations
 from llcompile.patterns.structure.sizing import CannotArrange, arrange
 
 _GONE = 1e-12  # what is left of a weight that was cut off, in proportion to what it was
@@ -33,84 +33,84 @@ class Property:
         near: how near a part is that fails here first.
     """
 
-    failed: Callable[[Measured], GivenReason | None]
+    failed: Callable[[Observations], GivenReason | None]
     near: int = 3
 
 
-def explain(measured: Measured, miss: Miss) -> tuple[Miss, bool]:
+def explain(measured: Observations, rejection: Rejection) -> tuple[Rejection, bool]:
     """The miss with the first property that fails, and whether there is one.
 
     A miss that is not near: along this axis, no positions are joined.
     """
     if measured.pointwise:
-        return Miss(miss.given), True
+        return Rejection(rejection.given), True
     for row in PROPERTIES:
         try:
             given = row.failed(measured)
         except _ERRORS:
             continue  # it cannot be asked of this part
         if given is not None:
-            return Miss(given, max(miss.near, row.near)), True
+            return Rejection(given, max(rejection.near, row.near)), True
     whole = measured.query is not None and measured.value is not None
-    return Miss(miss.given, max(miss.near, 3 if whole else 0)), False
+    return Rejection(rejection.given, max(rejection.near, 3 if whole else 0)), False
 
 
-def _is_causal(m: Measured) -> GivenReason | None:
-    for source in m.timed:
+def _is_causal(m: Observations) -> GivenReason | None:
+    for live_in in m.timed:
         for position in (m.middle, m.length - 1):
-            rows = m.reach(source, position)
+            rows = m.reach(live_in, position)
             if rows and rows[0] < position:
                 return reasons.NOT_CAUSAL(output=rows[0], input=position)
     return None
 
 
-def _sees_itself(m: Measured) -> GivenReason | None:
+def _sees_itself(m: Observations) -> GivenReason | None:
     if m.value is None:
         return None
     rows = m.reach(m.value, m.middle)
     return reasons.STRICTLY_CAUSAL() if rows and rows[0] > m.middle else None
 
 
-def _keeps_rows_apart(m: Measured) -> GivenReason | None:
+def _keeps_rows_apart(m: Observations) -> GivenReason | None:
     """Batch and heads: what one of them has does not act on another."""
-    seen = {id(a): a for s in m.timed for a in m.atoms(s) if id(a) in m.kept and m.probe.sizing.of(a) > 1}
-    for atom in seen.values():
-        holders = [s for s in m.timed if any(a is atom for a in m.atoms(s))]
+    seen = {id(a): a for s in m.timed for a in m.dims(s) if id(a) in m.kept and m.probe.sizing.of(a) > 1}
+    for dim in seen.values():
+        holders = [s for s in m.timed if any(a is dim for a in m.dims(s))]
         if len(holders) < 2:
             continue  # a value's own channels may be mixed behind
-        first = {s: m.along(s, [atom], 0) > 0 for s in holders}
+        first = {s: m.along(s, [dim], 0) > 0 for s in holders}
         changed = {s: torch.where(first[s], m.probe.draw(s), m.probe.values[s]) for s in holders}
         difference = m.probe.run(changed) - m.probe.run()
-        dim = next(i for i, row in enumerate(m.probe.result) if any(a is atom for a in row))
-        if len(m.probe.result[dim]) > 1:
+        position = next(i for i, row in enumerate(m.probe.result) if any(a is dim for a in row))
+        if len(m.probe.result[position]) > 1:
             continue
-        rest = difference.narrow(dim, 1, difference.shape[dim] - 1)
+        rest = difference.narrow(position, 1, difference.shape[position] - 1)
         if float(rest.abs().max()) > SEEN * float(difference.abs().max()):
             return reasons.ROWS_MIXED()
     return None
 
 
-def _sums_values(m: Measured) -> GivenReason | None:
+def _sums_values(m: Observations) -> GivenReason | None:
     if m.value is not None or all(s in m.readers for s in m.timed):
         return None
     return reasons.NOT_LINEAR_IN_VALUE()
 
 
-def _weighs_a_value_as_one(m: Measured) -> GivenReason | None:
+def _weighs_a_value_as_one(m: Observations) -> GivenReason | None:
     """All channels of a value have the same weights."""
     value = m.value
     if value is None:
         return None
-    own = {id(a) for a in m.atoms(value)} & m.kept
-    scored = {id(a) for s in (m.query, *m.keys) if s is not None for a in m.atoms(s)}
+    own = {id(a) for a in m.dims(value)} & m.kept
+    scored = {id(a) for s in (m.query, *m.keys) if s is not None for a in m.dims(s)}
     others = [s for s in m.timed if s is not value and s not in m.readers and not m.is_paired(s)]
-    shared = own.intersection(*({id(a) for a in m.atoms(s)} for s in others)) if others else set()
+    shared = own.intersection(*({id(a) for a in m.dims(s)} for s in others)) if others else set()
     if m.query is None or not (own - scored) or (own - scored) - shared:
         return None
     return reasons.VALUE_CHANNELS()
 
 
-def _looks_forward(m: Measured) -> GivenReason | None:
+def _looks_forward(m: Observations) -> GivenReason | None:
     """What a token counts depends on it and on what comes after it, not on what came before."""
     if m.value is None or m.length < 5 or m.normalised:
         return None
@@ -122,28 +122,28 @@ def _looks_forward(m: Measured) -> GivenReason | None:
     return None
 
 
-def _has_a_query(m: Measured) -> GivenReason | None:
+def _has_a_query(m: Observations) -> GivenReason | None:
     if m.query is not None or not m.paired:
         return None
     return reasons.NO_KEY() if m.readers else reasons.NO_QUERY()
 
 
-def _has_one_reader(m: Measured) -> GivenReason | None:
+def _has_one_reader(m: Observations) -> GivenReason | None:
     """Beside the query, what acts at one position alone is a factor of the output, or is added to it."""
     if m.query is None or m.value is None:
         return None
     places, last = _places(m), m.length - 1
-    for source in m.readers:
-        if source is m.query:
+    for live_in in m.readers:
+        if live_in is m.query:
             continue
         own = m.rows(places, last)
-        other = m.rows(places, last, {source: m.other(source, last)})
+        other = m.rows(places, last, {live_in: m.other(live_in, last)})
         if _off(other, [own]) > SEEN:
             return reasons.DECAY_OF_QUERY()
     return None
 
 
-def _is_linear_in_the_query(m: Measured) -> GivenReason | None:
+def _is_linear_in_the_query(m: Observations) -> GivenReason | None:
     """The weights for a sum of two queries are made of the weights for each; a common factor (a denominator) aside."""
     if m.query is None or m.value is None:
         return None
@@ -154,7 +154,7 @@ def _is_linear_in_the_query(m: Measured) -> GivenReason | None:
     return reasons.NOT_LINEAR_IN_QUERY() if _off(together, apart) > SEEN else None
 
 
-def _is_linear_in_the_key(m: Measured) -> GivenReason | None:
+def _is_linear_in_the_key(m: Observations) -> GivenReason | None:
     """A token's own weight, at the first position, where there is no past that a key could act on."""
     if m.query is None or m.value is None or not m.keys or m.normalised:
         return None
@@ -168,7 +168,7 @@ def _is_linear_in_the_key(m: Measured) -> GivenReason | None:
     return reasons.NOT_LINEAR_IN_KEY() if own > 0 else None
 
 
-def _sees_all_of_the_past(m: Measured) -> GivenReason | None:
+def _sees_all_of_the_past(m: Observations) -> GivenReason | None:
     """No weight falls to nothing from one position to the next."""
     if m.value is None or m.query is None:
         return None
@@ -181,7 +181,7 @@ def _sees_all_of_the_past(m: Measured) -> GivenReason | None:
     return None
 
 
-def _decays_step_by_step(m: Measured) -> GivenReason | None:
+def _decays_step_by_step(m: Observations) -> GivenReason | None:
     """With one and the same key throughout, what lies between two tokens weighs all that came before alike."""
     alone = _one_channel(m)
     if alone is None:
@@ -198,11 +198,11 @@ def _decays_step_by_step(m: Measured) -> GivenReason | None:
     return reasons.OWN_WEIGHT() if float(own.abs().max()) > SEEN * size else None
 
 
-def _early(m: Measured) -> tuple[int, ...]:
+def _early(m: Observations) -> tuple[int, ...]:
     return (0, 1, m.middle)
 
 
-def _one_channel(m: Measured) -> dict[Source, Tensor] | None:
+def _one_channel(m: Observations) -> dict[LiveIn, Tensor] | None:
     """Queries and keys that are the same at all positions, with one channel only."""
     if m.value is None or m.query is None or not m.keys or m.length < 5:
         return None
@@ -211,7 +211,7 @@ def _one_channel(m: Measured) -> dict[Source, Tensor] | None:
     return {s: m.along(s, channels, 0) for s in (m.query, *fits)} if fits else None
 
 
-def _is_corrected(m: Measured, alone: dict[Source, Tensor], own: Tensor) -> bool:
+def _is_corrected(m: Observations, alone: dict[LiveIn, Tensor], own: Tensor) -> bool:
     """Whether what a token counts changes with the keys after it: a delta rule."""
     keys = [s for s in alone if s is not m.query]
     changed = {**alone, **{k: _from(m, k, 1, alone[k], m.probe.draw(k)) for k in keys}}
@@ -219,16 +219,16 @@ def _is_corrected(m: Measured, alone: dict[Source, Tensor], own: Tensor) -> bool
     return float((other - own).abs().max()) > SEEN * float(own.abs().max())
 
 
-def _from(m: Measured, source: Source, position: int, before: Tensor, after: Tensor) -> Tensor:
-    """The source with one number before a position and another from there on."""
-    times = m.probe.sizing.times
+def _from(m: Observations, live_in: LiveIn, position: int, before: Tensor, after: Tensor) -> Tensor:
+    """The live-in with one number before a position and another from there on."""
+    analysis = m.probe.sizing.analysis
     mask = torch.arange(m.length) >= position
-    flat = tuple((a,) for row in m.probe.rows[source] for a in row)
-    where = arrange(mask, (times.leaves,), flat, m.probe.sizing.of).reshape(after.shape)
+    flat = tuple((a,) for row in m.probe.rows[live_in] for a in row)
+    where = arrange(mask, (analysis.leaves,), flat, m.probe.sizing.of).reshape(after.shape)
     return torch.where(where, after, before)
 
 
-def _erases_along_its_key(m: Measured) -> GivenReason | None:
+def _erases_along_its_key(m: Observations) -> GivenReason | None:
     """What the first token wrote in one channel stays in it, as long as the keys after it have nothing there."""
     if m.value is None or m.query is None or not m.keys:
         return None
@@ -245,7 +245,7 @@ def _erases_along_its_key(m: Measured) -> GivenReason | None:
     return reasons.OTHER_ERASE_KEY()
 
 
-def _written(m: Measured) -> list[Source]:
+def _written(m: Observations) -> list[LiveIn]:
     """The keys that a token writes with: the first token's weight depends on them, as nothing is there to erase."""
     own = m.weights(0)[0]
     changed = {k: m.weights(0, {k: m.other(k, 0)})[0] for k in m.keys}
@@ -255,7 +255,7 @@ def _written(m: Measured) -> list[Source]:
     return [k for k in m.keys if id(k) in same or m.origins.get(k, set()) & same]
 
 
-def _is_divided_by_its_own_scores(m: Measured) -> GivenReason | None:
+def _is_divided_by_its_own_scores(m: Observations) -> GivenReason | None:
     """Where the size of the query does not matter, values of one come out as one."""
     if m.value is None or not m.normalised or m.query is None:
         return None
@@ -266,7 +266,7 @@ def _is_divided_by_its_own_scores(m: Measured) -> GivenReason | None:
     return reasons.OTHER_DENOMINATOR() if float((found - 1).abs().max()) > 1e-3 else None
 
 
-def _places(m: Measured) -> list[int]:
+def _places(m: Observations) -> list[int]:
     """Some positions, the first and the last among them."""
     return sorted({0, 1, m.length // 3, m.middle, m.length - 2, m.length - 1})
 

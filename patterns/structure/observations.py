@@ -1,0 +1,169 @@
+"""Observations: what runs of a part show where no hypothesis holds: reaches, weights, which live-in is which."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from llcompile.patterns.structure.axes import Axes, Axis, Dim
+from llcompile.patterns.structure.frame import Frame
+from llcompile.patterns.structure.lifted import LiveIn
+from llcompile.patterns.structure.probe import Probe
+from llcompile.patterns.structure.sizing import arrange
+
+SEEN = 1e-7  # a relative difference that is not rounding
+_DEPENDS = 1e-9  # one that shows that a result depends on something
+
+Changes = Mapping[LiveIn, Tensor]
+
+
+class Observations:
+    """A part under a probe.
+
+    No roles are given: which live-in would be the query, the key and the value is told by what they do, as far as they
+    do it.
+
+    Args:
+        probe: the part, with one draw.
+        origins: live-in -> the ids of the other live-ins that the code computes it from.
+    """
+
+    def __init__(self, probe: Probe, origins: Mapping[LiveIn, set[int]] | None = None) -> None:
+        self.probe, self.origins = probe, origins or {}
+        self.length, self.middle = probe.length, probe.length // 2
+        self.kept = {id(dim) for row in probe.result for dim in row}
+        whole = [s for s in probe.subgraph.live_ins if probe.values[s].is_floating_point()]
+        self.timed = [s for s in whole if probe.is_timed(s)]
+        self._others: dict[tuple[LiveIn, int], Tensor] = {}
+
+    def run(self, changed: Changes | None = None) -> Tensor:
+        """The result, [T, everything else]."""
+        return self.probe.by_time(self.probe.run(changed))
+
+    @functools.cached_property
+    def base(self) -> Tensor:
+        """The result on the probe's own draw."""
+        return self.run()
+
+    def dims(self, live_in: LiveIn) -> Axis:
+        """The live-in's axes but time."""
+        analysis = self.probe.sizing.analysis
+        return tuple(a for row in self.probe.rows[live_in] for a in row if not analysis.is_time(a))
+
+    @functools.cached_property
+    def paired(self) -> set[int]:
+        """The axes along which two sequences meet and that the result does not have."""
+        held = [{id(a) for a in self.dims(s)} - self.kept for s in self.timed]
+        return {a for i, one in enumerate(held) for two in held[:i] for a in one & two}
+
+    def is_paired(self, live_in: LiveIn) -> bool:
+        """Whether the live-in meets another one along an axis that the result does not have."""
+        return bool({id(a) for a in self.dims(live_in)} & self.paired)
+
+    # -- what the result depends on
+
+    def reach(self, live_in: LiveIn, position: int) -> list[int]:
+        """The positions of the result that depend on one position of a live-in."""
+        size = self.base.abs().amax(1)
+        changed = (self.run({live_in: self.other(live_in, position)}) - self.base).abs().amax(1)
+        return (changed > _DEPENDS * size).nonzero().flatten().tolist()  # type: ignore[no-any-return]
+
+    def other(self, live_in: LiveIn, position: int) -> Tensor:
+        """The live-in with other numbers at one position, the same ones each time."""
+        key = (live_in, position)
+        if key not in self._others:
+            self._others[key] = self.probe.at_one_time(live_in, position)
+        return self._others[key]
+
+    @functools.cached_property
+    def readers(self) -> list[LiveIn]:
+        """The live-ins that act on the output of their own position alone."""
+        return [s for s in self.timed if self.reach(s, self.middle) == [self.middle] and self.reach(s, 0) in ([], [0])]
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether every live-in acts at its own position alone."""
+        return len(self.readers) == len(self.timed)
+
+    @functools.cached_property
+    def query(self) -> LiveIn | None:
+        """What is read with: it acts at its own position, and meets another live-in along an axis that is summed."""
+        found = [s for s in self.readers if self.is_paired(s)]
+        # Of two, the one that the result is a sum of.
+        found.sort(key=lambda s: (not self.is_additive(s), -len(self.dims(s))))
+        return found[0] if found else None
+
+    @functools.cached_property
+    def value(self) -> LiveIn | None:
+        """What is summed up: the result is a sum of it, over positions, and it meets no other live-in."""
+        found = [s for s in self.timed if s not in self.readers and not self.is_paired(s) and self.is_additive(s)]
+        return max(found, key=lambda s: len(self.dims(s)), default=None)
+
+    @functools.cached_property
+    def keys(self) -> list[LiveIn]:
+        """What meets the query and acts on later positions."""
+        held = {id(a) for a in self.dims(self.query)} & self.paired if self.query is not None else set()
+        return [s for s in self.timed if s not in self.readers and {id(a) for a in self.dims(s)} & held]
+
+    def is_additive(self, live_in: LiveIn) -> bool:
+        """Whether the result is a sum over what the live-in is a sum of (and something that stays)."""
+        one, two = self.probe.values[live_in], self._second(live_in)
+        nothing = self.run({live_in: torch.zeros_like(one)})
+        apart = self.base + self.run({live_in: two}) - nothing
+        together = self.run({live_in: one + two})
+        size = max(float(x.abs().max()) for x in (apart, together, nothing))
+        return float((together - apart).abs().max()) < SEEN * size
+
+    def _second(self, live_in: LiveIn) -> Tensor:
+        key = (live_in, -1)
+        if key not in self._others:
+            self._others[key] = self.probe.draw(live_in)
+        return self._others[key]
+
+    @functools.cached_property
+    def normalised(self) -> bool:
+        """Whether the size of a query does not matter, where it is large: the output is divided by its scores."""
+        if self.query is None:
+            return False
+        one, two = (self.run({self.query: size * self.probe.values[self.query]}) for size in (1e7, 2e7))
+        return float((two - one).abs().max()) < 1e-5 * float(one.abs().max())
+
+    # -- the weights that values come in with
+
+    def weights(self, position: int, changed: Changes | None = None) -> Tensor:
+        """What the value at one position alone adds to the results, [T, N]."""
+        assert self.value is not None
+        own, other = self.probe.values[self.value], self.other(self.value, position)
+        alone = torch.where(other != own, other, torch.zeros_like(own))
+        with_it = self.run({**(changed or {}), self.value: alone})
+        return with_it - self.run({**(changed or {}), self.value: torch.zeros_like(own)})
+
+    def rows(self, positions: Sequence[int], at: int, changed: Changes | None = None) -> Tensor:
+        """The weights of some positions in one result, [N, positions]."""
+        return torch.stack([self.weights(p, changed)[at] for p in positions], dim=-1)
+
+    def along(self, live_in: LiveIn, dims: Sequence[Dim], index: int, number: float = 1.0) -> Tensor:
+        """Numbers of the live-in's shape that are zero but at one index along some of its axes."""
+        of = self.probe.sizing.of
+        sizes = [of(a) for a in dims]
+        mask = torch.zeros(sizes, dtype=torch.float64).flatten()
+        mask[index] = number
+        flat = tuple((a,) for row in self.probe.rows[live_in] for a in row)
+        made = arrange(mask, (tuple(dims),), flat, of)
+        return made.reshape(self.probe.values[live_in].shape).to(self.probe.dtype).contiguous()
+
+    def contracted(self, live_in: LiveIn) -> tuple[Dim, ...]:
+        """The live-in's axes that it is summed over with another."""
+        return tuple(a for a in self.dims(live_in) if id(a) in self.paired)
+
+
+def meet(rows: Mapping[LiveIn, Axes], result: Axes, frame: Frame) -> bool:
+    """Whether two sequences meet along an axis that the result does not have, as queries and keys do."""
+    kept = {id(dim) for row in result for dim in row}
+    held = [[dim for row in axes for dim in row] for axes in rows.values()]
+    timed = [{id(a) for a in dims} - kept for dims in held if any(map(frame.is_time, dims))]
+    analysis = {id(leaf) for leaf in frame.leaves}
+    return any((one & two) - analysis for i, one in enumerate(timed) for two in timed[:i])

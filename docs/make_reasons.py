@@ -32,7 +32,7 @@ def _groups() -> Iterator[str]:
     for group in TABLE:
         yield f"## {group.title}\n\n{group.about}\n"
         yield "| code | what is said | what to do |\n|---|---|---|"
-        yield from map(_row, group.rows)
+        yield from map(_row, group.entries)
         yield ""
 
 

@@ -30,7 +30,7 @@ class GivenReason:
 
 @dataclass(frozen=True)
 class Reason:
-    """One row of the table.
+    """One entry of the table.
 
     Args:
         code: a stable word, in kebab case.
@@ -71,18 +71,18 @@ class Group:
 
     title: str
     about: str
-    rows: list[Reason] = field(default_factory=list)
+    entries: list[Reason] = field(default_factory=list)
 
     def add(self, code: str, sentence: str, hint: str, meaning: str = "") -> Reason:
-        """Adds a row to the table.
+        """Adds an entry to the table.
 
         Raises:
-            ValueError: another row has the code.
+            ValueError: another entry has the code.
         """
-        if any(row.code == code for group in TABLE for row in group.rows):
+        if any(entry.code == code for group in TABLE for entry in group.entries):
             raise ValueError(f"two reasons have the code {code!r}")
-        self.rows.append(Reason(code, sentence, hint, meaning))
-        return self.rows[-1]
+        self.entries.append(Reason(code, sentence, hint, meaning))
+        return self.entries[-1]
 
 
 TABLE: list[Group] = []
@@ -419,7 +419,7 @@ OPERAND_NOT_RUN = _unlike.add(
 
 _known = _group(
     "Known functions",
-    "The call of a library function is not covered by its row in the table of known functions, or its proof failed.",
+    "The call of a library function is not covered by its entry in the table of known functions, or its proof failed.",
 )
 SIGNATURE = _known.add(
     "signature",
@@ -443,7 +443,7 @@ CALL_NOT_COVERED = _known.add(
     "call-not-covered",
     "the call of {function} {problem}",
     _LIBRARY,
-    "a combination of arguments that the row does not cover",
+    "a combination of arguments that the entry does not cover",
 )
 OPERANDS_UNFIT = _known.add("operands-unfit", "its operands do not fit a mixer: {problem}", _LIBRARY)
 NOT_PROVABLE_HERE = _known.add(
@@ -459,7 +459,7 @@ FUNCTION_DIFFERS = _known.add(
     "function-differs",
     "agrees{against} at w = 1 to {error:.0e} only, where {bound:.0e} is the bound",
     _LIBRARY,
-    "the installed function is not what its row says",
+    "the installed function is not what its entry says",
 )
 
 # ---- states

@@ -1,9 +1,9 @@
 """Pieces: brings the draws of a proof to both sides of every number at which the code changes what it does.
 
 A clamp at 100, the epsilon of a denominator, a rectifier: on generic numbers each does one thing only, and the operator
-may agree with that and not with the other. Where bounds on what comes in rule a piece out, it is idle.
-Elsewhere the live-ins are made larger, smaller or of the other sign until both sides are seen, and the proof is repeated
-there. What can be neither shown nor reached is no mixer.
+may agree with that and not with the other. Where bounds on what comes in rule a piece out, it is idle. Elsewhere the
+live-ins are made larger, smaller or of the other sign until both sides are seen, and the proof is repeated there. What
+can be neither shown nor reached is no mixer.
 """
 
 from __future__ import annotations

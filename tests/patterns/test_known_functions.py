@@ -122,7 +122,7 @@ def make(monkeypatch: pytest.MonkeyPatch, fresh_dynamo: None) -> Make:
             copy = torch.compiler.disable(copy)
         setattr(module, plain.__name__, copy)
         entries = (*capture.entries(), entry_for(library, plain.__name__, **entry))
-        monkeypatch.setattr(capture, "rows", lambda: entries)
+        monkeypatch.setattr(capture, "entries", lambda: entries)
         return Attention(copy, **(arguments or {}))
 
     return build

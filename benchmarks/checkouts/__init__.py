@@ -1,0 +1,1 @@
+"""Compares what two checkouts of llcompile say of the same models: `python -m benchmarks.checkouts`."""

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -19,9 +20,8 @@ import llcompile
 
 def spelling(name: str) -> tuple[Any, tuple[Any, ...]]:
     """A layer of the checkout's corpus, with inputs."""
-    from tests.spellings import NEGATIVE, POSITIVE
-
-    entry = POSITIVE.get(name) or NEGATIVE[name]
+    corpus = import_module("tests.spellings")
+    entry = corpus.POSITIVE.get(name) or corpus.NEGATIVE[name]
     return entry.make(), entry.example()
 
 

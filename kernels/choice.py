@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from llcompile.errors import KernelCacheError, KernelError, OptionError
-from llcompile.kernels import ragged
-from llcompile.kernels.layout import Operands
-from llcompile.kernels.step import step as aten_step
+from llcompile.kernels.aten import padded
+from llcompile.kernels.aten.token import step as aten_step
+from llcompile.kernels.operands import Operands
 from llcompile.kernels.triton.description import Description, describe, describe_step
 from llcompile.kernels.triton.limits import interpreted, refusals, unsupported
 
@@ -51,7 +51,7 @@ def choice() -> str:
 
 
 def forward(x: Operands, scale: float, return_final_state: bool) -> tuple[Tensor, Tensor]:
-    """As :func:`.engine.forward`, by the implementation that is chosen."""
+    """As :func:`.aten.sequence.forward`, by the implementation that is chosen."""
 
     def kernels() -> tuple[Tensor, Tensor]:
         from llcompile.kernels.triton import engine
@@ -59,13 +59,13 @@ def forward(x: Operands, scale: float, return_final_state: bool) -> tuple[Tensor
         return engine.forward(x, scale, return_final_state)
 
     def lowering() -> tuple[Tensor, Tensor]:
-        return ragged.forward(x, scale, return_final_state)
+        return padded.forward(x, scale, return_final_state)
 
     return _chosen_of(lambda: describe(x, return_final_state), x.v, kernels, lowering)
 
 
 def backward(x: Operands, scale: float, grad_o: Tensor, grad_state: Tensor | None) -> list[Tensor | None]:
-    """As :func:`.engine.backward`, by the implementation that is chosen."""
+    """As :func:`.aten.sequence.backward`, by the implementation that is chosen."""
 
     def kernels() -> list[Tensor | None]:
         from llcompile.kernels.triton import engine
@@ -73,7 +73,7 @@ def backward(x: Operands, scale: float, grad_o: Tensor, grad_state: Tensor | Non
         return engine.backward(x, scale, grad_o, grad_state)
 
     def lowering() -> list[Tensor | None]:
-        return ragged.backward(x, scale, grad_o, grad_state)
+        return padded.backward(x, scale, grad_o, grad_state)
 
     return _chosen_of(lambda: describe(x, grad_state is not None), x.v, kernels, lowering)
 
@@ -88,7 +88,7 @@ def step(
     beta: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`.step.step`, by the implementation that is chosen."""
+    """As :func:`.aten.token.step`, by the implementation that is chosen."""
     operands = (q, k, v, w, state, log_decay, beta, scale)
 
     def kernels() -> tuple[Tensor, Tensor]:

@@ -136,3 +136,8 @@ def make_grid(tokens: int, position: Tensor | None, lengths: Tensor | None, chun
             size = tokens + (1 << edge) - 1
     chunk = min(chunk, 1 << (max(size, 1) - 1).bit_length())
     return Grid(tokens, chunk, -(-size // chunk), edge, position, offset, lengths)
+
+
+def depth(chunks: int) -> int:
+    """Levels of a tree over ``chunks`` chunks."""
+    return max(chunks - 1, 0).bit_length()

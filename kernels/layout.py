@@ -1,101 +1,28 @@
-"""How one call lies in memory: its operands on the chunk grid, its level weights, its states before and after."""
+"""The states of one call as the kernels have them, before its first token and after its last; ATen's and Triton's."""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from llcompile.kernels.chunk import ChunkOperands, Stage, make_stage
-from llcompile.kernels.grid import CHUNK, SHORT_CHUNK, Grid, make_grid
-from llcompile.kernels.state import is_level_state, linear_state, pack_state, position_of, state_dtype
-from llcompile.kernels.step import merge, merge_grad
-
-
-class Operands(NamedTuple):
-    """The tensors of one call, shapes as in the public function.
-
-    With ``starts``, sequences lie one after another in a batch of one: each has ``lengths`` tokens from ``starts`` on.
-    Only the Triton kernels take that; to the ATen lowering, sequences are rows.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    level_weights: Tensor | None
-    log_decay: Tensor | None
-    beta: Tensor | None
-    initial_state: Tensor | None
-    lengths: Tensor | None = None
-    starts: Tensor | None = None
-
-    @property
-    def rows(self) -> int:
-        """How many sequences there are."""
-        return self.v.shape[0] if self.starts is None else self.starts.shape[0]
+from llcompile.kernels.grid import Grid
+from llcompile.kernels.operands import Operands
+from llcompile.kernels.state import is_level_state, linear_state, merge, merge_grad, pack_state
 
 
 class Layout:
-    """One call of the operator: what it was given, and how that lies on the grid."""
+    """One call of the operator. Who extends it sets what is declared here."""
 
-    def __init__(self, x: Operands, scale: float) -> None:
-        self.x, self.scale = x, scale
-        self.dtype = state_dtype(x.v.dtype)
-        self.batch, self.tokens, self.heads, self.value_dim = x.v.shape
-        self.key_dim = x.q.shape[3]
-        self.empty = x.v.numel() == 0 or x.q.numel() == 0
-        self.levels = None if x.level_weights is None else x.level_weights.shape[-1]
-        if self.empty:
-            return
-        position = None
-        if self.levels is not None and x.initial_state is not None and is_level_state(x.initial_state):
-            position = position_of(x.initial_state)
-        # Heads that share queries are folded into the value axis; elsewhere each head stands alone.
-        shared = x.beta is None and (x.log_decay is None or x.log_decay.dim() != 4)
-        chunk = SHORT_CHUNK if shared and self.levels is None else CHUNK
-        self.grid: Grid = make_grid(self.tokens, position, x.lengths, chunk)
-        self.stage: Stage = make_stage(self._chunk_operands())
-        self.fold = (x.q.shape[2], self.heads // x.q.shape[2]) if shared else (self.heads, 1)
-
-    # -- layouts ------------------------------------------------------------------------------------------------------
-
-    def _chunked(self, x: Tensor, heads: tuple[int, int]) -> Tensor:
-        """``[B, T, A, ...] -> [B, G, A / G, N, C, ...]``."""
-        placed = self.grid.place(x, self.dtype)
-        return placed.unflatten(2, (self.grid.chunks, self.grid.chunk)).unflatten(1, heads)
-
-    def _chunk_operands(self) -> ChunkOperands:
-        x = self.x
-        groups = (x.q.shape[2], 1)
-        heads = (x.q.shape[2], self.heads // x.q.shape[2])
-        g = x.log_decay
-        if g is not None and g.dim() == 1:
-            g = g.expand(self.batch, self.tokens, self.heads)
-        self.inner_w = None
-        if x.level_weights is not None:
-            self.grid_w = self._grid_weights(x.level_weights)
-            split = self.grid.inner + 1
-            self.inner_w = self._chunked(self.grid_w[..., :split], heads)
-        return ChunkOperands(
-            self._chunked(x.q, groups),
-            self._chunked(x.k, groups),
-            self._chunked(x.v, heads),
-            self.inner_w,
-            None if g is None else self._chunked(g, heads),
-            None if x.beta is None else self._chunked(x.beta, heads),
-        )
-
-    def _fold(self, x: Tensor) -> Tensor:
-        """``[B, T, H, ...] -> [M, N, C, R, ...]`` on the grid."""
-        placed = self.grid.place(x, self.dtype).unflatten(1, self.fold)  # [B, G', R', N * C, ...]
-        folded = placed.movedim(2, 3).contiguous().flatten(0, 1)
-        return folded.unflatten(1, (self.grid.chunks, self.grid.chunk))
-
-    def _unfold(self, x: Tensor) -> Tensor:
-        """``[M, N, C, R, ...] -> [B, T, H, ...]``."""
-        x = x.flatten(1, 2).unflatten(0, (self.batch, -1)).movedim(3, 2).flatten(1, 2)  # [B, H, N * C, ...]
-        return self.grid.take(x)
+    x: Operands
+    grid: Grid
+    dtype: torch.dtype  # that states are computed in
+    batch: int
+    tokens: int
+    heads: int
+    key_dim: int
+    value_dim: int
+    levels: int | None  # of the level weights
+    fold: tuple[int, int]  # heads ``(G', R')``: R' share queries and are folded into the value axis, M = B * G'
 
     def _fold_state(self, s: Tensor) -> Tensor:
         """``[B, H, L, K, V] -> [M, L, K, R * V]``."""
@@ -106,7 +33,7 @@ class Layout:
         s = s.unflatten(0, (self.batch, -1)).unflatten(-1, (self.fold[1], -1))
         return s.permute(0, 1, 4, 2, 3, 5).flatten(1, 2)
 
-    # -- level weights ------------------------------------------------------------------------------------------------
+    # -- levels -------------------------------------------------------------------------------------------------------
 
     def _level_index(self) -> Tensor:
         """Which of the user's levels serves each level of the grid: ``[levels]``, or ``[B, levels]`` by position."""
@@ -116,32 +43,9 @@ class Layout:
             return torch.arange(self.grid.levels, device=device).clamp(max=self.levels - 1)
         return self.grid.true_levels(self.batch, device).clamp(max=self.levels - 1)
 
-    def _grid_weights(self, w: Tensor) -> Tensor:
-        """``[B, T, H, L] -> [B, T, H, levels of the grid]``."""
-        index = self._level_index()
-        if index.dim() == 1:
-            return w[..., : self.grid.levels] if self.grid.levels <= w.shape[-1] else w.index_select(-1, index)
-        return w.gather(-1, index[:, None, None].expand(*w.shape[:-1], -1))
-
-    def _add_weight_grad(self, dw: Tensor, d: Tensor) -> None:
-        index = self._level_index()
-        if index.dim() == 1 and self.grid.levels <= dw.shape[-1]:
-            dw[..., : self.grid.levels] += d
-        elif index.dim() == 1:
-            dw.index_add_(-1, index, d)
-        else:
-            dw.scatter_add_(-1, index[:, None, None].expand(*d.shape), d)
-
     def _old_index(self) -> tuple[Tensor, Tensor]:
         assert self.levels is not None
         return self.grid.old_levels(self.batch, self.x.v.device, self.levels)
-
-    def _old_weights(self) -> Tensor:
-        """Weights of the initial state's levels, ``[M, N, C, R, L]``."""
-        w = self.x.level_weights
-        assert w is not None
-        seen, _ = self._old_index()
-        return self._fold(w.gather(-1, seen[:, :, None].expand(*w.shape)))
 
     # -- states -------------------------------------------------------------------------------------------------------
 

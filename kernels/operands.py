@@ -1,9 +1,10 @@
-"""What operands must look like, checked before anything runs, with messages that name the operand and the cure."""
+"""The operands of a call, and what they must look like: checks whose messages name the operand and the cure."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +13,29 @@ from llcompile.errors import OperandError
 
 # What PyTorch computes in. Other floating dtypes (float8 and below) are for storage.
 COMPUTE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class Operands(NamedTuple):
+    """The tensors of one call, shapes as in the public function.
+
+    With ``starts``, sequences lie one after another in a batch of one: each has ``lengths`` tokens from ``starts`` on.
+    Only the Triton kernels take that; to the ATen lowering, sequences are rows.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    level_weights: Tensor | None
+    log_decay: Tensor | None
+    beta: Tensor | None
+    initial_state: Tensor | None
+    lengths: Tensor | None = None
+    starts: Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        """How many sequences there are."""
+        return self.v.shape[0] if self.starts is None else self.starts.shape[0]
 
 
 def check_sequence(

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from llcompile.kernels import choice, torch_operator
-from llcompile.kernels.layout import Operands
-from llcompile.kernels.sequences import flat, in_place
+from llcompile.kernels.operands import Operands
 from llcompile.kernels.state import check_positions, check_state, state_dtype
+from llcompile.kernels.varlen import flat, in_place
 
 
 def _attention(

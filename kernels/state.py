@@ -19,6 +19,7 @@ from torch import Tensor
 
 from llcompile.errors import StateError
 from llcompile.kernels import header
+from llcompile.kernels.levels import trailing_zeros
 
 
 def state_dtype(operand: torch.dtype) -> torch.dtype:
@@ -70,6 +71,28 @@ def level_states(state: Tensor) -> Tensor:
 def linear_state(state: Tensor) -> Tensor:
     """The linear state ``[B, H, K, V]`` that ``state`` refines: the sum of its levels, or itself if it has none."""
     return level_states(state).sum(2) if is_level_state(state) else state
+
+
+def merge(states: Tensor, position: Tensor) -> Tensor:
+    """Make room for the token at ``position [B]``: levels below the one that fills up empty into it."""
+    index, full = _filling(states, position)
+    below, at = index < full, index == full
+    moved = torch.where(below, states, 0).sum(2, keepdim=True)
+    return torch.where(below, 0, states) + torch.where(at, moved, 0)
+
+
+def merge_grad(d: Tensor, position: Tensor) -> Tensor:
+    """Adjoint of :func:`merge`."""
+    index, full = _filling(d, position)
+    at_full = torch.where(index == full, d, 0).sum(2, keepdim=True)
+    return torch.where(index < full, at_full, d)
+
+
+def _filling(states: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+    """Level indices, and the level that fills up (0 at position 0: nothing moves), over ``[B, H, L, K, V]``."""
+    levels = states.shape[2]
+    full = (trailing_zeros(position) + 1).clamp(max=levels - 1)
+    return torch.arange(levels, device=states.device)[:, None, None], full[:, None, None, None, None]
 
 
 def check_state(

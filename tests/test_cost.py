@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from llcompile.kernels import slabs
-from llcompile.kernels.layout import Operands
+from llcompile.kernels.aten import slabs
+from llcompile.kernels.operands import Operands
 from llcompile.look.cost import costs
 from llcompile.patterns.families import FAMILIES
 

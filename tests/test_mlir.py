@@ -15,7 +15,7 @@ from torch import Tensor
 import llcompile
 from llcompile.commands import cli
 from llcompile.errors import MissingLibraryError, MlirError
-from llcompile.kernels.parallel import parallel_attention
+from llcompile.kernels.aten.parallel import parallel_attention
 from llcompile.kernels.reference import reference_attention
 from llcompile.look.look import Look
 from llcompile.look.mlir import to_mlir

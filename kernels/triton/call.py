@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llcompile.kernels.grid import Grid, make_grid
-from llcompile.kernels.layout import Layout, Operands
+from llcompile.kernels.grid import Grid, depth, make_grid
+from llcompile.kernels.layout import Layout
+from llcompile.kernels.operands import Operands
 from llcompile.kernels.state import linear_state, position_of
-from llcompile.kernels.tree import depth
 from llcompile.kernels.triton import autotune
 from llcompile.kernels.triton.chips import chip_of
 from llcompile.kernels.triton.description import describe

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llcompile.kernels import header
-from llcompile.kernels.layout import Operands
+from llcompile.kernels.operands import Operands
 from llcompile.kernels.state import is_level_state
 from llcompile.kernels.triton.chips import Backend, Chip
 

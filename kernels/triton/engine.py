@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from llcompile.kernels.layout import Operands
+from llcompile.kernels.operands import Operands
 from llcompile.kernels.triton.call import Call
 
 

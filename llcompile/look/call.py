@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from llcompile.kernels.layout import Operands
+from llcompile.kernels.operands import Operands
 from llcompile.kernels.triton.description import describe, describe_step
 from llcompile.look.records import Call, Sizes
 from llcompile.torch_internals.sizes import size_hint

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from llcompile.errors import LevelWeightsIgnoredWarning, MissingLibraryError, MlirError
-from llcompile.kernels.parallel import parallel_attention
+from llcompile.kernels.aten.parallel import parallel_attention
 from llcompile.look.findings import Findings
 
 # Our names for the dialects, and torch-mlir's.
@@ -23,7 +23,7 @@ def to_mlir(look: Findings, dialect: str = "torch", mixer: str | None = None) ->
 
     The function `main` takes the tensors that the example was run on, at their sizes, and has the weights in it as
     constants. The operator stands there in plain operations whose cost is quadratic in the length
-    (`llcompile.kernels.parallel`): MLIR has no operator of ours to call.
+    (`llcompile.kernels.aten.parallel`): MLIR has no operator of ours to call.
 
     Args:
         look: what `llcompile.inspect` returned.

@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llcompile.errors import OptionError
-from llcompile.kernels.layout import Operands
+from llcompile.kernels.operands import Operands
 from llcompile.kernels.triton import autotune, cache, engine
 from llcompile.kernels.triton.chips import DEFAULT
 from llcompile.kernels.triton.description import Description, describe

@@ -48,13 +48,13 @@ def run(kind, x, q):
     if kind == "step":
         token = {n: a if a is None else a[:, 0] for n, a in x.items() if n != "initial_state"}
         return loglinear_attention_step(**{**token, "q": q[:, 0]}, state=torch.zeros(2, 4, 13, 5, 3, dtype=q.dtype))[0]
-    mask = torch.ones(2, TOKENS) if kind == "ragged" else None
+    mask = torch.ones(2, TOKENS) if kind == "varlen" else None
     if mask is not None:
         mask[0, :3] = 0
     return loglinear_attention(**{**x, "q": q}, attention_mask=mask)[0]
 
 
-@pytest.fixture(params=["sequence", "ragged", "step"])
+@pytest.fixture(params=["sequence", "varlen", "step"])
 def function(request):
     return partial(run, request.param, operands(TOKENS, "token", True))
 

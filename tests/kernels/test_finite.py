@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from llcompile.kernels import finite, slabs
+from llcompile.kernels.aten import finite, slabs
 from llcompile.ops import loglinear_attention
 from tests.kernels.kernel_cases import operands
 

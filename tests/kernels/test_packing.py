@@ -7,9 +7,9 @@ import random
 import pytest
 import torch
 
-from llcompile.kernels.ragged import spans_of_bounds, spans_of_indices, spans_of_mask
-from llcompile.kernels.tree import depth
+from llcompile.kernels.grid import depth
 from llcompile.kernels.triton.packing import Packing, pack, packed_grid
+from llcompile.kernels.varlen import spans_of_bounds, spans_of_indices, spans_of_mask
 
 CHUNK = 4
 Case = tuple[list[int], list[int] | None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from llcompile.kernels import slabs
+from llcompile.kernels.aten import slabs
 from tests.kernels.kernel_cases import assert_agrees, operands
 
 

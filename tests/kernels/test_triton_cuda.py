@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.cuda.cases import LEVELS
-from llcompile.kernels import engine as aten
-from llcompile.kernels.layout import Operands
+from llcompile.kernels.aten import sequence as aten
+from llcompile.kernels.operands import Operands
 from llcompile.kernels.reference import reference_attention
 from tests.kernels.kernel_cases import operands, relative_error
 

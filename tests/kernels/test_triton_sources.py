@@ -23,7 +23,7 @@ import torch
 
 from llcompile.errors import KernelCacheError, KernelError, OptionError
 from llcompile.kernels import choice
-from llcompile.kernels.layout import Operands
+from llcompile.kernels.operands import Operands
 from llcompile.kernels.triton import cache, engine, limits, step
 from llcompile.kernels.triton.chips import CHIPS, Chip
 from llcompile.kernels.triton.description import Description, describe

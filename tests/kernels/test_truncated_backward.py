@@ -15,7 +15,7 @@ NAMES = ("q", "k", "v", "level_weights", "log_decay", "beta")
 def segment(kind: str, x: dict[str, Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
     if kind == "step":
         return loglinear_attention_step(**{n: t[:, 0] for n, t in x.items()}, state=state)
-    mask = torch.ones(2, x["q"].shape[1]) if kind == "ragged" else None
+    mask = torch.ones(2, x["q"].shape[1]) if kind == "varlen" else None
     if mask is not None:
         mask[1, -2:] = 0
     o, new = loglinear_attention(**x, initial_state=state, return_final_state=True, attention_mask=mask)
@@ -41,7 +41,7 @@ def trained(kind: str, in_place: bool) -> list[Tensor]:
     return found
 
 
-@pytest.mark.parametrize("kind", ["sequence", "ragged", "step"])
+@pytest.mark.parametrize("kind", ["sequence", "varlen", "step"])
 def test_a_cache_that_is_written_in_place(kind: str) -> None:
     found, want = trained(kind, in_place=True), trained(kind, in_place=False)
     assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llcompile.kernels import choice
-from llcompile.kernels.layout import Operands
+from llcompile.kernels.operands import Operands
 from llcompile.kernels.reference import reference_attention
 from llcompile.kernels.triton import autotune, engine, launch
 from llcompile.kernels.triton.launch import Launch

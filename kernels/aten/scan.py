@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llcompile.kernels.transitions import Transition
+from llcompile.kernels.aten.transitions import Transition
 
 
 class Scan:

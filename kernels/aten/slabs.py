@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llcompile.kernels import engine
-from llcompile.kernels.layout import Operands
+from llcompile.kernels.aten import sequence
+from llcompile.kernels.operands import Operands
 from llcompile.kernels.state import state_dtype
 
 # Elements of q or v in one slab: enough to share a slab among threads, few enough for its temporaries to be small.
@@ -75,17 +75,17 @@ def _cut(batch: int, groups: int, repeat: int, size: int) -> Iterator[Slab]:
 
 
 def forward(x: Operands, scale: float, return_final_state: bool) -> tuple[Tensor, Tensor]:
-    """As :func:`.engine.forward`."""
+    """As :func:`.sequence.forward`."""
     parts = slabs(x)
     if len(parts) == 1:
-        return engine.forward(x, scale, return_final_state)
+        return sequence.forward(x, scale, return_final_state)
     o = torch.empty(x.v.shape, dtype=x.v.dtype, device=x.v.device)
     states = x.v.new_empty(0, dtype=state_dtype(x.v.dtype))
     if return_final_state:
         levels = () if x.level_weights is None else (1 + x.level_weights.shape[-1],)
         states = states.new_empty(x.v.shape[0], x.v.shape[2], *levels, x.q.shape[3], x.v.shape[3])
     for part in parts:
-        o_part, state = engine.forward(part.of(x), scale, return_final_state)
+        o_part, state = sequence.forward(part.of(x), scale, return_final_state)
         o[part.rows, :, part.heads] = o_part
         if return_final_state:
             states[part.rows, part.heads] = state
@@ -93,17 +93,17 @@ def forward(x: Operands, scale: float, return_final_state: bool) -> tuple[Tensor
 
 
 def backward(x: Operands, scale: float, grad_o: Tensor, grad_state: Tensor | None) -> list[Tensor | None]:
-    """As :func:`.engine.backward`."""
+    """As :func:`.sequence.backward`."""
     parts = slabs(x)
     if len(parts) == 1:
-        return engine.backward(x, scale, grad_o, grad_state)
+        return sequence.backward(x, scale, grad_o, grad_state)
     grads = [None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in x[:7]]
     per_head = x.log_decay is not None and x.log_decay.dim() == 1
     if per_head and x.log_decay is not None:  # summed over slabs, so not rounded before
         grads[4] = torch.zeros(x.log_decay.shape, dtype=state_dtype(x.v.dtype), device=x.v.device)
     for part in parts:
         state = None if grad_state is None else grad_state[part.rows, part.heads]
-        found = engine.backward(part.of(x), scale, grad_o[part.rows, :, part.heads], state)
+        found = sequence.backward(part.of(x), scale, grad_o[part.rows, :, part.heads], state)
         q, k, v, w, g, beta, start = grads
         assert q is not None
         assert k is not None

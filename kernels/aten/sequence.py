@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llcompile.kernels.chunk import ChunkGradient, ChunkResult
-from llcompile.kernels.endpoint import EndPoint
-from llcompile.kernels.layout import Layout, Operands
-from llcompile.kernels.scan import Scan
-from llcompile.kernels.transitions import add_, zeros_like
-from llcompile.kernels.tree import Tree
+from llcompile.kernels.aten.chunk import ChunkGradient, ChunkOperands, ChunkResult, Stage, make_stage
+from llcompile.kernels.aten.endpoint import EndPoint
+from llcompile.kernels.aten.scan import Scan
+from llcompile.kernels.aten.transitions import add_, zeros_like
+from llcompile.kernels.aten.tree import Tree
+from llcompile.kernels.grid import CHUNK, SHORT_CHUNK, Grid, make_grid
+from llcompile.kernels.layout import Layout
+from llcompile.kernels.operands import Operands
+from llcompile.kernels.state import is_level_state, position_of, state_dtype
 
 
 def forward(x: Operands, scale: float, return_final_state: bool) -> tuple[Tensor, Tensor]:
@@ -41,8 +44,85 @@ class Call(Layout):
     """One call of the operator: the two passes."""
 
     def __init__(self, x: Operands, scale: float, keep: bool) -> None:
-        super().__init__(x, scale)
-        self.keep = keep
+        self.x, self.scale, self.keep = x, scale, keep
+        self.dtype = state_dtype(x.v.dtype)
+        self.batch, self.tokens, self.heads, self.value_dim = x.v.shape
+        self.key_dim = x.q.shape[3]
+        self.empty = x.v.numel() == 0 or x.q.numel() == 0
+        self.levels = None if x.level_weights is None else x.level_weights.shape[-1]
+        if self.empty:
+            return
+        position = None
+        if self.levels is not None and x.initial_state is not None and is_level_state(x.initial_state):
+            position = position_of(x.initial_state)
+        # Heads that share queries are folded into the value axis; elsewhere each head stands alone.
+        shared = x.beta is None and (x.log_decay is None or x.log_decay.dim() != 4)
+        chunk = SHORT_CHUNK if shared and self.levels is None else CHUNK
+        self.grid: Grid = make_grid(self.tokens, position, x.lengths, chunk)
+        self.stage: Stage = make_stage(self._chunk_operands())
+        self.fold = (x.q.shape[2], self.heads // x.q.shape[2]) if shared else (self.heads, 1)
+
+    # -- layouts ------------------------------------------------------------------------------------------------------
+
+    def _chunked(self, x: Tensor, heads: tuple[int, int]) -> Tensor:
+        """``[B, T, A, ...] -> [B, G, A / G, N, C, ...]``."""
+        placed = self.grid.place(x, self.dtype)
+        return placed.unflatten(2, (self.grid.chunks, self.grid.chunk)).unflatten(1, heads)
+
+    def _chunk_operands(self) -> ChunkOperands:
+        x = self.x
+        groups = (x.q.shape[2], 1)
+        heads = (x.q.shape[2], self.heads // x.q.shape[2])
+        g = x.log_decay
+        if g is not None and g.dim() == 1:
+            g = g.expand(self.batch, self.tokens, self.heads)
+        self.inner_w = None
+        if x.level_weights is not None:
+            self.grid_w = self._grid_weights(x.level_weights)
+            split = self.grid.inner + 1
+            self.inner_w = self._chunked(self.grid_w[..., :split], heads)
+        return ChunkOperands(
+            self._chunked(x.q, groups),
+            self._chunked(x.k, groups),
+            self._chunked(x.v, heads),
+            self.inner_w,
+            None if g is None else self._chunked(g, heads),
+            None if x.beta is None else self._chunked(x.beta, heads),
+        )
+
+    def _fold(self, x: Tensor) -> Tensor:
+        """``[B, T, H, ...] -> [M, N, C, R, ...]`` on the grid."""
+        placed = self.grid.place(x, self.dtype).unflatten(1, self.fold)  # [B, G', R', N * C, ...]
+        folded = placed.movedim(2, 3).contiguous().flatten(0, 1)
+        return folded.unflatten(1, (self.grid.chunks, self.grid.chunk))
+
+    def _unfold(self, x: Tensor) -> Tensor:
+        """``[M, N, C, R, ...] -> [B, T, H, ...]``."""
+        x = x.flatten(1, 2).unflatten(0, (self.batch, -1)).movedim(3, 2).flatten(1, 2)  # [B, H, N * C, ...]
+        return self.grid.take(x)
+
+    def _grid_weights(self, w: Tensor) -> Tensor:
+        """``[B, T, H, L] -> [B, T, H, levels of the grid]``."""
+        index = self._level_index()
+        if index.dim() == 1:
+            return w[..., : self.grid.levels] if self.grid.levels <= w.shape[-1] else w.index_select(-1, index)
+        return w.gather(-1, index[:, None, None].expand(*w.shape[:-1], -1))
+
+    def _add_weight_grad(self, dw: Tensor, d: Tensor) -> None:
+        index = self._level_index()
+        if index.dim() == 1 and self.grid.levels <= dw.shape[-1]:
+            dw[..., : self.grid.levels] += d
+        elif index.dim() == 1:
+            dw.index_add_(-1, index, d)
+        else:
+            dw.scatter_add_(-1, index[:, None, None].expand(*d.shape), d)
+
+    def _old_weights(self) -> Tensor:
+        """Weights of the initial state's levels, ``[M, N, C, R, L]``."""
+        w = self.x.level_weights
+        assert w is not None
+        seen, _ = self._old_index()
+        return self._fold(w.gather(-1, seen[:, :, None].expand(*w.shape)))
 
     def forward(self, return_final_state: bool) -> tuple[Tensor, Tensor | None]:
         """Output and final state."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llcompile.kernels.levels import trailing_zeros
-from llcompile.kernels.state import is_level_state, linear_state, pack_state, state_dtype, unpack_state
+from llcompile.kernels.state import is_level_state, linear_state, merge, pack_state, state_dtype, unpack_state
 
 
 def step(
@@ -54,28 +53,6 @@ def step(
     o = read[:, :, 0] if w is None else (w.to(dtype)[..., None] * read).sum(2)
     new_state = states[:, :, 0].contiguous() if position is None else pack_state(states, position + 1)
     return (o * scale).to(v.dtype, copy=True), new_state
-
-
-def merge(states: Tensor, position: Tensor) -> Tensor:
-    """Make room for the token at ``position [B]``: levels below the one that fills up empty into it."""
-    index, full = _filling(states, position)
-    below, at = index < full, index == full
-    moved = torch.where(below, states, 0).sum(2, keepdim=True)
-    return torch.where(below, 0, states) + torch.where(at, moved, 0)
-
-
-def merge_grad(d: Tensor, position: Tensor) -> Tensor:
-    """Adjoint of :func:`merge`."""
-    index, full = _filling(d, position)
-    at_full = torch.where(index == full, d, 0).sum(2, keepdim=True)
-    return torch.where(index < full, at_full, d)
-
-
-def _filling(states: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-    """Level indices, and the level that fills up (0 at position 0: nothing moves), over ``[B, H, L, K, V]``."""
-    levels = states.shape[2]
-    full = (trailing_zeros(position) + 1).clamp(max=levels - 1)
-    return torch.arange(levels, device=states.device)[:, None, None], full[:, None, None, None, None]
 
 
 def _open(state: Tensor, w: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -1,12 +1,47 @@
-"""Sequences that do not fill their rows, packed one after another or padded on either side, as operands."""
+"""Sequences of different lengths (varlen): packed one after another, or padded on either side.
+
+Levels count from the start of a sequence. The Triton kernels read sequences where they are (:class:`Spans`), the ATen
+lowering as a padded batch (:mod:`.aten.padded`).
+"""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
-from llcompile.kernels.layout import Operands
-from llcompile.kernels.operands import check_bounds, check_indices, check_mask
-from llcompile.kernels.ragged import Spans, spans_of_bounds, spans_of_indices, spans_of_mask
+from llcompile.kernels.operands import Operands, check_bounds, check_indices, check_mask
+
+
+class Spans(NamedTuple):
+    """Where sequences are in the flattened batch, in their order; none of them is looked at."""
+
+    starts: Tensor  # [N] first token
+    lengths: Tensor  # [N]
+
+
+def spans_of_mask(mask: Tensor) -> Spans:
+    """The sequences of a padded batch, mask ``[B, T]`` (non-zero = real, contiguous in each row)."""
+    batch, width = mask.shape
+    real = mask != 0
+    lengths = real.sum(1)
+    first = real.to(torch.int64).argmax(1) if width else lengths  # 0 in an empty row
+    return Spans(torch.arange(batch, device=mask.device) * width + first, lengths)
+
+
+def spans_of_bounds(cu_seqlens: Tensor) -> Spans:
+    """The sequences of a packed batch of one row, from their bounds ``[N + 1]``."""
+    bounds = cu_seqlens.to(torch.int64)
+    return Spans(bounds[:-1], bounds[1:] - bounds[:-1])
+
+
+def spans_of_indices(seq_idx: Tensor) -> Spans:
+    """Sequences packed in each row of a batch, from the sequence ``[B, T]`` that each token belongs to."""
+    first = torch.ones_like(seq_idx, dtype=torch.bool)
+    first[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
+    starts = first.flatten().nonzero()[:, 0]
+    return spans_of_bounds(torch.cat([starts, starts.new_tensor([seq_idx.numel()])]))
 
 
 def in_place(x: Operands, cu_seqlens: Tensor | None, attention_mask: Tensor | None, seq_idx: Tensor | None) -> Operands:

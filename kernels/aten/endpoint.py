@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llcompile.kernels.aten.transitions import Transition, zeros_like
 from llcompile.kernels.levels import level
-from llcompile.kernels.transitions import Transition, zeros_like
 
 
 class EndPoint:

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from llcompile.kernels.transitions import Transition, add_, zeros_like
+from llcompile.kernels.aten.transitions import Transition, add_, zeros_like
+from llcompile.kernels.grid import depth
 
 
 class Segment(NamedTuple):
@@ -50,11 +51,6 @@ def segments(chunks: int, m: int) -> Iterator[Segment]:
     first = pairs * 2 * block
     if chunks - first > block:
         yield Segment(first, 2 * pairs, 1, block, chunks - first - block)
-
-
-def depth(chunks: int) -> int:
-    """Levels of a tree over ``chunks`` chunks."""
-    return max(chunks - 1, 0).bit_length()
 
 
 def combine(kind: Transition, p: Any, x: Tensor) -> tuple[Any, Tensor]:

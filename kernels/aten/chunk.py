@@ -18,10 +18,10 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from llcompile.kernels.decay import ChannelDecay, ChunkDecay, NoDecay, ScalarDecay
-from llcompile.kernels.inverse import unit_lower_inverse
-from llcompile.kernels.transitions import DenseTransition, DiagonalTransition, ScalarTransition, Transition
-from llcompile.kernels.weights import gather_back, spread
+from llcompile.kernels.aten.decay import ChannelDecay, ChunkDecay, NoDecay, ScalarDecay
+from llcompile.kernels.aten.inverse import unit_lower_inverse
+from llcompile.kernels.aten.pair_weights import gather_back, spread
+from llcompile.kernels.aten.transitions import DenseTransition, DiagonalTransition, ScalarTransition, Transition
 
 
 class ChunkOperands(NamedTuple):

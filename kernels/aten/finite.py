@@ -13,8 +13,8 @@ import math
 import torch
 from torch import Tensor
 
-from llcompile.kernels import slabs
-from llcompile.kernels.layout import Operands
+from llcompile.kernels.aten import slabs
+from llcompile.kernels.operands import Operands
 from llcompile.kernels.state import state_dtype
 
 # Operands beyond one of these are taken for the cause, in this order: what is not finite, what overflows when it is
@@ -23,7 +23,7 @@ _BOUNDS = (math.inf, 1e18, 1e9)
 
 
 def forward(x: Operands, scale: float, return_final_state: bool) -> tuple[Tensor, Tensor]:
-    """As :func:`.engine.forward`, of rows."""
+    """As :func:`.sequence.forward`, of rows."""
     o, state = slabs.forward(x, scale, return_final_state)
     if o.device.type == "cpu" and not _is_finite(o):
         o = _with_the_past(x, scale, o)

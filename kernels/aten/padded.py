@@ -1,8 +1,4 @@
-"""Where the sequences of packed and padded batches are, and how the ATen lowering runs them.
-
-Levels count from the start of a sequence. The Triton kernels read sequences where they are (:class:`Spans`). For the
-ATen lowering they are moved to rows that start at token 0, with a length each, and back after it.
-"""
+"""Packed sequences as a padded batch: moved to rows that start at token 0, with a length each, and back after it."""
 
 from __future__ import annotations
 
@@ -11,38 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llcompile.kernels import finite, slabs
-from llcompile.kernels.layout import Operands
-
-
-class Spans(NamedTuple):
-    """Where sequences are in the flattened batch, in their order; none of them is looked at."""
-
-    starts: Tensor  # [rows] first token
-    lengths: Tensor  # [rows]
-
-
-def spans_of_mask(mask: Tensor) -> Spans:
-    """The sequences of a padded batch, mask ``[B, T]`` (non-zero = real, contiguous in each row)."""
-    batch, width = mask.shape
-    real = mask != 0
-    lengths = real.sum(1)
-    first = real.to(torch.int64).argmax(1) if width else lengths  # 0 in an empty row
-    return Spans(torch.arange(batch, device=mask.device) * width + first, lengths)
-
-
-def spans_of_bounds(cu_seqlens: Tensor) -> Spans:
-    """The sequences of a packed batch of one row, from their bounds ``[N + 1]``."""
-    bounds = cu_seqlens.to(torch.int64)
-    return Spans(bounds[:-1], bounds[1:] - bounds[:-1])
-
-
-def spans_of_indices(seq_idx: Tensor) -> Spans:
-    """Sequences packed in each row of a batch, from the sequence ``[B, T]`` that each token belongs to."""
-    first = torch.ones_like(seq_idx, dtype=torch.bool)
-    first[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
-    starts = first.flatten().nonzero()[:, 0]
-    return spans_of_bounds(torch.cat([starts, starts.new_tensor([seq_idx.numel()])]))
+from llcompile.kernels.aten import finite, slabs
+from llcompile.kernels.operands import Operands
 
 
 def forward(x: Operands, scale: float, return_final_state: bool) -> tuple[Tensor, Tensor]:

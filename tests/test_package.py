@@ -85,7 +85,8 @@ def test_wheel_holds_every_file(wheel: Path) -> None:
         assert sizes[name] == (ROOT / name).stat().st_size, name
     assert "llcompile/py.typed" in sizes
     templates = {f"llcompile/look/templates/{file.name}" for file in (ROOT / "llcompile/look/templates").iterdir()}
-    assert templates
+    templates |= {f"llcompile/{file.relative_to(ROOT)}" for file in (ROOT / "kernels").rglob("*.jinja")}
+    assert "llcompile/kernels/triton/templates/blocks/place.jinja" in templates
     assert templates <= sizes.keys()
     assert any(name.endswith("licenses/LICENSE") for name in sizes)
 
@@ -105,6 +106,7 @@ def test_wheel_installs_and_works(wheel: Path, tmp_path: Path) -> None:
     assert {f"llcompile.{folder}" for folder in FOLDERS} <= set(modules)
     assert len(modules) == len([name for name in expected_files() if not name.endswith("llcompile/__init__.py")])
     assert run(str(venv / "bin" / "llcompile"), "--version").startswith("llcompile ")
+    assert "def output(" in run(str(venv / "bin" / "llcompile"), "kernels", "show")
     logged = run(
         python, "-I", "-c", "import torch, logging; print(logging.getLogger('llcompile.x').getEffectiveLevel())",
         env={"TORCH_LOGS": "+loglinear"},

@@ -1,4 +1,4 @@
-"""The generator without running anything: its little language, its files, its choice of implementation."""
+"""The generator without running anything: its templates, its files, its choice of implementation."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from jinja2 import TemplateSyntaxError, UndefinedError
 
 from llcompile.errors import KernelCacheError, KernelError, OptionError
 from llcompile.kernels import choice
 from llcompile.kernels.operands import Operands
-from llcompile.kernels.triton import cache, engine, limits, step
+from llcompile.kernels.triton import cache, engine, limits, source, step
 from llcompile.kernels.triton.chips import CHIPS, Chip
 from llcompile.kernels.triton.description import Description, describe
 from llcompile.kernels.triton.limits import max_key_dim, unsupported
-from llcompile.kernels.triton.source import TEMPLATES, generate, kernel_names
-from llcompile.kernels.triton.template import TemplateError, expand
+from llcompile.kernels.triton.source import NEEDED, generate, kernel_names
 from llcompile.ops import loglinear_attention
 from tests.kernels.kernel_cases import operands
 
@@ -66,19 +66,53 @@ def folder(tmp_path, monkeypatch):
     return tmp_path / "kernels"
 
 
-def test_template():
-    """Conditions nest, blocks keep their indentation and take words."""
-    text = "#if a\none\n#if b\ntwo\n#else\nthree\n#end\n#elif b\nfour\n#end\n    <<part x>>"
-    blocks = {"part": "$1 = 1\n#if b\n$1 += 1\n#end"}
-    assert expand(text, {"a": True, "b": False}, blocks) == "one\nthree\n    x = 1\n"
-    assert expand(text, {"a": False, "b": True}, blocks) == "four\n    x = 1\n    x += 1\n"
+def templates() -> dict[str, str]:
+    """The text of each template by its path in the folder."""
+    return {name: source._templates().loader.get_source(None, name)[0] for name in source._templates().list_templates()}
 
 
-@pytest.mark.parametrize("text", ["#if a", "#end", "#if c\n#end", "<<none>>", "#else\n#end"])
+def test_what_is_called_on_a_line_is_indented_there():
+    """All lines of a macro, and of macros that it calls, whatever the depth."""
+    text = """
+#% macro inner(name)
+if {{ name }}:
+    {{ name }} = 1
+#% endmacro
+#% macro outer()
+#% if wanted
+{{ inner("a") }}
+#% endif
+for x in y:
+    {{ inner("b") }}
+#% endmacro
+def f():
+    {{ outer() }}
+"""
+    lines = source._templates().from_string(text).render(wanted=True).splitlines()
+    assert [line for line in lines if line.strip()] == [
+        *("def f():", "    if a:", "        a = 1", "    for x in y:", "        if b:", "            b = 1")
+    ]
+
+
+@pytest.mark.parametrize(
+    "text", ["#% if unknown\n#% endif", "{{ unknown }}", "{{ place.unknown() }}", "#% if delta", "#% endif"]
+)
 def test_wrong_templates(text):
     """A mistake in a template does not pass."""
-    with pytest.raises(TemplateError):
-        expand(text, {"a": True}, {})
+    context = source._context(Description("none", "delta", 16, 16))
+    with pytest.raises((UndefinedError, TemplateSyntaxError)):
+        source._templates().from_string(text).render(context)
+
+
+def test_every_template_is_used():
+    """A file for each kernel; and no macro of the shared ones that nobody calls."""
+    kernels = {f"{name}.jinja" for name in NEEDED}
+    shared = {f"blocks/{name}.jinja" for name in source.BLOCKS}
+    assert templates().keys() == kernels | shared | {"functions.jinja"}
+    everything = "\n".join(templates().values())
+    for name in shared:
+        for macro in re.findall(r"#% macro (\w+)", templates()[name]):
+            assert re.search(rf"{{{{ (\w+\.)?{macro}\(", everything), macro
 
 
 @functools.cache
@@ -87,12 +121,12 @@ def tree_of(d: Description) -> ast.Module:
 
 
 def test_every_source_is_python_that_names_what_it_uses():
-    """Nothing of the little language is left, and every name is a parameter, a local or a constant."""
+    """Nothing of the template language is left, and every name is a parameter, a local or a constant."""
     seen = set()
     for d in ALL:
-        source = generate(d)
-        assert d.text() in source
-        assert not re.search(r"<<\w|>>$|^\s*#(if|elif|else|end)\b|\$\d", source, re.MULTILINE)
+        text = generate(d)
+        assert d.text() in text
+        assert not re.search(r"\{[{%]|[}%]\}|#[%#]", text)
         tree = tree_of(d)
         names = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
         known = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
@@ -100,14 +134,14 @@ def test_every_source_is_python_that_names_what_it_uses():
         known |= {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)}
         assert names - known <= {"range", "tl", "triton"}, names - known
         seen |= set(kernel_names(d))
-    assert seen == TEMPLATES.keys()
+    assert seen == NEEDED.keys()
 
 
 def test_every_parameter_is_used():
     """A kernel asks for nothing that it does not need (strides and sizes that come with others aside)."""
     for d in ALL:
         for function in tree_of(d).body:
-            if isinstance(function, ast.FunctionDef) and function.name in TEMPLATES:
+            if isinstance(function, ast.FunctionDef) and function.name in NEEDED:
                 used = {n.id for n in ast.walk(function) if isinstance(n, ast.Name)}
                 unused = {a.arg for a in function.args.args} - used - COME_WITH_OTHERS
                 assert not {n for n in unused if not n.endswith(("_row", "_token", "_head"))}, (d, function.name)

@@ -15,14 +15,14 @@ def test_source_tag() -> None:
 
 
 def test_what_changes_a_digest(tmp_path: Path) -> None:
-    """Text and names of Python files, also of those in folders and behind links; nothing else."""
+    """Text and names of Python files and templates, also of those in folders and behind links; nothing else."""
     package, linked = tmp_path / "package", tmp_path / "linked"
     (package / "inner").mkdir(parents=True)
     (linked / "deep").mkdir(parents=True)
     (package / "kernels").symlink_to(linked)
     seen = [digest(package)]
     assert digest(package) == seen[0]
-    for file in (package / "a.py", package / "inner" / "a.py", linked / "a.py", linked / "deep" / "a.py"):
+    for file in (package / "a.py", package / "inner" / "a.py", linked / "a.py", linked / "deep" / "a.jinja"):
         file.write_text("a = 1")
         seen.append(digest(package))
         file.write_text("a = 2")

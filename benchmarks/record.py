@@ -23,7 +23,7 @@ def environment(device: str) -> dict[str, Any]:
 
     import torch
 
-    from llcompile.version import __version__
+    from llcompile import __version__
 
     name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine()
     versions = {"torch": torch.__version__, "python": platform.python_version(), "llcompile": __version__}

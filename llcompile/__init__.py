@@ -6,16 +6,16 @@ import importlib
 import sys
 from typing import Any
 
-from llcompile.version import __version__
+__version__ = "0.1.0"
 
 # Public names, each with the module that defines it. They load on first use, so that `import llcompile.errors`
-# (which every folder does) neither costs an import of torch nor closes an import cycle.
+# (which every folder does) neither costs an import of torch nor closes a circle of imports.
 _PUBLIC = {
     "convert": "llcompile.conversion",
     "inspect": "llcompile.conversion",
     "revert": "llcompile.conversion",
-    "save": "llcompile.checkpoint",
-    "load": "llcompile.checkpoint",
+    "save": "llcompile.weights.checkpoint",
+    "load": "llcompile.weights.checkpoint",
     "LevelWeights": "llcompile.weights.level_weights",
     "Look": "llcompile.look.look",
     "Report": "llcompile.report",
@@ -39,6 +39,4 @@ def __dir__() -> list[str]:
 
 if "torch" in sys.modules:
     # Torch does it, too, where llcompile is installed and TORCH_DEVICE_BACKEND_AUTOLOAD is not 0.
-    from llcompile import autoload
-
-    autoload.register()
+    importlib.import_module("llcompile.autoload").register()

@@ -52,7 +52,7 @@ def _operators() -> None:
 
 
 def _checkpoints() -> None:
-    from llcompile.integrations import transformers
+    from llcompile.integrations import pretrained
     from llcompile.integrations.after_import import after_import
 
-    after_import(transformers.MODULE, transformers.install)
+    after_import(pretrained.MODULE, pretrained.install)

@@ -12,8 +12,9 @@ from typing import Any, NoReturn
 
 from torch import fx, nn
 
-from llcompile import checkpoint, driver, missed, versions
+from llcompile import driver
 from llcompile.errors import LateAttachWarning, LLCompileError, StateAdoptedWarning, WrappedBackendError
+from llcompile.integrations import versions
 from llcompile.options import Options
 from llcompile.passes import pipeline, states
 from llcompile.passes.candidate import Candidate
@@ -32,7 +33,7 @@ from llcompile.torch_internals.trace import (
     trace_note,
     without_traces_of_transforms,
 )
-from llcompile.weights import adapters, attachment, fresh, ours
+from llcompile.weights import adapters, attachment, checkpoint, fresh, missed, ours
 from llcompile.weights.ignored import runs_levels, warn_if_switched_off
 from llcompile.weights.ours import Late
 

@@ -14,9 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from llcompile import backend, checkpoint, driver, other_mode, versions
-from llcompile import verify as verify_
+from llcompile import backend, driver
+from llcompile.checks import other_mode
+from llcompile.checks import verify as verify_
+from llcompile.checks.transaction import transaction
 from llcompile.errors import CaptureError, LLCompileError, ModelError
+from llcompile.integrations import versions
 from llcompile.look.collect import collect, without_graph
 from llcompile.look.findings import Subject
 from llcompile.look.look import Look
@@ -29,8 +32,7 @@ from llcompile.report import Report
 from llcompile.torch_internals import reach
 from llcompile.torch_internals.breaks import why_no_graph
 from llcompile.torch_internals.forget import forget_compiled
-from llcompile.transaction import transaction
-from llcompile.weights import adapters, attachment, withheld
+from llcompile.weights import adapters, attachment, checkpoint, withheld
 
 Visit = Callable[[Session], None]
 

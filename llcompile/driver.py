@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from llcompile.checks.transaction import transaction
 from llcompile.errors import StrictError
 from llcompile.options import Options
 from llcompile.passes import pipeline
@@ -24,7 +25,6 @@ from llcompile.report import Report
 from llcompile.torch_internals import reach, recompile_room
 from llcompile.torch_internals.breaks import graph_break
 from llcompile.torch_internals.trace import traced_once
-from llcompile.transaction import transaction
 from llcompile.weights import attachment, fresh, held, withheld
 
 

@@ -13,14 +13,14 @@ from typing import Any
 from torch import fx, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from llcompile import driver, missed
+from llcompile import driver
 from llcompile.errors import LLCompileError
 from llcompile.options import Options
 from llcompile.passes import pipeline
 from llcompile.patterns import reasons
 from llcompile.torch_internals.inputs import graph_inputs
 from llcompile.torch_internals.trace import below_export, restart_trace, surfaced, traced_once
-from llcompile.weights import attachment
+from llcompile.weights import attachment, missed
 
 
 def rewritten_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

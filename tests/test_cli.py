@@ -12,7 +12,7 @@ import pytest
 from llcompile import __version__
 from llcompile.commands import cli, doctor
 from llcompile.errors import CaptureError
-from llcompile.patterns.known import ROWS
+from llcompile.patterns.known import ENTRIES
 
 TINY = ["--set", "num_hidden_layers=2", "--set", "hidden_size=32", "--set", "num_heads=4", "--set", "head_dim=16"]
 TINY += ["--set", "state_size=8", "--set", "vocab_size=32", "--set", "n_groups=1", "--set", "chunk_size=16"]
@@ -100,7 +100,7 @@ def test_an_error_of_ours_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: p
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", "--json", "--no-self-test"]) in (0, 1)
     findings = {finding["topic"]: finding for finding in json.loads(capsys.readouterr().out)}
-    libraries = {row.library for row in ROWS}
+    libraries = {entry.library for entry in ENTRIES}
     assert {"llcompile", "python", "torch", "C++ compiler", "cpu", *libraries} <= set(findings)
     assert all(finding["advice"] for finding in findings.values() if finding["ok"] is False)
     assert cli.main(["doctor", "--no-self-test"]) in (0, 1)

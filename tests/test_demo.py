@@ -23,7 +23,7 @@ from demo.models import TOUR, recall_model
 from demo.progress import Bars
 from demo.recall import DISTANCES, IGNORED, Accuracy, Exam, Task
 from demo.training import ARMS, Plan, Runner, is_level_weight, learn
-from llcompile import verify
+from llcompile.checks import verify
 from llcompile.commands import cli
 from llcompile.errors import DemoError
 from llcompile.passes import pipeline

@@ -141,7 +141,7 @@ def test_trained_level_weights_are_kept() -> None:
 
 def test_nothing_is_looked_at_twice_where_no_code_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A mixer that does not read `training` costs nothing more."""
-    from llcompile import other_mode
+    from llcompile.checks import other_mode
 
     looked: list[bool] = []
     run = other_mode._run

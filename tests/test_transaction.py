@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import llcompile
+from llcompile.checks.transaction import transaction
 from llcompile.errors import CaptureError
-from llcompile.transaction import transaction
 
 KEPT: dict[str, int] = {}
 

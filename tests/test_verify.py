@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import llcompile
-from llcompile import driver, verify
+from llcompile import driver
+from llcompile.checks import verify
 from llcompile.errors import CaptureError, StrictError
 from llcompile.weights import attachment
 from tests.helpers import small

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 import llcompile
-from llcompile import self_test, tested, versions
-from llcompile.commands import cli, doctor
+from llcompile.commands import cli, doctor, self_test
 from llcompile.errors import UntestedVersionWarning
+from llcompile.integrations import versions
 
 ROOT = Path(__file__).parent.parent
 
@@ -114,7 +114,7 @@ def compile_twice() -> list[str]:
 @pytest.mark.usefixtures("fresh_dynamo")
 class TestAnnouncement:
     def test_a_newer_release_is_named_once(self, announced: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setitem(tested.TESTED, "torch", ("2.0.0", "2.1.0"))
+        monkeypatch.setitem(versions.TESTED, "torch", ("2.0.0", "2.1.0"))
         (message,) = compile_twice()
         assert f"torch {torch.__version__}" in message
         assert "2.1.0" in message
@@ -129,7 +129,7 @@ class TestAnnouncement:
     def test_it_can_be_switched_off(
         self, variable: str, value: str, announced: list[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setitem(tested.TESTED, "torch", ("2.0.0", "2.1.0"))
+        monkeypatch.setitem(versions.TESTED, "torch", ("2.0.0", "2.1.0"))
         monkeypatch.setenv(variable, value)
         versions.announce()
         assert announced == []
@@ -172,7 +172,7 @@ def test_other_keywords_of_torch_compile_are_taken() -> None:
 def test_bounds_of_the_package_are_those_that_were_tested() -> None:
     project = (ROOT / "pyproject.toml").read_text()
     for name in ("torch", "transformers"):
-        oldest = ".".join(tested.TESTED[name][0].split(".")[:2])
+        oldest = ".".join(versions.TESTED[name][0].split(".")[:2])
         assert f'"{name}>={oldest}"' in project
 
 

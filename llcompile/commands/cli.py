@@ -13,7 +13,6 @@ from typing import Any
 
 import llcompile
 from llcompile.errors import LLCompileError, SpecError
-from llcompile.version import __version__
 
 USAGE_ERROR = 2
 
@@ -94,7 +93,7 @@ def _asked_for(arguments: list[str]) -> Command | None:
 
 def _parser(asked: Command | None, module: Any) -> argparse.ArgumentParser:
     parser = _OneLineParser(prog="llcompile", description="Log-linear attention for models with linear-time mixers.")
-    parser.add_argument("--version", action="version", version=f"llcompile {__version__}")
+    parser.add_argument("--version", action="version", version=f"llcompile {llcompile.__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_OneLineParser)
     for command in COMMANDS:
         if module is not None and command is asked:

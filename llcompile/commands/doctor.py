@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from llcompile.version import __version__
+from llcompile import __version__
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def self_test(inner: str = "eager", device: str | None = None) -> list[Finding]:
     """
     import torch
 
-    from llcompile import self_test
+    from llcompile.commands import self_test
 
     place = self_test.Place(device or ("cuda" if torch.cuda.is_available() else "cpu"), inner)
     topic = "self-test" if place.device == "cpu" else f"self-test on {place.device}"
@@ -142,8 +142,8 @@ def _devices() -> Iterator[Finding]:
 
 def _against_tested(topic: str, distribution: str, more: str = "") -> Finding:
     """A library's version, and whether it lies within those that were tested."""
-    from llcompile import versions
-    from llcompile.tested import TESTED
+    from llcompile.integrations import versions
+    from llcompile.integrations.versions import TESTED
 
     version = versions.installed(distribution) or "of unknown version"
     found = f"{version}, {more}" if more else version

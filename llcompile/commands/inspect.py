@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llcompile import files
 from llcompile.errors import SpecError
+from llcompile.look import files
 
 if TYPE_CHECKING:
     from llcompile.look.look import Look

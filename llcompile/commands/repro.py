@@ -6,9 +6,9 @@ import argparse
 import sys
 from typing import Any
 
-from llcompile import files
 from llcompile.commands.inspect import SPEC_HELP, add_model_arguments, load
 from llcompile.errors import ReproError
+from llcompile.look import files
 
 
 def add_parser(subparsers: Any) -> None:

@@ -1,4 +1,1 @@
-"""Where other libraries are told of level weights: one file for each. They are loaded when the library is."""
-
-# What a configuration or a file's header keeps of level weights, see `checkpoint.section`.
-SECTION = "loglinear"
+"""What other libraries are told of llcompile, and what is known of their releases."""

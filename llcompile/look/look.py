@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from llcompile.files import write_text
 from llcompile.look import mlir
+from llcompile.look.files import write_text
 from llcompile.look.findings import Findings
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from llcompile import __version__
 from llcompile.errors import MissingLibraryError
 from llcompile.look.cost import SYMBOLS, cost_of
 from llcompile.look.findings import Findings
@@ -18,7 +19,6 @@ from llcompile.look.layout import Picture, lay_out
 from llcompile.look.mask import blocks
 from llcompile.look.records import Excerpt, MixerLook
 from llcompile.look.tree import Branch, tree
-from llcompile.version import __version__
 
 MASK_TOKENS = 32
 _LIBRARIES = ("jinja2", "pygments", "grandalf")

@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from llcompile import conversion
+from llcompile import __version__, conversion
 from llcompile.errors import ReproError
 from llcompile.look.collect import region_nodes
 from llcompile.look.region_source import RegionSource, region_source
 from llcompile.look.source_text import in_docstring
 from llcompile.passes.candidate import CallCandidate
 from llcompile.passes.session import Session
-from llcompile.version import __version__
 
 
 @dataclass(frozen=True)

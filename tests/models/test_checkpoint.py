@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, Mamba2ForCausalLM, PreTrainedModel
 
 import llcompile
-from llcompile import checkpoint
 from llcompile.errors import CheckpointError
+from llcompile.weights import checkpoint
 from tests.models.tiny import build
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")

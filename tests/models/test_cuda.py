@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import llcompile
-from llcompile import self_test
+from llcompile.commands import self_test
 from llcompile.kernels.triton import engine, step
 from llcompile.patterns.families import FAMILIES
 from tests.helpers import small

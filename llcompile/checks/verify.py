@@ -20,14 +20,14 @@ from torch import fx, nn
 from torch.utils import _pytree
 
 from llcompile import backend, driver
-from llcompile.compare import Result, difference, gradient_difference, leaves
+from llcompile.checks.compare import Result, difference, gradient_difference, leaves
+from llcompile.checks.transaction import Snapshot, put_back
 from llcompile.options import Options
 from llcompile.patterns import reasons
 from llcompile.patterns.reasons import GivenReason
 from llcompile.patterns.records import Declined, ModelCertificate
 from llcompile.report import Report
 from llcompile.torch_internals.trace import traced_once
-from llcompile.transaction import Snapshot, put_back
 from llcompile.weights import attachment, withheld
 from llcompile.weights.level_weights import LevelWeights
 

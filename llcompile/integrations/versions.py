@@ -13,8 +13,14 @@ import warnings
 from pathlib import Path
 
 from llcompile.errors import UntestedVersionWarning
-from llcompile.tested import TESTED
 
+# Distribution: oldest and newest release in which every row of the self-test acted (see docs/compatibility.md, which
+# `make matrix` writes).
+TESTED: dict[str, tuple[str, str]] = {
+    "torch": ("2.11.0", "2.15.0"),
+    "transformers": ("5.15.0", "5.24.0"),
+    "fla-core": ("0.6.0", "0.6.0"),
+}
 VARIABLE = "LLCOMPILE_SELF_TEST"
 TIMEOUT = 180
 # The module that a program imports where a distribution is in use.
@@ -75,7 +81,7 @@ def announce() -> None:
 def self_test() -> str:
     """The result of `llcompile doctor`'s self-test, run by another process, in a sentence."""
     command = [sys.executable, "-m", "llcompile", "doctor", "--json"]
-    path = os.pathsep.join([str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(Path(__file__).parent.parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, VARIABLE: "0", "PYTHONPATH": path}
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False)

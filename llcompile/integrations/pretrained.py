@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from llcompile.integrations import SECTION
+from llcompile.weights import SECTION
 
 MODULE = "transformers.modeling_utils"
 
@@ -38,7 +38,7 @@ def _post_init(original: Any) -> Any:
     def post_init(self: Any) -> Any:
         section = vars(self.config).get(SECTION)
         if section:
-            from llcompile.checkpoint import restore
+            from llcompile.weights.checkpoint import restore
 
             _waiting.update(restore(self, section, prefix=f"{self.base_model_prefix}."))
         return original(self)
@@ -72,7 +72,7 @@ def _save_pretrained(original: Any) -> Any:
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
         if "llcompile.weights.attachment" not in sys.modules:  # then nothing has level weights
             return original(self, *args, **kwargs)
-        from llcompile.checkpoint import section
+        from llcompile.weights.checkpoint import section
 
         held = vars(self.config)
         before = held.pop(SECTION, None)

@@ -13,12 +13,13 @@ from typing import Any
 
 from torch import nn
 
-from llcompile import driver, missed
+from llcompile import driver
+from llcompile.checks.verify import Mixer, Verdict
 from llcompile.options import Options
 from llcompile.passes.session import Session
 from llcompile.patterns import reasons
 from llcompile.report import Report
-from llcompile.verify import Mixer, Verdict
+from llcompile.weights import missed
 
 
 def judge(

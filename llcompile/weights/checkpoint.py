@@ -1,6 +1,6 @@
 """Checkpoints: what has to be written beside the weights so that a converted model comes back without example inputs.
 
-For models of transformers, `save_pretrained` and `from_pretrained` do it (`integrations.transformers`); `save` and
+For models of transformers, `save_pretrained` and `from_pretrained` do it (`integrations.pretrained`); `save` and
 `load` are for all others.
 """
 
@@ -13,11 +13,10 @@ from typing import Any
 
 from torch import nn
 
+from llcompile import __version__
 from llcompile.errors import CheckpointError, MissingLibraryError, ModelError
-from llcompile.integrations import SECTION
 from llcompile.passes.names import CodePlace
-from llcompile.version import __version__
-from llcompile.weights import attachment
+from llcompile.weights import SECTION, attachment
 from llcompile.weights.held import held
 from llcompile.weights.level_weights import LevelWeights
 

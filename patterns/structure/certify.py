@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llcompile.patterns import reasons
 from llcompile.patterns.agreement import BUDGETS, apart, gradients
+from llcompile.patterns.boundary import NOT_SHOWN
 from llcompile.patterns.records import Certificate
 from llcompile.patterns.structure.axes import Axes
 from llcompile.patterns.structure.classify import Rejection
@@ -26,7 +27,7 @@ from llcompile.patterns.structure.pieces import expect_known, expect_pieces
 from llcompile.patterns.structure.probe import Probe, difference
 from llcompile.patterns.structure.program import Value
 from llcompile.patterns.structure.ranges import Range
-from llcompile.patterns.structure.sizing import CannotArrange, Sizing, small
+from llcompile.patterns.structure.sizing import Sizing, small
 
 log = logging.getLogger("llcompile")
 
@@ -87,7 +88,7 @@ def _expect_gradients(probe: Probe, hypothesis: Hypothesis) -> None:
         leaves = [probe.values[s] for s in live_ins]
         try:
             theirs = gradients(probe.by_time(probe.run()), leaves)
-        except (RuntimeError, NotImplementedError) as failure:
+        except NOT_SHOWN as failure:
             log.debug("structure: %s has no backward: %s", probe.subgraph.result, failure)
             return
         ours = gradients(output_of(probe, hypothesis), leaves)
@@ -108,7 +109,7 @@ def _drawn(
         probe = _probe(subgraph, hypothesis, sizing, ranges, seed)
         try:
             return probe, probe.by_time(probe.run())
-        except (CannotArrange, RuntimeError, IndexError, AssertionError, TypeError, ValueError) as error:
+        except NOT_SHOWN as error:
             if sizing is sizings[1]:
                 raise
             log.debug("structure: %s does not run at length %d: %s", subgraph.result, sizing.length, error)

@@ -18,7 +18,7 @@ from torch import fx
 from torch.utils._python_dispatch import _disable_current_modes
 
 from llcompile.patterns import reasons
-from llcompile.patterns.boundary import boundary
+from llcompile.patterns.boundary import NOT_SHOWN, CannotRun, boundary
 from llcompile.patterns.graph.regions import Region
 from llcompile.patterns.known.capture import captured_function
 from llcompile.patterns.records import Certificate
@@ -51,7 +51,7 @@ from llcompile.patterns.structure.program import Op, Value
 from llcompile.patterns.structure.properties import explain
 from llcompile.patterns.structure.ranges import REALS, Range, ranges
 from llcompile.patterns.structure.record import record
-from llcompile.patterns.structure.sizing import CannotArrange, Sizing, small
+from llcompile.patterns.structure.sizing import Sizing, small
 from llcompile.patterns.structure.tail import Tail
 from llcompile.torch_internals.places import user_line
 from llcompile.torch_internals.sizes import is_symbolic
@@ -60,7 +60,6 @@ log = logging.getLogger("llcompile")
 
 _NORMS = ("native_layer_norm", "native_group_norm", "_fused_rms_norm", "rms_norm", "mean", "_softmax")
 _SOFTMAXES = ("_softmax", "_safe_softmax", "_log_softmax")
-_NOT_RUN = (CannotArrange, RuntimeError, MemoryError, IndexError, AssertionError, TypeError, ValueError)
 _SCATTERS = ("select_scatter", "slice_scatter", "index_put")
 _ASKED = 8000  # operations of a part that is run again and again to say why it is no mixer
 _TIMES = 3  # axes that are tried as time
@@ -279,7 +278,7 @@ class _Search:
                 probe = self._probe(frame, subgraph, axes, result, bounds, whole)
                 origins = {s: above for s, (above, _) in self.cuts.origins(subgraph).items()}
                 rejection, done = explain(Observations(probe, origins), rejection)
-            except (Rejection, *_NOT_RUN):
+            except (Rejection, *NOT_SHOWN):
                 break
             if done:
                 break
@@ -378,7 +377,7 @@ class _Search:
             for live_in, sign in (signs or {}).items():
                 probe.values[live_in] = probe.values[live_in].abs() * (4 * sign / probe.length)
             return certify(subgraph, fit(probe, classify(probe)), probe, self.ranges)
-        except _NOT_RUN as error:
+        except NOT_SHOWN as error:
             raise Rejection(reasons.NOT_RUN(error=_line(error))) from error
 
     def mixes(self, live_in: LiveIn) -> bool:
@@ -407,7 +406,7 @@ class _Search:
             return sees_itself(
                 self._probe(frame, subgraph, axes, result, {s: self._range(subgraph, s) for s in subgraph.live_ins})
             )
-        except _NOT_RUN as error:
+        except NOT_SHOWN as error:
             raise Rejection(reasons.OPERAND_NOT_RUN(error=_line(error))) from error
 
     def _expect_sequences(self, subgraph: Subgraph) -> None:
@@ -473,7 +472,7 @@ class _Search:
             probe = Probe(subgraph, axes, result, sizing, bounds)
             try:
                 probe.run()
-            except _NOT_RUN as error:
+            except NOT_SHOWN as error:
                 failure = error
                 log.debug("structure: %s does not run at %s: %s", subgraph.result, sizing.shape(subgraph.result), error)
                 continue
@@ -493,8 +492,9 @@ def _grows(probe: Probe) -> bool:
     return not last < _LARGER * first
 
 
-def _line(error: Exception | None) -> str:
+def _line(error: BaseException | None) -> str:
     """The first line of an error."""
+    error = error.__cause__ if isinstance(error, CannotRun) else error
     return f"{type(error).__name__}: {error}".split("\n")[0]
 
 

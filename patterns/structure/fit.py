@@ -13,12 +13,13 @@ from torch import Tensor
 
 import llcompile.kernels.operators  # noqa: F401  (registers torch.ops.llcompile)
 from llcompile.patterns import reasons
+from llcompile.patterns.boundary import NOT_SHOWN, running
 from llcompile.patterns.structure.axes import Dim
 from llcompile.patterns.structure.classify import Rejection, Roles
 from llcompile.patterns.structure.hypothesis import NORMALISERS, Hypothesis, MixerAxes
 from llcompile.patterns.structure.lifted import LiveIn
 from llcompile.patterns.structure.probe import Probe, difference
-from llcompile.patterns.structure.sizing import CannotArrange, arrange
+from llcompile.patterns.structure.sizing import arrange
 from llcompile.patterns.structure.transforms import TRANSFORMS
 
 AGREES = 2e-6  # a guess is taken to the proof where it agrees this well (buffers are float32)
@@ -37,7 +38,7 @@ def fit(probe: Probe, roles: Roles) -> Hypothesis:
     for hypothesis in _readings(probe, roles):
         try:
             found, error = _fit(probe, hypothesis, roles, base)
-        except (CannotArrange, RuntimeError):
+        except NOT_SHOWN:
             continue
         if error < AGREES:
             return _with_rest(probe, found, roles)
@@ -69,7 +70,7 @@ def _with_rest(probe: Probe, hypothesis: Hypothesis, roles: Roles) -> Hypothesis
             without = {roles.query: none(probe.values[roles.query])}
             theirs = probe.by_time(probe.run(without))
             hypothesis = replace(hypothesis, skip_scale=_factor(theirs, _output_with(probe, hypothesis, without)))
-    except (CannotArrange, RuntimeError) as error:
+    except NOT_SHOWN as error:
         raise Rejection(reasons.ADDED_TO_SUM(), 2, open=True) from error
     return hypothesis
 
@@ -153,7 +154,7 @@ def _rate(probe: Probe, hypothesis: Hypothesis, decay: LiveIn) -> float | None:
     try:
         base = probe.by_time(probe.run())
         steady = _constant_decay(probe, hypothesis, output_of(probe, hypothesis), base)
-    except (CannotArrange, RuntimeError):
+    except NOT_SHOWN:
         return None
     finally:
         probe.values = kept
@@ -227,7 +228,8 @@ def output_of(probe: Probe, hypothesis: Hypothesis) -> Tensor:
     size = probe.sizing.of
     m = hypothesis.mixer(probe.values, size, probe.dtype)
     operands = m.query, m.key, m.value, None, m.log_decay, m.beta, m.initial_state
-    output = torch.ops.llcompile.loglinear_attention(*operands, m.scale, False)[0]
+    with running(probe.subgraph.result):  # operands that fit no call of the operator are another hypothesis'
+        output = torch.ops.llcompile.loglinear_attention(*operands, m.scale, False)[0]
     return probe.by_time(hypothesis.finish(output, probe.values, size))
 
 

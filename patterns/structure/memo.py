@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from llcompile.patterns.boundary import CannotRun
 from llcompile.patterns.records import Certificate
 from llcompile.patterns.structure.axes import Axes, Dim
 from llcompile.patterns.structure.classify import Rejection
@@ -84,7 +85,8 @@ def recall(key: Any, subgraph: Subgraph, rows: Rows, result: Axes) -> tuple[Hypo
 
 def is_lasting(rejection: Rejection) -> bool:
     """Whether the same part will be missed again: not where it did not run, for want of memory perhaps."""
-    return not isinstance(rejection.__cause__, (RuntimeError, MemoryError))
+    cause = rejection.__cause__
+    return not isinstance(cause.__cause__ if isinstance(cause, CannotRun) else cause, (RuntimeError, MemoryError))
 
 
 def remember(

@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor
 
+from llcompile.patterns.boundary import running
 from llcompile.patterns.structure.axes import Axes
 from llcompile.patterns.structure.cut import Subgraph
 from llcompile.patterns.structure.execute import function_of
@@ -86,7 +87,7 @@ class Probe:
     def _run(self, numbers: Mapping[LiveIn, Tensor]) -> Tensor:
         function, read = self._function
         given = [numbers[s] if isinstance(s, Value) else numbers[s][position] for s, position in read]
-        with _same_draws() if self.subgraph.random is not None else nullcontext():
+        with running(self.subgraph.result), _same_draws() if self.subgraph.random is not None else nullcontext():
             return function(*given).to(self.dtype)
 
     def numbers_of(self, value: Value) -> Tensor:
@@ -94,7 +95,8 @@ class Probe:
         _, read = self._function
         function = self._written(value)
         given = [self.values[s] if isinstance(s, Value) else self.values[s][position] for s, position in read]
-        return function(*given).to(self.dtype)
+        with running(value):
+            return function(*given).to(self.dtype)
 
     @functools.cached_property
     def _function(self) -> tuple[Callable[..., Tensor], list[tuple[LiveIn, int]]]:

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from llcompile.patterns import reasons
+from llcompile.patterns.boundary import NOT_SHOWN, boundary
 from llcompile.patterns.reasons import GivenReason
 from llcompile.patterns.structure.classify import Rejection
 from llcompile.patterns.structure.lifted import LiveIn
 from llcompile.patterns.structure.observations import SEEN, Observations
-from llcompile.patterns.structure.sizing import CannotArrange, arrange
+from llcompile.patterns.structure.sizing import arrange
 
 _GONE = 1e-12  # what is left of a weight that was cut off, in proportion to what it was
-_ERRORS = (CannotArrange, RuntimeError, IndexError, ValueError, TypeError, AssertionError, StopIteration)
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,9 @@ def explain(measured: Observations, rejection: Rejection) -> tuple[Rejection, bo
     if measured.pointwise:
         return Rejection(rejection.given), True
     for row in PROPERTIES:
-        try:
+        given = None
+        with boundary(row.failed.__name__, *NOT_SHOWN):
             given = row.failed(measured)
-        except _ERRORS:
-            continue  # it cannot be asked of this part
         if given is not None:
             return Rejection(given, max(rejection.near, row.near)), True
     whole = measured.query is not None and measured.value is not None

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from llcompile.patterns.boundary import NotKnown
 from llcompile.patterns.structure.axes import Axis, Dim
 from llcompile.patterns.structure.cut import Subgraph
 from llcompile.patterns.structure.frame import Frame
@@ -16,7 +17,7 @@ _SMALL = (3, 5, 4, 6, 7)
 _SHORT = 4  # axes up to this size stay
 
 
-class CannotArrange(Exception):
+class CannotArrange(NotKnown):
     """The axes of a tensor are not made of those that are asked for."""
 
 

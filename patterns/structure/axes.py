@@ -6,7 +6,7 @@ pair axes element by element make their dims the same; a reshape that cuts an ax
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 
@@ -42,6 +42,11 @@ class Dim:
 
 Axis = tuple[Dim, ...]  # () for an axis of size one
 Axes = tuple[Axis, ...]
+
+
+def dims_of(axes: Iterable[Axis]) -> set[Dim]:
+    """All dims of some axes."""
+    return {dim for axis in axes for dim in axis}
 
 
 @dataclass

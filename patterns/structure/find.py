@@ -376,7 +376,7 @@ class _Search:
             probe = self._probe(frame, subgraph, axes, result, bounds)
             for live_in, sign in (signs or {}).items():
                 probe.values[live_in] = probe.values[live_in].abs() * (4 * sign / probe.length)
-            return certify(subgraph, fit(probe, classify(probe)), probe, self.ranges)
+            return certify(subgraph, fit(probe, classify(Observations(probe))), probe, self.ranges)
         except NOT_SHOWN as error:
             raise Rejection(reasons.NOT_RUN(error=_line(error))) from error
 
@@ -403,9 +403,8 @@ class _Search:
         frame, axes = self.cutter.frame(subgraph)
         result = frame.rows(frame.followed.axes[value])
         try:
-            return sees_itself(
-                self._probe(frame, subgraph, axes, result, {s: self._range(subgraph, s) for s in subgraph.live_ins})
-            )
+            bounds = {s: self._range(subgraph, s) for s in subgraph.live_ins}
+            return sees_itself(Observations(self._probe(frame, subgraph, axes, result, bounds)))
         except NOT_SHOWN as error:
             raise Rejection(reasons.OPERAND_NOT_RUN(error=_line(error))) from error
 

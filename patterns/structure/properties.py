@@ -57,9 +57,9 @@ def explain(measured: Observations, rejection: Rejection) -> tuple[Rejection, bo
 def _is_causal(m: Observations) -> GivenReason | None:
     for live_in in m.timed:
         for position in (m.middle, m.length - 1):
-            rows = m.reach(live_in, position)
-            if rows and rows[0] < position:
-                return reasons.NOT_CAUSAL(output=rows[0], input=position)
+            ahead = m.looks_ahead(live_in, position)
+            if ahead is not None:
+                return ahead
     return None
 
 
@@ -72,15 +72,15 @@ def _sees_itself(m: Observations) -> GivenReason | None:
 
 def _keeps_rows_apart(m: Observations) -> GivenReason | None:
     """Batch and heads: what one of them has does not act on another."""
-    seen = {id(a): a for s in m.timed for a in m.dims(s) if id(a) in m.kept and m.probe.sizing.of(a) > 1}
-    for dim in seen.values():
-        holders = [s for s in m.timed if any(a is dim for a in m.dims(s))]
+    seen = [a for s in m.timed for a in m.dims(s) if a in m.kept and m.probe.sizing.of(a) > 1]
+    for dim in dict.fromkeys(seen):
+        holders = [s for s in m.timed if dim in m.dims(s)]
         if len(holders) < 2:
             continue  # a value's own channels may be mixed behind
         first = {s: m.along(s, [dim], 0) > 0 for s in holders}
         changed = {s: torch.where(first[s], m.probe.draw(s), m.probe.values[s]) for s in holders}
         difference = m.probe.run(changed) - m.probe.run()
-        position = next(i for i, row in enumerate(m.probe.result) if any(a is dim for a in row))
+        position = next(i for i, row in enumerate(m.probe.result) if dim in row)
         if len(m.probe.result[position]) > 1:
             continue
         rest = difference.narrow(position, 1, difference.shape[position] - 1)
@@ -100,10 +100,10 @@ def _weighs_a_value_as_one(m: Observations) -> GivenReason | None:
     value = m.value
     if value is None:
         return None
-    own = {id(a) for a in m.dims(value)} & m.kept
-    scored = {id(a) for s in (m.query, *m.keys) if s is not None for a in m.dims(s)}
+    own = m.kept.intersection(m.dims(value))
+    scored = {a for s in (m.query, *m.keys) if s is not None for a in m.dims(s)}
     others = [s for s in m.timed if s is not value and s not in m.readers and not m.is_paired(s)]
-    shared = own.intersection(*({id(a) for a in m.dims(s)} for s in others)) if others else set()
+    shared = own.intersection(*(m.dims(s) for s in others)) if others else set()
     if m.query is None or not (own - scored) or (own - scored) - shared:
         return None
     return reasons.VALUE_CHANNELS()
@@ -206,7 +206,7 @@ def _one_channel(m: Observations) -> dict[LiveIn, Tensor] | None:
     if m.value is None or m.query is None or not m.keys or m.length < 5:
         return None
     channels = m.contracted(m.query)
-    fits = [k for k in m.keys if all(any(a is b for b in m.contracted(k)) for a in channels) and m.is_additive(k)]
+    fits = [k for k in m.keys if {*channels} <= {*m.contracted(k)} and m.is_additive(k)]
     return {s: m.along(s, channels, 0) for s in (m.query, *fits)} if fits else None
 
 
@@ -232,7 +232,7 @@ def _erases_along_its_key(m: Observations) -> GivenReason | None:
     if m.value is None or m.query is None or not m.keys:
         return None
     channels = m.contracted(m.query)
-    keys = [k for k in _written(m) if all(any(a is b for b in m.contracted(k)) for a in channels)]
+    keys = [k for k in _written(m) if {*channels} <= {*m.contracted(k)}]
     if not keys or math.prod(m.probe.sizing.of(a) for a in channels) < 2:
         return None
     firsts = {k: m.along(k, channels, 0) for k in keys}

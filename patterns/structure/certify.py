@@ -17,7 +17,6 @@ from llcompile.patterns import reasons
 from llcompile.patterns.agreement import BUDGETS, apart, gradients
 from llcompile.patterns.boundary import NOT_SHOWN
 from llcompile.patterns.records import Certificate
-from llcompile.patterns.structure.axes import Axes
 from llcompile.patterns.structure.classify import Rejection
 from llcompile.patterns.structure.cut import Subgraph
 from llcompile.patterns.structure.fit import output_of
@@ -150,8 +149,7 @@ def _probe(
     """A draw of which every operand is as in a real model, so that the far past still counts at any length."""
     largest = max((_count(sizing, v) for op in subgraph.ops for v in op.outputs), default=0)
     dtype = torch.float32 if largest > _LARGE else torch.float64
-    rows: Mapping[LiveIn, Axes] = hypothesis.rows
-    probe = Probe(subgraph, rows, hypothesis.result, sizing, ranges, seed, dtype)
+    probe = Probe(subgraph, hypothesis.layouts, hypothesis.result, sizing, ranges, seed, dtype)
     if hypothesis.decay is not None and hypothesis.transform is not None:
         z = torch.randn(probe.shape(hypothesis.decay), generator=probe.generator, dtype=torch.float64)
         log_decay = -(4.0 / probe.length) * (0.2 + torch.nn.functional.softplus(z))
@@ -159,8 +157,8 @@ def _probe(
     if hypothesis.family[1] == "delta":
         # Keys of norm 1/2 to 1: with longer ones a delta rule diverges.
         key = probe.values[hypothesis.key].double()
-        held = {id(a) for a in hypothesis.axes.key}
-        dims = [i for i, row in enumerate(rows[hypothesis.key]) if any(id(a) in held for a in row)]
+        axes = enumerate(hypothesis.layouts[hypothesis.key])
+        dims = [i for i, axis in axes if not {*axis}.isdisjoint(hypothesis.axes.key)]
         norm = key.square().sum(dims, keepdim=True).sqrt()
         probe.values[hypothesis.key] = (key / norm * (0.5 + 0.5 * torch.sigmoid(norm))).to(dtype)
     return probe

@@ -224,7 +224,7 @@ class _Classifier:
 
     def _spread(self, live_in: LiveIn, x: Tensor) -> Tensor:
         probe = self.probe
-        full = arrange(x, probe.rows[live_in], probe.result, probe.sizing.of)
+        full = arrange(x, probe.axes[live_in], probe.result, probe.sizing.of)
         return probe.by_time(full)
 
     def _sorted(self, query: LiveIn, live_ins: list[LiveIn]) -> Roles:

@@ -23,7 +23,7 @@ from llcompile.patterns.graph.regions import Region
 from llcompile.patterns.known.capture import captured_function
 from llcompile.patterns.records import Certificate
 from llcompile.patterns.structure.assume import expect_decay, learned
-from llcompile.patterns.structure.axes import Axes, Axis
+from llcompile.patterns.structure.axes import Axes, Axis, dims_of
 from llcompile.patterns.structure.axis_rules.table import rule_for
 from llcompile.patterns.structure.barriers import expect_no_barrier
 from llcompile.patterns.structure.certify import certify
@@ -265,7 +265,7 @@ class _Search:
         if len(subgraph.ops) > _ASKED or subgraph.random is not None:
             return rejection
         frame, axes = self.cutter.frame(subgraph)
-        result = frame.rows(frame.followed.axes[subgraph.result])
+        result = frame.axes(subgraph.result)
         bounds = {s: self._range(subgraph, s) for s in subgraph.live_ins}
         key = "why", fingerprint(subgraph, axes, result, bounds)
         try:
@@ -298,7 +298,7 @@ class _Search:
     def _read(self, subgraph: Subgraph, tail: Tail | None) -> Found:
         self._expect_sequences(subgraph)
         frame, axes = self.cutter.frame(subgraph)
-        result = frame.rows(frame.followed.axes[subgraph.result])
+        result = frame.axes(subgraph.result)
         self._expect_contraction(subgraph, frame, axes, result)
         meets = int(meet(axes, result, frame))
         drawn = subgraph.random
@@ -391,7 +391,7 @@ class _Search:
         Raises:
             Rejection: one does not, or it could not be seen.
         """
-        late = {live_in for live_in in filter(self.mixes, hypothesis.rows) if not self._sees_itself(live_in)}
+        late = {live_in for live_in in filter(self.mixes, hypothesis.layouts) if not self._sees_itself(live_in)}
         if hypothesis.key in late and (hypothesis.value is None or hypothesis.value in late):
             raise Rejection(reasons.STRICTLY_CAUSAL(), 3)
 
@@ -401,7 +401,7 @@ class _Search:
         if subgraph is None:
             raise Rejection(reasons.OPERAND_TOO_LARGE())
         frame, axes = self.cutter.frame(subgraph)
-        result = frame.rows(frame.followed.axes[value])
+        result = frame.axes(value)
         try:
             bounds = {s: self._range(subgraph, s) for s in subgraph.live_ins}
             return sees_itself(Observations(self._probe(frame, subgraph, axes, result, bounds)))
@@ -443,18 +443,16 @@ class _Search:
             fact = self.analysis.facts.get(value)
             if fact is None or not fact.data or not value.dtype.is_floating_point:
                 return False
-            rows = self.analysis.rows(self.analysis.followed.axes[value])
-            self._across[value] = sum(map(self.analysis.is_time, itertools.chain(*rows))) > len(self.analysis.leaves)
+            dims = itertools.chain(*self.analysis.axes(value))
+            self._across[value] = sum(map(self.analysis.is_time, dims)) > len(self.analysis.leaves)
         return self._across[value]
 
     def _expect_contraction(self, subgraph: Subgraph, frame: Frame, axes: Mapping[LiveIn, Axes], result: Axes) -> None:
         """Queries and keys have axes that the output does not have; told without numbers, as most values fail here."""
-        kept = {id(dim) for row in result for dim in row}
-        if any(id(leaf) not in kept for leaf in frame.leaves):
+        kept, held = dims_of(result), map(dims_of, axes.values())
+        if not kept.issuperset(frame.leaves):
             raise Rejection(reasons.NOT_ALL_OF_TIME())
-        timed = [{id(a) for row in rows for a in row} for rows in axes.values()]
-        analysis = {id(leaf) for leaf in frame.leaves}
-        if sum(bool(dims & analysis) and bool(dims - kept) for dims in timed) < 2:
+        if sum(any(map(frame.is_time, dims)) and not dims <= kept for dims in held) < 2:
             raise Rejection(reasons.NOT_CONTRACTED(), open=self._has_scores(subgraph))
 
     def _probe(

@@ -14,7 +14,7 @@ from torch import Tensor
 import llcompile.kernels.operators  # noqa: F401  (registers torch.ops.llcompile)
 from llcompile.patterns import reasons
 from llcompile.patterns.boundary import NOT_SHOWN, running
-from llcompile.patterns.structure.axes import Dim
+from llcompile.patterns.structure.axes import Dim, dims_of
 from llcompile.patterns.structure.classify import Rejection, Roles
 from llcompile.patterns.structure.hypothesis import NORMALISERS, Hypothesis, MixerAxes
 from llcompile.patterns.structure.lifted import LiveIn
@@ -127,7 +127,7 @@ def _with_transforms(probe: Probe, roles: Roles, key: LiveIn, named: list[tuple[
     post = (*roles.post, *((s, r) for s, r in named if r == "times"))
     axes = _axes(probe, roles, key, [s for s in (*(f for f, _ in factors), decay, one(_BETA)) if s is not None])
     base = Hypothesis(
-        probe.rows, probe.result, axes, roles.query, key, roles.value, factors, beta=one(_BETA), post=post
+        probe.axes, probe.result, axes, roles.query, key, roles.value, factors, beta=one(_BETA), post=post
     )
     bases = [base]
     if base.beta is None and roles.degree[key] != 1 and roles.linear_query:
@@ -166,21 +166,23 @@ def _rate(probe: Probe, hypothesis: Hypothesis, decay: LiveIn) -> float | None:
 
 def _axes(probe: Probe, roles: Roles, key: LiveIn, scalars: list[LiveIn]) -> MixerAxes:
     """The operator's axes, from whose dims are whose."""
-    rows, analysis = probe.rows, probe.sizing.analysis
-    dims = lambda s: {id(a) for row in rows[s] for a in row}  # noqa: E731
-    result = [a for row in probe.result for a in row if not analysis.is_time(a)]
-    kept = {id(a) for a in result}
-    contracted = tuple(a for row in rows[roles.query] for a in row if id(a) not in kept and not analysis.is_time(a))
+    analysis, result = probe.sizing.analysis, probe.rest
+    dims = lambda s: dims_of(probe.axes[s])  # noqa: E731
+    contracted = (a for axis in probe.axes[roles.query] for a in axis if a not in result and not analysis.is_time(a))
     scored = dims(roles.query) | dims(key)
-    inner = scored.union(*(dims(s) for s in scalars)) if scalars else scored
+    inner = scored.union(*map(dims, scalars))
     own = dims(roles.value) - inner if roles.value is not None else set()
-    value = tuple(a for a in result if id(a) in own)
-    rest = [a for a in result if id(a) not in own]
+    rest = [a for a in result if a not in own]
     batch = _batch(rest)
     heads = [a for a in rest if a not in batch]
-    groups = tuple(a for a in heads if id(a) in scored)
-    shared = tuple(a for a in heads if id(a) not in scored)
-    return MixerAxes(tuple(batch), analysis.leaves, groups, shared, contracted, value)
+    return MixerAxes(
+        batch=tuple(batch),
+        time=analysis.leaves,
+        groups=tuple(a for a in heads if a in scored),
+        rest=tuple(a for a in heads if a not in scored),
+        key=tuple(contracted),
+        value=tuple(a for a in result if a in own),
+    )
 
 
 def _batch(dims: list[Dim]) -> list[Dim]:
@@ -219,8 +221,8 @@ def _more_heads(hypothesis: Hypothesis) -> Iterator[Hypothesis]:
     """The hypothesis with an axis of the value as heads: only a decay of the code's own numbers may tell them apart."""
     axes = hypothesis.axes
     for dim in axes.value if len(axes.value) > 1 else ():
-        rest = tuple(a for a in axes.value if a is not dim)
-        yield replace(hypothesis, axes=replace(axes, rest=(*axes.rest, dim), value=rest))
+        others = tuple(a for a in axes.value if a is not dim)
+        yield replace(hypothesis, axes=replace(axes, rest=(*axes.rest, dim), value=others))
 
 
 def output_of(probe: Probe, hypothesis: Hypothesis) -> Tensor:
@@ -288,11 +290,9 @@ def _constant_step(probe: Probe, hypothesis: Hypothesis, base: Tensor) -> float 
 
 def _by_head(probe: Probe, hypothesis: Hypothesis, x: Tensor) -> Tensor:
     """A result [T, N] as [T, H, N / H]."""
-    analysis = probe.sizing.analysis
-    rest = tuple(dim for row in probe.result for dim in row if not analysis.is_time(dim))
-    heads = hypothesis.axes.heads
-    others = tuple(a for a in rest if not any(a is h for h in heads))
-    return arrange(x, (analysis.leaves, rest), (analysis.leaves, heads, others), probe.sizing.of)
+    time, heads = probe.sizing.analysis.leaves, hypothesis.axes.heads
+    others = tuple(a for a in probe.rest if a not in heads)
+    return arrange(x, (time, probe.rest), (time, heads, others), probe.sizing.of)
 
 
 def _fit_normaliser(probe: Probe, hypothesis: Hypothesis, base: Tensor) -> tuple[Hypothesis, float]:

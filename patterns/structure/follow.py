@@ -135,9 +135,9 @@ def _step(found: Followed, op: Op, lost: dict[Value, tuple[Axis, ...]]) -> None:
         _note_features(found, weights)
     # Where a table of numbers or a weight was cut alike (the decays of a loop's steps), the sequence is what was cut.
     gone = [axis for value in live or op.inputs for axis in lost.get(value, ())] + cut
-    kept: dict[tuple[int, ...], Axis] = {}
+    kept: dict[Axis, Axis] = {}
     for axis in reversed(gone):
-        kept.setdefault(tuple(id(leaf) for leaf in found.dims.leaves(axis)), axis)
+        kept.setdefault(found.dims.leaves(axis), axis)
         if len(kept) == _KEEP:
             break
     for value, axes in zip(op.outputs, results, strict=True):

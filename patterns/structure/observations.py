@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -14,7 +15,6 @@ from llcompile.patterns.structure.axes import Axes, Axis, Dim, dims_of
 from llcompile.patterns.structure.frame import Frame
 from llcompile.patterns.structure.lifted import LiveIn
 from llcompile.patterns.structure.probe import Probe
-from llcompile.patterns.structure.sizing import arrange
 
 SEEN = 1e-7  # a relative difference that is not rounding
 _DEPENDS = (
@@ -29,13 +29,13 @@ class Observations:
 
     Args:
         probe: the part, with one draw.
-        origins: live-in -> the ids of the other live-ins that the code computes it from.
+        origins: live-in -> the other live-ins that the code computes it from.
     """
 
-    def __init__(self, probe: Probe, origins: Mapping[LiveIn, set[int]] | None = None) -> None:
+    def __init__(self, probe: Probe, origins: Mapping[LiveIn, set[LiveIn]] | None = None) -> None:
         self.probe, self.origins = probe, origins or {}
         self.length, self.middle = probe.length, probe.length // 2
-        self.kept = {dim for dim in dims_of(probe.result) if not probe.sizing.analysis.is_time(dim)}
+        self.kept = set(probe.rest)
         self.live_ins = [s for s in probe.subgraph.live_ins if probe.values[s].is_floating_point()]
         self.timed = [s for s in self.live_ins if probe.is_timed(s)]
         self._others: dict[tuple[LiveIn, int], Tensor] = {}
@@ -58,7 +58,7 @@ class Observations:
     def dims(self, live_in: LiveIn) -> Axis:
         """The live-in's axes but time."""
         analysis = self.probe.sizing.analysis
-        return tuple(a for row in self.probe.rows[live_in] for a in row if not analysis.is_time(a))
+        return tuple(a for axis in self.probe.axes[live_in] for a in axis if not analysis.is_time(a))
 
     @functools.cached_property
     def paired(self) -> set[Dim]:
@@ -156,28 +156,24 @@ class Observations:
         with_it = self.run({**(changed or {}), self.value: alone})
         return with_it - self.run({**(changed or {}), self.value: torch.zeros_like(own)})
 
-    def rows(self, positions: Sequence[int], at: int, changed: Changes | None = None) -> Tensor:
+    def weights_at(self, positions: Sequence[int], at: int, changed: Changes | None = None) -> Tensor:
         """The weights of some positions in one result, [N, positions]."""
         return torch.stack([self.weights(p, changed)[at] for p in positions], dim=-1)
 
     def along(self, live_in: LiveIn, dims: Sequence[Dim], index: int, number: float = 1.0) -> Tensor:
         """Numbers of the live-in's shape that are zero but at one index along some of its axes."""
-        of = self.probe.sizing.of
-        sizes = [of(a) for a in dims]
-        mask = torch.zeros(sizes, dtype=torch.float64).flatten()
+        mask = torch.zeros(math.prod(map(self.probe.sizing.of, dims)), dtype=torch.float64)
         mask[index] = number
-        flat = tuple((a,) for row in self.probe.rows[live_in] for a in row)
-        made = arrange(mask, (tuple(dims),), flat, of)
-        return made.reshape(self.probe.values[live_in].shape).to(self.probe.dtype).contiguous()
+        return self.probe.spread(mask, tuple(dims), live_in).to(self.probe.dtype).contiguous()
 
     def contracted(self, live_in: LiveIn) -> tuple[Dim, ...]:
         """The live-in's axes that it is summed over with another."""
         return tuple(a for a in self.dims(live_in) if a in self.paired)
 
 
-def meet(rows: Mapping[LiveIn, Axes], result: Axes, frame: Frame) -> bool:
+def meet(layouts: Mapping[LiveIn, Axes], result: Axes, frame: Frame) -> bool:
     """Whether two sequences meet along an axis that the result does not have, as queries and keys do."""
-    held = [dims_of(axes) for axes in rows.values()]
+    held = [dims_of(axes) for axes in layouts.values()]
     gone = dims_of(result).union(frame.leaves)
     return bool(_shared([dims - gone for dims in held if any(map(frame.is_time, dims))]))
 

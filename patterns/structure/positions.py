@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, fx
 
 from llcompile.patterns.boundary import NotKnown, running
+from llcompile.patterns.structure.axes import dims_of
 from llcompile.patterns.structure.execute import function_of
 from llcompile.patterns.structure.found import Found
 from llcompile.patterns.structure.grammar import AVERAGES, LOOKUPS, MOVES, STEPS
@@ -90,8 +91,7 @@ class Positions:
         return True
 
     def _is_timed(self, value: Value) -> bool:
-        rows = self.frame.rows(self.frame.followed.axes[value])
-        return any(self.frame.is_time(leaf) for row in rows for leaf in row)
+        return any(map(self.frame.is_time, dims_of(self.frame.axes(value))))
 
     def _kind(self, op: Op) -> str:
         if numbers_vary(op):

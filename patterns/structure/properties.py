@@ -19,7 +19,6 @@ from llcompile.patterns.reasons import GivenReason
 from llcompile.patterns.structure.classify import Rejection
 from llcompile.patterns.structure.lifted import LiveIn
 from llcompile.patterns.structure.observations import SEEN, Observations
-from llcompile.patterns.structure.sizing import arrange
 
 _GONE = 1e-12  # what is left of a weight that was cut off, in proportion to what it was
 
@@ -44,12 +43,12 @@ def explain(measured: Observations, rejection: Rejection) -> tuple[Rejection, bo
     """
     if measured.pointwise:
         return Rejection(rejection.given), True
-    for row in PROPERTIES:
+    for wanted in PROPERTIES:
         given = None
-        with boundary(row.failed.__name__, *NOT_SHOWN):
-            given = row.failed(measured)
+        with boundary(wanted.failed.__name__, *NOT_SHOWN):
+            given = wanted.failed(measured)
         if given is not None:
-            return Rejection(given, max(rejection.near, row.near)), True
+            return Rejection(given, max(rejection.near, wanted.near)), True
     whole = measured.query is not None and measured.value is not None
     return Rejection(rejection.given, max(rejection.near, 3 if whole else 0)), False
 
@@ -66,8 +65,8 @@ def _is_causal(m: Observations) -> GivenReason | None:
 def _sees_itself(m: Observations) -> GivenReason | None:
     if m.value is None:
         return None
-    rows = m.reach(m.value, m.middle)
-    return reasons.STRICTLY_CAUSAL() if rows and rows[0] > m.middle else None
+    reached = m.reach(m.value, m.middle)
+    return reasons.STRICTLY_CAUSAL() if reached and reached[0] > m.middle else None
 
 
 def _keeps_rows_apart(m: Observations) -> GivenReason | None:
@@ -80,7 +79,7 @@ def _keeps_rows_apart(m: Observations) -> GivenReason | None:
         first = {s: m.along(s, [dim], 0) > 0 for s in holders}
         changed = {s: torch.where(first[s], m.probe.draw(s), m.probe.values[s]) for s in holders}
         difference = m.probe.run(changed) - m.probe.run()
-        position = next(i for i, row in enumerate(m.probe.result) if dim in row)
+        position = next(i for i, axis in enumerate(m.probe.result) if dim in axis)
         if len(m.probe.result[position]) > 1:
             continue
         rest = difference.narrow(position, 1, difference.shape[position] - 1)
@@ -135,8 +134,8 @@ def _has_one_reader(m: Observations) -> GivenReason | None:
     for live_in in m.readers:
         if live_in is m.query:
             continue
-        own = m.rows(places, last)
-        other = m.rows(places, last, {live_in: m.other(live_in, last)})
+        own = m.weights_at(places, last)
+        other = m.weights_at(places, last, {live_in: m.other(live_in, last)})
         if _off(other, [own]) > SEEN:
             return reasons.DECAY_OF_QUERY()
     return None
@@ -148,8 +147,8 @@ def _is_linear_in_the_query(m: Observations) -> GivenReason | None:
         return None
     places, last, one = _places(m), m.length - 1, m.probe.values[m.query]
     two = m.other(m.query, last)
-    apart = [m.rows(places, last), m.rows(places, last, {m.query: two})]
-    together = m.rows(places, last, {m.query: one + two})
+    apart = [m.weights_at(places, last), m.weights_at(places, last, {m.query: two})]
+    together = m.weights_at(places, last, {m.query: one + two})
     return reasons.NOT_LINEAR_IN_QUERY() if _off(together, apart) > SEEN else None
 
 
@@ -220,11 +219,8 @@ def _is_corrected(m: Observations, alone: dict[LiveIn, Tensor], own: Tensor) -> 
 
 def _from(m: Observations, live_in: LiveIn, position: int, before: Tensor, after: Tensor) -> Tensor:
     """The live-in with one number before a position and another from there on."""
-    analysis = m.probe.sizing.analysis
     mask = torch.arange(m.length) >= position
-    flat = tuple((a,) for row in m.probe.rows[live_in] for a in row)
-    where = arrange(mask, (analysis.leaves,), flat, m.probe.sizing.of).reshape(after.shape)
-    return torch.where(where, after, before)
+    return torch.where(m.probe.spread(mask, m.probe.sizing.analysis.leaves, live_in), after, before)
 
 
 def _erases_along_its_key(m: Observations) -> GivenReason | None:
@@ -250,8 +246,8 @@ def _written(m: Observations) -> list[LiveIn]:
     changed = {k: m.weights(0, {k: m.other(k, 0)})[0] for k in m.keys}
     found = [k for k, other in changed.items() if float((other - own).abs().max()) > SEEN * float(own.abs().max())]
     # k beside beta k: one key, though drawn apart here.
-    same = {i for k in found for i in m.origins.get(k, ())} | {id(k) for k in found}
-    return [k for k in m.keys if id(k) in same or m.origins.get(k, set()) & same]
+    same = {s for k in found for s in m.origins.get(k, ())} | {*found}
+    return [k for k in m.keys if k in same or m.origins.get(k, set()) & same]
 
 
 def _is_divided_by_its_own_scores(m: Observations) -> GivenReason | None:

@@ -65,8 +65,8 @@ def _measure(op: Op) -> Pairs | None:
         for axis, size in enumerate(value.shape):
             if size < 2:
                 continue
-            rows = [_changed(op, numbers, base, value, other, axis, at) for at in {0, size // 2, size - 1}]
-            pairs = [_paired(list(seen), size) for seen in zip(*rows, strict=True)]
+            changes = [_changed(op, numbers, base, value, other, axis, at) for at in {0, size // 2, size - 1}]
+            pairs = [_paired(list(seen), size) for seen in zip(*changes, strict=True)]
             if all(pair is not None for pair in pairs):
                 found[operand, axis] = tuple(pair for pair in pairs if pair is not None)
     return found

@@ -50,8 +50,8 @@ def _times(found: Found) -> Iterator[Any]:
             continue
         example = value.node.meta.get("example_value")
         if isinstance(example, torch.Tensor):
-            rows = analysis.rows(analysis.followed.axes[value])
-            yield from (size for size, row in zip(example.shape, rows, strict=True) if any(map(analysis.is_time, row)))
+            axes = analysis.axes(value)
+            yield from (n for n, axis in zip(example.shape, axes, strict=True) if any(map(analysis.is_time, axis)))
 
 
 def _numbers(found: Found) -> Iterator[Any]:

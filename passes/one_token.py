@@ -26,7 +26,7 @@ from llcompile.patterns.boundary import boundary
 from llcompile.patterns.graph.regions import Region
 from llcompile.patterns.mixer import MixerShape
 from llcompile.patterns.records import Certificate
-from llcompile.patterns.structure.axes import Axis, Dim
+from llcompile.patterns.structure.axes import Axis, Dim, dims_of
 from llcompile.patterns.structure.found import Found
 from llcompile.patterns.structure.sizing import arrange
 from llcompile.torch_internals import reach
@@ -42,13 +42,13 @@ class PartPlace:
 
     Args:
         output: where its result is computed.
-        rows: the axes of that, with dims of their own.
+        axes: the axes of that, with dims of their own.
         batch, time, heads: the dims of these axes.
         values: where the operand that it is linear in is computed, or one of those that it is made of.
     """
 
     output: Spot
-    rows: tuple[Axis, ...]
+    axes: tuple[Axis, ...]
     batch: Axis
     time: Axis
     heads: Axis
@@ -126,17 +126,17 @@ def remember(candidate: GraphCandidate) -> Place | None:
 
 def _part_place(spots: Spots, found: Found) -> PartPlace:
     dims: dict[int, Dim] = {}
-    copied = lambda row: tuple(dims.setdefault(id(a), Dim(a.size)) for a in row)  # noqa: E731
+    copied = lambda axis: tuple(dims.setdefault(id(a), Dim(a.size)) for a in axis)  # noqa: E731
     hypothesis = found.hypothesis
     axes, result = hypothesis.axes, hypothesis.result
-    if not {*axes.batch, *axes.heads} <= {dim for row in result for dim in row}:
+    if not {*axes.batch, *axes.heads} <= dims_of(result):
         raise LookupError("its output has not all axes of its weights")
-    if {*axes.time} != {dim for row in result for dim in row if {*row} <= {*axes.time}}:
+    if {*axes.time} != dims_of(axis for axis in result if {*axis} <= {*axes.time}):
         raise LookupError("its output has no axis of time alone, which would show that there is one token")
     stack = stack_of(found.anchor)
     return PartPlace(
         spots.of(found.anchor, stack[-1] if stack else None),
-        tuple(copied(row) for row in result),
+        tuple(copied(axis) for axis in result),
         copied(axes.batch),
         copied(axes.time),
         copied(axes.heads),
@@ -230,14 +230,14 @@ def _find(spots: Spots, call: Call | None, place: Place) -> Token | None:
 def _sizes(place: PartPlace, node: fx.Node) -> dict[int, int] | None:
     """The size of each dim in a tensor of one token; None where the tensor's shape is another one."""
     value = node.meta.get("example_value")
-    if not isinstance(value, torch.Tensor) or value.dim() != len(place.rows):
+    if not isinstance(value, torch.Tensor) or value.dim() != len(place.axes):
         return None
     sizes: dict[int, int] = {}
-    for row, size in zip(place.rows, (size_hint(n) for n in value.shape), strict=True):
-        sizes.update((id(dim), dim.size) for dim in row)
-        sizes.update((id(dim), 1) for dim in row if dim in place.time)
-        free = next((dim for dim in row if dim in place.batch), None)
-        others = math.prod(sizes[id(dim)] for dim in row if dim is not free)
+    for axis, size in zip(place.axes, (size_hint(n) for n in value.shape), strict=True):
+        sizes.update((id(dim), dim.size) for dim in axis)
+        sizes.update((id(dim), 1) for dim in axis if dim in place.time)
+        free = next((dim for dim in axis if dim in place.batch), None)
+        others = math.prod(sizes[id(dim)] for dim in axis if dim is not free)
         if size is None or size % others or (free is None and size != others):
             return None
         if free is not None:
@@ -250,7 +250,7 @@ def weigh(part: Part, output: fx.Proxy, weights: Any) -> Any:
     place = part.place
     first = weights[..., 0].unsqueeze(-1).to(part.output.meta["example_value"].dtype)
     groups: list[Axis] = [place.batch, (), place.heads, ()]
-    return output * arrange(first, groups, place.rows, _size_of(part, output))
+    return output * arrange(first, groups, place.axes, _size_of(part, output))
 
 
 def batch_size(part: Part, output: fx.Proxy) -> Any:
@@ -261,7 +261,7 @@ def batch_size(part: Part, output: fx.Proxy) -> Any:
 
 def _size_of(part: Part, output: fx.Proxy) -> Callable[[Dim], Any]:
     """The size of a dim; the batch's is read off the output, where it may vary."""
-    rows, batch, shape = part.place.rows, part.place.batch, part.output.meta["example_value"].shape
-    alone = [(position, row[0]) for position, row in enumerate(rows) if len(row) == 1 and row[0] in batch]
+    axes, batch, shape = part.place.axes, part.place.batch, part.output.meta["example_value"].shape
+    alone = [(position, axis[0]) for position, axis in enumerate(axes) if len(axis) == 1 and axis[0] in batch]
     varying = {id(dim): output.size(position) for position, dim in alone if isinstance(shape[position], torch.SymInt)}
     return lambda dim: varying.get(id(dim), part.sizes[id(dim)])

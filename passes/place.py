@@ -90,7 +90,7 @@ def operand_nodes(found: Found) -> list[fx.Node]:
     Raises:
         CannotPlace: an operand is what a tensor was at a time at which no node returned it.
     """
-    values = dict.fromkeys(v for live_in in found.hypothesis.rows for v in _values(live_in))
+    values = dict.fromkeys(v for live_in in found.hypothesis.layouts for v in _values(live_in))
     if found.tail is not None:
         joined = found.tail.joined
         values.update(dict.fromkeys(v for v in _values(found.tail.root) if v is not joined))

@@ -51,7 +51,7 @@ def _write(session: Session, candidate: Candidate, found: Found, tensors: list[f
         return fx.Proxy(copies.get(node, node), tracer)
 
     with graph.inserting_before(place.anchor.next):
-        values = {live_in: _as_operand(graph, live_in, as_proxy) for live_in in found.hypothesis.rows}
+        values = {live_in: _as_operand(graph, live_in, as_proxy) for live_in in found.hypothesis.layouts}
         _guard(candidate, found, values)
         size = _sizes(found, values)
         mixer = found.hypothesis.mixer(values, size)
@@ -144,13 +144,13 @@ def _with_tail(graph: fx.Graph, tail: Tail, joined: fx.Proxy, as_proxy: Callable
 def _sizes(found: Found, values: Mapping[LiveIn, fx.Proxy]) -> Callable[[Dim], Any]:
     """The size of an axis: a number, or where it is symbolic in this graph, read off an operand."""
     symbolic: dict[int, Any] = {}
-    for live_in, rows in found.hypothesis.rows.items():
+    for live_in, axes in found.hypothesis.layouts.items():
         if isinstance(live_in, Lifted) or live_in.node is None:
             continue
         shape = live_in.node.meta["example_value"].shape
-        for position, (row, size) in enumerate(zip(rows, shape, strict=True)):
-            if isinstance(size, torch.SymInt) and len(row) == 1:
-                symbolic.setdefault(id(row[0]), values[live_in].size(position))
+        for position, (axis, size) in enumerate(zip(axes, shape, strict=True)):
+            if isinstance(size, torch.SymInt) and len(axis) == 1:
+                symbolic.setdefault(id(axis[0]), values[live_in].size(position))
     return lambda dim: symbolic.get(id(dim), dim.size)
 
 

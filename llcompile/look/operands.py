@@ -68,16 +68,16 @@ def _of_part(found: Found, module: str) -> Iterator[Operand]:
     named += [(f"output {how}", live_in) for live_in, how in hypothesis.post]
     axes = hypothesis.axes
     groups = (("B", axes.batch), ("T", axes.time), ("G", axes.groups), ("H", axes.rest), ("K", axes.key))
-    letters = {id(dim): letter for letter, row in (*groups, ("V", axes.value)) for dim in row}
+    letters = {id(dim): letter for letter, axis in (*groups, ("V", axes.value)) for dim in axis}
     if not axes.groups:
         letters.update({id(dim): "H" for dim in axes.rest})
     shared = not axes.rest
     for role, live_in in named:
         if live_in is None:
             continue
-        rows = hypothesis.rows[live_in]
-        read = tuple("*".join(_letter(letters.get(id(a), "·"), shared) for a in row) or "1" for row in rows)
-        shape = tuple(str(_product(a.size for a in row)) for row in rows)
+        layout = hypothesis.layouts[live_in]
+        read = tuple("*".join(_letter(letters.get(id(a), "·"), shared) for a in axis) or "1" for axis in layout)
+        shape = tuple(str(_product(a.size for a in axis)) for axis in layout)
         yield Operand(role, _name(live_in, module), read, shape, dtype_name(_dtype(live_in)))
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from llcompile.patterns.boundary import NOT_SHOWN, boundary, called_back, running
 from llcompile.patterns.known.capture import captured_function
 from llcompile.patterns.structure.modes import is_function
 from llcompile.patterns.structure.nested import leaves, mapped
@@ -121,9 +122,9 @@ class _Runner:
             self._keep(node, self._example(node))
             effects._shows[node] = _NONE.union(*map(effects.shows, node.all_input_nodes))
             return
-        try:
+        with boundary(str(node.target), *NOT_SHOWN) as outcome:
             written = self._written(node, args, tensors)
-        except Exception:
+        if outcome.failed:
             # A kernel that does not run here, or what depends on data: `item()`, `x[mask]`.
             self._keep(node, self._example(node))
             written = self._written_by_another(node, tensors)
@@ -136,7 +137,9 @@ class _Runner:
         """Runs the node; the tensors that are not afterwards what they were before."""
         before = [_state(tensor) for tensor in tensors]
         self.mode.written.clear()
-        self._keep(node, _run(node, *args))
+        with running(node.target):
+            result = _run(node, *args)
+        self._keep(node, result)
         written = self.mode.written
         now = [(_address(tensor) in written, _state(tensor)) for tensor in tensors]
         return [t for t, old, (wrote, new) in zip(tensors, before, now, strict=True) if wrote or old != new]
@@ -220,13 +223,18 @@ class _OnMeta(TorchDispatchMode):
         self.written: set[int] = set()  # addresses of memory, as the operators' schemas have it
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = mapped(self._moved, (args, dict(kwargs or {})))
+        with called_back():
+            args, kwargs = mapped(self._moved, (args, dict(kwargs or {})))
+            self._note(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _note(self, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        """Notes what the call changes."""
         if func._schema.is_mutable:
             given = zip(func._schema.arguments, args, strict=False)
             pairs = [*given, *((a, kwargs[a.name]) for a in func._schema.arguments if a.name in kwargs)]
             changed = (leaves(x) for a, x in pairs if a.alias_info is not None and a.alias_info.is_write)
             self.written.update(_address(x) for xs in changed for x in xs if isinstance(x, Tensor))
-        return func(*args, **kwargs)
 
     def _moved(self, leaf: Any) -> Any:
         if isinstance(leaf, torch.device):

@@ -1,12 +1,12 @@
 """Axes: follows every axis through the program, so that it is known which one is time, a head, a feature.
 
-An axis of a value is a row of dims, outermost first: `[B*T, H*K]` has the axes `(b, t)` and `(h, k)`. Operations that
+An axis of a value is a tuple of dims, outermost first: `[B*T, H*K]` has the axes `(b, t)` and `(h, k)`. Operations that
 pair axes element by element make their dims the same; a reshape that cuts an axis splits its dim, for all values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 
@@ -21,7 +21,7 @@ class Dim:
         pinned: operations speak of positions along it by number (slices, constants), so it has no other size.
         weight: a parameter of the model has it: a feature, a head, or a table of positions.
         feature: a weight is summed over it, or makes it.
-        row: it was put together from pieces.
+        assembled: it was put together from pieces.
         repeated: a tensor was repeated along it, and nothing has it that differs along it.
     """
 
@@ -32,7 +32,7 @@ class Dim:
     pinned: bool = False
     weight: bool = False
     feature: bool = False
-    row: bool = False
+    assembled: bool = False
     repeated: bool = False
     number: int = 0
 
@@ -42,6 +42,11 @@ class Dim:
 
 Axis = tuple[Dim, ...]  # () for an axis of size one
 Axes = tuple[Axis, ...]
+
+
+def dims_of(axes: Iterable[Axis]) -> set[Dim]:
+    """All dims of some axes."""
+    return {dim for axis in axes for dim in axis}
 
 
 @dataclass

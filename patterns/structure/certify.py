@@ -15,8 +15,8 @@ from torch import Tensor
 
 from llcompile.patterns import reasons
 from llcompile.patterns.agreement import BUDGETS, apart, gradients
+from llcompile.patterns.boundary import NOT_SHOWN
 from llcompile.patterns.records import Certificate
-from llcompile.patterns.structure.axes import Axes
 from llcompile.patterns.structure.classify import Rejection
 from llcompile.patterns.structure.cut import Subgraph
 from llcompile.patterns.structure.fit import output_of
@@ -26,7 +26,7 @@ from llcompile.patterns.structure.pieces import expect_known, expect_pieces
 from llcompile.patterns.structure.probe import Probe, difference
 from llcompile.patterns.structure.program import Value
 from llcompile.patterns.structure.ranges import Range
-from llcompile.patterns.structure.sizing import CannotArrange, Sizing, small
+from llcompile.patterns.structure.sizing import Sizing, small
 
 log = logging.getLogger("llcompile")
 
@@ -87,7 +87,7 @@ def _expect_gradients(probe: Probe, hypothesis: Hypothesis) -> None:
         leaves = [probe.values[s] for s in live_ins]
         try:
             theirs = gradients(probe.by_time(probe.run()), leaves)
-        except (RuntimeError, NotImplementedError) as failure:
+        except NOT_SHOWN as failure:
             log.debug("structure: %s has no backward: %s", probe.subgraph.result, failure)
             return
         ours = gradients(output_of(probe, hypothesis), leaves)
@@ -108,7 +108,7 @@ def _drawn(
         probe = _probe(subgraph, hypothesis, sizing, ranges, seed)
         try:
             return probe, probe.by_time(probe.run())
-        except (CannotArrange, RuntimeError, IndexError, AssertionError, TypeError, ValueError) as error:
+        except NOT_SHOWN as error:
             if sizing is sizings[1]:
                 raise
             log.debug("structure: %s does not run at length %d: %s", subgraph.result, sizing.length, error)
@@ -149,8 +149,7 @@ def _probe(
     """A draw of which every operand is as in a real model, so that the far past still counts at any length."""
     largest = max((_count(sizing, v) for op in subgraph.ops for v in op.outputs), default=0)
     dtype = torch.float32 if largest > _LARGE else torch.float64
-    rows: Mapping[LiveIn, Axes] = hypothesis.rows
-    probe = Probe(subgraph, rows, hypothesis.result, sizing, ranges, seed, dtype)
+    probe = Probe(subgraph, hypothesis.layouts, hypothesis.result, sizing, ranges, seed, dtype)
     if hypothesis.decay is not None and hypothesis.transform is not None:
         z = torch.randn(probe.shape(hypothesis.decay), generator=probe.generator, dtype=torch.float64)
         log_decay = -(4.0 / probe.length) * (0.2 + torch.nn.functional.softplus(z))
@@ -158,8 +157,8 @@ def _probe(
     if hypothesis.family[1] == "delta":
         # Keys of norm 1/2 to 1: with longer ones a delta rule diverges.
         key = probe.values[hypothesis.key].double()
-        held = {id(a) for a in hypothesis.axes.key}
-        dims = [i for i, row in enumerate(rows[hypothesis.key]) if any(id(a) in held for a in row)]
+        axes = enumerate(hypothesis.layouts[hypothesis.key])
+        dims = [i for i, axis in axes if not {*axis}.isdisjoint(hypothesis.axes.key)]
         norm = key.square().sum(dims, keepdim=True).sqrt()
         probe.values[hypothesis.key] = (key / norm * (0.5 + 0.5 * torch.sigmoid(norm))).to(dtype)
     return probe

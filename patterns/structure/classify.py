@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -9,8 +10,10 @@ from torch import Tensor
 
 from llcompile.patterns import reasons
 from llcompile.patterns.reasons import GivenReason
+from llcompile.patterns.structure.axes import Dim
 from llcompile.patterns.structure.lifted import LiveIn
-from llcompile.patterns.structure.probe import SAME, Probe, difference
+from llcompile.patterns.structure.observations import Observations
+from llcompile.patterns.structure.probe import SAME, difference
 from llcompile.patterns.structure.sizing import CannotArrange, arrange
 
 
@@ -44,7 +47,7 @@ class Roles:
         first: the state that the sum starts from; the probe has zeros there.
         aside: where the result is affine in the query, live-ins that only what is left without queries depends on; the
             probe leaves that away.
-        scale_free: the result does not change with the query's size (a denominator inside).
+        linear_query: twice the query gives twice the result; else there is a denominator inside.
     """
 
     query: LiveIn
@@ -60,13 +63,13 @@ class Roles:
     aside: tuple[LiveIn, ...] | None = None
 
 
-def classify(probe: Probe) -> Roles:
+def classify(measured: Observations) -> Roles:
     """The roles of the part's live-ins.
 
     Raises:
         Rejection: with the first property that does not hold.
     """
-    classifier = _Classifier(probe)
+    classifier = _Classifier(measured)
     try:
         return classifier.roles()
     except Rejection as rejection:
@@ -75,43 +78,47 @@ def classify(probe: Probe) -> Roles:
         raise
 
 
-def sees_itself(probe: Probe) -> bool:
+def sees_itself(measured: Observations) -> bool:
     """Whether positions of the result depend on the same position of some live-in.
 
     Raises:
         Rejection: one depends on a later position.
     """
-    classifier, itself = _Classifier(probe), False
-    for live_in in (s for s in probe.subgraph.live_ins if probe.values[s].is_floating_point() and probe.is_timed(s)):
-        for position in {1, probe.length // 2, probe.length - 1}:
-            rows = classifier.reached(live_in, position)
-            if rows and rows[0] < position:
-                raise Rejection(reasons.NOT_CAUSAL(output=rows[0], input=position))
-            itself |= position in rows
+    _expect_finite(measured)
+    itself = False
+    for live_in in measured.timed:
+        for position in {1, measured.middle, measured.length - 1}:
+            ahead = measured.looks_ahead(live_in, position)
+            if ahead is not None:
+                raise Rejection(ahead)
+            itself |= position in measured.reach(live_in, position)
     return itself
 
 
+def _expect_finite(measured: Observations) -> None:
+    if not bool(torch.isfinite(measured.base).all()):
+        raise Rejection(reasons.NOT_FINITE())
+
+
 class _Classifier:
-    def __init__(self, probe: Probe) -> None:
-        self.probe = probe
-        self.base = probe.by_time(probe.run())
-        if not bool(torch.isfinite(self.base).all()):
-            raise Rejection(reasons.NOT_FINITE())
-        self.kept = {id(dim) for row in probe.result for dim in row}
-        self.dims = {s: {id(a) for row in probe.rows[s] for a in row} for s in probe.subgraph.live_ins}
+    def __init__(self, measured: Observations) -> None:
+        _expect_finite(measured)
+        self.measured, self.probe = measured, measured.probe
+        self.kept = measured.kept
+        self.dims: dict[LiveIn, set[Dim]] = {s: set(measured.dims(s)) for s in measured.live_ins}
         self.post: list[tuple[LiveIn, str]] = []
         self.degree: dict[LiveIn, int | None] = {}
         self.reach: dict[LiveIn, str] = {}
+        self.noncausal: GivenReason | None = None
 
     def roles(self) -> Roles:
-        probe = self.probe
-        live_ins = [s for s in probe.subgraph.live_ins if probe.values[s].is_floating_point()]
-        if len(live_ins) < len(probe.subgraph.live_ins):
+        live_ins, timed = self.measured.live_ins, self.measured.timed
+        if len(live_ins) < len(self.probe.subgraph.live_ins):
             raise Rejection(reasons.WHOLE_NUMBERS())
-        timed = [s for s in live_ins if probe.is_timed(s)]
         if len(timed) < 2:
             raise Rejection(reasons.FEW_SEQUENCES())
-        self._reaches(timed)
+        for live_in in timed:
+            self.reach[live_in] = self._reach_of(live_in)
         contracted = [s for s in timed if self.reach[s] == "own" and self.dims[s] - self.kept]
         if not contracted:
             raise Rejection(self.noncausal or reasons.NO_QUERY())
@@ -126,19 +133,24 @@ class _Classifier:
         for live_in in live_ins:
             if live_in not in self.degree:
                 self.degree[live_in] = self._degree(live_in)
-        return replace(self._sort(query, live_ins), first=first, aside=aside)
+        return replace(self._sorted(query, live_ins), first=first, aside=aside)
+
+    def _run(self, live_in: LiveIn, x: Tensor) -> Tensor:
+        """The result with one live-in changed."""
+        return self.measured.run({live_in: x})
 
     def _starts_from(self, live_in: LiveIn, query: LiveIn) -> bool:
         """Whether a learned live-in is added to the state that the query meets; if so, it is made zero."""
-        probe, x = self.probe, self.probe.values[live_in]
+        probe, x, base = self.probe, self.probe.values[live_in], self.measured.base
         inner, outer = self.dims[query] - self.kept, self.kept - self.dims[query]
         if live_in not in probe.subgraph.learned or not (self.dims[live_in] & inner and self.dims[live_in] & outer):
             return False
-        without, twice = (probe.by_time(probe.run({live_in: x * factor})) for factor in (0, 2))
-        added = self.base - without
-        if min(_size(without), _size(added)) < 1e-6 * _size(self.base) or difference(twice - self.base, added) > 1e-6:
+        without, twice = self._run(live_in, 0 * x), self._run(live_in, 2 * x)
+        added = base - without
+        if min(_size(without), _size(added)) < 1e-6 * _size(base) or difference(twice - base, added) > 1e-6:
             return False
-        probe.values[live_in], self.base = torch.zeros_like(x), without
+        probe.values[live_in] = torch.zeros_like(x)
+        self.measured.rebase(without)
         return True
 
     def _aside(self, query: LiveIn, live_ins: list[LiveIn]) -> tuple[LiveIn, ...] | None:
@@ -146,144 +158,178 @@ class _Classifier:
 
         From here on the probe leaves that away.
         """
-        probe, x = self.probe, self.probe.values[query]
-        left, twice = (probe.by_time(probe.run({query: x * factor})) for factor in (0, 2))
-        if not bool(torch.isfinite(left).all()) or _size(left) < 1e-9 * _size(self.base):
+        probe, x, base = self.probe, self.probe.values[query], self.measured.base
+        left, twice = self._run(query, 0 * x), self._run(query, 2 * x)
+        if not bool(torch.isfinite(left).all()) or _size(left) < 1e-9 * _size(base):
             return None
-        if _size(self.base - left) < 1e-6 * _size(self.base) or difference(twice - left, 2 * (self.base - left)) > 1e-6:
+        added = base - left
+        if _size(added) < 1e-6 * _size(base) or difference(twice - left, 2 * added) > 1e-6:
             return None
-        probe.linear_in, self.base = query, self.base - left
-        same = lambda s: difference(probe.by_time(probe.run({s: probe.draw(s)})), self.base) < SAME  # noqa: E731
+        probe.linear_in = query
+        self.measured.rebase(added)
+        same = lambda s: difference(self._run(s, probe.draw(s)), added) < SAME  # noqa: E731
         return tuple(s for s in live_ins if s is not query and same(s))
 
     def _is_outer(self, live_in: LiveIn) -> bool:
         return self.reach.get(live_in, "own") == "own" and not self.dims[live_in] - self.kept
 
-    def _reaches(self, timed: list[LiveIn]) -> None:
-        """Which positions of the result depend on one position of each live-in."""
-        probe = self.probe
+    def _reach_of(self, live_in: LiveIn) -> str:
+        """Which positions of the result depend on one position of a live-in."""
         # Of two positions, the first has a later one, and the second an earlier one.
-        middle = 0 if probe.length == 2 else probe.length // 2
-        noncausal = None
-        for live_in in timed:
-            rows = self.reached(live_in, middle)
-            if probe.length == 2 and self.reached(live_in, 1)[:1] == [0]:
-                self.reach[live_in] = "before"
-                noncausal = noncausal or reasons.NOT_CAUSAL(output=0, input=1)
-            elif not rows:
-                # Of two tokens the first has no past that could decay; of more, none in the middle is without one.
-                last = probe.length == 2 and self.reached(live_in, 1) == [1]
-                self.reach[live_in] = "from" if last else "none"
-            elif rows == [middle]:
-                self.reach[live_in] = "own"
-            elif rows[0] < middle:
-                self.reach[live_in] = "before"
-                noncausal = noncausal or reasons.NOT_CAUSAL(output=rows[0], input=middle)
-            else:
-                self.reach[live_in] = "later" if rows[0] > middle else "from"
-                if rows[-1] < probe.length - 1:
-                    self.reach[live_in] = "window"
-        self.noncausal = noncausal
-
-    def reached(self, live_in: LiveIn, position: int) -> list[int]:
-        """The positions of the result that depend on one position of a live-in."""
-        other = self.probe.by_time(self.probe.run({live_in: self.probe.at_one_time(live_in, position)}))
-        size = self.base.abs().amax().clamp_min(1e-300)
-        found: list[int] = ((other - self.base).abs().amax(1) > 1e-11 * size).nonzero().flatten().tolist()
-        return found
+        middle, last = (0, 1) if self.measured.length == 2 else (self.measured.middle, self.measured.length - 1)
+        reached, early = self.measured.reach(live_in, middle), self.measured.looks_ahead(live_in, middle)
+        if early is None and last == 1:
+            early = self.measured.looks_ahead(live_in, last)
+        if early is not None:
+            self.noncausal = self.noncausal or early
+            return "before"
+        if not reached:
+            # Of two tokens the first has no past that could decay; of more, none in the middle is without one.
+            return "from" if last == 1 and self.measured.reach(live_in, last) == [last] else "none"
+        if reached == [middle]:
+            return "own"
+        if reached[-1] < last:
+            return "window"
+        return "later" if reached[0] > middle else "from"
 
     def _degree(self, live_in: LiveIn) -> int | None:
         """How the result grows with the live-in: 1 where twice the live-in gives twice the result."""
-        twice = self.probe.by_time(self.probe.run({live_in: 2 * self.probe.values[live_in]}))
+        twice = self._run(live_in, 2 * self.probe.values[live_in])
         for degree in (1, 0, -1, 2):
-            if difference(twice, self.base * 2.0**degree) < SAME:
+            if difference(twice, self.measured.base * 2.0**degree) < SAME:
                 return degree
         return None
 
     def _take_post(self, live_in: LiveIn) -> None:
         """A live-in that is added to the output, or that the output is multiplied with or divided by."""
-        probe = self.probe
-        x = probe.values[live_in]
-        other = probe.draw(live_in)
-        changed = probe.by_time(probe.run({live_in: other}))
+        probe, base = self.probe, self.measured.base
+        x, other = probe.values[live_in], probe.draw(live_in)
+        changed = self._run(live_in, other)
         try:
             one, two = (self._spread(live_in, t) for t in (x, other))
         except CannotArrange:
             return
-        if difference(changed - self.base, two - one) < 1e-6 and difference(changed, self.base + two - one) < SAME:
+        if difference(changed - base, two - one) < 1e-6 and difference(changed, base + two - one) < SAME:
             self.post.append((live_in, "plus"))
             probe.values[live_in] = torch.zeros_like(x)
-            self.base = probe.by_time(probe.run())
-        elif difference(changed * one, self.base * two) < SAME:
-            self.post.append((live_in, "times"))
-        elif difference(changed * two, self.base * one) < SAME:
-            self.post.append((live_in, "over"))
-        elif difference(changed * one.exp(), self.base * two.exp()) < SAME:
-            self.post.append((live_in, "times exp"))
-        elif difference(changed * two.exp(), self.base * one.exp()) < SAME:
-            self.post.append((live_in, "over exp"))
-        else:
+            self.measured.rebase(self.measured.run())
+            self.degree[live_in] = 1
             return
-        self.degree[live_in] = 1
+        for how, function, divides in _FACTORS:
+            before, after = map(function, (two, one) if divides else (one, two))
+            if difference(changed * before, base * after) < SAME:
+                self.post.append((live_in, how))
+                self.degree[live_in] = 1
+                return
 
     def _spread(self, live_in: LiveIn, x: Tensor) -> Tensor:
         probe = self.probe
-        full = arrange(x, probe.rows[live_in], probe.result, probe.sizing.of)
+        full = arrange(x, probe.axes[live_in], probe.result, probe.sizing.of)
         return probe.by_time(full)
 
-    def _sort(self, query: LiveIn, live_ins: list[LiveIn]) -> Roles:
-        taken = {id(s) for s, _ in self.post} | {id(query)}
-        left = [s for s in live_ins if id(s) not in taken]
-        idle = [s for s in left if self.reach.get(s) == "none"]
-        if idle:
-            raise Rejection(reasons.IDLE_SOURCE())
-        contracted = self.dims[query] - self.kept
+    def _sorted(self, query: LiveIn, live_ins: list[LiveIn]) -> Roles:
+        """The roles, by what the live-ins have shown."""
+        taken = {query, *(s for s, _ in self.post)}
+        left = [s for s in live_ins if s not in taken]
         timed = [s for s in left if s in self.reach]
-        values = [s for s in timed if self.degree[s] == 1 and not self.dims[s] & contracted]
-        values = [s for s in values if self.reach[s] != "own"]
+        contracted = self.dims[query] - self.kept
+        keyed = [s for s in timed if self.dims[s] & contracted]
+        values = [s for s in timed if s not in keyed and self.degree[s] == 1 and self.reach[s] != "own"]
         inner = self.dims[query].union(*(self.dims[s] for s in timed if s not in values))
         # The value's own dims pass through to the result; those of scores do not have them.
-        values.sort(key=lambda s: -len((self.dims[s] & self.kept) - inner))
-        near = 2 if values or self.degree[query] == 1 else 0
-        if self.noncausal:
-            raise Rejection(self.noncausal, near)
-        stray = [s for s in timed if self.reach[s] == "own"]
-        if stray:
-            raise Rejection(reasons.STRAY_SOURCE(), near)
-        if self.degree[query] != 1 and not values:
-            raise Rejection(reasons.NOT_LINEAR())
-        keyed = [s for s in timed if self.dims[s] & contracted]
-        if not keyed:
-            raise Rejection(reasons.NO_KEY())
-        value = values[0] if values and (self.dims[values[0]] & self.kept) - inner else None
-        if value is None and self._has_value_dims(query, keyed):
-            raise Rejection(reasons.NOT_LINEAR_IN_VALUE(), 2)
-        scalars = [s for s in timed if s is not value and s not in keyed]
-        strict = {s for s in timed if self.reach[s] == "later"}
-        windowed = [s for s in timed if self.reach[s] == "window"]
-        if value in windowed and self._really_ends(value):
-            raise Rejection(reasons.SLIDING_WINDOW(output=self.probe.length - 1, input=self.probe.length // 2), near)
-        if value in strict:
-            raise Rejection(reasons.STRICTLY_CAUSAL(), near)
-        timeless = [s for s in left if s not in self.reach]
-        return Roles(
-            query, keyed, value, scalars, timeless, strict, self.degree, self.post, linear_query=self.degree[query] == 1
+        own = lambda s: (self.dims[s] & self.kept) - inner  # noqa: E731
+        value = max((s for s in values if own(s)), key=lambda s: len(own(s)), default=None)
+        roles = Roles(
+            query,
+            keyed,
+            value,
+            [s for s in timed if s is not value and s not in keyed],
+            [s for s in left if s not in self.reach],
+            {s for s in timed if self.reach[s] == "later"},
+            self.degree,
+            self.post,
+            linear_query=self.degree[query] == 1,
         )
+        near = 2 if values or roles.linear_query else 0
+        for check in _CHECKS:
+            given = check.failed(self, roles, bool(values))
+            if given is not None:
+                raise Rejection(given, near if check.near is None else check.near)
+        return roles
 
-    def _really_ends(self, value: LiveIn) -> bool:
-        """Whether a value's reach ends, and is not only lost to rounding under a strong decay."""
-        probe, middle = self.probe, self.probe.length // 2
+    # -- checks of the roles
+
+    def _has_idle(self, roles: Roles, summed: bool) -> GivenReason | None:
+        return reasons.IDLE_SOURCE() if "none" in self._reaches(roles) else None
+
+    def _is_noncausal(self, roles: Roles, summed: bool) -> GivenReason | None:
+        return self.noncausal
+
+    def _has_stray(self, roles: Roles, summed: bool) -> GivenReason | None:
+        return reasons.STRAY_SOURCE() if "own" in self._reaches(roles) else None
+
+    def _is_not_linear(self, roles: Roles, summed: bool) -> GivenReason | None:
+        return None if roles.linear_query or summed else reasons.NOT_LINEAR()
+
+    def _has_no_key(self, roles: Roles, summed: bool) -> GivenReason | None:
+        return None if roles.keyed else reasons.NO_KEY()
+
+    def _sums_no_value(self, roles: Roles, summed: bool) -> GivenReason | None:
+        """The result has dims that neither queries nor keys have, and no other live-in brings linearly."""
+        plain = (s for s, _ in self.post)
+        known = set().union(*(self.dims[s] for s in (roles.query, *roles.keyed, *plain)))
+        return reasons.NOT_LINEAR_IN_VALUE() if roles.value is None and self.kept - known else None
+
+    def _ends(self, roles: Roles, summed: bool) -> GivenReason | None:
+        """A value's reach ends, and is not only lost to rounding under a strong decay."""
+        value, probe, last = roles.value, self.probe, self.measured.base[-1]
+        if value is None or self.reach[value] != "window":
+            return None
         # In proportion to the value, however large it is; what is left of it at the end is no less than this.
-        changed = probe.values[value] + 1e200 * (probe.at_one_time(value, middle) - probe.values[value])
-        last = probe.by_time(probe.run({value: changed}))[-1]
-        return float((last - self.base[-1]).abs().amax()) < 1e-9 * float(self.base[-1].abs().amax())
+        x, middle = probe.values[value], self.measured.middle
+        changed = x + 1e200 * (probe.at_one_time(value, middle) - x)
+        ends = float((self._run(value, changed)[-1] - last).abs().amax()) < 1e-9 * float(last.abs().amax())
+        return reasons.SLIDING_WINDOW(output=self.measured.length - 1, input=middle) if ends else None
 
-    def _has_value_dims(self, query: LiveIn, keyed: list[LiveIn]) -> bool:
-        """Whether the result has dims that neither queries nor keys have, and no other live-in brings linearly."""
-        return bool(self.kept - self.dims[query].union(*(self.dims[s] for s in keyed)) - self._plain_dims())
+    def _is_strict(self, roles: Roles, summed: bool) -> GivenReason | None:
+        return reasons.STRICTLY_CAUSAL() if roles.value in roles.strict else None
 
-    def _plain_dims(self) -> set[int]:
-        return {id(a) for s, how in self.post for row in self.probe.rows[s] for a in row}
+    def _reaches(self, roles: Roles) -> set[str]:
+        """How far the live-ins that have a role in the sum, but the query, reach."""
+        found = [*roles.keyed, *roles.scalars, *([roles.value] if roles.value is not None else [])]
+        return {self.reach[s] for s in found}
+
+
+@dataclass(frozen=True)
+class _Check:
+    """A property of the roles.
+
+    Args:
+        failed: the reason for a part that does not have it; None where it has.
+        near: how near a part is that fails here; None for one that is as near as its roles are.
+    """
+
+    failed: Callable[[_Classifier, Roles, bool], GivenReason | None]
+    near: int | None = None
+
+
+_CHECKS = (
+    _Check(_Classifier._has_idle, 0),
+    _Check(_Classifier._is_noncausal),
+    _Check(_Classifier._has_stray),
+    _Check(_Classifier._is_not_linear, 0),
+    _Check(_Classifier._has_no_key, 0),
+    _Check(_Classifier._sums_no_value, 2),
+    _Check(_Classifier._ends),
+    _Check(_Classifier._is_strict),
+)
+# What an output may be multiplied with: its name in `POSTS`, a function of the live-in, and whether it divides.
+_FACTORS: tuple[tuple[str, Callable[[Tensor], Tensor], bool], ...] = (
+    ("times", lambda x: x, False),
+    ("over", lambda x: x, True),
+    ("times exp", torch.exp, False),
+    ("over exp", torch.exp, True),
+)
 
 
 def _size(x: Tensor) -> float:

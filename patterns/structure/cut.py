@@ -159,15 +159,14 @@ class Cutter:
         followed = follow(subgraph.ops, axes, dims, taken, live)
         _meet(subgraph, followed)
         frame = Frame(followed, time)
-        return frame, {live_in: frame.rows(found) for live_in, found in live_ins.items()}
+        return frame, {live_in: frame.unsplit(found) for live_in, found in live_ins.items()}
 
     def _chunkings(self, subgraph: Subgraph) -> list[tuple[int, ...]]:
         """The ways in which the live-ins have time in chunks."""
         analysis, found = self.analysis, []
-        whole = {id(leaf) for leaf in analysis.leaves}
         for live_in in subgraph.live_ins:
-            rows = analysis.rows(analysis.followed.axes[sample_of(live_in)])
-            if any(0 < sum(id(leaf) in whole for leaf in row) < len(whole) for row in rows):
+            held = [sum(map(analysis.is_time, axis)) for axis in analysis.axes(sample_of(live_in))]
+            if any(0 < times < len(analysis.leaves) for times in held):
                 found.append(tuple(leaf.size for leaf in analysis.leaves))
             if isinstance(live_in, Lifted) and live_in.count < self.length:
                 found.append((live_in.count, self.length // live_in.count))
@@ -176,21 +175,21 @@ class Cutter:
     def _renewed(self, dims: Dims, time: Axis, axes: Axes) -> Axes:
         """New axes for a live-in. Time is shared; where the live-in has it in chunks, the part's time is split, too."""
         analysis, inner = self.analysis, dims.leaves(time)
-        places = {id(leaf): i for i, leaf in enumerate(analysis.leaves)}
+        places = {leaf: i for i, leaf in enumerate(analysis.leaves)}
         made = []
-        for row in analysis.rows(axes):
-            axis: list[Dim] = []
-            for leaf in row:
-                if id(leaf) in places:
-                    whole = inner if not places[id(leaf)] else ()
-                    axis.extend([inner[places[id(leaf)]]] if len(inner) == len(places) else whole)
-                elif id(leaf) in analysis.chunks:
-                    axis.extend(_divided(dims, time, self.length // leaf.size)[1])
+        for axis in analysis.unsplit(axes):
+            renewed: list[Dim] = []
+            for leaf in axis:
+                if leaf in places:
+                    whole = inner if not places[leaf] else ()
+                    renewed.extend([inner[places[leaf]]] if len(inner) == len(places) else whole)
+                elif leaf in analysis.chunks:
+                    renewed.extend(_divided(dims, time, self.length // leaf.size)[1])
                 else:
                     new = dims.new(leaf.size)[0]
                     new.weight = leaf.weight
-                    axis.append(new)
-            made.append(tuple(axis))
+                    renewed.append(new)
+            made.append(tuple(renewed))
         return tuple(made)
 
     def parents(self, live_in: LiveIn) -> list[LiveIn]:

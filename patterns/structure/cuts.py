@@ -105,18 +105,18 @@ class Cuts:
         """Live-ins that are computed from other live-ins (1 - f beside f, too)."""
         return {s for s, (above, _) in self.origins(subgraph).items() if above}
 
-    def origins(self, subgraph: Subgraph) -> dict[LiveIn, tuple[set[int], bool]]:
+    def origins(self, subgraph: Subgraph) -> dict[LiveIn, tuple[set[LiveIn], bool]]:
         """Live-in -> the other live-ins that it is computed from, and whether it is computed from nothing else."""
-        others = set(map(id, subgraph.live_ins))
-        return {s: self._above(s, others - {id(s)}) for s in subgraph.live_ins}
+        return {s: self._above(s, {*subgraph.live_ins} - {s}) for s in subgraph.live_ins}
 
-    def _above(self, live_in: LiveIn, others: set[int]) -> tuple[set[int], bool]:
-        pending, seen, found, alone = list(self.cutter.parents(live_in)), 0, set(), True
+    def _above(self, live_in: LiveIn, others: set[LiveIn]) -> tuple[set[LiveIn], bool]:
+        found: set[LiveIn] = set()
+        pending, seen, alone = list(self.cutter.parents(live_in)), 0, True
         while pending and seen < 60:
             current = pending.pop()
             seen += 1
-            if id(current) in others:
-                found.add(id(current))
+            if current in others:
+                found.add(current)
                 continue
             if self._is_data(live_in) and not self._is_data(current):
                 continue

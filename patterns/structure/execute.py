@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llcompile.patterns.boundary import NotKnown
 from llcompile.patterns.structure.nested import leaves
 from llcompile.patterns.structure.program import Op, Value
 
@@ -87,7 +88,8 @@ class _Writer:
 
     def _number(self, value: Value) -> str:
         if value not in self.names:
-            assert value.data is not None, f"{value} has no numbers"
+            if value.data is None:
+                raise NotKnown(f"{value} has no numbers")
             data = value.data.detach().cpu()
             self.names[value] = self._constant(data.to(self.dtype) if data.is_floating_point() else data)
         return self.names[value]
@@ -139,7 +141,9 @@ def _resized(
     name = _SIZES.get(op.name)
     if name is not None:
         shape = list(sizes(op.outputs[0]))
-        at = next(i for i, a in enumerate(op.target._schema.arguments) if a.name == name)
+        at = next((i for i, a in enumerate(op.target._schema.arguments) if a.name == name), None)
+        if at is None:  # view.dtype
+            raise NotKnown(f"{op.target} has no sizes")
         if at < len(args):
             args[at] = shape
         else:

@@ -69,28 +69,27 @@ class TimeAnalysis(Frame):
             value: self._of_input(value) for value in program.inputs if value in followed.axes
         }
 
-    def _chunks(self) -> set[int]:
+    def _chunks(self) -> set[Dim]:
         """The axes of chunks of equal width that the code cuts out of time."""
         dims, length = self.followed.dims, _length(self.leaves)
         return {
-            id(leaf)
+            leaf
             for (leaves, start, stop, step), cut in dims.slices.items()
             if step == 1 and stop - start > 1 and length % (stop - start) == 0 == start % (stop - start)
             if dims.leaves(leaves) == self.leaves
             for leaf in dims.leaves((cut,))
-        } - {id(leaf) for leaf in self.leaves}
+        } - {*self.leaves}
 
     def _of_input(self, value: Value) -> Fact:
         given = value.node is not None and value.node.op == "placeholder" and value.data is None
         return Fact(data=given and not value.parameter, weight=value.parameter, form=self._form(value, True))
 
     def _form(self, value: Value, timeless: bool) -> Form:
-        axes = [self.axis_leaves(axis) for axis in self.followed.axes[value]]
-        found = [id(leaf) for axis in axes for leaf in axis if self.is_time(leaf)]
+        found = [leaf for axis in self.axes(value) for leaf in axis if self.is_time(leaf)]
         if not found:
             return "timeless" if timeless else "pieces"
         # Whole, though perhaps cut into chunks: [B, N, C, ...].
-        return "sequence" if sorted(found) == sorted(id(leaf) for leaf in self.leaves) else "pieces"
+        return "sequence" if Counter(found) == Counter(self.leaves) else "pieces"
 
     def mixes_time(self, op: Op) -> bool:
         """Whether the operation mixes positions of time."""
@@ -99,7 +98,7 @@ class TimeAnalysis(Frame):
 
     def _in_order(self, leaf: Dim) -> bool:
         """Whether positions along it are positions in time: of all of it, or within a chunk."""
-        return self.is_time(leaf) or id(leaf) in self.chunks
+        return self.is_time(leaf) or leaf in self.chunks
 
     def step(self, op: Op) -> None:
         """Adds the facts of an operation's results; its operands' facts are there."""
@@ -136,7 +135,7 @@ class TimeAnalysis(Frame):
         return self.mixes_time(op) and any(self._times_of(v) > len(self.leaves) for v in op.inputs)
 
     def _times_of(self, value: Value) -> int:
-        return sum(self._in_order(leaf) for axis in self.followed.axes[value] for leaf in self.axis_leaves(axis))
+        return sum(self._in_order(leaf) for axis in self.axes(value) for leaf in axis)
 
     def _is_outer(self, op: Op, value: Value) -> bool:
         """Whether two sequences are multiplied to something larger; differences of one with itself are none."""
@@ -247,7 +246,7 @@ def _is_feature(axis: Axis) -> bool:
 
 def _is_told_apart(axis: Axis) -> bool:
     """Whether no two parts of it were taken for one (the levels of a tree in place, each over halves of the last)."""
-    return len(set(map(id, axis))) == len(axis)
+    return len(set(axis)) == len(axis)
 
 
 def lengthened(followed: Followed, time: Axis) -> list[Axis]:

@@ -18,12 +18,12 @@ from torch import fx
 from torch.utils._python_dispatch import _disable_current_modes
 
 from llcompile.patterns import reasons
-from llcompile.patterns.boundary import boundary
+from llcompile.patterns.boundary import NOT_SHOWN, CannotRun, boundary
 from llcompile.patterns.graph.regions import Region
 from llcompile.patterns.known.capture import captured_function
 from llcompile.patterns.records import Certificate
 from llcompile.patterns.structure.assume import expect_decay, learned
-from llcompile.patterns.structure.axes import Axes, Axis
+from llcompile.patterns.structure.axes import Axes, Axis, dims_of
 from llcompile.patterns.structure.axis_rules.table import rule_for
 from llcompile.patterns.structure.barriers import expect_no_barrier
 from llcompile.patterns.structure.certify import certify
@@ -51,7 +51,7 @@ from llcompile.patterns.structure.program import Op, Value
 from llcompile.patterns.structure.properties import explain
 from llcompile.patterns.structure.ranges import REALS, Range, ranges
 from llcompile.patterns.structure.record import record
-from llcompile.patterns.structure.sizing import CannotArrange, Sizing, small
+from llcompile.patterns.structure.sizing import Sizing, small
 from llcompile.patterns.structure.tail import Tail
 from llcompile.torch_internals.places import user_line
 from llcompile.torch_internals.sizes import is_symbolic
@@ -60,7 +60,6 @@ log = logging.getLogger("llcompile")
 
 _NORMS = ("native_layer_norm", "native_group_norm", "_fused_rms_norm", "rms_norm", "mean", "_softmax")
 _SOFTMAXES = ("_softmax", "_safe_softmax", "_log_softmax")
-_NOT_RUN = (CannotArrange, RuntimeError, MemoryError, IndexError, AssertionError, TypeError, ValueError)
 _SCATTERS = ("select_scatter", "slice_scatter", "index_put")
 _ASKED = 8000  # operations of a part that is run again and again to say why it is no mixer
 _TIMES = 3  # axes that are tried as time
@@ -266,7 +265,7 @@ class _Search:
         if len(subgraph.ops) > _ASKED or subgraph.random is not None:
             return rejection
         frame, axes = self.cutter.frame(subgraph)
-        result = frame.rows(frame.followed.axes[subgraph.result])
+        result = frame.axes(subgraph.result)
         bounds = {s: self._range(subgraph, s) for s in subgraph.live_ins}
         key = "why", fingerprint(subgraph, axes, result, bounds)
         try:
@@ -279,7 +278,7 @@ class _Search:
                 probe = self._probe(frame, subgraph, axes, result, bounds, whole)
                 origins = {s: above for s, (above, _) in self.cuts.origins(subgraph).items()}
                 rejection, done = explain(Observations(probe, origins), rejection)
-            except (Rejection, *_NOT_RUN):
+            except (Rejection, *NOT_SHOWN):
                 break
             if done:
                 break
@@ -299,7 +298,7 @@ class _Search:
     def _read(self, subgraph: Subgraph, tail: Tail | None) -> Found:
         self._expect_sequences(subgraph)
         frame, axes = self.cutter.frame(subgraph)
-        result = frame.rows(frame.followed.axes[subgraph.result])
+        result = frame.axes(subgraph.result)
         self._expect_contraction(subgraph, frame, axes, result)
         meets = int(meet(axes, result, frame))
         drawn = subgraph.random
@@ -377,8 +376,8 @@ class _Search:
             probe = self._probe(frame, subgraph, axes, result, bounds)
             for live_in, sign in (signs or {}).items():
                 probe.values[live_in] = probe.values[live_in].abs() * (4 * sign / probe.length)
-            return certify(subgraph, fit(probe, classify(probe)), probe, self.ranges)
-        except _NOT_RUN as error:
+            return certify(subgraph, fit(probe, classify(Observations(probe))), probe, self.ranges)
+        except NOT_SHOWN as error:
             raise Rejection(reasons.NOT_RUN(error=_line(error))) from error
 
     def mixes(self, live_in: LiveIn) -> bool:
@@ -392,7 +391,7 @@ class _Search:
         Raises:
             Rejection: one does not, or it could not be seen.
         """
-        late = {live_in for live_in in filter(self.mixes, hypothesis.rows) if not self._sees_itself(live_in)}
+        late = {live_in for live_in in filter(self.mixes, hypothesis.layouts) if not self._sees_itself(live_in)}
         if hypothesis.key in late and (hypothesis.value is None or hypothesis.value in late):
             raise Rejection(reasons.STRICTLY_CAUSAL(), 3)
 
@@ -402,12 +401,11 @@ class _Search:
         if subgraph is None:
             raise Rejection(reasons.OPERAND_TOO_LARGE())
         frame, axes = self.cutter.frame(subgraph)
-        result = frame.rows(frame.followed.axes[value])
+        result = frame.axes(value)
         try:
-            return sees_itself(
-                self._probe(frame, subgraph, axes, result, {s: self._range(subgraph, s) for s in subgraph.live_ins})
-            )
-        except _NOT_RUN as error:
+            bounds = {s: self._range(subgraph, s) for s in subgraph.live_ins}
+            return sees_itself(Observations(self._probe(frame, subgraph, axes, result, bounds)))
+        except NOT_SHOWN as error:
             raise Rejection(reasons.OPERAND_NOT_RUN(error=_line(error))) from error
 
     def _expect_sequences(self, subgraph: Subgraph) -> None:
@@ -445,18 +443,16 @@ class _Search:
             fact = self.analysis.facts.get(value)
             if fact is None or not fact.data or not value.dtype.is_floating_point:
                 return False
-            rows = self.analysis.rows(self.analysis.followed.axes[value])
-            self._across[value] = sum(map(self.analysis.is_time, itertools.chain(*rows))) > len(self.analysis.leaves)
+            dims = itertools.chain(*self.analysis.axes(value))
+            self._across[value] = sum(map(self.analysis.is_time, dims)) > len(self.analysis.leaves)
         return self._across[value]
 
     def _expect_contraction(self, subgraph: Subgraph, frame: Frame, axes: Mapping[LiveIn, Axes], result: Axes) -> None:
         """Queries and keys have axes that the output does not have; told without numbers, as most values fail here."""
-        kept = {id(dim) for row in result for dim in row}
-        if any(id(leaf) not in kept for leaf in frame.leaves):
+        kept, held = dims_of(result), map(dims_of, axes.values())
+        if not kept.issuperset(frame.leaves):
             raise Rejection(reasons.NOT_ALL_OF_TIME())
-        timed = [{id(a) for row in rows for a in row} for rows in axes.values()]
-        analysis = {id(leaf) for leaf in frame.leaves}
-        if sum(bool(dims & analysis) and bool(dims - kept) for dims in timed) < 2:
+        if sum(any(map(frame.is_time, dims)) and not dims <= kept for dims in held) < 2:
             raise Rejection(reasons.NOT_CONTRACTED(), open=self._has_scores(subgraph))
 
     def _probe(
@@ -473,7 +469,7 @@ class _Search:
             probe = Probe(subgraph, axes, result, sizing, bounds)
             try:
                 probe.run()
-            except _NOT_RUN as error:
+            except NOT_SHOWN as error:
                 failure = error
                 log.debug("structure: %s does not run at %s: %s", subgraph.result, sizing.shape(subgraph.result), error)
                 continue
@@ -493,8 +489,9 @@ def _grows(probe: Probe) -> bool:
     return not last < _LARGER * first
 
 
-def _line(error: Exception | None) -> str:
+def _line(error: BaseException | None) -> str:
     """The first line of an error."""
+    error = error.__cause__ if isinstance(error, CannotRun) else error
     return f"{type(error).__name__}: {error}".split("\n")[0]
 
 

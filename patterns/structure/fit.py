@@ -13,12 +13,13 @@ from torch import Tensor
 
 import llcompile.kernels.operators  # noqa: F401  (registers torch.ops.llcompile)
 from llcompile.patterns import reasons
-from llcompile.patterns.structure.axes import Dim
+from llcompile.patterns.boundary import NOT_SHOWN, running
+from llcompile.patterns.structure.axes import Dim, dims_of
 from llcompile.patterns.structure.classify import Rejection, Roles
 from llcompile.patterns.structure.hypothesis import NORMALISERS, Hypothesis, MixerAxes
 from llcompile.patterns.structure.lifted import LiveIn
 from llcompile.patterns.structure.probe import Probe, difference
-from llcompile.patterns.structure.sizing import CannotArrange, arrange
+from llcompile.patterns.structure.sizing import arrange
 from llcompile.patterns.structure.transforms import TRANSFORMS
 
 AGREES = 2e-6  # a guess is taken to the proof where it agrees this well (buffers are float32)
@@ -37,7 +38,7 @@ def fit(probe: Probe, roles: Roles) -> Hypothesis:
     for hypothesis in _readings(probe, roles):
         try:
             found, error = _fit(probe, hypothesis, roles, base)
-        except (CannotArrange, RuntimeError):
+        except NOT_SHOWN:
             continue
         if error < AGREES:
             return _with_rest(probe, found, roles)
@@ -69,7 +70,7 @@ def _with_rest(probe: Probe, hypothesis: Hypothesis, roles: Roles) -> Hypothesis
             without = {roles.query: none(probe.values[roles.query])}
             theirs = probe.by_time(probe.run(without))
             hypothesis = replace(hypothesis, skip_scale=_factor(theirs, _output_with(probe, hypothesis, without)))
-    except (CannotArrange, RuntimeError) as error:
+    except NOT_SHOWN as error:
         raise Rejection(reasons.ADDED_TO_SUM(), 2, open=True) from error
     return hypothesis
 
@@ -126,7 +127,7 @@ def _with_transforms(probe: Probe, roles: Roles, key: LiveIn, named: list[tuple[
     post = (*roles.post, *((s, r) for s, r in named if r == "times"))
     axes = _axes(probe, roles, key, [s for s in (*(f for f, _ in factors), decay, one(_BETA)) if s is not None])
     base = Hypothesis(
-        probe.rows, probe.result, axes, roles.query, key, roles.value, factors, beta=one(_BETA), post=post
+        probe.axes, probe.result, axes, roles.query, key, roles.value, factors, beta=one(_BETA), post=post
     )
     bases = [base]
     if base.beta is None and roles.degree[key] != 1 and roles.linear_query:
@@ -153,7 +154,7 @@ def _rate(probe: Probe, hypothesis: Hypothesis, decay: LiveIn) -> float | None:
     try:
         base = probe.by_time(probe.run())
         steady = _constant_decay(probe, hypothesis, output_of(probe, hypothesis), base)
-    except (CannotArrange, RuntimeError):
+    except NOT_SHOWN:
         return None
     finally:
         probe.values = kept
@@ -165,21 +166,23 @@ def _rate(probe: Probe, hypothesis: Hypothesis, decay: LiveIn) -> float | None:
 
 def _axes(probe: Probe, roles: Roles, key: LiveIn, scalars: list[LiveIn]) -> MixerAxes:
     """The operator's axes, from whose dims are whose."""
-    rows, analysis = probe.rows, probe.sizing.analysis
-    dims = lambda s: {id(a) for row in rows[s] for a in row}  # noqa: E731
-    result = [a for row in probe.result for a in row if not analysis.is_time(a)]
-    kept = {id(a) for a in result}
-    contracted = tuple(a for row in rows[roles.query] for a in row if id(a) not in kept and not analysis.is_time(a))
+    analysis, result = probe.sizing.analysis, probe.rest
+    dims = lambda s: dims_of(probe.axes[s])  # noqa: E731
+    contracted = (a for axis in probe.axes[roles.query] for a in axis if a not in result and not analysis.is_time(a))
     scored = dims(roles.query) | dims(key)
-    inner = scored.union(*(dims(s) for s in scalars)) if scalars else scored
+    inner = scored.union(*map(dims, scalars))
     own = dims(roles.value) - inner if roles.value is not None else set()
-    value = tuple(a for a in result if id(a) in own)
-    rest = [a for a in result if id(a) not in own]
+    rest = [a for a in result if a not in own]
     batch = _batch(rest)
     heads = [a for a in rest if a not in batch]
-    groups = tuple(a for a in heads if id(a) in scored)
-    shared = tuple(a for a in heads if id(a) not in scored)
-    return MixerAxes(tuple(batch), analysis.leaves, groups, shared, contracted, value)
+    return MixerAxes(
+        batch=tuple(batch),
+        time=analysis.leaves,
+        groups=tuple(a for a in heads if a in scored),
+        rest=tuple(a for a in heads if a not in scored),
+        key=tuple(contracted),
+        value=tuple(a for a in result if a in own),
+    )
 
 
 def _batch(dims: list[Dim]) -> list[Dim]:
@@ -218,8 +221,8 @@ def _more_heads(hypothesis: Hypothesis) -> Iterator[Hypothesis]:
     """The hypothesis with an axis of the value as heads: only a decay of the code's own numbers may tell them apart."""
     axes = hypothesis.axes
     for dim in axes.value if len(axes.value) > 1 else ():
-        rest = tuple(a for a in axes.value if a is not dim)
-        yield replace(hypothesis, axes=replace(axes, rest=(*axes.rest, dim), value=rest))
+        others = tuple(a for a in axes.value if a is not dim)
+        yield replace(hypothesis, axes=replace(axes, rest=(*axes.rest, dim), value=others))
 
 
 def output_of(probe: Probe, hypothesis: Hypothesis) -> Tensor:
@@ -227,7 +230,8 @@ def output_of(probe: Probe, hypothesis: Hypothesis) -> Tensor:
     size = probe.sizing.of
     m = hypothesis.mixer(probe.values, size, probe.dtype)
     operands = m.query, m.key, m.value, None, m.log_decay, m.beta, m.initial_state
-    output = torch.ops.llcompile.loglinear_attention(*operands, m.scale, False)[0]
+    with running(probe.subgraph.result):  # operands that fit no call of the operator are another hypothesis'
+        output = torch.ops.llcompile.loglinear_attention(*operands, m.scale, False)[0]
     return probe.by_time(hypothesis.finish(output, probe.values, size))
 
 
@@ -286,11 +290,9 @@ def _constant_step(probe: Probe, hypothesis: Hypothesis, base: Tensor) -> float 
 
 def _by_head(probe: Probe, hypothesis: Hypothesis, x: Tensor) -> Tensor:
     """A result [T, N] as [T, H, N / H]."""
-    analysis = probe.sizing.analysis
-    rest = tuple(dim for row in probe.result for dim in row if not analysis.is_time(dim))
-    heads = hypothesis.axes.heads
-    others = tuple(a for a in rest if not any(a is h for h in heads))
-    return arrange(x, (analysis.leaves, rest), (analysis.leaves, heads, others), probe.sizing.of)
+    time, heads = probe.sizing.analysis.leaves, hypothesis.axes.heads
+    others = tuple(a for a in probe.rest if a not in heads)
+    return arrange(x, (time, probe.rest), (time, heads, others), probe.sizing.of)
 
 
 def _fit_normaliser(probe: Probe, hypothesis: Hypothesis, base: Tensor) -> tuple[Hypothesis, float]:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from llcompile.patterns.boundary import raises
+from llcompile.patterns.boundary import NotKnown, boundary
 from llcompile.patterns.structure.axes import Axes, Axis, Dims
 from llcompile.patterns.structure.axis_rules.call import Call
 from llcompile.patterns.structure.axis_rules.others import opaque
@@ -120,11 +120,9 @@ def _is_triangle(value: Value) -> bool:
 def _step(found: Followed, op: Op, lost: dict[Value, tuple[Axis, ...]]) -> None:
     rule = rule_for(op) or opaque
     call = Call(op, found.dims, found.axes, lost)
-    try:
+    with boundary(f"the axes of {op.name}", NotKnown) as outcome:
         results = rule(call)
-    except (ValueError, IndexError, TypeError, KeyError, AttributeError) as error:
-        if isinstance(error, AttributeError) and raises():  # a typo in a rule, and no operation that it does not take
-            raise
+    if outcome.failed:
         rule = opaque
         results = opaque(call)
     found.counts[rule.__name__.strip("_")] += 1
@@ -137,9 +135,9 @@ def _step(found: Followed, op: Op, lost: dict[Value, tuple[Axis, ...]]) -> None:
         _note_features(found, weights)
     # Where a table of numbers or a weight was cut alike (the decays of a loop's steps), the sequence is what was cut.
     gone = [axis for value in live or op.inputs for axis in lost.get(value, ())] + cut
-    kept: dict[tuple[int, ...], Axis] = {}
+    kept: dict[Axis, Axis] = {}
     for axis in reversed(gone):
-        kept.setdefault(tuple(id(leaf) for leaf in found.dims.leaves(axis)), axis)
+        kept.setdefault(found.dims.leaves(axis), axis)
         if len(kept) == _KEEP:
             break
     for value, axes in zip(op.outputs, results, strict=True):

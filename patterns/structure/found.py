@@ -69,8 +69,7 @@ class Found:
     def order(self) -> Axis:
         """Time in the order in which the queries have it: that of a grid's columns, say, where the input has rows."""
         value = next(v for v in values_of(self.hypothesis.query) if self.analysis.facts[v].data)
-        rows = self.analysis.rows(self.analysis.followed.axes[value])
-        found = tuple(leaf for row in rows for leaf in row if self.analysis.is_time(leaf))
+        found = tuple(leaf for axis in self.analysis.axes(value) for leaf in axis if self.analysis.is_time(leaf))
         return found if len(found) == len(self.analysis.leaves) else self.analysis.leaves
 
     @functools.cached_property
@@ -95,7 +94,7 @@ class Found:
     def sizes(self) -> tuple[int, int, int, int]:
         """Heads, groups, key width, value width."""
         axes = self.hypothesis.axes
-        of = lambda row: count(tuple(leaf.size for leaf in row))  # noqa: E731
+        of = lambda axis: count(tuple(leaf.size for leaf in axis))  # noqa: E731
         return of(axes.heads), of(axes.groups), of(axes.key), of(axes.value)
 
     def notes(self) -> tuple[str, ...]:
@@ -167,24 +166,24 @@ class Found:
         if value is None or value not in self.analysis.facts or not value.dtype.is_floating_point:
             return None
         fact = self.analysis.facts[value]
-        rows = self.analysis.rows(self.analysis.followed.axes[value])
+        axes = self.analysis.axes(value)
         wanted = {self.order, self.analysis.shorter} if self.order == self.analysis.leaves else {self.order}
-        inside = [i for i, row in enumerate(rows) if row in wanted]
+        inside = [i for i, axis in enumerate(axes) if axis in wanted]
         if value not in self._straight[0]:
             return None
-        if (fact.form != "sequence" and self.analysis.shorter not in rows) or not fact.data or len(inside) != 1:
+        if (fact.form != "sequence" and self.analysis.shorter not in axes) or not fact.data or len(inside) != 1:
             return None
         batch = count(tuple(leaf.size for leaf in self.hypothesis.axes.batch))
-        if len(rows) == 2 and inside == [0] and batch == 1:
+        if len(axes) == 2 and inside == [0] and batch == 1:
             return -1, 0
-        if len(rows) == 3 and inside[0] < 2 and value.shape[1 - inside[0]] == batch:
+        if len(axes) == 3 and inside[0] < 2 and value.shape[1 - inside[0]] == batch:
             return 1 - inside[0], inside[0]
         return None
 
     def is_shorter(self, node: fx.Node) -> bool:
         """Whether a node has time as it was before it was padded."""
-        rows = self.analysis.rows(self.analysis.followed.axes[self.program.results[node]])
-        return self.analysis.shorter != self.analysis.leaves and self.analysis.shorter in rows
+        axes = self.analysis.axes(self.program.results[node])
+        return self.analysis.shorter != self.analysis.leaves and self.analysis.shorter in axes
 
 
 @dataclass(eq=False)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from llcompile.patterns.structure.axes import Axes, Axis, Dim
 from llcompile.patterns.structure.follow import Followed
+from llcompile.patterns.structure.program import Value
 
 
 class Frame:
@@ -14,7 +15,7 @@ class Frame:
     def __init__(self, followed: Followed, time: Axis) -> None:
         self.followed = followed
         self.leaves = followed.dims.leaves(time)
-        self._in_time = {id(leaf) for leaf in self.leaves}
+        self._in_time = frozenset(self.leaves)
 
     def axis_leaves(self, axis: Axis) -> Axis:
         """The axis as dims that were never split."""
@@ -22,8 +23,12 @@ class Frame:
 
     def is_time(self, dim: Dim) -> bool:
         """Whether an unsplit dim is time or a part of it."""
-        return id(dim) in self._in_time
+        return dim in self._in_time
 
-    def rows(self, axes: Sequence[Axis]) -> Axes:
+    def unsplit(self, axes: Iterable[Axis]) -> Axes:
         """Axes as unsplit dims."""
-        return tuple(self.axis_leaves(axis) for axis in axes)
+        return tuple(map(self.axis_leaves, axes))
+
+    def axes(self, value: Value) -> Axes:
+        """The axes of a value as unsplit dims."""
+        return self.unsplit(self.followed.axes[value])

@@ -10,7 +10,7 @@ import torch
 
 from llcompile.patterns.families import Correction, Decay
 from llcompile.patterns.mixer import Mixer
-from llcompile.patterns.structure.axes import Axes, Axis, Dim
+from llcompile.patterns.structure.axes import Axes, Axis, Dim, dims_of
 from llcompile.patterns.structure.lifted import LiveIn
 from llcompile.patterns.structure.sizing import CannotArrange, arrange
 from llcompile.patterns.structure.transforms import Transform
@@ -60,7 +60,7 @@ class Hypothesis:
     """Which live-in is which operand.
 
     Args:
-        rows: live-in -> its axes.
+        layouts: live-in -> its axes.
         result: the axes of what the part computes.
         axes: the operator's axes.
         value: None where the part sums scores alone (a denominator).
@@ -80,7 +80,7 @@ class Hypothesis:
         scale: factor on the query.
     """
 
-    rows: Mapping[LiveIn, Axes]
+    layouts: Mapping[LiveIn, Axes]
     result: Axes
     axes: MixerAxes
     query: LiveIn
@@ -111,7 +111,7 @@ class Hypothesis:
         correction: Correction = "none" if self.step is None and self.beta is None else "delta"
         if self.decay is None:
             return ("none" if self.constant is None else "scalar"), correction
-        keyed = any(dim in self.axes.key for row in self.rows[self.decay] for dim in row)
+        keyed = not dims_of(self.layouts[self.decay]).isdisjoint(self.axes.key)
         return ("channel" if keyed else "scalar"), correction
 
     @property
@@ -127,18 +127,18 @@ class Hypothesis:
     def mixer(self, values: Mapping[LiveIn, Any], size: Size, precision: torch.dtype = torch.float32) -> Mixer:
         """The operands in the operator's layout, from tensors or proxies; decays that are numbers in `precision`."""
         a = self.axes
-        put = lambda live_in, *groups: arrange(values[live_in], self.rows[live_in], groups, size)  # noqa: E731
+        put = lambda live_in, *groups: arrange(values[live_in], self.layouts[live_in], groups, size)  # noqa: E731
         key = put(self.key, a.batch, a.time, a.groups, a.key)
         if self.value is not None:
             value = put(self.value, a.batch, a.time, a.heads, a.value)
         else:
-            row = torch.ones_like(key[..., :1])
-            value = arrange(row, (a.batch, a.time, a.groups, ()), (a.batch, a.time, a.heads, ()), size)
+            ones = torch.ones_like(key[..., :1])
+            value = arrange(ones, (a.batch, a.time, a.groups, ()), (a.batch, a.time, a.heads, ()), size)
         if self.normaliser is not None:
             value = torch.cat([value, torch.ones_like(value[..., :1])], dim=-1)
         for factor, form in self.factors:
-            row = put(factor, a.batch, a.time, a.heads, ())
-            value = value * (torch.exp(row) if form == "exp" else row)
+            factors = put(factor, a.batch, a.time, a.heads, ())
+            value = value * (torch.exp(factors) if form == "exp" else factors)
         decay, correction = self.family
         log_decay = self._log_decay(values, size, value, precision)
         if self.complement:
@@ -163,7 +163,7 @@ class Hypothesis:
         if self.value is None or self.normaliser is not None:
             raise CannotArrange
         a = self.axes
-        state = arrange(values[self.first], self.rows[self.first], (a.batch, a.heads, a.key, a.value), size)
+        state = arrange(values[self.first], self.layouts[self.first], (a.batch, a.heads, a.key, a.value), size)
         return state if self.first_scale == 1.0 else state * self.first_scale
 
     def _beta(self, put: Callable[..., Any]) -> Any:
@@ -180,11 +180,10 @@ class Hypothesis:
         assert self.transform is not None
         z = self.transform.log_decay(values[self.decay])
         z = z if self.rate == 1.0 else z * self.rate
-        held = {id(dim) for row in self.rows[self.decay] for dim in row}
         keyed = [a.key] if self.family[0] == "channel" else []
-        if not keyed and not held & {id(x) for x in (*a.batch, *a.time)}:
-            return arrange(z, self.rows[self.decay], (a.heads,), size)
-        z = arrange(z, self.rows[self.decay], (a.batch, a.time, a.heads, *keyed), size)
+        if not keyed and dims_of(self.layouts[self.decay]).isdisjoint((*a.batch, *a.time)):
+            return arrange(z, self.layouts[self.decay], (a.heads,), size)
+        z = arrange(z, self.layouts[self.decay], (a.batch, a.time, a.heads, *keyed), size)
         if self.shifted:
             z = torch.cat([torch.zeros_like(z[:, :1]), z[:, :-1]], dim=1)
         return z
@@ -200,7 +199,7 @@ class Hypothesis:
             output = output + self._skipped(values, size)
         output = arrange(output, (a.batch, a.time, a.heads, a.value), self.result, size)
         for live_in, how in self.post:
-            other = arrange(values[live_in], self.rows[live_in], self.result, size, broadcast=True)
+            other = arrange(values[live_in], self.layouts[live_in], self.result, size, broadcast=True)
             output = POSTS[how](output, other)
         return output
 
@@ -210,14 +209,15 @@ class Hypothesis:
             raise CannotArrange
         a = self.axes
         whole = (a.batch, a.time, a.heads, a.value)
-        added = arrange(values[self.value], self.rows[self.value], whole, size)
+        added = arrange(values[self.value], self.layouts[self.value], whole, size)
         for live_in in self.skip:
-            added = added * arrange(values[live_in], self.rows[live_in], whole, size)
+            added = added * arrange(values[live_in], self.layouts[live_in], whole, size)
         return added if self.skip_scale == 1.0 else added * self.skip_scale
 
     def _query_sum(self, values: Mapping[LiveIn, Any], size: Size) -> Any:
         """The sum of the query's features, [B, T, H, 1]."""
         a = self.axes
-        query = arrange(values[self.query], self.rows[self.query], (a.batch, a.time, a.groups, a.key), size)
-        row = query.sum(-1, keepdim=True)
-        return arrange(row, (a.batch, a.time, a.groups, ()), (a.batch, a.time, a.heads, ()), size)
+        query = arrange(values[self.query], self.layouts[self.query], (a.batch, a.time, a.groups, a.key), size)
+        return arrange(
+            query.sum(-1, keepdim=True), (a.batch, a.time, a.groups, ()), (a.batch, a.time, a.heads, ()), size
+        )

@@ -74,13 +74,13 @@ def _evaluate(live_in: Lifted, env: dict[Value, Tensor], done: dict[Lifted, Tens
         return done[live_in]
     if live_in.base is not None:
         base, dim, width = live_in.base
-        made, rows = env[base], live_in.count * max(1, width)
-        if base.shape[dim] != rows:  # a table may have more
-            made = made.narrow(dim, 0, rows)
+        made, length = env[base], live_in.count * max(1, width)
+        if base.shape[dim] != length:  # a table may have more
+            made = made.narrow(dim, 0, length)
         made = made.unflatten(dim, (live_in.count, width)) if width else made
         made = made.movedim(dim, 0)
-    elif (row := _own_numbers(live_in)) is not None:
-        made = _with_numbers(live_in, row, _evaluate(live_in.args[0], env, done))
+    elif (numbers := _own_numbers(live_in)) is not None:
+        made = _with_numbers(live_in, numbers, _evaluate(live_in.args[0], env, done))
     else:
         assert live_in.op is not None
         leaves: list[Any] = []
@@ -111,18 +111,18 @@ def _evaluate(live_in: Lifted, env: dict[Value, Tensor], done: dict[Lifted, Tens
 
 
 def _own_numbers(live_in: Lifted) -> Numbers | None:
-    row = live_in.args[1] if len(live_in.args) > 1 else None
-    return row if isinstance(row, Numbers) else None
+    numbers = live_in.args[1] if len(live_in.args) > 1 else None
+    return numbers if isinstance(numbers, Numbers) else None
 
 
-def _with_numbers(live_in: Lifted, row: Numbers, x: Tensor) -> Tensor:
+def _with_numbers(live_in: Lifted, numbers: Numbers, x: Tensor) -> Tensor:
     """Arithmetic with a number for each piece, in the precision in which it is done with one number."""
     function = getattr(torch, live_in.op.name)  # type: ignore[union-attr]
-    if row.single is not None:
-        return function(x, row.single)  # type: ignore[no-any-return]
+    if numbers.single is not None:
+        return function(x, numbers.single)  # type: ignore[no-any-return]
     wide = torch.promote_types(x.dtype, torch.float32)
-    numbers = torch.tensor(row.row(live_in.count), dtype=wide, device=x.device)
-    return function(x.to(wide), numbers.view(-1, *(1,) * (x.dim() - 1))).to(x.dtype)  # type: ignore[no-any-return]
+    listed = torch.tensor(numbers.listed(live_in.count), dtype=wide, device=x.device)
+    return function(x.to(wide), listed.view(-1, *(1,) * (x.dim() - 1))).to(x.dtype)  # type: ignore[no-any-return]
 
 
 class _Slot:

@@ -54,7 +54,7 @@ class Numbers:
         found = set(self.known.values())
         return next(iter(found)) if len(found) == 1 else None
 
-    def row(self, count: int) -> list[float]:
+    def listed(self, count: int) -> list[float]:
         """One for each of so many pieces; a piece that the code leaves out has any."""
         some = next(iter(self.known.values()))
         return [self.known.get(i, some) for i in range(count)]
@@ -204,8 +204,8 @@ class Lifter:
 
     def _note(self, lifted: Lifted, op: Op, position: int) -> bool:
         """Whether the number of this piece agrees with what is known of it."""
-        row = lifted.args[1] if len(lifted.args) > 1 else None
-        return not isinstance(row, Numbers) or row.known.setdefault(position, op.args[1]) == op.args[1]
+        numbers = lifted.args[1] if len(lifted.args) > 1 else None
+        return not isinstance(numbers, Numbers) or numbers.known.setdefault(position, op.args[1]) == op.args[1]
 
     def _has_own_number(self, op: Op, count: int) -> bool:
         """Whether it has a number that other pieces do not have: fewer of its kind have it than there are pieces."""
@@ -250,17 +250,17 @@ class Lifter:
     def _taken(self, value: Value, op: Op) -> tuple[Lifted, int] | None:
         """A piece taken out of a sequence: a token, or one of chunks of equal width."""
         base, dim, width, start = piece(value, op)
-        row, leaves = self.analysis.axis_leaves(self.analysis.followed.axes[base][dim]), self.analysis.leaves
-        if not row or self.analysis.facts[base].mixed or row != leaves[: len(row)]:
+        axis, leaves = self.analysis.axes(base)[dim], self.analysis.leaves
+        if not axis or self.analysis.facts[base].mixed or axis != leaves[: len(axis)]:
             return None
         # Chunks of what is in chunks already are no pieces that time is made of in order.
-        if op.name not in _PICKS and (not width or row != leaves or base.shape[dim] % width):
+        if op.name not in _PICKS and (not width or axis != leaves or base.shape[dim] % width):
             return None
         if start is None or (width and start % width):
             return None
         key = Taken(base, dim, width)
         if key not in self._lifted:
-            count = math.prod(leaf.size for leaf in row) // max(1, width)
+            count = math.prod(leaf.size for leaf in axis) // max(1, width)
             self._lifted[key] = Lifted(None, base=key, sample=value, count=count)
         return self._lifted[key], start // max(1, width)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from llcompile.patterns.boundary import CannotRun
 from llcompile.patterns.records import Certificate
 from llcompile.patterns.structure.axes import Axes, Dim
 from llcompile.patterns.structure.classify import Rejection
@@ -19,7 +20,7 @@ from llcompile.patterns.structure.nested import mapped
 from llcompile.patterns.structure.program import Value
 from llcompile.patterns.structure.ranges import Range
 
-Rows = Mapping[LiveIn, Axes]
+Layouts = Mapping[LiveIn, Axes]
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Answer:
 _answers: dict[Any, Answer] = {}
 
 
-def fingerprint(subgraph: Subgraph, rows: Rows, result: Axes, ranges: Mapping[LiveIn, Range]) -> Any:
+def fingerprint(subgraph: Subgraph, layouts: Layouts, result: Axes, ranges: Mapping[LiveIn, Range]) -> Any:
     """Equal for two parts that are the same program: operations, numbers, shapes, axes and ranges of the live-ins."""
     names: dict[Value, Any] = {}
     for i, live_in in enumerate(subgraph.live_ins):
@@ -48,22 +49,22 @@ def fingerprint(subgraph: Subgraph, rows: Rows, result: Axes, ranges: Mapping[Li
         steps.append((str(op.target), repr(args)))
         for i, value in enumerate(op.outputs):
             names.setdefault(value, ("step", number, i))
-    dims = _numbers(subgraph.live_ins, rows, result)
+    dims = _numbers(subgraph.live_ins, layouts, result)
     shapes = tuple(
         (
             str(sample_of(s).dtype),
-            tuple(tuple((dims[id(a)], a.size, a.weight) for a in row) for row in rows[s]),
+            tuple(tuple((dims[a], a.size, a.weight) for a in axis) for axis in layouts[s]),
             ranges[s],
             s in subgraph.learned,
         )
         for s in subgraph.live_ins
     )
-    final = tuple(tuple(dims[id(a)] for a in row) for row in result)
+    final = tuple(tuple(dims[a] for a in axis) for axis in result)
     text = repr((steps, shapes, final, names[subgraph.result], str(subgraph.result.dtype)))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def recall(key: Any, subgraph: Subgraph, rows: Rows, result: Axes) -> tuple[Hypothesis, Certificate] | None:
+def recall(key: Any, subgraph: Subgraph, layouts: Layouts, result: Axes) -> tuple[Hypothesis, Certificate] | None:
     """The answer for this part, in its own live-ins and dims; None where there is none yet.
 
     Raises:
@@ -76,36 +77,39 @@ def recall(key: Any, subgraph: Subgraph, rows: Rows, result: Axes) -> tuple[Hypo
         raise answer.rejection
     assert answer.hypothesis is not None
     assert answer.certificate is not None
-    dims = {number: dim for dim, number in _dims(subgraph.live_ins, rows, result)}
+    dims = list(_numbers(subgraph.live_ins, layouts, result))
     return _mapped(
-        answer.hypothesis, lambda i: subgraph.live_ins[i], lambda i: dims[i], rows, result
+        answer.hypothesis, lambda i: subgraph.live_ins[i], lambda i: dims[i], layouts, result
     ), answer.certificate
 
 
 def is_lasting(rejection: Rejection) -> bool:
     """Whether the same part will be missed again: not where it did not run, for want of memory perhaps."""
-    return not isinstance(rejection.__cause__, (RuntimeError, MemoryError))
+    cause = rejection.__cause__
+    return not isinstance(cause.__cause__ if isinstance(cause, CannotRun) else cause, (RuntimeError, MemoryError))
 
 
 def remember(
-    key: Any, subgraph: Subgraph, rows: Rows, result: Axes, found: tuple[Hypothesis, Certificate] | Rejection
+    key: Any, subgraph: Subgraph, layouts: Layouts, result: Axes, found: tuple[Hypothesis, Certificate] | Rejection
 ) -> None:
     """Keeps an answer, without the part's own objects."""
     if isinstance(found, Rejection):
         _answers[key] = Answer(None, None, Rejection(found.given, found.near, found.open))
         return
-    numbers = _numbers(subgraph.live_ins, rows, result)
-    places = {id(live_in): i for i, live_in in enumerate(subgraph.live_ins)}
-    hypothesis = _mapped(found[0], lambda s: places[id(s)], lambda a: numbers[id(a)], {}, ())
+    numbers = _numbers(subgraph.live_ins, layouts, result)
+    places = {live_in: i for i, live_in in enumerate(subgraph.live_ins)}
+    hypothesis = _mapped(found[0], places.__getitem__, numbers.__getitem__, {}, ())
     _answers[key] = Answer(hypothesis, found[1], None)
 
 
-def _mapped(hypothesis: Hypothesis, live_in: Any, dim: Any, rows: Rows, result: Axes) -> Hypothesis:
+def _mapped(hypothesis: Hypothesis, live_in: Any, dim: Any, layouts: Layouts, result: Axes) -> Hypothesis:
     one = lambda s: None if s is None else live_in(s)  # noqa: E731
-    axes = replace(hypothesis.axes, **{name: tuple(dim(a) for a in row) for name, row in vars(hypothesis.axes).items()})
+    axes = replace(
+        hypothesis.axes, **{name: tuple(dim(a) for a in axis) for name, axis in vars(hypothesis.axes).items()}
+    )
     return replace(
         hypothesis,
-        rows=rows,
+        layouts=layouts,
         result=result,
         axes=axes,
         query=live_in(hypothesis.query),
@@ -120,17 +124,10 @@ def _mapped(hypothesis: Hypothesis, live_in: Any, dim: Any, rows: Rows, result: 
     )
 
 
-def _dims(live_ins: list[LiveIn], rows: Rows, result: Axes) -> list[tuple[Dim, int]]:
-    found: dict[int, Dim] = {}
-    for axes in (*(rows[s] for s in live_ins), result):
-        for row in axes:
-            for dim in row:
-                found.setdefault(id(dim), dim)
-    return [(dim, number) for number, dim in enumerate(found.values())]
-
-
-def _numbers(live_ins: list[LiveIn], rows: Rows, result: Axes) -> dict[int, int]:
-    return {id(dim): number for dim, number in _dims(live_ins, rows, result)}
+def _numbers(live_ins: list[LiveIn], layouts: Layouts, result: Axes) -> dict[Dim, int]:
+    """The dims, each with a number: its place."""
+    axes = [*(axis for s in live_ins for axis in layouts[s]), *result]
+    return {dim: number for number, dim in enumerate(dict.fromkeys(dim for axis in axes for dim in axis))}
 
 
 def _named(value: Value, names: dict[Value, Any]) -> Any:

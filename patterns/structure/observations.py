@@ -1,43 +1,45 @@
-"""Observations: what runs of a part show where no hypothesis holds: reaches, weights, which live-in is which."""
+"""Observations: what runs of a part show: reaches, weights, which live-in is which. Each is measured once."""
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from llcompile.patterns.structure.axes import Axes, Axis, Dim
+from llcompile.patterns import reasons
+from llcompile.patterns.reasons import GivenReason
+from llcompile.patterns.structure.axes import Axes, Axis, Dim, dims_of
 from llcompile.patterns.structure.frame import Frame
 from llcompile.patterns.structure.lifted import LiveIn
 from llcompile.patterns.structure.probe import Probe
-from llcompile.patterns.structure.sizing import arrange
 
 SEEN = 1e-7  # a relative difference that is not rounding
-_DEPENDS = 1e-9  # one that shows that a result depends on something
+_DEPENDS = (
+    1e-11  # a change, in proportion to the largest number of the result, which shows that it depends on something
+)
 
 Changes = Mapping[LiveIn, Tensor]
 
 
 class Observations:
-    """A part under a probe.
-
-    No roles are given: which live-in would be the query, the key and the value is told by what they do, as far as they
-    do it.
+    """A part under a probe, with one draw. No roles are given: which live-in would be which is read off what it does.
 
     Args:
         probe: the part, with one draw.
-        origins: live-in -> the ids of the other live-ins that the code computes it from.
+        origins: live-in -> the other live-ins that the code computes it from.
     """
 
-    def __init__(self, probe: Probe, origins: Mapping[LiveIn, set[int]] | None = None) -> None:
+    def __init__(self, probe: Probe, origins: Mapping[LiveIn, set[LiveIn]] | None = None) -> None:
         self.probe, self.origins = probe, origins or {}
         self.length, self.middle = probe.length, probe.length // 2
-        self.kept = {id(dim) for row in probe.result for dim in row}
-        whole = [s for s in probe.subgraph.live_ins if probe.values[s].is_floating_point()]
-        self.timed = [s for s in whole if probe.is_timed(s)]
+        self.kept = set(probe.rest)
+        self.live_ins = [s for s in probe.subgraph.live_ins if probe.values[s].is_floating_point()]
+        self.timed = [s for s in self.live_ins if probe.is_timed(s)]
         self._others: dict[tuple[LiveIn, int], Tensor] = {}
+        self._reaches: dict[tuple[LiveIn, int], list[int]] = {}
 
     def run(self, changed: Changes | None = None) -> Tensor:
         """The result, [T, everything else]."""
@@ -48,28 +50,41 @@ class Observations:
         """The result on the probe's own draw."""
         return self.run()
 
+    def rebase(self, base: Tensor) -> None:
+        """The result from here on, where a live-in was made zero or the probe leaves something away."""
+        self.base = base
+        self._reaches.clear()
+
     def dims(self, live_in: LiveIn) -> Axis:
         """The live-in's axes but time."""
         analysis = self.probe.sizing.analysis
-        return tuple(a for row in self.probe.rows[live_in] for a in row if not analysis.is_time(a))
+        return tuple(a for axis in self.probe.axes[live_in] for a in axis if not analysis.is_time(a))
 
     @functools.cached_property
-    def paired(self) -> set[int]:
+    def paired(self) -> set[Dim]:
         """The axes along which two sequences meet and that the result does not have."""
-        held = [{id(a) for a in self.dims(s)} - self.kept for s in self.timed]
-        return {a for i, one in enumerate(held) for two in held[:i] for a in one & two}
+        return _shared([set(self.dims(s)) - self.kept for s in self.timed])
 
     def is_paired(self, live_in: LiveIn) -> bool:
         """Whether the live-in meets another one along an axis that the result does not have."""
-        return bool({id(a) for a in self.dims(live_in)} & self.paired)
+        return not self.paired.isdisjoint(self.dims(live_in))
 
     # -- what the result depends on
 
     def reach(self, live_in: LiveIn, position: int) -> list[int]:
         """The positions of the result that depend on one position of a live-in."""
-        size = self.base.abs().amax(1)
-        changed = (self.run({live_in: self.other(live_in, position)}) - self.base).abs().amax(1)
-        return (changed > _DEPENDS * size).nonzero().flatten().tolist()  # type: ignore[no-any-return]
+        key = (live_in, position)
+        if key not in self._reaches:
+            changed = (self.run({live_in: self.other(live_in, position)}) - self.base).abs().amax(1)
+            least = _DEPENDS * self.base.abs().amax().clamp_min(1e-300)
+            self._reaches[key] = (changed > least).nonzero().flatten().tolist()
+        return self._reaches[key]
+
+    def looks_ahead(self, live_in: LiveIn, position: int) -> GivenReason | None:
+        """The reason where an earlier position of the result depends on this position of a live-in."""
+        reached = self.reach(live_in, position)
+        ahead = bool(reached) and reached[0] < position
+        return reasons.NOT_CAUSAL(output=reached[0], input=position) if ahead else None
 
     def other(self, live_in: LiveIn, position: int) -> Tensor:
         """The live-in with other numbers at one position, the same ones each time."""
@@ -105,8 +120,8 @@ class Observations:
     @functools.cached_property
     def keys(self) -> list[LiveIn]:
         """What meets the query and acts on later positions."""
-        held = {id(a) for a in self.dims(self.query)} & self.paired if self.query is not None else set()
-        return [s for s in self.timed if s not in self.readers and {id(a) for a in self.dims(s)} & held]
+        held = self.paired.intersection(self.dims(self.query)) if self.query is not None else set()
+        return [s for s in self.timed if s not in self.readers and not held.isdisjoint(self.dims(s))]
 
     def is_additive(self, live_in: LiveIn) -> bool:
         """Whether the result is a sum over what the live-in is a sum of (and something that stays)."""
@@ -141,29 +156,28 @@ class Observations:
         with_it = self.run({**(changed or {}), self.value: alone})
         return with_it - self.run({**(changed or {}), self.value: torch.zeros_like(own)})
 
-    def rows(self, positions: Sequence[int], at: int, changed: Changes | None = None) -> Tensor:
+    def weights_at(self, positions: Sequence[int], at: int, changed: Changes | None = None) -> Tensor:
         """The weights of some positions in one result, [N, positions]."""
         return torch.stack([self.weights(p, changed)[at] for p in positions], dim=-1)
 
     def along(self, live_in: LiveIn, dims: Sequence[Dim], index: int, number: float = 1.0) -> Tensor:
         """Numbers of the live-in's shape that are zero but at one index along some of its axes."""
-        of = self.probe.sizing.of
-        sizes = [of(a) for a in dims]
-        mask = torch.zeros(sizes, dtype=torch.float64).flatten()
+        mask = torch.zeros(math.prod(map(self.probe.sizing.of, dims)), dtype=torch.float64)
         mask[index] = number
-        flat = tuple((a,) for row in self.probe.rows[live_in] for a in row)
-        made = arrange(mask, (tuple(dims),), flat, of)
-        return made.reshape(self.probe.values[live_in].shape).to(self.probe.dtype).contiguous()
+        return self.probe.spread(mask, tuple(dims), live_in).to(self.probe.dtype).contiguous()
 
     def contracted(self, live_in: LiveIn) -> tuple[Dim, ...]:
         """The live-in's axes that it is summed over with another."""
-        return tuple(a for a in self.dims(live_in) if id(a) in self.paired)
+        return tuple(a for a in self.dims(live_in) if a in self.paired)
 
 
-def meet(rows: Mapping[LiveIn, Axes], result: Axes, frame: Frame) -> bool:
+def meet(layouts: Mapping[LiveIn, Axes], result: Axes, frame: Frame) -> bool:
     """Whether two sequences meet along an axis that the result does not have, as queries and keys do."""
-    kept = {id(dim) for row in result for dim in row}
-    held = [[dim for row in axes for dim in row] for axes in rows.values()]
-    timed = [{id(a) for a in dims} - kept for dims in held if any(map(frame.is_time, dims))]
-    analysis = {id(leaf) for leaf in frame.leaves}
-    return any((one & two) - analysis for i, one in enumerate(timed) for two in timed[:i])
+    held = [dims_of(axes) for axes in layouts.values()]
+    gone = dims_of(result).union(frame.leaves)
+    return bool(_shared([dims - gone for dims in held if any(map(frame.is_time, dims))]))
+
+
+def _shared(held: Sequence[set[Dim]]) -> set[Dim]:
+    """What at least two of the sets have."""
+    return {dim for i, one in enumerate(held) for two in held[:i] for dim in one & two}

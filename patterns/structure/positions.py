@@ -26,6 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from llcompile.patterns.boundary import NotKnown, running
+from llcompile.patterns.structure.axes import dims_of
 from llcompile.patterns.structure.execute import function_of
 from llcompile.patterns.structure.found import Found
 from llcompile.patterns.structure.grammar import AVERAGES, LOOKUPS, MOVES, STEPS
@@ -89,8 +91,7 @@ class Positions:
         return True
 
     def _is_timed(self, value: Value) -> bool:
-        rows = self.frame.rows(self.frame.followed.axes[value])
-        return any(self.frame.is_time(leaf) for row in rows for leaf in row)
+        return any(map(self.frame.is_time, dims_of(self.frame.axes(value))))
 
     def _kind(self, op: Op) -> str:
         if numbers_vary(op):
@@ -132,9 +133,13 @@ class Positions:
         ]
         if value.data is not None:
             return value.data
+        if value.op is None:
+            return None
         try:
-            return function_of(ops, [], value, None, torch.float64)() if value.op is not None else None
-        except (RuntimeError, AssertionError, TypeError, KeyError):
+            function = function_of(ops, [], value, None, torch.float64)
+            with running(value):
+                return function()
+        except NotKnown:
             return None
 
     def _shows_corner(self, op: Op) -> bool:

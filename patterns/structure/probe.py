@@ -10,7 +10,8 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-from llcompile.patterns.structure.axes import Axes
+from llcompile.patterns.boundary import running
+from llcompile.patterns.structure.axes import Axes, Axis, dims_of
 from llcompile.patterns.structure.cut import Subgraph
 from llcompile.patterns.structure.execute import function_of
 from llcompile.patterns.structure.lifted import LiveIn, sample_of
@@ -27,7 +28,7 @@ class Probe:
 
     Args:
         subgraph: the part.
-        rows: live-in -> its axes.
+        axes: live-in -> its axes.
         result: the axes of its result.
         sizing: the sizes.
         ranges: live-in -> the range of its numbers.
@@ -37,14 +38,14 @@ class Probe:
     def __init__(
         self,
         subgraph: Subgraph,
-        rows: Mapping[LiveIn, Axes],
+        axes: Mapping[LiveIn, Axes],
         result: Axes,
         sizing: Sizing,
         ranges: Mapping[LiveIn, Range],
         seed: int = 0,
         dtype: torch.dtype = torch.float64,
     ) -> None:
-        self.subgraph, self.rows, self.result, self.sizing, self.ranges = subgraph, rows, result, sizing, ranges
+        self.subgraph, self.axes, self.result, self.sizing, self.ranges = subgraph, axes, result, sizing, ranges
         self.dtype = dtype
         self.generator = torch.Generator().manual_seed(seed)
         self.values = {live_in: self.draw(live_in) for live_in in subgraph.live_ins}
@@ -65,7 +66,7 @@ class Probe:
     def shape(self, live_in: LiveIn) -> tuple[int, ...]:
         """The shape of a live-in at these sizes."""
         of = self.sizing.of
-        return tuple(math.prod(of(leaf) for leaf in row) for row in self.rows[live_in])
+        return tuple(math.prod(map(of, axis)) for axis in self.axes[live_in])
 
     def draw(self, live_in: LiveIn) -> Tensor:
         """Generic numbers in the live-in's range."""
@@ -86,7 +87,7 @@ class Probe:
     def _run(self, numbers: Mapping[LiveIn, Tensor]) -> Tensor:
         function, read = self._function
         given = [numbers[s] if isinstance(s, Value) else numbers[s][position] for s, position in read]
-        with _same_draws() if self.subgraph.random is not None else nullcontext():
+        with running(self.subgraph.result), _same_draws() if self.subgraph.random is not None else nullcontext():
             return function(*given).to(self.dtype)
 
     def numbers_of(self, value: Value) -> Tensor:
@@ -94,7 +95,8 @@ class Probe:
         _, read = self._function
         function = self._written(value)
         given = [self.values[s] if isinstance(s, Value) else self.values[s][position] for s, position in read]
-        return function(*given).to(self.dtype)
+        with running(value):
+            return function(*given).to(self.dtype)
 
     @functools.cached_property
     def _function(self) -> tuple[Callable[..., Tensor], list[tuple[LiveIn, int]]]:
@@ -119,23 +121,28 @@ class Probe:
 
     def by_time(self, x: Tensor) -> Tensor:
         """A result as [T, everything else]."""
-        analysis = self.sizing.analysis
-        rest = tuple(dim for row in self.result for dim in row if not analysis.is_time(dim))
-        return arrange(x, self.result, (analysis.leaves, rest), self.sizing.of)
+        return arrange(x, self.result, (self.sizing.analysis.leaves, self.rest), self.sizing.of)
+
+    @functools.cached_property
+    def rest(self) -> Axis:
+        """The dims of the result but time."""
+        return tuple(dim for axis in self.result for dim in axis if not self.sizing.analysis.is_time(dim))
 
     def is_timed(self, live_in: LiveIn) -> bool:
         """Whether a live-in has time."""
-        return any(self.sizing.analysis.is_time(dim) for row in self.rows[live_in] for dim in row)
+        return any(map(self.sizing.analysis.is_time, dims_of(self.axes[live_in])))
 
     def at_one_time(self, live_in: LiveIn, position: int) -> Tensor:
         """The live-in with other numbers at one position."""
-        analysis = self.sizing.analysis
-        dims = tuple(dim for row in self.rows[live_in] for dim in row)
         mask = torch.zeros(self.length, dtype=torch.bool)
         mask[position] = True
-        where = arrange(mask, (analysis.leaves,), tuple((a,) for a in dims), self.sizing.of)
-        where = where.reshape(self.values[live_in].shape)
+        where = self.spread(mask, self.sizing.analysis.leaves, live_in)
         return torch.where(where, self.draw(live_in), self.values[live_in])
+
+    def spread(self, x: Tensor, dims: Axis, live_in: LiveIn) -> Tensor:
+        """Numbers along some dims in the shape of a live-in."""
+        own = tuple((dim,) for axis in self.axes[live_in] for dim in axis)
+        return arrange(x, (dims,), own, self.sizing.of).reshape(self.shape(live_in))
 
 
 @contextmanager
@@ -171,7 +178,7 @@ def _zero_at(size: float) -> float:
 
 
 def difference(one: Tensor, two: Tensor) -> float:
-    """The largest difference of two results [T, N], each row relative to its own size."""
+    """The largest difference of two results [T, N], each position relative to its own size."""
     size = torch.maximum(one.abs().amax(1), two.abs().amax(1))
     whole = size.max().clamp_min(1e-300)
     error = ((one - two).abs().amax(1) / size.clamp_min(1e-6 * whole)).max()

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from llcompile.patterns import reasons
+from llcompile.patterns.boundary import NOT_SHOWN, boundary
 from llcompile.patterns.reasons import GivenReason
 from llcompile.patterns.structure.classify import Rejection
 from llcompile.patterns.structure.lifted import LiveIn
 from llcompile.patterns.structure.observations import SEEN, Observations
-from llcompile.patterns.structure.sizing import CannotArrange, arrange
 
 _GONE = 1e-12  # what is left of a weight that was cut off, in proportion to what it was
-_ERRORS = (CannotArrange, RuntimeError, IndexError, ValueError, TypeError, AssertionError, StopIteration)
 
 
 @dataclass(frozen=True)
@@ -44,13 +43,12 @@ def explain(measured: Observations, rejection: Rejection) -> tuple[Rejection, bo
     """
     if measured.pointwise:
         return Rejection(rejection.given), True
-    for row in PROPERTIES:
-        try:
-            given = row.failed(measured)
-        except _ERRORS:
-            continue  # it cannot be asked of this part
+    for wanted in PROPERTIES:
+        given = None
+        with boundary(wanted.failed.__name__, *NOT_SHOWN):
+            given = wanted.failed(measured)
         if given is not None:
-            return Rejection(given, max(rejection.near, row.near)), True
+            return Rejection(given, max(rejection.near, wanted.near)), True
     whole = measured.query is not None and measured.value is not None
     return Rejection(rejection.given, max(rejection.near, 3 if whole else 0)), False
 
@@ -58,30 +56,30 @@ def explain(measured: Observations, rejection: Rejection) -> tuple[Rejection, bo
 def _is_causal(m: Observations) -> GivenReason | None:
     for live_in in m.timed:
         for position in (m.middle, m.length - 1):
-            rows = m.reach(live_in, position)
-            if rows and rows[0] < position:
-                return reasons.NOT_CAUSAL(output=rows[0], input=position)
+            ahead = m.looks_ahead(live_in, position)
+            if ahead is not None:
+                return ahead
     return None
 
 
 def _sees_itself(m: Observations) -> GivenReason | None:
     if m.value is None:
         return None
-    rows = m.reach(m.value, m.middle)
-    return reasons.STRICTLY_CAUSAL() if rows and rows[0] > m.middle else None
+    reached = m.reach(m.value, m.middle)
+    return reasons.STRICTLY_CAUSAL() if reached and reached[0] > m.middle else None
 
 
 def _keeps_rows_apart(m: Observations) -> GivenReason | None:
     """Batch and heads: what one of them has does not act on another."""
-    seen = {id(a): a for s in m.timed for a in m.dims(s) if id(a) in m.kept and m.probe.sizing.of(a) > 1}
-    for dim in seen.values():
-        holders = [s for s in m.timed if any(a is dim for a in m.dims(s))]
+    seen = [a for s in m.timed for a in m.dims(s) if a in m.kept and m.probe.sizing.of(a) > 1]
+    for dim in dict.fromkeys(seen):
+        holders = [s for s in m.timed if dim in m.dims(s)]
         if len(holders) < 2:
             continue  # a value's own channels may be mixed behind
         first = {s: m.along(s, [dim], 0) > 0 for s in holders}
         changed = {s: torch.where(first[s], m.probe.draw(s), m.probe.values[s]) for s in holders}
         difference = m.probe.run(changed) - m.probe.run()
-        position = next(i for i, row in enumerate(m.probe.result) if any(a is dim for a in row))
+        position = next(i for i, axis in enumerate(m.probe.result) if dim in axis)
         if len(m.probe.result[position]) > 1:
             continue
         rest = difference.narrow(position, 1, difference.shape[position] - 1)
@@ -101,10 +99,10 @@ def _weighs_a_value_as_one(m: Observations) -> GivenReason | None:
     value = m.value
     if value is None:
         return None
-    own = {id(a) for a in m.dims(value)} & m.kept
-    scored = {id(a) for s in (m.query, *m.keys) if s is not None for a in m.dims(s)}
+    own = m.kept.intersection(m.dims(value))
+    scored = {a for s in (m.query, *m.keys) if s is not None for a in m.dims(s)}
     others = [s for s in m.timed if s is not value and s not in m.readers and not m.is_paired(s)]
-    shared = own.intersection(*({id(a) for a in m.dims(s)} for s in others)) if others else set()
+    shared = own.intersection(*(m.dims(s) for s in others)) if others else set()
     if m.query is None or not (own - scored) or (own - scored) - shared:
         return None
     return reasons.VALUE_CHANNELS()
@@ -136,8 +134,8 @@ def _has_one_reader(m: Observations) -> GivenReason | None:
     for live_in in m.readers:
         if live_in is m.query:
             continue
-        own = m.rows(places, last)
-        other = m.rows(places, last, {live_in: m.other(live_in, last)})
+        own = m.weights_at(places, last)
+        other = m.weights_at(places, last, {live_in: m.other(live_in, last)})
         if _off(other, [own]) > SEEN:
             return reasons.DECAY_OF_QUERY()
     return None
@@ -149,8 +147,8 @@ def _is_linear_in_the_query(m: Observations) -> GivenReason | None:
         return None
     places, last, one = _places(m), m.length - 1, m.probe.values[m.query]
     two = m.other(m.query, last)
-    apart = [m.rows(places, last), m.rows(places, last, {m.query: two})]
-    together = m.rows(places, last, {m.query: one + two})
+    apart = [m.weights_at(places, last), m.weights_at(places, last, {m.query: two})]
+    together = m.weights_at(places, last, {m.query: one + two})
     return reasons.NOT_LINEAR_IN_QUERY() if _off(together, apart) > SEEN else None
 
 
@@ -207,7 +205,7 @@ def _one_channel(m: Observations) -> dict[LiveIn, Tensor] | None:
     if m.value is None or m.query is None or not m.keys or m.length < 5:
         return None
     channels = m.contracted(m.query)
-    fits = [k for k in m.keys if all(any(a is b for b in m.contracted(k)) for a in channels) and m.is_additive(k)]
+    fits = [k for k in m.keys if {*channels} <= {*m.contracted(k)} and m.is_additive(k)]
     return {s: m.along(s, channels, 0) for s in (m.query, *fits)} if fits else None
 
 
@@ -221,11 +219,8 @@ def _is_corrected(m: Observations, alone: dict[LiveIn, Tensor], own: Tensor) -> 
 
 def _from(m: Observations, live_in: LiveIn, position: int, before: Tensor, after: Tensor) -> Tensor:
     """The live-in with one number before a position and another from there on."""
-    analysis = m.probe.sizing.analysis
     mask = torch.arange(m.length) >= position
-    flat = tuple((a,) for row in m.probe.rows[live_in] for a in row)
-    where = arrange(mask, (analysis.leaves,), flat, m.probe.sizing.of).reshape(after.shape)
-    return torch.where(where, after, before)
+    return torch.where(m.probe.spread(mask, m.probe.sizing.analysis.leaves, live_in), after, before)
 
 
 def _erases_along_its_key(m: Observations) -> GivenReason | None:
@@ -233,7 +228,7 @@ def _erases_along_its_key(m: Observations) -> GivenReason | None:
     if m.value is None or m.query is None or not m.keys:
         return None
     channels = m.contracted(m.query)
-    keys = [k for k in _written(m) if all(any(a is b for b in m.contracted(k)) for a in channels)]
+    keys = [k for k in _written(m) if {*channels} <= {*m.contracted(k)}]
     if not keys or math.prod(m.probe.sizing.of(a) for a in channels) < 2:
         return None
     firsts = {k: m.along(k, channels, 0) for k in keys}
@@ -251,8 +246,8 @@ def _written(m: Observations) -> list[LiveIn]:
     changed = {k: m.weights(0, {k: m.other(k, 0)})[0] for k in m.keys}
     found = [k for k, other in changed.items() if float((other - own).abs().max()) > SEEN * float(own.abs().max())]
     # k beside beta k: one key, though drawn apart here.
-    same = {i for k in found for i in m.origins.get(k, ())} | {id(k) for k in found}
-    return [k for k in m.keys if id(k) in same or m.origins.get(k, set()) & same]
+    same = {s for k in found for s in m.origins.get(k, ())} | {*found}
+    return [k for k in m.keys if k in same or m.origins.get(k, set()) & same]
 
 
 def _is_divided_by_its_own_scores(m: Observations) -> GivenReason | None:

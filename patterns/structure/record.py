@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from torch._C._functorch import _unwrap_functional_tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from llcompile.patterns.boundary import NotKnown, boundary, called_back, running
 from llcompile.patterns.graph.regions import Region
 from llcompile.patterns.known.capture import captured_function
 from llcompile.patterns.structure.modes import Mode, Modes, is_function
@@ -47,10 +48,6 @@ _DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, 
 _SOME_RATE = 0.5  # no part has dropout in it, so any rate stands for all
 
 
-class _DependsOnData(Exception):
-    """A loop that ends when the data say so."""
-
-
 class _Unknown:
     """Stands for what cannot be had without numbers (`item()`, `nonzero`), and for all that follows from it."""
 
@@ -80,7 +77,8 @@ class _Mode(TorchDispatchMode):
         self.recorder = recorder
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self.recorder.note(func, args, dict(kwargs or {}))
+        with called_back():
+            return self.recorder.note(func, args, dict(kwargs or {}))
 
 
 class _Recorder:
@@ -150,36 +148,22 @@ class _Recorder:
         if node.target in _DROPOUTS:  # with dynamic=True its rate is a number that Dynamo reads from an input
             rate = lambda n: isinstance(n.meta.get("example_value"), torch.SymFloat)  # noqa: E731
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _SOME_RATE if rate(n) else results[n])  # type: ignore[misc]
-        if any(isinstance(a, _Unknown) for a in leaves((args, kwargs))):
-            return self._opaque(node, args, kwargs)
+        if not any(isinstance(a, _Unknown) for a in leaves((args, kwargs))):
+            for run in self._ways(node):
+                with boundary(str(node.target), NotKnown):
+                    return run(node, args, kwargs)
+        return self._opaque(node, args, kwargs)
+
+    def _ways(self, node: fx.Node) -> Iterable[Callable[[fx.Node, Any, Any], Any]]:
+        """How a node may be run, the first choice first; none for what is opaque as a whole."""
         if node.target is torch.ops.higher_order.scan:
-            try:
-                return _unrolled_scan(*args)
-            except Exception:
-                return self._opaque(node, args, kwargs)
+            return (_unrolled_scan,)
         if node.target is torch.ops.higher_order.while_loop:
-            try:
-                return self._unrolled_while(*args)
-            except _DependsOnData:
-                return self._opaque(node, args, kwargs)
+            return (self._unrolled_while,)
         if is_function(node):
-            try:
-                return self._applied(node, args)
-            except Exception:
-                return self._opaque(node, args, kwargs)
-        if isinstance(node.target, torch._ops.HigherOrderOperator) or captured_function(node.target) is not None:
-            return self._opaque(node, args, kwargs)
-        if node.op == "call_module":
-            return self._opaque(node, args, kwargs)
-        args = _below_functionalisation(node, args)
-        try:
-            return _run(node, args, kwargs)
-        except Exception:
-            pass
-        try:  # autocast would give all operands one dtype
-            return _run(node, *_of_one_dtype(node, args, kwargs))
-        except Exception:
-            return self._opaque(node, args, kwargs)
+            return (self._applied,)
+        whole = isinstance(node.target, torch._ops.HigherOrderOperator) or captured_function(node.target) is not None
+        return () if whole or node.op == "call_module" else (_run, _run_in_one_dtype)
 
     def _input(self, node: fx.Node, module_tensors: frozenset[int]) -> Any:
         example = node.meta.get("example_value")
@@ -228,31 +212,35 @@ class _Recorder:
 
         return _Unknown() if example is None else mapped(made, example)
 
-    def _unrolled_while(self, condition: Any, body: Any, carried: Any, additional: Any = ()) -> Any:
+    def _unrolled_while(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         """A while loop over a counter as the loop that it stands for; its counters are kept as numbers.
 
         Raises:
-            _DependsOnData: the condition is not one of counters alone.
+            NotKnown: the condition is not one of counters alone.
         """
+        condition, body, carried, additional = (*args, ()) if len(args) == 3 else args
         self.folds = True
         try:
             state = [self._folded(x) for x in carried]
             for _ in range(_TURNS):
-                going = _unwrapped(condition(*state, *additional))
+                with running("a loop's condition"):
+                    going = _unwrapped(condition(*state, *additional))
                 if isinstance(going, Tensor) and going.is_meta:
-                    raise _DependsOnData
+                    raise NotKnown("when the loop ends depends on data")
                 if not bool(going):
                     return tuple(state)
-                state = list(body(*state, *additional))
-            raise _DependsOnData
+                with running("a loop's body"):
+                    state = list(body(*state, *additional))
+            raise NotKnown("a long loop")
         finally:
             self.folds = False
 
-    def _applied(self, node: fx.Node, args: Any) -> tuple[Any, ...]:
+    def _applied(self, node: fx.Node, args: Any, kwargs: Any) -> tuple[Any, ...]:
         """An autograd.Function as its forward, in a mode of its own; its results are never those of other code."""
         outside, self.now = self.now, self.now._replace(function=node)
         try:
-            outputs, _ = args[0](*args[2:])
+            with running("a function's forward"):
+                outputs, _ = args[0](*args[2:])
             return tuple(x.detach() if isinstance(x, Tensor) else x for x in outputs)
         finally:
             self.now = outside
@@ -266,7 +254,7 @@ class _Recorder:
             return value.data.detach().clone()
         filled = value is not None and value.op is not None and value.op.name in ("full", "zeros", "scalar_tensor")
         if not filled:
-            raise _DependsOnData
+            raise NotKnown("a counter depends on data")
         assert value is not None
         assert value.op is not None
         numbers = [a for a in value.op.args if isinstance(a, (int, float))]
@@ -306,7 +294,8 @@ class _Recorder:
         if self.folds:
             tensors = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             if tensors and not any(t.is_meta or id(t) in self.known for t in tensors):
-                return func(*args, **kwargs)
+                with running(func):
+                    return func(*args, **kwargs)
         func, args = _at_number(func, args)
         if func in _CONSTANTS and isinstance(args[0], Tensor) and not args[0].is_meta:
             return self._constant(args[0])
@@ -384,6 +373,16 @@ class _Recorder:
 
 
 def _run(node: fx.Node, args: Any, kwargs: Any) -> Any:
+    with running(node.target):
+        return _called(node, _below_functionalisation(node, args), kwargs)
+
+
+def _run_in_one_dtype(node: fx.Node, args: Any, kwargs: Any) -> Any:
+    """Autocast would give all operands one dtype."""
+    return _run(node, *_of_one_dtype(node, args, kwargs))
+
+
+def _called(node: fx.Node, args: Any, kwargs: Any) -> Any:
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     if node.target is getattr(torch._C._autograd, "_get_data_attr", None):  # x.data: no dispatcher sees it
@@ -392,7 +391,7 @@ def _run(node: fx.Node, args: Any, kwargs: Any) -> Any:
     if isinstance(out, Tensor):  # functionalisation does not know it of what is made of other operations (matmul)
         made = node.target(*args, **{name: given for name, given in kwargs.items() if name != "out"})  # type: ignore[operator]
         if made.shape != out.shape:
-            raise TypeError("out is resized")
+            raise NotKnown("out is resized")
         return out.copy_(made)
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
@@ -402,7 +401,7 @@ def _of_one_dtype(node: fx.Node, args: Any, kwargs: Any) -> tuple[Any, Any]:
     example = node.meta.get("example_value")
     floats = {a.dtype for a in leaves((args, kwargs)) if _is_float(a)}
     if not isinstance(example, Tensor) or not _is_float(example) or len(floats) < 2:
-        raise TypeError(str(node.target))
+        raise NotKnown(str(node.target))
     given = mapped(lambda a: a.to(example.dtype) if _is_float(a) else a, (args, dict(kwargs)))
     return given[0], given[1]
 
@@ -413,12 +412,13 @@ def _is_float(x: Any) -> bool:
 
 def _dispatched(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """The call; functionalisation asks for views of what a write has left in another layout than the trace had."""
-    if func is aten.view.default:
-        try:
-            return func(*args, **kwargs)
-        except RuntimeError:
-            args = (args[0].contiguous(), *args[1:])
-    return func(*args, **kwargs)
+    with running(func):
+        if func is aten.view.default:
+            try:
+                return func(*args, **kwargs)
+            except RuntimeError:
+                args = (args[0].contiguous(), *args[1:])
+        return func(*args, **kwargs)
 
 
 def _unwrapped(result: Any) -> Any:
@@ -450,14 +450,16 @@ def _below_functionalisation(node: fx.Node, args: Any) -> Any:
     return args
 
 
-def _unrolled_scan(body: Any, init: Any, xs: Any, additional: Any = ()) -> list[Any]:
+def _unrolled_scan(node: fx.Node, args: Any, kwargs: Any) -> list[Any]:
     """A scan as the loop that it stands for: one spelling for both."""
-    carry, rows = list(init), []
-    for position in range(xs[0].shape[0]):
-        made = list(body(*carry, *(x[position] for x in xs), *additional))
-        carry, row = made[: len(carry)], made[len(carry) :]
-        rows.append(row)
-    return [*carry, *(torch.stack(column) for column in zip(*rows, strict=True))]
+    body, init, xs, additional = (*args, ()) if len(args) == 3 else args
+    carry, outputs = list(init), []
+    with running("a scan"):
+        for position in range(xs[0].shape[0]):
+            made = list(body(*carry, *(x[position] for x in xs), *additional))
+            carry = made[: len(carry)]
+            outputs.append(made[len(carry) :])
+        return [*carry, *(torch.stack(column) for column in zip(*outputs, strict=True))]
 
 
 def _plain_fill(

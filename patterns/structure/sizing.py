@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from llcompile.patterns.boundary import NotKnown
 from llcompile.patterns.structure.axes import Axis, Dim
 from llcompile.patterns.structure.cut import Subgraph
 from llcompile.patterns.structure.frame import Frame
@@ -16,7 +17,7 @@ _SMALL = (3, 5, 4, 6, 7)
 _SHORT = 4  # axes up to this size stay
 
 
-class CannotArrange(Exception):
+class CannotArrange(NotKnown):
     """The axes of a tensor are not made of those that are asked for."""
 
 
@@ -25,11 +26,11 @@ class Sizing:
     """How long each unsplit dim is to be."""
 
     analysis: Frame
-    sizes: dict[int, int] = field(default_factory=dict)
+    sizes: dict[Dim, int] = field(default_factory=dict)
 
     def of(self, leaf: Dim) -> int:
         """The size of an unsplit dim."""
-        return self.sizes.get(id(leaf), leaf.size)
+        return self.sizes.get(leaf, leaf.size)
 
     @property
     def length(self) -> int:
@@ -38,23 +39,22 @@ class Sizing:
 
     def shape(self, value: Value) -> tuple[int, ...]:
         """The shape of a value."""
-        axes = self.analysis.followed.axes[value]
-        return tuple(math.prod(self.of(leaf) for leaf in self.analysis.axis_leaves(axis)) for axis in axes)
+        return tuple(math.prod(map(self.of, axis)) for axis in self.analysis.axes(value))
 
 
 def small(analysis: Frame, subgraph: Subgraph, keep_time: bool, variant: int = 0) -> Sizing:
     """Sizes as small as the part allows: an axis along which positions are named by number keeps its size."""
     sizing, number = Sizing(analysis), variant
     for value in dict.fromkeys(v for op in subgraph.ops for v in (*op.inputs, *op.outputs)):
-        for axis in analysis.followed.axes[value]:
-            for leaf in analysis.axis_leaves(axis):
-                if id(leaf) in sizing.sizes:
+        for axis in analysis.axes(value):
+            for leaf in axis:
+                if leaf in sizing.sizes:
                     continue
                 whole = analysis.is_time(leaf) and len(analysis.leaves) == 1
                 # A sequence of two or three tokens shows too little of what a part does with the past.
                 short = leaf.size <= _SHORT and not whole
                 keep = leaf.pinned or short or (keep_time and analysis.is_time(leaf))
-                sizing.sizes[id(leaf)] = leaf.size if keep else 11 + 6 * variant if whole else _SMALL[number % 5]
+                sizing.sizes[leaf] = leaf.size if keep else 11 + 6 * variant if whole else _SMALL[number % 5]
                 number += not keep
     return sizing
 
@@ -76,32 +76,30 @@ def arrange(
     """
     flat = [dim for axis in axes for dim in axis]
     wanted = [dim for group in groups for dim in group]
-    if len(set(map(id, flat))) != len(flat) or not {id(a) for a in flat} <= {id(a) for a in wanted}:
+    if len({*flat}) != len(flat) or not {*flat} <= {*wanted}:
         raise CannotArrange
+    missing = {*wanted} - {*flat}
     if any(len(axis) != 1 for axis in axes):
         x = x.reshape([size(dim) for dim in flat])
-    present = [dim for dim in wanted if any(dim is a for a in flat)]
-    order = [next(i for i, a in enumerate(flat) if a is dim) for dim in present]
-    if order != list(range(len(order))):
-        x = x.permute(order)
-    missing = [i for i, dim in enumerate(wanted) if not any(dim is a for a in flat)]
-    for i in missing:
-        x = x.unsqueeze(i)
+    x = _in_order(x, [flat.index(dim) for dim in wanted if dim not in missing])
+    for i, dim in enumerate(wanted):
+        if dim in missing:
+            x = x.unsqueeze(i)
     if broadcast:
-        if any(len(group) > 1 for group in groups):
-            sizes = iter([1 if i in missing else size(dim) for i, dim in enumerate(wanted)])
-            x = x.reshape([math.prod(next(sizes) for _ in group) for group in groups])
-        elif any(not group for group in groups):
-            x = _with_ones(x, groups)
-        return x
+        return _grouped(x, groups, lambda dim: 1 if dim in missing else size(dim))
     if missing:
-        x = x.expand([size(dim) if i in missing else -1 for i, dim in enumerate(wanted)])
-    if all(len(group) <= 1 for group in groups):
-        return _with_ones(x, groups)
-    return x.reshape([_product([size(dim) for dim in group]) for group in groups])
+        x = x.expand([size(dim) if dim in missing else -1 for dim in wanted])
+    return _grouped(x, groups, size)
 
 
-def _with_ones(x: Any, groups: Sequence[Axis]) -> Any:
+def _in_order(x: Any, order: list[int]) -> Any:
+    return x if order == list(range(len(order))) else x.permute(order)
+
+
+def _grouped(x: Any, groups: Sequence[Axis], size: Callable[[Dim], Any]) -> Any:
+    """A tensor with an axis for each dim, with one for each group."""
+    if any(len(group) > 1 for group in groups):
+        return x.reshape([_product([size(dim) for dim in group]) for group in groups])
     for i, group in enumerate(groups):
         if not group:
             x = x.unsqueeze(i)

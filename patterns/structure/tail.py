@@ -220,8 +220,8 @@ def _joined(value: Value, row: Pieces, analysis: TimeAnalysis) -> Value | None:
     """The row as one value: chunks laid end to end, tokens on a new axis in front."""
     assert value.op is not None
     first = row[0]
-    axes = analysis.rows(analysis.followed.axes[first])
-    inner = [i for i, found in enumerate(axes) if any(id(leaf) in analysis.chunks for leaf in found)]
+    axes = analysis.axes(first)
+    inner = [i for i, found in enumerate(axes) if not analysis.chunks.isdisjoint(found)]
     if len(inner) > 1 or (inner and len(axes[inner[0]]) > 1):
         return None
     target, dim = (torch.ops.aten.cat.default, inner[0]) if inner else (torch.ops.aten.stack.default, 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llcompile.patterns.structure.axes import Axes, Axis
-from llcompile.patterns.structure.axis_rules.call import Call, Rows
+from llcompile.patterns.structure.axis_rules.call import Call, Rules
 
 
 def _reduce(c: Call) -> list[Axes]:
@@ -52,11 +52,11 @@ def _diagonal(c: Call) -> list[Axes]:
     i, j = c.dim("dim1"), c.dim("dim2")
     if c.arg("offset") == 0:
         c.dims.same(axes[i], axes[j])
-        row = axes[i] or axes[j]
+        axis = axes[i] or axes[j]
     else:
-        row = c.dims.new(c.op.outputs[0].shape[-1])
+        axis = c.dims.new(c.op.outputs[0].shape[-1])
     c.mix(axes[i], axes[j])
-    return [(*(a for n, a in enumerate(axes) if n not in (i, j)), row)]
+    return [(*(a for n, a in enumerate(axes) if n not in (i, j)), axis)]
 
 
 def _diag_embed(c: Call) -> list[Axes]:
@@ -115,7 +115,7 @@ def _convolution(c: Call) -> list[Axes]:
 
 
 # Rule, and the operations that follow it.
-ROWS: Rows = (
+RULES: Rules = (
     (_grouped_norm, "native_group_norm"),
     (_batch_norm, "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training"),
     (_reduce, "sum mean prod amax amin max min any all var std norm linalg_vector_norm logsumexp argmax argmin"),

@@ -20,7 +20,7 @@ class Call:
         op: the operation.
         dims: all dims.
         axes: value -> its axes, so far.
-        lost: value -> axes that its history has cut to pieces; a row of pieces of the same size is that axis again.
+        lost: value -> axes that its history has cut to pieces; pieces put together to that size are it again.
         mixed: what the rule notes: axes that the operation mixes.
     """
 
@@ -97,7 +97,7 @@ class Call:
         so."""
         made = self.dims.new(size)
         for dim in made:
-            dim.row = True
+            dim.assembled = True
         found = [a for piece, axis in pieces.items() for a in self.wholes(piece, size, axis)]
         # Features that were put together on the way are no whole that anything was cut from.
         found = [a for a in found if self.dims.is_cut(a)] or found
@@ -121,4 +121,4 @@ def pin(c: Call, axis: Axis) -> None:
 
 
 Rule = Callable[[Call], list[Axes]]
-Rows = tuple[tuple[Rule, str], ...]
+Rules = tuple[tuple[Rule, str], ...]

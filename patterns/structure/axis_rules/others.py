@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llcompile.patterns.structure.axes import Axes, Axis
-from llcompile.patterns.structure.axis_rules.call import Call, Rows, pin, size_of
+from llcompile.patterns.structure.axis_rules.call import Call, Rules, pin, size_of
 from llcompile.patterns.structure.axis_rules.unknown import Pairs, measured
 
 
@@ -61,7 +61,7 @@ def _by_size(c: Call) -> list[Axes]:
 
 
 # Rule, and the operations that follow it.
-ROWS: Rows = (
+RULES: Rules = (
     (_made, "empty arange eye scalar_tensor empty_strided rand randn linspace"),
     (_made, "new_empty new_empty_strided tril_indices triu_indices"),
     (_filled, "zeros ones full new_zeros new_ones new_full"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llcompile.patterns.structure.axes import Axes, Axis
-from llcompile.patterns.structure.axis_rules.call import Call, Rows, pin, size_of
+from llcompile.patterns.structure.axis_rules.call import Call, Rules, pin, size_of
 from llcompile.patterns.structure.program import Value
 
 _FILLED = frozenset(["zeros", "ones", "full", "new_zeros", "new_ones", "new_full"])
@@ -79,10 +79,10 @@ def _stack(c: Call) -> list[Axes]:
     axes: list[Axis] = [()] * (rank - 1)
     for value in c.op.inputs:
         axes = [c.pair(old, new) for old, new in zip(axes, c.axes[value], strict=True)]
-    row = c.assembled(c.op.outputs[0].shape[d], dict.fromkeys(c.op.inputs, ()))
-    c.mix(row)
-    pin(c, row)
-    return [(*axes[:d], row, *axes[d:])]
+    axis = c.assembled(c.op.outputs[0].shape[d], dict.fromkeys(c.op.inputs, ()))
+    c.mix(axis)
+    pin(c, axis)
+    return [(*axes[:d], axis, *axes[d:])]
 
 
 def _scatter(c: Call) -> list[Axes]:
@@ -108,7 +108,7 @@ def _write_along(c: Call, axis: Axis, piece: Value, along: Axis) -> None:
         c.dims.same(axis, whole[0])
     elif not whole:
         for leaf in c.dims.leaves(axis):
-            leaf.row = True
+            leaf.assembled = True
 
 
 def _embedding(c: Call) -> list[Axes]:
@@ -159,7 +159,7 @@ def _index_add(c: Call) -> list[Axes]:
 
 
 # Rule, and the operations that follow it.
-ROWS: Rows = (
+RULES: Rules = (
     (_select, "select"),
     (_slice, "slice"),
     (_split, "split split_with_sizes"),

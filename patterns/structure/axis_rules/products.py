@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llcompile.patterns.structure.axes import Axes
-from llcompile.patterns.structure.axis_rules.call import Call, Rows
+from llcompile.patterns.structure.axis_rules.call import Call, Rules
 
 
 def _bmm(c: Call) -> list[Axes]:
@@ -63,7 +63,7 @@ def _attention(c: Call) -> list[Axes]:
 
 
 # Rule, and the operations that follow it.
-ROWS: Rows = (
+RULES: Rules = (
     (_bmm, "bmm mm mv dot"),
     (_distances, "_cdist_forward _euclidean_dist"),
     (_added_matmul, "addmm baddbmm addmv"),

@@ -10,7 +10,7 @@ from llcompile.patterns.structure.axis_rules.views import pointwise
 from llcompile.patterns.structure.program import Op
 
 MODULES = (views, pieces, along, products, others)
-RULES: dict[str, Rule] = {name: rule for module in MODULES for rule, names in module.ROWS for name in names.split()}
+RULES: dict[str, Rule] = {name: rule for module in MODULES for rule, names in module.RULES for name in names.split()}
 
 
 def rule_for(op: Op) -> Rule | None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llcompile.patterns.boundary import CannotRun, boundary, running
 from llcompile.patterns.structure.nested import leaves, mapped
 from llcompile.patterns.structure.program import Op, Value
 
@@ -32,10 +33,9 @@ def measured(op: Op) -> Pairs | None:
     if key is None:
         return None
     if key not in _known:
-        try:
+        _known[key] = None
+        with boundary(op.name, CannotRun):
             _known[key] = _measure(op)
-        except Exception:  # whatever it is that it does not take, no more is known of it than before
-            _known[key] = None
     return _known[key]
 
 
@@ -65,8 +65,8 @@ def _measure(op: Op) -> Pairs | None:
         for axis, size in enumerate(value.shape):
             if size < 2:
                 continue
-            rows = [_changed(op, numbers, base, value, other, axis, at) for at in {0, size // 2, size - 1}]
-            pairs = [_paired(list(seen), size) for seen in zip(*rows, strict=True)]
+            changes = [_changed(op, numbers, base, value, other, axis, at) for at in {0, size // 2, size - 1}]
+            pairs = [_paired(list(seen), size) for seen in zip(*changes, strict=True)]
             if all(pair is not None for pair in pairs):
                 found[operand, axis] = tuple(pair for pair in pairs if pair is not None)
     return found
@@ -82,7 +82,9 @@ def _run(op: Op, numbers: dict[Value, Tensor]) -> list[Tensor]:
     args, kwargs = mapped(lambda a: numbers[a] if isinstance(a, Value) else a, (op.args, op.kwargs))
     if kwargs.get("device") is not None:
         kwargs = {**kwargs, "device": torch.device("cpu")}
-    return [leaf for leaf in leaves(op.target(*args, **kwargs)) if isinstance(leaf, Tensor)]
+    with running(op.name):
+        made = op.target(*args, **kwargs)
+    return [leaf for leaf in leaves(made) if isinstance(leaf, Tensor)]
 
 
 # Where a result changed: the position that was changed, the result's shape, and along each axis the positions.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llcompile.patterns.structure.axes import Axes, Axis
-from llcompile.patterns.structure.axis_rules.call import Call, Rows, pin, size_of
+from llcompile.patterns.structure.axis_rules.call import Call, Rules, pin, size_of
 
 
 def pointwise(c: Call) -> list[Axes]:
@@ -35,7 +35,7 @@ def _view(c: Call) -> list[Axes]:
 def _interleaved(c: Call, axis: Axis) -> Axis:
     """Rows of pieces laid side by side (evens and odds in the tree of a parallel scan) are the axis they came from."""
     leaves = c.dims.leaves(axis)
-    if len(leaves) < 2 or not any(leaf.row for leaf in leaves):
+    if len(leaves) < 2 or not any(leaf.assembled for leaf in leaves):
         return axis
     size, learned = size_of(c.dims, axis), any(leaf.weight for leaf in leaves)
     cut = [found for found in map(c.dims.leaves, c.lost.get(c.first, ())) if size_of(c.dims, found) == size]
@@ -123,7 +123,7 @@ def _as_real(c: Call) -> list[Axes]:
 
 
 # Rule, and the operations that follow it.
-ROWS: Rows = (
+RULES: Rules = (
     (_same, "clone contiguous _to_copy lift_fresh_copy detach alias native_dropout bernoulli log_sigmoid_forward"),
     (_copy, "copy"),
     (_view, "view _unsafe_view reshape _reshape_alias"),

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._python_dispatch import _disable_current_modes
 
 from llcompile.passes.session import Session
 from llcompile.patterns import reasons
+from llcompile.patterns.agreement import BUDGETS, apart, gradients, undisturbed
 from llcompile.patterns.graph.regions import Region
 from llcompile.patterns.records import Declined
 from llcompile.patterns.structure.find import find
@@ -25,7 +25,7 @@ from llcompile.patterns.structure.nested import leaves, mapped
 from llcompile.torch_internals.places import module_of, user_line
 from llcompile.torch_internals.sizes import size_hint
 
-_AGREES = 1e-6  # relative difference of two gradients in float64 that is rounding (constants may be float32)
+_BUDGET = BUDGETS["float32 constants"]
 _DRAWS = 2
 _MODES = ("_set_grad_enabled",)
 
@@ -111,7 +111,7 @@ def _is_mode(node: fx.Node) -> bool:
 def _is_gradient(forward: fx.GraphModule, backward: fx.GraphModule, operands: list[fx.Node]) -> bool:
     """Whether the backward is the gradient of the forward, on random numbers in float64."""
     try:
-        with torch.enable_grad(), torch.autocast("cpu", enabled=False), _disable_current_modes():
+        with undisturbed(), torch.enable_grad():
             agrees = torch._dynamo.disable(_agrees)
             return all(agrees(forward, backward, operands, seed) for seed in range(_DRAWS))
     except Exception:  # whatever does not run by itself is not proved
@@ -124,19 +124,10 @@ def _agrees(forward: fx.GraphModule, backward: fx.GraphModule, operands: list[fx
     bases = [x for node, x in values.items() if isinstance(x, Tensor) and x.is_leaf and x.requires_grad]
     theirs = _Applied.apply(_runner(forward), _runner(backward), *given)  # type: ignore[no-untyped-call]
     ours = _runner(forward)(*given)[0]
-    made = [x for x in ours if isinstance(x, Tensor) and x.requires_grad]
-    weights = [torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(7 + seed)) for x in made]
-    written = [x for x, y in zip(theirs, ours, strict=True) if isinstance(y, Tensor) and y.requires_grad]
-    one = torch.autograd.grad(made, bases, weights, allow_unused=True)
-    two = torch.autograd.grad(written, bases, weights, allow_unused=True)
-    return all(map(_same, made, written)) and all(map(_same, one, two))
-
-
-def _same(one: Tensor | None, two: Tensor | None) -> bool:
-    if one is None or two is None:
-        rest = one if two is None else two
-        return rest is None or float(rest.abs().max()) == 0
-    return float((one - two).abs().max()) <= _AGREES * max(float(one.abs().max()), 1e-30)
+    pairs = [(x, y) for x, y in zip(theirs, ours, strict=True) if isinstance(y, Tensor) and y.requires_grad]
+    applied, written = [x for x, _ in pairs], [y for _, y in pairs]
+    slopes = apart(gradients(applied, bases), gradients(written, bases), slight=0.0)
+    return bool(pairs) and max(apart(applied, written, slight=0.0), slopes) <= _BUDGET
 
 
 class _Applied(torch.autograd.Function):

@@ -18,22 +18,21 @@ import torch
 from torch import fx, nn
 
 from llcompile.passes.candidate import GraphCandidate, TokenCandidate
-from llcompile.passes.one_token_proof import off_linear
 from llcompile.passes.session import Session
 from llcompile.passes.spots import Call, Spot, Spots, stack_of
 from llcompile.patterns import reasons
+from llcompile.patterns.agreement import BUDGETS
 from llcompile.patterns.boundary import boundary
 from llcompile.patterns.graph.regions import Region
 from llcompile.patterns.mixer import MixerShape
 from llcompile.patterns.records import Certificate
 from llcompile.patterns.structure.axes import Axis, Dim, dims_of
 from llcompile.patterns.structure.found import Found
+from llcompile.patterns.structure.linearity import off_linear
 from llcompile.patterns.structure.sizing import arrange
 from llcompile.torch_internals import reach
 from llcompile.torch_internals.places import place_of, user_line
 from llcompile.torch_internals.sizes import size_hint
-
-_BUDGET = 1e-9
 
 
 @dataclass(frozen=True)
@@ -170,7 +169,7 @@ def _candidate(session: Session, region: Region, owner: nn.Module, name: str, to
     candidate.cell, candidate.shape = token.place.cell, token.place.shape
     error = off_linear(region, ((part.values, part.output) for part in token.parts), token.operands)
     candidate.certificate = Certificate(error, "float64", 2)
-    if not error <= _BUDGET:
+    if not error <= BUDGETS["float64"]:
         candidate.decline(reasons.ONE_TOKEN_NOT_LINEAR())
     if not all(_stands_alone(region, part.output) for part in token.parts):
         candidate.decline(reasons.ONE_TOKEN_CHANGED())

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
-from torch.utils._python_dispatch import _disable_current_modes
 
 from llcompile.passes.candidate import CallCandidate, Candidate, GraphCandidate
+from llcompile.patterns.agreement import undisturbed
 from llcompile.patterns.graph.walk import walk
 from llcompile.torch_internals.sizes import size_hint
 
@@ -32,7 +32,7 @@ _PRODUCTS: dict[Any, int | None] = {
 def writes_nothing(candidate: Candidate, masked: Iterable[fx.Node]) -> bool:
     """Whether the values of tokens that the masked nodes zero are zero, too; where that cannot be seen, they are."""
     values = _values(candidate)
-    with _disable_current_modes(), torch.no_grad(), torch.device("cpu"):
+    with undisturbed():
         try:
             results = _run(candidate, set(masked), values)
             return all(_is_zero(results[value]) for value in values)

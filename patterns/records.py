@@ -13,8 +13,8 @@ class Certificate:
     """The result of a proof: how far the rewritten form was from the original at w = 1.
 
     Args:
-        max_error: largest difference over all draws, relative to the largest value of the original; for a hand-written
-            mixer relative to the largest value at the same position.
+        max_error: largest difference over all draws at any position, relative to the original's largest value at that
+            position (see `agreement.difference`). A single token and a state that goes out are one position each.
         dtype: precision in which the two agreed: "float64", or "float32" where the original computes in that inside.
         draws: number of independent random inputs (each with another length, where the function has one).
         against: what the operator was compared with, where that is not the function itself.

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree
 
+from llcompile.patterns.agreement import apart
 from llcompile.patterns.known.arguments import is_level_state
 from llcompile.weights.level_weights import LevelWeights
 
@@ -106,20 +107,10 @@ def _as_linear(got: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
 
 
 def _largest(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
-    if any(a.shape != b.shape for a, b in pairs):
-        return float("inf")
-    whole = max((_size(b) for _, b in pairs), default=0.0)
-    return max((_relative(a, b, whole) for a, b in pairs), default=0.0)
-
-
-def _size(x: torch.Tensor) -> float:
-    finite = x.detach()[x.detach().isfinite()]
-    return float(finite.abs().max()) if finite.numel() else 0.0
-
-
-def _relative(got: torch.Tensor, want: torch.Tensor, whole: float) -> float:
-    finite = want.isfinite()
-    if not torch.equal(finite, got.isfinite()):
-        return float("inf")
-    apart = (got - want)[finite].abs()
-    return float(apart.max()) / max(_size(want), _FLOOR * whole, 1e-30) if apart.numel() else 0.0
+    """How far (got, want) are apart; what is not finite must be so in both."""
+    masks = [want.isfinite() for _, want in pairs]
+    for (got, want), finite in zip(pairs, masks, strict=True):
+        if got.shape != want.shape or not torch.equal(finite, got.isfinite()):
+            return float("inf")
+    wants, gots = ([pair[i].detach()[finite] for pair, finite in zip(pairs, masks, strict=True)] for i in (1, 0))
+    return apart(wants, gots, slight=_FLOOR)

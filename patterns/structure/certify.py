@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llcompile.patterns import reasons
-from llcompile.patterns.agreement import BUDGETS, apart, gradients
+from llcompile.patterns.agreement import BUDGETS, apart, difference, gradients, precision
 from llcompile.patterns.boundary import NOT_SHOWN
 from llcompile.patterns.records import Certificate
 from llcompile.patterns.structure.classify import Rejection
@@ -23,7 +23,7 @@ from llcompile.patterns.structure.fit import output_of
 from llcompile.patterns.structure.hypothesis import Hypothesis
 from llcompile.patterns.structure.lifted import LiveIn
 from llcompile.patterns.structure.pieces import expect_known, expect_pieces
-from llcompile.patterns.structure.probe import Probe, difference
+from llcompile.patterns.structure.probe import Probe
 from llcompile.patterns.structure.program import Value
 from llcompile.patterns.structure.ranges import Range
 from llcompile.patterns.structure.sizing import Sizing, small
@@ -55,7 +55,7 @@ def certify(
         probe, theirs = _drawn(subgraph, hypothesis, (sizing, sizings[0]), tried.ranges, seed=100 + number)
         ours = output_of(probe, hypothesis)
         error = difference(theirs, ours)
-        if number == 0 and error > BUDGETS[-1][1]:
+        if number == 0 and error > BUDGETS["float32"]:
             hypothesis, error = _rescaled(hypothesis, probe, theirs, ours)
         worst, draws = max(worst, error), draws + 1
         if worst > budget:
@@ -65,8 +65,7 @@ def certify(
     probe, _ = _drawn(subgraph, hypothesis, (sizings[-1], sizings[0]), tried.ranges, seed=300)
     if all(op.name != "detach" for op in subgraph.ops):
         _expect_gradients(probe, hypothesis)
-    precision = next(name for name, budget in BUDGETS if worst <= budget)
-    return hypothesis, Certificate(worst, precision, draws)
+    return hypothesis, Certificate(worst, precision(worst), draws)
 
 
 def _apart(probe: Probe, hypothesis: Hypothesis) -> float | None:
@@ -86,13 +85,13 @@ def _expect_gradients(probe: Probe, hypothesis: Hypothesis) -> None:
         probe.values = {s: x.clone().requires_grad_(s in live_ins) for s, x in probe.values.items()}
         leaves = [probe.values[s] for s in live_ins]
         try:
-            theirs = gradients(probe.by_time(probe.run()), leaves)
+            theirs = gradients([probe.by_time(probe.run())], leaves)
         except NOT_SHOWN as failure:
             log.debug("structure: %s has no backward: %s", probe.subgraph.result, failure)
             return
-        ours = gradients(output_of(probe, hypothesis), leaves)
+        ours = gradients([output_of(probe, hypothesis)], leaves)
     error = apart(theirs, ours)
-    if not error <= BUDGETS[-1][1]:
+    if not error <= BUDGETS["float32"]:
         raise Rejection(reasons.GRADIENTS_DIFFER(error=error), 3)
 
 
@@ -117,7 +116,7 @@ def _drawn(
 
 def _budget(hypothesis: Hypothesis) -> float:
     """The largest error that is rounding: code may hold float32 numbers. A fitted epsilon must be exact."""
-    return BUDGETS[-1][1] if hypothesis.normaliser is None else BUDGETS[0][1]
+    return BUDGETS["float32" if hypothesis.normaliser is None else "float64"]
 
 
 def _sizings(subgraph: Subgraph, tried: Probe) -> list[Sizing]:

@@ -237,7 +237,7 @@ def output_of(probe: Probe, hypothesis: Hypothesis) -> Tensor:
 
 def _scaled(hypothesis: Hypothesis, ours: Tensor, base: Tensor) -> tuple[Hypothesis, float]:
     scale = float((ours * base).sum() / (ours * ours).sum().clamp_min(1e-300))
-    return hypothesis.scaled(hypothesis.scale * scale), difference(ours * scale, base)
+    return hypothesis.scaled(hypothesis.scale * scale), difference(base, ours * scale)
 
 
 def _constant_decay(probe: Probe, hypothesis: Hypothesis, ours: Tensor, base: Tensor) -> Hypothesis | None:
@@ -302,12 +302,12 @@ def _fit_normaliser(probe: Probe, hypothesis: Hypothesis, base: Tensor) -> tuple
     for form in NORMALISERS:
         own = _slope(probe, hypothesis, base) if form == "d + e s" else epsilon
         found = replace(hypothesis, normaliser=(form, own))
-        error = difference(output_of(probe, found), base)
+        error = difference(base, output_of(probe, found))
         error = max(error, _turned_error(probe, found))
         if epsilon and error < AGREES:
             # Where the denominator is about as large as the epsilon, a sum and a maximum differ.
             with _queries_times(probe, hypothesis, epsilon):
-                error = max(error, difference(output_of(probe, found), probe.by_time(probe.run())))
+                error = max(error, difference(probe.by_time(probe.run()), output_of(probe, found)))
         best = min(best, (found, error), key=lambda pair: pair[1])
     return best
 
@@ -318,7 +318,7 @@ def _turned_error(probe: Probe, hypothesis: Hypothesis) -> float:
     if low >= 0:
         return 0.0
     with _queries_times(probe, hypothesis, -min(1.0, 0.9 * abs(low) / float(query.abs().max()))):
-        return difference(output_of(probe, hypothesis), probe.by_time(probe.run()))
+        return difference(probe.by_time(probe.run()), output_of(probe, hypothesis))
 
 
 def _epsilon(probe: Probe, hypothesis: Hypothesis) -> float:

@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor
 
+from llcompile.patterns.agreement import difference as difference
 from llcompile.patterns.boundary import running
 from llcompile.patterns.structure.axes import Axes, Axis, dims_of
 from llcompile.patterns.structure.cut import Subgraph
@@ -175,11 +176,3 @@ def within(z: Tensor, bounds: Range) -> Tensor:
 def _zero_at(size: float) -> float:
     """Where a softplus is as large as this."""
     return math.log(math.expm1(size)) if size < 30 else size
-
-
-def difference(one: Tensor, two: Tensor) -> float:
-    """The largest difference of two results [T, N], each position relative to its own size."""
-    size = torch.maximum(one.abs().amax(1), two.abs().amax(1))
-    whole = size.max().clamp_min(1e-300)
-    error = ((one - two).abs().amax(1) / size.clamp_min(1e-6 * whole)).max()
-    return float(error) if bool(torch.isfinite(error)) else math.inf

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from llcompile.passes import prove
 from llcompile.patterns.known import ENTRIES, KnownFunction
 from llcompile.patterns.known.arguments import axis_size, read_call
 from llcompile.patterns.known.capture import CapturedFunction
+from llcompile.patterns.known.proof import prove_call
 from llcompile.patterns.mixer import validate
 from llcompile.patterns.records import Certificate
 from llcompile.torch_internals.substitution import unsubstituted
@@ -44,6 +43,6 @@ def proof(captured: CapturedFunction, arguments: Mapping[str, Any], weighted: bo
     """The certificate, or the reason against it."""
     call = read_call(captured.entry, captured.plain, arguments)
     validate(captured.entry.bind(call))
-    candidate: Any = SimpleNamespace(captured=captured, call=call)  # what a proof reads of a Candidate
     with torch.no_grad():
-        return prove._run_proof(candidate, weighted)
+        result = prove_call(captured, call, weighted)
+    return result if isinstance(result, Certificate) else result.text

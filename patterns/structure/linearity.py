@@ -1,4 +1,4 @@
-"""The proof of a mixer of one token: what it gives is linear in its values, on draws in float64."""
+"""Linearity: how far an output is from being linear in what it is computed from, on draws in float64."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Container, Iterable
 
 import torch
 from torch import fx
-from torch.utils._python_dispatch import _disable_current_modes
 
+from llcompile.patterns.agreement import apart, undisturbed
 from llcompile.patterns.graph.regions import Region
 from llcompile.patterns.structure.execute import function_of
 from llcompile.patterns.structure.program import Op, Program, Value
@@ -23,8 +23,7 @@ def off_linear(region: Region, parts: Iterable[tuple[list[fx.Node], fx.Node]], o
         parts: (what the values are made of, the output) of each part.
         operands: the nodes of all operands; others than the values are drawn.
     """
-    modes = _disable_current_modes(), torch._C.DisableTorchFunction()
-    with modes[0], modes[1], torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
+    with undisturbed(), torch._C.DisableTorchFunction():
         program = record(region)
         return max(min(_off(program, v, operands, output) for v in values) for values, output in parts)
 
@@ -43,10 +42,9 @@ def _off(program: Program, values: fx.Node, operands: list[fx.Node], output: fx.
     for _ in range(2):
         first, second, rest = draw(given), draw(given), [draw(value).abs() + 0.1 for value in drawn]
         want = 2.5 * run(first, *rest) - run(second, *rest)
-        scale = float(want.abs().max())
-        if not scale > 0 or not math.isfinite(scale):
+        if not 0 < float(want.abs().max()) < math.inf:
             return math.inf
-        worst = max(worst, float((run(2.5 * first - second, *rest) - want).abs().max()) / scale)
+        worst = max(worst, apart([want], [run(2.5 * first - second, *rest)]))
     return worst
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from llcompile.passes.behaviour import behaviour
+from llcompile.patterns.known.behaviour import behaviour
 
 TEXT = """
 LIMIT = 1.0

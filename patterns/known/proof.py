@@ -1,0 +1,218 @@
+"""Proof: runs a known function and our operator on the same random inputs.
+
+The inputs are small, fresh and generic (no zeros, ones or saturated gates), on the CPU in float64 whatever the model's
+device and dtype, at several lengths; every operand is checked to matter, and gradients are compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from llcompile.patterns import reasons
+from llcompile.patterns.agreement import BUDGETS, EXACT, apart, difference, gradients, precision
+from llcompile.patterns.known.arguments import is_level_state, read_call, state_argument
+from llcompile.patterns.known.capture import CapturedFunction
+from llcompile.patterns.known.draws import draw_call
+from llcompile.patterns.known.entry import Arguments
+from llcompile.patterns.known.lower import lower
+from llcompile.patterns.reasons import GivenReason
+from llcompile.patterns.records import Certificate
+
+LENGTHS = (3, 70, 133)  # shorter than a chunk, across one chunk, and across two with a remainder
+LEVELS = 9  # enough for the longest of them
+_IDLE = 1e-6  # a result that changes by less does not depend on what was changed
+
+
+class DoesNotRun(Exception):
+    """Neither the function nor anything that stands for it runs here and now."""
+
+
+@dataclass(frozen=True)
+class Original:
+    """Something that computes what the known function does, and how closely it can be met.
+
+    Args:
+        run: takes the function's arguments.
+        against: what it is, where it is not the function itself.
+        device, dtype: where and on what it is run.
+        precisions: those that may round in it, the strictest first.
+    """
+
+    run: Callable[..., Any]
+    against: str = ""
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float64
+    precisions: tuple[str, ...] = EXACT
+
+
+def prove_call(captured: CapturedFunction, call: Arguments, weighted: bool) -> Certificate | GivenReason:
+    """The certificate of a call, or why there is none.
+
+    Args:
+        captured: the function.
+        call: a call of it.
+        weighted: whether it gets level weights.
+
+    Raises:
+        DoesNotRun: there is nothing to compare with.
+    """
+    failures = []
+    for original in _originals(captured):
+        try:
+            return _Proof(captured, call, weighted, original).outcome()
+        except Exception as error:
+            what = f"{original.against or captured.entry.function} ({original.device})"
+            failures.append(f"{what} does not run here: {type(error).__name__}: {error}".split("\n")[0])
+    raise DoesNotRun("; ".join(failures))
+
+
+def _originals(captured: CapturedFunction) -> Iterator[Original]:
+    """What to compare with, in turn until one runs: the function, the library's references, the function on a GPU."""
+    yield Original(captured.plain)
+    for name, reference in captured.references():
+        yield Original(reference, against=name)
+    if captured.entry.opaque and torch.cuda.is_available():
+        # Triton's products of float32 are TF32 by default, and some of these functions take no float32 at all.
+        yield Original(captured.function, device="cuda", dtype=torch.float32, precisions=("tf32",))
+        yield Original(captured.function, device="cuda", dtype=torch.bfloat16, precisions=("bfloat16",))
+
+
+class _Proof:
+    """One call, compared with one original."""
+
+    def __init__(self, captured: CapturedFunction, call: Arguments, weighted: bool, original: Original) -> None:
+        self.entry, self.plain, self.call = captured.entry, captured.plain, call
+        self.weighted, self.original = weighted, original
+        self.state = state_argument(self.entry)
+        self.value_first = _is_transposed(self.entry, call)
+
+    def outcome(self) -> Certificate | GivenReason:
+        """The certificate, or why there is none; raises what the original raises."""
+        original, budget = self.original, BUDGETS[self.original.precisions[-1]]
+        worst = max(self.error(seed, length) for seed, length in enumerate(LENGTHS))
+        slopes, idle = self.gradient_error(), self.idle_operand()
+        if idle:
+            return reasons.IDLE_OPERAND(operand=idle)
+        if worst <= budget < slopes:
+            return reasons.GRADIENTS_DIFFER(error=slopes)
+        if worst <= budget:
+            return Certificate(worst, precision(worst, original.precisions), len(LENGTHS), original.against)
+        against = f" with {original.against}" if original.against else ""
+        return reasons.FUNCTION_DIFFERS(against=against, error=worst, bound=budget)
+
+    def error(self, seed: int, length: int) -> float:
+        """How far the results are apart on one draw."""
+        expected, actual = self._both(seed, self._draw(seed, length))
+        pairs = zip(expected, map(self._sum_levels, actual), strict=True)
+        return max(difference(self._by_position(i, a), self._by_position(i, b)) for i, (a, b) in enumerate(pairs))
+
+    def gradient_error(self) -> float:
+        """How far the gradients of a fixed function of the output are apart, on a draw of its own.
+
+        0 where the function has no backward: there is nothing that a rewrite could change.
+        """
+        drawn = self._draw(len(LENGTHS), LENGTHS[1])
+        written = self.entry.writes_state
+        names = [n for n, x in drawn.items() if isinstance(x, torch.Tensor) and x.is_floating_point() and n != written]
+        leaves = [_once(drawn[name]).clone() for name in names]
+        with torch.inference_mode(False), torch.enable_grad():
+            # What is written must not be a view that was made without gradients.
+            theirs = {name: x.clone() if name == written else x for name, x in drawn.items()}
+            for name, leaf in zip(names, leaves, strict=True):
+                theirs[name] = leaf.requires_grad_().expand(drawn[name].shape)
+            expected, actual = self._both(len(LENGTHS), theirs)
+            try:
+                slopes = gradients(expected[:1], leaves)
+            except (RuntimeError, NotImplementedError):
+                return 0.0
+            return apart(slopes, gradients(actual[:1], leaves))
+
+    def idle_operand(self) -> str:
+        """The first operand that can be drawn anew without changing the output, or ""."""
+        base, other = self._output(self._draw(0, LENGTHS[1])), self._draw(1, LENGTHS[1])
+        for tensor in self.entry.tensors:
+            changed = self._draw(0, LENGTHS[1])
+            if isinstance(changed.get(tensor.name), torch.Tensor):
+                changed[tensor.name] = other[tensor.name]
+                if difference(base, self._output(changed)) < _IDLE:
+                    return tensor.name
+        return ""
+
+    def _draw(self, seed: int, length: int) -> dict[str, Any]:
+        dtype = self.original.dtype
+        # Kernels insist on float32 at least for a state.
+        low = dtype if dtype == torch.float64 else torch.float32
+        drawn = draw_call(self.entry, self.call, seed, length)
+        return _moved(drawn, lambda name: (self.original.device, low if name == self.state else dtype))
+
+    def _both(self, seed: int, theirs: dict[str, Any]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """What the function and what our operator give for the same values."""
+        # Rounded the same way, in float64; copies, because either side may write the state.
+        ours = _moved(theirs, lambda name: ("cpu", torch.float64))
+        # A state without levels that the function writes gets levels first (the pass `states`).
+        if is_level_state(self.call[self.state]) or (self.weighted and self.entry.writes_state is not None):
+            ours[self.state] = self._split_over_levels(ours[self.state], seed)
+        expected = self._flat(self.original.run(**theirs), theirs)
+        call = read_call(self.entry, self.plain, ours)
+        weights = None
+        if self.weighted:
+            value = call[self.entry.tensor_with("V").name]
+            weights = torch.ones(*value.shape[:-1], LEVELS, dtype=torch.float32)
+        return [x.cpu() for x in expected], self._flat(lower(self.entry, call, call, weights), ours)
+
+    def _output(self, arguments: dict[str, Any]) -> torch.Tensor:
+        return self._by_position(0, self._flat(self.original.run(**arguments), arguments)[0])
+
+    def _flat(self, result: Any, arguments: dict[str, Any]) -> list[torch.Tensor]:
+        """The output, and the state where there is one."""
+        results = list(result) if isinstance(result, (tuple, list)) else [result]
+        if self.entry.writes_state is not None:
+            results.append(arguments[self.entry.writes_state])
+        return [r for r in results if r is not None]
+
+    def _by_position(self, number: int, result: torch.Tensor) -> torch.Tensor:
+        """A result as [T, ...]: the output's own positions; a single token and a state are one."""
+        return result.transpose(0, 1) if number == 0 and "T" in self.call.sizes else result.unsqueeze(0)
+
+    def _sum_levels(self, state: torch.Tensor) -> torch.Tensor:
+        """A level state as the linear state that the function would return: the sum over its levels."""
+        if not is_level_state(state):
+            return state
+        linear = state[:, :, 1:].sum(2)
+        return linear.transpose(-1, -2) if self.value_first else linear
+
+    def _split_over_levels(self, linear: torch.Tensor, seed: int) -> torch.Tensor:
+        """A level state at a generic position whose levels sum to the given linear state."""
+        state = linear.transpose(-1, -2) if self.value_first else linear
+        noise = torch.Generator().manual_seed(seed)
+        parts = torch.randn(*state.shape[:2], LEVELS, *state.shape[2:], generator=noise, dtype=state.dtype)
+        parts[:, :, 0] += state - parts.sum(2)
+        header = torch.zeros_like(parts[:, :, :1])
+        header[..., 0, 0] = 37.0
+        return torch.cat([header, parts], dim=2).float()
+
+
+def _moved(values: dict[str, Any], place: Callable[[str], tuple[str, torch.dtype]]) -> dict[str, Any]:
+    """Copies of the tensors on another device and in another dtype; broadcast axes stay broadcast."""
+    moved = dict(values)
+    for name, value in values.items():
+        if isinstance(value, torch.Tensor):
+            device, dtype = place(name)
+            moved[name] = _once(value).to(device, dtype, copy=True).expand(value.shape)
+    return moved
+
+
+def _once(value: torch.Tensor) -> torch.Tensor:
+    """The values of a tensor without their repetitions along broadcast axes."""
+    return value[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in value.stride())]
+
+
+def _is_transposed(entry: Any, call: Arguments) -> bool:
+    """Whether the state of this call is [..., V, K]."""
+    state = next((t for t in entry.tensors if t.draw == "state"), None)
+    axes = entry.axes(state, 4, call.values) if state is not None else None
+    return axes is not None and axes[-1] == "K"

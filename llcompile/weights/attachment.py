@@ -77,6 +77,22 @@ def attached(model: nn.Module) -> Iterator[tuple[nn.Module, str, LevelWeights]]:
             yield owner, name, weights
 
 
+def ids_attached(model: nn.Module) -> set[int]:
+    """The ids of the level weights below `model`, for `detach_new`."""
+    return {id(weights) for _, _, weights in attached(model)}
+
+
+def attached_new(model: nn.Module, before: set[int]) -> list[tuple[nn.Module, str]]:
+    """(owner, name) of the level weights below `model` whose ids are not in `before`."""
+    return [(owner, name) for owner, name, weights in attached(model) if id(weights) not in before]
+
+
+def detach_new(model: nn.Module, before: set[int]) -> None:
+    """Removes the level weights below `model` whose ids are not in `before`."""
+    for owner, name in attached_new(model, before):
+        detach_one(owner, name)
+
+
 def detach(model: nn.Module) -> int:
     """Removes all level weights and hooks below `model`; returns how many level weights there were."""
     found = list(attached(model))

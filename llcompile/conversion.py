@@ -22,7 +22,7 @@ from llcompile.integrations import versions
 from llcompile.look.collect import collect, without_graph
 from llcompile.look.findings import Subject
 from llcompile.look.look import Look
-from llcompile.look.records import MixerLook
+from llcompile.look.mixer_look import MixerLook
 from llcompile.options import Options
 from llcompile.passes import discover
 from llcompile.passes.candidate import Candidate

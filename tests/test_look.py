@@ -19,10 +19,10 @@ import llcompile
 from llcompile import backend
 from llcompile.errors import CaptureError, MissingLibraryError, OutputError
 from llcompile.kernels.levels import level
+from llcompile.look.level_table import level_table
 from llcompile.look.look import Look
 from llcompile.look.mask import blocks
-from llcompile.look.records import LevelTable
-from llcompile.look.weights import level_table
+from llcompile.look.mixer_look import LevelTable
 from llcompile.torch_internals import inner
 from llcompile.weights import attachment
 from tests.helpers import small

@@ -7,7 +7,7 @@ import json
 import logging
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from torch import fx, nn
@@ -29,7 +29,7 @@ from llcompile.torch_internals.trace import (
     is_traced_graph,
     note_trace,
     restart_trace,
-    surfaced,
+    surfacing,
     trace_note,
     without_traces_of_transforms,
 )
@@ -72,17 +72,14 @@ def loglinear(
         MissedLevelWeightsError: `on_miss="raise"`, and level weights of a module that ran have no part in the graph.
     """
     versions.announce()
-    try:
-        with fresh.kept_on_success(), without_traces_of_transforms():
-            parsed = Options.parse(options)
-            if trace_note("rewritten"):  # the whole, before it was cut or copied
-                return _compiled(module, example_inputs, parsed, mode)
-            if trace_note("asked") is False or not is_traced_graph(module):
-                _trace_as_ours(parsed)
-            finish = _rewrite(module, parsed)
-            return finish(_compiled(module, graph_inputs(module.graph), parsed, mode))
-    except LLCompileError as error:
-        raise surfaced(error).with_traceback(error.__traceback__) from None
+    with surfacing(LLCompileError), fresh.kept_on_success(), without_traces_of_transforms():
+        parsed = Options.parse(options)
+        if trace_note("rewritten"):  # the whole, before it was cut or copied
+            return _compiled(module, example_inputs, parsed, mode)
+        if trace_note("asked") is False or not is_traced_graph(module):
+            _trace_as_ours(parsed)
+        finish = _rewrite(module, parsed)
+        return finish(_compiled(module, graph_inputs(module.graph), parsed, mode))
 
 
 def _compiled(module: fx.GraphModule, inputs: list[Any], parsed: Options, mode: str | None) -> Callable[..., Any]:
@@ -153,11 +150,8 @@ def _rewrite_first(
     backend: Callable[..., Any], module: fx.GraphModule, inputs: list[Any], parsed: Options
 ) -> Callable[..., Any]:
     """In the place of a wrapper that calls us in the end: it is handed the rewritten graph."""
-    try:
-        with fresh.kept_on_success(done=False):
-            finish = _rewrite(module, parsed)
-    except LLCompileError as error:
-        raise surfaced(error).with_traceback(error.__traceback__) from None
+    with surfacing(LLCompileError), fresh.kept_on_success(done=False):
+        finish = _rewrite(module, parsed)
     return finish(backend(module, graph_inputs(module.graph)))
 
 
@@ -167,11 +161,8 @@ def _rewrite_whole(module: fx.GraphModule, backend: Any) -> Callable[[Callable[.
     late = ours.late()
     if trace_note("rewritten") or (late is None and function is not loglinear):
         return None
-    try:
-        with fresh.kept_on_success(done=False):
-            return late.rewrite(module) if late else _rewrite(module, Options.parse(keywords.get("options")))
-    except LLCompileError as error:
-        raise surfaced(error).with_traceback(error.__traceback__) from None
+    with surfacing(LLCompileError), fresh.kept_on_success(done=False):
+        return late.rewrite(module) if late else _rewrite(module, Options.parse(keywords.get("options")))
 
 
 def prepare() -> None:
@@ -181,26 +172,34 @@ def prepare() -> None:
 
 def _warn_late(session: Session) -> None:
     new = {(id(owner), name) for owner, name in session.attached}
-    modules = list(dict.fromkeys(s.module for s in session.candidates if (id(s.owner), s.attribute) in new))
-    some = ", ".join(modules[:3]) + ", ..." * (len(modules) > 3)
+    modules = _modules(s for s in session.candidates if (id(s.owner), s.attribute) in new)
     warnings.warn(
-        f"level weights were attached to {len(new)} mixers ({some}) at the first compiled call: an optimizer built "
-        "earlier does not know them. Call llcompile.convert(model, *example_inputs) before you build the optimizer.",
+        f"level weights were attached to {len(new)} mixers ({_few(modules)}) at the first compiled call: an optimizer "
+        "built earlier does not know them. Call llcompile.convert(model, *example_inputs) before you build the "
+        "optimizer.",
         LateAttachWarning,
         stacklevel=2,
     )
 
 
 def _warn_adopted(candidates: Sequence[Candidate]) -> None:
-    modules = list(dict.fromkeys(candidate.module for candidate in candidates))
-    some = ", ".join(modules[:3]) + ", ..." * (len(modules) > 3)
+    modules = _modules(candidates)
     warnings.warn(
-        f"the states of {len(modules)} mixers ({some}) come from the unconverted model. Each was imported as a "
-        "single level, the last one, and positions count from here. To have levels for the past, prefill again through "
-        "the compiled model.",
+        f"the states of {len(modules)} mixers ({_few(modules)}) come from the unconverted model. Each was imported as "
+        "a single level, the last one, and positions count from here. To have levels for the past, prefill again "
+        "through the compiled model.",
         StateAdoptedWarning,
         stacklevel=2,
     )
+
+
+def _modules(candidates: Iterable[Candidate]) -> list[str]:
+    """The names of the candidates' modules, each once."""
+    return list(dict.fromkeys(candidate.module for candidate in candidates))
+
+
+def _few(modules: list[str]) -> str:
+    return ", ".join(modules[:3]) + ", ..." * (len(modules) > 3)
 
 
 def _read(session: Session) -> list[tuple[nn.Module, str]]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import inspect as inspect_module
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,26 +13,26 @@ import torch
 from torch import nn
 
 from llcompile import backend, driver
-from llcompile.checks import other_mode
+from llcompile.checks import failure, other_mode
 from llcompile.checks import verify as verify_
-from llcompile.checks.transaction import transaction
-from llcompile.errors import CaptureError, LLCompileError, ModelError
+from llcompile.checks.example import Example, LookBackend
+from llcompile.checks.runs import Mixer, VerifyBackend
+from llcompile.errors import ModelError
 from llcompile.integrations import versions
 from llcompile.look.collect import collect, without_graph
 from llcompile.look.findings import Subject
 from llcompile.look.look import Look
-from llcompile.look.records import MixerLook
+from llcompile.look.mixer_look import MixerLook
 from llcompile.options import Options
 from llcompile.passes import discover
 from llcompile.passes.candidate import Candidate
 from llcompile.passes.session import Session
 from llcompile.report import Report
 from llcompile.torch_internals import reach
-from llcompile.torch_internals.breaks import why_no_graph
 from llcompile.torch_internals.forget import forget_compiled
 from llcompile.weights import adapters, attachment, checkpoint, withheld
 
-Visit = Callable[[Session], None]
+_NOT_ASKED = "convert was called with verify=False"
 
 
 def convert(
@@ -71,7 +69,14 @@ def convert(
 
     If an error is raised, the model is unchanged.
     """
-    report, _ = _captured(model, example_args, example_kwargs, options, dry_run=False, check=verify)
+    example, parsed = _checked("convert", model, example_args, example_kwargs, options)
+    checkpoint.expect_whole([model])
+    with _undone_on_error(example) as before:
+        run = _Conversion(example, parsed, before)
+        report = _verified(run, run.look()) if verify else replace(run.look(), unverified=_NOT_ASKED)
+        driver.check_strict(report, parsed)
+        adapters.enlist(model, attachment.attached_new(model, before))
+        _keep_declined(model, report)
     return report
 
 
@@ -94,13 +99,13 @@ def inspect(model: nn.Module, *example_args: Any, options: dict[str, Any] | None
         CaptureError: the model does not run on the example inputs, or cannot be traced.
         OptionError: an option is unknown or has a wrong value.
     """
-    report, capture = _captured(model, example_args, example_kwargs, options, dry_run=True)
-    wishes = {**vars(Options.parse(options)), "strict": False}
+    run = _inspected(model, example_args, example_kwargs, options)
+    wishes = {**run.options.as_given(), "strict": False}
     converted = functools.partial(_converted, model, example_args, example_kwargs, wishes)
     subject = Subject(model, example_args, example_kwargs, converted)
-    seen = {(mixer.module, mixer.where) for mixer in capture.mixers}
-    unseen = [without_graph(record) for record in report.declined if (record.module, record.where) not in seen]
-    return Look(**vars(report), mixers=(*capture.mixers, *unseen), subject=subject)
+    seen = {(mixer.module, mixer.where) for mixer in run.mixers}
+    unseen = [without_graph(record) for record in run.report.declined if (record.module, record.where) not in seen]
+    return Look(**vars(run.report), mixers=(*run.mixers, *unseen), subject=subject)
 
 
 def revert(model: nn.Module) -> int:
@@ -114,67 +119,83 @@ def revert(model: nn.Module) -> int:
     return attachment.detach(model)
 
 
+def visit_graphs(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], visit: Callable[[Session], None]
+) -> Report:
+    """As `inspect`; `visit` is given the session of each graph when all is decided and nothing rewritten."""
+    return _inspected(model, args, kwargs, None, visit).report
+
+
 @contextmanager
 def _converted(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], options: dict[str, Any]
 ) -> Iterator[None]:
     """The model is converted inside, and as it was afterwards."""
-    before = {id(weights) for _, _, weights in attachment.attached(model)}
+    before = attachment.ids_attached(model)
     try:
         convert(model, *args, options=options, **kwargs)
         yield
     finally:
-        _detach_new(model, before)
+        attachment.detach_new(model, before)
 
 
-def visit_graphs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], visit: Visit) -> Report:
-    """As `inspect`; `visit` is given the session of each graph when all is decided and nothing rewritten."""
-    report, _ = _captured(model, args, kwargs, None, dry_run=True, visit=visit)
-    return report
+def _inspected(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    options: dict[str, Any] | None,
+    visit: Callable[[Session], None] = lambda session: None,
+) -> _Inspection:
+    example, parsed = _checked("inspect", model, args, kwargs, options)
+    with _undone_on_error(example, keep_withheld=True):
+        run = _Inspection(example, parsed, visit)
+        driver.check_strict(run.look(), parsed)
+    return run
+
+
+def _checked(
+    call: str, model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], options: dict[str, Any] | None
+) -> tuple[Example, Options]:
+    """What a call was given, once it is known to be fit."""
+    parsed = Options.parse(options)
+    _check_model(model, call)
+    backend.prepare()
+    versions.announce()
+    return Example(model, args, kwargs), parsed
+
+
+def _check_model(model: Any, call: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"llcompile.{call} takes an nn.Module, got {type(model).__name__}.")
 
 
 # Dynamo's settings and the warnings' filters, which a conversion changes for its time, belong to all threads.
 _one_at_a_time = threading.RLock()
 
 
-def _captured(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    given: dict[str, Any] | None,
-    dry_run: bool,
-    visit: Visit | None = None,
-    check: bool = False,
-) -> tuple[Report, _Capture]:
-    options = Options.parse(given)
-    _check_model(model, "inspect" if dry_run else "convert")
-    if not dry_run:
-        checkpoint.expect_whole([model])
-    backend.prepare()
-    versions.announce()
+@contextmanager
+def _undone_on_error(example: Example, keep_withheld: bool = False) -> Iterator[set[int]]:
+    """An error inside leaves the model as it was, and reaches the user as one of ours.
+
+    Mixers that an earlier conversion has withheld are looked at anew inside; `keep_withheld` says whether they are
+    withheld again afterwards. Yields the ids of the level weights that were there before.
+    """
+    model = example.model
     with _one_at_a_time, _uncompiled(model):
-        before = {id(weights) for _, _, weights in attachment.attached(model)}
+        before = attachment.ids_attached(model)
         set_aside = withheld.forget_withheld(model)
-        capture = _Capture(model, options, dry_run, visit, before)
         try:
-            report = _titled(_look(model, capture, args, kwargs), model)
-            if not dry_run:
-                report = _verified(model, capture, args, kwargs, report) if check else _unverified(report)
-            driver.check_strict(report, options)
+            yield before
         except BaseException as error:
-            _detach_new(model, before)
+            attachment.detach_new(model, before)
             withheld.forget_withheld(model)
             withheld.put_withheld(set_aside)
-            raise _as_ours(model, args, kwargs, error) from error
+            raise failure.as_ours(example, error) from error
         finally:
-            new = [(owner, name) for owner, name, weights in attachment.attached(model) if id(weights) not in before]
-            forget_compiled({type(owner) for owner, _ in new}, _is_ours)
-        adapters.enlist(model, new)
-        if dry_run:
+            new = attachment.attached_new(model, before)
+            forget_compiled({type(owner) for owner, _ in new}, _is_for_a_look)
+        if keep_withheld:
             withheld.put_withheld(set_aside)
-        else:
-            _keep_declined(model, report)
-    return report, capture
 
 
 @contextmanager
@@ -190,33 +211,107 @@ def _uncompiled(model: nn.Module) -> Iterator[None]:
             module._compiled_call_impl = call
 
 
-def _look(model: nn.Module, capture: _Capture, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Report:
-    discover.refused_calls({})  # what another run has left
-    _run(model, capture, args, kwargs)
-    if not capture.report.graphs:
-        _expect_graph(model, args, kwargs)
-    broken = Report(declined=tuple(discover.refused_calls(capture.names)))  # after the last graph
-    return capture.report.merged(broken)
+def _is_for_a_look(other: Any) -> bool:
+    """Whether code was compiled for a conversion, and serves no call of the user's."""
+    return isinstance(other, (LookBackend, VerifyBackend))
 
 
-def _verified(
-    model: nn.Module, capture: _Capture, args: tuple[Any, ...], kwargs: dict[str, Any], report: Report
-) -> Report:
+class _Run:
+    """An example run, and what it has found so far."""
+
+    dry_run: bool
+
+    def __init__(self, example: Example, options: Options) -> None:
+        self.example, self.options = example, options
+        self.report = Report()
+
+    def look(self) -> Report:
+        """The report on all graphs of a run.
+
+        Raises:
+            CaptureError: Dynamo makes no graph of the model.
+        """
+        discover.refused_calls({})  # what another run has left
+        self._trace()
+        if not self.report.graphs:
+            failure.expect_graph(self.example)
+        broken = Report(declined=tuple(discover.refused_calls(self.example.names)))  # after the last graph
+        self.report = replace(self.report.merged(broken), title=type(self.example.model).__name__)
+        return self.report
+
+    def _trace(self) -> None:
+        looking = LookBackend(self.options, self.example.names, self.dry_run, self._note)
+        # In the caller's grad mode: `detach` and `no_grad` inside of the model are part of what it is.
+        try:
+            self.example.trace(looking)
+        except Exception as error:
+            if self.report.graphs or not torch.is_grad_enabled() or failure.own_error(error) is not None:
+                raise
+            with torch.no_grad():  # some code runs without gradients only
+                self.example.trace(looking)
+
+    def _note(self, session: Session, found: Report) -> Callable[..., Any] | None:
+        self.report = self.report.merged(found)
+        return None
+
+
+class _Conversion(_Run):
+    """A run that attaches level weights.
+
+    Args:
+        before: ids of the level weights that were there already.
+    """
+
+    dry_run = False
+
+    def __init__(self, example: Example, options: Options, before: set[int]) -> None:
+        super().__init__(example, options)
+        self.before = before
+        self.found: dict[tuple[int, str], Mixer] = {}
+        self.asked: set[int] = set()  # ids of modules whose `training` the code has read
+
+    def _note(self, session: Session, found: Report) -> None:
+        super()._note(session, found)
+        self.asked.update(id(module) for module in reach.modules_asked("training"))
+        mixers = map(self._mixer, driver.distinct(session.candidates))
+        self.found.update({mixer.key: mixer for mixer in mixers if mixer is not None})
+
+    def _mixer(self, candidate: Candidate) -> Mixer | None:
+        if candidate.owner is None:
+            return None
+        proof = "" if candidate.certificate is None else candidate.certificate.dtype
+        fresh = id(candidate.level_weights) not in self.before
+        return Mixer(candidate.owner, candidate.attribute, candidate.module, candidate.where, proof, fresh)
+
+
+class _Inspection(_Run):
+    """A run that attaches nothing and collects what there is to see."""
+
+    dry_run = True
+
+    def __init__(self, example: Example, options: Options, visit: Callable[[Session], None]) -> None:
+        super().__init__(example, options)
+        self.visit = visit
+        self.mixers: list[MixerLook] = []
+
+    def _note(self, session: Session, found: Report) -> Callable[..., Any]:
+        super()._note(session, found)
+        self.visit(session)
+        mixers, original = collect(session)
+        # A frame that was traced twice is looked at twice; the later look holds.
+        again = {(mixer.module, mixer.where) for mixer in mixers}
+        self.mixers = [m for m in self.mixers if (m.module, m.where) not in again] + mixers
+        return original
+
+
+def _verified(run: _Conversion, report: Report) -> Report:
     """The report after the converted model's run; mixers that are to blame lose their level weights."""
-    mixers = list(capture.found.values())
-    other = other_mode.judge(model, args, kwargs, capture.options, mixers, capture.asked)
+    mixers = list(run.found.values())
+    other = other_mode.judge(run.example, run.options, mixers, run.asked)
     report = _without_blamed(report, other)
-    verdict = verify_.verify(model, args, kwargs, capture.options, [m for m in mixers if m not in other.blamed])
+    verdict = verify_.verify(run.example, run.options, [m for m in mixers if m not in other.blamed])
     report = _without_blamed(report, verdict)
     return replace(report, certificate=verdict.certificate, unverified=verdict.unverified)
-
-
-def _keep_declined(model: nn.Module, report: Report) -> None:
-    """What was declined stays as it is in every call, also in one in which it would look like a mixer."""
-    modules = dict(model.named_modules())
-    for record in report.declined:
-        if record.module in modules:
-            withheld.withhold_all(modules[record.module], record.given)
 
 
 def _without_blamed(report: Report, verdict: verify_.Verdict) -> Report:
@@ -227,148 +322,9 @@ def _without_blamed(report: Report, verdict: verify_.Verdict) -> Report:
     return verify_.judged(report, verdict)
 
 
-def _unverified(report: Report) -> Report:
-    return replace(report, unverified="convert was called with verify=False")
-
-
-def _as_ours(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: BaseException) -> BaseException:
-    """The error that the user meets: our own from inside of Dynamo's wrapping, or what the run came to."""
-    own = _own_error(error)
-    if own is not None:
-        own.__suppress_context__ = True
-        return own
-    if not isinstance(error, Exception):
-        return error
-    return CaptureError(_capture_message(model, args, kwargs, error, _own_run(model, args, kwargs)))
-
-
-def _own_run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Exception | None:
-    """What the model raises on the example inputs without us, or None."""
-    try:
-        with transaction(model, args, kwargs), torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model(*args, **kwargs)
-    except Exception as error:
-        return error
-    return None
-
-
-class _Capture:
-    """What the example run of a conversion has found."""
-
-    def __init__(
-        self, model: nn.Module, options: Options, dry_run: bool, visit: Visit | None, before: set[int]
-    ) -> None:
-        self.names = driver.names_in(model)
-        self.options = options
-        self.dry_run = dry_run
-        self.visit = visit
-        self.before = before
-        self.report = Report()
-        self.found: dict[tuple[int, str], verify_.Mixer] = {}
-        self.asked: set[int] = set()  # ids of modules whose `training` the code has read
-        self.mixers: list[MixerLook] = []
-
-    def backend(self) -> driver.Looking:
-        """The backend of the run."""
-        return driver.Looking(self.options, self.names, self.dry_run, self._note)
-
-    def _note(self, session: Session, found: Report) -> Callable[..., Any] | None:
-        self.report = self.report.merged(found)
-        self.asked.update(id(module) for module in reach.modules_asked("training"))
-        if not self.dry_run:
-            mixers = map(self._mixer, driver.distinct(session.candidates))
-            self.found.update({mixer.key: mixer for mixer in mixers if mixer is not None})
-            return None
-        if self.visit is not None:
-            self.visit(session)
-        mixers_seen, original = collect(session)
-        # A frame that was traced twice is looked at twice; the later look holds.
-        again = {(mixer.module, mixer.where) for mixer in mixers_seen}
-        self.mixers = [m for m in self.mixers if (m.module, m.where) not in again] + mixers_seen
-        return original
-
-    def _mixer(self, candidate: Candidate) -> verify_.Mixer | None:
-        if candidate.owner is None:
-            return None
-        proof = "" if candidate.certificate is None else candidate.certificate.dtype
-        fresh = id(candidate.level_weights) not in self.before
-        return verify_.Mixer(candidate.owner, candidate.attribute, candidate.module, candidate.where, proof, fresh)
-
-
-def _is_ours(other: Any) -> bool:
-    """Whether compiled code was made for a conversion, and serves no call of the user's."""
-    return isinstance(other, (driver.Looking, verify_.Backend))
-
-
-def _run(model: nn.Module, capture: _Capture, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    # In the caller's grad mode: `detach` and `no_grad` inside of the model are part of what it is.
-    try:
-        driver.run_example(model, args, kwargs, capture.backend())
-    except Exception as error:
-        if capture.report.graphs or not torch.is_grad_enabled() or _own_error(error) is not None:
-            raise
-        with torch.no_grad():  # some code runs without gradients only
-            driver.run_example(model, args, kwargs, capture.backend())
-
-
-def _expect_graph(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """A model that computes something must have become a graph."""
-    with transaction(model, args, kwargs):
-        refused = why_no_graph(model.forward, args, kwargs)
-    if refused is not None:
-        reason, where = refused
-        code = inspect_module.unwrap(type(model).forward).__code__
-        where = where or f"{code.co_filename}:{code.co_firstlineno} in {code.co_name}"
-        raise CaptureError(
-            f"Dynamo could not trace {type(model).__name__}, so it was not analysed: {reason} ({where}). "
-            "Set TORCH_LOGS=graph_breaks for details; nothing was changed."
-        )
-
-
-def _check_model(model: Any, call: str) -> None:
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"llcompile.{call} takes an nn.Module, got {type(model).__name__}.")
-
-
-def _detach_new(model: nn.Module, before: set[int]) -> None:
-    """Removes the level weights whose ids are not in `before`."""
-    for owner, name, weights in list(attachment.attached(model)):
-        if id(weights) not in before:
-            attachment.detach_one(owner, name)
-
-
-def _own_error(error: BaseException | None) -> LLCompileError | None:
-    """Our own error inside Dynamo's wrapping, if that is what it is."""
-    while error is not None:
-        if isinstance(error, LLCompileError):
-            return error
-        error = getattr(error, "inner_exception", None) or error.__cause__
-    return None
-
-
-def _capture_message(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception, own: Exception | None
-) -> str:
-    shown = ", ".join([*map(_shown, args), *(f"{k}={_shown(v)}" for k, v in kwargs.items())]) or "none given"
-    name = type(model).__name__
-    if own is not None:
-        what = f"{type(own).__name__}: {own}"
-        return (
-            f"{name} does not run on the example inputs ({shown}): {what}. Pass inputs that model(*inputs) takes; "
-            "nothing was changed."
-        )
-    cause = getattr(error, "inner_exception", None) or error
-    return (
-        f"{name} runs on the example inputs ({shown}), but its analysis failed: {type(cause).__name__}: {cause}. "
-        "This is a bug in llcompile or in Dynamo, not in the inputs; nothing was changed. Please report it with the "
-        "traceback above; torch.compile(model, backend='eager') shows whether Dynamo can trace the model."
-    )
-
-
-def _shown(value: Any) -> str:
-    return f"{value.dtype} {list(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)[:60]
-
-
-def _titled(report: Report, model: nn.Module) -> Report:
-    return replace(report, title=type(model).__name__)
+def _keep_declined(model: nn.Module, report: Report) -> None:
+    """What was declined stays as it is in every call, also in one in which it would look like a mixer."""
+    modules = dict(model.named_modules())
+    for record in report.declined:
+        if record.module in modules:
+            withheld.withhold_all(modules[record.module], record.given)

@@ -1,30 +1,24 @@
-"""The driver: a graph's way through the passes, and an example's way through Dynamo, for whoever asks.
+"""The driver: a graph's way through the passes.
 
 `backend`, `exporting`, `convert`, `inspect` and the look in the other mode differ in what they make of a session.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
-from torch import fx, nn
+from torch import fx
 
-from llcompile.checks.transaction import transaction
 from llcompile.errors import StrictError
 from llcompile.options import Options
 from llcompile.passes import pipeline
 from llcompile.passes.candidate import CallCandidate, Candidate
 from llcompile.passes.session import Session, Settings
-from llcompile.patterns import reasons
 from llcompile.patterns.known import capture
 from llcompile.patterns.records import Converted, Declined, GraphBreak
 from llcompile.report import Report
-from llcompile.torch_internals import reach, recompile_room
 from llcompile.torch_internals.breaks import graph_break
-from llcompile.torch_internals.trace import traced_once
 from llcompile.weights import attachment, fresh, held, withheld
 
 
@@ -105,14 +99,6 @@ def give_up_opaque(session: Session) -> bool:
     return any(new)
 
 
-def original_code(session: Session) -> Callable[..., Any]:
-    """The graph with every captured call back as the library's own code, to be run as it is."""
-    for candidate in session.candidates:
-        candidate.decline(reasons.EXAMPLE_RUN())
-    pipeline.change(session)
-    return session.module.forward
-
-
 def check_strict(report: Report, options: Options) -> None:
     """Raises StrictError where `strict` was asked for and something linear-time stays as it is."""
     if not options.strict:
@@ -145,64 +131,3 @@ def _converted(candidate: Candidate) -> Converted:
         where=candidate.where,
         notes=candidate.all_notes,
     )
-
-
-class Looking:
-    """A backend that looks at each graph of an example run and has the model's own code run.
-
-    Args:
-        options: as of the backend.
-        names: id of a module -> its dotted name in the model.
-        dry_run: attach nothing.
-        visit: is given each session with its report when all is decided; it may return what is to run.
-    """
-
-    _llcompile = True
-    __name__ = "loglinear_looking"
-
-    def __init__(
-        self,
-        options: Options,
-        names: Mapping[int, str],
-        dry_run: bool,
-        visit: Callable[[Session, Report], Callable[..., Any] | None],
-    ) -> None:
-        self.options, self.names, self.dry_run, self.visit = options, names, dry_run, visit
-        self.kwargs = {"options": {"level_weights": options.level_weights}}
-
-    def __call__(self, module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        """Looks at one graph."""
-        recompile_room.make_room(reach.root_module())
-        reach.guard_modules()  # behind a graph break, equal layers would share the look at the first of them
-        session = new_session(module, self.options, self.names, self.dry_run)
-        report = look(session)
-        return self.visit(session, report) or original_code(session)
-
-
-def names_in(model: nn.Module) -> dict[int, str]:
-    """id of a module -> its dotted name."""
-    return {id(module): name for name, module in model.named_modules()}
-
-
-@contextmanager
-def lengths_as_they_are() -> Iterator[None]:
-    """What other models have taught Dynamo about lengths that vary does not make a trace inside another one."""
-    with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
-        yield
-
-
-def run_example(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    backend: Callable[..., Any],
-    prepare: Callable[[], Any] = lambda: None,
-) -> None:
-    """Runs the model once, traced for the backend; all that `prepare` and the run have changed is put back."""
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        return model(*args, **kwargs)
-
-    with transaction(model, args, kwargs), lengths_as_they_are():
-        prepare()
-        traced_once(run, backend)(*args, **kwargs)

@@ -19,21 +19,17 @@ from llcompile.options import Options
 from llcompile.passes import pipeline
 from llcompile.patterns import reasons
 from llcompile.torch_internals.inputs import graph_inputs
-from llcompile.torch_internals.trace import below_export, restart_trace, surfaced, traced_once
+from llcompile.torch_internals.trace import below_export, restart_trace, surfacing, traced_once
 from llcompile.weights import attachment, missed
 
 
 def rewritten_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The module's output, computed by its rewritten graph, as the export under way records it."""
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        return module(*args, **kwargs)
-
     with below_export() as record:
-        return traced_once(run, _Rewriting(record))(*args, **kwargs)
+        return traced_once(module, _ExportBackend(record))(*args, **kwargs)
 
 
-class _Rewriting:
+class _ExportBackend:
     """A backend that rewrites each graph and has export record it."""
 
     _llcompile = True
@@ -44,11 +40,8 @@ class _Rewriting:
         self.kwargs = {"options": {"level_weights": Options().level_weights}}
 
     def __call__(self, module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        try:
-            with _disable_current_modes():
-                _rewrite(module)
-        except LLCompileError as error:
-            raise surfaced(error).with_traceback(error.__traceback__) from None
+        with surfacing(LLCompileError), _disable_current_modes():
+            _rewrite(module)
         return self.record(module, graph_inputs(module.graph))
 
 

@@ -75,6 +75,10 @@ class Options:
         object.__setattr__(options, "given", frozenset(given or {}))
         return options
 
+    def as_given(self) -> dict[str, Any]:
+        """The options that were given; what was not asked for would contradict level weights of another kind."""
+        return {name: getattr(self, name) for name in self.given}
+
     @property
     def asked(self) -> Mapping[str, Any]:
         """What was said about level weights, by the names that `LevelWeights` has for it: its kind and levels."""

@@ -14,7 +14,7 @@ from llcompile.passes.session import Session
 from llcompile.patterns import reasons
 from llcompile.patterns.boundary import boundary
 from llcompile.torch_internals.inputs import input_value, is_handed_in_twice
-from llcompile.torch_internals.owner_input import Call, call_under_way
+from llcompile.torch_internals.owner_input import ModuleCall, call_under_way
 from llcompile.torch_internals.sizes import size_hint
 from llcompile.torch_internals.trace import is_resumed
 
@@ -139,7 +139,7 @@ def _is_wide(weights: Any) -> bool:
     return weights is not None and weights.in_features is not None
 
 
-def _is_cut_off(candidate: Candidate, call: Call | None) -> bool:
+def _is_cut_off(candidate: Candidate, call: ModuleCall | None) -> bool:
     """Whether the graph begins behind a break inside of the owner's forward: the operands come from what is handed in
     and is no argument of the owner."""
     inputs = [input_value(candidate.region.outer(node)) for node in _roots(candidate)]

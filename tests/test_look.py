@@ -19,11 +19,12 @@ import llcompile
 from llcompile import backend
 from llcompile.errors import CaptureError, MissingLibraryError, OutputError
 from llcompile.kernels.levels import level
+from llcompile.look.level_table import level_table
 from llcompile.look.look import Look
 from llcompile.look.mask import blocks
-from llcompile.look.records import LevelTable
-from llcompile.look.weights import level_table
+from llcompile.look.mixer_look import LevelTable
 from llcompile.torch_internals import inner
+from llcompile.weights import attachment
 from tests.helpers import small
 from tests.helpers.looked import Handmade, Mixed, inputs
 
@@ -39,6 +40,17 @@ def look() -> Look:
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     return look
+
+
+@pytest.mark.parametrize("options", [None, {"levels": 3, "strict": True}])
+def test_what_was_looked_at_is_converted_for_a_while(options: dict[str, object] | None) -> None:
+    """As for MLIR: with the options of the look, and with nothing left behind."""
+    model = small.Model([small.DeltaMixer()])
+    seen = llcompile.inspect(model, small.ids(), options=options).subject
+    assert seen is not None
+    with seen.converted():
+        assert [w.levels for _, _, w in attachment.attached(model)] == [3 if options else 17]
+    assert not any(attachment.attached(model))
 
 
 class Checkpointed(nn.Module):

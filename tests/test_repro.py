@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from llcompile.commands import cli
+from llcompile.commands.repro import reproducer
 from llcompile.errors import ReproError
 from llcompile.look import source_text
-from llcompile.look.repro import reproducer
 
 ROOT = Path(__file__).resolve().parent.parent
 FACTORIES = """

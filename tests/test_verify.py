@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import llcompile
 from llcompile import driver
-from llcompile.checks import verify
+from llcompile.checks import runs
 from llcompile.errors import CaptureError, StrictError
 from llcompile.weights import attachment
 from tests.helpers import small
@@ -347,7 +347,7 @@ def test_a_failure_of_the_check_itself_ends_nothing(monkeypatch: pytest.MonkeyPa
     def broken(*_: Any) -> None:
         raise RuntimeError("the check is at fault")
 
-    monkeypatch.setattr(verify, "difference", broken)
+    monkeypatch.setattr(runs, "difference", broken)
     model = Two()
     report = llcompile.convert(model, inputs())
     assert report.certificate is None

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Sequence
-from typing import Any
 
-from torch import nn
-
-from llcompile import driver
-from llcompile.checks.verify import Mixer, Verdict
+from llcompile.checks.example import Example, LookBackend
+from llcompile.checks.runs import Mixer
+from llcompile.checks.verify import Verdict
 from llcompile.options import Options
 from llcompile.passes.session import Session
 from llcompile.patterns import reasons
@@ -22,18 +20,11 @@ from llcompile.report import Report
 from llcompile.weights import missed
 
 
-def judge(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    options: Options,
-    mixers: Sequence[Mixer],
-    read: Collection[int],
-) -> Verdict:
+def judge(example: Example, options: Options, mixers: Sequence[Mixer], read: Collection[int]) -> Verdict:
     """The mixers that must not be rewritten for what they are in the other mode, and notes on others.
 
     Args:
-        model, args, kwargs, options: as for the conversion that has just been made.
+        example, options: as for the conversion that has just been made.
         mixers: what it has converted.
         read: ids of the modules whose `training` the traced code has read.
     """
@@ -42,7 +33,7 @@ def judge(
         return Verdict()
     mode = not next(iter(asking)).owner.training
     try:
-        seen = _run(model, args, kwargs, options, mode)
+        seen = _run(example, options, mode)
     except Exception:  # it does not run in the other mode on these inputs: nothing is known, and a call will tell
         return Verdict()
     verdict = Verdict()
@@ -68,15 +59,15 @@ class _Seen:
             self.missed.update(((id(owner), name), missed.why(session, owner)) for name in unread)
 
 
-def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options, mode: bool) -> _Seen:
+def _run(example: Example, options: Options, mode: bool) -> _Seen:
     """What is seen in the mode; nothing is attached."""
     seen = _Seen()
-    before = [(module, module.training) for module in model.modules()]
+    before = [(module, module.training) for module in example.model.modules()]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            looking = driver.Looking(options, driver.names_in(model), dry_run=True, visit=seen.note)
-            driver.run_example(model, args, kwargs, looking, lambda: model.train(mode))
+            backend = LookBackend(options, example.names, dry_run=True, visit=seen.note)
+            example.trace(backend, lambda: example.model.train(mode))
     finally:
         for module, training in before:
             module.training = training

@@ -39,9 +39,22 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _text(args: argparse.Namespace) -> str:
-    from llcompile.look.repro import reproducer
+def reproducer(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], mixer: str) -> str:
+    """The text of the file about one mixer of a model.
 
+    Raises:
+        ReproError: the report has nothing of that name, or its code cannot be written as one file.
+        CaptureError: as for `llcompile.inspect`.
+    """
+    from llcompile.conversion import visit_graphs
+    from llcompile.look.reproducer import Reproducer
+
+    made = Reproducer(mixer)
+    visit_graphs(model, args, kwargs, made.visit)
+    return made.text(type(model).__name__)
+
+
+def _text(args: argparse.Namespace) -> str:
     model, example = load(args.spec, args.set, args.length, args.device)
     try:
         return reproducer(model, example, {}, args.mixer)

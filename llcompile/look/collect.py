@@ -10,12 +10,12 @@ from typing import Any
 from torch import fx
 
 from llcompile.driver import distinct
-from llcompile.look import code, operands
-from llcompile.look.call import call_in, weight_nodes
+from llcompile.look import code, mixer_operands
 from llcompile.look.drawing import draw
-from llcompile.look.records import MixerLook
+from llcompile.look.level_table import level_table
+from llcompile.look.mixer_look import MixerLook
+from llcompile.look.operator_call import call_in, weight_nodes
 from llcompile.look.source_lines import excerpt
-from llcompile.look.weights import level_table
 from llcompile.passes import pipeline
 from llcompile.passes.candidate import Candidate, GraphCandidate
 from llcompile.passes.original import original
@@ -70,7 +70,7 @@ def _of_candidate(session: Session, candidate: Candidate, order: dict[fx.Node, i
     inside = region_nodes(candidate)
     nodes = sorted((n for n in inside if n in order), key=order.__getitem__)
     before = code.steps(nodes, candidate.module)
-    lines = [operand.text for operand in operands.operands(candidate)]
+    lines = [operand.text for operand in mixer_operands.operands(candidate)]
     weights = candidate.level_weights
     fresh = candidate.owner is None or session.settings.find(candidate.owner, candidate.attribute) is None
     look = MixerLook(

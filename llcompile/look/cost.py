@@ -16,7 +16,7 @@ from typing import Any
 import sympy
 
 from llcompile.kernels.triton.description import CHUNK
-from llcompile.look.records import MixerLook
+from llcompile.look.mixer_look import MixerLook
 from llcompile.patterns.families import Correction, Decay
 
 B, T, H, G, K, V, C, L, E = sympy.symbols("B T H G K V C L E", positive=True, integer=True)

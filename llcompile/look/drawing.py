@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import fx
 
 from llcompile.look.code import Step, steps
-from llcompile.look.records import Box, Drawing, Kind
+from llcompile.look.mixer_look import Box, Drawing, Kind
 from llcompile.passes.origin import is_constant_input
 
 _FEW = 32  # operations that are drawn one by one; more are drawn line by line

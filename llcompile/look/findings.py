@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from llcompile.look.cost import MixerCost, cost_of
-from llcompile.look.kernels import Kernels, kernels_of
-from llcompile.look.records import MixerLook
+from llcompile.look.generated import GeneratedKernels, kernels_of
+from llcompile.look.mixer_look import MixerLook
 from llcompile.report import Report
 
 
@@ -57,7 +57,7 @@ class Findings(Report):
         return "\n".join(mixer.diff for mixer in self.mixers if mixer.diff)
 
     @cached_property
-    def kernels(self) -> tuple[Kernels, ...]:
+    def kernels(self) -> tuple[GeneratedKernels, ...]:
         """The generated Triton sources that the converted mixers run by on a GPU, one for each kind of call."""
         return kernels_of(self.mixers)
 

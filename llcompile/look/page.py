@@ -15,10 +15,10 @@ from llcompile import __version__
 from llcompile.errors import MissingLibraryError
 from llcompile.look.cost import SYMBOLS, cost_of
 from llcompile.look.findings import Findings
-from llcompile.look.layout import Picture, lay_out
 from llcompile.look.mask import blocks
-from llcompile.look.records import Excerpt, MixerLook
-from llcompile.look.tree import Branch, tree
+from llcompile.look.mixer_look import Excerpt, MixerLook
+from llcompile.look.module_tree import Branch, tree
+from llcompile.look.picture import Picture, lay_out
 
 MASK_TOKENS = 32
 _LIBRARIES = ("jinja2", "pygments", "grandalf")

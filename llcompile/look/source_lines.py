@@ -6,7 +6,7 @@ import linecache
 import re
 from collections.abc import Iterable
 
-from llcompile.look.records import Excerpt
+from llcompile.look.mixer_look import Excerpt
 
 _WHERE = re.compile(r"^(?P<file>.+):(?P<line>\d+) in (?P<function>.+)$")
 _AROUND = 5

@@ -16,6 +16,8 @@ from torch._C._dynamo import eval_frame
 from torch._dynamo import convert_frame
 from torch._dynamo.guards import DeletedGuardManagerWrapper
 
+from llcompile.torch_internals.backends import unwrapped
+
 # Compiled code that was forgotten last: another thread may be in the middle of it.
 _forgotten: deque[Any] = deque(maxlen=256)
 
@@ -37,7 +39,7 @@ def forget_compiled(kinds: Iterable[type], is_passing: Callable[[Any], bool]) ->
     with convert_frame.compile_lock:
         for code in [code for ref in list(convert_frame.input_codes.seen) if (code := ref()) is not None]:
             entries = eval_frame._debug_get_cache_entry_list(code)
-            passing = entries and all(is_passing(_innermost(entry.backend)) for entry in entries)
+            passing = entries and all(is_passing(unwrapped(entry.backend)[0]) for entry in entries)
             stale = [entry for entry in entries if changed and _may_run(entry.guard_manager, code, changed)]
             if passing or (stale and not _others_run(code)):
                 eval_frame.reset_code(code)  # the graphs no longer count towards the limit of recompilations
@@ -57,7 +59,7 @@ def forget_others(kinds: Iterable[type], is_ours: Callable[[Any], bool]) -> None
     with convert_frame.compile_lock:
         for code in [code for ref in list(convert_frame.input_codes.seen) if (code := ref()) is not None]:
             for entry in eval_frame._debug_get_cache_entry_list(code):
-                if not is_ours(_innermost(entry.backend)) and _may_run(entry.guard_manager, code, changed):
+                if not is_ours(unwrapped(entry.backend)[0]) and _may_run(entry.guard_manager, code, changed):
                     _invalidate(entry)
 
 
@@ -111,13 +113,3 @@ def _invalidate(entry: Any) -> None:
     if state is not None:
         _forgotten.append((entry.guard_manager, entry.code))
         state.invalidate(entry, DeletedGuardManagerWrapper("a module that it runs got level weights of llcompile"))
-
-
-def _innermost(backend: Any) -> Any:
-    """A backend without Dynamo's wrappers."""
-    for _ in range(8):  # wrappers are nested two or three deep
-        inner = getattr(backend, "_torchdynamo_orig_backend", None) or getattr(backend, "compiler_fn", None)
-        if inner is None:
-            break
-        backend = inner
-    return backend

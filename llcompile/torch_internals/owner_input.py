@@ -22,7 +22,7 @@ _CALLS = frozenset({nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.
 
 
 @dataclass(frozen=True)
-class Call:
+class ModuleCall:
     """The arguments of a module's call that is under way."""
 
     args: tuple[Any, ...]
@@ -45,12 +45,12 @@ class Call:
         return (x for x in (*self.args, *self.kwargs.values()) if isinstance(x, torch.Tensor))
 
 
-def call_under_way(owner: nn.Module) -> Call | None:
+def call_under_way(owner: nn.Module) -> ModuleCall | None:
     """The innermost call of a module that Python is in, while a part of it is being compiled; None for no such call."""
     frame: types.FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code in _CALLS and frame.f_locals.get("self") is owner:
-            return Call(tuple(frame.f_locals.get("args", ())), dict(frame.f_locals.get("kwargs", {})))
+            return ModuleCall(tuple(frame.f_locals.get("args", ())), dict(frame.f_locals.get("kwargs", {})))
         frame = frame.f_back
     return None
 

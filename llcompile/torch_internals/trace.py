@@ -81,22 +81,29 @@ def restart_trace(reason: str) -> NoReturn:
     raise Restart(restart_reason=reason)
 
 
-def surfaced(error: Exception) -> Exception:
-    """The error as one that Dynamo hands to the user as it is: `except StrictError` around a compiled call works.
+@contextmanager
+def surfacing(kind: type[Exception]) -> Iterator[None]:
+    """Has Dynamo hand errors of a kind to the user as they are: `except StrictError` around a compiled call works.
 
     Anything else that a backend raises reaches the user as a BackendCompilerFailed that quotes it.
     """
-    kind = type(error)
-    shown = type(kind.__name__, (ShortenTraceback, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
-    shown.__qualname__ = kind.__qualname__
-    return shown(*error.args, first_useful_frame=None)  # type: ignore[no-any-return]
+    try:
+        yield
+    except kind as error:
+        own = type(error)
+        shown = type(own.__name__, (ShortenTraceback, own), {"__module__": own.__module__, "__doc__": own.__doc__})
+        shown.__qualname__ = own.__qualname__
+        raise shown(*error.args, first_useful_frame=None).with_traceback(error.__traceback__) from None
 
 
-def traced_once(function: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, traced for the backend; what Dynamo remembers about the trace dies with what is returned."""
-    assert isinstance(function, types.FunctionType)
-    code = function.__code__.replace()  # Dynamo keeps what it compiled at the code object
-    fresh = types.FunctionType(code, function.__globals__, function.__name__, None, function.__closure__)
+def traced_once(call: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
+    """The call, traced for the backend; what Dynamo remembers about the trace dies with what is returned."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return call(*args, **kwargs)
+
+    code = run.__code__.replace()  # Dynamo keeps what it compiled at the code object
+    fresh = types.FunctionType(code, run.__globals__, run.__name__, None, run.__closure__)
     return torch._dynamo.optimize(backend)(fresh)  # type: ignore[no-any-return,no-untyped-call]
 
 

@@ -15,7 +15,7 @@ from llcompile.kernels.operands import COMPUTE_DTYPES
 from llcompile.passes.marks import PARAMETER, mark
 from llcompile.torch_internals import export_hook
 from llcompile.torch_internals.backends import backend_below
-from llcompile.torch_internals.owner_input import Call
+from llcompile.torch_internals.owner_input import ModuleCall
 from llcompile.torch_internals.trace import leave_out
 from llcompile.weights import eager_states, made_before
 from llcompile.weights.held import copies, held, inside, values
@@ -77,6 +77,22 @@ def attached(model: nn.Module) -> Iterator[tuple[nn.Module, str, LevelWeights]]:
             yield owner, name, weights
 
 
+def ids_attached(model: nn.Module) -> set[int]:
+    """The ids of the level weights below `model`, for `detach_new`."""
+    return {id(weights) for _, _, weights in attached(model)}
+
+
+def attached_new(model: nn.Module, before: set[int]) -> list[tuple[nn.Module, str]]:
+    """(owner, name) of the level weights below `model` whose ids are not in `before`."""
+    return [(owner, name) for owner, name, weights in attached(model) if id(weights) not in before]
+
+
+def detach_new(model: nn.Module, before: set[int]) -> None:
+    """Removes the level weights below `model` whose ids are not in `before`."""
+    for owner, name in attached_new(model, before):
+        detach_one(owner, name)
+
+
 def detach(model: nn.Module) -> int:
     """Removes all level weights and hooks below `model`; returns how many level weights there were."""
     found = list(attached(model))
@@ -121,7 +137,7 @@ def expect_use(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     """
     if not torch.compiler.is_dynamo_compiling():
         _forget_use(owner)
-        _keep_input(owner, Call(args, kwargs))
+        _keep_input(owner, ModuleCall(args, kwargs))
     elif _compiles_for_us():
         for name, child in owner._modules.items():
             if child is not None and inside(name, child) is not None:
@@ -138,7 +154,7 @@ def _forget_use(owner: nn.Module) -> None:
 
 
 @torch.compiler.disable
-def _keep_input(owner: nn.Module, call: Call | None) -> None:
+def _keep_input(owner: nn.Module, call: ModuleCall | None) -> None:
     for _, weights in held(owner):
         weights.owner_input = call.of_width(weights.in_features) if call and weights.in_features else None
 

@@ -92,14 +92,12 @@ def load(model: nn.Module, path: str | PathLike[str]) -> int:
 
     with safe_open(str(path), framework="pt") as file:
         text = (file.metadata() or {}).get(SECTION)
-    before = {id(weights) for _, _, weights in attachment.attached(model)}
+    before = attachment.ids_attached(model)
     made = [] if text is None else restore(model, json.loads(text))
     try:
         library.load_model(model, str(path), strict=True)
     except RuntimeError as error:
-        for owner, name, weights in list(attachment.attached(model)):
-            if id(weights) not in before:
-                attachment.detach_one(owner, name)
+        attachment.detach_new(model, before)
         raise CheckpointError(f"{path} does not fit {type(model).__name__}: {error}") from error
     return len(made)
 

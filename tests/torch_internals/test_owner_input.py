@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llcompile.torch_internals.owner_input import Call, call_under_way
+from llcompile.torch_internals.owner_input import ModuleCall, call_under_way
 from tests.helpers.traces import Scale, ask_of_graphs
 
 sequence, mask, other = torch.randn(2, 5, 8), torch.ones(2, 5, dtype=torch.bool), torch.randn(2, 5, 4)
@@ -16,24 +16,24 @@ sequence, mask, other = torch.randn(2, 5, 8), torch.ones(2, 5, dtype=torch.bool)
 
 class TestCall:
     def test_holds(self) -> None:
-        call = Call((sequence, 1), {"mask": mask})
+        call = ModuleCall((sequence, 1), {"mask": mask})
         assert call.holds(sequence)
         assert call.holds(mask)
         assert not call.holds(sequence.clone())
 
     def test_sequence(self) -> None:
-        assert Call((mask, "x"), {"x": sequence}).sequence(2, 5) is sequence
-        assert Call((sequence, sequence), {}).sequence(2, 5) is sequence
-        assert Call((sequence,), {}).sequence(2, 6) is None
-        assert Call((sequence, other), {}).sequence(2, 5) is None
-        assert Call((mask.unsqueeze(-1),), {}).sequence(2, 5) is None
+        assert ModuleCall((mask, "x"), {"x": sequence}).sequence(2, 5) is sequence
+        assert ModuleCall((sequence, sequence), {}).sequence(2, 5) is sequence
+        assert ModuleCall((sequence,), {}).sequence(2, 6) is None
+        assert ModuleCall((sequence, other), {}).sequence(2, 5) is None
+        assert ModuleCall((mask.unsqueeze(-1),), {}).sequence(2, 5) is None
 
     def test_of_width(self) -> None:
-        call = Call((sequence, other), {"mask": mask})
+        call = ModuleCall((sequence, other), {"mask": mask})
         assert call.of_width(8) is sequence
         assert call.of_width(4) is other
         assert call.of_width(5) is None
-        assert Call((other, other.clone()), {}).of_width(4) is None
+        assert ModuleCall((other, other.clone()), {}).of_width(4) is None
 
 
 class Broken(Scale):

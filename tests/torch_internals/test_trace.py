@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from llcompile.torch_internals.trace import (
     leave_out,
     note_trace,
     restart_trace,
-    surfaced,
+    surfacing,
     trace_note,
     trace_position,
     traced_once,
@@ -160,12 +161,12 @@ class Refused(Exception):
 
 
 @pytest.mark.parametrize("shown", [False, True])
-def test_surfaced(shown: bool) -> None:
+def test_surfacing(shown: bool) -> None:
     """Without it, users get an error of Dynamo's."""
 
     def failing(_: Any) -> None:
-        error = Refused("of a test", 1)
-        raise surfaced(error) if shown else error
+        with surfacing(Refused) if shown else nullcontext():
+            raise Refused("of a test", 1)
 
     with pytest.raises(Exception, match="of a test") as caught:
         ask_of_graphs(failing, whole, torch.ones(2))

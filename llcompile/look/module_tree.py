@@ -1,4 +1,4 @@
-"""Tree: the modules of a model that have a fate, as a tree in which equal neighbours stand once."""
+"""Module tree: the modules of a model that have a fate, as a tree in which equal neighbours stand once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Call: the operator's call in a rewritten graph: its sizes, and the kernels that it would run by."""
+"""Operator call: the operator's call in a rewritten graph: its sizes, and the kernels that it would run by."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import fx
 
 from llcompile.kernels.operands import Operands
 from llcompile.kernels.triton.description import describe, describe_step
-from llcompile.look.records import Call, Sizes
+from llcompile.look.mixer_look import OperandSizes, OperatorCall
 from llcompile.torch_internals.sizes import size_hint
 
 _SEQUENCE = "loglinear_attention"
 _STEP = "loglinear_attention_step"
 
 
-def call_in(nodes: Iterable[fx.Node]) -> Call | None:
+def call_in(nodes: Iterable[fx.Node]) -> OperatorCall | None:
     """The last call of the operator among the nodes a mixer was rewritten to: the earlier ones are denominators."""
     calls = [(node, name) for node in nodes if (name := _operator(node))]
     return _call(*calls[-1]) if calls else None
@@ -41,7 +41,7 @@ def _operator(node: fx.Node) -> str:
     return name if node.op == "call_function" and name.startswith(_SEQUENCE) else ""
 
 
-def _call(node: fx.Node, name: str) -> Call:
+def _call(node: fx.Node, name: str) -> OperatorCall:
     given = [a.meta["example_value"] if isinstance(a, fx.Node) else a for a in node.args]
     q, k, v, weights = (_fixed(x) for x in given[:4])
     if name == _STEP:
@@ -53,8 +53,8 @@ def _call(node: fx.Node, name: str) -> Call:
         # Sequences that do not fill their rows run packed: a start and a length each.
         spans = (torch.empty(v.shape[0], device="meta"),) * 2 if any(x is not None for x in given[9:]) else ()
         description = describe(Operands(q, k, v, weights, decay, beta, state, *spans), bool(given[8]))
-    sizes = Sizes(v.shape[0], v.shape[1], v.shape[2], q.shape[2], q.shape[3], v.shape[3])
-    return Call(name, sizes, None if weights is None else int(weights.shape[-1]), description)
+    sizes = OperandSizes(v.shape[0], v.shape[1], v.shape[2], q.shape[2], q.shape[3], v.shape[3])
+    return OperatorCall(name, sizes, None if weights is None else int(weights.shape[-1]), description)
 
 
 def _fixed(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Operands: what comes into a mixer, with the operator's letters for its axes."""
+"""Mixer operands: what comes into a mixer, with the operator's letters for its axes."""
 
 from __future__ import annotations
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
-from llcompile import __version__, conversion
+from llcompile import __version__
 from llcompile.errors import ReproError
 from llcompile.look.collect import region_nodes
 from llcompile.look.region_source import RegionSource, region_source
@@ -29,30 +29,39 @@ class _Piece:
     source: RegionSource
 
 
-def reproducer(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mixer: str) -> str:
-    """The text of the file.
+class Reproducer:
+    """The file about one mixer of a model, made of the graphs that it visits.
 
     Args:
         mixer: the module that has the mixer or the near miss, as the report names it.
-
-    Raises:
-        ReproError: the report has nothing of that name, or its code cannot be written as one file.
-        CaptureError: as for `llcompile.inspect`.
     """
-    pieces: list[_Piece] = []
-    names: list[str] = []
 
-    def visit(session: Session) -> None:
+    def __init__(self, mixer: str) -> None:
+        self.mixer = mixer
+        self._piece: _Piece | None = None
+        self._names: dict[str, None] = {}
+
+    def visit(self, session: Session) -> None:
+        """Looks for the mixer in one graph.
+
+        Raises:
+            ReproError: its code cannot be written as one file.
+        """
         for module, fate, where, nodes, result in _all(session):
-            names.append(module)
-            if module == mixer and nodes and not pieces:
-                pieces.append(_Piece(module, fate, where, region_source(nodes, result)))
+            self._names[module] = None
+            if module == self.mixer and nodes and self._piece is None:
+                self._piece = _Piece(module, fate, where, region_source(nodes, result))
 
-    conversion.visit_graphs(model, args, kwargs, visit)
-    if not pieces:
-        known = ", ".join(dict.fromkeys(name or "''" for name in names)) or "none"
-        raise ReproError(f"no linear-time mixer has the name {mixer!r} in {type(model).__name__}; there are: {known}")
-    return _text(pieces[0], type(model).__name__)
+    def text(self, model: str) -> str:
+        """The text of the file; `model` is the class of the model.
+
+        Raises:
+            ReproError: no graph had a mixer of that name.
+        """
+        if self._piece is None:
+            known = ", ".join(name or "''" for name in self._names) or "none"
+            raise ReproError(f"no linear-time mixer has the name {self.mixer!r} in {model}; there are: {known}")
+        return _text(self._piece, model)
 
 
 def _all(session: Session) -> Iterator[tuple[str, str, str, list[fx.Node], fx.Node | None]]:

@@ -1,11 +1,11 @@
-"""Weights: level weights as a table of heads and levels."""
+"""Level table: level weights as a table of heads and levels."""
 
 from __future__ import annotations
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from llcompile.look.records import LevelTable
+from llcompile.look.mixer_look import LevelTable
 from llcompile.weights.level_weights import LevelWeights
 
 _DRAWS = 256

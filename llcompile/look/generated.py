@@ -1,4 +1,4 @@
-"""Kernels: the generated sources that a model's mixers would run by, and what they take where they were compiled."""
+"""Generated kernels: the sources that a model's mixers would run by, and what they take where they were compiled."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from llcompile.kernels.triton.chips import BACKENDS, DEFAULT
 from llcompile.kernels.triton.description import Description
 from llcompile.kernels.triton.limits import beyond
 from llcompile.kernels.triton.show import source_of
-from llcompile.look.records import MixerLook
+from llcompile.look.mixer_look import MixerLook
 
 
 @dataclass(frozen=True)
-class Kernels:
+class GeneratedKernels:
     """The generated file that serves all mixers whose calls are alike. On a CPU the ATen lowering runs instead.
 
     Args:
@@ -66,11 +66,11 @@ class Kernels:
         return dict(self._taken)
 
 
-def kernels_of(mixers: Iterable[MixerLook]) -> tuple[Kernels, ...]:
+def kernels_of(mixers: Iterable[MixerLook]) -> tuple[GeneratedKernels, ...]:
     """One file for each kind of call."""
     served: dict[Description, list[str]] = {}
     for mixer in mixers:
         if mixer.call is not None:
             served.setdefault(mixer.call.description, []).append(mixer.name)
     problem = lambda d: beyond(d, DEFAULT) or ""  # noqa: E731
-    return tuple(Kernels(d, tuple(dict.fromkeys(modules)), problem(d)) for d, modules in served.items())
+    return tuple(GeneratedKernels(d, tuple(dict.fromkeys(modules)), problem(d)) for d, modules in served.items())

@@ -1,4 +1,4 @@
-"""What a look holds about one mixer, as plain records."""
+"""Mixer look: what a look holds about one mixer, as plain records."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Excerpt:
 
 
 @dataclass(frozen=True)
-class Sizes:
+class OperandSizes:
     """Sizes of the operator's operands: q, k [B, T, G, K], v [B, T, H, V]; T is 1 for a decode step."""
 
     batch: int
@@ -45,7 +45,7 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Call:
+class OperatorCall:
     """The call of the operator that takes a mixer's place, with the sizes of the example.
 
     Args:
@@ -56,7 +56,7 @@ class Call:
     """
 
     operator: str
-    sizes: Sizes
+    sizes: OperandSizes
     levels: int | None
     description: Description
 
@@ -144,7 +144,7 @@ class MixerLook:
     parameters: int = 0
     before: str = ""
     after: str = ""
-    call: Call | None = None
+    call: OperatorCall | None = None
     source: Excerpt | None = None
     notes: tuple[str, ...] = ()
     drawing_before: Drawing = Drawing()

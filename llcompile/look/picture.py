@@ -1,4 +1,4 @@
-"""Layout: where the boxes of a drawing stand, by grandalf's layers of a directed graph (Sugiyama)."""
+"""Picture: where the boxes of a drawing stand, by grandalf's layers of a directed graph (Sugiyama)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from llcompile.look.records import Box, Drawing
+from llcompile.look.mixer_look import Box, Drawing
 
 _CHARACTER, _PADDING, _HEIGHT = 6.7, 14.0, 34.0
 _GAP_X, _GAP_Y, _MARGIN = 10.0, 22.0, 6.0

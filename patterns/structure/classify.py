@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from llcompile.patterns import reasons
+from llcompile.patterns.agreement import difference
 from llcompile.patterns.reasons import GivenReason
 from llcompile.patterns.structure.axes import Dim
 from llcompile.patterns.structure.lifted import LiveIn
 from llcompile.patterns.structure.observations import Observations
-from llcompile.patterns.structure.probe import SAME, difference
+from llcompile.patterns.structure.probe import SAME
 from llcompile.patterns.structure.sizing import CannotArrange, arrange
 
 

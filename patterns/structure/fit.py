@@ -13,12 +13,13 @@ from torch import Tensor
 
 import llcompile.kernels.operators  # noqa: F401  (registers torch.ops.llcompile)
 from llcompile.patterns import reasons
+from llcompile.patterns.agreement import difference
 from llcompile.patterns.boundary import NOT_SHOWN, running
 from llcompile.patterns.structure.axes import Dim, dims_of
 from llcompile.patterns.structure.classify import Rejection, Roles
 from llcompile.patterns.structure.hypothesis import NORMALISERS, Hypothesis, MixerAxes
 from llcompile.patterns.structure.lifted import LiveIn
-from llcompile.patterns.structure.probe import Probe, difference
+from llcompile.patterns.structure.probe import Probe
 from llcompile.patterns.structure.sizing import arrange
 from llcompile.patterns.structure.transforms import TRANSFORMS
 

@@ -10,7 +10,6 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-from llcompile.patterns.agreement import difference as difference
 from llcompile.patterns.boundary import running
 from llcompile.patterns.structure.axes import Axes, Axis, dims_of
 from llcompile.patterns.structure.cut import Subgraph

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from torch import Tensor, fx, nn
 
 import llcompile
 from llcompile.report import Converted
 from llcompile.torch_internals import inner
-from tests.helpers import small
+from tests.helpers import drawn, small
 from tests.helpers.small import difference
 from tests.spellings import EITHER, NEGATIVE, POSITIVE
 from tests.spellings.composed import Composed, Recipe, recipes
@@ -293,14 +293,14 @@ def test_disguised(name: str) -> None:
 # -- any layout, any model
 
 
-@settings(max_examples=3, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@drawn.fixed(3)
 @given(recipes(misses=True))
 def test_some_layouts_left_alone(recipe: Recipe) -> None:
     check_left_alone(recipe)
 
 
 @pytest.mark.slow
-@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@drawn.fresh(8)
 @given(recipes(misses=True))
 def test_any_layout_left_alone(recipe: Recipe) -> None:
     check_left_alone(recipe)
@@ -329,7 +329,7 @@ def test_layers_of_a_model() -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@drawn.fresh(25)
 @given(recipes())
 def test_any_layout(recipe: Recipe) -> None:
     torch._dynamo.reset()

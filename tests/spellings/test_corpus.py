@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 
+from tests.helpers import drawn
 from tests.helpers.small import difference
 from tests.spellings import EITHER, NEGATIVE, POSITIVE
 from tests.spellings.composed import Composed, Recipe, recipes
@@ -59,19 +60,35 @@ def test_corpus_is_large_enough() -> None:
     assert len(NEGATIVE) >= 60
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+def error(recipe: Recipe) -> float:
+    """How far a composed layer is from the definition of its family."""
+    layer = seeded(Composed, recipe=recipe)().double()
+    inputs = tuple(x.double() for x in layer.example(recipe.length))
+    with torch.no_grad():
+        return difference(layer.mixed(*inputs), expected(layer.operands(*inputs)))
+
+
+@drawn.fixed(100)
 @given(recipes())
 def test_composed_layers_are_of_their_family(recipe: Recipe) -> None:
-    layer = seeded(Composed, recipe=recipe)().double()
-    inputs = tuple(x.double() for x in layer.example(recipe.length))
-    with torch.no_grad():
-        assert difference(layer.mixed(*inputs), expected(layer.operands(*inputs))) < 1e-9
+    assert error(recipe) < 1e-9
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@drawn.fixed(100)
 @given(recipes(misses=True))
 def test_composed_near_misses_are_not(recipe: Recipe) -> None:
-    layer = seeded(Composed, recipe=recipe)().double()
-    inputs = tuple(x.double() for x in layer.example(recipe.length))
-    with torch.no_grad():
-        assert difference(layer.mixed(*inputs), expected(layer.operands(*inputs))) > 1e-4
+    assert error(recipe) > 1e-4
+
+
+@pytest.mark.slow
+@drawn.fresh(300)
+@given(recipes())
+def test_any_composed_layer_is_of_its_family(recipe: Recipe) -> None:
+    assert error(recipe) < 1e-9
+
+
+@pytest.mark.slow
+@drawn.fresh(300)
+@given(recipes(misses=True))
+def test_any_composed_near_miss_is_not(recipe: Recipe) -> None:
+    assert error(recipe) > 1e-4

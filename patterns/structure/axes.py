@@ -49,6 +49,11 @@ def dims_of(axes: Iterable[Axis]) -> set[Dim]:
     return {dim for axis in axes for dim in axis}
 
 
+def shared(held: Sequence[set[Dim]]) -> set[Dim]:
+    """What at least two of the sets have."""
+    return {dim for i, one in enumerate(held) for two in held[:i] for dim in one & two}
+
+
 @dataclass
 class Dims:
     """All dims of a program."""

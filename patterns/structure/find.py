@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time as clock
 from collections import Counter
 
@@ -12,7 +11,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from llcompile.patterns import reasons
 from llcompile.patterns.graph.regions import Region
-from llcompile.patterns.structure.axes import Axis
+from llcompile.patterns.structure.axes import Axis, length
 from llcompile.patterns.structure.classify import Rejection
 from llcompile.patterns.structure.computed_twice import merge_computed_twice
 from llcompile.patterns.structure.denominators import pair_denominators
@@ -94,7 +93,6 @@ def _search_pieces(findings: Findings, followed: Followed, pieces: list[Axis]) -
     for axis in pieces:
         apart = Findings(findings.program)
         _search(apart, followed, axis, set())
-        tokens = math.prod(leaf.size for leaf in axis)
-        rejection = Rejection(reasons.PIECE_OF_SEQUENCE(tokens=tokens), 2)
+        rejection = Rejection(reasons.PIECE_OF_SEQUENCE(tokens=length(axis)), 2)
         mixers = [NearMiss(f.output, rejection, f.subgraph, analysis=f.analysis) for f in apart.found]
         findings.near_misses += mixers + apart.near_misses

@@ -1,4 +1,4 @@
-"""Memo: layers with the same code are read and proved once; a part that is the same program gets the same answer."""
+"""Memo: layers with the same code are proved once; a problem that is the same program gets the same answer."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def recall(key: Any, problem: Problem) -> tuple[Hypothesis, Certificate] | None:
 
 
 def is_lasting(rejection: Rejection) -> bool:
-    """Whether the same part will be missed again: not where it did not run, for want of memory perhaps."""
+    """Whether the same subgraph will be missed again: not where it did not run, for want of memory perhaps."""
     cause = rejection.__cause__
     return not isinstance(cause.__cause__ if isinstance(cause, CannotRun) else cause, (RuntimeError, MemoryError))
 

@@ -1,4 +1,4 @@
-"""Observations: what runs of a part show: reaches, weights, which live-in is which. Each is measured once."""
+"""Observations: what runs of a subgraph show: reaches, weights, which live-in is which. Each is measured once."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ Changes = Mapping[LiveIn, Tensor]
 
 
 class Observations:
-    """A part under a probe, with one draw. No roles are given: which live-in would be which is read off what it does.
+    """A subgraph under a probe, with one draw. Which live-in would be which is read off what it does.
 
     Args:
-        probe: the part, with one draw.
+        probe: the subgraph, with one draw.
         origins: live-in -> the other live-ins that the code computes it from.
     """
 
@@ -42,7 +42,7 @@ class Observations:
 
     def run(self, changed: Changes | None = None) -> Tensor:
         """The result, [T, everything else]."""
-        return self.probe.by_time(self.probe.run(changed))
+        return self.probe.outputs(changed)
 
     @functools.cached_property
     def base(self) -> Tensor:

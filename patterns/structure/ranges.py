@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from llcompile.patterns.structure.moves import SHAPES, names
 from llcompile.patterns.structure.program import Op, Program, Value
 
 Range = tuple[float, float]
@@ -210,13 +211,9 @@ def _product(op: Op, r: list[Range]) -> Range:
     return (0.0 if low >= 0 else -_INF), (0.0 if high <= 0 else _INF)
 
 
-_SHAPES = (
-    "view _unsafe_view reshape permute transpose t unsqueeze squeeze expand clone contiguous _to_copy detach select "
-    "slice unbind split split_with_sizes repeat cat stack index index_select flip roll mean amax amin lift_fresh_copy "
-    "diagonal"
-)
+_SAME = SHAPES | names("detach repeat cat stack index index_select flip roll mean amax amin lift_fresh_copy diagonal")
 _RULES: dict[str, Callable[[Op, list[Range]], Range]] = {
-    **dict.fromkeys(_SHAPES.split(), _same),
+    **dict.fromkeys(_SAME, _same),
     "add": _add,
     "sub": _sub,
     "rsub": _rsub,

@@ -12,13 +12,12 @@ from llcompile.patterns import reasons
 from llcompile.patterns.known.capture import captured_function
 from llcompile.patterns.structure.attempt import Attempts, called_by, made_by
 from llcompile.patterns.structure.axis_rules.table import rule_for
-from llcompile.patterns.structure.candidates import Candidates
 from llcompile.patterns.structure.classify import Rejection
 from llcompile.patterns.structure.cut import Cutter, Subgraph
 from llcompile.patterns.structure.cuts import Cuts
 from llcompile.patterns.structure.facts import TimeAnalysis
 from llcompile.patterns.structure.found import Findings, NearMiss
-from llcompile.patterns.structure.lifted import SHAPES
+from llcompile.patterns.structure.moves import SHAPES
 from llcompile.patterns.structure.program import Op, Value
 from llcompile.patterns.structure.ranges import ranges
 from llcompile.patterns.structure.screen import Screen
@@ -46,7 +45,7 @@ class Search:
         self.open, self.tried = set[Value](), set[Value]()
         bounds = ranges(findings.program)
         zeros = {v for v, found in bounds.items() if v.op is not None and found == (0.0, 0.0)}
-        self.cuts, self.screen, self.candidates = Cuts(Cutter(analysis, zeros)), Screen(analysis), Candidates(analysis)
+        self.cuts, self.screen = Cuts(Cutter(analysis, zeros)), Screen(analysis)
         self.attempts: Attempts = Attempts(
             findings, self.cuts, bounds, self.screen, before.attempts if before else None
         )
@@ -76,14 +75,14 @@ class Search:
         """Whether a value is to be tried: not one that was, or that only views one."""
         if self.before is not None and value not in self.before.open:
             return False
-        if not self.candidates.may_be_output(op, value):
+        if not self.screen.may_be_output(op, value):
             return False
         if any(op in found.ops for found in self.findings.found if found.analysis is not self.analysis):
             return False  # it was found before, with time as it was before it was padded
         if op.name in SHAPES and op.inputs and op.inputs[0] in self.tried:
             self.tried.add(value)
             return False
-        return self.candidates.is_seen(value)
+        return self.screen.is_seen(value)
 
     def _try(self, value: Value) -> None:
         self.tried.add(value)

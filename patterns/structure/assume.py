@@ -21,7 +21,7 @@ _LARGEST = 65536  # numbers that a decay has at most: heads times channels
 
 
 def learned(subgraph: Subgraph, bounds: Mapping[LiveIn, Range], analysis: TimeAnalysis) -> dict[LiveIn, Range]:
-    """The part's live-ins that may be such decays, with the range that is assumed."""
+    """The subgraph's live-ins that may be such decays, with the range that is assumed."""
     return {
         s: DECAYS
         for s in subgraph.live_ins

@@ -6,6 +6,7 @@ pair axes element by element make their dims the same; a reshape that cuts an ax
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -44,9 +45,19 @@ Axis = tuple[Dim, ...]  # () for an axis of size one
 Axes = tuple[Axis, ...]
 
 
+def length(axis: Axis) -> int:
+    """How many positions an axis has."""
+    return math.prod(dim.size for dim in axis)
+
+
 def dims_of(axes: Iterable[Axis]) -> set[Dim]:
     """All dims of some axes."""
     return {dim for axis in axes for dim in axis}
+
+
+def shared(held: Sequence[set[Dim]]) -> set[Dim]:
+    """What at least two of the sets have."""
+    return {dim for i, one in enumerate(held) for two in held[:i] for dim in one & two}
 
 
 @dataclass

@@ -1,16 +1,17 @@
-"""Barriers: what a part may not reach over, because it changes more than numbers: a gradient, or a dtype.
+"""Barriers: what a subgraph may not reach over, because it changes more than numbers: a gradient, or a dtype.
 
 The operator has the gradient of the formula. A `detach`, a region of `torch.no_grad()` or a function with a backward of
-its own inside of a part have another one. They may stand above its operands, where they stay.
+its own inside of a subgraph have another one. They may stand above its operands, where they stay.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 
 from llcompile.patterns import reasons
+from llcompile.patterns.graph.walk import walk
 from llcompile.patterns.structure.classify import Rejection
 from llcompile.patterns.structure.cut import Subgraph
 from llcompile.patterns.structure.facts import TimeAnalysis
@@ -25,7 +26,7 @@ _NEAR = 3  # it is a mixer but for this
 
 
 def expect_no_barrier(subgraph: Subgraph, tail: Tail | None, analysis: TimeAnalysis, program: Program) -> None:
-    """Nothing inside of the part stops or changes a gradient or a dtype.
+    """Nothing inside of the subgraph stops or changes a gradient or a dtype.
 
     Raises:
         Rejection: something does.
@@ -68,14 +69,12 @@ def _expect_mode(op: Op, mode: Mode) -> None:
 
 
 def around(subgraph: Subgraph, tail: Tail | None) -> Iterator[Op]:
-    """The operations that the rewrite does anew in the part's place."""
-    lifted: Iterable[Lifted] = (live_in for live_in in subgraph.live_ins if isinstance(live_in, Lifted))
-    pending = [*lifted, *(() if tail is None else (tail.root,))]
-    while pending:
-        current = pending.pop()
+    """The operations that the rewrite does anew in the subgraph's place."""
+    lifted = [live_in for live_in in subgraph.live_ins if isinstance(live_in, Lifted)]
+    inner = lambda s: (a for a in leaves((s.args, s.kwargs)) if isinstance(a, Lifted))  # noqa: E731
+    for current in walk([*lifted, *(() if tail is None else (tail.root,))], inner):
         if current.op is not None:
             yield current.op
-        pending.extend(a for a in leaves((current.args, current.kwargs)) if isinstance(a, Lifted))
 
 
 def _at(op: Op) -> str:

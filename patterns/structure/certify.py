@@ -1,13 +1,14 @@
-"""Certify: the proof. The part and the operator, on fresh draws, at several lengths, in float64 where memory allows.
+"""Certify: the proof. Subgraph and operator on fresh draws, at several lengths, in float64 where memory allows.
 
 The first draw has the length of the graph, whatever it is: what only shows at that length (a window) is seen. All other
-axes are cut down, where the code names no position along them. Bounds inside of the part are crossed, and gradients are
-compared, on draws of their own.
+axes are cut down, where the code names no position along them. Bounds inside of the subgraph are crossed, and gradients
+are compared, on draws of their own.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 
 import torch
@@ -40,7 +41,7 @@ def certify(
     """The hypothesis with its scale as it is at the graph's length, and its certificate.
 
     Args:
-        subgraph: the part.
+        subgraph: the subgraph.
         hypothesis: what it is supposed to be.
         tried: the probe that found the hypothesis; where that could not run at other sizes, the proof does not.
         bounds: the range of every value of the program.
@@ -56,7 +57,7 @@ def certify(
         ours = output_of(probe, hypothesis)
         error = difference(theirs, ours)
         if number == 0 and error > BUDGETS["float32"]:
-            hypothesis, error = _rescaled(hypothesis, probe, theirs, ours)
+            hypothesis, error = _rescaled(hypothesis, theirs, ours)
         worst, draws = max(worst, error), draws + 1
         if worst > budget:
             raise Rejection(reasons.PROOF_FAILED(error=worst, length=probe.length), 3)
@@ -69,8 +70,8 @@ def certify(
 
 
 def _apart(probe: Probe, hypothesis: Hypothesis) -> float | None:
-    """How far the part and the operator are apart; None where the part has no finite result."""
-    theirs = probe.by_time(probe.run())
+    """How far the subgraph and the operator are apart; None where the subgraph has no finite result."""
+    theirs = probe.outputs()
     return difference(theirs, output_of(probe, hypothesis)) if bool(torch.isfinite(theirs).all()) else None
 
 
@@ -85,7 +86,7 @@ def _expect_gradients(probe: Probe, hypothesis: Hypothesis) -> None:
         probe.values = {s: x.clone().requires_grad_(s in live_ins) for s, x in probe.values.items()}
         leaves = [probe.values[s] for s in live_ins]
         try:
-            theirs = gradients([probe.by_time(probe.run())], leaves)
+            theirs = gradients([probe.outputs()], leaves)
         except NOT_SHOWN as failure:
             log.debug("structure: %s has no backward: %s", probe.subgraph.result, failure)
             return
@@ -102,11 +103,11 @@ def _drawn(
     ranges: Mapping[LiveIn, Range],
     seed: int,
 ) -> tuple[Probe, Tensor]:
-    """A draw and the part's result on it, at the second sizes where the part does not run at the first."""
+    """A draw and the subgraph's result on it, at the second sizes where the subgraph does not run at the first."""
     for sizing in sizings:
         probe = _probe(subgraph, hypothesis, sizing, ranges, seed)
         try:
-            return probe, probe.by_time(probe.run())
+            return probe, probe.outputs()
         except NOT_SHOWN as error:
             if sizing is sizings[1]:
                 raise
@@ -133,7 +134,7 @@ def _sizings(subgraph: Subgraph, tried: Probe) -> list[Sizing]:
     return found + [own] * (DRAWS - len(found))
 
 
-def _rescaled(hypothesis: Hypothesis, probe: Probe, theirs: Tensor, ours: Tensor) -> tuple[Hypothesis, float]:
+def _rescaled(hypothesis: Hypothesis, theirs: Tensor, ours: Tensor) -> tuple[Hypothesis, float]:
     """A scale that hangs on the length (a mean, say) is that of the graph's."""
     plain = [s for s, how in hypothesis.post if how == "plus"]
     if plain or hypothesis.normaliser is not None or hypothesis.first is not None or hypothesis.skip is not None:
@@ -146,7 +147,7 @@ def _probe(
     subgraph: Subgraph, hypothesis: Hypothesis, sizing: Sizing, ranges: Mapping[LiveIn, Range], seed: int
 ) -> Probe:
     """A draw of which every operand is as in a real model, so that the far past still counts at any length."""
-    largest = max((_count(sizing, v) for op in subgraph.ops for v in op.outputs), default=0)
+    largest = max((math.prod(sizing.shape(v)) for op in subgraph.ops for v in op.outputs), default=0)
     dtype = torch.float32 if largest > _LARGE else torch.float64
     probe = Probe(subgraph, hypothesis.layouts, hypothesis.result, sizing, ranges, seed, dtype)
     if hypothesis.decay is not None and hypothesis.transform is not None:
@@ -161,10 +162,3 @@ def _probe(
         norm = key.square().sum(dims, keepdim=True).sqrt()
         probe.values[hypothesis.key] = (key / norm * (0.5 + 0.5 * torch.sigmoid(norm))).to(dtype)
     return probe
-
-
-def _count(sizing: Sizing, value: object) -> int:
-    made = 1
-    for n in sizing.shape(value):  # type: ignore[arg-type]
-        made *= n
-    return made

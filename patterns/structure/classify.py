@@ -1,8 +1,8 @@
-"""Classify: tells what each live-in of a part is, by what the part is as a function of it."""
+"""Classify: tells what each live-in of a subgraph is, by what the subgraph is as a function of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -19,11 +19,11 @@ from llcompile.patterns.structure.sizing import CannotArrange, arrange
 
 
 class Rejection(Exception):
-    """The part is no mixer of ours; the first property that failed.
+    """The subgraph is no mixer of ours; the first property that failed.
 
     Args:
         given: that property, as a reason.
-        near: whether the part looks like a mixer otherwise, so that a person wants to read of it.
+        near: whether the subgraph looks like a mixer otherwise, so that a person wants to read of it.
         open: whether it looks at the past and at the token itself, as a mixer does, so that another cut may show one.
     """
 
@@ -65,7 +65,7 @@ class Roles:
 
 
 def classify(measured: Observations) -> Roles:
-    """The roles of the part's live-ins.
+    """The roles of the subgraph's live-ins.
 
     Raises:
         Rejection: with the first property that does not hold.
@@ -252,78 +252,44 @@ class _Classifier:
             linear_query=self.degree[query] == 1,
         )
         near = 2 if values or roles.linear_query else 0
-        for check in _CHECKS:
-            given = check.failed(self, roles, bool(values))
-            if given is not None:
-                raise Rejection(given, near if check.near is None else check.near)
+        for given, own_near in self._lacks(roles, bool(values)):
+            raise Rejection(given, near if own_near is None else own_near)
         return roles
 
-    # -- checks of the roles
+    def _lacks(self, roles: Roles, summed: bool) -> Iterator[tuple[GivenReason, int | None]]:
+        """What the roles lack, in the order in which a person would ask.
 
-    def _has_idle(self, roles: Roles, summed: bool) -> GivenReason | None:
-        return reasons.IDLE_SOURCE() if "none" in self._reaches(roles) else None
+        With each: how near a subgraph is that fails there; None for one that is as near as its roles are.
+        """
+        value, known = roles.value, (roles.query, *roles.keyed, *(s for s, _ in self.post))
+        reaches = {self.reach[s] for s in (*roles.keyed, *roles.scalars, *([] if value is None else [value]))}
+        if "none" in reaches:
+            yield reasons.IDLE_SOURCE(), 0
+        if self.noncausal is not None:
+            yield self.noncausal, None
+        if "own" in reaches:
+            yield reasons.STRAY_SOURCE(), None
+        if not roles.linear_query and not summed:
+            yield reasons.NOT_LINEAR(), 0
+        if not roles.keyed:
+            yield reasons.NO_KEY(), 0
+        # The result has dims that neither queries nor keys have, and no other live-in brings linearly.
+        if value is None and self.kept.difference(*(self.dims[s] for s in known)):
+            yield reasons.NOT_LINEAR_IN_VALUE(), 2
+        if value is not None and self.reach[value] == "window" and self._really_ends(value):
+            yield reasons.SLIDING_WINDOW(output=self.measured.length - 1, input=self.measured.middle), None
+        if value in roles.strict:
+            yield reasons.STRICTLY_CAUSAL(), None
 
-    def _is_noncausal(self, roles: Roles, summed: bool) -> GivenReason | None:
-        return self.noncausal
-
-    def _has_stray(self, roles: Roles, summed: bool) -> GivenReason | None:
-        return reasons.STRAY_SOURCE() if "own" in self._reaches(roles) else None
-
-    def _is_not_linear(self, roles: Roles, summed: bool) -> GivenReason | None:
-        return None if roles.linear_query or summed else reasons.NOT_LINEAR()
-
-    def _has_no_key(self, roles: Roles, summed: bool) -> GivenReason | None:
-        return None if roles.keyed else reasons.NO_KEY()
-
-    def _sums_no_value(self, roles: Roles, summed: bool) -> GivenReason | None:
-        """The result has dims that neither queries nor keys have, and no other live-in brings linearly."""
-        plain = (s for s, _ in self.post)
-        known = set().union(*(self.dims[s] for s in (roles.query, *roles.keyed, *plain)))
-        return reasons.NOT_LINEAR_IN_VALUE() if roles.value is None and self.kept - known else None
-
-    def _ends(self, roles: Roles, summed: bool) -> GivenReason | None:
-        """A value's reach ends, and is not only lost to rounding under a strong decay."""
-        value, probe, last = roles.value, self.probe, self.measured.base[-1]
-        if value is None or self.reach[value] != "window":
-            return None
+    def _really_ends(self, value: LiveIn) -> bool:
+        """Whether a value's reach ends, and is not only lost to rounding under a strong decay."""
+        probe, last = self.probe, self.measured.base[-1]
         # In proportion to the value, however large it is; what is left of it at the end is no less than this.
-        x, middle = probe.values[value], self.measured.middle
-        changed = x + 1e200 * (probe.at_one_time(value, middle) - x)
-        ends = float((self._run(value, changed)[-1] - last).abs().amax()) < 1e-9 * float(last.abs().amax())
-        return reasons.SLIDING_WINDOW(output=self.measured.length - 1, input=middle) if ends else None
-
-    def _is_strict(self, roles: Roles, summed: bool) -> GivenReason | None:
-        return reasons.STRICTLY_CAUSAL() if roles.value in roles.strict else None
-
-    def _reaches(self, roles: Roles) -> set[str]:
-        """How far the live-ins that have a role in the sum, but the query, reach."""
-        found = [*roles.keyed, *roles.scalars, *([roles.value] if roles.value is not None else [])]
-        return {self.reach[s] for s in found}
+        x = probe.values[value]
+        changed = x + 1e200 * (probe.at_one_time(value, self.measured.middle) - x)
+        return float((self._run(value, changed)[-1] - last).abs().amax()) < 1e-9 * float(last.abs().amax())
 
 
-@dataclass(frozen=True)
-class _Check:
-    """A property of the roles.
-
-    Args:
-        failed: the reason for a part that does not have it; None where it has.
-        near: how near a part is that fails here; None for one that is as near as its roles are.
-    """
-
-    failed: Callable[[_Classifier, Roles, bool], GivenReason | None]
-    near: int | None = None
-
-
-_CHECKS = (
-    _Check(_Classifier._has_idle, 0),
-    _Check(_Classifier._is_noncausal),
-    _Check(_Classifier._has_stray),
-    _Check(_Classifier._is_not_linear, 0),
-    _Check(_Classifier._has_no_key, 0),
-    _Check(_Classifier._sums_no_value, 2),
-    _Check(_Classifier._ends),
-    _Check(_Classifier._is_strict),
-)
 # What an output may be multiplied with: its name in `POSTS`, a function of the live-in, and whether it divides.
 _FACTORS: tuple[tuple[str, Callable[[Tensor], Tensor], bool], ...] = (
     ("times", lambda x: x, False),

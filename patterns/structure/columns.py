@@ -8,11 +8,12 @@ from typing import NamedTuple
 from llcompile.patterns.structure.cut import Subgraph
 from llcompile.patterns.structure.facts import TimeAnalysis
 from llcompile.patterns.structure.follow import WEIGHTED
-from llcompile.patterns.structure.lifted import MOVES, SHAPES, piece
+from llcompile.patterns.structure.lifted import piece
+from llcompile.patterns.structure.moves import MOVES, SHAPES
 from llcompile.patterns.structure.program import Op, Value
 
 _FEWEST = 4  # features; fewer are queries, keys and values in one tensor
-_DEEPEST = 6  # operations between a feature and a live-in of the part
+_DEEPEST = 6  # operations between a feature and a live-in of the subgraph
 
 
 class Column(NamedTuple):

@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 
+from llcompile.patterns.structure.moves import TURNS, VIEWS
 from llcompile.patterns.structure.program import Op, Program, Value
 
-# The same numbers in the same order.
-_VIEWS = frozenset(["view", "_unsafe_view", "reshape", "unsqueeze", "squeeze"])
 # The same numbers, or some of them, in another shape.
-_LAYOUTS = _VIEWS | frozenset(["permute", "transpose", "t", "expand", "select", "slice"])
+_LAYOUTS = VIEWS | TURNS | {"expand", "select", "slice"}
 _DEEPEST = 8  # views of views
 # Not pointwise by its tag, as it returns what its backward reads.
 _POINTWISE = frozenset(["log_sigmoid_forward"])
@@ -63,8 +62,8 @@ def _whole(value: Value) -> Value:
 
 def _keeps_order(op: Op) -> bool:
     """Whether it lays the same numbers out in the same order; axes of size one may go anywhere."""
-    if op.name not in ("permute", "transpose", "t"):
-        return op.name in _VIEWS
+    if op.name not in TURNS:
+        return op.name in VIEWS
     shape, order = op.inputs[0].shape, list(range(len(op.inputs[0].shape)))
     if op.name == "permute":
         order = [int(d) % len(order) for d in op.args[1]]

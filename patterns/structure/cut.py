@@ -1,9 +1,8 @@
-"""Cut: the part of the program that makes one value out of values that are pointwise in time."""
+"""Cut: the subgraph that makes one value out of values that are pointwise in time."""
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,11 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from llcompile.patterns.graph.walk import walk
-from llcompile.patterns.structure.axes import Axes, Axis, Dim, Dims
+from llcompile.patterns.structure.axes import Axes, Axis, Dim, Dims, length
 from llcompile.patterns.structure.facts import TimeAnalysis
 from llcompile.patterns.structure.follow import Followed, follow
 from llcompile.patterns.structure.frame import Frame
-from llcompile.patterns.structure.lifted import MOVES, SHAPES, Lifted, Lifter, LiveIn, sample_of
+from llcompile.patterns.structure.lifted import Lifted, Lifter, LiveIn, made_of, sample_of
+from llcompile.patterns.structure.moves import MOVES, SHAPES
 from llcompile.patterns.structure.program import Op, Value
 
 
@@ -31,7 +31,7 @@ class Subgraph:
         earlier: live-ins that join positions already: outputs of mixers that come before.
         learned: live-ins that the model's input has no part in.
         columns: tensors that are taken feature by feature, with that dimension.
-        functions: sizes and dtype -> the part as a function, once it was written out.
+        functions: sizes and dtype -> the subgraph as a function, once it was written out.
     """
 
     result: Value
@@ -50,7 +50,7 @@ class Subgraph:
 
 
 class Cutter:
-    """Cuts parts out of a program, as close to where times are mixed as it is allowed to.
+    """Cuts subgraphs out of a program, as close to where times are mixed as it is allowed to.
 
     Args:
         analysis: the facts.
@@ -65,12 +65,12 @@ class Cutter:
     @property
     def length(self) -> int:
         """The number of positions."""
-        return math.prod(leaf.size for leaf in self.analysis.leaves)
+        return length(self.analysis.leaves)
 
     def cut(
         self, result: Value, passed: Iterable[LiveIn] = (), views: bool = False, limit: int = 200_000
     ) -> Subgraph | None:
-        """The part that makes `result`; None for more operations than `limit`.
+        """The subgraph that makes `result`; None for more operations than `limit`.
 
         Values in `passed` are not cut at, but what they are made of. With `views`, two views of one tensor are two
         live_ins: queries that are the keys as well.
@@ -113,7 +113,7 @@ class Cutter:
         return Subgraph(result, list(live_ins), ordered, taps, earlier & set(live_ins), learned)
 
     def _earlier(self, subgraph: Subgraph) -> frozenset[Value]:
-        """Values inside that are whole sequences, join positions, and are what the part's live-ins are computed from.
+        """Values inside that are whole sequences, join positions, and are what the live-ins are computed from.
 
         A mixer's output on a residual stream: the next layer is added to it, and has it as its input.
         """
@@ -134,13 +134,13 @@ class Cutter:
         return frozenset(value for value in reached if value in mixed)
 
     def frame(self, subgraph: Subgraph) -> tuple[Frame, dict[LiveIn, Axes]]:
-        """The part's own axes, and those of its live-ins.
+        """The subgraph's own axes, and those of its live-ins.
 
         New ones: in the whole program two axes can be the same only because they were cut from one tensor (the keys and
         values of a fused projection).
         """
         dims, analysis = Dims(), self.analysis
-        time = dims.new(math.prod(leaf.size for leaf in analysis.leaves))
+        time = dims.new(self.length)
         for sizes in self._chunkings(subgraph):
             dims.regroup((time,), sizes)
         axes: dict[Value, Axes] = {}
@@ -173,7 +173,7 @@ class Cutter:
         return list(dict.fromkeys(found))
 
     def _renewed(self, dims: Dims, time: Axis, axes: Axes) -> Axes:
-        """New axes for a live-in. Time is shared; where the live-in has it in chunks, the part's time is split, too."""
+        """New axes for a live-in. Time is shared; where the live-in has it in chunks, it is split."""
         analysis, inner = self.analysis, dims.leaves(time)
         places = {leaf: i for i, leaf in enumerate(analysis.leaves)}
         made = []
@@ -194,13 +194,7 @@ class Cutter:
 
     def parents(self, live_in: LiveIn) -> list[LiveIn]:
         """What a live-in is computed from, if it can be cut there."""
-        if isinstance(live_in, Lifted):
-            return [
-                a.base[0] if isinstance(a, Lifted) and a.base else a
-                for a in live_in.args
-                if isinstance(a, (Lifted, Value))
-            ]
-        return list(live_in.op.inputs) if live_in.op is not None else []
+        return [a.base[0] if isinstance(a, Lifted) and a.base else a for a in made_of(live_in)]
 
     def _source(self, value: Value, through: set[LiveIn], taps: dict[Lifted, dict[Value, int]]) -> LiveIn | None:
         fact = self.analysis.facts[value]

@@ -1,14 +1,15 @@
-"""Cuts: which parts are tried as the mixer that makes a value, and in which order."""
+"""Cuts: which subgraphs are tried as the mixer that makes a value, and in which order."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from llcompile.patterns.structure.columns import columns
 from llcompile.patterns.structure.cut import Cutter, Subgraph
-from llcompile.patterns.structure.found import count
 from llcompile.patterns.structure.lift import bases_of
-from llcompile.patterns.structure.lifted import MOVES, Lifted, LiveIn, origin, sample_of
+from llcompile.patterns.structure.lifted import Lifted, LiveIn, made_of, origin, sample_of
+from llcompile.patterns.structure.moves import MOVES
 from llcompile.patterns.structure.program import Value
 from llcompile.patterns.structure.tail import Tail, tails
 
@@ -18,13 +19,13 @@ _WIDENINGS = 12  # how often a cut is moved up
 
 
 class Cuts:
-    """The parts that may be a mixer, of one cutter."""
+    """The subgraphs that may be a mixer, of one cutter."""
 
     def __init__(self, cutter: Cutter) -> None:
         self.cutter, self.analysis = cutter, cutter.analysis
 
     def of(self, value: Value) -> Iterator[tuple[Subgraph, Tail | None]]:
-        """The parts to try: of the value, then of what it may be computed from piece by piece."""
+        """The subgraphs to try: of the value, then of what it may be computed from piece by piece."""
         for subgraph in self._parts(value):
             yield subgraph, None
         for tail in tails(value, self.analysis, self.cutter.lifter):
@@ -76,26 +77,21 @@ class Cuts:
 
     def _is_product(self, live_in: LiveIn, squares: bool = False) -> bool:
         """Whether it is larger than all it is made of (k v^T), or computed from such a thing element by element."""
-        op, inner = live_in.op, [p for p in self._inner(live_in) if self._is_data(p)]
+        op, inner = live_in.op, [p for p in made_of(live_in) if self._is_data(p)]
         if not inner:  # powers of a learned decay for the positions of a chunk
-            inner = [p for p in self._inner(live_in) if isinstance(p, Value) and self.analysis.facts[p].weight]
+            inner = [p for p in made_of(live_in) if isinstance(p, Value) and self.analysis.facts[p].weight]
         if op is None or not inner or self.analysis.is_projection(op):
             return False
-        size, largest = count(sample_of(live_in).shape), max(count(sample_of(p).shape) for p in inner)
+        size, largest = math.prod(sample_of(live_in).shape), max(math.prod(sample_of(p).shape) for p in inner)
         if op.name not in _JOINS and size > largest and (len(op.inputs) > 1 or op.name == "diag_embed"):
             return squares or len(inner) < 2 or len(set(map(origin, inner))) > 1
-        return any(count(sample_of(p).shape) == size and self._is_product(p, squares) for p in inner)
+        return any(math.prod(sample_of(p).shape) == size and self._is_product(p, squares) for p in inner)
 
     def _is_data(self, live_in: LiveIn) -> bool:
         if isinstance(live_in, Lifted):
             return True
         fact = self.analysis.facts[live_in]
         return fact.data and not fact.mixed
-
-    def _inner(self, live_in: LiveIn) -> list[LiveIn]:
-        if isinstance(live_in, Lifted):
-            return [a for a in live_in.args if isinstance(a, (Lifted, Value))]
-        return list(live_in.op.inputs) if live_in.op is not None else []
 
     def _combined(self, subgraph: Subgraph) -> set[LiveIn]:
         """Live-ins that are computed from another live-in and something else (k * beta beside k)."""

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import islice
 
 from llcompile.patterns import reasons
+from llcompile.patterns.graph.walk import walk
 from llcompile.patterns.structure.classify import Rejection
 from llcompile.patterns.structure.found import Findings, Found, NearMiss, values_of
 from llcompile.patterns.structure.hypothesis import Hypothesis
-from llcompile.patterns.structure.lifted import MOVES, SHAPES, LiveIn, origin
+from llcompile.patterns.structure.lifted import LiveIn, origin
+from llcompile.patterns.structure.moves import MOVES, SHAPES
 from llcompile.patterns.structure.program import Op, Value
 
 _ROUNDING = 1e-9
+_NEAR_BY = 20  # values around a division that are looked at
+_Part = tuple[Value, Value | None]  # a projection, and the piece of it that was taken; None for all of it
 # What code does to a denominator before it divides.
 _AROUND = MOVES | {"detach", "add", "abs", "clamp", "clamp_min", "maximum", "mul"}
 
@@ -54,18 +59,13 @@ def _scores(hypothesis: Hypothesis) -> tuple[object, ...]:
 def _is_divided(findings: Findings, found: Found) -> bool:
     """Whether the code divides the result by something else that joins queries and keys: the level weights would not be
     in both. What is made of decays and gates alone is a factor for each token, and stays."""
-    pending, seen = [found.output], 0
-    while pending and seen < 20:
-        value = pending.pop()
-        seen += 1
-        for user in value.users:
-            if user.name in MOVES:
-                pending.extend(user.outputs)
-            elif any(_joins_others(findings, found, d) for d in _divisors(user, value)):
-                rejection = Rejection(reasons.OTHER_DENOMINATOR(), 3)
-                findings.near_misses.append(NearMiss(found.output, rejection, found.subgraph, analysis=found.analysis))
-                return True
-    return False
+    moved = walk([found.output], lambda v: (o for user in v.users if user.name in MOVES for o in user.outputs))
+    divisors = (d for value in islice(moved, _NEAR_BY) for user in value.users for d in _divisors(user, value))
+    if not any(_joins_others(findings, found, divisor) for divisor in divisors):
+        return False
+    rejection = Rejection(reasons.OTHER_DENOMINATOR(), 3)
+    findings.near_misses.append(NearMiss(found.output, rejection, found.subgraph, analysis=found.analysis))
+    return True
 
 
 def _divisors(user: Op, value: Value) -> list[Value]:
@@ -86,41 +86,33 @@ def _meets(found: Found, value: Value) -> bool:
     return any(a == b or (a[:1] == b[:1] and None in (a[1], b[1])) for a in own for b in other)
 
 
-def _made_from(live_ins: Sequence[LiveIn], found: Found) -> set[tuple[Value, Value | None]]:
+def _made_from(live_ins: Sequence[LiveIn], found: Found) -> set[_Part]:
     """The projections that live-ins are computed from, each with the piece of it that was taken; None for all of it."""
-    made: set[tuple[Value, Value | None]] = set()
-    pending: list[tuple[Value, Value | None]] = [(v, None) for s in live_ins for v in values_of(s)]
-    seen = set(pending)
-    while pending:
-        value, piece = pending.pop()
-        op = value.op
-        if op is None or found.analysis.is_projection(op):
-            made.update([(value, piece)] if value.data is None else [])
-            continue
-        piece = (piece or (None if op.name in MOVES else value)) if op.name in SHAPES else None
-        new = [(v, piece) for v in op.inputs if (v, piece) not in seen]
-        seen.update(new)
-        pending.extend(new)
-    return made
+    is_end = lambda v: v.op is None or found.analysis.is_projection(v.op)  # noqa: E731
+
+    def above(part: _Part) -> Iterable[_Part]:
+        value, piece = part
+        if value.op is None or is_end(value):
+            return ()
+        name = value.op.name
+        piece = (piece or (None if name in MOVES else value)) if name in SHAPES else None
+        return ((v, piece) for v in value.op.inputs)
+
+    start: list[_Part] = [(v, None) for s in live_ins for v in values_of(s)]
+    return {(value, piece) for value, piece in walk(start, above) if is_end(value) and value.data is None}
 
 
 def _joins_others(findings: Findings, found: Found, divisor: Value) -> bool:
     """Whether a denominator joins positions in another way than the mixer's own does."""
     sums = {f.output: f for f in findings.found if f.hypothesis.value is None}
     own = findings.denominators.get(id(found), [])
-    pending, seen = [divisor], 0
-    while pending and seen < 20:
-        value = pending.pop()
-        seen += 1
-        if value in sums:
-            if not any(sums[value] is f for f in own):
-                return True
-            continue
-        fact = found.analysis.facts.get(value)
-        if fact is not None and fact.mixed:
-            if _meets(found, value):
-                return True
-            continue
-        if value.op is not None and value.op.name in _AROUND:
-            pending.extend(value.op.inputs)
-    return False
+    is_mixed = lambda v: v in found.analysis.facts and found.analysis.facts[v].mixed  # noqa: E731
+
+    def above(value: Value) -> Iterable[Value]:
+        plain = value.op is not None and value.op.name in _AROUND
+        return value.op.inputs if value.op and plain and value not in sums and not is_mixed(value) else ()
+
+    def is_other(value: Value) -> bool:
+        return sums[value] not in own if value in sums else is_mixed(value) and _meets(found, value)
+
+    return any(map(is_other, islice(walk([divisor], above), _NEAR_BY)))

@@ -1,7 +1,7 @@
-"""Execute: a part of a program as a function of numbers, in float64 and, where its axes allow it, at other sizes.
+"""Execute: a subgraph of a program as a function of numbers, in float64 and, where its axes allow it, at other sizes.
 
-A part is run a hundred times before it is proved, and an unrolled loop has thousands of operations: so the function is
-written out as Python, once, with the arguments of every call settled.
+A subgraph is run a hundred times before it is proved, and an unrolled loop has thousands of operations: so the function
+is written out as Python, once, with the arguments of every call settled.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class _Writer:
     def write(self, ops: Sequence[Op]) -> Callable[..., Tensor]:
         last = {value: i for i, op in enumerate(ops) for value in op.inputs}
         given = set(self.inputs)
-        lines = [f"def part({', '.join(self.names[value] for value in self.inputs)}):"]
+        lines = [f"def subgraph({', '.join(self.names[value] for value in self.inputs)}):"]
         for position, op in enumerate(ops):
             call = self._call(op)
             targets = []
@@ -62,8 +62,8 @@ class _Writer:
             if gone:
                 lines.append(f"    {' = '.join(dict.fromkeys(self.names[v] for v in gone))} = None")
         lines.append(f"    return {self.names[self.result]}")
-        exec(compile("\n".join(lines), "<part>", "exec"), self.known)
-        return self.known["part"]  # type: ignore[no-any-return]
+        exec(compile("\n".join(lines), "<subgraph>", "exec"), self.known)
+        return self.known["subgraph"]  # type: ignore[no-any-return]
 
     def _call(self, op: Op) -> str:
         args, kwargs = _retyped(op.args, self.dtype), {k: _retyped_one(k, v, self.dtype) for k, v in op.kwargs.items()}

@@ -8,22 +8,21 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from llcompile.patterns.structure.axes import Axis, Dim
+from llcompile.patterns.structure.axes import Axis, Dim, length
 from llcompile.patterns.structure.follow import WEIGHTED, Followed
 from llcompile.patterns.structure.frame import Frame
+from llcompile.patterns.structure.moves import CUTS, WRITES
 from llcompile.patterns.structure.program import Op, Program, Value
 
 # "sequence": it has all of time, once, as one axis or in chunks. "timeless": the same at all times.
 # "pieces": anything else.
 Form = Literal["timeless", "sequence", "pieces"]
 
-_CUTS = frozenset(["select", "slice", "split", "split_with_sizes", "unbind"])
 _DIFFERENCES = frozenset(["sub", "add", "rsub"])
 _JOINS = frozenset(["cat", "stack"])
 _SCANS = frozenset(["cumsum", "cumprod", "logcumsumexp"])
 # What makes a number the same for all tokens, in training only, mixes no tokens.
 _STATISTICS = frozenset(["native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"])
-_WRITES = frozenset(["select_scatter", "slice_scatter", "index_put"])
 
 
 @dataclass
@@ -71,11 +70,11 @@ class TimeAnalysis(Frame):
 
     def _chunks(self) -> set[Dim]:
         """The axes of chunks of equal width that the code cuts out of time."""
-        dims, length = self.followed.dims, _length(self.leaves)
+        dims, size = self.followed.dims, length(self.leaves)
         return {
             leaf
             for (leaves, start, stop, step), cut in dims.slices.items()
-            if step == 1 and stop - start > 1 and length % (stop - start) == 0 == start % (stop - start)
+            if step == 1 and stop - start > 1 and size % (stop - start) == 0 == start % (stop - start)
             if dims.leaves(leaves) == self.leaves
             for leaf in dims.leaves((cut,))
         } - {*self.leaves}
@@ -106,16 +105,17 @@ class TimeAnalysis(Frame):
         mixes = self.mixes_time(op) and not self._fills(op) and op.name not in _STATISTICS
         timeless = not mixes and all(f.form == "timeless" for f in given)
         lone = self.lone and self._is_lone(op)
-        data, weight = any(f.data for f in given), any(f.weight for f in given)
+        data, weight, cuts = any(f.data for f in given), any(f.weight for f in given), op.name in CUTS
         for value in op.outputs:
             form = self._form(value, timeless)
             place, joins = self._place(op, given, value.index)
-            mixed = data and (any(f.mixed for f in given) or (joins and not lone))
-            mixed = mixed or (data and mixes and op.name not in _CUTS and not lone)
-            mixed = mixed or (form == "pieces" and self._crosses(op, value))
             # A part of the sequence, made as long as it again: a shift.
-            shift = form == "sequence" and op.name not in _CUTS and any(f.data and f.form == "pieces" for f in given)
-            mixed = (mixed or (shift and not lone)) and not (lone and form == "sequence" and self._falls(op))
+            shift = form == "sequence" and not cuts and any(f.data and f.form == "pieces" for f in given)
+            mixed = (
+                (data and any(f.mixed for f in given))
+                or (not lone and (shift or (data and (joins or (mixes and not cuts)))))
+                or (form == "pieces" and self._crosses(op, value))
+            ) and not (lone and form == "sequence" and self._falls(op))
             met = any(f.met for f in given) or self._meet(op) or self._is_outer(op, value)
             if (mixed or met) and self.is_projection(op):
                 mixed, met = mixed and form != "sequence" and op.name != "convolution", False
@@ -146,11 +146,11 @@ class TimeAnalysis(Frame):
 
     def _fills(self, op: Op) -> bool:
         """Whether it writes what no input has a part in (v[:, 0] = 0): every position remains its own."""
-        return op.name in _WRITES and not any(self.facts[v].data for v in op.inputs if v is not op.inputs[0])
+        return op.name in WRITES and not any(self.facts[v].data for v in op.inputs if v is not op.inputs[0])
 
     def _place(self, op: Op, given: list[Fact], index: int = 0) -> tuple[tuple[int, ...] | None, bool]:
         """The position that the result belongs to, and whether the operation joins several."""
-        if op.name in _CUTS and self.mixes_time(op):
+        if op.name in CUTS and self.mixes_time(op):
             numbers = tuple(a for a in op.args[1:] if isinstance(a, int))
             return (*(given[0].place or ()), *numbers, index), False
         pieces = [f for f in given if f.data and f.form != "timeless"]
@@ -251,13 +251,9 @@ def _is_told_apart(axis: Axis) -> bool:
 
 def lengthened(followed: Followed, time: Axis) -> list[Axis]:
     """Time with positions added at its end, as code does that works in whole chunks."""
-    dims, length = followed.dims, _length(time)
-    found = {
-        dims.leaves((axis,)): size
-        for (leaves, size), axis in dims.pads.items()
-        if dims.leaves(leaves) == time and size < 2 * length
-    }
-    return list(found)
+    dims, most = followed.dims, 2 * length(time)
+    pads = [axis for (leaves, size), axis in dims.pads.items() if dims.leaves(leaves) == time and size < most]
+    return list(dict.fromkeys(dims.leaves((axis,)) for axis in pads))
 
 
 def _shortened(followed: Followed, present: set[Axis]) -> set[Axis]:
@@ -265,9 +261,5 @@ def _shortened(followed: Followed, present: set[Axis]) -> set[Axis]:
     return {
         followed.dims.leaves((cut,))
         for (leaves, start, stop, step), cut in followed.dims.slices.items()
-        if followed.dims.leaves(leaves) in present and step == 1 and 4 * (stop - start) > 3 * _length(leaves)
+        if followed.dims.leaves(leaves) in present and step == 1 and 4 * (stop - start) > 3 * length(leaves)
     }
-
-
-def _length(axis: Axis) -> int:
-    return math.prod(leaf.size for leaf in axis)

@@ -1,11 +1,10 @@
-"""Suppose: tries the operands that the roles leave open, until the operator agrees with the part."""
+"""Fit: tries the operands that the roles leave open, until the operator agrees with the subgraph."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -29,12 +28,12 @@ _DECAY, _BETA, _FACTOR, _EXP = "decay", "beta", "factor", "exponent"
 
 
 def fit(probe: Probe, roles: Roles) -> Hypothesis:
-    """The hypothesis of the part that agrees with it on the probe's draw.
+    """The hypothesis of the subgraph that agrees with it on the probe's draw.
 
     Raises:
         Rejection: none does; with how close the best one came.
     """
-    base = probe.by_time(probe.run())
+    base = probe.outputs()
     closest = math.inf
     for hypothesis in _readings(probe, roles):
         try:
@@ -63,14 +62,14 @@ def _with_rest(probe: Probe, hypothesis: Hypothesis, roles: Roles) -> Hypothesis
             probe.values[roles.first] = probe.draw(roles.first)
             hypothesis = replace(hypothesis, first=roles.first)
             without = {roles.first: none(probe.values[roles.first])}
-            theirs = probe.by_time(probe.run()) - probe.by_time(probe.run(without))
-            ours = output_of(probe, hypothesis) - _output_with(probe, hypothesis, without)
+            theirs = probe.outputs() - probe.outputs(without)
+            ours = output_of(probe, hypothesis) - output_of(probe, hypothesis, without)
             hypothesis = replace(hypothesis, first_scale=_factor(theirs, ours))
         if roles.aside is not None:
             hypothesis = replace(hypothesis, skip=roles.aside)
             without = {roles.query: none(probe.values[roles.query])}
-            theirs = probe.by_time(probe.run(without))
-            hypothesis = replace(hypothesis, skip_scale=_factor(theirs, _output_with(probe, hypothesis, without)))
+            theirs = probe.outputs(without)
+            hypothesis = replace(hypothesis, skip_scale=_factor(theirs, output_of(probe, hypothesis, without)))
     except NOT_SHOWN as error:
         raise Rejection(reasons.ADDED_TO_SUM(), 2, open=True) from error
     return hypothesis
@@ -88,19 +87,11 @@ def _factor(theirs: Tensor, ours: Tensor) -> float:
     return 1.0 if abs(factor - 1) < 1e-9 else factor
 
 
-def _output_with(probe: Probe, hypothesis: Hypothesis, changed: dict[LiveIn, Tensor]) -> Tensor:
-    kept, probe.values = probe.values, {**probe.values, **changed}
-    try:
-        return output_of(probe, hypothesis)
-    finally:
-        probe.values = kept
-
-
 def _readings(probe: Probe, roles: Roles) -> Iterator[Hypothesis]:
     """Every way to read the live-ins, the plainest first."""
     for key in roles.keyed:
         others = [s for s in (*roles.keyed, *roles.scalars, *roles.timeless) if s is not key]
-        choices = [_choices(probe, roles, s, key) for s in others]
+        choices = [_choices(roles, s) for s in others]
         for picked in sorted(itertools.product(*choices), key=lambda p: sum(r in (_DECAY, _BETA) for r in p)):
             if picked.count(_DECAY) > 1 or picked.count(_BETA) > 1:
                 continue
@@ -108,7 +99,7 @@ def _readings(probe: Probe, roles: Roles) -> Iterator[Hypothesis]:
             yield from _with_transforms(probe, roles, key, named)
 
 
-def _choices(probe: Probe, roles: Roles, live_in: LiveIn, key: LiveIn) -> list[str]:
+def _choices(roles: Roles, live_in: LiveIn) -> list[str]:
     if live_in in roles.keyed:
         return [_DECAY]
     found = []
@@ -150,15 +141,12 @@ def _with_transforms(probe: Probe, roles: Roles, key: LiveIn, named: list[tuple[
 
 def _rate(probe: Probe, hypothesis: Hypothesis, decay: LiveIn) -> float | None:
     """The factor between a live-in and the log decay, where code multiplies after summing; from a constant decay."""
-    kept = probe.values
-    probe.values = {**kept, decay: torch.full_like(kept[decay], _STEADY)}
     try:
-        base = probe.by_time(probe.run())
-        steady = _constant_decay(probe, hypothesis, output_of(probe, hypothesis), base)
+        with probe.changed({decay: torch.full_like(probe.values[decay], _STEADY)}):
+            base = probe.outputs()
+            steady = _constant_decay(probe, hypothesis, output_of(probe, hypothesis), base)
     except NOT_SHOWN:
         return None
-    finally:
-        probe.values = kept
     if steady is None or steady.constant is None:
         return None
     rates = [number / _STEADY for number in steady.constant]
@@ -195,7 +183,7 @@ def _batch(dims: list[Dim]) -> list[Dim]:
 
 
 def _fit(probe: Probe, hypothesis: Hypothesis, roles: Roles, base: Tensor) -> tuple[Hypothesis, float]:
-    """The hypothesis with its numbers (scale, constant decay, epsilon) found, and how far it is from the part."""
+    """The hypothesis with its numbers (scale, constant decay, epsilon) found, and how far it is from the subgraph."""
     if not roles.linear_query:
         return _fit_normaliser(probe, hypothesis, base)
     ours = output_of(probe, hypothesis)
@@ -226,14 +214,14 @@ def _more_heads(hypothesis: Hypothesis) -> Iterator[Hypothesis]:
         yield replace(hypothesis, axes=replace(axes, rest=(*axes.rest, dim), value=others))
 
 
-def output_of(probe: Probe, hypothesis: Hypothesis) -> Tensor:
-    """What the hypothesis computes on the probe's draw, as [T, everything else]."""
-    size = probe.sizing.of
-    m = hypothesis.mixer(probe.values, size, probe.dtype)
+def output_of(probe: Probe, hypothesis: Hypothesis, changed: Mapping[LiveIn, Tensor] | None = None) -> Tensor:
+    """What the hypothesis computes on the probe's draw, with some live-ins changed, as [T, everything else]."""
+    size, values = probe.sizing.of, {**probe.values, **(changed or {})}
+    m = hypothesis.mixer(values, size, probe.dtype)
     operands = m.query, m.key, m.value, None, m.log_decay, m.beta, m.initial_state
     with running(probe.subgraph.result):  # operands that fit no call of the operator are another hypothesis'
         output = torch.ops.llcompile.loglinear_attention(*operands, m.scale, False)[0]
-    return probe.by_time(hypothesis.finish(output, probe.values, size))
+    return probe.by_time(hypothesis.finish(output, values, size))
 
 
 def _scaled(hypothesis: Hypothesis, ours: Tensor, base: Tensor) -> tuple[Hypothesis, float]:
@@ -244,12 +232,8 @@ def _scaled(hypothesis: Hypothesis, ours: Tensor, base: Tensor) -> tuple[Hypothe
 def _constant_decay(probe: Probe, hypothesis: Hypothesis, ours: Tensor, base: Tensor) -> Hypothesis | None:
     """The decay that the code holds as numbers, from how an impulse at the start dies away."""
     value = hypothesis.value if hypothesis.value is not None else hypothesis.key
-    start = probe.at_one_time(value, 0)
-    theirs = base - probe.by_time(probe.run({value: start}))
-    changed = dict(probe.values)
-    kept, probe.values = probe.values, {**changed, value: start}
-    own = ours - output_of(probe, hypothesis)
-    probe.values = kept
+    start = {value: probe.at_one_time(value, 0)}
+    theirs, own = base - probe.outputs(start), ours - output_of(probe, hypothesis, start)
     heads = _by_head(probe, hypothesis, theirs), _by_head(probe, hypothesis, own)
     ratio = (heads[0] * heads[1]).sum(-1) / (heads[1] * heads[1]).sum(-1).clamp_min(1e-300)  # [T, H]
     ratio = ratio / ratio[:1]
@@ -275,15 +259,10 @@ def _constant_step(probe: Probe, hypothesis: Hypothesis, base: Tensor) -> float 
     """
     if hypothesis.value is None or probe.length < 2:
         return None
-    kept, changed = probe.values, {**probe.values, hypothesis.value: probe.at_one_time(hypothesis.value, 0)}
-    theirs = (base - probe.by_time(probe.run(changed)))[1]
-    left = []
-    for step in (None, 1.0):
-        tried = replace(hypothesis, step=step)
-        own = output_of(probe, tried)
-        probe.values = changed
-        left.append((own - output_of(probe, tried))[1])
-        probe.values = kept
+    changed = {hypothesis.value: probe.at_one_time(hypothesis.value, 0)}
+    theirs = (base - probe.outputs(changed))[1]
+    tried = [replace(hypothesis, step=step) for step in (None, 1.0)]
+    left = [(output_of(probe, h) - output_of(probe, h, changed))[1] for h in tried]
     without, whole = torch.linalg.lstsq(torch.stack(left, 1).double(), theirs.double()[:, None]).solution[:, 0].tolist()
     step = whole / (without + whole) if without + whole else math.nan
     return step if math.isfinite(step) and step > 0 else None
@@ -307,8 +286,7 @@ def _fit_normaliser(probe: Probe, hypothesis: Hypothesis, base: Tensor) -> tuple
         error = max(error, _turned_error(probe, found))
         if epsilon and error < AGREES:
             # Where the denominator is about as large as the epsilon, a sum and a maximum differ.
-            with _queries_times(probe, hypothesis, epsilon):
-                error = max(error, difference(probe.by_time(probe.run()), output_of(probe, found)))
+            error = max(error, _error_at(probe, found, epsilon))
         best = min(best, (found, error), key=lambda pair: pair[1])
     return best
 
@@ -318,15 +296,20 @@ def _turned_error(probe: Probe, hypothesis: Hypothesis) -> float:
     low, query = probe.ranges[hypothesis.query][0], probe.values[hypothesis.query]
     if low >= 0:
         return 0.0
-    with _queries_times(probe, hypothesis, -min(1.0, 0.9 * abs(low) / float(query.abs().max()))):
-        return difference(probe.by_time(probe.run()), output_of(probe, hypothesis))
+    return _error_at(probe, hypothesis, -min(1.0, 0.9 * abs(low) / float(query.abs().max())))
+
+
+def _error_at(probe: Probe, hypothesis: Hypothesis, factor: float) -> float:
+    """How far the two are apart for queries times a factor."""
+    changed = _queries_times(probe, hypothesis, factor)
+    return difference(output_of(probe, hypothesis, changed), probe.outputs(changed))
 
 
 def _epsilon(probe: Probe, hypothesis: Hypothesis) -> float:
     """What remains of the denominator when the queries are tiny."""
-    with _queries_times(probe, hypothesis, 1e-30):
-        theirs = probe.by_time(probe.run())
-        numerator = output_of(probe, replace(hypothesis, normaliser=None))
+    tiny = _queries_times(probe, hypothesis, 1e-30)
+    theirs = probe.outputs(tiny)
+    numerator = output_of(probe, replace(hypothesis, normaliser=None), tiny)
     epsilon = float((numerator * numerator).sum() / (numerator * theirs).sum())
     return epsilon if math.isfinite(epsilon) and epsilon > 1e-25 else 0.0
 
@@ -340,11 +323,5 @@ def _slope(probe: Probe, hypothesis: Hypothesis, base: Tensor) -> float:
     return slope if math.isfinite(slope) and slope > 1e-12 else 0.0
 
 
-@contextmanager
-def _queries_times(probe: Probe, hypothesis: Hypothesis, factor: float) -> Iterator[None]:
-    kept = probe.values
-    probe.values = {**kept, hypothesis.query: kept[hypothesis.query] * factor}
-    try:
-        yield
-    finally:
-        probe.values = kept
+def _queries_times(probe: Probe, hypothesis: Hypothesis, factor: float) -> dict[LiveIn, Tensor]:
+    return {hypothesis.query: probe.values[hypothesis.query] * factor}

@@ -77,7 +77,7 @@ def follow_program(program: Program) -> Followed:
 
 def _like_axes(program: Program, dims: Dims) -> dict[Value, Axes]:
     """Axes of the model's inputs: those of one size at one place are taken to be the same (queries, keys and values
-    that come from outside). Only time is read off them; a part has axes of its own."""
+    that come from outside). Only time is read off them; a subgraph has axes of its own."""
     shared: dict[tuple[int, int, int], Axis] = {}
     axes = {}
     for value in program.inputs:
@@ -141,7 +141,7 @@ def _step(found: Followed, op: Op, lost: dict[Value, tuple[Axis, ...]]) -> None:
         if len(kept) == _KEEP:
             break
     for value, axes in zip(op.outputs, results, strict=True):
-        if value in found.axes:  # a live-in of the part, which is not computed here
+        if value in found.axes:  # a live-in of the subgraph, which is not computed here
             continue
         found.axes[value] = axes
         lost[value] = tuple(kept.values())

@@ -14,13 +14,13 @@ from torch import fx
 from llcompile.patterns.graph.walk import walk
 from llcompile.patterns.reasons import GivenReason
 from llcompile.patterns.records import Certificate
-from llcompile.patterns.structure.axes import Axis
+from llcompile.patterns.structure.axes import Axis, length
 from llcompile.patterns.structure.classify import Rejection
 from llcompile.patterns.structure.cut import Subgraph
 from llcompile.patterns.structure.facts import TimeAnalysis
 from llcompile.patterns.structure.frame import Frame
 from llcompile.patterns.structure.hypothesis import Hypothesis
-from llcompile.patterns.structure.lifted import Lifted, LiveIn, origin
+from llcompile.patterns.structure.lifted import Lifted, LiveIn, made_of, origin
 from llcompile.patterns.structure.program import Op, Program, Value
 from llcompile.patterns.structure.tail import Tail
 
@@ -44,7 +44,7 @@ class Found:
 
     @property
     def output(self) -> Value:
-        """The value of the program that is the part's result, or is computed from it piece by piece."""
+        """The value of the program that is the subgraph's result, or is computed from it piece by piece."""
         return self.subgraph.result if self.tail is None else self.tail.output
 
     @property
@@ -63,7 +63,7 @@ class Found:
         if self.analysis.shorter != self.analysis.leaves or self.order != self.analysis.leaves or self._reordered:
             return None
         batch, time = self.hypothesis.axes.batch, self.analysis.leaves
-        return count(tuple(leaf.size for leaf in batch)), count(tuple(leaf.size for leaf in time))
+        return length(batch), length(time)
 
     @functools.cached_property
     def order(self) -> Axis:
@@ -88,20 +88,19 @@ class Found:
     def rows_and_tokens(self) -> tuple[int, int]:
         """How many rows and tokens come in: time is as it was before it was padded."""
         batch, time = self.hypothesis.axes.batch, self.analysis.shorter
-        return count(tuple(leaf.size for leaf in batch)), count(tuple(leaf.size for leaf in time))
+        return length(batch), length(time)
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
         """Heads, groups, key width, value width."""
         axes = self.hypothesis.axes
-        of = lambda axis: count(tuple(leaf.size for leaf in axis))  # noqa: E731
-        return of(axes.heads), of(axes.groups), of(axes.key), of(axes.value)
+        return length(axes.heads), length(axes.groups), length(axes.key), length(axes.value)
 
     def notes(self) -> tuple[str, ...]:
         """What holds for this graph only, in words."""
         found = []
         if any(leaf.pinned for leaf in self.frame.leaves):
-            found.append(f"its code is written out for length {count(tuple(x.size for x in self.frame.leaves))}")
+            found.append(f"its code is written out for length {length(self.frame.leaves)}")
         if self.hypothesis.constant is not None:
             found.append("its decay was read from the code's numbers when it was compiled")
         if self.hypothesis.step is not None:
@@ -124,7 +123,7 @@ class Found:
         below = walk(operands, lambda v: (o for user in v.users for o in user.outputs if o not in ends))
         size = self.rows_and_tokens[0] * self.sizes[0] * self.sizes[2] * self.sizes[3]
         made = set(below).difference(operands)
-        states = {v for v in made if self.analysis.facts[v].form != "sequence" and count(v.shape) == size}
+        states = {v for v in made if self.analysis.facts[v].form != "sequence" and math.prod(v.shape) == size}
         nodes = (node for node, held in self.program.results.items() if held in states)
         return any(user.op == "output" or user.target == "copy_" for node in nodes for user in node.users)
 
@@ -133,7 +132,7 @@ class Found:
         size = self.rows_and_tokens[0] * self.sizes[0] * self.sizes[2] * self.sizes[3]
         facts = self.analysis.facts
         given = [v for v in self.program.inputs if v in facts and facts[v].data and facts[v].form == "timeless"]
-        states = self._made_of([v for v in given if v.dtype.is_floating_point and count(v.shape) == size])
+        states = self._made_of([v for v in given if v.dtype.is_floating_point and math.prod(v.shape) == size])
         queries = self._made_of(values_of(self.hypothesis.query))
         readers = {op for value in states for op in value.users}
         return any(queries.intersection(op.inputs) - states for op in readers)
@@ -154,8 +153,7 @@ class Found:
         while pending:
             live_in = pending.pop()
             if isinstance(live_in, Lifted):
-                bases = [a for a in live_in.args if isinstance(a, (Lifted, Value))]
-                pending.extend([live_in.base[0]] if live_in.base is not None else bases)
+                pending.extend([live_in.base[0]] if live_in.base is not None else made_of(live_in))
             elif self.analysis.facts[live_in].data and live_in.node is not None:
                 found.append(live_in.node)
         return list(dict.fromkeys(found))
@@ -173,7 +171,7 @@ class Found:
             return None
         if (fact.form != "sequence" and self.analysis.shorter not in axes) or not fact.data or len(inside) != 1:
             return None
-        batch = count(tuple(leaf.size for leaf in self.hypothesis.axes.batch))
+        batch = length(self.hypothesis.axes.batch)
         if len(axes) == 2 and inside == [0] and batch == 1:
             return -1, 0
         if len(axes) == 3 and inside[0] < 2 and value.shape[1 - inside[0]] == batch:
@@ -243,9 +241,9 @@ class Findings:
     Args:
         program: the graph as a program.
         found: the mixers.
-        denominators: id of a mixer -> the parts that sum its scores alone, for a normalisation in the code.
+        denominators: id of a mixer -> the subgraphs that sum its scores alone, for a normalisation in the code.
         near_misses: the near misses, the nearest of each cluster.
-        failed: fingerprint of a part that did not run -> the miss that it is in this look; another may have the memory.
+        failed: fingerprint of a subgraph that did not run -> its rejection in this look; another may have the memory.
         one: what runs over one position, where the example has one token and shows no mixing.
         counts: uses of each axis rule, and of each step here.
     """
@@ -266,14 +264,9 @@ def anchor(value: Value) -> fx.Node:
     return node
 
 
-def count(shape: tuple[int, ...]) -> int:
-    """The numbers in a tensor of this shape."""
-    return math.prod(shape)
-
-
 def values_of(live_in: LiveIn) -> list[Value]:
     """The values that a live-in is, or is assembled from."""
     if not isinstance(live_in, Lifted):
         return [live_in]
-    inner = [*(a for a in live_in.args if isinstance(a, (Lifted, Value))), *(live_in.base or ())[:1]]
-    return [value for subgraph in inner for value in values_of(subgraph)]
+    inner = [*made_of(live_in), *(live_in.base or ())[:1]]
+    return [value for one in inner for value in values_of(one)]

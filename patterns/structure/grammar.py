@@ -16,37 +16,31 @@ import torch
 
 from llcompile.patterns import reasons
 from llcompile.patterns.reasons import GivenReason
+from llcompile.patterns.structure.moves import SHAPES, names
 from llcompile.patterns.structure.program import Op
 
-
-def _names(*texts: str) -> frozenset[str]:
-    return frozenset(name for text in texts for name in text.split())
-
-
-# The same numbers, laid out in another way.
-# Of `detach`, `barriers` speaks.
-MOVES = _names("detach view _unsafe_view reshape permute transpose t unsqueeze squeeze expand clone contiguous alias")
 # What takes numbers out, puts them together, or sets some of them; where, is known without looking at numbers.
-PARTS = _names(
-    "select slice split split_with_sizes unbind narrow unfold diagonal diag_embed cat stack repeat constant_pad_nd",
+PARTS = names(
+    "narrow unfold diagonal diag_embed cat stack repeat constant_pad_nd",
     "select_scatter slice_scatter diagonal_scatter index_put index index_select gather flip roll copy where",
     "index_add scatter_add",
-    "masked_fill tril triu _to_copy lift_fresh_copy as_strided squeeze_ index_copy scatter _reshape_alias",
+    "masked_fill tril triu lift_fresh_copy as_strided squeeze_ index_copy scatter _reshape_alias",
 )
 # Sums and products, the solve of the delta rule among them.
-SUMS = _names(
+SUMS = names(
     "add sub rsub mul div neg reciprocal sum mean cumsum cumprod prod mm bmm mv dot addmm baddbmm addcmul addcdiv",
     "addmv addbmm lerp outer convolution linalg_solve_triangular triangular_solve linalg_inv_ex linalg_solve_ex",
     "_linalg_solve_ex linalg_lu_factor_ex linalg_lu_solve matrix_exp linalg_matrix_exp trace square pow",
 )
 # Functions of one number that are analytic where they are defined.
-SMOOTH = _names(
+SMOOTH = names(
     "exp exp2 expm1 log log2 log10 log1p sqrt rsqrt sigmoid log_sigmoid_forward tanh silu gelu mish erf sin cos",
     "softplus logaddexp logsumexp logcumsumexp _softmax linalg_vector_norm native_layer_norm _fused_rms_norm",
 )
 # What picks one of several numbers; numbers drawn at random are picked in turn.
-PICKS = _names("amax amin max min cummax cummin")
-ANALYTIC = MOVES | PARTS | SUMS | SMOOTH | PICKS
+PICKS = names("amax amin max min cummax cummin")
+# Of `detach`, `barriers` speaks.
+ANALYTIC = SHAPES | {"detach"} | PARTS | SUMS | SMOOTH | PICKS
 
 
 def _bounds(op: Op) -> list[float]:
@@ -111,12 +105,12 @@ def _is_whole_power(op: Op) -> bool:
 # -- what is computed from positions alone
 
 # Operations that step from one value to another.
-STEPS = _names(
+STEPS = names(
     "lt le gt ge eq ne floor_divide remainder fmod div bitwise_left_shift bitwise_right_shift __rshift__ __lshift__",
     "bitwise_and bitwise_or bitwise_xor bucketize searchsorted clamp clamp_min clamp_max minimum maximum floor ceil",
     "round trunc sign isin _to_copy",
 )
 # Operations that divide by how many there are.
-AVERAGES = _names("mean var std var_mean std_mean native_layer_norm native_group_norm linalg_vector_norm")
+AVERAGES = names("mean var std var_mean std_mean native_layer_norm native_group_norm linalg_vector_norm")
 # Operations that read a table at numbers.
-LOOKUPS = _names("index index_select gather embedding take take_along_dim")
+LOOKUPS = names("index index_select gather embedding take take_along_dim")

@@ -1,9 +1,9 @@
-"""Hypothesis: a part of a program understood as a mixer: which live-in is which operand, and on which axes."""
+"""Hypothesis: a subgraph of a program understood as a mixer: which live-in is which operand, and on which axes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -61,9 +61,9 @@ class Hypothesis:
 
     Args:
         layouts: live-in -> its axes.
-        result: the axes of what the part computes.
+        result: the axes of what the subgraph computes.
         axes: the operator's axes.
-        value: None where the part sums scores alone (a denominator).
+        value: None where the subgraph sums scores alone (a denominator).
         factors: live-ins [B, T, H] that multiply a token's key (or value), "as it is" or as its "exp".
         decay: the live-in of the decay, with its transform; `rate` a factor on the log decay; `shifted`
             where a token's decay acts after it was read.
@@ -103,7 +103,6 @@ class Hypothesis:
     skip_scale: float = 1.0
     normaliser: tuple[str, float] | None = None
     scale: float = 1.0
-    notes: tuple[str, ...] = field(default=())
 
     @property
     def family(self) -> tuple[Decay, Correction]:
@@ -189,7 +188,7 @@ class Hypothesis:
         return z
 
     def finish(self, output: Any, values: Mapping[LiveIn, Any], size: Size) -> Any:
-        """What the part computes, from the operator's output [B, T, H, V]."""
+        """What the subgraph computes, from the operator's output [B, T, H, V]."""
         a = self.axes
         if self.normaliser is not None:
             form, epsilon = self.normaliser

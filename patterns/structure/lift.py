@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from llcompile.patterns.structure.lifted import Lifted, Numbers
 from llcompile.patterns.structure.program import Value
@@ -82,32 +81,30 @@ def _evaluate(live_in: Lifted, env: dict[Value, Tensor], done: dict[Lifted, Tens
     elif (numbers := _own_numbers(live_in)) is not None:
         made = _with_numbers(live_in, numbers, _evaluate(live_in.args[0], env, done))
     else:
-        assert live_in.op is not None
-        leaves: list[Any] = []
-        axes: list[int | None] = []
-
-        def number(leaf: Any) -> Any:
-            if isinstance(leaf, Lifted):
-                leaves.append(_evaluate(leaf, env, done))
-                axes.append(0)
-            elif isinstance(leaf, Value):
-                leaves.append(_number_of(leaf, env))
-                axes.append(None)
-            else:
-                return leaf
-            return _Slot(len(leaves) - 1)
-
-        args, kwargs = tree_map(number, (live_in.args, live_in.kwargs or {}))
-        target = live_in.op.target
-
-        def one(*tensors: Tensor) -> Tensor:
-            filled = tree_map(lambda a: tensors[a.number] if isinstance(a, _Slot) else a, (args, kwargs))
-            result = target(*filled[0], **filled[1])
-            return result if isinstance(result, Tensor) else result[live_in.index]  # type: ignore[no-any-return]
-
-        made = torch.vmap(one, in_dims=tuple(axes))(*leaves)
+        made = _of_call(live_in, env, done)
     done[live_in] = made
     return made
+
+
+def _of_call(live_in: Lifted, env: dict[Value, Tensor], done: dict[Lifted, Tensor]) -> Tensor:
+    """What an operation makes of one token, for all."""
+    assert live_in.op is not None
+    target = live_in.op.target
+    flat, spec = tree_flatten((live_in.args, live_in.kwargs or {}))
+    given = {
+        place: _evaluate(leaf, env, done) if isinstance(leaf, Lifted) else _number_of(leaf, env)
+        for place, leaf in enumerate(flat)
+        if isinstance(leaf, (Lifted, Value))
+    }
+
+    def one(*tensors: Tensor) -> Tensor:
+        filled = dict(zip(given, tensors, strict=True))
+        args, kwargs = tree_unflatten([filled.get(place, leaf) for place, leaf in enumerate(flat)], spec)
+        result = target(*args, **kwargs)
+        return result if isinstance(result, Tensor) else result[live_in.index]  # type: ignore[no-any-return]
+
+    axes = tuple(0 if isinstance(flat[place], Lifted) else None for place in given)
+    return torch.vmap(one, in_dims=axes)(*given.values())  # type: ignore[no-any-return]
 
 
 def _own_numbers(live_in: Lifted) -> Numbers | None:
@@ -123,10 +120,3 @@ def _with_numbers(live_in: Lifted, numbers: Numbers, x: Tensor) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     listed = torch.tensor(numbers.listed(live_in.count), dtype=wide, device=x.device)
     return function(x.to(wide), listed.view(-1, *(1,) * (x.dim() - 1))).to(x.dtype)  # type: ignore[no-any-return]
-
-
-class _Slot:
-    """The place of a tensor among a call's arguments."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from llcompile.patterns.structure.axes import length
 from llcompile.patterns.structure.facts import TimeAnalysis
+from llcompile.patterns.structure.moves import CUTS, MOVES, PICKS, SHAPES
 from llcompile.patterns.structure.nested import leaves, mapped
 from llcompile.patterns.structure.program import Op, Value
 
-# Operations that keep all numbers as they are.
-_MOVES = "view _unsafe_view reshape permute transpose t unsqueeze squeeze expand clone contiguous _to_copy alias"
-MOVES = frozenset(_MOVES.split())
-# Those and the ones that keep some.
-SHAPES = MOVES | frozenset(["slice", "select", "unbind", "split", "split_with_sizes"])
-_PICKS = ("select", "unbind")
-_CUTS = ("slice", "split", "split_with_sizes")
 _ARITHMETIC = ("mul", "div", "add", "sub", "rsub", "pow")
 _FEW = 4  # pieces; of more, one may go without what the others have
 
@@ -107,6 +101,13 @@ def sample_of(live_in: LiveIn) -> Value:
     return value
 
 
+def made_of(live_in: LiveIn) -> list[LiveIn]:
+    """What the operation that makes it takes."""
+    if isinstance(live_in, Lifted):
+        return [a for a in live_in.args if isinstance(a, (Lifted, Value))]
+    return list(live_in.op.inputs) if live_in.op is not None else []
+
+
 def origin(live_in: LiveIn) -> object:
     """Equal for two live-ins with the same numbers up to a factor: one of a sequence, the other of its pieces, say."""
     return _origin(live_in, {}, 12)
@@ -155,7 +156,7 @@ class Lifter:
         op, facts = value.op, self.analysis.facts
         if op is None or facts[value].mixed:
             return None
-        if op.name in (*_PICKS, *_CUTS) and facts[op.inputs[0]].form == "sequence":
+        if op.name in CUTS and facts[op.inputs[0]].form == "sequence":
             return self._taken(value, op)
         places = {}
         for parent in op.inputs:
@@ -225,7 +226,7 @@ class Lifter:
         op, fact = value.op, self.analysis.facts.get(value)
         if op is None or fact is None or fact.data or fact.form != "timeless" or len(op.inputs) != 1:
             return None
-        if op.name not in (*_PICKS, *_CUTS):
+        if op.name not in CUTS:
             inner = self.table(op.inputs[0], count, position) if len(op.outputs) == 1 else None
             made = None if inner is None else self._of_pieces(value, op, {op.inputs[0]: inner}, count)
             return made if made is not None and self._note(made, op, position) else None
@@ -254,13 +255,13 @@ class Lifter:
         if not axis or self.analysis.facts[base].mixed or axis != leaves[: len(axis)]:
             return None
         # Chunks of what is in chunks already are no pieces that time is made of in order.
-        if op.name not in _PICKS and (not width or axis != leaves or base.shape[dim] % width):
+        if op.name not in PICKS and (not width or axis != leaves or base.shape[dim] % width):
             return None
         if start is None or (width and start % width):
             return None
         key = Taken(base, dim, width)
         if key not in self._lifted:
-            count = math.prod(leaf.size for leaf in axis) // max(1, width)
+            count = length(axis) // max(1, width)
             self._lifted[key] = Lifted(None, base=key, sample=value, count=count)
         return self._lifted[key], start // max(1, width)
 
@@ -295,7 +296,7 @@ class Piece(NamedTuple):
 def piece(value: Value, op: Op) -> Piece:
     """What an operation takes out of a tensor."""
     base, dim = op.inputs[0], _dim(op, op.inputs[0])
-    if op.name in _PICKS:
+    if op.name in PICKS:
         return Piece(base, dim, 0, value.index if op.name == "unbind" else _number(op, 2) % base.shape[dim])
     return Piece(base, dim, value.shape[dim], _start(op, value, base.shape[dim]))
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from llcompile.patterns.graph.walk import walk
 from llcompile.patterns.structure.found import Found, NearMiss
 from llcompile.patterns.structure.lifted import LiveIn, sample_of
-from llcompile.patterns.structure.program import Op, Program, Value
+from llcompile.patterns.structure.program import Program, Value
 from llcompile.patterns.structure.ranges import REALS, Range, ranges
 
 
@@ -28,11 +29,5 @@ def numbers_read(program: Program, found: Iterable[Found], missed: Iterable[Near
 
 def _above(live_in: LiveIn, known: dict[Value, Range]) -> list[Value]:
     """The values with numbers that bound a live-in."""
-    pending, seen = [sample_of(live_in)], {sample_of(live_in)}
-    for value in pending:
-        op: Op | None = value.op
-        for parent in () if op is None else op.inputs:
-            if parent not in seen and known[parent] != REALS:
-                seen.add(parent)
-                pending.append(parent)
-    return [value for value in pending if value.is_read]
+    above = lambda v: () if v.op is None else (p for p in v.op.inputs if known[p] != REALS)  # noqa: E731
+    return [value for value in walk([sample_of(live_in)], above) if value.is_read]

@@ -1,4 +1,4 @@
-"""Observations: what runs of a part show: reaches, weights, which live-in is which. Each is measured once."""
+"""Observations: what runs of a subgraph show: reaches, weights, which live-in is which. Each is measured once."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from torch import Tensor
 
 from llcompile.patterns import reasons
 from llcompile.patterns.reasons import GivenReason
-from llcompile.patterns.structure.axes import Axes, Axis, Dim, dims_of
-from llcompile.patterns.structure.frame import Frame
+from llcompile.patterns.structure.axes import Axis, Dim, shared
 from llcompile.patterns.structure.lifted import LiveIn
 from llcompile.patterns.structure.probe import Probe
 
@@ -25,10 +24,10 @@ Changes = Mapping[LiveIn, Tensor]
 
 
 class Observations:
-    """A part under a probe, with one draw. No roles are given: which live-in would be which is read off what it does.
+    """A subgraph under a probe, with one draw. Which live-in would be which is read off what it does.
 
     Args:
-        probe: the part, with one draw.
+        probe: the subgraph, with one draw.
         origins: live-in -> the other live-ins that the code computes it from.
     """
 
@@ -43,7 +42,7 @@ class Observations:
 
     def run(self, changed: Changes | None = None) -> Tensor:
         """The result, [T, everything else]."""
-        return self.probe.by_time(self.probe.run(changed))
+        return self.probe.outputs(changed)
 
     @functools.cached_property
     def base(self) -> Tensor:
@@ -63,7 +62,7 @@ class Observations:
     @functools.cached_property
     def paired(self) -> set[Dim]:
         """The axes along which two sequences meet and that the result does not have."""
-        return _shared([set(self.dims(s)) - self.kept for s in self.timed])
+        return shared([set(self.dims(s)) - self.kept for s in self.timed])
 
     def is_paired(self, live_in: LiveIn) -> bool:
         """Whether the live-in meets another one along an axis that the result does not have."""
@@ -169,15 +168,3 @@ class Observations:
     def contracted(self, live_in: LiveIn) -> tuple[Dim, ...]:
         """The live-in's axes that it is summed over with another."""
         return tuple(a for a in self.dims(live_in) if a in self.paired)
-
-
-def meet(layouts: Mapping[LiveIn, Axes], result: Axes, frame: Frame) -> bool:
-    """Whether two sequences meet along an axis that the result does not have, as queries and keys do."""
-    held = [dims_of(axes) for axes in layouts.values()]
-    gone = dims_of(result).union(frame.leaves)
-    return bool(_shared([dims - gone for dims in held if any(map(frame.is_time, dims))]))
-
-
-def _shared(held: Sequence[set[Dim]]) -> set[Dim]:
-    """What at least two of the sets have."""
-    return {dim for i, one in enumerate(held) for two in held[:i] for dim in one & two}

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from llcompile.patterns import reasons
 from llcompile.patterns.graph.regions import Region
+from llcompile.patterns.structure.axes import length
 from llcompile.patterns.structure.barriers import around
 from llcompile.patterns.structure.found import Findings, Found
 from llcompile.patterns.structure.positions import Positions, numbers_vary
@@ -33,11 +34,11 @@ def expect_elsewhere(region: Region, findings: Findings, find: Callable[[Region,
 
     The other length is beyond any number that the code compares with (the width of a window, say).
     """
-    length = max(math.prod(leaf.size for leaf in found.analysis.leaves) for found in findings.found)
-    factor = 2 + max((int(n) for n in _compared(findings.program) if n < _LONGEST), default=0) // length
+    longest = max(length(found.analysis.leaves) for found in findings.found)
+    factor = 2 + max((int(n) for n in _compared(findings.program) if n < _LONGEST), default=0) // longest
     seen = {_signature(f) for f in find(region, factor).found}
     for found in [f for f in findings.found if _signature(f) not in seen and not f.fixed]:
-        found.fixed = reasons.ONE_LENGTH(length=length, other=factor * length)
+        found.fixed = reasons.ONE_LENGTH(length=longest, other=factor * longest)
 
 
 def _compared(program: Program) -> list[float]:

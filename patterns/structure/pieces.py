@@ -42,29 +42,34 @@ class Crossing:
         return {"operation": self.op.name, "where": user_line(self.op.node.meta)}
 
 
-def expect_known(part: Subgraph) -> None:
+def expect_known(subgraph: Subgraph) -> None:
     """Only operations that a proof by draws can speak of.
 
     Raises:
         Rejection: with the first other one, and its line.
     """
-    for op in _dependent(part):
+    for op in _dependent(subgraph):
         problem = stranger(op, user_line(op.node.meta))
         if problem is not None:
             raise Rejection(problem, 3)
 
 
 def expect_pieces(
-    part: Subgraph, hypothesis: Hypothesis, probe: Probe, bounds: Mapping[Value, Range], error: Compare, budget: float
+    subgraph: Subgraph,
+    hypothesis: Hypothesis,
+    probe: Probe,
+    bounds: Mapping[Value, Range],
+    error: Compare,
+    budget: float,
 ) -> int:
     """The proof on both sides of every number at which the code changes what it does; returns the draws it took.
 
     Args:
-        subgraph: the part.
+        subgraph: the subgraph.
         hypothesis: what it is supposed to be.
         probe: a draw; left as it was.
         bounds: the range of every value of the program.
-        error: a probe -> how far the part and the operator are apart on its draw; None where the part overflows.
+        error: a probe -> how far the two are apart on its draw; None where the subgraph overflows.
         budget: how far they may be.
 
     Raises:
@@ -72,7 +77,7 @@ def expect_pieces(
     """
     kept, draws = probe.values, 0
     try:
-        for crossing in _crossings(part, bounds):
+        for crossing in _crossings(subgraph, bounds):
             open_numbers = set(crossing.numbers)
             for values in _draws(crossing, hypothesis, probe, kept):
                 probe.values = values
@@ -93,20 +98,20 @@ def expect_pieces(
     return draws
 
 
-def _dependent(part: Subgraph) -> Iterator[Op]:
+def _dependent(subgraph: Subgraph) -> Iterator[Op]:
     """The operations that something that comes in has a part in."""
-    depends: set[Value] = {s for s in part.live_ins if isinstance(s, Value)}
-    depends.update(value for taps in part.taps.values() for value in taps)
-    for op in part.ops:
+    depends: set[Value] = {s for s in subgraph.live_ins if isinstance(s, Value)}
+    depends.update(value for taps in subgraph.taps.values() for value in taps)
+    for op in subgraph.ops:
         if not depends.isdisjoint(op.inputs):
             depends.update(op.outputs)
             yield op
 
 
-def _crossings(part: Subgraph, bounds: Mapping[Value, Range]) -> list[Crossing]:
+def _crossings(subgraph: Subgraph, bounds: Mapping[Value, Range]) -> list[Crossing]:
     """What has pieces and is not idle; of an unrolled loop the last turn."""
     found: dict[object, Crossing] = {}
-    for op in _dependent(part):
+    for op in _dependent(subgraph):
         low, high = _range(op, bounds)
         numbers = tuple(n for n in pieces(op) if low < n < high)
         if numbers:

@@ -1,4 +1,4 @@
-"""Positions: whether what a part computes from positions alone (masks, decays by distance) is the same at all lengths.
+"""Positions: whether what is computed from positions alone (masks, decays by distance) is the same at all lengths.
 
 A graph may serve lengths that no draw has. What is known to go on as it began: positions and their differences, a mask
 that compares them, exponentials of them and products of these. Everything else (a division of positions by a number, a
@@ -30,7 +30,8 @@ from llcompile.patterns.boundary import NotKnown, running
 from llcompile.patterns.structure.axes import dims_of
 from llcompile.patterns.structure.execute import function_of
 from llcompile.patterns.structure.found import Found
-from llcompile.patterns.structure.grammar import AVERAGES, LOOKUPS, MOVES, STEPS
+from llcompile.patterns.structure.grammar import AVERAGES, LOOKUPS, STEPS
+from llcompile.patterns.structure.moves import MOVES
 from llcompile.patterns.structure.nested import leaves
 from llcompile.patterns.structure.program import Op, Value
 from llcompile.torch_internals.sizes import size_hint
@@ -361,7 +362,7 @@ def _cut(op: Op, kinds: Sequence[str]) -> str:
 
 
 _RULES: Mapping[str, _Rule] = {
-    **dict.fromkeys([*MOVES, "neg", "lift_fresh_copy"], _same),
+    **dict.fromkeys([*MOVES, "detach", "neg", "lift_fresh_copy"], _same),
     **dict.fromkeys(["ones", "zeros", "full", "scalar_tensor", "new_zeros", "new_ones", "new_full", "empty"], _fill),
     **dict.fromkeys(["add", "sub", "rsub"], _sum),
     **dict.fromkeys(["lt", "le", "gt", "ge", "eq", "ne"], _comparison),

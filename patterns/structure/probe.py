@@ -1,4 +1,4 @@
-"""Probe: runs a part on random numbers and sees what its result depends on."""
+"""Probe: runs a subgraph on random numbers and sees what its result depends on."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ SAME = 1e-8  # relative difference up to which two float64 results are the same
 
 
 class Probe:
-    """A part at one choice of sizes, with one draw of its live-ins.
+    """A subgraph at one choice of sizes, with one draw of its live-ins.
 
     Args:
-        subgraph: the part.
+        subgraph: the subgraph.
         axes: live-in -> its axes.
         result: the axes of its result.
         sizing: the sizes.
@@ -51,7 +51,7 @@ class Probe:
         self.values = {live_in: self.draw(live_in) for live_in in subgraph.live_ins}
         # With all numbers as traced, the arguments stand as they are.
         self.resizes = any(sizing.of(leaf) != leaf.size for leaf in self._leaves())
-        self.linear_in: LiveIn | None = None  # of what the part computes, only what this live-in has a part in
+        self.linear_in: LiveIn | None = None  # of what the subgraph computes, only what this live-in has a part in
 
     def _leaves(self) -> list:  # type: ignore[type-arg]
         analysis = self.sizing.analysis
@@ -90,8 +90,17 @@ class Probe:
         with running(self.subgraph.result), _same_draws() if self.subgraph.random is not None else nullcontext():
             return function(*given).to(self.dtype)
 
+    @contextmanager
+    def changed(self, changes: Mapping[LiveIn, Tensor]) -> Iterator[None]:
+        """Other numbers for some live-ins, for a while."""
+        kept, self.values = self.values, {**self.values, **changes}
+        try:
+            yield
+        finally:
+            self.values = kept
+
     def numbers_of(self, value: Value) -> Tensor:
-        """The numbers of a value inside of the part."""
+        """The numbers of a value inside of the subgraph."""
         _, read = self._function
         function = self._written(value)
         given = [self.values[s] if isinstance(s, Value) else self.values[s][position] for s, position in read]
@@ -100,7 +109,7 @@ class Probe:
 
     @functools.cached_property
     def _function(self) -> tuple[Callable[..., Tensor], list[tuple[LiveIn, int]]]:
-        """The part as a function, and which live-in, at which position, each of its arguments is."""
+        """The subgraph as a function, and which live-in, at which position, each of its arguments is."""
         inputs: dict[Value, tuple[LiveIn, int]] = {}
         for live_in in self.subgraph.live_ins:
             if isinstance(live_in, Value):
@@ -111,13 +120,17 @@ class Probe:
         return self._written(self.subgraph.result), list(inputs.values())
 
     def _written(self, value: Value) -> Callable[..., Tensor]:
-        """The part up to a value, as a function of its inputs."""
+        """The subgraph up to a value, as a function of its inputs."""
         sizes = self.sizing.shape if self.resizes else None
         key = (value, self.dtype, self.resizes and frozenset(self.sizing.sizes.items()))
         known = self.subgraph.functions
         if key not in known:
             known[key] = function_of(self.subgraph.ops, self._inputs, value, sizes, self.dtype)
         return known[key]
+
+    def outputs(self, changed: Mapping[LiveIn, Tensor] | None = None) -> Tensor:
+        """The result with some live-ins changed, as [T, everything else]."""
+        return self.by_time(self.run(changed))
 
     def by_time(self, x: Tensor) -> Tensor:
         """A result as [T, everything else]."""

@@ -1,7 +1,7 @@
-"""Why: the first property of a mixer that a part does not have, measured, in words.
+"""Properties: the first property of a mixer that a subgraph does not have, measured, in words.
 
 The properties stand in the order in which a person would ask: what sees what, what is summed up, how it is weighed, and
-what becomes of a weight with time. Every family has all of them, so the first that fails says why the part is none.
+what becomes of a weight with time. Every family has all of them, so the first that fails says why the subgraph is none.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Property:
     """One property that every family has.
 
     Args:
-        failed: the reason for a part that does not have it; None where the part has it, or it cannot be seen.
-        near: how near a part is that fails here first.
+        failed: the reason for a subgraph that does not have it; None where the subgraph has it, or it cannot be seen.
+        near: how near a subgraph is that fails here first.
     """
 
     failed: Callable[[Observations], GivenReason | None]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
+from llcompile.patterns.structure.moves import SHAPES, names
 from llcompile.patterns.structure.program import Op, Program, Value
 
 Range = tuple[float, float]
@@ -29,6 +30,12 @@ def ranges(program: Program, numbers: bool = True) -> dict[Value, Range]:
         for value in op.outputs:
             found[value] = made if not any(map(math.isnan, made)) else REALS
     return found
+
+
+def hull(parts: Iterable[Range]) -> Range:
+    """The range of what is in one of several."""
+    lows, highs = zip(*parts, strict=True)
+    return min(lows), max(highs)
 
 
 def _of_op(op: Op, found: dict[Value, Range]) -> Range:
@@ -54,8 +61,7 @@ def _given(argument: object, found: dict[Value, Range]) -> Range | None:
     if isinstance(argument, Value):
         return found.get(argument, REALS)
     if isinstance(argument, (list, tuple)) and any(isinstance(a, Value) for a in argument):
-        parts = [found.get(a, REALS) for a in argument if isinstance(a, Value)]
-        return min(p[0] for p in parts), max(p[1] for p in parts)
+        return hull(found.get(a, REALS) for a in argument if isinstance(a, Value))
     if isinstance(argument, (bool, int, float)):
         return float(argument), float(argument)
     return REALS if isinstance(argument, complex) else None
@@ -156,12 +162,12 @@ def _same(op: Op, r: list[Range]) -> Range:
     return r[0]
 
 
+def _or_zero(op: Op, r: list[Range]) -> Range:
+    return hull((r[0], (0.0, 0.0)))
+
+
 def _neg(op: Op, r: list[Range]) -> Range:
     return -r[0][1], -r[0][0]
-
-
-def _where(op: Op, r: list[Range]) -> Range:
-    return min(r[1][0], r[2][0]), max(r[1][1], r[2][1])
 
 
 def _full(op: Op, r: list[Range]) -> Range:
@@ -205,13 +211,9 @@ def _product(op: Op, r: list[Range]) -> Range:
     return (0.0 if low >= 0 else -_INF), (0.0 if high <= 0 else _INF)
 
 
-_SHAPES = (
-    "view _unsafe_view reshape permute transpose t unsqueeze squeeze expand clone contiguous _to_copy detach select "
-    "slice unbind split split_with_sizes repeat cat stack index index_select flip roll mean amax amin lift_fresh_copy "
-    "diagonal"
-)
+_SAME = SHAPES | names("detach repeat cat stack index index_select flip roll mean amax amin lift_fresh_copy diagonal")
 _RULES: dict[str, Callable[[Op, list[Range]], Range]] = {
-    **dict.fromkeys(_SHAPES.split(), _same),
+    **dict.fromkeys(_SAME, _same),
     "add": _add,
     "sub": _sub,
     "rsub": _rsub,
@@ -253,12 +255,12 @@ _RULES: dict[str, Callable[[Op, list[Range]], Range]] = {
     "log1p": _monotone(lambda x: _log(1 + x)),
     "hardsigmoid": _fixed(0.0, 1.0),
     "linalg_vector_norm": _fixed(0.0, _INF),
-    "where": _where,
-    "masked_fill": lambda op, r: (min(r[0][0], r[-1][0]), max(r[0][1], r[-1][1])),
-    "tril": lambda op, r: (min(r[0][0], 0.0), max(r[0][1], 0.0)),
-    "triu": lambda op, r: (min(r[0][0], 0.0), max(r[0][1], 0.0)),
-    "maximum": lambda op, r: (max(r[0][0], r[1][0]), max(r[0][1], r[1][1])),
-    "minimum": lambda op, r: (min(r[0][0], r[1][0]), min(r[0][1], r[1][1])),
+    "where": lambda op, r: hull(r[1:3]),
+    "masked_fill": lambda op, r: hull((r[0], r[-1])),
+    "tril": _or_zero,
+    "triu": _or_zero,
+    "maximum": _clamp_min,
+    "minimum": _clamp_max,
     "full": _full,
     "ones": _fixed(1.0, 1.0),
     "ones_like": _fixed(1.0, 1.0),

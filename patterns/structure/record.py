@@ -45,7 +45,7 @@ _FILLS = {
 _FILLED = {aten.full.default, aten.zeros.default, aten.ones.default, aten.empty.memory_format}
 _TURNS = 1 << 14  # a longer loop is left alone
 _DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout}
-_SOME_RATE = 0.5  # no part has dropout in it, so any rate stands for all
+_SOME_RATE = 0.5  # no subgraph has dropout in it, so any rate stands for all
 
 
 class _Unknown:
@@ -170,12 +170,7 @@ class _Recorder:
         if not isinstance(example, Tensor):
             return self._concrete(example)
         held = input_value(self.region.outer(node))
-        value = Value(self._sizes(example.shape), example.dtype, node=node)
-        value.parameter = is_parameter(held)
-        value.held = held if value.parameter else None
-        if isinstance(held, Tensor) and not value.parameter and id(held) in module_tensors and not held.is_meta:
-            value.data = held
-        return self._make(value, example)
+        return self._stands_for(node, example, held, isinstance(held, Tensor) and id(held) in module_tensors)
 
     def _attribute(self, node: fx.Node) -> Any:
         held: Any = self.region.module
@@ -183,21 +178,20 @@ class _Recorder:
             held = getattr(held, name)
         if not isinstance(held, Tensor):
             return held
-        data = None if held.is_meta else held
-        value = Value(self._sizes(held.shape), held.dtype, node=node, data=data)
-        value.parameter = is_parameter(held)
+        return self._stands_for(node, held, held, True)
+
+    def _stands_for(self, node: fx.Node, like: Tensor, held: Any, known: bool) -> Tensor:
+        """A meta tensor for an input or a constant; its numbers are `held`'s where they are known."""
+        value = Value(self._sizes(like.shape), like.dtype, node=node, parameter=is_parameter(held))
         value.held = held if value.parameter else None
-        return self._make(value, held)
+        value.data = held if known and not held.is_meta and (node.op == "get_attr" or not value.parameter) else None
+        return self._make(value, like)
 
     def _opaque(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         """One operation for the whole node; its results have the shapes that Dynamo knows."""
         example = node.meta.get("example_value")
         plain = mapped(lambda a: self._value(a) if isinstance(a, Tensor) else a, (args, kwargs))
-        op = Op(_runner(node), tuple(plain[0]), dict(plain[1]), node, len(self.program.ops), mode=self.now)
-        op.inputs = [v for v in leaves(plain) if isinstance(v, Value)]
-        for value in op.inputs:
-            value.users.append(op)
-        self.program.ops.append(op)
+        op = self._add(_runner(node), plain)
 
         def made(leaf: Any) -> Any:
             if isinstance(
@@ -325,7 +319,6 @@ class _Recorder:
         return value
 
     def _append(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> Value:
-        assert self.node is not None
         plain = mapped(lambda a: self.known[id(a)] if isinstance(a, Tensor) else a, (args, dict(kwargs)))
         key = (self.now, func, repr(plain), tuple(id(v) for v in leaves(plain) if isinstance(v, Value)))
         once = func in _FILLED or torch.Tag.nondeterministic_seeded in func.tags
@@ -335,19 +328,24 @@ class _Recorder:
             for tensor, value in zip(made, self.twins[key].outputs, strict=True):
                 self._know(tensor, value)
             return self.twins[key].outputs[0]
-        op = Op(func, tuple(plain[0]), plain[1], self.node, len(self.program.ops), mode=self.now)
-        self.twins[key] = op
-        op.inputs = [v for v in leaves(plain) if isinstance(v, Value)]
-        for value in dict.fromkeys(op.inputs):
-            value.users.append(op)
+        self.twins[key] = op = self._add(func, plain)
         for tensor in leaves(result):
             if isinstance(tensor, Tensor):
                 value = Value(tuple(tensor.shape), tensor.dtype, op=op, index=len(op.outputs), number=op.number)
                 op.outputs.append(value)
                 self._know(tensor, value)
-        self.program.ops.append(op)
-        self.twins[key] = op
         return op.outputs[0] if op.outputs else Value((), torch.float32)
+
+    def _add(self, target: Any, plain: Any) -> Op:
+        """A new operation, of the node that is run."""
+        assert self.node is not None
+        args, kwargs = plain
+        op = Op(target, tuple(args), dict(kwargs), self.node, len(self.program.ops), mode=self.now)
+        op.inputs = [v for v in leaves(plain) if isinstance(v, Value)]
+        for value in dict.fromkeys(op.inputs):
+            value.users.append(op)
+        self.program.ops.append(op)
+        return op
 
     def _meta(self, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or id(leaf) in self.known:

@@ -1,4 +1,4 @@
-"""Sizing: a part of a program at other sizes than it was traced with, and tensors brought from axes to axes."""
+"""Sizing: a subgraph of a program at other sizes than it was traced with, and tensors brought from axes to axes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Sizing:
 
 
 def small(analysis: Frame, subgraph: Subgraph, keep_time: bool, variant: int = 0) -> Sizing:
-    """Sizes as small as the part allows: an axis along which positions are named by number keeps its size."""
+    """Sizes as small as the subgraph allows: an axis along which positions are named by number keeps its size."""
     sizing, number = Sizing(analysis), variant
     for value in dict.fromkeys(v for op in subgraph.ops for v in (*op.inputs, *op.outputs)):
         for axis in analysis.axes(value):
@@ -51,7 +51,7 @@ def small(analysis: Frame, subgraph: Subgraph, keep_time: bool, variant: int = 0
                 if leaf in sizing.sizes:
                     continue
                 whole = analysis.is_time(leaf) and len(analysis.leaves) == 1
-                # A sequence of two or three tokens shows too little of what a part does with the past.
+                # A sequence of two or three tokens shows too little of what a subgraph does with the past.
                 short = leaf.size <= _SHORT and not whole
                 keep = leaf.pinned or short or (keep_time and analysis.is_time(leaf))
                 sizing.sizes[leaf] = leaf.size if keep else 11 + 6 * variant if whole else _SMALL[number % 5]

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from llcompile.patterns.structure.facts import TimeAnalysis
 from llcompile.patterns.structure.lifted import Lifted, Lifter, Numbers, Taken, is_numbered
+from llcompile.patterns.structure.moves import VIEWS
 from llcompile.patterns.structure.program import Op, Value
 
 _FEWEST = 4  # pieces of a loop
@@ -88,7 +89,7 @@ def _cut_at(
 
 
 # A row of these is a row of what they move.
-_TRIVIAL = frozenset(["view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "clone", "contiguous", "_to_copy"])
+_TRIVIAL = VIEWS | {"clone", "contiguous", "_to_copy"}
 
 
 def _expand(
@@ -173,12 +174,12 @@ def _listed(op: Op) -> Join | None:
     dim = int(op.args[1] if len(op.args) > 1 else op.kwargs.get("dim", 0)) % rank
     if op.name == "stack":
         return Join(tuple(op.args[0]), dim, 0, (op,))
-    pieces, ops = _flattened(op, dim)
+    pieces, ops = _flattened(op)
     pieces = [piece for piece in pieces if piece.shape != (0,) and piece.shape[dim] > 0]
     return Join(tuple(pieces), dim, pieces[0].shape[dim], tuple(ops)) if pieces else None
 
 
-def _flattened(op: Op, dim: int) -> tuple[list[Value], list[Op]]:
+def _flattened(op: Op) -> tuple[list[Value], list[Op]]:
     """The pieces of a tensor that grew by one piece at a time."""
     pieces: list[Value] = []
     pending, ops = [op], [op]

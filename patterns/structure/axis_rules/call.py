@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from llcompile.patterns.structure.axes import Axes, Axis, Dims
+from llcompile.patterns.structure.axes import Axes, Axis, Dims, length
 from llcompile.patterns.structure.program import Op, Value
 
 
@@ -108,10 +108,7 @@ class Call:
 
 def size_of(dims: Dims, axis: Axis) -> int:
     """How many positions an axis has."""
-    size = 1
-    for leaf in dims.leaves(axis):
-        size *= leaf.size
-    return size
+    return length(dims.leaves(axis))
 
 
 def pin(c: Call, axis: Axis) -> None:

@@ -1,0 +1,98 @@
+"""Proof: what a problem is, with its certificate; from memory where the same program was proved before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+
+from llcompile.patterns import reasons
+from llcompile.patterns.boundary import NOT_SHOWN
+from llcompile.patterns.records import Certificate
+from llcompile.patterns.structure.assume import learned
+from llcompile.patterns.structure.certify import certify
+from llcompile.patterns.structure.classify import Rejection, classify
+from llcompile.patterns.structure.facts import TimeAnalysis
+from llcompile.patterns.structure.fit import fit
+from llcompile.patterns.structure.found import Findings
+from llcompile.patterns.structure.hypothesis import Hypothesis
+from llcompile.patterns.structure.lifted import LiveIn
+from llcompile.patterns.structure.memo import fingerprint, is_lasting, recall, remember
+from llcompile.patterns.structure.observations import Observations
+from llcompile.patterns.structure.probe import Probe
+from llcompile.patterns.structure.problem import Problem, first_line
+from llcompile.patterns.structure.program import Value
+from llcompile.patterns.structure.ranges import Range
+
+_LARGER = 1e6
+Proved = tuple[Hypothesis, Certificate]
+
+
+def proved(problem: Problem, analysis: TimeAnalysis, bounds: Mapping[Value, Range], findings: Findings) -> Proved:
+    """The mixer that a problem is.
+
+    Args:
+        problem: what is to be understood.
+        analysis: the facts of the program.
+        bounds: the range of every value of the program.
+        findings: where proofs are counted, and what did not run is kept for this look.
+
+    Raises:
+        Rejection: it is none.
+    """
+    key = fingerprint(problem)
+    if key in findings.failed:
+        raise findings.failed[key]
+    known = recall(key, problem)
+    if known is None:
+        findings.counts["proofs"] += 1
+        try:
+            known = _prove(problem, analysis, bounds)
+        except Rejection as first:
+            rejection = first
+            if not first.near and problem.meets:
+                rejection = Rejection(first.given, 1, first.open)
+            if is_lasting(first):
+                remember(key, problem, rejection)
+            else:
+                findings.failed[key] = rejection
+            raise rejection from first.__cause__
+        remember(key, problem, known)
+    return known
+
+
+def _prove(problem: Problem, analysis: TimeAnalysis, bounds: Mapping[Value, Range]) -> Proved:
+    """The proof; where there is none, with parameters that nothing bounds taken as rates, then as decays."""
+    try:
+        return _prove_within(problem, problem.ranges, bounds)
+    except Rejection:
+        assumed = learned(problem.subgraph, problem.ranges, analysis)
+        if not assumed:
+            raise
+    for sign in (-1.0, 1.0) if _grows(problem.probe()) else ():
+        with suppress(Rejection):
+            return _prove_within(problem, problem.ranges, bounds, dict.fromkeys(assumed, sign))
+    hypothesis, certificate = _prove_within(problem, {**problem.ranges, **assumed}, bounds)
+    return replace(hypothesis, assumed=hypothesis.decay in assumed), certificate
+
+
+def _prove_within(
+    problem: Problem,
+    ranges: Mapping[LiveIn, Range],
+    bounds: Mapping[Value, Range],
+    signs: Mapping[LiveIn, float] | None = None,
+) -> Proved:
+    """The proof within these ranges; a learned rate of either sign is classified where it lets the past fade."""
+    try:
+        probe = problem.probe(ranges)
+        for live_in, sign in (signs or {}).items():
+            probe.values[live_in] = probe.values[live_in].abs() * (4 * sign / probe.length)
+        return certify(problem.subgraph, fit(probe, classify(Observations(probe))), probe, bounds)
+    except NOT_SHOWN as error:
+        raise Rejection(reasons.NOT_RUN(error=first_line(error))) from error
+
+
+def _grows(probe: Probe) -> bool:
+    """Whether later outputs are so large that nothing is seen of their own position."""
+    first, *_, last = probe.outputs().abs().amax(1).tolist()
+    return not last < _LARGER * first

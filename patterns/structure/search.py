@@ -1,0 +1,119 @@
+"""Search: the mixers of a program with one choice of the time axis."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import operator
+
+from torch import fx
+
+from llcompile.patterns import reasons
+from llcompile.patterns.known.capture import captured_function
+from llcompile.patterns.structure.attempt import Attempts, called_by, made_by
+from llcompile.patterns.structure.axis_rules.table import rule_for
+from llcompile.patterns.structure.classify import Rejection
+from llcompile.patterns.structure.cut import Cutter, Subgraph
+from llcompile.patterns.structure.cuts import Cuts
+from llcompile.patterns.structure.facts import TimeAnalysis
+from llcompile.patterns.structure.found import Findings, NearMiss
+from llcompile.patterns.structure.moves import SHAPES
+from llcompile.patterns.structure.program import Op, Value
+from llcompile.patterns.structure.ranges import ranges
+from llcompile.patterns.structure.screen import Screen
+
+log = logging.getLogger("llcompile")
+
+
+class Search:
+    """The search with one choice of the time axis.
+
+    Where operands mix positions themselves (keys with the keys before), the values that look like a mixer's output
+    are searched once more, with such operands as live-ins; `before` is the first search.
+
+    Args:
+        findings: what is found is added here.
+        analysis: the facts of the program, which the search computes on its way.
+        taken: outputs of mixers that were found before.
+        before: the first search.
+    """
+
+    def __init__(
+        self, findings: Findings, analysis: TimeAnalysis, taken: set[Value], before: Search | None = None
+    ) -> None:
+        self.findings, self.analysis, self.taken, self.before = findings, analysis, taken, before
+        self.open, self.tried = set[Value](), set[Value]()
+        bounds = ranges(findings.program)
+        zeros = {v for v, found in bounds.items() if v.op is not None and found == (0.0, 0.0)}
+        self.cuts, self.screen = Cuts(Cutter(analysis, zeros)), Screen(analysis)
+        self.attempts: Attempts = Attempts(
+            findings, self.cuts, bounds, self.screen, before.attempts if before else None
+        )
+        ops = findings.program.ops
+        self.captured = {op.node for op in ops if captured_function(_called(op.node).target) is not None}
+
+    def run(self) -> None:
+        """Goes through the program in order."""
+        for op in self.findings.program.ops:
+            self.analysis.step(op)
+            self._expect_rule(op)
+            for value in op.outputs:
+                if value in self.taken or op.node in self.captured:
+                    self.analysis.facts[value].mixed = False
+                elif self._is_candidate(op, value):
+                    self._try(value)
+
+    def _expect_rule(self, op: Op) -> None:
+        """Notes an operation that takes scores and that no axis can be followed through."""
+        if rule_for(op) is not None or op.node in self.captured or not op.outputs:
+            return
+        if self.before is None and any(map(self.screen.stands_across, op.inputs)):
+            rejection = Rejection(reasons.UNKNOWN_ON_SCORES(operation=called_by(op)), 1)
+            self.findings.near_misses.append(NearMiss(op.outputs[0], rejection, analysis=self.analysis))
+
+    def _is_candidate(self, op: Op, value: Value) -> bool:
+        """Whether a value is to be tried: not one that was, or that only views one."""
+        if self.before is not None and value not in self.before.open:
+            return False
+        if not self.screen.may_be_output(op, value):
+            return False
+        if any(op in found.ops for found in self.findings.found if found.analysis is not self.analysis):
+            return False  # it was found before, with time as it was before it was padded
+        if op.name in SHAPES and op.inputs and op.inputs[0] in self.tried:
+            self.tried.add(value)
+            return False
+        return self.screen.is_seen(value)
+
+    def _try(self, value: Value) -> None:
+        self.tried.add(value)
+        best: Rejection | None = None
+        subgraph: Subgraph | None = None
+        nearest: Subgraph | None = None
+        for subgraph, tail in self.cuts.of(value):
+            if self.before is not None and not self.attempts.is_new(subgraph):
+                continue
+            self.findings.counts["cuts"] += 1
+            try:
+                found = self.attempts.found(subgraph, tail)
+            except Rejection as rejection:
+                made = made_by(subgraph.result)
+                log.debug("structure: %s %s from %s: %s", made, subgraph.result, subgraph.live_ins, rejection)
+                if rejection.open:
+                    self.open.add(value)
+                if best is None or rejection.near > best.near:
+                    best, nearest = rejection, subgraph
+                continue
+            self.findings.found.append(found)
+            self.taken.add(value)
+            self.analysis.facts[value].mixed = False
+            return
+        if self.before is None and best is not None and nearest is not None and best.near > 0:
+            why = functools.partial(self.attempts.why, nearest, best)
+            self.findings.near_misses.append(NearMiss(value, best, subgraph, why, self.analysis))
+
+
+def _called(node: fx.Node) -> fx.Node:
+    """The call that a node takes a result of, or the node."""
+    while node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node

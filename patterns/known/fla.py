@@ -45,7 +45,6 @@ def _operands(a: Arguments, **more: Any) -> dict[str, Any]:
         "value": a["v"].float(),
         "initial_state": a["initial_state"],
         "scale": query_scale(a),
-        "state_layout": "vk" if any(a[name] for name in _VALUE_FIRST) else "kv",
         **more,
     }
 

@@ -27,7 +27,6 @@ def _mixer(a: Arguments, dt: Any, decay_rate: Any, **more: Any) -> Mixer:
         key=a["B"].float(),
         value=a["x"].float() * dt.unsqueeze(-1),
         log_decay=decay_rate.float() * dt,
-        state_layout="vk",
         **more,
     )
 

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
+from llcompile.kernels.state import linear_state, pack_state
 from llcompile.patterns import reasons
 from llcompile.patterns.agreement import BUDGETS, EXACT, apart, difference, gradients, precision
-from llcompile.patterns.known.arguments import is_level_state, read_call, state_argument
+from llcompile.patterns.known.arguments import is_level_state, read_call
 from llcompile.patterns.known.capture import CapturedFunction
 from llcompile.patterns.known.draws import draw_call
 from llcompile.patterns.known.entry import Arguments
@@ -87,8 +88,7 @@ class _Proof:
     def __init__(self, captured: CapturedFunction, call: Arguments, weighted: bool, original: Original) -> None:
         self.entry, self.plain, self.call = captured.entry, captured.plain, call
         self.weighted, self.original = weighted, original
-        self.state = state_argument(self.entry)
-        self.value_first = _is_transposed(self.entry, call)
+        self.state, self.value_first = self.entry.state, self.entry.is_value_first(call.values)
 
     def outcome(self) -> Certificate | GivenReason:
         """The certificate, or why there is none; raises what the original raises."""
@@ -179,21 +179,18 @@ class _Proof:
         return result.transpose(0, 1) if number == 0 and "T" in self.call.sizes else result.unsqueeze(0)
 
     def _sum_levels(self, state: torch.Tensor) -> torch.Tensor:
-        """A level state as the linear state that the function would return: the sum over its levels."""
-        if not is_level_state(state):
-            return state
-        linear = state[:, :, 1:].sum(2)
-        return linear.transpose(-1, -2) if self.value_first else linear
+        """A level state as the linear state that the function would return."""
+        return self._turned(linear_state(state)) if is_level_state(state) else state
 
     def _split_over_levels(self, linear: torch.Tensor, seed: int) -> torch.Tensor:
         """A level state at a generic position whose levels sum to the given linear state."""
-        state = linear.transpose(-1, -2) if self.value_first else linear
-        noise = torch.Generator().manual_seed(seed)
+        state, noise = self._turned(linear), torch.Generator().manual_seed(seed)
         parts = torch.randn(*state.shape[:2], LEVELS, *state.shape[2:], generator=noise, dtype=state.dtype)
         parts[:, :, 0] += state - parts.sum(2)
-        header = torch.zeros_like(parts[:, :, :1])
-        header[..., 0, 0] = 37.0
-        return torch.cat([header, parts], dim=2).float()
+        return pack_state(parts.float(), torch.full(state.shape[:1], 37))
+
+    def _turned(self, state: torch.Tensor) -> torch.Tensor:
+        return state.transpose(-1, -2) if self.value_first else state
 
 
 def _moved(values: dict[str, Any], place: Callable[[str], tuple[str, torch.dtype]]) -> dict[str, Any]:
@@ -209,10 +206,3 @@ def _moved(values: dict[str, Any], place: Callable[[str], tuple[str, torch.dtype
 def _once(value: torch.Tensor) -> torch.Tensor:
     """The values of a tensor without their repetitions along broadcast axes."""
     return value[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in value.stride())]
-
-
-def _is_transposed(entry: Any, call: Arguments) -> bool:
-    """Whether the state of this call is [..., V, K]."""
-    state = next((t for t in entry.tensors if t.draw == "state"), None)
-    axes = entry.axes(state, 4, call.values) if state is not None else None
-    return axes is not None and axes[-1] == "K"

@@ -25,7 +25,6 @@ def _mamba2(a: Arguments) -> Mixer:
         value=a["hidden_states"].float() * dt.unsqueeze(-1),
         log_decay=a["A"].float() * dt,
         initial_state=a["initial_states"],
-        state_layout="vk",
     )
 
 
@@ -47,7 +46,6 @@ def _mamba2_step(a: Arguments) -> Mixer:
         value=a["hidden_states"].float() * dt.unsqueeze(-1),
         log_decay=a["A"][..., 0, 0].float() * dt,
         initial_state=a["state"],
-        state_layout="vk",
         step=True,
     )
 

@@ -10,7 +10,7 @@ is not weighed was added.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,6 @@ from llcompile.patterns.records import Certificate
 from llcompile.patterns.structure.axes import Axis, Dim
 from llcompile.patterns.structure.found import Found
 from llcompile.patterns.structure.linearity import off_linear
-from llcompile.patterns.structure.sizing import arrange
 from llcompile.torch_internals import reach
 from llcompile.torch_internals.places import place_of, user_line
 from llcompile.torch_internals.sizes import size_hint
@@ -242,25 +241,3 @@ def _sizes(place: PartPlace, node: fx.Node) -> dict[int, int] | None:
         if free is not None:
             sizes[id(free)] = size // others
     return sizes
-
-
-def weigh(part: Part, output: fx.Proxy, weights: Any) -> Any:
-    """The output times the weights of level 0 (w [B, 1, H, L])."""
-    place = part.place
-    first = weights[..., 0].unsqueeze(-1).to(part.output.meta["example_value"].dtype)
-    groups: list[Axis] = [place.batch, (), place.heads, ()]
-    return output * arrange(first, groups, place.rows, _size_of(part, output))
-
-
-def batch_size(part: Part, output: fx.Proxy) -> Any:
-    """How many rows there are: a number, or a proxy for one."""
-    size = _size_of(part, output)
-    return next((size(dim) for dim in part.place.batch), 1)
-
-
-def _size_of(part: Part, output: fx.Proxy) -> Callable[[Dim], Any]:
-    """The size of a dim; the batch's is read off the output, where it may vary."""
-    rows, batch, shape = part.place.rows, part.place.batch, part.output.meta["example_value"].shape
-    alone = [(position, row[0]) for position, row in enumerate(rows) if len(row) == 1 and row[0] in batch]
-    varying = {id(dim): output.size(position) for position, dim in alone if isinstance(shape[position], torch.SymInt)}
-    return lambda dim: varying.get(id(dim), part.sizes[id(dim)])

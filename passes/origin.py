@@ -62,7 +62,7 @@ def projection_input(candidate: Candidate) -> fx.Node | None:
     The candidates are the common dominators of q, k and v; the nearest one that a projection reads is taken, so that
     the same tensor is found while prefilling, training and decoding, whatever lies between (convolutions, caches).
     """
-    candidates = [n for n in _dominators(candidate) if candidate.is_sequence(n)]
+    candidates = [n for n in _dominators(candidate) if candidate.batch_first(n) is not None]
     projected = [n for n in candidates if is_projected(n)]
     return next(iter(projected or candidates), None)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from llcompile.passes.candidate import CallCandidate
-from llcompile.passes.rewrite import plain_call
+from llcompile.passes.rewrite_call import plain_call
 from llcompile.passes.session import Session
 from llcompile.patterns.graph.regions import Region
 

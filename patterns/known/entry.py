@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 
-from llcompile.patterns.families import Correction, Decay
 from llcompile.patterns.mixer import Mixer
 
 # What an argument tells about sequences packed in one row: the bounds [N + 1] of N sequences, the sequence [B, T] that
@@ -113,8 +112,6 @@ class KnownFunction:
     library: str
     function: str
     family: str
-    decay: Decay
-    correction: Correction
     tensors: tuple[Tensor, ...]
     bind: Callable[[Arguments], Mixer]
     result: Callable[[Arguments, Any, Any], Any]

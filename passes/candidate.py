@@ -74,6 +74,10 @@ class Candidate:
         """The nodes of its operands that depend on the model's input."""
         raise NotImplementedError
 
+    def values(self) -> list[fx.Node]:
+        """The nodes that its values are read from."""
+        raise NotImplementedError
+
     def batch_first(self, node: fx.Node) -> tuple[int, int] | None:
         """The dimensions (batch, time) of a sequence [B, T, D] or [T, B, D] of its rows and tokens; None for others.
 
@@ -136,6 +140,13 @@ class CallCandidate(Candidate):
     def activations(self) -> list[fx.Node]:
         """The nodes of the call's activations: every tensor argument that has a batch axis, the state apart."""
         names = [t.name for t in self.captured.entry.tensors if t.axes.startswith("B") and not t.is_state]
+        return self._nodes(names)
+
+    def values(self) -> list[fx.Node]:
+        """As `Candidate.values`: the argument that has them."""
+        return self._nodes([self.captured.entry.tensor_with("V").name])
+
+    def _nodes(self, names: list[str]) -> list[fx.Node]:
         return [n for n in (self.node.kwargs.get(name) for name in names) if isinstance(n, fx.Node)]
 
     def batch_first(self, node: fx.Node) -> tuple[int, int] | None:
@@ -182,6 +193,11 @@ class GraphCandidate(Candidate):
     def activations(self) -> list[fx.Node]:
         """The nodes of its operands that depend on the model's input."""
         return self.found.activations()
+
+    def values(self) -> list[fx.Node]:
+        """As `Candidate.values`."""
+        value = self.found.hypothesis.value
+        return [] if value is None else self.found.nodes_of(value)
 
     def batch_first(self, node: fx.Node) -> tuple[int, int] | None:
         """As `Candidate.batch_first`."""

@@ -7,14 +7,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.fx.proxy import GraphAppendingTracer
 
 from llcompile.errors import MissedLevelWeightsError
 from llcompile.passes.candidate import Candidate
 from llcompile.passes.marks import marked_tensors
-from llcompile.passes.place import copy_behind, is_changed
+from llcompile.passes.placing import copy_behind, is_changed
 from llcompile.passes.session import Session
+from llcompile.patterns.graph.run import run
 from llcompile.torch_internals import reach
 from llcompile.torch_internals.inputs import fake_mode_of, hold_tensor
 from llcompile.torch_internals.owner_input import HELD
@@ -41,30 +42,31 @@ def weight_inputs(session: Session, candidate: Candidate, inputs: dict[tuple[int
                 inputs[key] = hold_tensor(session.module, (candidate.attribute, name), tensor)
             else:
                 path = session.settings.path(candidate.owner, candidate.attribute)
-                inputs[key] = _input(session, candidate, (candidate.attribute, *path, name))
+                inputs[key] = _input(session, candidate.module, candidate.owner, (candidate.attribute, *path, name))
         nodes.append(candidate.region.lift(inputs[key]))
     return nodes
 
 
-def _input(session: Session, candidate: Candidate, path: tuple[str, ...]) -> fx.Node:
-    assert candidate.owner is not None
+def _input(session: Session, name: str, owner: nn.Module, path: tuple[str, ...]) -> fx.Node:
     try:
-        return reach.add_tensor_input(session.graph, candidate.owner, path)
+        return reach.add_tensor_input(session.graph, owner, path)
     except LookupError as error:
         raise MissedLevelWeightsError(
-            f"{candidate.module or type(candidate.owner).__name__}: its level weights cannot be read in this frame: "
+            f"{name or type(owner).__name__}: its level weights cannot be read in this frame: "
             f"{error}. Compile the model as a whole, or run the call uncompiled."
         ) from error
 
 
-def owner_input(session: Session, candidate: Candidate) -> fx.Node:
-    """What the owner was called with, [B, T, D], as an input of the program, handed into the candidate's region."""
-    assert candidate.owner is not None
-    assert candidate.owner_input is not None
+def take_owner_input(session: Session, candidate: Candidate) -> None:
+    """Has level weights that read what the owner was called with, [B, T, D], read it as an input of the program."""
+    owner, tensor, name = candidate.owner, candidate.owner_input, candidate.attribute
+    if owner is None or tensor is None:
+        return
     if session.settings.dry_run:
-        return candidate.region.lift(hold_tensor(session.module, (candidate.attribute, HELD), candidate.owner_input))
-    path = (candidate.attribute, *session.settings.path(candidate.owner, candidate.attribute), HELD)
-    return candidate.region.lift(_input(session, candidate, path))
+        node = hold_tensor(session.module, (name, HELD), tensor)
+    else:
+        node = _input(session, candidate.module, owner, (name, *session.settings.path(owner, name), HELD))
+    candidate.weight_input = candidate.region.lift(node)
 
 
 def weighed(candidate: Candidate) -> fx.Node | None:
@@ -153,7 +155,4 @@ def _infer_values(nodes: list[fx.Node], template: fx.Node) -> None:
                 node.meta[key] = template.meta[key]
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["example_value"])  # type: ignore[misc]
         with mode:
-            if node.op == "call_method":
-                node.meta["example_value"] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            else:
-                node.meta["example_value"] = node.target(*args, **kwargs)  # type: ignore[operator]
+            node.meta["example_value"] = run(node, args, kwargs)

@@ -35,7 +35,7 @@ from llcompile.torch_internals.sizes import size_hint
 
 
 @dataclass(frozen=True)
-class PartPlace:
+class RememberedPart:
     """One recognised part (the mixer, or a denominator of it).
 
     Args:
@@ -54,7 +54,7 @@ class PartPlace:
 
 
 @dataclass(frozen=True)
-class Place:
+class Remembered:
     """What is remembered of a mixer.
 
     Args:
@@ -63,17 +63,17 @@ class Place:
         cell, shape: its family, and its sizes.
     """
 
-    parts: tuple[PartPlace, ...]
+    parts: tuple[RememberedPart, ...]
     operands: tuple[Spot, ...]
     cell: Any
     shape: MixerShape
 
 
 @dataclass(eq=False)
-class Part:
+class TokenPart:
     """A part that was found again: its output, sizes of dims that differ, and nodes of the values."""
 
-    place: PartPlace
+    place: RememberedPart
     output: fx.Node
     sizes: dict[int, int]
     values: list[fx.Node]
@@ -83,8 +83,8 @@ class Part:
 class Token:
     """A mixer of one token."""
 
-    place: Place
-    parts: list[Part]
+    place: Remembered
+    parts: list[TokenPart]
     operands: list[fx.Node]
     rows_and_tokens: tuple[int, int] = field(init=False)
 
@@ -109,7 +109,7 @@ class Token:
         return (0, 1) if shape[:2] == [batch, 1] else (1, 0) if shape[:2] == [1, batch] else None
 
 
-def remember(candidate: GraphCandidate) -> Place | None:
+def remember(candidate: GraphCandidate) -> Remembered | None:
     """Where a mixer that was recognised among several tokens would be found with one; None where that is not known."""
     if len(candidate.found.hypothesis.axes.batch) > 1 or not all(map(_is_plain, candidate.group)):
         return None
@@ -119,10 +119,10 @@ def remember(candidate: GraphCandidate) -> Place | None:
         operands = tuple(spots.of(node, before=candidate.found.anchor) for node in candidate.found.activations())
     except LookupError:
         return None
-    return Place(parts, operands, candidate.cell, MixerShape(*candidate.found.sizes))
+    return Remembered(parts, operands, candidate.cell, MixerShape(*candidate.found.sizes))
 
 
-def _part_place(spots: Spots, found: Found) -> PartPlace:
+def _part_place(spots: Spots, found: Found) -> RememberedPart:
     dims: dict[int, Dim] = {}
     copied = lambda row: tuple(dims.setdefault(id(a), Dim(a.size)) for a in row)  # noqa: E731
     hypothesis = found.hypothesis
@@ -132,7 +132,7 @@ def _part_place(spots: Spots, found: Found) -> PartPlace:
     if {*axes.time} != {dim for row in result for dim in row if {*row} <= {*axes.time}}:
         raise LookupError("its output has no axis of time alone, which would show that there is one token")
     stack = stack_of(found.anchor)
-    return PartPlace(
+    return RememberedPart(
         spots.of(found.anchor, stack[-1] if stack else None),
         tuple(copied(row) for row in result),
         copied(axes.batch),
@@ -151,9 +151,8 @@ def one_token(session: Session) -> int:
     for region, owner, key in _calls(session):
         places = {name: weights.token for name, weights in session.settings.held(owner)}
         places = {name: place for name, place in places.items() if place and (id(owner), name) not in seen}
-        spots = Spots(region.graph, owner) if places else None
+        spots = Spots(region.graph, owner)
         for name, place in places.items():
-            assert spots is not None
             with boundary(f"{type(owner).__name__} with one token"):
                 token = _find(spots, key, place)
                 if token is not None:
@@ -207,7 +206,7 @@ def _is_plain(found: Found) -> bool:
     return plain and found.order == found.analysis.leaves
 
 
-def _find(spots: Spots, call: Call | None, place: Place) -> Token | None:
+def _find(spots: Spots, call: Call | None, place: Remembered) -> Token | None:
     """The mixer at its place, with one token; None where it is not there, or has more."""
     parts = []
     try:
@@ -219,13 +218,13 @@ def _find(spots: Spots, call: Call | None, place: Place) -> Token | None:
             sizes = _sizes(part, node)
             if sizes is None:
                 return None
-            parts.append(Part(part, node, sizes, values))
+            parts.append(TokenPart(part, node, sizes, values))
     except LookupError:
         return None
     return Token(place, parts, operands)
 
 
-def _sizes(place: PartPlace, node: fx.Node) -> dict[int, int] | None:
+def _sizes(place: RememberedPart, node: fx.Node) -> dict[int, int] | None:
     """The size of each dim in a tensor of one token; None where the tensor's shape is another one."""
     value = node.meta.get("example_value")
     if not isinstance(value, torch.Tensor) or value.dim() != len(place.rows):

@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from llcompile.passes.candidate import CallCandidate, Candidate, GraphCandidate, TokenCandidate
-from llcompile.passes.emit import owner_input
+from llcompile.passes.emit import take_owner_input
 from llcompile.passes.rewrite_call import restore, write_call
 from llcompile.passes.rewrite_part import write_part
 from llcompile.passes.rewrite_token import write_token
@@ -26,9 +26,8 @@ def rewrite(session: Session) -> int:
     """Writes every open candidate, and takes back every captured call that is not; returns how many were written."""
     inputs: dict[tuple[int, str], fx.Node] = {}
     for candidate in session.candidates:
-        if candidate.open and candidate.owner_input is not None:
-            candidate.weight_input = owner_input(session, candidate)
         if candidate.open:
+            take_owner_input(session, candidate)
             _WRITERS[type(candidate)](session, candidate, inputs)
         elif isinstance(candidate, CallCandidate):
             restore(candidate)

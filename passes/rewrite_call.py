@@ -11,7 +11,7 @@ from torch import fx
 
 from llcompile.passes.candidate import CallCandidate
 from llcompile.passes.emit import kept, level_weights, padding_mask, weight_inputs, writing
-from llcompile.passes.place import is_changed
+from llcompile.passes.placing import is_changed
 from llcompile.passes.session import Session
 from llcompile.patterns.graph.regions import Region
 from llcompile.patterns.known.lower import lower, lower_call
@@ -52,8 +52,7 @@ def write_call(session: Session, candidate: CallCandidate, inputs: dict[tuple[in
     node, call, entry = candidate.node, candidate.call, candidate.captured.entry
     tensors = weight_inputs(session, candidate, inputs)
     saved = _saved(candidate) if torch.is_grad_enabled() else frozenset()
-    value = node.kwargs[entry.tensor_with("V").name]
-    assert isinstance(value, fx.Node)
+    (value,) = candidate.values()
     with writing(candidate, node, like=node) as as_proxy:
         copies = {x: node.graph.call_method("clone", (x,)) for x in saved}
         given = fx.map_arg(dict(node.kwargs), lambda x: as_proxy(copies.get(x, x)))  # type: ignore[arg-type,return-value]
@@ -95,3 +94,27 @@ def _replace(region: Region, node: fx.Node, result: Any) -> None:
         if old is not node:
             graph.erase_node(old)
     graph.erase_node(node)
+
+
+def original(session: Session) -> fx.GraphModule:
+    """The model's own code as a graph of its own, so that the session's graph can be rewritten and looked at."""
+    copies: dict[int, fx.GraphModule] = {}
+    for region in reversed(session.regions):  # bodies come after the graphs that call them
+        copies[id(region.module)] = _copied(session, region, copies)
+    return copies[id(session.module)]
+
+
+def _copied(session: Session, region: Region, copies: dict[int, fx.GraphModule]) -> fx.GraphModule:
+    graph = fx.Graph()
+    nodes: dict[fx.Node, fx.Node] = {}
+    result = graph.graph_copy(region.graph, nodes)
+    graph.output(result)
+    for candidate in session.candidates:
+        if isinstance(candidate, CallCandidate) and candidate.region is region:
+            nodes[candidate.node].target = plain_call(candidate)
+    module = fx.GraphModule(region.module, graph)
+    for node in graph.find_nodes(op="get_attr"):
+        body = copies.get(id(getattr(region.module, str(node.target), None)))
+        if body is not None:
+            setattr(module, str(node.target), body)
+    return module

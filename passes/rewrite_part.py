@@ -13,8 +13,8 @@ from torch import fx
 from llcompile.passes.candidate import Candidate, GraphCandidate
 from llcompile.passes.dead import erase_dead, live
 from llcompile.passes.emit import level_weights, padding_mask, weighed, weight_inputs, writing
-from llcompile.passes.place import Place, copy_behind
-from llcompile.passes.place import place as placed
+from llcompile.passes.placing import Place, copy_behind
+from llcompile.passes.placing import place as placed
 from llcompile.passes.session import Session
 from llcompile.patterns.graph.effects import Effects
 from llcompile.patterns.known.lower import OperatorCall, Sequences, call_operator
@@ -111,21 +111,20 @@ def _as_precise(found: Found, mixer: Mixer) -> Mixer:
 
 def _as_operand(graph: fx.Graph, live_in: LiveIn, as_proxy: Callable[[fx.Node], fx.Proxy]) -> fx.Proxy:
     if isinstance(live_in, Value):
-        assert live_in.node is not None
-        return as_proxy(live_in.node)
+        return as_proxy(_node(live_in))
     function, bases = lifted_function(live_in)
-    return as_proxy(graph.call_function(function, tuple(_node(base, as_proxy) for base in bases)))
+    return as_proxy(graph.call_function(function, tuple(as_proxy(_node(base)).node for base in bases)))
 
 
-def _node(value: Value, as_proxy: Callable[[fx.Node], fx.Proxy]) -> fx.Node:
-    assert value.node is not None
-    return as_proxy(value.node).node
+def _node(value: Value) -> fx.Node:
+    assert value.node is not None  # `placing` has seen to it
+    return value.node
 
 
 def _with_tail(graph: fx.Graph, tail: Tail, joined: fx.Proxy, as_proxy: Callable[[fx.Node], fx.Proxy]) -> fx.Proxy:
     """What the code does with each piece of the mixer's output, done to all of them."""
     function, bases = lifted_function(tail.root, tail.assembled)
-    nodes = (joined.node if base is tail.joined else _node(base, as_proxy) for base in bases)
+    nodes = (joined.node if base is tail.joined else as_proxy(_node(base)).node for base in bases)
     return as_proxy(graph.call_function(function, tuple(nodes)))
 
 

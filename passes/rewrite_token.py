@@ -10,7 +10,7 @@ from torch import fx
 
 from llcompile.passes.candidate import TokenCandidate
 from llcompile.passes.emit import kept, level_weights, weight_inputs, writing
-from llcompile.passes.one_token import Part
+from llcompile.passes.one_token import TokenPart
 from llcompile.passes.session import Session
 from llcompile.patterns.structure.axes import Axis, Dim
 from llcompile.patterns.structure.sizing import arrange
@@ -42,7 +42,7 @@ def write_token(session: Session, candidate: TokenCandidate, inputs: dict[tuple[
         effects.place(result.node, fresh, like=output)
 
 
-def _weigh(part: Part, output: fx.Proxy, weights: Any) -> Any:
+def _weigh(part: TokenPart, output: fx.Proxy, weights: Any) -> Any:
     """The output times the weights of level 0 (w [B, 1, H, L])."""
     place = part.place
     first = weights[..., 0].unsqueeze(-1).to(part.output.meta["example_value"].dtype)
@@ -50,13 +50,13 @@ def _weigh(part: Part, output: fx.Proxy, weights: Any) -> Any:
     return output * arrange(first, groups, place.rows, _size_of(part, output))
 
 
-def _empty(part: Part, output: fx.Proxy) -> fx.Proxy:
+def _empty(part: TokenPart, output: fx.Proxy) -> fx.Proxy:
     """A tensor [B, 1, 1]."""
     size = _size_of(part, output)
     return output.new_zeros((next((size(dim) for dim in part.place.batch), 1), 1, 1))
 
 
-def _size_of(part: Part, output: fx.Proxy) -> Callable[[Dim], Any]:
+def _size_of(part: TokenPart, output: fx.Proxy) -> Callable[[Dim], Any]:
     """The size of a dim; the batch's is read off the output, where it may vary."""
     rows, batch, shape = part.place.rows, part.place.batch, part.output.meta["example_value"].shape
     alone = [(position, row[0]) for position, row in enumerate(rows) if len(row) == 1 and row[0] in batch]

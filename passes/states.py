@@ -13,7 +13,7 @@ from llcompile.passes.candidate import CallCandidate, GraphCandidate
 from llcompile.passes.session import Session
 from llcompile.patterns import reasons
 from llcompile.patterns.known.arguments import is_level_state
-from llcompile.patterns.known.states import state_problem
+from llcompile.patterns.known.state_check import state_problem
 from llcompile.torch_internals.inputs import input_value
 
 

@@ -24,7 +24,7 @@ from llcompile.patterns.known import KnownFunction, entries
 from llcompile.patterns.known.arguments import CallRejection, axis_size, sizes_of
 from llcompile.patterns.known.entry import Reference
 from llcompile.patterns.known.lower import lower_call
-from llcompile.patterns.known.states import rows_of, state_problem
+from llcompile.patterns.known.state_check import rows_of, state_problem
 from llcompile.patterns.reasons import GivenReason
 from llcompile.torch_internals import reach
 from llcompile.torch_internals.substitution import substitute, unsubstituted

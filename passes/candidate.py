@@ -21,7 +21,7 @@ from llcompile.patterns.structure.found import Found
 
 @dataclass
 class Candidate:
-    """One mixer in the graph: a `CallCandidate`, a `GraphCandidate` or a `TokenCandidate`.
+    """One mixer in the graph: a `CallCandidate`, a `GraphCandidate` or a `TokenCandidate` (passes/one_token.py).
 
     Args:
         node: the node that gives its result.
@@ -212,23 +212,3 @@ class GraphCandidate(Candidate):
     def all_notes(self) -> tuple[str, ...]:
         """What the report says of this graph alone."""
         return (*self.notes, *self.found.notes())
-
-
-@dataclass
-class TokenCandidate(Candidate):
-    """A mixer of one token, known by its place (see passes/one_token.py)."""
-
-    token: Any = field(kw_only=True)
-
-    @property
-    def rows_and_tokens(self) -> tuple[Any, Any]:
-        """How many rows and tokens it has."""
-        return self.token.rows_and_tokens  # type: ignore[no-any-return]
-
-    def activations(self) -> list[fx.Node]:
-        """The nodes of its operands that depend on the model's input."""
-        return self.token.activations()  # type: ignore[no-any-return]
-
-    def batch_first(self, node: fx.Node) -> tuple[int, int] | None:
-        """As `Candidate.batch_first`."""
-        return self.token.batch_first(node)  # type: ignore[no-any-return]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from llcompile.passes.candidate import GraphCandidate, TokenCandidate
+from llcompile.passes.candidate import Candidate, GraphCandidate
 from llcompile.passes.session import Session
 from llcompile.passes.spots import Call, Spot, Spots, stack_of
 from llcompile.patterns import reasons
@@ -79,25 +79,30 @@ class TokenPart:
     values: list[fx.Node]
 
 
-@dataclass(eq=False)
-class Token:
-    """A mixer of one token."""
+@dataclass
+class TokenCandidate(Candidate):
+    """A mixer of one token, which was found at its place.
 
-    place: Remembered
-    parts: list[TokenPart]
-    operands: list[fx.Node]
-    rows_and_tokens: tuple[int, int] = field(init=False)
+    Args:
+        parts: the denominators and the mixer.
+        operands: the nodes of its operands.
+    """
 
-    def __post_init__(self) -> None:
+    parts: list[TokenPart] = field(kw_only=True)
+    operands: list[fx.Node] = field(kw_only=True)
+
+    @property
+    def rows_and_tokens(self) -> tuple[int, int]:
+        """How many rows and tokens it has."""
         part = self.parts[-1]
-        self.rows_and_tokens = math.prod(part.sizes[id(dim)] for dim in part.place.batch), 1
+        return math.prod(part.sizes[id(dim)] for dim in part.place.batch), 1
 
     def activations(self) -> list[fx.Node]:
-        """The nodes of the operands."""
+        """The nodes of its operands that depend on the model's input."""
         return self.operands
 
     def batch_first(self, node: fx.Node) -> tuple[int, int] | None:
-        """As `Found.batch_first`."""
+        """As `Candidate.batch_first`."""
         value = node.meta.get("example_value")
         if not isinstance(value, torch.Tensor) or not value.is_floating_point():
             return None
@@ -154,22 +159,29 @@ def one_token(session: Session) -> int:
         spots = Spots(region.graph, owner)
         for name, place in places.items():
             with boundary(f"{type(owner).__name__} with one token"):
-                token = _find(spots, key, place)
-                if token is not None:
-                    session.candidates.append(_candidate(session, region, owner, name, token))
+                found = _find(spots, key, place)
+                if found is not None:
+                    session.candidates.append(_candidate(session, region, (owner, name), place, *found))
     return len(session.candidates) - before
 
 
-def _candidate(session: Session, region: Region, owner: nn.Module, name: str, token: Token) -> TokenCandidate:
-    node = token.parts[-1].output
+def _candidate(
+    session: Session,
+    region: Region,
+    weights: tuple[nn.Module, str],
+    place: Remembered,
+    parts: list[TokenPart],
+    operands: list[fx.Node],
+) -> TokenCandidate:
+    node = parts[-1].output
     module = session.name(*place_of(node))
-    candidate = TokenCandidate(node, region, module, user_line(node.meta), owner, name, token=token)
-    candidate.cell, candidate.shape = token.place.cell, token.place.shape
-    error = off_linear(region, ((part.values, part.output) for part in token.parts), token.operands)
+    candidate = TokenCandidate(node, region, module, user_line(node.meta), *weights, parts=parts, operands=operands)
+    candidate.cell, candidate.shape = place.cell, place.shape
+    error = off_linear(region, ((part.values, part.output) for part in parts), operands)
     candidate.certificate = Certificate(error, "float64", 2)
     if not error <= BUDGETS["float64"]:
         candidate.decline(reasons.ONE_TOKEN_NOT_LINEAR())
-    if not all(_stands_alone(region, part.output) for part in token.parts):
+    if not all(_stands_alone(region, part.output) for part in parts):
         candidate.decline(reasons.ONE_TOKEN_CHANGED())
     return candidate
 
@@ -206,8 +218,8 @@ def _is_plain(found: Found) -> bool:
     return plain and found.order == found.analysis.leaves
 
 
-def _find(spots: Spots, call: Call | None, place: Remembered) -> Token | None:
-    """The mixer at its place, with one token; None where it is not there, or has more."""
+def _find(spots: Spots, call: Call | None, place: Remembered) -> tuple[list[TokenPart], list[fx.Node]] | None:
+    """The parts and operands of the mixer at its place, with one token; None where it is not there, or has more."""
     parts = []
     try:
         output = spots.at(place.parts[-1].output, call)
@@ -221,7 +233,7 @@ def _find(spots: Spots, call: Call | None, place: Remembered) -> Token | None:
             parts.append(TokenPart(part, node, sizes, values))
     except LookupError:
         return None
-    return Token(place, parts, operands)
+    return parts, operands
 
 
 def _sizes(place: RememberedPart, node: fx.Node) -> dict[int, int] | None:

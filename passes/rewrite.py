@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import fx
 
-from llcompile.passes.candidate import CallCandidate, Candidate, GraphCandidate, TokenCandidate
+from llcompile.passes.candidate import CallCandidate, Candidate, GraphCandidate
 from llcompile.passes.emit import take_owner_input
+from llcompile.passes.one_token import TokenCandidate
 from llcompile.passes.rewrite_call import restore, write_call
 from llcompile.passes.rewrite_part import write_part
 from llcompile.passes.rewrite_token import write_token

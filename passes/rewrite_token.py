@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from llcompile.passes.candidate import TokenCandidate
 from llcompile.passes.emit import kept, level_weights, weight_inputs, writing
-from llcompile.passes.one_token import TokenPart
+from llcompile.passes.one_token import TokenCandidate, TokenPart
 from llcompile.passes.session import Session
 from llcompile.patterns.structure.axes import Axis, Dim
 from llcompile.patterns.structure.sizing import arrange
@@ -22,7 +21,7 @@ def write_token(session: Session, candidate: TokenCandidate, inputs: dict[tuple[
     if candidate.level_weights is None:
         return
     read = kept(candidate)
-    for part in candidate.token.parts:
+    for part in candidate.parts:
         output, dtype = part.output, part.output.meta["example_value"].dtype
         with writing(candidate, output.next, like=output) as as_proxy:
             weights = level_weights(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from llcompile.errors import LevelWeightsError
 from llcompile.passes.candidate import Candidate, GraphCandidate
 from llcompile.passes.one_token import remember
-from llcompile.passes.origin import Role, given, is_projected, projection_input, role_of
 from llcompile.passes.session import Session
+from llcompile.passes.weight_input import Role, given, is_projected, projection_input, role_of
 from llcompile.patterns import reasons
 from llcompile.patterns.boundary import boundary
 from llcompile.torch_internals.inputs import input_value, is_handed_in_twice
@@ -27,30 +27,28 @@ def attach(session: Session) -> int:
     if session.settings.kind == "none":
         return 0
     for candidate in session.candidates:
-        if candidate.open and candidate.owner is None:
+        if candidate.owner is None:
             candidate.decline(reasons.NO_OWNER())
-        if candidate.open:
-            _attach(session, candidate)
+        elif candidate.open:
+            _attach(session, candidate, candidate.owner)
     return len(session.attached)
 
 
-def _expect_values(session: Session, candidate: Candidate, weights: Any) -> None:
+def _expect_values(session: Session, candidate: Candidate, owner: nn.Module, weights: Any) -> None:
     """The level weights must be where the graph can read them, and must have values if the operands have."""
-    assert candidate.owner is not None
     operands = [node.meta["example_value"] for node in candidate.activations()]
     if any(t.is_meta for _, t in weights.tensors()) and not any(operand.is_meta for operand in operands):
         candidate.decline(reasons.WEIGHTS_ON_META())
     if session.marks:  # the owner's hook has handed them in
         return
     try:
-        session.settings.path(candidate.owner, candidate.attribute)
+        session.settings.path(owner, candidate.attribute)
     except LookupError as error:
         candidate.decline(reasons.WEIGHTS_OUT_OF_REACH(error=error))
 
 
-def _attach(session: Session, candidate: Candidate) -> None:
-    settings, owner, shape = session.settings, candidate.owner, candidate.shape
-    assert owner is not None
+def _attach(session: Session, candidate: Candidate, owner: nn.Module) -> None:
+    settings, shape = session.settings, candidate.shape
     assert shape is not None
     weights = settings.find(owner, candidate.attribute)
     if weights is not None and weights.heads != shape.heads and not _serves_all(weights, candidate):
@@ -59,7 +57,7 @@ def _attach(session: Session, candidate: Candidate) -> None:
             f"{weights.in_features}, but the mixer at {candidate.where} has {shape.heads} heads. "
             "Call llcompile.revert(model) and convert it again."
         )
-    role, width = _find_source(candidate, weights)
+    role, width = _find_source(candidate, owner, weights)
     if not candidate.open:
         return
     if weights is None:
@@ -68,7 +66,7 @@ def _attach(session: Session, candidate: Candidate) -> None:
             settings.attach(owner, candidate.attribute, weights)
             session.attached.append((owner, candidate.attribute))
     elif session.settings.compiles:
-        _expect_values(session, candidate, weights)
+        _expect_values(session, candidate, owner, weights)
     if not settings.dry_run:
         # What a checkpoint does not say is learned from the first graph that tells.
         weights.place = weights.place or candidate.place
@@ -102,14 +100,13 @@ def _check_asked(session: Session, candidate: Candidate, weights: Any) -> None:
         )
 
 
-def _find_source(candidate: Candidate, weights: Any) -> tuple[Role | None, int | None]:
+def _find_source(candidate: Candidate, owner: nn.Module, weights: Any) -> tuple[Role | None, int | None]:
     """Finds what the level weights read, in the graph or among the owner's arguments: its role and its width.
 
     Declines the candidate where level weights are there, or would be, and cannot be fed.
     """
-    assert candidate.owner is not None
     role = None if weights is None else weights.role
-    call = call_under_way(candidate.owner)
+    call = call_under_way(owner)
     node = projection_input(candidate)
     cut = _is_cut_off(candidate, call)
     if node is not None and not _is_wide(weights) and is_handed_in_twice(candidate.region.outer(node)):
@@ -118,7 +115,7 @@ def _find_source(candidate: Candidate, weights: Any) -> tuple[Role | None, int |
         candidate.weight_input = node
         return None, None
     if node is not None and (not cut or is_projected(node)):
-        found = role_of(candidate, node)
+        found = role_of(candidate, owner, node)
         width = _width(node)
         if weights is None or (width == weights.in_features and (role is None or role.fits(found, cut))):
             candidate.weight_input = node

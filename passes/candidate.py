@@ -21,7 +21,7 @@ from llcompile.patterns.structure.found import Found
 
 @dataclass
 class Candidate:
-    """One mixer in the graph: a `CallCandidate`, a `GraphCandidate` or a `TokenCandidate`.
+    """One mixer in the graph: a `CallCandidate`, a `GraphCandidate` or a `TokenCandidate` (passes/one_token.py).
 
     Args:
         node: the node that gives its result.
@@ -33,8 +33,9 @@ class Candidate:
         place: where it stands in the user's code (see passes/names.py).
         cell, shape: its family and sizes.
         certificate: the outcome of its proof.
-        source: what its level weights are computed from.
+        weight_input: what its level weights are computed from.
         owner_input: what the owner was called with, where level weights read that and this graph does not hold it.
+        level_weights: the module.
         mask: [B, T] in the graph, non-zero at tokens that are no padding (`mask_inverted`: at padding).
         masks: every padding mask above its operands, whether or not it covers them all.
         notes: for the report.
@@ -73,8 +74,15 @@ class Candidate:
         """The nodes of its operands that depend on the model's input."""
         raise NotImplementedError
 
-    def is_sequence(self, node: fx.Node) -> bool:
-        """Whether a node is a sequence [B, T, D] of its rows and tokens (or [T, B, D], where its axes are known)."""
+    def values(self) -> list[fx.Node]:
+        """The nodes that its values are read from."""
+        raise NotImplementedError
+
+    def batch_first(self, node: fx.Node) -> tuple[int, int] | None:
+        """The dimensions (batch, time) of a sequence [B, T, D] or [T, B, D] of its rows and tokens; None for others.
+
+        The batch's is -1 where it has none ([T, D]).
+        """
         raise NotImplementedError
 
     @property
@@ -109,7 +117,7 @@ class CallCandidate(Candidate):
     """The call of a known function, which the graph holds as one node.
 
     Args:
-        leaf: the function.
+        captured: the function.
         bound: the call's arguments, once the pass `bind` has read them.
     """
 
@@ -131,15 +139,23 @@ class CallCandidate(Candidate):
 
     def activations(self) -> list[fx.Node]:
         """The nodes of the call's activations: every tensor argument that has a batch axis, the state apart."""
-        names = [t.name for t in self.captured.entry.tensors if t.axes.startswith("B") and t.draw != "state"]
+        names = [t.name for t in self.captured.entry.tensors if t.axes.startswith("B") and not t.is_state]
+        return self._nodes(names)
+
+    def values(self) -> list[fx.Node]:
+        """As `Candidate.values`: the argument that has them."""
+        return self._nodes([self.captured.entry.tensor_with("V").name])
+
+    def _nodes(self, names: list[str]) -> list[fx.Node]:
         return [n for n in (self.node.kwargs.get(name) for name in names) if isinstance(n, fx.Node)]
 
-    def is_sequence(self, node: fx.Node) -> bool:
-        """Whether a node is a sequence [B, T, D] of its rows and tokens."""
+    def batch_first(self, node: fx.Node) -> tuple[int, int] | None:
+        """As `Candidate.batch_first`; only [B, T, D] is known to be one."""
         value = node.meta.get("example_value")
         if not isinstance(value, torch.Tensor) or value.dim() != 3 or not value.is_floating_point():
-            return False
-        return all(statically_known_true(a == b) for a, b in zip(value.shape, self.rows_and_tokens, strict=False))
+            return None
+        same = all(statically_known_true(a == b) for a, b in zip(value.shape, self.rows_and_tokens, strict=False))
+        return (0, 1) if same else None
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -178,9 +194,14 @@ class GraphCandidate(Candidate):
         """The nodes of its operands that depend on the model's input."""
         return self.found.activations()
 
-    def is_sequence(self, node: fx.Node) -> bool:
-        """Whether a node is a sequence [B, T, D] or [T, B, D] of its rows and tokens."""
-        return self.found.batch_first(node) is not None
+    def values(self) -> list[fx.Node]:
+        """As `Candidate.values`."""
+        value = self.found.hypothesis.value
+        return [] if value is None else self.found.nodes_of(value)
+
+    def batch_first(self, node: fx.Node) -> tuple[int, int] | None:
+        """As `Candidate.batch_first`."""
+        return self.found.batch_first(node)
 
     @property
     def group(self) -> tuple[Found, ...]:
@@ -191,23 +212,3 @@ class GraphCandidate(Candidate):
     def all_notes(self) -> tuple[str, ...]:
         """What the report says of this graph alone."""
         return (*self.notes, *self.found.notes())
-
-
-@dataclass
-class TokenCandidate(Candidate):
-    """A mixer of one token, known by its place (see passes/one_token.py)."""
-
-    token: Any = field(kw_only=True)
-
-    @property
-    def rows_and_tokens(self) -> tuple[Any, Any]:
-        """How many rows and tokens it has."""
-        return self.token.rows_and_tokens  # type: ignore[no-any-return]
-
-    def activations(self) -> list[fx.Node]:
-        """The nodes of its operands that depend on the model's input."""
-        return self.token.activations()  # type: ignore[no-any-return]
-
-    def is_sequence(self, node: fx.Node) -> bool:
-        """Whether a node is a sequence [B, T, D] or [T, B, D] of its rows and tokens."""
-        return self.token.batch_first(node) is not None

@@ -48,14 +48,14 @@ def _empty_vmaps(graph: fx.Graph, held: set[fx.Node]) -> set[fx.Node]:
         if not is_nesting(node):
             for _, holds in opened if node in held else ():
                 holds.append(node)
-        elif _does(node, "increment"):
+        elif _name(node) == "_vmap_increment_nesting":
             opened.append((node, []))
-        elif _does(node, "decrement") and opened:
+        elif _name(node) == "_vmap_decrement_nesting" and opened:
             start, holds = opened.pop()
             if not holds:
                 found |= {start, node}
     return found
 
 
-def _does(node: fx.Node, what: str) -> bool:
-    return what in str(getattr(node.target, "__name__", ""))
+def _name(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", ""))

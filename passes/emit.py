@@ -1,17 +1,27 @@
-"""Emit: what every rewrite needs, inputs for the level weights and values for the nodes that it adds."""
+"""Emit: what every rewrite needs: the level weights, inputs for them, and values for the nodes that it adds."""
 
 from __future__ import annotations
 
-from torch import fx
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.proxy import GraphAppendingTracer
 
 from llcompile.errors import MissedLevelWeightsError
 from llcompile.passes.candidate import Candidate
 from llcompile.passes.marks import marked_tensors
+from llcompile.passes.placing import copy_behind, is_changed
 from llcompile.passes.session import Session
+from llcompile.patterns.graph.run import run
 from llcompile.torch_internals import reach
 from llcompile.torch_internals.inputs import fake_mode_of, hold_tensor
 from llcompile.torch_internals.owner_input import HELD
 from llcompile.torch_internals.places import place_of
+
+AsProxy = Callable[[fx.Node], fx.Proxy]
 
 
 def weight_inputs(session: Session, candidate: Candidate, inputs: dict[tuple[int, str], fx.Node]) -> list[fx.Node]:
@@ -32,33 +42,111 @@ def weight_inputs(session: Session, candidate: Candidate, inputs: dict[tuple[int
                 inputs[key] = hold_tensor(session.module, (candidate.attribute, name), tensor)
             else:
                 path = session.settings.path(candidate.owner, candidate.attribute)
-                inputs[key] = _input(session, candidate, (candidate.attribute, *path, name))
+                inputs[key] = _input(session, candidate.module, candidate.owner, (candidate.attribute, *path, name))
         nodes.append(candidate.region.lift(inputs[key]))
     return nodes
 
 
-def _input(session: Session, candidate: Candidate, path: tuple[str, ...]) -> fx.Node:
-    assert candidate.owner is not None
+def _input(session: Session, name: str, owner: nn.Module, path: tuple[str, ...]) -> fx.Node:
     try:
-        return reach.add_tensor_input(session.graph, candidate.owner, path)
+        return reach.add_tensor_input(session.graph, owner, path)
     except LookupError as error:
         raise MissedLevelWeightsError(
-            f"{candidate.module or type(candidate.owner).__name__}: its level weights cannot be read in this frame: "
+            f"{name or type(owner).__name__}: its level weights cannot be read in this frame: "
             f"{error}. Compile the model as a whole, or run the call uncompiled."
         ) from error
 
 
-def owner_input(session: Session, candidate: Candidate) -> fx.Node:
-    """What the owner was called with, [B, T, D], as an input of the program, handed into the candidate's region."""
-    assert candidate.owner is not None
-    assert candidate.owner_input is not None
+def take_owner_input(session: Session, candidate: Candidate) -> None:
+    """Has level weights that read what the owner was called with, [B, T, D], read it as an input of the program."""
+    owner, tensor, name = candidate.owner, candidate.owner_input, candidate.attribute
+    if owner is None or tensor is None:
+        return
     if session.settings.dry_run:
-        return candidate.region.lift(hold_tensor(session.module, (candidate.attribute, HELD), candidate.owner_input))
-    path = (candidate.attribute, *session.settings.path(candidate.owner, candidate.attribute), HELD)
-    return candidate.region.lift(_input(session, candidate, path))
+        node = hold_tensor(session.module, (name, HELD), tensor)
+    else:
+        node = _input(session, candidate.module, owner, (name, *session.settings.path(owner, name), HELD))
+    candidate.weight_input = candidate.region.lift(node)
 
 
-def infer_values(nodes: list[fx.Node], template: fx.Node) -> None:
+def weighed(candidate: Candidate) -> fx.Node | None:
+    """The node that the level weights are computed from; None where they read nothing."""
+    weights = candidate.level_weights
+    return None if weights is None or weights.in_features is None else candidate.weight_input
+
+
+def kept(candidate: Candidate) -> dict[fx.Node, fx.Node]:
+    """What the level weights read -> a copy of it as it is when it is computed, where it is written to later."""
+    read = weighed(candidate)
+    if read is None or not is_changed(candidate.region.effects, read, after=read):
+        return {}
+    copy = copy_behind(read)
+    copy.meta["example_value"] = read.meta["example_value"]
+    return {read: copy}
+
+
+def level_weights(
+    session: Session,
+    candidate: Candidate,
+    tensors: Iterable[fx.Node],
+    as_proxy: AsProxy,
+    like: Callable[[], Any],
+    dtype: torch.dtype,
+) -> Any:
+    """Writes w [B, T, H, L]; None for the linear operator.
+
+    Args:
+        session, candidate: whose.
+        tensors: the level weights' (see `weight_inputs`).
+        as_proxy: what a node is read as.
+        like: makes a tensor [B, T, ...], for level weights that read nothing.
+        dtype: its dtype.
+    """
+    if candidate.level_weights is None:
+        return None
+    read = weighed(candidate)
+    if read is not None:
+        dtype = read.meta["example_value"].dtype
+    x = like() if read is None else _batch_first(candidate, read, as_proxy(read))
+    return session.settings.function(candidate.level_weights, dtype)(x, *map(as_proxy, tensors))
+
+
+def _batch_first(candidate: Candidate, node: fx.Node, x: fx.Proxy) -> fx.Proxy:
+    """What the level weights read as [B, T, D]."""
+    axes = (0, 1) if candidate.owner_input is not None else candidate.batch_first(node)
+    assert axes is not None, f"{node.format_node()} is no sequence"
+    if axes == (-1, 0):
+        return x.unsqueeze(0)
+    return x if axes == (0, 1) else x.transpose(0, 1)
+
+
+def padding_mask(candidate: Candidate, as_proxy: AsProxy) -> fx.Proxy | None:
+    """The mask [B, T] that is non-zero at tokens that are no padding; None where there is none."""
+    if candidate.mask is None:
+        return None
+    return as_proxy(candidate.mask).eq(0) if candidate.mask_inverted else as_proxy(candidate.mask)
+
+
+@contextmanager
+def writing(candidate: Candidate, before: fx.Node, like: fx.Node) -> Iterator[AsProxy]:
+    """Nodes that are made inside are the candidate's; yields what makes a proxy of a node, which writes further ones.
+
+    Args:
+        candidate: whose.
+        before: where they go.
+        like: the node whose module and line they get.
+    """
+    graph = candidate.region.graph
+    given, tracer = set(graph.nodes), GraphAppendingTracer(graph)
+    with graph.inserting_before(before):
+        yield lambda node: fx.Proxy(node, tracer)
+    new = [node for node in graph.nodes if node not in given]
+    _infer_values(new, like)
+    candidate.region.effects.add(new)
+    candidate.written.extend(new)
+
+
+def _infer_values(nodes: list[fx.Node], template: fx.Node) -> None:
     """Gives new nodes what Dynamo gives its own: a fake value, the module and the line that they stand for."""
     mode = fake_mode_of(template.graph)
     for node in nodes:
@@ -67,7 +155,4 @@ def infer_values(nodes: list[fx.Node], template: fx.Node) -> None:
                 node.meta[key] = template.meta[key]
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["example_value"])  # type: ignore[misc]
         with mode:
-            if node.op == "call_method":
-                node.meta["example_value"] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            else:
-                node.meta["example_value"] = node.target(*args, **kwargs)  # type: ignore[operator]
+            node.meta["example_value"] = run(node, args, kwargs)

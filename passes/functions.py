@@ -19,6 +19,7 @@ from llcompile.passes.session import Session
 from llcompile.patterns import reasons
 from llcompile.patterns.agreement import BUDGETS, apart, gradients, undisturbed
 from llcompile.patterns.graph.regions import Region
+from llcompile.patterns.graph.run import run
 from llcompile.patterns.records import Declined
 from llcompile.patterns.structure.find import find
 from llcompile.patterns.structure.nested import leaves, mapped
@@ -134,8 +135,8 @@ class _Applied(torch.autograd.Function):
     """The Function as it was traced."""
 
     @staticmethod
-    def forward(ctx: Any, run: Callable[..., Any], back: Callable[..., Any], *operands: Any) -> Any:
-        outputs, saved = run(*operands)
+    def forward(ctx: Any, ahead: Callable[..., Any], back: Callable[..., Any], *operands: Any) -> Any:
+        outputs, saved = ahead(*operands)
         ctx.back, ctx.kept = back, saved
         return tuple(outputs)
 
@@ -170,14 +171,14 @@ def _draw(example: Any, generator: torch.Generator) -> Any:
 def _runner(body: fx.GraphModule) -> Callable[..., Any]:
     """The body as a function of its operands in float64, in the caller's grad mode."""
 
-    def run(*operands: Any) -> Any:
+    def body_of(*operands: Any) -> Any:
         values: dict[fx.Node, Any] = dict(zip(body.graph.find_nodes(op="placeholder"), operands, strict=True))
         for node in body.graph.nodes:
             if node.op in ("call_function", "call_method") and not _is_mode(node):
                 values[node] = _call(node, values)
         return fx.map_arg(_results(body), lambda n: values[n])
 
-    return run
+    return body_of
 
 
 def _call(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
@@ -185,9 +186,7 @@ def _call(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
     args, kwargs = mapped(_wide, (args, kwargs))
     if any(isinstance(a, torch.device) and a.type != "cpu" for a in leaves((args, kwargs))):
         raise NotImplementedError("it makes tensors on a device")
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    return node.target(*args, **kwargs)  # type: ignore[operator]
+    return run(node, args, kwargs)
 
 
 def _wide(value: Any) -> Any:

@@ -58,8 +58,7 @@ def names(session: Session) -> int:
         if owner not in known:
             held = [] if owner is None else session.settings.held(owner)
             known[owner] = {n: _as_now(w.place, owner) for n, w in held}
-        _number(candidates)
-        _name(candidates, known[owner])
+        _name(candidates, _places(candidates), known[owner])
     return sum(candidate.owner is not None for candidate in session.candidates)
 
 
@@ -70,41 +69,40 @@ def _as_now(place: CodePlace | None, owner: nn.Module | None) -> CodePlace | Non
     return replace(place, operands=place.operands.intersection(_own_parameters(owner).values()))
 
 
-def _number(candidates: list[Candidate]) -> None:
+def _places(candidates: list[Candidate]) -> list[CodePlace]:
+    """Gives each candidate its place, and returns the places."""
     seen: Counter[Any] = Counter()
+    places = []
     for candidate in candidates:
         lines, operands = code_lines(candidate.node.meta, candidate.owner), _operands(candidate)
         candidate.place = CodePlace(lines, operands, seen[lines, operands])
+        places.append(candidate.place)
         seen[lines, operands] += 1
+    return places
 
 
-def _name(candidates: list[Candidate], held: dict[str, CodePlace | None]) -> None:
+def _name(candidates: list[Candidate], places: list[CodePlace], held: dict[str, CodePlace | None]) -> None:
     """Gives each candidate the name of the level weights of its place, or a free one; `held` says which there are."""
     known = {name: place for name, place in held.items() if place is not None}
-    pending = list(candidates)
+    pending = list(zip(candidates, places, strict=True))
     for rule in _RULES:
-        for candidate in list(pending):
-            fits = [name for name, place in known.items() if rule(place, _place(candidate))]
+        for candidate, own in list(pending):
+            fits = [name for name, place in known.items() if rule(place, own)]
             if len(fits) > 1:
                 candidate.decline(reasons.AMBIGUOUS_WEIGHTS())
             if fits:
-                pending.remove(candidate)
+                pending.remove((candidate, own))
                 candidate.attribute = fits[0]
             if len(fits) == 1:
                 del known[fits[0]]
     unplaced = [name for name, place in held.items() if place is None]
     if len(unplaced) > len(pending) > 0:
-        for candidate in pending:
+        for candidate, _ in pending:
             candidate.decline(reasons.AMBIGUOUS_CHECKPOINT())
     free = (name for name in _names() if name not in held)
-    for candidate in pending:
+    for candidate, own in pending:
         candidate.attribute = unplaced.pop(0) if unplaced else next(free)
-        held[candidate.attribute] = _place(candidate)
-
-
-def _place(candidate: Candidate) -> CodePlace:
-    assert isinstance(candidate.place, CodePlace)
-    return candidate.place
+        held[candidate.attribute] = own
 
 
 def _names() -> Iterator[str]:

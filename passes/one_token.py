@@ -10,14 +10,14 @@ is not weighed was added.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from llcompile.passes.candidate import GraphCandidate, TokenCandidate
+from llcompile.passes.candidate import Candidate, GraphCandidate
 from llcompile.passes.session import Session
 from llcompile.passes.spots import Call, Spot, Spots, stack_of
 from llcompile.patterns import reasons
@@ -29,14 +29,13 @@ from llcompile.patterns.records import Certificate
 from llcompile.patterns.structure.axes import Axis, Dim, dims_of
 from llcompile.patterns.structure.found import Found
 from llcompile.patterns.structure.linearity import off_linear
-from llcompile.patterns.structure.sizing import arrange
 from llcompile.torch_internals import reach
 from llcompile.torch_internals.places import place_of, user_line
 from llcompile.torch_internals.sizes import size_hint
 
 
 @dataclass(frozen=True)
-class PartPlace:
+class RememberedPart:
     """One recognised part (the mixer, or a denominator of it).
 
     Args:
@@ -55,7 +54,7 @@ class PartPlace:
 
 
 @dataclass(frozen=True)
-class Place:
+class Remembered:
     """What is remembered of a mixer.
 
     Args:
@@ -64,41 +63,46 @@ class Place:
         cell, shape: its family, and its sizes.
     """
 
-    parts: tuple[PartPlace, ...]
+    parts: tuple[RememberedPart, ...]
     operands: tuple[Spot, ...]
     cell: Any
     shape: MixerShape
 
 
 @dataclass(eq=False)
-class Part:
+class TokenPart:
     """A part that was found again: its output, sizes of dims that differ, and nodes of the values."""
 
-    place: PartPlace
+    place: RememberedPart
     output: fx.Node
     sizes: dict[int, int]
     values: list[fx.Node]
 
 
-@dataclass(eq=False)
-class Token:
-    """A mixer of one token."""
+@dataclass
+class TokenCandidate(Candidate):
+    """A mixer of one token, which was found at its place.
 
-    place: Place
-    parts: list[Part]
-    operands: list[fx.Node]
-    rows_and_tokens: tuple[int, int] = field(init=False)
+    Args:
+        parts: the denominators and the mixer.
+        operands: the nodes of its operands.
+    """
 
-    def __post_init__(self) -> None:
+    parts: list[TokenPart] = field(kw_only=True)
+    operands: list[fx.Node] = field(kw_only=True)
+
+    @property
+    def rows_and_tokens(self) -> tuple[int, int]:
+        """How many rows and tokens it has."""
         part = self.parts[-1]
-        self.rows_and_tokens = math.prod(part.sizes[id(dim)] for dim in part.place.batch), 1
+        return math.prod(part.sizes[id(dim)] for dim in part.place.batch), 1
 
     def activations(self) -> list[fx.Node]:
-        """The nodes of the operands."""
+        """The nodes of its operands that depend on the model's input."""
         return self.operands
 
     def batch_first(self, node: fx.Node) -> tuple[int, int] | None:
-        """As `Found.batch_first`."""
+        """As `Candidate.batch_first`."""
         value = node.meta.get("example_value")
         if not isinstance(value, torch.Tensor) or not value.is_floating_point():
             return None
@@ -110,7 +114,7 @@ class Token:
         return (0, 1) if shape[:2] == [batch, 1] else (1, 0) if shape[:2] == [1, batch] else None
 
 
-def remember(candidate: GraphCandidate) -> Place | None:
+def remember(candidate: GraphCandidate) -> Remembered | None:
     """Where a mixer that was recognised among several tokens would be found with one; None where that is not known."""
     if len(candidate.found.hypothesis.axes.batch) > 1 or not all(map(_is_plain, candidate.group)):
         return None
@@ -120,10 +124,10 @@ def remember(candidate: GraphCandidate) -> Place | None:
         operands = tuple(spots.of(node, before=candidate.found.anchor) for node in candidate.found.activations())
     except LookupError:
         return None
-    return Place(parts, operands, candidate.cell, MixerShape(*candidate.found.sizes))
+    return Remembered(parts, operands, candidate.cell, MixerShape(*candidate.found.sizes))
 
 
-def _part_place(spots: Spots, found: Found) -> PartPlace:
+def _part_place(spots: Spots, found: Found) -> RememberedPart:
     dims: dict[int, Dim] = {}
     copied = lambda axis: tuple(dims.setdefault(id(a), Dim(a.size)) for a in axis)  # noqa: E731
     hypothesis = found.hypothesis
@@ -133,7 +137,7 @@ def _part_place(spots: Spots, found: Found) -> PartPlace:
     if {*axes.time} != dims_of(axis for axis in result if {*axis} <= {*axes.time}):
         raise LookupError("its output has no axis of time alone, which would show that there is one token")
     stack = stack_of(found.anchor)
-    return PartPlace(
+    return RememberedPart(
         spots.of(found.anchor, stack[-1] if stack else None),
         tuple(copied(axis) for axis in result),
         copied(axes.batch),
@@ -152,26 +156,32 @@ def one_token(session: Session) -> int:
     for region, owner, key in _calls(session):
         places = {name: weights.token for name, weights in session.settings.held(owner)}
         places = {name: place for name, place in places.items() if place and (id(owner), name) not in seen}
-        spots = Spots(region.graph, owner) if places else None
+        spots = Spots(region.graph, owner)
         for name, place in places.items():
-            assert spots is not None
             with boundary(f"{type(owner).__name__} with one token"):
-                token = _find(spots, key, place)
-                if token is not None:
-                    session.candidates.append(_candidate(session, region, owner, name, token))
+                found = _find(spots, key, place)
+                if found is not None:
+                    session.candidates.append(_candidate(session, region, (owner, name), place, *found))
     return len(session.candidates) - before
 
 
-def _candidate(session: Session, region: Region, owner: nn.Module, name: str, token: Token) -> TokenCandidate:
-    node = token.parts[-1].output
+def _candidate(
+    session: Session,
+    region: Region,
+    weights: tuple[nn.Module, str],
+    place: Remembered,
+    parts: list[TokenPart],
+    operands: list[fx.Node],
+) -> TokenCandidate:
+    node = parts[-1].output
     module = session.name(*place_of(node))
-    candidate = TokenCandidate(node, region, module, user_line(node.meta), owner, name, token=token)
-    candidate.cell, candidate.shape = token.place.cell, token.place.shape
-    error = off_linear(region, ((part.values, part.output) for part in token.parts), token.operands)
+    candidate = TokenCandidate(node, region, module, user_line(node.meta), *weights, parts=parts, operands=operands)
+    candidate.cell, candidate.shape = place.cell, place.shape
+    error = off_linear(region, ((part.values, part.output) for part in parts), operands)
     candidate.certificate = Certificate(error, "float64", 2)
     if not error <= BUDGETS["float64"]:
         candidate.decline(reasons.ONE_TOKEN_NOT_LINEAR())
-    if not all(_stands_alone(region, part.output) for part in token.parts):
+    if not all(_stands_alone(region, part.output) for part in parts):
         candidate.decline(reasons.ONE_TOKEN_CHANGED())
     return candidate
 
@@ -208,8 +218,8 @@ def _is_plain(found: Found) -> bool:
     return plain and found.order == found.analysis.leaves
 
 
-def _find(spots: Spots, call: Call | None, place: Place) -> Token | None:
-    """The mixer at its place, with one token; None where it is not there, or has more."""
+def _find(spots: Spots, call: Call | None, place: Remembered) -> tuple[list[TokenPart], list[fx.Node]] | None:
+    """The parts and operands of the mixer at its place, with one token; None where it is not there, or has more."""
     parts = []
     try:
         output = spots.at(place.parts[-1].output, call)
@@ -220,13 +230,13 @@ def _find(spots: Spots, call: Call | None, place: Place) -> Token | None:
             sizes = _sizes(part, node)
             if sizes is None:
                 return None
-            parts.append(Part(part, node, sizes, values))
+            parts.append(TokenPart(part, node, sizes, values))
     except LookupError:
         return None
-    return Token(place, parts, operands)
+    return parts, operands
 
 
-def _sizes(place: PartPlace, node: fx.Node) -> dict[int, int] | None:
+def _sizes(place: RememberedPart, node: fx.Node) -> dict[int, int] | None:
     """The size of each dim in a tensor of one token; None where the tensor's shape is another one."""
     value = node.meta.get("example_value")
     if not isinstance(value, torch.Tensor) or value.dim() != len(place.axes):
@@ -242,25 +252,3 @@ def _sizes(place: PartPlace, node: fx.Node) -> dict[int, int] | None:
         if free is not None:
             sizes[id(free)] = size // others
     return sizes
-
-
-def weigh(part: Part, output: fx.Proxy, weights: Any) -> Any:
-    """The output times the weights of level 0 (w [B, 1, H, L])."""
-    place = part.place
-    first = weights[..., 0].unsqueeze(-1).to(part.output.meta["example_value"].dtype)
-    groups: list[Axis] = [place.batch, (), place.heads, ()]
-    return output * arrange(first, groups, place.axes, _size_of(part, output))
-
-
-def batch_size(part: Part, output: fx.Proxy) -> Any:
-    """How many rows there are: a number, or a proxy for one."""
-    size = _size_of(part, output)
-    return next((size(dim) for dim in part.place.batch), 1)
-
-
-def _size_of(part: Part, output: fx.Proxy) -> Callable[[Dim], Any]:
-    """The size of a dim; the batch's is read off the output, where it may vary."""
-    axes, batch, shape = part.place.axes, part.place.batch, part.output.meta["example_value"].shape
-    alone = [(position, axis[0]) for position, axis in enumerate(axes) if len(axis) == 1 and axis[0] in batch]
-    varying = {id(dim): output.size(position) for position, dim in alone if isinstance(shape[position], torch.SymInt)}
-    return lambda dim: varying.get(id(dim), part.sizes[id(dim)])

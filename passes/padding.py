@@ -4,7 +4,7 @@ Libraries hand a mixer's kernel no mask: they multiply what it reads by one. So 
 taken only where the graph shows that it is one: it is made of the model's whole numbers alone (no activation has a part
 in it), it has a value for each token, and no path leads from the model's input to an operand of the mixer that does not
 pass a multiplication by it. A token at which it is zero then cannot be told from any other such token: it is padding,
-provided that it writes nothing to the state (see padded.py).
+provided that it writes nothing to the state (see masked_values.py).
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import torch
 from torch import fx
 
 from llcompile.passes.candidate import CallCandidate, Candidate, GraphCandidate
-from llcompile.passes.origin import data_inputs, is_constant_input
-from llcompile.passes.padded import writes_nothing
+from llcompile.passes.masked_values import writes_nothing
 from llcompile.passes.session import Session
+from llcompile.passes.weight_input import data_inputs, is_constant_input
 from llcompile.patterns.boundary import boundary
 from llcompile.patterns.graph.walk import walk
 from llcompile.torch_internals.sizes import size_hint

@@ -15,7 +15,7 @@ from llcompile.passes.identify import identify
 from llcompile.passes.names import names
 from llcompile.passes.one_token import one_token
 from llcompile.passes.padding import padding
-from llcompile.passes.place import placing
+from llcompile.passes.placing import placing
 from llcompile.passes.prove import prove
 from llcompile.passes.recognise import recognise
 from llcompile.passes.rewrite import rewrite

@@ -12,8 +12,8 @@ from llcompile.errors import StateError
 from llcompile.passes.candidate import CallCandidate, GraphCandidate
 from llcompile.passes.session import Session
 from llcompile.patterns import reasons
-from llcompile.patterns.known.arguments import is_level_state, state_argument
-from llcompile.patterns.known.states import state_problem
+from llcompile.patterns.known.arguments import is_level_state
+from llcompile.patterns.known.state_check import state_problem
 from llcompile.torch_internals.inputs import input_value
 
 
@@ -66,7 +66,7 @@ def adopt(session: Session) -> list[CallCandidate]:
         if tensor is None or tensor.dim() != 4:
             continue
         linear = tensor.detach().float()
-        linear = linear.transpose(-1, -2) if _value_first(candidate) else linear
+        linear = linear.transpose(-1, -2) if candidate.captured.entry.is_value_first(candidate.call.values) else linear
         levels = candidate.level_weights.levels
         state = linear.new_zeros(*linear.shape[:2], 1 + levels, *linear.shape[2:])
         state[:, :, -1] = linear
@@ -75,21 +75,13 @@ def adopt(session: Session) -> list[CallCandidate]:
     return adopted
 
 
-def _value_first(candidate: CallCandidate) -> bool:
-    """Whether the linear state of this call is [..., V, K]."""
-    entry = candidate.captured.entry
-    tensor = next(t for t in entry.tensors if t.draw == "state")
-    axes = entry.axes(tensor, 4, candidate.call.values)
-    return axes is not None and axes[-1] == "K"
-
-
 def _levels(session: Session, candidate: CallCandidate) -> int:
     weights = None if candidate.owner is None else session.settings.find(candidate.owner, candidate.attribute)
     return int(weights.levels) if weights is not None else session.settings.levels
 
 
 def _state_node(candidate: CallCandidate) -> fx.Node | None:
-    node = candidate.node.kwargs.get(state_argument(candidate.captured.entry))
+    node = candidate.node.kwargs.get(candidate.captured.entry.state)
     return node if isinstance(node, fx.Node) else None
 
 

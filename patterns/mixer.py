@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -11,9 +11,6 @@ from llcompile.errors import MixerError
 from llcompile.patterns.families import FAMILIES, Correction, Decay
 
 Value = TypeVar("Value")
-
-# How a linear state lies in the code that the mixer came from: [B, H, K, V] or [B, H, V, K].
-StateLayout = Literal["kv", "vk"]
 
 
 @dataclass(frozen=True)
@@ -29,9 +26,8 @@ class Mixer:
         value: [B, T, H, V], G divides H.
         log_decay: [B, T, H] for decay "scalar", [B, T, H, K] for "channel", None for "none"; <= 0.
         beta: [B, T, H] for correction "delta", else None.
-        initial_state: a state of the source code in `state_layout`, or one of ours [B, H, 1 + L, K, V], or None.
+        initial_state: the source code's own linear state, or one of ours [B, H, 1 + L, K, V], or None.
         scale: factor on the query.
-        state_layout: how the source code lays out its linear state.
         step: True for a single token (no T axis).
     """
 
@@ -44,7 +40,6 @@ class Mixer:
     beta: Any = None
     initial_state: Any = None
     scale: float = 1.0
-    state_layout: StateLayout = "kv"
     step: bool = False
 
     def __post_init__(self) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree
 
+from llcompile.kernels.state import linear_state
 from llcompile.patterns.agreement import apart
 from llcompile.patterns.known.arguments import is_level_state
 from llcompile.weights.level_weights import LevelWeights
@@ -101,7 +102,7 @@ def _as_linear(got: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
     """A level state as the linear state that the model itself returns in its place."""
     if got.shape == want.shape or not is_level_state(got) or got.dim() != want.dim() + 1:
         return got
-    linear = got[:, :, 1:].sum(2)
+    linear = linear_state(got)
     fits = [x for x in (linear, linear.transpose(-1, -2)) if x.shape == want.shape]
     return min(fits, key=lambda x: float((x.detach() - want).abs().max()), default=linear)
 

@@ -18,7 +18,7 @@ from llcompile.look.operator_call import call_in, weight_nodes
 from llcompile.look.source_lines import excerpt
 from llcompile.passes import pipeline
 from llcompile.passes.candidate import Candidate, GraphCandidate
-from llcompile.passes.original import original
+from llcompile.passes.rewrite_call import original
 from llcompile.passes.session import Session
 from llcompile.patterns.records import Declined
 from llcompile.torch_internals.places import module_of

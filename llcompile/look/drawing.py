@@ -9,7 +9,7 @@ from torch import fx
 
 from llcompile.look.code import Step, steps
 from llcompile.look.mixer_look import Box, Drawing, Kind
-from llcompile.passes.origin import is_constant_input
+from llcompile.passes.weight_input import is_constant_input
 
 _FEW = 32  # operations that are drawn one by one; more are drawn line by line
 _UP, _DOWN = 1, 1  # how far around the mixer the drawing goes

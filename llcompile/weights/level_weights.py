@@ -24,8 +24,8 @@ from llcompile.weights.level_kinds import (
 
 if TYPE_CHECKING:
     from llcompile.passes.names import CodePlace
-    from llcompile.passes.one_token import Place
-    from llcompile.passes.origin import Role
+    from llcompile.passes.one_token import Remembered
+    from llcompile.passes.weight_input import Role
 
 __all__ = ["KINDS", "LevelWeights", "compute_dtype", "level_weights_function", "paper_gain"]
 
@@ -88,11 +88,12 @@ class LevelWeights(nn.Module):
         # A tensor and not an "extra state": safetensors holds tensors only.
         self.register_buffer("descriptor", self._descriptor(device))
         self._not_one: _Seen | None = None
-        # Where its mixer stands in the user's code, which tensor it reads there (passes/names.py, passes/origin.py),
-        # and that tensor while a call of the owner is under way (llcompile/torch_internals/owner_input.py).
+        # Where its mixer stands in the user's code (passes/names.py), which tensor it reads there
+        # (passes/weight_input.py), and that tensor while a call of the owner is under way
+        # (torch_internals/owner_input.py).
         self.place: CodePlace | None = None
         self.role: Role | None = None
-        self.token: Place | None = None  # where it is found in a graph of one token (passes/one_token.py)
+        self.token: Remembered | None = None  # where it is found in a graph of one token (passes/one_token.py)
         self.owner_input: Tensor | None = None
         self.reset_parameters()
 

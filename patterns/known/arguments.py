@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from llcompile.kernels.state import is_level_state as has_levels
 from llcompile.patterns import reasons
 from llcompile.patterns.known.entry import Arguments, KnownFunction, Tensor
 from llcompile.patterns.reasons import GivenReason
@@ -40,14 +41,13 @@ def read_call(entry: KnownFunction, function: Callable[..., Any], given: Mapping
     }
     _check_refused(entry, defaults, given)
     values = {**{n: d for n, d in defaults.items() if n in entry.parameters}, **given}
-    sizes: dict[str, int] = {}
-    dtypes: dict[str, torch.dtype] = {}
-    for tensor in entry.tensors:
-        value = values.get(tensor.name)
-        if isinstance(value, torch.Tensor):
-            _read_sizes(entry, tensor, value, values, sizes)
-            dtypes[tensor.name] = value.dtype
-    ranks = {tensor.name: values[tensor.name].dim() for tensor in entry.tensors if tensor.name in dtypes}
+    tensors = {t: values[t.name] for t in entry.tensors if isinstance(values.get(t.name), torch.Tensor)}
+    sizes = sizes_of(entry, values)
+    for tensor, value in tensors.items():
+        if not (tensor.is_state and is_level_state(value)):
+            _check_shape(entry, tensor, value, values, sizes)
+    dtypes = {tensor.name: value.dtype for tensor, value in tensors.items()}
+    ranks = {tensor.name: value.dim() for tensor, value in tensors.items()}
     arguments = Arguments(values, sizes, dtypes, ranks)
     problem = (entry.requires(arguments) if entry.requires is not None else None) or _packing_problem(entry, arguments)
     if problem is not None:
@@ -59,19 +59,14 @@ def _packing_problem(entry: KnownFunction, arguments: Arguments) -> str | None:
     """Why this way of packing is not covered, or None."""
     if entry.packed_by(arguments, "indices") is None or entry.packed_by(arguments, "bounds") is not None:
         return None
-    if arguments[state_argument(entry)] is not None or entry.wants_state(arguments):
+    if arguments[entry.state] is not None or entry.wants_state(arguments):
         return "packs sequences by seq_idx and hands states on, of which there would be one for each; use cu_seqlens"
     return None
 
 
 def is_level_state(value: Any) -> bool:
     """Whether a tensor is a state of ours, [B, H, 1 + L, K, V], rather than the function's own linear one."""
-    return isinstance(value, torch.Tensor) and value.dim() == 5
-
-
-def state_argument(entry: KnownFunction) -> str:
-    """The name of the entry's state argument, or "" where it has none."""
-    return next((t.name for t in entry.tensors if t.draw == "state"), "")
+    return isinstance(value, torch.Tensor) and has_levels(value)
 
 
 def _check_refused(entry: KnownFunction, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> None:
@@ -89,11 +84,26 @@ def _check_refused(entry: KnownFunction, defaults: Mapping[str, Any], given: Map
         raise CallRejection(reasons.ARGUMENT_UNKNOWN(argument=name, function=entry.function))
 
 
-def _read_sizes(
-    entry: KnownFunction, tensor: Tensor, value: torch.Tensor, values: Mapping[str, Any], sizes: dict[str, Any]
+def sizes_of(entry: KnownFunction, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The size of every named axis, as the first argument that has it says; the state, which may be another's, apart.
+
+    Batch and length may be symbolic: no guard is put on them.
+    """
+    sizes: dict[str, Any] = {}
+    for tensor in entry.tensors:
+        value = values.get(tensor.name)
+        axes = entry.axes(tensor, value.dim(), values) if isinstance(value, torch.Tensor) else None
+        if axes is not None and not tensor.is_state:
+            for axis, size in zip(axes, values[tensor.name].shape, strict=True):
+                name = axis.lstrip("*")
+                if name.isalpha():
+                    sizes.setdefault(name, size if name in "BT" else int(size))
+    return sizes
+
+
+def _check_shape(
+    entry: KnownFunction, tensor: Tensor, value: torch.Tensor, values: Mapping[str, Any], sizes: Mapping[str, Any]
 ) -> None:
-    if tensor.draw == "state" and is_level_state(value):
-        return
     axes = entry.axes(tensor, value.dim(), values)
     found = {"argument": tensor.name, "function": entry.function, "shape": list(value.shape)}
     if axes is None:
@@ -103,11 +113,6 @@ def _read_sizes(
         name = axis.lstrip("*")
         if axis.startswith("*") and stride != 0 and size != 1:
             raise CallRejection(reasons.ARGUMENT_VARIES(**found, axis=name))
-        # Batch and length may be symbolic: they are not compared, so that no guard is put on them.
-        if name in "BT":
-            sizes.setdefault(name, size)
-        elif name.isalpha():
-            sizes.setdefault(name, int(size))
         if name not in "BT" and axis_size(name, sizes) != int(size):
             expected = f"{name} = {axis_size(name, sizes)}"
             raise CallRejection(reasons.ARGUMENT_SHAPE(**found, expected=expected, axes=tensor.axes))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from llcompile.patterns.known.entry import Arguments
+from llcompile.patterns.known.entry import Arguments, Tensor
 from llcompile.patterns.mixer import Mixer
 
 
@@ -36,11 +36,58 @@ def head_index(value: Any) -> Any:
     return torch.ones_like(value[..., 0], dtype=torch.float32).cumsum(-1) - 1
 
 
-def time_step(arguments: Arguments, dt: Any, dtype: torch.dtype | None = None) -> Any:
-    """Mamba's step size in `dtype` (dt's own by default): dt + bias, softplus, clamp. dt: [B, T, H] or [B, H]."""
+def ssd(arguments: Arguments, value: str, state: str, dtype: torch.dtype | None = None) -> Mixer:
+    """Mamba-2's scan.
+
+    Args:
+        arguments: the call's.
+        value, state: names of its values and of its state.
+        dtype: in which it computes its step sizes; dt's own by default.
+    """
+    dt = _time_step(arguments, arguments["dt"], arguments["dt_bias"], dtype)  # [B, T, H]
+    return _ssd(arguments, value, dt, arguments["A"], initial_state=arguments[state])
+
+
+def ssd_step(arguments: Arguments, value: str, dtype: torch.dtype | None = None) -> Mixer:
+    """Its single step. dt, A and dt_bias have one value for each head, expanded over its channels for the kernel."""
+    bias = arguments["dt_bias"]
+    dt = _time_step(arguments, arguments["dt"][..., 0], None if bias is None else bias[..., 0], dtype)  # [B, H]
+    return _ssd(arguments, value, dt, arguments["A"][..., 0, 0], initial_state=arguments["state"], step=True)
+
+
+def ssd_step_tensors(value: str, skip: str) -> tuple[Tensor, ...]:
+    """The tensors of the single step: its values have this name, and D these axes."""
+    return (
+        Tensor("state", "B H V K", "state"),
+        Tensor(value, "B H V"),
+        Tensor("dt", "B H *V", "step"),
+        Tensor("A", "H *V *K", "negative"),
+        Tensor("B", "B G K"),
+        Tensor("C", "B G K"),
+        Tensor("D", skip),
+        Tensor("z", "B H V"),
+        Tensor("dt_bias", "H *V", "step_bias"),
+    )
+
+
+def _ssd(arguments: Arguments, value: str, dt: Any, rate: Any, **more: Any) -> Mixer:
+    dt = dt.float()
+    return Mixer(
+        decay="scalar",
+        correction="none",
+        query=arguments["C"].float(),
+        key=arguments["B"].float(),
+        value=arguments[value].float() * dt.unsqueeze(-1),
+        log_decay=rate.float() * dt,
+        **more,
+    )
+
+
+def _time_step(arguments: Arguments, dt: Any, bias: Any, dtype: torch.dtype | None) -> Any:
+    """dt + bias, softplus, clamp."""
     dt = dt if dtype is None else dt.to(dtype)
-    if arguments["dt_bias"] is not None:
-        dt = dt + arguments["dt_bias"].to(dtype or arguments.dtypes["dt"])
+    if bias is not None:
+        dt = dt + bias.to(dtype or arguments.dtypes["dt"])
     if arguments["dt_softplus"]:
         dt = F.softplus(dt)
     low, high = arguments["dt_limit"] or (0.0, float("inf"))

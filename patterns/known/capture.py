@@ -21,10 +21,10 @@ from torch import nn
 
 from llcompile.patterns import reasons
 from llcompile.patterns.known import KnownFunction, entries
-from llcompile.patterns.known.arguments import CallRejection, axis_size
+from llcompile.patterns.known.arguments import CallRejection, axis_size, sizes_of
 from llcompile.patterns.known.entry import Reference
 from llcompile.patterns.known.lower import lower_call
-from llcompile.patterns.known.states import batch_size, state_problem, state_sizes
+from llcompile.patterns.known.state_check import rows_of, state_problem
 from llcompile.patterns.reasons import GivenReason
 from llcompile.torch_internals import reach
 from llcompile.torch_internals.substitution import substitute, unsubstituted
@@ -84,13 +84,9 @@ class CapturedFunction:
         """The call with an empty state in the place of one that it cannot take: the pass `states` raises an error."""
         if state_problem(self.entry, arguments, levels, weighted=lowered and levels is not None) is None:
             return arguments
-        tensor = next(t for t in self.entry.tensors if t.draw == "state")
-        state, axes = arguments[tensor.name], self.entry.axes(tensor, 4, arguments)
-        assert axes is not None
-        sizes = state_sizes(self.entry, arguments)
-        count = batch_size(self.entry, arguments, state)
-        own = state.new_zeros(count, *(axis_size(axis, sizes) for axis in axes[1:]))
-        return {**arguments, tensor.name: own}
+        sizes, (_, *axes) = sizes_of(self.entry, arguments), self.entry.state_axes(arguments)
+        shape = rows_of(self.entry, arguments), *(axis_size(axis, sizes) for axis in axes)
+        return {**arguments, self.entry.state: arguments[self.entry.state].new_zeros(shape)}
 
 
 @dataclass(frozen=True)
@@ -144,7 +140,7 @@ def take_refused() -> list[Refused]:
 
 
 def captured_function(target: Any) -> CapturedFunction | None:
-    """The leaf whose call a node's target is, or None."""
+    """The captured function whose call a node's target is, or None."""
     try:
         return _targets.get(target)
     except TypeError:  # unhashable

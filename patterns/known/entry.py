@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 
-from llcompile.patterns.families import Correction, Decay
 from llcompile.patterns.mixer import Mixer
 
 # What an argument tells about sequences packed in one row: the bounds [N + 1] of N sequences, the sequence [B, T] that
@@ -38,6 +37,11 @@ class Tensor:
     def layouts(self) -> list[tuple[str, ...]]:
         """The layouts that the function accepts, each as its axes."""
         return [tuple(layout.split()) for layout in self.axes.split("|")]
+
+    @property
+    def is_state(self) -> bool:
+        """Whether it is the state that comes in."""
+        return self.draw == "state"
 
 
 @dataclass(frozen=True)
@@ -108,8 +112,6 @@ class KnownFunction:
     library: str
     function: str
     family: str
-    decay: Decay
-    correction: Correction
     tensors: tuple[Tensor, ...]
     bind: Callable[[Arguments], Mixer]
     result: Callable[[Arguments, Any, Any], Any]
@@ -133,9 +135,22 @@ class KnownFunction:
     def axes(self, tensor: Tensor, rank: int, values: Mapping[str, Any]) -> tuple[str, ...] | None:
         """The axes of a tensor argument of the given rank in a call with these constants; None for a wrong rank."""
         axes = next((layout for layout in tensor.layouts() if len(layout) == rank), None)
-        if axes is not None and tensor.draw == "state" and any(values.get(name) for name in self.value_first):
+        if axes is not None and tensor.is_state and any(values.get(name) for name in self.value_first):
             return (*axes[:-2], axes[-1], axes[-2])
         return axes
+
+    @property
+    def state(self) -> str:
+        """The name of the argument that is the state that comes in; "" where there is none."""
+        return next((t.name for t in self.tensors if t.is_state), "")
+
+    def state_axes(self, values: Mapping[str, Any]) -> tuple[str, ...]:
+        """The axes of a call's linear state, which are also those of the final one; () where it has none."""
+        return next((self.axes(t, 4, values) or () for t in self.tensors if t.is_state), ())
+
+    def is_value_first(self, values: Mapping[str, Any]) -> bool:
+        """Whether a call's linear state is [B, H, V, K], which the operator has as [B, H, K, V]."""
+        return self.state_axes(values)[-1:] == ("K",)
 
     def wants_state(self, arguments: Arguments) -> bool:
         """Whether this call needs the final state."""
@@ -147,7 +162,7 @@ class KnownFunction:
 
     def tensor_with(self, axis: str) -> Tensor:
         """The first tensor that has the given axis last (its value, for "V")."""
-        return next(t for t in self.tensors if t.draw != "state" and t.axes.split()[-1] == axis)
+        return next(t for t in self.tensors if not t.is_state and t.axes.split()[-1] == axis)
 
     def signature_problem(self, function: Callable[..., Any]) -> str | None:
         """What the signature of `function` has that this entry was not written for, or None."""

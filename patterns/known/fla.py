@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from llcompile.patterns.families import Correction, Decay
+from llcompile.patterns.families import Decay
 from llcompile.patterns.known.binders import head_index, l2norm, output_and_state, query_scale
 from llcompile.patterns.known.entry import Arguments, KnownFunction, Packing, Reference, Tensor
 from llcompile.patterns.known.fla_references import delta, gated, gla, kda, linear, simple_gla
@@ -45,7 +45,6 @@ def _operands(a: Arguments, **more: Any) -> dict[str, Any]:
         "value": a["v"].float(),
         "initial_state": a["initial_state"],
         "scale": query_scale(a),
-        "state_layout": "vk" if any(a[name] for name in _VALUE_FIRST) else "kv",
         **more,
     }
 
@@ -186,8 +185,6 @@ _NAIVE_KDA = Reference("fla.ops.kda.naive:naive_recurrent_kda", kda)
 def _row(
     function: str,
     family: str,
-    decay: Decay,
-    correction: Correction,
     tensors: tuple[Tensor, ...],
     bind: Callable[[Arguments], Mixer],
     *references: Reference,
@@ -203,8 +200,6 @@ def _row(
         library="fla",
         function=function,
         family=family,
-        decay=decay,
-        correction=correction,
         tensors=(*tensors, _STATE) if stateful else tensors,
         constants=("scale", *constants, *(("output_final_state",) if stateful else ()), *_NUMERICS, *_VALUE_FIRST),
         packing=_PACKING,
@@ -231,8 +226,6 @@ ENTRIES: tuple[KnownFunction, ...] = (
         _row(
             f"{form}_linear_attn",
             "linear attention",
-            "none",
-            "none",
             _POSITIVE_QKV,
             _linear_attn,
             _NAIVE_LINEAR,
@@ -243,15 +236,13 @@ ENTRIES: tuple[KnownFunction, ...] = (
         for form in ("chunk", "fused_chunk", "fused_recurrent")
     ),
     *(
-        _row(f"{form}_retention", "RetNet", "scalar", "none", _QKV, _retention, _over_simple_gla(form))
+        _row(f"{form}_retention", "RetNet", _QKV, _retention, _over_simple_gla(form))
         for form in ("chunk", "fused_chunk", "fused_recurrent", "parallel")
     ),
     *(
         _row(
             f"{form}_lightning_attn",
             "lightning attention",
-            "scalar",
-            "none",
             _QKV,
             _lightning_attn,
             _over_simple_gla(form),
@@ -263,8 +254,6 @@ ENTRIES: tuple[KnownFunction, ...] = (
         _row(
             f"{form}_simple_gla",
             "Simple GLA",
-            "scalar",
-            "none",
             (*_QKV, _G, Tensor("g_gamma", "H", "log_decay")),
             _simple_gla,
             Reference(_NAIVE_SIMPLE_GLA, simple_gla),
@@ -273,14 +262,12 @@ ENTRIES: tuple[KnownFunction, ...] = (
         )
         for form in ("chunk", "fused_chunk", "fused_recurrent", "parallel")
     ),
-    _row("chunk_gla", "GLA", "channel", "none", (*_QKV, _G_CHANNEL), _gla, _NAIVE_GLA, result=_like_value),
-    _row("fused_recurrent_gla", "GLA", "channel", "none", (*_QKV, _GK), _gla, _NAIVE_GLA),
+    _row("chunk_gla", "GLA", (*_QKV, _G_CHANNEL), _gla, _NAIVE_GLA, result=_like_value),
+    _row("fused_recurrent_gla", "GLA", (*_QKV, _GK), _gla, _NAIVE_GLA),
     *(
         _row(
             f"{form}_delta_rule",
             "DeltaNet",
-            "none",
-            "delta",
             _KEYS,
             _delta_rule,
             _NAIVE_DELTA,
@@ -292,8 +279,6 @@ ENTRIES: tuple[KnownFunction, ...] = (
         _row(
             f"{form}_gated_delta_rule",
             "Gated DeltaNet",
-            "scalar",
-            "delta",
             (*_GROUPED, _G, *own, *_GATES),
             _gated_delta_rule,
             _NAIVE_GATED,
@@ -309,8 +294,6 @@ ENTRIES: tuple[KnownFunction, ...] = (
         _row(
             f"{form}_kda",
             "Kimi Delta Attention",
-            "channel",
-            "delta",
             (*_GROUPED, _G_CHANNEL, *_KDA_GATES),
             _kda,
             _NAIVE_KDA,

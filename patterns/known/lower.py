@@ -10,14 +10,14 @@ import torch
 
 import llcompile.kernels.operators  # noqa: F401  (registers torch.ops.llcompile)
 from llcompile.patterns.known import Arguments, KnownFunction
-from llcompile.patterns.known.arguments import CallRejection, is_level_state, read_call, state_argument
+from llcompile.patterns.known.arguments import is_level_state, read_call
 from llcompile.patterns.mixer import Mixer
 
 
 def lower_call(entry: KnownFunction, function: Callable[..., Any], given: Mapping[str, Any], levels: int | None) -> Any:
     """What the call computes through our operator, with every level weight 1 (or none, for `levels` None)."""
     arguments = read_call(entry, function, given)
-    state = arguments[state_argument(entry)]
+    state = arguments[entry.state]
     if state is not None and not is_level_state(state):
         levels = None
     weights = None
@@ -31,7 +31,7 @@ def lower(entry: KnownFunction, arguments: Arguments, example: Arguments, level_
     """Emits the operator and what the function does around it.
 
     Args:
-        row: the function's row.
+        entry: the function's entry.
         arguments: the values to compute on: tensors, or proxies.
         example: the same call on tensors (real or fake), for everything that depends on shapes.
         level_weights: [B, T, H, L] (or [B, H, L] for a step), or None for the linear operator.
@@ -39,9 +39,10 @@ def lower(entry: KnownFunction, arguments: Arguments, example: Arguments, level_
     """
     sequences = sequences_of(entry, arguments, mask)
     call = OperatorCall(
-        own_state=is_level_state(example[state_argument(entry)]),
-        single=is_single_token(entry, example) and sequences is None,
+        own_state=is_level_state(example[entry.state]),
+        single=_is_single_token(example) and sequences is None,
         wants_state=entry.wants_state(example),
+        value_first=entry.is_value_first(example.values),
     )
     output, state = call_operator(entry.bind(arguments), level_weights, call, sequences)
     if entry.writes_state is not None:
@@ -70,14 +71,22 @@ def sequences_of(entry: KnownFunction, arguments: Arguments, mask: Any) -> Seque
 
 @dataclass(frozen=True)
 class OperatorCall:
-    """What decides which operator is called: whose state comes in, how many tokens, and whether a state goes out."""
+    """What decides which operator is called.
 
-    own_state: bool
-    single: bool
-    wants_state: bool
+    Args:
+        own_state: a state that comes in has levels.
+        single: it is one token.
+        wants_state: a state goes out.
+        value_first: the code's own linear states are [B, H, V, K].
+    """
+
+    own_state: bool = False
+    single: bool = False
+    wants_state: bool = False
+    value_first: bool = False
 
 
-def is_single_token(entry: KnownFunction, example: Arguments) -> bool:
+def _is_single_token(example: Arguments) -> bool:
     """Whether the call is a decoding step: one token, known to be one without a guard."""
     length = example.sizes.get("T", 1)
     return isinstance(length, int) and length == 1
@@ -87,9 +96,9 @@ def call_operator(
     mixer: Mixer, level_weights: Any, call: OperatorCall, sequences: Sequences | None = None
 ) -> tuple[Any, Any]:
     """One call of `llcompile::loglinear_attention` or of its step; the output and the final state."""
-    state, transposed = mixer.initial_state, mixer.state_layout == "vk"
+    state = mixer.initial_state
     if state is not None and not call.own_state:
-        state = state.float().transpose(-1, -2) if transposed else state.float()
+        state = state.float().transpose(-1, -2) if call.value_first else state.float()
     if state is not None and call.single:
         output, final = _call_step(mixer, level_weights, state)
     else:
@@ -101,7 +110,7 @@ def call_operator(
         output, final = result[0], result[1]
     if not call.wants_state:
         return output, None
-    return output, final.transpose(-1, -2) if level_weights is None and transposed else final
+    return output, final.transpose(-1, -2) if level_weights is None and call.value_first else final
 
 
 def _call_step(mixer: Mixer, level_weights: Any, state: Any) -> tuple[Any, Any]:
@@ -111,6 +120,3 @@ def _call_step(mixer: Mixer, level_weights: Any, state: Any) -> tuple[Any, Any]:
         operands = [None if x is None else x.squeeze(1) for x in operands]
     result = step(*operands[:4], state, *operands[4:], mixer.scale)
     return result[0] if mixer.step else result[0].unsqueeze(1), result[1]
-
-
-__all__ = ["CallRejection", "Sequences", "call_operator", "is_single_token", "lower", "lower_call"]

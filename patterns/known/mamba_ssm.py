@@ -14,33 +14,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from llcompile.patterns.known.binders import time_step
+from llcompile.patterns.known.binders import ssd, ssd_step, ssd_step_tensors
 from llcompile.patterns.known.entry import Arguments, KnownFunction, Reference, Tensor
 from llcompile.patterns.mixer import Mixer
 
 
-def _mixer(a: Arguments, dt: Any, decay_rate: Any, **more: Any) -> Mixer:
-    return Mixer(
-        decay="scalar",
-        correction="none",
-        query=a["C"].float(),
-        key=a["B"].float(),
-        value=a["x"].float() * dt.unsqueeze(-1),
-        log_decay=decay_rate.float() * dt,
-        state_layout="vk",
-        **more,
-    )
-
-
 def _scan(a: Arguments) -> Mixer:
-    return _mixer(a, time_step(a, a["dt"], torch.float32), a["A"], initial_state=a["initial_states"])
+    return ssd(a, "x", "initial_states", torch.float32)
 
 
 def _step(a: Arguments) -> Mixer:
-    # One value per head, expanded over its channels for the kernel.
-    head = a.with_values({**a.values, "dt_bias": None if a["dt_bias"] is None else a["dt_bias"][..., 0]})
-    dt = time_step(head, a["dt"][..., 0], torch.float32)
-    return _mixer(a, dt, a["A"][..., 0, 0], initial_state=a["state"], step=True)
+    return ssd_step(a, "x", torch.float32)
 
 
 def _skip_and_gate(a: Arguments, output: Any) -> Any:
@@ -109,17 +93,6 @@ _SCAN_TENSORS = (
     Tensor("dt_bias", "H", "step_bias"),
     Tensor("initial_states", "B H V K", "state"),
 )
-_STEP_TENSORS = (
-    Tensor("state", "B H V K", "state"),
-    Tensor("x", "B H V"),
-    Tensor("dt", "B H *V", "step"),
-    Tensor("A", "H *V *K", "negative"),
-    Tensor("B", "B G K"),
-    Tensor("C", "B G K"),
-    Tensor("D", "H V"),
-    Tensor("z", "B H V"),
-    Tensor("dt_bias", "H *V", "step_bias"),
-)
 _STEP_REFERENCE = "mamba_ssm.ops.triton.selective_state_update:selective_state_update_ref"
 
 ENTRIES: tuple[KnownFunction, ...] = (
@@ -127,8 +100,6 @@ ENTRIES: tuple[KnownFunction, ...] = (
         library="mamba_ssm",
         function="mamba_chunk_scan_combined",
         family="Mamba-2 (SSD)",
-        decay="scalar",
-        correction="none",
         tensors=_SCAN_TENSORS,
         constants=("chunk_size", "dt_softplus", "dt_limit", "return_final_states"),
         packing={"seq_idx": "indices", "cu_seqlens": "bounds"},
@@ -148,9 +119,7 @@ ENTRIES: tuple[KnownFunction, ...] = (
         library="mamba_ssm",
         function="selective_state_update",
         family="Mamba-2 (SSD)",
-        decay="scalar",
-        correction="none",
-        tensors=_STEP_TENSORS,
+        tensors=ssd_step_tensors("x", skip="H V"),
         constants=("dt_softplus",),
         refuses={"state_batch_indices": "keeps its states in the rows of a larger table"},
         bind=_step,

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
+from llcompile.kernels.state import linear_state, pack_state
 from llcompile.patterns import reasons
 from llcompile.patterns.agreement import BUDGETS, EXACT, apart, difference, gradients, precision
-from llcompile.patterns.known.arguments import is_level_state, read_call, state_argument
+from llcompile.patterns.known.arguments import is_level_state, read_call
 from llcompile.patterns.known.capture import CapturedFunction
 from llcompile.patterns.known.draws import draw_call
 from llcompile.patterns.known.entry import Arguments
@@ -87,8 +88,7 @@ class _Proof:
     def __init__(self, captured: CapturedFunction, call: Arguments, weighted: bool, original: Original) -> None:
         self.entry, self.plain, self.call = captured.entry, captured.plain, call
         self.weighted, self.original = weighted, original
-        self.state = state_argument(self.entry)
-        self.value_first = _is_transposed(self.entry, call)
+        self.state, self.value_first = self.entry.state, self.entry.is_value_first(call.values)
 
     def outcome(self) -> Certificate | GivenReason:
         """The certificate, or why there is none; raises what the original raises."""
@@ -107,8 +107,7 @@ class _Proof:
     def error(self, seed: int, length: int) -> float:
         """How far the results are apart on one draw."""
         expected, actual = self._both(seed, self._draw(seed, length))
-        pairs = zip(expected, map(self._sum_levels, actual), strict=True)
-        return max(difference(self._by_position(i, a), self._by_position(i, b)) for i, (a, b) in enumerate(pairs))
+        return max(difference(a, b) for a, b in zip(expected, actual, strict=True))
 
     def gradient_error(self) -> float:
         """How far the gradients of a fixed function of the output are apart, on a draw of its own.
@@ -133,12 +132,13 @@ class _Proof:
 
     def idle_operand(self) -> str:
         """The first operand that can be drawn anew without changing the output, or ""."""
-        base, other = self._output(self._draw(0, LENGTHS[1])), self._draw(1, LENGTHS[1])
+        output = lambda x: self._results(self.original.run(**x), x)[0]  # noqa: E731
+        base, other = output(self._draw(0, LENGTHS[1])), self._draw(1, LENGTHS[1])
         for tensor in self.entry.tensors:
             changed = self._draw(0, LENGTHS[1])
             if isinstance(changed.get(tensor.name), torch.Tensor):
                 changed[tensor.name] = other[tensor.name]
-                if difference(base, self._output(changed)) < _IDLE:
+                if difference(base, output(changed)) < _IDLE:
                     return tensor.name
         return ""
 
@@ -156,44 +156,32 @@ class _Proof:
         # A state without levels that the function writes gets levels first (the pass `states`).
         if is_level_state(self.call[self.state]) or (self.weighted and self.entry.writes_state is not None):
             ours[self.state] = self._split_over_levels(ours[self.state], seed)
-        expected = self._flat(self.original.run(**theirs), theirs)
+        expected = self._results(self.original.run(**theirs), theirs)
         call = read_call(self.entry, self.plain, ours)
         weights = None
         if self.weighted:
             value = call[self.entry.tensor_with("V").name]
             weights = torch.ones(*value.shape[:-1], LEVELS, dtype=torch.float32)
-        return [x.cpu() for x in expected], self._flat(lower(self.entry, call, call, weights), ours)
+        return [x.cpu() for x in expected], self._results(lower(self.entry, call, call, weights), ours)
 
-    def _output(self, arguments: dict[str, Any]) -> torch.Tensor:
-        return self._by_position(0, self._flat(self.original.run(**arguments), arguments)[0])
-
-    def _flat(self, result: Any, arguments: dict[str, Any]) -> list[torch.Tensor]:
-        """The output, and the state where there is one."""
+    def _results(self, result: Any, arguments: dict[str, Any]) -> list[torch.Tensor]:
+        """The output as [T, ...], and the linear state where there is one; it, and a single token, as [1, ...]."""
         results = list(result) if isinstance(result, (tuple, list)) else [result]
         if self.entry.writes_state is not None:
             results.append(arguments[self.entry.writes_state])
-        return [r for r in results if r is not None]
-
-    def _by_position(self, number: int, result: torch.Tensor) -> torch.Tensor:
-        """A result as [T, ...]: the output's own positions; a single token and a state are one."""
-        return result.transpose(0, 1) if number == 0 and "T" in self.call.sizes else result.unsqueeze(0)
-
-    def _sum_levels(self, state: torch.Tensor) -> torch.Tensor:
-        """A level state as the linear state that the function would return: the sum over its levels."""
-        if not is_level_state(state):
-            return state
-        linear = state[:, :, 1:].sum(2)
-        return linear.transpose(-1, -2) if self.value_first else linear
+        output, *states = (r for r in results if r is not None)
+        linear = (self._turned(linear_state(s)) if is_level_state(s) else s for s in states)
+        return [output.transpose(0, 1) if "T" in self.call.sizes else output[None], *(s[None] for s in linear)]
 
     def _split_over_levels(self, linear: torch.Tensor, seed: int) -> torch.Tensor:
         """A level state at a generic position whose levels sum to the given linear state."""
-        state = linear.transpose(-1, -2) if self.value_first else linear
-        noise = torch.Generator().manual_seed(seed)
+        state, noise = self._turned(linear), torch.Generator().manual_seed(seed)
         parts = torch.randn(*state.shape[:2], LEVELS, *state.shape[2:], generator=noise, dtype=state.dtype)
         parts[:, :, 0] += state - parts.sum(2)
-        header = torch.zeros_like(parts[:, :, :1])
-        header[..., 0, 0] = 37.0
-        return torch.cat([header, parts], dim=2).float()
+        return pack_state(parts.float(), torch.full(state.shape[:1], 37))
+
+    def _turned(self, state: torch.Tensor) -> torch.Tensor:
+        return state.transpose(-1, -2) if self.value_first else state
 
 
 def _moved(values: dict[str, Any], place: Callable[[str], tuple[str, torch.dtype]]) -> dict[str, Any]:
@@ -209,10 +197,3 @@ def _moved(values: dict[str, Any], place: Callable[[str], tuple[str, torch.dtype
 def _once(value: torch.Tensor) -> torch.Tensor:
     """The values of a tensor without their repetitions along broadcast axes."""
     return value[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in value.stride())]
-
-
-def _is_transposed(entry: Any, call: Arguments) -> bool:
-    """Whether the state of this call is [..., V, K]."""
-    state = next((t for t in entry.tensors if t.draw == "state"), None)
-    axes = entry.axes(state, 4, call.values) if state is not None else None
-    return axes is not None and axes[-1] == "K"

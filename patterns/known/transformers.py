@@ -10,46 +10,23 @@ from typing import Any
 
 import torch.nn.functional as F
 
-from llcompile.patterns.known.binders import delta_rule, output_and_state, time_step
+from llcompile.patterns.known.binders import delta_rule, output_and_state, ssd, ssd_step, ssd_step_tensors
 from llcompile.patterns.known.entry import Arguments, KnownFunction, Packing, Tensor
 from llcompile.patterns.mixer import Mixer
 
 
 def _mamba2(a: Arguments) -> Mixer:
-    dt = time_step(a, a["dt"]).float()  # [B, T, H]
-    return Mixer(
-        decay="scalar",
-        correction="none",
-        query=a["C"].float(),
-        key=a["B"].float(),
-        value=a["hidden_states"].float() * dt.unsqueeze(-1),
-        log_decay=a["A"].float() * dt,
-        initial_state=a["initial_states"],
-        state_layout="vk",
-    )
+    return ssd(a, "hidden_states", "initial_states")
+
+
+def _mamba2_step(a: Arguments) -> Mixer:
+    return ssd_step(a, "hidden_states")
 
 
 def _mamba2_result(a: Arguments, output: Any, state: Any) -> Any:
     if a["D"] is not None:
         output = output + a["D"].unsqueeze(-1) * a["hidden_states"].float()
     return (output, state) if a["return_final_states"] else output
-
-
-def _mamba2_step(a: Arguments) -> Mixer:
-    # Transformers expands dt, A, D and dt_bias over the head's channels for mamba_ssm's kernel: take one of each.
-    head = a.with_values({**a.values, "dt_bias": None if a["dt_bias"] is None else a["dt_bias"][..., 0]})
-    dt = time_step(head, a["dt"][..., 0]).float()  # [B, H]
-    return Mixer(
-        decay="scalar",
-        correction="none",
-        query=a["C"].float(),
-        key=a["B"].float(),
-        value=a["hidden_states"].float() * dt.unsqueeze(-1),
-        log_decay=a["A"][..., 0, 0].float() * dt,
-        initial_state=a["state"],
-        state_layout="vk",
-        step=True,
-    )
 
 
 def _mamba2_step_result(a: Arguments, output: Any, state: Any) -> Any:
@@ -83,17 +60,6 @@ _MAMBA2_TENSORS = (
     Tensor("dt_bias", "H", "step_bias"),
     Tensor("initial_states", "B H V K", "state"),
 )
-_MAMBA2_STEP_TENSORS = (
-    Tensor("state", "B H V K", "state"),
-    Tensor("hidden_states", "B H V"),
-    Tensor("dt", "B H *V", "step"),
-    Tensor("A", "H *V *K", "negative"),
-    Tensor("B", "B G K"),
-    Tensor("C", "B G K"),
-    Tensor("D", "H *V"),
-    Tensor("z", "B H V"),
-    Tensor("dt_bias", "H *V", "step_bias"),
-)
 _DELTA_TENSORS = (
     Tensor("query", "B T G K"),
     Tensor("key", "B T G K", "key"),
@@ -113,8 +79,6 @@ def _delta_row(function: str, family: str, kimi: bool) -> KnownFunction:
         library="transformers",
         function=function,
         family=family,
-        decay="channel" if kimi else "scalar",
-        correction="delta",
         tensors=_KIMI_TENSORS if kimi else _DELTA_TENSORS,
         constants=_DELTA_CONSTANTS,
         packing=_PACKING,
@@ -129,8 +93,6 @@ ENTRIES: tuple[KnownFunction, ...] = (
         library="transformers",
         function="mamba2_chunk_scan",
         family="Mamba-2 (SSD)",
-        decay="scalar",
-        correction="none",
         tensors=_MAMBA2_TENSORS,
         constants=("chunk_size", "dt_softplus", "dt_limit", "return_final_states"),
         packing=_PACKING,
@@ -143,9 +105,7 @@ ENTRIES: tuple[KnownFunction, ...] = (
         library="transformers",
         function="mamba2_selective_state_update",
         family="Mamba-2 (SSD)",
-        decay="scalar",
-        correction="none",
-        tensors=_MAMBA2_STEP_TENSORS,
+        tensors=ssd_step_tensors("hidden_states", skip="H *V"),
         constants=("dt_softplus",),
         bind=_mamba2_step,
         result=_mamba2_step_result,

@@ -302,7 +302,7 @@ def _turned_error(probe: Probe, hypothesis: Hypothesis) -> float:
 def _error_at(probe: Probe, hypothesis: Hypothesis, factor: float) -> float:
     """How far the two are apart for queries times a factor."""
     changed = _queries_times(probe, hypothesis, factor)
-    return difference(output_of(probe, hypothesis, changed), probe.outputs(changed))
+    return difference(probe.outputs(changed), output_of(probe, hypothesis, changed))
 
 
 def _epsilon(probe: Probe, hypothesis: Hypothesis) -> float:

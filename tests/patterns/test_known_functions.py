@@ -80,8 +80,6 @@ def entry_for(library: str, function: str, **more: Any) -> KnownFunction:
         "library": library,
         "function": function,
         "family": "linear attention",
-        "decay": "none",
-        "correction": "none",
         "tensors": (*operands, Operand("initial_state", "B H K V", "state")),
         "constants": ("scale",),
         "bind": bind,

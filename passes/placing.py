@@ -1,4 +1,4 @@
-"""Place: where in the graph a part's result is read, where its operands are, and what they still hold there.
+"""Placing: where in the graph a part's result is read, where its operands are, and what they still hold there.
 
 A value has several nodes where code computes it again, or where a rewrite has put its result in another's place.
 

@@ -1,4 +1,4 @@
-"""Padded: whether a masked token writes nothing to a mixer's state, as the code stands.
+"""Masked values: whether a masked token writes nothing to a mixer's state, as the code stands.
 
 A mask zeroes features; a bias behind it gives padded tokens values again, and then they are tokens like others. The
 nodes between the mask and the mixer's values are run on zeros. Products with parameters are not computed: without a
@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from llcompile.passes.candidate import CallCandidate, Candidate, GraphCandidate
+from llcompile.passes.candidate import Candidate
 from llcompile.patterns.agreement import undisturbed
+from llcompile.patterns.graph.run import run
 from llcompile.patterns.graph.walk import walk
 from llcompile.torch_internals.sizes import size_hint
 
@@ -31,7 +32,7 @@ _PRODUCTS: dict[Any, int | None] = {
 
 def writes_nothing(candidate: Candidate, masked: Iterable[fx.Node]) -> bool:
     """Whether the values of tokens that the masked nodes zero are zero, too; where that cannot be seen, they are."""
-    values = _values(candidate)
+    values = candidate.values()
     with undisturbed():
         try:
             results = _run(candidate, set(masked), values)
@@ -39,15 +40,6 @@ def writes_nothing(candidate: Candidate, masked: Iterable[fx.Node]) -> bool:
         except Exception as error:  # a node that does not run on its own: the whole model's comparison decides
             log.debug("padding: the nodes behind a mask do not run on zeros: %s", error)
             return True
-
-
-def _values(candidate: Candidate) -> list[fx.Node]:
-    if isinstance(candidate, GraphCandidate):
-        value = candidate.found.hypothesis.value
-        return [] if value is None else candidate.found.nodes_of(value)
-    assert isinstance(candidate, CallCandidate)
-    node = candidate.node.kwargs.get(candidate.captured.entry.tensor_with("V").name)
-    return [node] if isinstance(node, fx.Node) else []
 
 
 def _run(candidate: Candidate, masked: set[fx.Node], values: list[fx.Node]) -> dict[fx.Node, Any]:
@@ -76,10 +68,7 @@ def _result(node: fx.Node, results: dict[fx.Node, Any]) -> Any:
     if node.target in _PRODUCTS:
         return _product(node, results)
     args, kwargs = fx.map_arg((node.args, node.kwargs), results.__getitem__)
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    assert callable(node.target)
-    return node.target(*args, **kwargs)
+    return run(node, args, kwargs)
 
 
 def _product(node: fx.Node, results: dict[fx.Node, Any]) -> Tensor:

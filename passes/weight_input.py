@@ -1,4 +1,7 @@
-"""Where a mixer's operands come from: the nearest tensor [B, T, D] that dominates q, k and v and is projected."""
+"""Weight input: what level weights are computed from.
+
+That is the nearest tensor [B, T, D] that dominates the mixer's query, key and value, and that a projection reads.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Any
 import networkx as nx
 import torch
 import torch.nn.functional as F
-from torch import fx
+from torch import fx, nn
 
 from llcompile.passes.candidate import Candidate
 from llcompile.torch_internals import reach
@@ -45,14 +48,13 @@ class Role:
         return bool(self.readers) or self.own == other.own
 
 
-def role_of(candidate: Candidate, node: fx.Node) -> Role:
+def role_of(candidate: Candidate, owner: nn.Module, node: fx.Node) -> Role:
     """The role of a node of the candidate's graph."""
-    assert candidate.owner is not None
-    names = {id(parameter): name for name, parameter in candidate.owner.named_parameters()}
+    names = {id(parameter): name for name, parameter in owner.named_parameters()}
     held = (input_value(candidate.region.outer(n)) for reader in _readers(node) for n in reader.all_input_nodes)
     readers = frozenset(names[id(parameter)] for parameter in held if id(parameter) in names)
     keys = {key.split("@")[0] for key in node.meta.get("nn_module_stack") or {}}
-    inside = str(id(candidate.owner)) in keys or reach.root_module() is candidate.owner
+    inside = str(id(owner)) in keys or reach.root_module() is owner
     return Role(node.op == "placeholder" or not inside, readers)
 
 
@@ -62,7 +64,7 @@ def projection_input(candidate: Candidate) -> fx.Node | None:
     The candidates are the common dominators of q, k and v; the nearest one that a projection reads is taken, so that
     the same tensor is found while prefilling, training and decoding, whatever lies between (convolutions, caches).
     """
-    candidates = [n for n in _dominators(candidate) if candidate.is_sequence(n)]
+    candidates = [n for n in _dominators(candidate) if candidate.batch_first(n) is not None]
     projected = [n for n in candidates if is_projected(n)]
     return next(iter(projected or candidates), None)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from typing import Any
+
+from llcompile.integrations.after_import import after_import
 
 __version__ = "0.1.0"
 
@@ -37,6 +38,5 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-if "torch" in sys.modules:
-    # Torch does it, too, where llcompile is installed and TORCH_DEVICE_BACKEND_AUTOLOAD is not 0.
-    importlib.import_module("llcompile.autoload").register()
+# Torch does it, too, where llcompile is installed and TORCH_DEVICE_BACKEND_AUTOLOAD is not 0.
+after_import("torch", lambda _: importlib.import_module("llcompile.autoload").register())

@@ -67,6 +67,18 @@ def test_first_look_up_and_logs(level: str, autoload: str, tmp_path: Path) -> No
     assert "loglinear_attention" in graph
 
 
+@pytest.mark.parametrize("first", ["import llcompile, torch", "import torch, llcompile"])
+def test_without_the_autoload_an_import_in_any_order_will_do(first: str) -> None:
+    known = """
+import torch.export._trace
+assert torch.export._trace._export.__module__ == "torch.export._trace"
+assert hasattr(torch.export._trace._export, "__wrapped__")
+assert torch.ops.llcompile.loglinear_attention
+"""
+    done = python(first + known, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_name_nobody_knows_is_told_by_torch_and_ours_are_in_its_list() -> None:
     done = python("import torch", TORCH_LOGS="loglinaer")
     assert "Invalid log settings: loglinaer" in done.stderr

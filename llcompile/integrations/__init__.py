@@ -1,1 +1,1 @@
-"""What other libraries are told of llcompile, and what is known of their releases."""
+"""Other libraries: which releases were tested, and what is to be done when one of them is imported."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from llcompile.torch_internals.reach import current_translator
+from llcompile.torch_internals.frame import current_output
 
 # What Dynamo calls some breaks among friends.
 _EVAL_FRAME = torch._dynamo.eval_frame.__file__
@@ -18,8 +18,8 @@ _EVAL_FRAME = torch._dynamo.eval_frame.__file__
 
 def tracing_backend() -> tuple[Any, dict[str, Any]]:
     """The backend of the trace under way, without the wrappers around it, and the keyword arguments for it."""
-    translator = current_translator()
-    return (None, {}) if translator is None else unwrapped(translator.output.compiler_fn)
+    output = current_output()
+    return (None, {}) if output is None else unwrapped(output.compiler_fn)
 
 
 def unwrapped(function: Any) -> tuple[Any, dict[str, Any]]:
@@ -46,15 +46,15 @@ _INNER: tuple[Callable[[Any], Any], ...] = (
 
 def mark_backend(name: str, value: Any) -> None:
     """Notes something about the backend of the trace under way, for its later traces."""
-    translator = current_translator()
-    if translator is not None:
-        setattr(_outermost(translator.output), name, value)
+    output = current_output()
+    if output is not None:
+        setattr(_outermost(output), name, value)
 
 
 def backend_mark(name: str) -> Any:
     """What `mark_backend` noted about the backend of the trace under way, or None."""
-    translator = current_translator()
-    return None if translator is None else getattr(_outermost(translator.output), name, None)
+    output = current_output()
+    return None if output is None else getattr(_outermost(output), name, None)
 
 
 def _outermost(output: Any) -> Any:
@@ -68,8 +68,7 @@ def _outermost(output: Any) -> Any:
 
 def around_backend(around: Callable[[Callable[..., Any], fx.GraphModule, list[Any]], Any]) -> None:
     """Has `around(backend, graph, inputs)` called in the place of the backend of the trace under way."""
-    translator = current_translator()
-    output: Any = None if translator is None else translator.output
+    output = current_output()
     if output is None or output.compiler_fn is None or hasattr(output.compiler_fn, "_llcompile_watched"):
         return
     given = output.compiler_fn

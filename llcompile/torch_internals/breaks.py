@@ -11,7 +11,7 @@ import torch
 from torch._dynamo.exc import Unsupported
 from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX
 
-from llcompile.torch_internals.reach import current_translator
+from llcompile.torch_internals.frame import current_output
 
 _REASONS = {"generic_jump": "it branches on the values of a tensor"}
 _LEFT_ALONE = "Dynamo leaves it to Python as a whole, for example a checkpoint with a graph break inside"
@@ -19,8 +19,8 @@ _LEFT_ALONE = "Dynamo leaves it to Python as a whole, for example a checkpoint w
 
 def graph_break() -> tuple[str, str] | None:
     """What ended the graph being compiled before its function did: the reason, and `file:line in function`."""
-    translator = current_translator()
-    reason = None if translator is None else translator.output.compile_subgraph_reason
+    output = current_output()
+    reason = None if output is None else output.compile_subgraph_reason
     if reason is None or not reason.graph_break:
         return None
     return _first_line(reason.reason), _user_frame(list(reason.user_stack))

@@ -10,8 +10,9 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from llcompile.torch_internals.frame import current_output, kept_for_the_trace
 from llcompile.torch_internals.owner_input import HELD
-from llcompile.torch_internals.reach import current_translator, held_modules
+from llcompile.torch_internals.reach import held_modules
 
 
 def fake_mode_of(graph: fx.Graph) -> Any:
@@ -87,10 +88,8 @@ def is_number(node: fx.Node) -> bool:
 
 def is_handed_in_twice(node: fx.Node) -> bool:
     """Whether a placeholder's tensor came in under several names in this call (Dynamo has guarded that it does)."""
-    translator, name = current_translator(), input_name(node)
-    if translator is None or not name:
-        return False
-    for guard in translator.output.guards:
+    output, name = current_output(), input_name(node)
+    for guard in output.guards if output is not None and name else ():
         create = guard.create_fn
         if getattr(getattr(create, "func", None), "__name__", "") == "DUPLICATE_INPUT":
             other = getattr(create, "keywords", {}).get("source_b")
@@ -104,28 +103,23 @@ def is_parameter(held: Any) -> bool:
 
     That is so while a `functional_call` from outside runs the frame; one that is traced itself leaves modules alone.
     """
-    translator = current_translator()
-    if isinstance(held, nn.Parameter) or translator is None or not isinstance(held, torch.Tensor):
-        return isinstance(held, nn.Parameter)
-    output: Any = translator.output
-    if not hasattr(output, "_llcompile_parameters"):  # kept for the length of the trace
-        tensors = (t for module in held_modules() for t in module._parameters.values())
-        output._llcompile_parameters = {id(t) for t in tensors if t is not None and not isinstance(t, nn.Parameter)}
-    return id(held) in output._llcompile_parameters
+    return isinstance(held, nn.Parameter) or (isinstance(held, torch.Tensor) and id(held) in _stand_ins())
 
 
+@kept_for_the_trace
+def _stand_ins() -> set[int]:
+    """Ids of the tensors that stand in the place of a parameter."""
+    tensors = (t for module in held_modules() for t in module._parameters.values())
+    return {id(t) for t in tensors if t is not None and not isinstance(t, nn.Parameter)}
+
+
+@kept_for_the_trace
 def module_tensors() -> frozenset[int]:
     """Ids of the tensors that the frame's modules hold and do not train: buffers, and plain attributes."""
-    translator = current_translator()
-    if translator is None:
-        return frozenset()
-    output: Any = translator.output
-    if not hasattr(output, "_llcompile_tensors"):  # kept for the length of the trace
-        modules = {id(module): module for module in held_modules()}.values()
-        held = (t for m in modules for t in _held_by(m))
-        tensors = (t for t in held if isinstance(t, torch.Tensor) and not isinstance(t, nn.Parameter))
-        output._llcompile_tensors = frozenset(id(_real(tensor)) for tensor in tensors)
-    return output._llcompile_tensors  # type: ignore[no-any-return]
+    modules = {id(module): module for module in held_modules()}.values()
+    held = (t for m in modules for t in _held_by(m))
+    tensors = (t for t in held if isinstance(t, torch.Tensor) and not isinstance(t, nn.Parameter))
+    return frozenset(id(_real(tensor)) for tensor in tensors)
 
 
 def _held_by(module: nn.Module) -> Iterator[Any]:
@@ -136,10 +130,9 @@ def _held_by(module: nn.Module) -> Iterator[Any]:
 
 def _real(value: Any) -> Any:
     """The tensor that a fake one stands for, where that is known: torch.export puts fake ones into the model."""
-    translator = current_translator()
-    if not isinstance(value, FakeTensor) or translator is None:
+    output = current_output()
+    if not isinstance(value, FakeTensor) or output is None:
         return value
-    output: Any = translator.output
     if not hasattr(output, "_llcompile_real"):  # kept for the length of the trace
         converter = value.fake_mode.fake_tensor_converter
         real = list(converter.meta_converter.describer.lookup_tensor)

@@ -8,36 +8,25 @@ from __future__ import annotations
 
 import functools
 import sys
-import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import fx, nn
 from torch._dynamo.exc import ObservedException, Unsupported
 from torch._dynamo.guards import GuardBuilder
-from torch._dynamo.source import AttrSource, GetItemSource, GlobalSource, LocalSource
-from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._dynamo.source import AttrSource
 from torch._dynamo.variables.builder import VariableBuilder
 from torch._guards import Source
 
-# Values of a frame are looked into so many containers deep.
-_DEPTH = 3
-
-
-def current_translator() -> InstructionTranslator | None:
-    """The frame that Dynamo is tracing at this moment in this thread, or None."""
-    try:
-        return InstructionTranslator.current_tx()
-    except AttributeError:
-        return None
+from llcompile.torch_internals.frame import current_output, modules_of_frame, outermost_frame
 
 
 def innermost_module() -> nn.Module | None:
     """The nn.Module whose forward is being traced right now, or None."""
-    translator = current_translator()
-    if translator is None:
+    output = current_output()
+    if output is None:
         return None
-    stack = list(getattr(translator.output.current_tx, "nn_module_stack", {}) or {})
+    stack = list(getattr(output.current_tx, "nn_module_stack", {}) or {})
     return find_module(stack[-1]) if stack else root_module()
 
 
@@ -47,12 +36,12 @@ def root_module() -> nn.Module | None:
     That is the module whose call is under way in Python, as a trace of that call would say; where the frame is no part
     of a module's call, the first one that it holds.
     """
-    if current_translator() is None:
+    if current_output() is None:
         return None
     running = running_module()
     if running is not None and find_module(str(id(running))) is not None:
         return running
-    return next((module for _, module in _held()), None)
+    return next((module for _, module in modules_of_frame()), None)
 
 
 def running_module() -> nn.Module | None:
@@ -82,8 +71,8 @@ def is_call_of_a_module() -> bool:
 
 def modules_asked(attribute: str) -> list[nn.Module]:
     """The modules of which traced code has read an attribute that Dynamo guards (`training`, say)."""
-    translator = current_translator()
-    guards = () if translator is None else translator.output.guards
+    output = current_output()
+    guards = () if output is None else output.guards
     sources = (getattr(guard, "originating_source", None) for guard in guards)
     bases = {_text(s.base) for s in sources if isinstance(s, AttrSource) and s.member == attribute}
     return [_value(variable) for variable in _variables().values() if _text(variable.source) in bases]
@@ -130,7 +119,7 @@ def find_module(key: str) -> nn.Module | None:
 
 def path_of(module: nn.Module) -> str:
     """The dotted name of a module below the first one that the frame holds, or ""."""
-    for _, root in _held():
+    for _, root in modules_of_frame():
         for name, child in root.named_modules():
             if child is module:
                 return name
@@ -149,10 +138,8 @@ def held_modules() -> list[nn.Module]:
 
 def guard_modules() -> None:
     """Has Dynamo trace the frame once more for another module, though its code and its sizes are the same."""
-    translator = current_translator()
-    for source, _ in _held():
-        if translator is not None:
-            translator.output.guards.add(source.make_guard(GuardBuilder.ID_MATCH))
+    for source, _ in modules_of_frame():
+        current_output().guards.add(source.make_guard(GuardBuilder.ID_MATCH))
 
 
 def _attribute(variable: Any, frame: Any, name: str) -> Any:
@@ -170,11 +157,9 @@ def add_tensor_input(graph: fx.Graph, owner: nn.Module, path: tuple[str, ...]) -
     Raises:
         LookupError: no object of the traced frame leads to the tensor.
     """
-    translator = current_translator()
-    variable = None if translator is None else _variable(owner)
-    if translator is None or variable is None:
+    frame, variable = outermost_frame(), _variable(owner)
+    if variable is None:
         raise LookupError(f"the compiled frame holds no reference to {type(owner).__name__}")
-    frame = translator.output.root_tx or translator
     try:
         for name in path:
             variable = _attribute(variable, frame, name)
@@ -201,10 +186,7 @@ def _wrapped_again(frame: Any, variable: Any, tensor: Any) -> Any:
 
 def _variable(module: nn.Module) -> Any:
     """What Dynamo has of a module, made where the traced code has not touched it; None where nothing leads to it."""
-    translator = current_translator()
-    assert translator is not None
-    frame = translator.output.root_tx or translator
-    variable = _variables().get(id(module))
+    frame, variable = outermost_frame(), _variables().get(id(module))
     if variable is not None or id(module) not in _below():
         return variable
     _, root, names = _below()[id(module)]
@@ -216,15 +198,13 @@ def _variable(module: nn.Module) -> Any:
 
 def _below_root(module: nn.Module) -> nn.Module:
     _, root, _ = _below()[id(module)]
-    return next(held for source, held in _held() if source is root)
+    return next(held for source, held in modules_of_frame() if source is root)
 
 
 def _variables() -> dict[int, Any]:
     """By id, what Dynamo has of each module that traced code has touched."""
-    translator = current_translator()
-    if translator is None:
-        return {}
-    known: Mapping[int, Any] = translator.output.side_effects.id_to_variable
+    output = current_output()
+    known: Mapping[int, Any] = {} if output is None else output.side_effects.id_to_variable
     return {key: v for key, v in known.items() if v.source is not None and isinstance(_value(v), nn.Module)}
 
 
@@ -238,10 +218,9 @@ def _touched() -> dict[int, nn.Module]:
 
 def _below() -> dict[int, tuple[nn.Module, Any, tuple[str, ...]]]:
     """By id, the modules below those that the frame touches or holds: the module, where to start, and the names."""
-    translator = current_translator()
-    if translator is None:
+    output = current_output()
+    if output is None:
         return {}
-    output: Any = translator.output
     variables = _variables()
     count, kept = getattr(output, "_llcompile_below", (-1, {}))
     found: dict[int, tuple[nn.Module, Any, tuple[str, ...]]] = kept
@@ -249,60 +228,8 @@ def _below() -> dict[int, tuple[nn.Module, Any, tuple[str, ...]]]:
         memo: set[nn.Module] = set()
         found = {}
         roots: list[tuple[Any, nn.Module]] = [(variable, _value(variable)) for variable in variables.values()]
-        for root, module in (*roots, *_held()):
+        for root, module in (*roots, *modules_of_frame()):
             for name, child in module.named_modules(memo):
                 found.setdefault(id(child), (child, root, tuple(name.split(".")) if name else ()))
         output._llcompile_below = (len(variables), found)
     return found
-
-
-def _held() -> list[tuple[Source, nn.Module]]:
-    """The modules that the outermost traced frame holds: in its arguments, other locals, cells and globals."""
-    translator = current_translator()
-    if translator is None:
-        return []
-    output: Any = translator.output
-    if not hasattr(output, "_llcompile_held"):  # kept for the length of the trace
-        frame = output.root_tx or translator
-        output._llcompile_held = list(_frame_modules(frame))
-    return output._llcompile_held  # type: ignore[no-any-return]
-
-
-def _frame_modules(frame: Any) -> Iterator[tuple[Source, nn.Module]]:
-    code = frame.f_code
-    cells = set(code.co_freevars) | set(code.co_cellvars)
-    # `self` first: what follows a graph break takes the values that were on the stack before the locals.
-    for name, value in sorted(frame.f_locals.items(), key=lambda item: item[0] != "self"):
-        if isinstance(value, types.CellType):
-            try:
-                value = value.cell_contents
-            except ValueError:  # not filled yet
-                continue
-        source = LocalSource(name, is_input=name not in cells, is_derefed_cell_contents=name in cells)
-        yield from _modules_of(source, value)
-    for name in code.co_names:
-        if name in frame.f_globals:
-            yield from _modules_of(GlobalSource(name), frame.f_globals[name])
-
-
-def _modules_of(source: Source, value: Any, depth: int = _DEPTH) -> Iterator[tuple[Source, nn.Module]]:
-    if isinstance(value, nn.Module):
-        yield source, value
-    elif depth:
-        for inner, element in _elements(source, value):
-            yield from _modules_of(inner, element, depth - 1)
-
-
-def _elements(source: Source, value: Any) -> Iterable[tuple[Source, Any]]:
-    """What a method, partial or container leads to."""
-    if isinstance(value, types.MethodType):
-        return [(AttrSource(source, "__self__"), value.__self__)]
-    if isinstance(value, functools.partial):
-        arguments = AttrSource(source, "args")
-        return [
-            (AttrSource(source, "func"), value.func),
-            *((GetItemSource(arguments, i), x) for i, x in enumerate(value.args)),
-        ]
-    if type(value) in (list, tuple):
-        return [(GetItemSource(source, i), element) for i, element in enumerate(value[:64])]
-    return []

@@ -16,7 +16,7 @@ from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX
 from torch._higher_order_ops.utils import setup_compilation_env
 from torch.overrides import _pop_mode_temporarily
 
-from llcompile.torch_internals.reach import current_translator
+from llcompile.torch_internals.frame import current_output, current_translator, outermost_frame
 
 # What `restart` raises.
 Restart = TensorifyScalarRestartAnalysis
@@ -29,41 +29,37 @@ def leave_out(function: Callable[..., Any]) -> None:
 
 def note_trace(name: str, value: Any) -> None:
     """Notes something for the length of the trace under way."""
-    translator = current_translator()
-    if translator is not None:
-        setattr(translator.output, f"_llcompile_{name}", value)
+    output = current_output()
+    if output is not None:
+        setattr(output, f"_llcompile_{name}", value)
 
 
 def trace_note(name: str) -> Any:
     """What `note_trace` noted, or None."""
-    translator = current_translator()
-    return None if translator is None else getattr(translator.output, f"_llcompile_{name}", None)
+    return getattr(current_output(), f"_llcompile_{name}", None)
 
 
 def is_traced_graph(module: fx.GraphModule) -> bool:
     """Whether this is the graph that Dynamo has traced, and not a piece or a copy of it; True outside of a trace."""
-    translator = current_translator()
-    return translator is None or translator.output.graph is module.graph
+    output = current_output()
+    return output is None or output.graph is module.graph
 
 
 def trace_position() -> dict[str, Any]:
     """Where the trace stands, as a node made now would say it: `nn_module_stack` and `stack_trace`."""
-    translator = current_translator()
-    if translator is None:
+    output = current_output()
+    if output is None:
         return {}
-    frame = translator.output.current_tx
+    frame = output.current_tx
     stack = "".join(torch._guards.TracingContext.extract_stack().format())
     return {"nn_module_stack": dict(getattr(frame, "nn_module_stack", {}) or {}), "stack_trace": stack}
 
 
 def is_whole_frame() -> bool:
     """Whether the graph being compiled is all of a call: no break cut it off, and it is not what follows one."""
-    translator = current_translator()
-    if translator is None:
-        return False
-    frame, reason = translator.output.root_tx or translator, translator.output.compile_subgraph_reason
-    after_break = frame.f_code.co_name.startswith(TORCH_DYNAMO_RESUME_IN_PREFIX)
-    return reason is not None and not reason.graph_break and not after_break
+    output = current_output()
+    reason = None if output is None else output.compile_subgraph_reason
+    return reason is not None and not reason.graph_break and not is_resumed()
 
 
 def at_compile_end(callback: Callable[[Any], None]) -> None:
@@ -123,8 +119,7 @@ def below_export() -> Iterator[Callable[..., Any]]:
 
 def is_resumed() -> bool:
     """Whether the frame being compiled is what follows a graph break."""
-    translator = current_translator()
-    frame = None if translator is None else translator.output.root_tx or translator
+    frame = outermost_frame()
     return frame is not None and frame.f_code.co_name.startswith(TORCH_DYNAMO_RESUME_IN_PREFIX)
 
 

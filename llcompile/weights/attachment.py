@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -13,7 +12,6 @@ from torch import nn
 from llcompile.errors import LevelWeightsError
 from llcompile.kernels.operands import COMPUTE_DTYPES
 from llcompile.passes.marks import PARAMETER, mark
-from llcompile.torch_internals import export_hook
 from llcompile.torch_internals.backends import backend_below
 from llcompile.torch_internals.owner_input import ModuleCall
 from llcompile.torch_internals.trace import leave_out
@@ -213,11 +211,3 @@ def ids(owner: nn.Module, name: str) -> list[int]:
 @torch._dynamo.assume_constant_result
 def _compiles_for_us() -> bool:
     return is_ours(has_level_weights=True)
-
-
-def _rewritten_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    # Imported when a model is exported: one that was unpickled may have brought in no more than this file.
-    return importlib.import_module("llcompile.exporting").rewritten_call(module, args, kwargs)
-
-
-export_hook.install(lambda model: next(attached(model), None) is not None, _rewritten_call)

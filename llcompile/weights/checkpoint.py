@@ -1,6 +1,6 @@
 """Checkpoints: what has to be written beside the weights so that a converted model comes back without example inputs.
 
-For models of transformers, `save_pretrained` and `from_pretrained` do it (`integrations.pretrained`); `save` and
+For models of transformers, `save_pretrained` and `from_pretrained` do it (`autoload.pretrained`); `save` and
 `load` are for all others.
 """
 

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
-from torch._dynamo.symbolic_convert import InstructionTranslator
 
 from llcompile.torch_internals import reach
 from llcompile.torch_internals.inputs import graph_inputs, tracing_fake_mode
@@ -36,14 +35,6 @@ def ask_in_forward(question: Callable[[], Any], around: Callable[[nn.Module], An
     model = Watched(ask)
     torch.compile(around(model), backend="eager")(torch.ones(3))
     return model, answers
-
-
-def test_current_translator() -> None:
-    ask, answers = asked_while_traced(reach.current_translator)
-    (at_the_end,) = ask_of_graphs(lambda _: reach.current_translator(), lambda x: x + ask(), torch.ones(3))
-    assert isinstance(answers[0], InstructionTranslator)
-    assert isinstance(at_the_end, InstructionTranslator)
-    assert reach.current_translator() is None
 
 
 class TestInnermostModule:

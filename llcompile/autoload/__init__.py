@@ -1,7 +1,7 @@
-"""What `import torch` runs when llcompile is installed: log names, the operators' namespace, checkpoints.
+"""What `import torch` runs when llcompile is installed: log names, the operators' namespace, checkpoints, exports.
 
-``TORCH_LOGS=loglinear`` works, an exported program that calls ``torch.ops.llcompile.*`` is loaded, and transformers'
-``from_pretrained`` loads level weights.
+`TORCH_LOGS=loglinear` works, an exported program that calls `torch.ops.llcompile.*` is loaded, `from_pretrained` of
+transformers loads level weights, and torch.export records converted models rewritten.
 
 Tiny on purpose, for every program of the environment runs it: no import beyond what torch has already loaded, and
 nothing that may fail. Torch reads TORCH_LOGS after this, so the name must exist by then.
@@ -15,7 +15,7 @@ from typing import Any
 
 def register() -> None:
     """Register all names. May be called again: llcompile does, for TORCH_DEVICE_BACKEND_AUTOLOAD=0."""
-    for step in (_logs, _operators, _checkpoints):
+    for step in (_logs, _operators, _other_modules):
         _attempt(step)
 
 
@@ -51,8 +51,9 @@ def _operators() -> None:
         torch.ops.llcompile = Namespace("llcompile")  # type: ignore[attr-defined]
 
 
-def _checkpoints() -> None:
-    from llcompile.integrations import pretrained
+def _other_modules() -> None:
+    from llcompile.autoload import pretrained, torch_export
     from llcompile.integrations.after_import import after_import
 
     after_import(pretrained.MODULE, pretrained.install)
+    after_import(torch_export.MODULE, torch_export.install)

@@ -9,6 +9,7 @@ of the grid's top level is exchanged for it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -48,8 +49,11 @@ class Grid:
         """Levels that the grid has."""
         return level_count(self.size)
 
-    def place(self, x: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    def place(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """``[B, T, A, ...] -> [B, A, N * C, ...]``, contiguous, 0 where there is no token."""
+        return cast(Tensor, _Placed.apply(x, self, dtype))
+
+    def _place(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         out = torch.empty(x.shape[0], x.shape[2], self.size, *x.shape[3:], dtype=dtype, device=x.device)
         if self.offset is None and self.lengths is None:
             out[:, :, : self.tokens].copy_(x.movedim(1, 2))
@@ -58,7 +62,7 @@ class Grid:
             index, real = self._sources()
             moved = x.flatten(0, 1).index_select(0, index).unflatten(0, (x.shape[0], self.size))
             out.copy_(torch.where(real[(...,) + (None,) * (x.dim() - 2)], moved, 0).movedim(1, 2))
-        return out if scale == 1.0 else out.mul_(scale)
+        return out
 
     def take(self, x: Tensor) -> Tensor:
         """Adjoint of :meth:`place`: ``[B, A, N * C, ...] -> [B, T, A, ...]``, 0 where a token does not count."""
@@ -120,6 +124,17 @@ class Grid:
         seen, final = level(token[:, :, None], start[:, None]).maximum(slot), level(last, start).maximum(slot)
         fixed = slot == count - 1
         return tuple(torch.where(fixed, count - 1, x.clamp(max=count - 1)) for x in (seen, final))  # type: ignore
+
+
+class _Placed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
+        ctx.grid, ctx.dtype = grid, x.dtype
+        return grid._place(x, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return ctx.grid.take(d).to(ctx.dtype), None, None
 
 
 def make_grid(tokens: int, position: Tensor | None, lengths: Tensor | None, chunk: int = CHUNK) -> Grid:

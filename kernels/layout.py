@@ -127,8 +127,8 @@ class Layout:
         s = s.to(self.dtype)
         if self.levels is None:
             return linear_state(s).clone()
-        if is_level_state(s):
-            return s.clone()
+        if is_level_state(s):  # a position has no gradient
+            return torch.cat([s[:, :, :1].detach(), s[:, :, 1:]], 2)
         out = s.new_zeros(shape)
         out[:, :, -1] = s
         return out

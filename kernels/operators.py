@@ -3,12 +3,13 @@
 Shape functions never look at values and never specialise on batch or length, so one compiled graph serves every
 length. Only inputs are saved for the backward pass, which recomputes what it needs. Outputs never alias inputs.
 
+One operator serves whole rows, packed and padded sequences: at most one of ``cu_seqlens``, ``attention_mask`` and
+``seq_idx`` is given. To run them may take a tensor's value (the ATen lowering needs the longest sequence), which no
+compiler knows; inside an operator it may be read.
+
 Compile caches hash a graph, in which the operator is only a name. Who calls it in code that others compile says in
 ``revision`` which sources the call was traced with, so that no cache serves an older gradient or schema; nothing else
 reads it.
-
-What runs packed or padded rows may have to know a tensor's value (the ATen lowering the longest sequence), which no
-compiler knows; inside an operator that is nobody's concern.
 """
 
 from __future__ import annotations
@@ -23,68 +24,44 @@ from llcompile.kernels.operands import Operands
 from llcompile.kernels.state import check_positions, check_state, state_dtype
 from llcompile.kernels.varlen import flat, in_place
 
+_INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? level_weights, Tensor? log_decay, Tensor? beta, Tensor? initial_state, "
+    "float scale, bool return_final_state, "
+    'Tensor? cu_seqlens=None, Tensor? attention_mask=None, Tensor? seq_idx=None, str revision=""'
+)
+_TOKEN_INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? level_weights, Tensor state, Tensor? log_decay, Tensor? beta, float scale, "
+    'str revision=""'
+)
 
-def _attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    level_weights: Tensor | None,
-    log_decay: Tensor | None,
-    beta: Tensor | None,
-    initial_state: Tensor | None,
-    scale: float,
-    return_final_state: bool,
-    cu_seqlens: Tensor | None = None,
-    attention_mask: Tensor | None = None,
-    seq_idx: Tensor | None = None,
-    revision: str = "",
-) -> tuple[Tensor, Tensor]:
-    x = in_place(Operands(q, k, v, level_weights, log_decay, beta, initial_state), cu_seqlens, attention_mask, seq_idx)
+
+def _attention(*inputs: Any) -> tuple[Tensor, Tensor]:
+    x, scale, return_final_state, v = *_read(inputs), inputs[2]
     _check_state(x.initial_state, x.rows, x.q, x.v, x.level_weights, x.v.shape[1], "initial_state")
     with torch.no_grad(), torch.autocast(v.device.type, enabled=False):
         o, state = choice.forward(_widened(x), scale, return_final_state)
     return o.reshape(v.shape), state
 
 
-def _attention_backward(
-    grad_o: Tensor,
-    grad_state: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    level_weights: Tensor | None,
-    log_decay: Tensor | None,
-    beta: Tensor | None,
-    initial_state: Tensor | None,
-    scale: float,
-    return_final_state: bool,
-    cu_seqlens: Tensor | None = None,
-    attention_mask: Tensor | None = None,
-    seq_idx: Tensor | None = None,
-    revision: str = "",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    inputs = Operands(q, k, v, level_weights, log_decay, beta, initial_state)
-    x = in_place(inputs, cu_seqlens, attention_mask, seq_idx)
+def _attention_backward(grad_o: Tensor, grad_state: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    x, scale, return_final_state = _read(inputs)
     grad_o = grad_o if x.starts is None else flat(grad_o)
-    with torch.no_grad(), torch.autocast(v.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(grad_o.device.type, enabled=False):
         grads = choice.backward(_widened(x), scale, grad_o, grad_state if return_final_state else None)
-    return tuple(_as_input(x, grad, q) for x, grad in zip(inputs[:7], grads, strict=True))  # type: ignore[return-value]
+    return tuple(_as_input(x, grad, inputs[0]) for x, grad in zip(inputs[:7], grads, strict=True))
 
 
-def _attention_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    level_weights: Tensor | None,
-    state: Tensor,
-    log_decay: Tensor | None,
-    beta: Tensor | None,
-    scale: float,
-    revision: str = "",
-) -> tuple[Tensor, Tensor]:
-    _check_state(state, v.shape[0], q, v, level_weights, 1, "state")
+def _attention_step(*inputs: Any) -> tuple[Tensor, Tensor]:
+    q, _, v, w, state, *_ = inputs
+    _check_state(state, v.shape[0], q, v, w, 1, "state")
     with torch.no_grad(), torch.autocast(v.device.type, enabled=False):
-        return choice.step(q, k, v, level_weights, state, log_decay, beta, scale)
+        return choice.step(*inputs[:-1])
+
+
+def _read(inputs: tuple[Any, ...]) -> tuple[Operands, float, bool]:
+    """The operands, with the sequences where they are; scale; whether a final state is asked for."""
+    *tensors, scale, return_final_state, cu_seqlens, attention_mask, seq_idx, _ = inputs
+    return in_place(Operands(*tensors), cu_seqlens, attention_mask, seq_idx), scale, return_final_state
 
 
 def _widened(x: Operands) -> Operands:
@@ -118,42 +95,19 @@ def _state_shape(rows: Any, q: Tensor, v: Tensor, w: Tensor | None) -> tuple[Any
     return (rows, v.shape[-2], *levels, q.shape[-1], v.shape[-1])
 
 
-def _attention_shapes(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    level_weights: Tensor | None,
-    log_decay: Tensor | None,
-    beta: Tensor | None,
-    initial_state: Tensor | None,
-    scale: float,
-    return_final_state: bool,
-    cu_seqlens: Tensor | None = None,
-    attention_mask: Tensor | None = None,
-    seq_idx: Tensor | None = None,
-    revision: str = "",
-) -> tuple[Tensor, Tensor]:
+def _attention_shapes(*inputs: Any) -> tuple[Tensor, Tensor]:
+    q, _, v, level_weights, *_, return_final_state, cu_seqlens, _, _, _ = inputs
     rows = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     shape = _state_shape(rows, q, v, level_weights) if return_final_state else (0,)
     return v.new_empty(v.shape), v.new_empty(shape, dtype=state_dtype(v.dtype))
 
 
 def _attention_backward_shapes(grad_o: Tensor, grad_state: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    q, tensors = inputs[0], inputs[:7]
-    return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in tensors)
+    return tuple(inputs[0].new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs[:7])
 
 
-def _attention_step_shapes(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    level_weights: Tensor | None,
-    state: Tensor,
-    log_decay: Tensor | None,
-    beta: Tensor | None,
-    scale: float,
-    revision: str = "",
-) -> tuple[Tensor, Tensor]:
+def _attention_step_shapes(*inputs: Any) -> tuple[Tensor, Tensor]:
+    q, _, v, level_weights, *_ = inputs
     new_state = v.new_empty(_state_shape(v.shape[0], q, v, level_weights), dtype=state_dtype(v.dtype))
     return v.new_empty(v.shape), new_state
 
@@ -171,9 +125,9 @@ def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _attention_gradient(ctx: Any, grad_o: Tensor, grad_state: Tensor) -> tuple[Any, ...]:
     *tensors, cu_seqlens, attention_mask, seq_idx = ctx.saved_tensors
-    where = (cu_seqlens, attention_mask, seq_idx)
+    sequences = (cu_seqlens, attention_mask, seq_idx)
     grads = torch.ops.llcompile.loglinear_attention_backward(
-        grad_o, grad_state, *tensors, ctx.scale, ctx.return_final_state, *where, revision=ctx.revision
+        grad_o, grad_state, *tensors, ctx.scale, ctx.return_final_state, *sequences, revision=ctx.revision
     )
     return (*_present(tensors, grads), None, None, None, None, None, None)
 
@@ -204,6 +158,22 @@ def _present(inputs: Any, grads: Any) -> list[Tensor | None]:
     return [None if x is None else grad for x, grad in zip(inputs, grads, strict=True)]
 
 
-torch_operator.define("loglinear_attention_backward", _attention_backward, _attention_backward_shapes)
-torch_operator.define("loglinear_attention", _attention, _attention_shapes, _save_attention, _attention_gradient)
-torch_operator.define("loglinear_attention_step", _attention_step, _attention_step_shapes, _save_step, _step_gradient)
+torch_operator.define(
+    f"loglinear_attention_backward(Tensor grad_o, Tensor grad_state, {_INPUTS}) -> ({', '.join(['Tensor'] * 7)})",
+    _attention_backward,
+    _attention_backward_shapes,
+)
+torch_operator.define(
+    f"loglinear_attention({_INPUTS}) -> (Tensor, Tensor)",
+    _attention,
+    _attention_shapes,
+    _save_attention,
+    _attention_gradient,
+)
+torch_operator.define(
+    f"loglinear_attention_step({_TOKEN_INPUTS}) -> (Tensor, Tensor)",
+    _attention_step,
+    _attention_step_shapes,
+    _save_step,
+    _step_gradient,
+)

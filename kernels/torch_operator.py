@@ -27,37 +27,42 @@ Gradient = Callable[..., tuple[Any, ...]]  # (ctx, *gradients of the outputs) ->
 
 
 def define(
-    name: str,
+    schema: str,
     values: Callable[..., Any],
     shapes: Callable[..., Any],
     save: Save | None = None,
     gradient: Gradient | None = None,
 ) -> None:
-    """Register ``torch.ops.llcompile.<name>``.
+    """Register an operator of ``torch.ops.llcompile``. Every function gets all arguments, defaults included.
 
     Args:
-        values: computes the outputs, which must be new tensors; its annotations are the schema.
+        schema: its name, arguments and results, as torch writes them.
+        values: computes the outputs, which must be new tensors.
         shapes: makes empty outputs, from shapes and dtypes alone.
         save: keeps on ``ctx`` what ``gradient`` needs.
         gradient: a gradient for each input, None where there is none. Without it the operator cannot be differentiated,
             and says so (:class:`DerivativeError`) when that is tried.
     """
-    schema = torch.library.infer_schema(values, mutates_args=())
-    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     operator = getattr(getattr(torch.ops, NAMESPACE), name).default
+    defaults = [argument.default_value for argument in operator._schema.arguments]
+
+    def complete(function: Callable[..., Any], before: int = 0) -> Callable[..., Any]:
+        return lambda *given: function(*given, *defaults[len(given) - before :])
+
     # Dynamo must not look into the functions: called between two graphs of a user's, they are frames like any other.
-    _library.impl(name, _disable_dynamo(values), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", shapes, lib=_library)
-    _library.impl(name, _disable_dynamo(_autograd(operator, save, gradient)), "Autograd", with_keyset=True)
+    _library.impl(name, _disable_dynamo(complete(values)), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", complete(shapes), lib=_library)
+    recorded = complete(_autograd(operator, save, gradient), before=1)  # behind the dispatcher's keys
+    _library.impl(name, _disable_dynamo(recorded), "Autograd", with_keyset=True)
 
 
 def _autograd(operator: Any, save: Save | None, gradient: Gradient | None) -> Callable[..., Any]:
     """The kernel that stands above the values: it records what the backward pass needs."""
     function = _function(operator, save, gradient)
-    defaults = [argument.default_value for argument in operator._schema.arguments]
 
-    def kernel(keys: Any, *given: Any) -> Any:
-        inputs = (*given, *defaults[len(given) :])
+    def kernel(keys: Any, *inputs: Any) -> Any:
         _refuse_tangents(operator, inputs)
         if not (torch.is_grad_enabled() and _C._any_requires_grad(*inputs)):
             return _below(operator, keys, inputs)

@@ -15,6 +15,33 @@ from torch import Tensor
 from llcompile.kernels.aten.transitions import Transition
 
 
+class LinearStates(torch.autograd.Function):
+    """The states that reach each chunk, and the one after the last."""
+
+    @staticmethod
+    def forward(ctx: Any, kind: Transition, p: Tensor | None, x: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor]:
+        """States ``[M, N, K, R * V]`` and ``[M, 1, K, R * V]``.
+
+        Args:
+            kind: the algebra. p: transitions ``[M, N, ...]`` of the chunks. x: what each adds ``[M, N, K, R * V]``.
+            start: ``[M, K, R * V]``, the state that reaches the first.
+        """
+        scan = Scan(kind, p, x.shape[1])
+        states = scan.states(x, start)
+        ctx.scan = scan
+        ctx.save_for_backward(p, states)
+        return states, kind.push(None if p is None else p[:, -1:], states[:, -1:]) + x[:, -1:]
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor, d_last: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        """What reaches a chunk's end from everything after it is the gradient of what it adds."""
+        kind, (p, states) = ctx.scan.kind, ctx.saved_tensors
+        later = ctx.scan.states(d, d_last[:, 0], reverse=True)
+        dp = None if p is None else kind.push_p_grad(p, states, later)
+        d_start = d[:, 0] + kind.push_t(None if p is None else p[:, 0:1], later[:, :1])[:, 0]
+        return None, dp, later, d_start if ctx.needs_input_grad[3] else None
+
+
 class Scan:
     """Exclusive scans over the transitions ``p`` of N chunks (None: identities)."""
 
@@ -49,12 +76,7 @@ class Scan:
         first, second = (1, 0) if reverse else (0, 1)
         push = self.kind.push_t if reverse else self.kind.push
         top = blocks[-1]
-        n = top.shape[1]
-        zero = top.new_zeros(top.shape[0], 1, *top.shape[2:])
-        here = zero if start is None else start[:, None]
-        if n > 2:
-            raise AssertionError("the scan's top has at most two blocks")
-        above = here
+        above = top.new_zeros(top.shape[0], 1, *top.shape[2:]) if start is None else start[:, None]
         for p, x in zip(reversed(self.transitions), reversed(blocks), strict=True):
             n = x.shape[1]
             even = n - n % 2

@@ -2,10 +2,10 @@
 
 Three kinds, one for each shape that a product of per-token transitions can have. All share one small algebra:
 
-* ``push(p, x)``: a state ``x`` carried through ``p``, and ``push_t`` by its transpose (for gradients);
+* ``push(p, x)``: a state ``x`` carried through ``p``; ``push_t`` by its transpose, and ``push_p_grad`` (for gradients);
 * ``compose(right, left)``: first ``left``, then ``right``;
 * ``pull(rows, p)``: queries that read after ``p``, rewritten to read before it;
-* ``read(...)``: queries times states, weighed and added to an output.
+* ``read(...)``: queries times states, weighed and added to an output; ``read_dot``: for its gradients.
 
 Pulling queries back instead of pushing states forward is what keeps the work of the tree in a few large GEMMs: a block
 state is written once and read once. Logarithms of decays are only ever added, so exponents stay at most 0 and a decay
@@ -19,8 +19,9 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
+
+from llcompile.kernels.aten.dot import dot
 
 
 class Transition(Protocol):
@@ -30,13 +31,9 @@ class Transition(Protocol):
     def push_t(self, p: Any, x: Tensor) -> Tensor: ...  # noqa: D102
     def push_p_grad(self, p: Any, x: Tensor, dy: Tensor) -> Any: ...  # noqa: D102
     def compose(self, right: Any, left: Any) -> Any: ...  # noqa: D102
-    def compose_grad(self, right: Any, left: Any, dp: Any) -> tuple[Any, Any]: ...  # noqa: D102
     def pull(self, rows: Any, p: Any) -> Any: ...  # noqa: D102
-    def pull_grad(self, rows: Any, p: Any, drows: Any) -> tuple[Any, Any]: ...  # noqa: D102
     def read(self, o: Tensor, q: Tensor | None, rows: Any, x: Tensor, w: Tensor | None) -> None: ...  # noqa: D102
-    def read_grad(  # noqa: D102
-        self, do: Tensor, q: Tensor | None, rows: Any, x: Tensor, w: Tensor | None
-    ) -> tuple[Tensor | None, Any, Tensor, Tensor | None]: ...
+    def read_dot(self, do: Tensor, q: Tensor | None, rows: Any, x: Tensor, w: Tensor | None) -> Tensor: ...  # noqa: D102
 
 
 class ScalarTransition:
@@ -61,58 +58,37 @@ class ScalarTransition:
 
     push_t = push
 
-    def push_p_grad(self, p: Tensor | None, x: Tensor, dy: Tensor) -> Tensor | None:
+    def push_p_grad(self, p: Tensor, x: Tensor, dy: Tensor) -> Tensor:
         """Gradient of ``push`` with respect to ``p``."""
-        if p is None:
-            return None
         return (x * dy).sum(-2).unflatten(-1, (self.repeat, -1)).sum(-1) * p.exp()
 
     def compose(self, right: Tensor | None, left: Tensor | None) -> Tensor | None:
         """Logarithms add."""
         return None if right is None or left is None else right + left
 
-    def compose_grad(self, right: Any, left: Any, dp: Any) -> tuple[Any, Any]:
-        """Each summand gets the gradient of the sum."""
-        return dp, dp
-
     def pull(self, rows: Tensor | None, p: Tensor | None) -> Tensor | None:
         """The rows' coefficients take on the factor."""
         return None if rows is None or p is None else rows + p[:, :, None]
-
-    def pull_grad(self, rows: Any, p: Any, drows: Tensor | None) -> tuple[Any, Any]:
-        """Gradients of ``pull`` with respect to rows and ``p``."""
-        return drows, None if drows is None else drows.sum(2)
 
     def read(self, o: Tensor, q: Tensor | None, rows: Tensor | None, x: Tensor, w: Tensor | None) -> None:
         """``o += w exp(rows) (q x)``."""
         assert q is not None
         y = (q @ x).unflatten(-1, (self.repeat, -1))
-        factor = _times(None if rows is None else rows.exp(), w)
+        factor = _coefficient(rows, w)
         if factor is None:
             o.add_(y)
         else:
             o.addcmul_(y, factor[..., None])
 
-    def read_grad(
-        self, do: Tensor, q: Tensor | None, rows: Tensor | None, x: Tensor, w: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
-        """Gradients of ``read`` with respect to q, rows, x and w."""
+    def read_dot(self, do: Tensor, q: Tensor | None, rows: Tensor | None, x: Tensor, w: Tensor | None) -> Tensor:
+        """The product of ``do`` with what is read."""
         assert q is not None
-        coefficient = None if rows is None else rows.exp()
-        factor = _times(coefficient, w)
-        weighed = (do if factor is None else do * factor[..., None]).flatten(-2)  # [M, n, r, R * V]
-        dx = q.mT @ weighed
-        dot: Tensor | None  # gradient of the coefficients' product
-        if self.repeat == 1 and factor is not None:  # one product serves q and the coefficients
-            u = do.flatten(-2) @ x.mT
-            dot = (q * u).sum(-1, keepdim=True)
-            dq = u.mul_(factor)
-        else:
-            dq = weighed @ x.mT
-            dot = None if factor is None else ((q @ x).unflatten(-1, (self.repeat, -1)) * do).sum(-1)
-        drows = None if coefficient is None or dot is None or factor is None else dot * factor
-        dw = None if w is None or dot is None else dot if coefficient is None else dot * coefficient
-        return dq, drows, dx, dw
+        factor = _coefficient(rows, w)
+        if factor is None:
+            return dot(do.flatten(-2), q, x)
+        if self.repeat == 1:  # one product serves the gradients of q and of the factor
+            return dot(do.flatten(-2), q * factor, x)
+        return dot((do * factor[..., None]).flatten(-2), q, x)
 
 
 class _RowTransition:
@@ -126,16 +102,9 @@ class _RowTransition:
         else:
             o.addcmul_(y, w[..., None])
 
-    def read_grad(
-        self, do: Tensor, q: Tensor | None, rows: Tensor, x: Tensor, w: Tensor | None
-    ) -> tuple[None, Tensor, Tensor, Tensor | None]:
-        """Gradients of ``read`` with respect to q (none), rows, x and w."""
-        do = do.squeeze(-2)
-        drows = do @ x.mT
-        if w is None:
-            return None, drows, rows.mT @ do, None
-        dw = (rows * drows).sum(-1, keepdim=True)
-        return None, drows.mul_(w), (rows * w).mT @ do, dw
+    def read_dot(self, do: Tensor, q: Tensor | None, rows: Tensor, x: Tensor, w: Tensor | None) -> Tensor:
+        """The product of ``do`` with what is read."""
+        return dot(do.squeeze(-2), rows if w is None else rows * w, x)
 
 
 class DiagonalTransition(_RowTransition):
@@ -155,18 +124,9 @@ class DiagonalTransition(_RowTransition):
         """Logarithms add."""
         return right + left
 
-    def compose_grad(self, right: Tensor, left: Tensor, dp: Tensor) -> tuple[Tensor, Tensor]:
-        """Each summand gets the gradient of the sum."""
-        return dp, dp
-
     def pull(self, rows: Tensor, p: Tensor) -> Tensor:
         """Queries take on the factor."""
         return rows * p.exp()[:, :, None]
-
-    def pull_grad(self, rows: Tensor, p: Tensor, drows: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of ``pull`` with respect to rows and ``p``."""
-        d = drows * p.exp()[:, :, None]
-        return d, (d * rows).sum(2)
 
 
 class DenseTransition(_RowTransition):
@@ -188,32 +148,13 @@ class DenseTransition(_RowTransition):
         """The product."""
         return right @ left
 
-    def compose_grad(self, right: Tensor, left: Tensor, dp: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of the product with respect to both factors."""
-        return dp @ left.mT, right.mT @ dp
-
     def pull(self, rows: Tensor, p: Tensor) -> Tensor:
         """Queries (rows) times the matrix."""
         return rows @ p
 
-    def pull_grad(self, rows: Tensor, p: Tensor, drows: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of ``pull`` with respect to rows and ``p``."""
-        return drows @ p.mT, rows.mT @ drows
 
-
-def _times(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    if a is None or b is None:
-        return b if a is None else a
-    return a * b
-
-
-def add_(a: Any, b: Any) -> Any:
-    """``a + b`` in place where there is an ``a``; None counts as 0."""
-    if a is None or b is None:
-        return b if a is None else a
-    return a.add_(b)
-
-
-def zeros_like(p: Any) -> Any:
-    """Zeros for a gradient of ``p``, None for None."""
-    return None if p is None else torch.zeros_like(p)
+def _coefficient(rows: Tensor | None, w: Tensor | None) -> Tensor | None:
+    """``w exp(rows)``."""
+    if rows is None or w is None:
+        return w if rows is None else rows.exp()
+    return rows.exp() * w

@@ -8,184 +8,106 @@ whole block of rows: O(T log T) work in O(log T) steps, O(T) memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from llcompile.kernels.aten.transitions import Transition, add_, zeros_like
+from llcompile.kernels.aten.transitions import Transition
 from llcompile.kernels.grid import depth
 
 
-class Segment(NamedTuple):
-    """Right blocks of one level that have the same width: ``pairs`` of them, ``width`` chunks each."""
-
-    first: int  # chunk at which the first of these pairs starts
-    left: int  # index of the first left block among the blocks of this level
-    pairs: int
-    block: int  # chunks of a left block
-    width: int  # chunks of a right block; less than ``block`` only for the last, partial one
-
-    def rows(self, x: Any) -> Any:
-        """The right blocks' rows of ``x [M, N, C, ...]`` as a view ``[M, pairs, width * C, ...]``."""
-        if x is None:
-            return None
-        last = self.first + (self.pairs - 1) * 2 * self.block + self.block + self.width
-        x = x[:, self.first : last]
-        if self.pairs == 1:
-            return x[:, None, self.block :].flatten(2, 3)
-        return x.unflatten(1, (self.pairs, 2, self.block))[:, :, 1].flatten(2, 3)
-
-    def lefts(self, x: Any) -> Any:
-        """The left blocks among blocks ``x [M, n, ...]``, ``[M, pairs, ...]``."""
-        return None if x is None else x[:, self.left : self.left + 2 * self.pairs : 2]
+def blocks(kind: Transition, p: Any, x: Tensor) -> Iterator[tuple[Any, Tensor]]:
+    """The transitions and states of the blocks of each level, from those of the chunks ``[M, N, ...]`` on."""
+    levels = depth(x.shape[1])
+    for m in range(levels):
+        yield p, x
+        if m + 1 < levels:
+            p, x = _combined(kind, p, x)
 
 
-def segments(chunks: int, m: int) -> Iterator[Segment]:
-    """Right blocks of level ``m`` among ``chunks`` chunks: the whole ones, then the partial one if there is one."""
-    block = 1 << m
-    pairs = chunks // (2 * block)
-    if pairs:
-        yield Segment(0, 0, pairs, block, block)
-    first = pairs * 2 * block
-    if chunks - first > block:
-        yield Segment(first, 2 * pairs, 1, block, chunks - first - block)
-
-
-def combine(kind: Transition, p: Any, x: Tensor) -> tuple[Any, Tensor]:
+def _combined(kind: Transition, p: Any, x: Tensor) -> tuple[Any, Tensor]:
     """Blocks of one level -> blocks of the next; an unpaired last block moves up as it is."""
-    n = x.shape[1]
-    even = n - n % 2
-    new_x = kind.push(_at(p, 1, even), x[:, 0:even:2])
-    new_x = (
-        new_x + x[:, 1:even:2]
-        if new_x is x
-        else new_x.add_(x[:, 1:even:2])
-        if p is not None
-        else (x[:, 0:even:2] + x[:, 1:even:2])
-    )
-    new_p = kind.compose(_at(p, 1, even), _at(p, 0, even))
-    if n % 2:
-        new_x = torch.cat([new_x, x[:, -1:]], 1)
-        new_p = None if p is None else torch.cat([new_p, p[:, -1:]], 1)
-    return new_p, new_x
+    left, right, rest = pairs(x)
+    if p is None:
+        return None, _with(left + right, rest)
+    p_left, p_right, p_rest = pairs(p)
+    pushed = kind.push(p_right, left).add_(right)
+    return _with(kind.compose(p_right, p_left), p_rest), _with(pushed, rest)
 
 
-def combine_grad(kind: Transition, p: Any, x: Tensor, dp: Any, dx: Tensor) -> tuple[Any, Tensor]:
-    """Gradients of :func:`combine` with respect to the blocks of the lower level."""
-    n = x.shape[1]
-    pairs, even = n // 2, n - n % 2
-    right, left = _at(p, 1, even), _at(p, 0, even)
-    low_x, low_p = torch.empty_like(x), None if p is None else torch.empty_like(p)
-    low_x[:, 1:even:2] = dx[:, :pairs]
-    low_x[:, 0:even:2] = kind.push_t(right, dx[:, :pairs])
-    if p is not None and low_p is not None:
-        d_right, d_left = kind.compose_grad(right, left, dp[:, :pairs])
-        low_p[:, 1:even:2] = d_right + kind.push_p_grad(right, x[:, 0:even:2], dx[:, :pairs])
-        low_p[:, 0:even:2] = d_left
-    if n % 2:
-        low_x[:, -1:] = dx[:, -1:]
-        if low_p is not None:
-            low_p[:, -1:] = dp[:, -1:]
-    return low_p, low_x
+def pairs(x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The left and right blocks among blocks ``[M, n, ...]``, and the last one where it has no sibling."""
+    even = x.shape[1] & ~1
+    whole, rest = (x, None) if even == x.shape[1] else x.split([even, 1], 1)
+    left, right = whole.unflatten(1, (-1, 2)).unbind(2)
+    return left, right, rest
 
 
-def _at(p: Any, parity: int, even: int) -> Any:
-    return None if p is None else p[:, parity:even:2]
+def _with(x: Tensor, rest: Tensor | None) -> Tensor:
+    return x if rest is None else torch.cat([x, rest], 1)
 
 
-class Tree:
-    """One pass through the tree: reads into ``o``, pulls ``rows`` back in place, and can run in reverse.
+class Readers:
+    """The rows of a sequence, as they read and are pulled back level by level.
 
     Args:
         kind: the algebra of the transitions. q: ``[M, N, C, K]`` where the kind shares queries, else None.
-        w: ``[M, N, C, R, depth]``. keep: remember what the reverse pass needs.
+        rows: ``[M, N, C, ...]``. w: ``[M, N, C, R, depth]``. o: ``[M, N, C, R, V]``.
+        read: called with parts of ``o``, q and rows, the states that they read, and weights.
+        in_place: pull back in the memory of ``rows``, which autograd is not to see.
     """
 
-    def __init__(self, kind: Transition, q: Tensor | None, w: Tensor, keep: bool) -> None:
-        self.kind, self.q, self.w, self.keep = kind, q, w, keep
-        self.nodes: list[tuple[Any, Tensor]] = []  # blocks of each level
-        self.rows: list[list[Any]] = []  # rows as they were read, of each segment of each level
-
-    def forward(self, o: Tensor | None, rows: Any, p: Any, x: Tensor) -> Iterator[tuple[Any, Tensor]]:
-        """Walk up the levels, yielding each level's blocks ``p, x``.
-
-        Adds to ``o [M, N, C, R, V]`` (None: read nothing, only keep) and overwrites ``rows [M, N, C, ...]``.
-        """
-        chunks = self.w.shape[1]
-        for m in range(depth(chunks)):
-            if self.keep:
-                self.nodes.append((p, x))
-                self.rows.append([])
-            yield p, x
-            for part in segments(chunks, m):
-                row = part.rows(rows)
-                if o is not None:
-                    self.kind.read(part.rows(o), part.rows(self.q), row, part.lefts(x), part.rows(self.w)[..., m])
-                if row is not None:
-                    if self.keep:
-                        self.rows[m].append(row.clone())
-                    row.copy_(self.kind.pull(row, part.lefts(p)))
-                elif self.keep:
-                    self.rows[m].append(None)
-            if m + 1 < depth(chunks):
-                p, x = combine(self.kind, p, x)
-
-    def backward(
-        self,
-        do: Tensor,
-        drows: Any,
-        dq: Tensor | None,
-        dw: Tensor,
-        add_level_grad: Callable[[int, Any, Tensor], None] | None,
-    ) -> tuple[Any, Tensor | None]:
-        """Run in reverse.
-
-        ``drows`` is the gradient of the pulled-back rows and becomes that of the first rows, in place; ``dq`` and
-        ``dw`` are added to; ``add_level_grad`` adds what else is known of the gradients of a level's blocks.
-        Returns the gradients of the chunks' transitions and contributions (None without levels).
-        """
-        chunks = self.w.shape[1]
-        dp: Any = None
-        dx: Tensor | None = None
-        for m in reversed(range(depth(chunks))):
-            p, x = self.nodes.pop()
-            if dx is None:
-                dp, dx = zeros_like(p), torch.zeros_like(x)
-            else:
-                dp, dx = combine_grad(self.kind, p, x, dp, dx)
-            if add_level_grad is not None:
-                add_level_grad(m, dp, dx)
-            kept = self.rows.pop()
-            for part, row in zip(segments(chunks, m), kept, strict=True):
-                self._segment_grad(part, m, row, p, x, do, drows, dq, dw, dp, dx)
-        return dp, dx
-
-    def _segment_grad(
-        self,
-        part: Segment,
-        m: int,
-        row: Any,
-        p: Any,
-        x: Tensor,
-        do: Tensor,
-        drows: Any,
-        dq: Tensor | None,
-        dw: Tensor,
-        dp: Any,
-        dx: Tensor,
+    def __init__(
+        self, kind: Transition, q: Tensor | None, rows: Any, w: Tensor, o: Tensor, read: Any, in_place: bool
     ) -> None:
-        w = part.rows(self.w)[..., m]
-        dq_part, drow, dx_left, dw_part = self.kind.read_grad(part.rows(do), part.rows(self.q), row, part.lefts(x), w)
-        part.lefts(dx).add_(dx_left)
-        if dw_part is not None:
-            part.rows(dw)[..., m] = dw_part
-        if dq is not None and dq_part is not None:
-            part.rows(dq).add_(dq_part)
-        if drows is not None:
-            target = part.rows(drows)
-            pulled, dp_left = self.kind.pull_grad(row, part.lefts(p), target)
-            target.copy_(add_(drow, pulled))
-            if dp is not None:
-                part.lefts(dp).add_(dp_left)
+        self.kind, self.q, self.rows, self.w = kind, q, rows, w.unbind(-1)
+        self.o, self.read, self.in_place = o, read, in_place
+
+    def pass_level(self, m: int, p: Any, x: Tensor, pull: bool = True) -> None:
+        """Read the left siblings among the blocks of level ``m``, and go back over them where ``pull`` says so."""
+        lefts, p_lefts = pairs(x)[0], None if p is None else pairs(p)[0]
+        moved, first = [], 0
+        parts = (_halves(t, m) for t in (self.o, self.q, self.rows, self.w[m]))
+        for (_, o), (_, q), (before, after), (_, w) in zip(*parts, strict=False):
+            last = first + o.shape[1]
+            row = _flat(after)
+            self.read(_flat(o), _flat(q), row, _part(lefts, first, last), _flat(w))
+            if row is not None and pull:
+                pulled = self.kind.pull(row, _part(p_lefts, first, last))
+                if self.in_place:
+                    row.copy_(pulled)
+                else:
+                    moved.append(torch.cat([before, pulled.view(after.shape)], 2).flatten(1, 2))
+            first = last
+        if moved:
+            done = sum(t.shape[1] for t in moved)
+            rest = [self.rows[:, done:]] if done < self.rows.shape[1] else []
+            self.rows = torch.cat([*moved, *rest], 1)
+
+
+def _part(x: Any, first: int, last: int) -> Any:
+    return x if x is None or last - first == x.shape[1] else x[:, first:last]
+
+
+def _halves(x: Any, m: int) -> list[tuple[Any, Any]]:
+    """The left and right blocks of level ``m`` of ``x [M, N, ...]``, each ``[M, pairs, chunks, ...]``.
+
+    First come those of the same width, then, where the last right block is narrower, that one with its sibling.
+    """
+    if x is None:
+        return [(None, None)] * 2
+    block, chunks = 1 << m, x.shape[1]
+    count = chunks // (2 * block)
+    whole = count * 2 * block
+    found = []
+    if count:
+        found.append((x if whole == chunks else x[:, :whole]).unflatten(1, (count, 2, block)).unbind(2))
+    if chunks - whole > block:
+        found.append((x[:, None, whole : whole + block], x[:, None, whole + block :]))
+    return found
+
+
+def _flat(x: Any) -> Any:
+    return None if x is None else x.flatten(2, 3)

@@ -50,7 +50,9 @@ def judge(
         if reason is not None and mode and mixer.fresh:
             verdict.blamed[mixer] = reasons.OTHER_IN_TRAINING(reason=reason)
         elif reason is not None:
-            verdict.notes[mixer] = f"in {missed.mode_name(mode)} it is no mixer, and a compiled call says so: {reason}"
+            verdict.notes[mixer] = (
+                f"in {missed.mode_name(mode)} it is not a mixer, and a compiled call raises: {reason}"
+            )
     return verdict
 
 

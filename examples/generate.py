@@ -71,7 +71,7 @@ def build(spec: str, zoo: Path | None = None) -> Any:
         known = {name: {"kwargs": {**SPECIAL, **sizes}} for name, sizes in TOUR}
         known |= json.loads(zoo.read_text()) if zoo else {}
         if spec not in known:
-            raise SystemExit(f"{spec!r} is not one of {', '.join(known)}, and not a .json file.")
+            raise SystemExit(f"{spec!r} is neither one of {', '.join(known)} nor a .json file.")
         name, entry = spec, known[spec]
     sizes = {key: value for key, value in entry["kwargs"].items() if key != "model_type"}
     torch.manual_seed(0)

@@ -142,7 +142,7 @@ def _to_blame(run: _Runs, reason: GivenReason) -> dict[Mixer, GivenReason]:
     """The mixers whose rewrite makes the difference; those that stand in the same line of code are one."""
     _, _, without = run.compare([])
     if without is not None:
-        problem = f"compiled without any rewrite, the model does not give its own output either: {without.text}"
+        problem = f"even compiled without a rewrite, the model does not reproduce its own output: {without.text}"
         raise _Unverified(problem)
     groups: dict[Any, list[Mixer]] = {}
     for mixer in run.mixers:
@@ -237,8 +237,8 @@ class _Runs:
             return off, gradient_off, reasons.GRADIENTS_CHANGE(error=gradient_off, dtype=dtype)
         if max(bounds) > _LOOSE and self.dtype.itemsize > 2:
             raise _Unverified(
-                f"rounding at the mixers alone changes what the model gives by {max(bounds) / _AMPLIFIED:.1e}, so that "
-                "no comparison tells a right program from a wrong one"
+                f"rounding at the mixers alone changes the model's output by {max(bounds) / _AMPLIFIED:.1e}, so "
+                "no comparison can tell a correct program from a wrong one"
             )
         return off, gradient_off, None
 
@@ -308,7 +308,7 @@ class _Runs:
                 continue
             if mixer not in moving and self._is_zero(mixer):
                 notes[mixer] = (
-                    "its output is zero on the example inputs, so that they do not show its level weights acting"
+                    "its output is zero on the example inputs, so they cannot show whether its level weights act"
                 )
                 continue
             idle[mixer] = reasons.WEIGHTS_WITHOUT_GRADIENT() if mixer in moving else reasons.WEIGHTS_IDLE()

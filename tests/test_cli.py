@@ -12,7 +12,7 @@ import pytest
 from llcompile import __version__
 from llcompile.commands import cli, doctor
 from llcompile.errors import CaptureError
-from llcompile.patterns.known import ROWS
+from llcompile.patterns.known import ENTRIES
 
 TINY = ["--set", "num_hidden_layers=2", "--set", "hidden_size=32", "--set", "num_heads=4", "--set", "head_dim=16"]
 TINY += ["--set", "state_size=8", "--set", "vocab_size=32", "--set", "n_groups=1", "--set", "chunk_size=16"]
@@ -62,7 +62,7 @@ def test_every_command_has_help(command: cli.Command, capsys: pytest.CaptureFixt
         (["inspect", "mambo2"], "did you mean 'mamba2'"),
         (["inspect", "no_such_module:make"], "cannot import 'no_such_module'"),
         (["inspect", "json:no_such_function"], "has no 'no_such_function'"),
-        (["inspect", "no/such/config.json"], "there is no no/such/config.json"),
+        (["inspect", "no/such/config.json"], "no/such/config.json does not exist"),
         (["inspect", "mamba2", "--set", "nonsense=1"], "KEY=VALUE"),
         (["inspect", "mamba2", "--chip", "sm_1"], "known are sm_80"),
         (["inspect", "factories:needs"], "factories:needs(width, depth=2) needs arguments"),
@@ -100,7 +100,7 @@ def test_an_error_of_ours_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: p
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", "--json", "--no-self-test"]) in (0, 1)
     findings = {finding["topic"]: finding for finding in json.loads(capsys.readouterr().out)}
-    libraries = {row.library for row in ROWS}
+    libraries = {entry.library for entry in ENTRIES}
     assert {"llcompile", "python", "torch", "C++ compiler", "cpu", *libraries} <= set(findings)
     assert all(finding["advice"] for finding in findings.values() if finding["ok"] is False)
     assert cli.main(["doctor", "--no-self-test"]) in (0, 1)
@@ -133,7 +133,7 @@ class TestInspect:
         for text in ("{", "{}", "[1]", '{"model_type": "nonsense"}'):
             (tmp_path / "config.json").write_text(text)
             assert cli.main(["inspect", str(tmp_path)]) == cli.USAGE_ERROR
-            assert "is not a config of transformers" in capsys.readouterr().err
+            assert "is not a transformers config" in capsys.readouterr().err
 
     def test_factory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         (tmp_path / "my_factory_for_a_test.py").write_text(

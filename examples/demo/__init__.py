@@ -20,8 +20,8 @@ def add_parser(subparsers: Any) -> None:
     """Add this command to the command line."""
     parser = subparsers.add_parser(
         "demo",
-        help="convert and train small models of transformers and compare the results",
-        description="Convert two models of transformers. Then train a small Mamba-2 on associative recall, convert it, "
+        help="convert and train small transformers models and compare the results",
+        description="Convert two transformers models. Then train a small Mamba-2 on associative recall, convert it, "
         "and continue training in three ways. Takes 3 to 6 minutes on two CPU cores; each further seed about 2 more.",
     )
     parser.add_argument(

@@ -37,7 +37,7 @@ def _matrix(args: argparse.Namespace) -> int:
         from llcompile.kernels.triton.check import HEADING
         from llcompile.kernels.triton.chips import CHIPS
     except ImportError as error:
-        raise KernelError(f"the kernels are compiled by Triton ({error}): pip install triton") from error
+        raise KernelError(f"compiling the kernels needs Triton ({error}): pip install triton") from error
     _check(args, CHIPS, matrix.GROUPS)
     if args.summary:
         print("\n".join(matrix.summary(matrix.read(args.json)[1].values())))

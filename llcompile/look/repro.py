@@ -52,7 +52,7 @@ def reproducer(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
     conversion.visit_graphs(model, args, kwargs, visit)
     if not pieces:
         known = ", ".join(dict.fromkeys(name or "''" for name in names)) or "none"
-        raise ReproError(f"no linear-time mixer has the name {mixer!r} in {type(model).__name__}; there are: {known}")
+        raise ReproError(f"no linear-time mixer in {type(model).__name__} is named {mixer!r}; known: {known}")
     return _text(pieces[0], type(model).__name__)
 
 

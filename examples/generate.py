@@ -3,10 +3,10 @@
 python examples/generate.py mamba2 --tokens 64
 python examples/generate.py qwen3_next --prompt-length 100 --sample
 
-MODEL is one of the two small models of `make demo`, a path to a config.json of transformers or to a JSON file
+MODEL is one of the two small models of `make demo`, a path to a transformers config.json or to a JSON file
 {"model_type": ..., "kwargs": {...}}, or a name in a file of such models (--zoo, or the environment variable
-LLCOMPILE_ZOO). Weights are random, so the text is meaningless. The example shows that tokens are streamed, how many
-graphs were compiled, what the cache holds, and that the level weights act.
+LLCOMPILE_ZOO). Weights are random, so the text is meaningless. The example streams tokens and prints the number of
+compiled graphs, the size of the cache, and the effect of the level weights.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""`llcompile demo`: converts models of transformers, trains one, and shows what conversion changes.
+"""`llcompile demo`: convert transformers models, train one, and show what the conversion changes.
 
-Everything that it shows is measured in that run.
+All results are measured in the run.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 NEXT = (
-    "Next, with a model of your own: `llcompile inspect your_module:factory` reports what would be converted; then "
-    'llcompile.convert(model, *inputs), model.compile(backend="loglinear"), and train it as usual.'
+    "Next, try your own model. Run `llcompile inspect your_module:factory` to see what would be converted. Then call "
+    'llcompile.convert(model, *inputs) and model.compile(backend="loglinear"), and train the model as usual.'
 )
 
 

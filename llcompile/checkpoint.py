@@ -124,9 +124,9 @@ def expect_whole(models: Iterable[nn.Module | None]) -> None:
 
 def _dropped(model: nn.Module, count: int) -> str:
     return (
-        f"{type(model).__name__} was loaded from a checkpoint with the level weights of {count} mixers, and has "
+        f"{type(model).__name__} was loaded from a checkpoint with the level weights of {count} mixers, but has "
         "none of them: llcompile was not imported before from_pretrained. Import llcompile first and load the model "
-        "again; or call llcompile.revert(model) to go on without them."
+        "again, or call llcompile.revert(model) to continue without them."
     )
 
 

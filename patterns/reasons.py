@@ -62,7 +62,7 @@ class Reason:
 
 @dataclass(frozen=True)
 class Group:
-    """Reasons that are found in the same way, in the order in which a person would ask.
+    """Reasons that are found in the same way, in the order in which they are checked.
 
     Args:
         title: a heading.
@@ -284,7 +284,7 @@ AUTOCAST_INSIDE = _inside.add(
     "one part of it runs in 16 bits and another does not",
 )
 GRADIENT_STOPPED = _inside.add("gradient-stopped", "its gradient is stopped inside (detach){at}", _GRADIENTS)
-FUNCTION_INSIDE = _inside.add("function-inside", "a function inside has a backward of its own{at}", _GRADIENTS)
+FUNCTION_INSIDE = _inside.add("function-inside", "a function inside has a custom backward{at}", _GRADIENTS)
 UNKNOWN_BACKWARD = _inside.add(
     "unknown-backward",
     "the backward of {operation} is unknown{at}",

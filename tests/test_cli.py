@@ -64,7 +64,7 @@ def test_every_command_has_help(command: cli.Command, capsys: pytest.CaptureFixt
         (["inspect", "json:no_such_function"], "has no 'no_such_function'"),
         (["inspect", "no/such/config.json"], "no/such/config.json does not exist"),
         (["inspect", "mamba2", "--set", "nonsense=1"], "KEY=VALUE"),
-        (["inspect", "mamba2", "--chip", "sm_1"], "known are sm_80"),
+        (["inspect", "mamba2", "--chip", "sm_1"], "known: sm_80"),
         (["inspect", "factories:needs"], "factories:needs(width, depth=2) needs arguments"),
         (["inspect", "factories:fails"], "raised ZeroDivisionError: division by zero"),
         (["inspect", "factories:thing"], "is a int; expected a function"),

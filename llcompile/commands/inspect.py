@@ -125,7 +125,7 @@ def _check_outputs(args: argparse.Namespace) -> None:
 
         unknown = [chip for chip in args.chip if chip not in CHIPS]
         if unknown:
-            raise SpecError(f"--chip {unknown[0]}: known are {', '.join(CHIPS)}")
+            raise SpecError(f"--chip {unknown[0]}: unknown chip; known: {', '.join(CHIPS)}")
 
 
 def _write(look: Look, args: argparse.Namespace) -> None:

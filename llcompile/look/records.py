@@ -95,8 +95,8 @@ class LevelTable:
     """Level weights as numbers.
 
     Args:
-        mean, spread: [H][L]: mean and standard deviation of w over normally distributed inputs; empty if there are no values
-            (on the meta device).
+        mean, spread: [H][L]: mean and standard deviation of w over normally distributed inputs; empty if there are
+            no values (on the meta device).
         identity: every weight is exactly 1, for any input.
     """
 

@@ -27,17 +27,17 @@ PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install $(addprefix 
 PIP_LINES := sed -u -n -E -e 's/^ *Collecting ([^ (]+).*/    + \1/p' -e 's/^ *(Downloading .*)/      \1/p' -e '/^Successfully/p'
 
 help:
-	@echo "make demo     convert two models of transformers, then train one before and after (at most 6 minutes)"
+	@echo "make demo     convert two transformers models, then train one in three ways and compare (at most 6 minutes)"
 	@echo "make check    run ruff, mypy and the tests that take under a second (at most 3 minutes)"
 	@echo "make test     run the fast tests"
 	@echo "make test-all run all tests"
-	@echo "make matrix   try a dozen pairs of releases and write docs/compatibility.md (an hour, gigabytes)"
+	@echo "make matrix   try a dozen combinations of releases and write docs/compatibility.md (an hour, gigabytes)"
 	@echo "make matrix-smoke  try the newest and the oldest torch with the newest transformers"
 	@echo "make bench    time the operator on this machine's CPU"
 	@echo "make lint     run ruff and mypy"
-	@echo "make docs     build the site of docs/ with an API reference in build/site (own environment in .venv-docs)"
+	@echo "make docs     build a site from docs/, with an API reference, in build/site (environment: .venv-docs)"
 	@echo "make format   format the sources with ruff"
-	@echo "make clean    remove the environments and everything that was built"
+	@echo "make clean    remove the environments and all build outputs"
 
 demo: $(STAMP)
 	@echo "==> llcompile demo $(ARGS)"

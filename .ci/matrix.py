@@ -308,10 +308,10 @@ def _describe(row: Row) -> str:
 _HEAD = """# Compatibility
 
 `make matrix` generated this page on {date} ({machine}). It lists only what was run. Each line is one virtual
-environment with llcompile, in which `llcompile doctor` converted, compiled and trained a tiny model for each family
-and each installed library. `acts` is yes if noise on the level weights changes each output, every level weight has a
-gradient, a training step lowers the loss, and generation agrees with a full pass. Triton is installed only with
-mamba_ssm and FLA (Triton 3.5.1 with FLA before 0.6, which cannot import the newest Triton).
+environment with llcompile, in which `llcompile doctor` converted, compiled and trained a tiny model for each
+family and each installed library. `acts` is yes if noise on the level weights changes each output, every level
+weight has a gradient, a training step lowers the loss, and generation agrees with a full pass. Triton is
+installed only with mamba_ssm and FLA (Triton 3.5.1 with FLA before 0.6, which cannot import the newest Triton).
 
 | torch | transformers | Python | FLA | mamba_ssm | acts | seen |
 |---|---|---|---|---|---|---|

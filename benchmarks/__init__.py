@@ -1,7 +1,7 @@
-"""``llcompile bench``: measurements on this machine, one module each.
+"""Run a measurement on this machine.
 
-Times are the smallest of several repeats, the usual answer to other work on the same machine. The CPU time next to it
-shows how much of the wall time was ours.
+Times are the smallest of several repeats, to reduce the effect of other load. The CPU time beside each wall time shows
+how much of it this process used.
 """
 
 from __future__ import annotations

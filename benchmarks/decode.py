@@ -1,7 +1,8 @@
-"""``llcompile bench decode``: what one more token costs after a context of 1k to 1M tokens, in memory and in time.
+"""Measure the memory and time of one decoded token after a context of 1k to 1M tokens.
 
-States only: a level state holds random numbers and the position of its context, so that no long sequence has to be run.
-Beside it stand the linear model's state, which never grows, and a softmax attention's cache of keys and values.
+Only states are measured: a level state is filled with random numbers and the position of its context, so no long
+sequence is run. For comparison, the table has the linear model's state, which never grows, and the key-value cache of
+softmax attention.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""``llcompile bench recognition``: what recognition adds to the time that a compilation takes.
+"""Time recognition while a model compiles, and compare with plain Inductor.
 
-The seconds of our passes on a model, up to the rewrite, next to those in which plain Inductor compiles it (its first
-call less its second, without anything cached). The first compiled call looks twice, the second time after the level
-weights have been made; both count.
+The table shows the seconds of llcompile's passes up to the rewrite, and the seconds in which plain Inductor compiles
+the model (first call minus second call, with nothing cached). The first compiled call runs the passes twice, the second
+time with the new level weights; both count.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def add_parser(subparsers: Any) -> None:
         "--models",
         type=Path,
         metavar="FILE",
-        help='JSON file with models of transformers: {model_type: {"class": "AutoModelForCausalLM", "kwargs": {...}}}',
+        help='JSON file with transformers models: {model_type: {"class": "AutoModelForCausalLM", "kwargs": {...}}}',
     )
     parser.add_argument("--only", nargs="+", metavar="NAME", help="measure only these models")
     parser.add_argument(

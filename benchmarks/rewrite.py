@@ -1,8 +1,9 @@
-"""``llcompile bench rewrite``: hand-written quadratic linear attention before and after the backend.
+"""Time hand-written quadratic linear attention before and after the rewrite.
 
-The code has a score for each pair of tokens. It is measured as written (with ``--inductor`` also compiled by Inductor
-alone) and under ``torch.compile(model, backend="loglinear")``, with and without level weights. Each measurement runs in
-its own process. The first call, which compiles, is reported separately with the share of recognition.
+The code computes a score for each pair of tokens. It is measured as written (with ``--inductor`` also compiled by
+Inductor alone) and under ``torch.compile(model, backend="loglinear")``, with and without level weights. Each
+measurement runs in its own process. The first call, which compiles, is reported separately with the share of
+recognition.
 """
 
 from __future__ import annotations

@@ -13,13 +13,13 @@ HEAD = """\
 # Why a mixer is declined
 
 Every record in `report.declined` has a `code`, a `reason`, the user's line in `where`, and a `hint`. The code is
-stable: programs may switch on it, as in `[d.module for d in report.declined if d.code == "not-causal"]` (see
-[public-api.md](public-api.md)). The wording of reasons and hints may change. A printed report has the code in brackets;
-`report.to_dict()`, `llcompile inspect --json` and the HTML page have it as well.
+stable, so programs may test for it: `[d.module for d in report.declined if d.code == "not-causal"]` (see
+[public-api.md](public-api.md)). The wording of reasons and hints may change. A printed report shows the code in
+brackets; `report.to_dict()`, `llcompile inspect --json` and the HTML page contain it as well.
 
-Where a sentence on this page has a `{name}`, a report has what was found there. See [recognition.md](recognition.md)
-for how mixers are found and proved. This page is written by `python docs/make_reasons.py` from the table in
-`patterns/reasons.py`.
+In a report, each `{name}` in a sentence is replaced by what was found. For how mixers are found and proved, see
+[recognition.md](recognition.md). To regenerate this page from the table in `patterns/reasons.py`, run
+`python docs/make_reasons.py`.
 """
 
 
@@ -31,7 +31,7 @@ def page() -> str:
 def _groups() -> Iterator[str]:
     for group in TABLE:
         yield f"## {group.title}\n\n{group.about}\n"
-        yield "| code | what is said | what to do |\n|---|---|---|"
+        yield "| code | reason | what to do |\n|---|---|---|"
         yield from map(_row, group.entries)
         yield ""
 

@@ -3,10 +3,10 @@
 python examples/generate.py mamba2 --tokens 64
 python examples/generate.py qwen3_next --prompt-length 100 --sample
 
-MODEL is one of the two small models of `make demo`, a path to a config.json of transformers or to a JSON file
+MODEL is one of the two small models of `make demo`, a path to a transformers config.json or to a JSON file
 {"model_type": ..., "kwargs": {...}}, or a name in a file of such models (--zoo, or the environment variable
-LLCOMPILE_ZOO). Weights are random, so the text is meaningless. The example shows that tokens are streamed, how many
-graphs were compiled, what the cache holds, and that the level weights act.
+LLCOMPILE_ZOO). Weights are random, so the text is meaningless. The example streams tokens and prints the number of
+compiled graphs, the size of the cache, and the effect of the level weights.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def build(spec: str, zoo: Path | None = None) -> Any:
         known = {name: {"kwargs": {**SPECIAL, **sizes}} for name, sizes in TOUR}
         known |= json.loads(zoo.read_text()) if zoo else {}
         if spec not in known:
-            raise SystemExit(f"{spec!r} is not one of {', '.join(known)}, and not a .json file.")
+            raise SystemExit(f"{spec!r} is neither one of {', '.join(known)} nor a .json file.")
         name, entry = spec, known[spec]
     sizes = {key: value for key, value in entry["kwargs"].items() if key != "model_type"}
     torch.manual_seed(0)

@@ -122,12 +122,12 @@ def _chosen_of(
             reason, cause = str(error), error
         except refusals() as error:  # of this description on this device: the next call need not try
             cause = error
-            reason = _refused[d, v.device] = f"Triton cannot make them for {d.text()} on {v.device}: {_line(error)}"
+            reason = _refused[d, v.device] = f"Triton cannot compile them for {d.text()} on {v.device}: {_line(error)}"
     if chosen == "triton":
         if isinstance(cause, KernelCacheError):
             raise cause
         raise KernelError(
-            f"Triton kernels were asked for ({VARIABLE}=triton), but {reason}; use 'auto' or 'aten'"
+            f"Triton kernels were requested ({VARIABLE}=triton), but {reason}; use 'auto' or 'aten'"
         ) from cause
     _tell(reason)
     return lowering()
@@ -151,7 +151,7 @@ def _on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
 
 def _known(choice: str) -> str:
     if choice not in CHOICES:
-        raise OptionError(f"kernels {choice!r} are unknown; choose one of {', '.join(CHOICES)}")
+        raise OptionError(f"unknown kernels {choice!r}; choose one of {', '.join(CHOICES)}")
     return choice
 
 

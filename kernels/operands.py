@@ -142,7 +142,7 @@ def check_indices(seq_idx: Tensor, v: Tensor) -> None:
                 again = next(index for index in runs if runs.count(index) > 1)
                 raise OperandError(
                     f"seq_idx comes back to sequence {again} in row {row} after another one; got {_short(indices)}. "
-                    "The tokens of a sequence must be neighbours"
+                    "The tokens of a sequence must be contiguous"
                 )
 
 
@@ -182,8 +182,7 @@ def _check_types(**operands: Tensor | None) -> None:
             raise OperandError(f"{name} has dtype {x.dtype}; expected a floating one, cast it with .float()")
         if x.dtype not in COMPUTE_DTYPES:
             raise OperandError(
-                f"{name} has dtype {x.dtype}, in which numbers are stored and not computed with; cast it with "
-                ".to(torch.bfloat16) or .float()"
+                f"{name} has dtype {x.dtype}, which is for storage only; cast it with .to(torch.bfloat16) or .float()"
             )
 
 

@@ -142,7 +142,7 @@ def check_positions(state: Tensor, tokens: int, name: str = "initial_state") -> 
     if bool((wrong := position + tokens > largest).any()):
         row = int(wrong.nonzero()[0])
         raise StateError(
-            f"{name} stands at position {int(position[row])} in row {row} and {tokens} more tokens come in, but "
+            f"{name} is at position {int(position[row])} in row {row} and {tokens} more tokens come in, but "
             f"a {state.dtype} state counts whole tokens from 0 to {largest}; start from an empty state, or keep it in "
             "float64"
         )

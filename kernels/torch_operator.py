@@ -88,7 +88,7 @@ def _function(operator: Any, save: Save | None, gradient: Gradient | None) -> An
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
         if gradient is None:
             raise DerivativeError(
-                f"{operator} has no derivative: it is a gradient itself, and a second derivative was asked for "
+                f"{operator} has no derivative: it is a gradient itself, and a second derivative was requested "
                 "(create_graph=True, a gradient penalty, torch.func.hessian). llcompile's operators have first "
                 "derivatives only; take second ones of the model as it is without the backend (llcompile.revert, or "
                 "the model not compiled), where the mixer is plain torch"

@@ -140,8 +140,8 @@ def _trace_as_ours(parsed: Options) -> NoReturn:
     )
     if known or ours.late() is None:
         raise WrappedBackendError(
-            f"{hidden!r} hands backend 'loglinear' a piece or a copy of a graph that Dynamo traced, whose modules and "
-            "inputs are not known. Give torch.compile the backend itself, or a functools.partial of it."
+            f"{hidden!r} passes backend 'loglinear' a part or a copy of the graph that Dynamo traced, so its modules "
+            "and inputs are unknown. Pass the backend itself to torch.compile, or a functools.partial of it."
         )
     restart_trace("a wrapper that calls the backend 'loglinear' was taken for another backend")
 
@@ -175,7 +175,7 @@ def _warn_late(session: Session) -> None:
     modules = _modules(s for s in session.candidates if (id(s.owner), s.attribute) in new)
     warnings.warn(
         f"level weights were attached to {len(new)} mixers ({_few(modules)}) at the first compiled call: an optimizer "
-        "built earlier does not know them. Call llcompile.convert(model, *example_inputs) before you build the "
+        "built earlier does not include them. Call llcompile.convert(model, *example_inputs) before you build the "
         "optimizer.",
         LateAttachWarning,
         stacklevel=2,

@@ -75,8 +75,8 @@ def _one_token(session: Session) -> Iterator[str]:
     named = {record.module for record in session.untouched if "convolution" not in record.kind}
     for module, where in session.unseen.items():
         if module not in named:
-            place = f"{module or '(root)'}: one token shows no mixing ({where} runs over one position)"
-            yield f"{place}: give an example of several tokens"
+            place = f"{module or '(root)'}: a single token cannot show mixing ({where} runs over one position)"
+            yield f"{place}: use an example with several tokens"
 
 
 def distinct(candidates: list[Candidate]) -> list[Candidate]:
@@ -108,7 +108,7 @@ def check_strict(report: Report, options: Options) -> None:
         raise StrictError(f"strict=True, and {len(report.declined)} linear-time mixers were not converted:\n{lines}")
     if not report.converted:
         seen = ", ".join(sorted({u.kind for u in report.untouched})) or "nothing that mixes positions"
-        raise StrictError(f"strict=True, and no linear-time mixer was found in the graph; what was seen: {seen}.")
+        raise StrictError(f"strict=True, and no linear-time mixer was found in the graph; found instead: {seen}.")
 
 
 def _converted(candidate: Candidate) -> Converted:

@@ -15,11 +15,11 @@ class OperandError(LLCompileError, ValueError):
 
 
 class StateError(LLCompileError, ValueError):
-    """A state does not belong to the operator it was handed to."""
+    """A state does not belong to the operator that received it."""
 
 
 class KernelError(LLCompileError, RuntimeError):
-    """Triton kernels were asked for by name and cannot run here, or not for these operands."""
+    """Triton kernels were requested explicitly but cannot run here or for these operands."""
 
 
 class KernelCacheError(KernelError):
@@ -27,7 +27,7 @@ class KernelCacheError(KernelError):
 
 
 class DerivativeError(LLCompileError, NotImplementedError):
-    """A derivative that the operators do not have was asked for: forward mode, or a second one."""
+    """An unsupported derivative of the operators was requested: forward mode, or a second derivative."""
 
 
 class OptionError(LLCompileError, ValueError):
@@ -35,19 +35,19 @@ class OptionError(LLCompileError, ValueError):
 
 
 class ModelError(LLCompileError, TypeError):
-    """What was handed to convert, inspect or revert is not an nn.Module."""
+    """The argument of convert, inspect or revert is not an nn.Module."""
 
 
 class CaptureError(LLCompileError, RuntimeError):
-    """The model could not be traced: its example inputs do not run, or Dynamo refused it."""
+    """The model could not be traced: it does not run on the example inputs, or Dynamo cannot trace it."""
 
 
 class LevelWeightsError(LLCompileError, ValueError):
-    """Level weights have a wrong size or kind for the mixer that owns them."""
+    """Level weights have the wrong size or kind for their mixer."""
 
 
 class CheckpointError(LevelWeightsError):
-    """A checkpoint's level weights do not fit the model, or were left out when it was loaded."""
+    """A checkpoint's level weights do not fit the model, or were not loaded."""
 
 
 class MissedLevelWeightsError(LevelWeightsError):
@@ -55,47 +55,47 @@ class MissedLevelWeightsError(LevelWeightsError):
 
 
 class WrappedBackendError(LLCompileError, RuntimeError):
-    """A wrapper around the backend keeps it from seeing what it must."""
+    """A wrapper passes the backend only a part or a copy of Dynamo's graph."""
 
 
 class MixerError(LLCompileError, ValueError):
-    """A Mixer node breaks one of its own rules (a bug of a row or of a pass, not of the user)."""
+    """A Mixer node is invalid: a bug in a table entry or a pass, not in the user's code."""
 
 
 class GraphError(LLCompileError, RuntimeError):
-    """A pass left the graph in a state that breaks the pipeline's rules."""
+    """A pass left the graph in an invalid state: a bug in llcompile."""
 
 
 class BenchError(LLCompileError, RuntimeError):
-    """A measurement was asked for that cannot be made here, or a file of results cannot be read."""
+    """A requested measurement cannot be made here, or a results file cannot be read."""
 
 
 class DemoError(LLCompileError, RuntimeError):
-    """The demo saw a conversion that does not act: its level weights do not move the output, or get no gradient."""
+    """A conversion in the demo has no effect: its level weights do not change the output, or have no gradient."""
 
 
 class ReproError(LLCompileError, ValueError):
-    """No reproducer can be written: nothing has that name, or its code cannot stand in a file of its own."""
+    """No reproducer can be written: no mixer has that name, or its code cannot be written to a standalone file."""
 
 
 class MlirError(LLCompileError, RuntimeError):
-    """MLIR was asked for something that has none: no mixer, no values, states, or what torch-mlir does not take."""
+    """No MLIR can be made: no such mixer, no values, a state, or a graph that torch-mlir does not support."""
 
 
 class SpecError(LLCompileError, ValueError):
-    """The command line names something unknown: a model that cannot be found or built, a peer that nobody knows."""
+    """The command line names something unknown: a model that cannot be found or built, or an unknown peer."""
 
 
 class OutputError(LLCompileError, OSError):
-    """A file or folder that was asked for cannot be written."""
+    """A requested file or folder cannot be written."""
 
 
 class MissingLibraryError(LLCompileError, ImportError):
-    """An optional library is needed for this and is not installed; the message says what to install."""
+    """A required optional library is not installed; see the message for the command that installs it."""
 
 
 class StrictError(LLCompileError, RuntimeError):
-    """`strict=True` and a linear-time mixer stayed unconverted, or nothing was found."""
+    """With `strict=True`, a linear-time mixer was declined, or none was found."""
 
 
 class LLCompileWarning(UserWarning):
@@ -107,24 +107,24 @@ class LevelWeightsIgnoredWarning(LLCompileWarning):
 
 
 class LateAttachWarning(LLCompileWarning):
-    """Level weights were attached at the first compiled call; optimisers built earlier do not know them."""
+    """Level weights were attached at the first compiled call; optimizers built earlier do not include them."""
 
 
 class LevelWeightsFrozenWarning(LLCompileWarning):
-    """Level weights were frozen with other parameters of their mixer, and a training runs without them."""
+    """Level weights were frozen with other parameters of their mixer, and will not be trained."""
 
 
 class StateAdoptedWarning(LLCompileWarning):
-    """A state without levels, of an unconverted model, was taken up as one level."""
+    """A state of an unconverted model, without levels, was imported as a single level."""
 
 
 class EagerStateWarning(LLCompileWarning):
-    """A state with levels met the library's own code, which cannot read it; its error follows."""
+    """The library's own code received a state with levels, which it cannot read; its error follows."""
 
 
 class OptimizerWarning(LLCompileWarning):
-    """An optimiser stepped a converted model without its level weights."""
+    """An optimizer trains a converted model without its level weights."""
 
 
 class UntestedVersionWarning(LLCompileWarning):
-    """Torch or a library is newer than every release that llcompile was tested with."""
+    """torch or another library is newer than every release that llcompile was tested with."""

@@ -16,15 +16,15 @@ INNER = ("inductor", "aot_eager", "eager")
 
 @dataclass(frozen=True)
 class Options:
-    """What `options={...}` of torch.compile may say.
+    """Options of the backend, as in `torch.compile(options={...})`.
 
     Args:
         level_weights: kind of new level weights: "linear", "static", "mlp", "paper"; or "none" for the linear operator.
-        levels: number of levels L of new level weights. Sequences of up to 2^(L-1) tokens have a weight for each of
-            their levels; the last weight serves all levels beyond.
-        strict: raise where a linear-time mixer stays unconverted or nothing is found.
-        on_miss: what happens where a module that owns level weights runs and the graph does not read them: "raise"
-            (the default), or "warn".
+        levels: number of levels L of new level weights. Sequences of up to 2^(L-1) tokens have one weight per level;
+            in longer ones the last weight applies to all higher levels.
+        strict: raise if a linear-time mixer is declined or none is found.
+        on_miss: what to do if a module that owns level weights runs but the graph does not read them: "raise" (the
+            default), or "warn".
         inner: the compiler of the rewritten graph: "inductor", "aot_eager" or "eager".
         inductor: options for Inductor itself, as in `torch.compile(options=...)`.
     """
@@ -49,7 +49,7 @@ class Options:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise OptionError(
-                    f"option {name!r} is one of {', '.join(map(repr, allowed))}; got {getattr(self, name)!r}"
+                    f"option {name!r} must be one of {', '.join(map(repr, allowed))}; got {getattr(self, name)!r}"
                     f"{_nearest(str(getattr(self, name)), allowed)}"
                 )
         if not 1 <= self.levels <= 64:
@@ -63,13 +63,13 @@ class Options:
             OptionError: an unknown name (the nearest known one is named), or a value of a wrong type or range.
         """
         if given is not None and not isinstance(given, Mapping):
-            raise OptionError(f"options take a dict, got {type(given).__name__}.")
+            raise OptionError(f"options must be a dict, got {type(given).__name__}.")
         known = tuple(f.name for f in fields(cls))
         for name in given or {}:
             if name not in known:
                 raise OptionError(
                     f"backend 'loglinear' has no option {name!r}{_nearest(str(name), known)}"
-                    f" Known options: {', '.join(known)}. Options of Inductor go under options={{'inductor': {{...}}}}."
+                    f" Known options: {', '.join(known)}. Pass Inductor's options as options={{'inductor': {{...}}}}."
                 )
         options = cls(**(given or {}))
         object.__setattr__(options, "given", frozenset(given or {}))

@@ -17,17 +17,17 @@ __all__ = ["Certificate", "Converted", "Declined", "GraphBreak", "ModelCertifica
 
 @dataclass(frozen=True)
 class Report:
-    """What became of a model's sequence mixers. `print(report)` shows it as tables.
+    """The result of converting or inspecting a model. `print(report)` shows it as tables.
 
     Args:
         converted: mixers that were rewritten, each with its certificate.
-        declined: linear-time mixers that were seen and not rewritten, each with the reason and the user's line.
+        declined: linear-time mixers and near misses that were not rewritten, each with a reason and the user's line.
         untouched: other mechanisms, by their usual name.
         graphs: number of graphs that Dynamo made of the model (1 without graph breaks).
         breaks: the graph breaks, each with its line.
-        certificate: of the whole model, by a run on the example inputs (`convert` makes it); None where there is none.
-        remarks: what the example inputs do not show.
-        unverified: why `convert` could make no certificate, or did not; "" where it did, or had nothing to do.
+        certificate: of the whole model, from a run on the example inputs in `convert`; None if there was no such run.
+        remarks: limits of the example inputs.
+        unverified: why `convert` made no certificate; "" if it made one, or had nothing to verify.
     """
 
     converted: tuple[Converted, ...] = ()
@@ -55,7 +55,7 @@ class Report:
         return {k: v for k, v in asdict(self).items() if k != "title"}
 
     def merged(self, other: Report) -> Report:
-        """Both reports in one; the later one speaks for a module that both name."""
+        """Both reports in one; if both name a module, the later one wins."""
         return Report(
             _merge(self.converted, other.converted),
             _merge(self.declined, other.declined),

@@ -94,8 +94,8 @@ def _check_asked(session: Session, candidate: Candidate, weights: Any) -> None:
     if asked:
         said = " and ".join(f"{_OPTIONS[name]}={value!r}" for name, value in asked.items())
         raise LevelWeightsError(
-            f"options ask for {said}, but {candidate.module or 'the model'}.{candidate.attribute} has level "
-            f"weights already, of kind {weights.kind!r} with {weights.levels} levels. Leave it out to use them; "
+            f"options set {said}, but {candidate.module or 'the model'}.{candidate.attribute} already has level "
+            f"weights of kind {weights.kind!r} with {weights.levels} levels. Leave the option out to use them; "
             "or call llcompile.revert(model), which deletes them, trained values included, and convert the model again."
         )
 

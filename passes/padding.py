@@ -26,10 +26,10 @@ from llcompile.patterns.graph.walk import walk
 from llcompile.torch_internals.sizes import size_hint
 
 _UNFOLLOWED = (
-    "a padding mask is applied inside it, and it does not cover every operand: levels count from the start of a row"
+    "a padding mask is applied inside it but does not cover every operand, so levels count from the start of a row"
 )
 _WRITTEN = (
-    "a padding mask is applied before it, and a bias behind the mask gives padded tokens values again: they are "
+    "a padding mask is applied before it, but a bias after the mask makes padded tokens nonzero again: they count as "
     "tokens, as in the model's own code, and levels count from the start of a row"
 )
 

@@ -35,7 +35,7 @@ def states(session: Session) -> int:
         levels = _levels(session, candidate)
         problem = state_problem(candidate.captured.entry, candidate.arguments, levels, session.settings.kind != "none")
         if problem is None and not candidate.open and is_level_state(_state(candidate)):
-            problem = f"it has levels, and this call has to run the library's own code, because {candidate.reason}"
+            problem = f"it has levels, but this call must run the library's own code, because {candidate.reason}"
         if problem is not None:
             raise StateError(
                 f"{candidate.module or 'the model'} ({candidate.where}) received a state that does not belong to it: "

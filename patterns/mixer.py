@@ -1,4 +1,4 @@
-"""The Mixer node: what one linear-time mixer is, whatever code it was found in."""
+"""The Mixer node: one linear-time mixer, independent of the code that it was found in."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ Value = TypeVar("Value")
 class Mixer:
     """One linear-time mixer, bound to its operands.
 
-    An operand is a tensor while a mixer is proved and an `fx.Proxy` while it is written into a graph; `Any` stands for
-    both. Shapes are the operator's (see llcompile.ops), with T left out for a single step:
+    An operand is a tensor in a proof and an `fx.Proxy` in a rewrite, hence `Any`. Shapes are those of the operator (see
+    llcompile.ops), without T for a single step:
 
     Args:
         query: [B, T, G, K].
@@ -26,7 +26,7 @@ class Mixer:
         value: [B, T, H, V], G divides H.
         log_decay: [B, T, H] for decay "scalar", [B, T, H, K] for "channel", None for "none"; <= 0.
         beta: [B, T, H] for correction "delta", else None.
-        initial_state: the source code's own linear state, or one of ours [B, H, 1 + L, K, V], or None.
+        initial_state: a linear state [B, H, K, V], a level state [B, H, 1 + L, K, V], or None.
         scale: factor on the query.
         step: True for a single token (no T axis).
     """
@@ -66,7 +66,7 @@ class MixerShape:
 
 
 def validate(mixer: Mixer) -> MixerShape:
-    """Checks the shapes of a mixer whose operands are tensors (fake ones will do) and returns its sizes.
+    """Checks the shapes of a mixer whose operands are tensors (fake ones suffice) and returns its sizes.
 
     Raises:
         MixerError: an operand's rank or size does not fit the others.

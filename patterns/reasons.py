@@ -62,7 +62,7 @@ class Reason:
 
 @dataclass(frozen=True)
 class Group:
-    """Reasons that are found in the same way, in the order in which a person would ask.
+    """Reasons that are found in the same way, in the order in which they are checked.
 
     Args:
         title: a heading.
@@ -94,18 +94,20 @@ def _group(title: str, about: str) -> Group:
 
 
 _AS_IT_IS = "the code runs as it is"
-_WHOLE_PAST = "log-linear attention sees the whole past"
-_SCORES = "scores must enter as they are: no square, exponential or softmax; put functions on queries and keys"
+_WHOLE_PAST = "log-linear attention covers the whole past"
+_SCORES = (
+    "use scores as they are, without a square, exponential or softmax; apply functions to queries and keys instead"
+)
 _FAMILIES = "compare the code with the recurrences in docs/operator.md"
-_GRADIENTS = "leave gradients as they are inside, or do it above its queries, keys, values and gates"
-_OUTSIDE = "put it before or behind the mixer: on its queries, keys, values or gates, or on its output"
-_LENGTH = "its length varies by mark_dynamic or export: leave it to Dynamo, which adapts"
+_GRADIENTS = "move it out of the mixer, to where its queries, keys, values and gates are computed"
+_OUTSIDE = "move it out of the mixer: apply it to queries, keys, values or gates, or to the output"
+_LENGTH = "mark_dynamic or export makes the length dynamic; without them Dynamo compiles once per length"
 _PLAIN = "write it without the in-place statement (o = o * 2)"
 _LIBRARY = "the call runs the library's own code, so the model is unchanged"
-_MOVE_BREAK = "TORCH_LOGS=graph_breaks shows it"
+_MOVE_BREAK = "use TORCH_LOGS=graph_breaks to find it"
 _KEPT = (
-    "it runs unchanged, and level weights that it had before are kept; call llcompile.revert(model) to try again with "
-    "the next convert"
+    "it runs unchanged and keeps earlier level weights; to try again, call llcompile.revert(model) and convert the "
+    "model again"
 )
 # Instead of a hint, where a declined call breaks the graph.
 BREAKS = "the graph breaks there and the library's own code runs, as it does without this backend"
@@ -120,71 +122,71 @@ _computes = _group(
 NOT_CAUSAL = _computes.add(
     "not-causal",
     "not causal: output {output} depends on input {input}",
-    "use a causal mask: log-linear attention looks back only",
-    "a position sees later ones; a bidirectional mixer stays as it is",
+    "use a causal mask: log-linear attention only looks back",
+    "a position sees later ones; bidirectional mixers stay unchanged",
 )
 ROWS_MIXED = _computes.add(
     "rows-mixed",
     "rows are mixed: sequences of a batch, or heads, act on each other",
-    "each sequence and head must have a state of its own",
+    "give each sequence and head its own state",
     "states are shared or averaged",
 )
 # What is summed up.
 NOT_LINEAR_IN_VALUE = _computes.add(
     "not-linear-in-value",
     "not linear in the value",
-    "the rule applies to outputs that are sums of values: move what is not linear behind the mixer",
+    "the output must be a weighted sum of values: apply nonlinear functions after the mixer",
     "the output is not a sum of values",
 )
 STRICTLY_CAUSAL = _computes.add(
     "strictly-causal",
     "strictly causal: a token does not see itself",
     "include the diagonal",
-    "the mask leaves the diagonal out, or the state is read before it is written",
+    "the mask excludes the diagonal, or the state is read before it is written",
 )
 VALUE_CHANNELS = _computes.add(
     "value-channels",
-    "each channel of the value has weights of its own: a decay, gate or rate has the value's axis",
-    "decays may belong to heads or to channels of the key",
+    "each channel of the value has its own weights: a decay, gate or rate has the value's axis",
+    "use one decay per head or per channel of the key",
 )
 ADDED_TO_SUM = _computes.add(
     "added-to-sum",
-    "what is added to its sum is neither a first state nor the token's own value",
-    "add it to the output, behind the mixer",
+    "a term added to its sum is neither an initial state nor the token's own value",
+    "add it to the output, after the mixer",
 )
 STRAY_SOURCE = _computes.add(
     "stray-source",
-    "a source acts on single outputs in a way that is not a factor or a sum",
-    "move it behind the mixer",
+    "an input acts on single outputs, but neither as a factor nor as a summand",
+    "move it after the mixer",
     "something at the output is neither a gate nor a skip",
 )
 # How it is weighed.
 THIRD_POSITION = _computes.add(
     "third-position",
-    "the score of two positions depends on a third: that of token {token} on tokens before it",
-    "scores may depend on the two positions and, by decays, on what lies between",
+    "the score of two positions depends on a third: the score of token {token} depends on earlier tokens",
+    "scores may depend on the two positions and, through decays, on the tokens between them",
     "something between scores and values looks at other tokens",
 )
 NO_QUERY = _computes.add(
     "no-query",
-    "no query: each sequence that meets another acts on later outputs, too",
-    "a query acts at its own position only: compute decays and errors from other sources",
+    "no query: each sequence that is multiplied with another also affects later outputs",
+    "a query affects only its own position: compute decays and errors from other inputs",
 )
 NO_KEY = _computes.add(
     "no-key",
-    "no key: what is read with meets no other sequence",
-    "a query meets a key in the state: compute decays and errors from other sources",
+    "no key: the query is not multiplied with any other sequence",
+    "a query is multiplied with keys in the state: compute decays and errors from other inputs",
 )
 DECAY_OF_QUERY = _computes.add(
     "decay-of-query",
-    "the weights of the past depend on another sequence at the position that reads (a decay of the query)",
-    "a decay belongs to the positions that it passes, not to the one that reads",
+    "the weights of the past depend on another sequence at the query's position (a decay of the query)",
+    "a decay belongs to the positions between key and query, not to the query's own position",
 )
 SOFTMAX_SCORES = _computes.add(
     "softmax-scores",
     "not linear in the query: scores pass through a softmax",
-    "the code runs as it is: softmax attention is no linear-time mixer",
-    "softmax attention that got no other name",
+    "the code runs as it is: softmax attention is not a linear-time mixer",
+    "softmax attention that was not identified by name",
 )
 NOT_LINEAR_IN_QUERY = _computes.add(
     "not-linear-in-query",
@@ -196,114 +198,115 @@ NOT_LINEAR_IN_KEY = _computes.add("not-linear-in-key", "not linear in the key", 
 OTHER_DENOMINATOR = _computes.add(
     "other-denominator",
     "its denominator is not the sum of its scores",
-    "normalise by the same scores",
-    "the output is divided by something else that is summed over queries, keys or values",
+    "divide by the sum of the same scores",
+    "the output is divided by another sum over queries, keys or values",
 )
 COMPARES_VALUES = _computes.add(
     "compares-values",
-    "what it does depends on comparisons of values",
-    "a top-k, a threshold or buckets leave tokens out; log-linear attention sees the whole past",
+    "its computation depends on comparisons of values",
+    "top-k, thresholds and buckets leave tokens out; log-linear attention covers the whole past",
 )
 # What becomes of a weight with time.
 SLIDING_WINDOW = _computes.add(
     "sliding-window",
-    "its reach ends: output {output} does not depend on input {input} any more (a window or a reset)",
+    "its reach is limited: output {output} no longer depends on input {input} (a window or a reset)",
     _WHOLE_PAST,
     "old tokens are dropped",
 )
 SKIPPED_TOKENS = _computes.add(
     "skipped-tokens",
-    "not every earlier token counts: output {output} does not depend on input {input}",
+    "it skips earlier tokens: output {output} does not depend on input {input}",
     _WHOLE_PAST,
-    "scores of some pairs are zero",
+    "the scores of some pairs are zero",
 )
 DECAY_NOT_A_PRODUCT = _computes.add(
     "decay-not-a-product",
-    "its decay is not a product of one factor for each token",
-    "decays multiply: one factor for each token (and head, or channel of the key)",
-    "a bias by distance, a power law",
+    "its decay is not a product of one factor per token",
+    "use a product of one factor per token (and head, or channel of the key)",
+    "a bias by distance, or a power law",
 )
 OWN_WEIGHT = _computes.add(
     "own-weight",
-    "a token's own weight is not the one that its decays give",
-    "take it out of the mixer; decays multiply: one factor for each token (and head, or channel of the key)",
-    "a bonus, or a decay that is late by one",
+    "a token's own weight does not follow from its decays",
+    "move the token's own term out of the mixer; decays are products of one factor per token",
+    "a bonus, or a decay that is shifted by one token",
 )
 OTHER_ERASE_KEY = _computes.add(
     "other-erase-key",
-    "what a token erases is not along its own key",
-    "a delta rule erases along the key that it writes to",
-    "two keys, or an erase on the value's side",
+    "a token does not erase along its own key",
+    "the delta rule erases along the key that it writes to",
+    "two different keys, or an erase along the value",
 )
 # What it is then.
 UNKNOWN_SCORES = _computes.add(
     "unknown-scores",
     "its scores are not those of a known family",
     _FAMILIES,
-    "queries, keys and values were found, but the operator on them gives something else",
+    "queries, keys and values were found, but the operator gives another result on them",
 )
 NEAR_A_FAMILY = _computes.add(
     "near-a-family",
-    "agrees at w = 1 to {error:.0e} only",
+    "agrees only to {error:.0e} at w = 1",
     _FAMILIES,
-    "the nearest family comes this close, and that is not enough",
+    "this is the error of the nearest family, and it is too large",
 )
 PROOF_FAILED = _computes.add(
     "proof-failed",
-    "agrees at w = 1 to {error:.0e} only (at length {length})",
-    "look for what depends on the length; docs/recognition.md describes the proof",
-    "a reading was found and failed its proof at that length",
+    "agrees only to {error:.0e} at w = 1 (at length {length})",
+    "look for code that depends on the length; see docs/recognition.md for the proof",
+    "a hypothesis was found but failed its proof at that length",
 )
 GRADIENTS_DIFFER = _computes.add(
     "gradients-differ",
     "its gradients differ from the operator's by {error:.0e}",
-    "the code runs as it is; take what stops or changes a gradient out of the mixer",
+    "the code runs as it is; move whatever stops or changes a gradient out of the mixer",
 )
 
 _inside = _group(
-    "Hand-written mixers: what stands inside",
-    "The code is a mixer but for something in it: what changes a gradient or a dtype, what no proof can cover, what "
-    "depends on the length, or a statement in place. See [recognition.md](recognition.md#in-place-statements).",
+    "Hand-written mixers: code inside",
+    "The code would be a mixer, except for something inside it: a change of gradient or dtype, an operation that no "
+    "proof covers, a dependence on the length, or an in-place statement. See "
+    "[recognition.md](recognition.md#in-place-statements).",
 )
 NO_GRAD = _inside.add(
     "no-grad",
-    "it runs under torch.no_grad(): level weights could not learn",
+    "it runs under torch.no_grad(), where level weights cannot learn",
     _AS_IT_IS,
-    "all of it stands in a region without gradients",
+    "all of it is in a region without gradients",
 )
 NO_GRAD_INSIDE = _inside.add(
-    "no-grad-inside", "a part of it runs under torch.no_grad(){at}", "have all of it in one mode"
+    "no-grad-inside", "a part of it runs under torch.no_grad(){at}", "run all of it in one mode"
 )
 AUTOCAST_INSIDE = _inside.add(
     "autocast-inside",
     "autocast changes inside{at}",
-    "have all of it inside of one autocast region",
+    "run all of it in one autocast region",
     "one part of it runs in 16 bits and another does not",
 )
 GRADIENT_STOPPED = _inside.add("gradient-stopped", "its gradient is stopped inside (detach){at}", _GRADIENTS)
-FUNCTION_INSIDE = _inside.add("function-inside", "a function inside has a backward of its own{at}", _GRADIENTS)
+FUNCTION_INSIDE = _inside.add("function-inside", "a function inside has a custom backward{at}", _GRADIENTS)
 UNKNOWN_BACKWARD = _inside.add(
     "unknown-backward",
-    "what the backward of {operation} is, is not known{at}",
+    "the backward of {operation} is unknown{at}",
     _GRADIENTS,
-    "a custom operation of torch.library stands inside",
+    "it contains a custom operation of torch.library",
 )
 OWN_BACKWARD = _inside.add(
     "own-backward",
-    "it stands in an autograd.Function whose backward is not the gradient of its forward",
-    "call the mixer outside of the Function, so that its level weights have a gradient",
+    "it is in an autograd.Function whose backward is not the gradient of its forward",
+    "call the mixer outside the Function, so that its level weights have a gradient",
 )
 RANDOM = _inside.add("random", "its {operation} ({where}) is random", _OUTSIDE, "dropout on the scores")
 ROUNDING = _inside.add("rounding", "its {operation} ({where}) rounds to {dtype}", _OUTSIDE)
 UNKNOWN_OPERATION = _inside.add(
     "unknown-operation",
-    "its {operation} ({where}) is not an operation that a proof by random draws can cover",
+    "its {operation} ({where}) is not an operation that a proof by random numbers can cover",
     _OUTSIDE,
-    "an operation that stands in no table (grammar.py)",
+    "an operation that is not in the table (grammar.py)",
 )
 ACTS_INSIDE = _inside.add(
     "acts-inside",
-    "its {operation} ({where}) acts on numbers that the code may meet",
+    "its {operation} ({where}) changes values that can occur",
     _OUTSIDE,
     "a clamp, threshold or rectifier inside of the mixer",
 )
@@ -315,42 +318,44 @@ NOT_SHOWN_IDLE = _inside.add(
 )
 DECAY_OUT_OF_RANGE = _inside.add(
     "decay-out-of-range",
-    "its decay is a parameter with numbers from {low:.3g} to {high:.3g}",
-    "keep it in (0, 1], by a sigmoid for example",
-    "a parameter taken as it is, beyond (0, 1]",
+    "its decay is a parameter with values from {low:.3g} to {high:.3g}",
+    "keep it in (0, 1], for example with a sigmoid",
+    "a plain parameter with values outside (0, 1]",
 )
 SHORT_EXAMPLE = _inside.add(
     "short-example",
-    "its {operation} of positions ({where}) does nothing at length {length}",
-    "give an example that is longer than every window, block or bucket of the code",
-    "what has not happened at any position so far would happen further on",
+    "its {operation} of positions ({where}) has no effect at length {length}",
+    "use an example that is longer than every window, block and bucket in the code",
+    "it would have an effect at later positions",
 )
 OTHER_LENGTHS = _inside.add("other-lengths", "its {operation} ({where}) may differ at other lengths", _LENGTH)
 ONE_LENGTH = _inside.add(
     "one-length",
     "it is a mixer at length {length}, not at {other}",
     _LENGTH,
-    "the length must vary, and the part is known at one only",
+    "the length must vary, but the code is a mixer at one length only",
 )
 CLOSED_BODY = _inside.add(
     "closed-body",
-    "it stands in the body of {operation}, which takes no further operands",
-    "move the mixer out of the control flow, or compile the part inside by itself",
+    "it is in the body of {operation}, which takes no further operands",
+    "move the mixer out of the control flow, or compile the body separately",
 )
 OPERAND_CHANGED = _inside.add(
-    "operand-changed", "an operand is changed in place while it is read", "write the changed operand anew"
+    "operand-changed", "an operand is changed in place while it is read", "write the changed operand to a new tensor"
 )
 OPERAND_LOST = _inside.add(
     "operand-lost",
     "no node before its end returns one of its operands",
-    "name the operand in a statement",
+    "assign the operand to a variable before it is used",
 )
 OUTPUT_OUTLIVES = _inside.add(
     "output-outlives",
-    "its output is written into a tensor that is there before and after the call (an input, a buffer)",
-    "compute the output in a tensor of its own, and copy it",
+    "its output is written into a tensor that outlives the call (an input, a buffer)",
+    "compute the output in a new tensor, and copy it",
 )
-COMPUTED_TWICE = _inside.add("computed-twice", "it is computed twice, and one is changed in place at {where}", _PLAIN)
+COMPUTED_TWICE = _inside.add(
+    "computed-twice", "it is computed twice, and one copy is changed in place at {where}", _PLAIN
+)
 OUTPUT_CHANGED = _inside.add(
     "output-changed",
     "its output is changed in place at {where}, and read through a view made before it",
@@ -359,60 +364,60 @@ OUTPUT_CHANGED = _inside.add(
 
 _ends = _group(
     "Hand-written mixers: where the search ends",
-    "Queries and keys meet here, and what follows could not be looked at.",
+    "Queries and keys are multiplied here, but the rest could not be analysed.",
 )
 TOO_MANY_OPERANDS = _ends.add(
     "too-many-operands",
-    "the search stops at {most} operands, and it is computed from {count} tensors",
-    "compute what the steps of a loop read for all tokens at once, before the loop",
-    "a loop reads a tensor of its own in each step",
+    "it is computed from {count} tensors, but the search stops at {most} operands",
+    "before the loop, compute for all tokens at once what the steps of the loop read",
+    "each step of a loop reads its own tensor",
 )
 PIECE_OF_SEQUENCE = _ends.add(
     "piece-of-sequence",
-    "it mixes a piece of its sequence by itself ({tokens} tokens)",
-    "log-linear attention counts positions from the start: mix all of the sequence, or compile the piece by itself",
-    "a chunk is mixed, and other chunks are not mixed with it",
+    "it mixes only a piece of its sequence ({tokens} tokens)",
+    "log-linear attention counts positions from the start: mix the whole sequence, or compile the piece separately",
+    "a chunk is mixed, but not with other chunks",
 )
 UNKNOWN_ON_SCORES = _ends.add(
     "unknown-on-scores",
-    "scores pass through {operation}, which is not known",
-    "write it in operations of torch",
-    "a custom operation stands between the scores and the values",
+    "scores pass through {operation}, which is unknown",
+    "write it with torch operations",
+    "there is a custom operation between the scores and the values",
 )
 ANALYSIS_FAILED = _ends.add(
     "analysis-failed",
     "llcompile failed to analyse it: {error}",
     "the code runs unchanged; please report it with the log of TORCH_LOGS=+loglinear",
-    "an exception of llcompile's own",
+    "an internal error of llcompile",
 )
 
 _unlike = _group(
     "Not similar to a mixer",
-    "Most values of a model are like that. They are not in the report, unless something else brings the code near a "
-    "mixer; `TORCH_LOGS=+loglinear` shows them, one line for each cut that was tried.",
+    "This applies to most values of a model. They are not in the report, unless the code is otherwise close to a "
+    "mixer; `TORCH_LOGS=+loglinear` shows them, one line per subgraph that was tried.",
 )
 FEW_SEQUENCES = _unlike.add("few-sequences", "it has fewer than two sequences to mix", _AS_IT_IS)
 NOT_CONTRACTED = _unlike.add("not-contracted", "no query and key: nothing is contracted", _AS_IT_IS)
-NOT_ALL_OF_TIME = _unlike.add("not-all-of-time", "it does not have all of time", _AS_IT_IS)
+NOT_ALL_OF_TIME = _unlike.add("not-all-of-time", "it does not cover the whole time axis", _AS_IT_IS)
 RESIDUAL = _unlike.add(
     "residual",
-    "it adds a mixer's output to what that was computed from; each mixer is looked at by itself",
+    "it adds a mixer's output to that mixer's input; each mixer is analysed separately",
     _AS_IT_IS,
 )
-TWO_QUERIES = _unlike.add("two-queries", "two sources act as queries", _AS_IT_IS)
+TWO_QUERIES = _unlike.add("two-queries", "two inputs act as queries", _AS_IT_IS)
 NOT_LINEAR = _unlike.add("not-linear", "not linear in the query, nor in a value", _AS_IT_IS)
-IDLE_SOURCE = _unlike.add("idle-source", "its result does not depend on one of its sources", _AS_IT_IS)
-NOT_FINITE = _unlike.add("not-finite", "it has no finite result on generic numbers", _AS_IT_IS)
-WHOLE_NUMBERS = _unlike.add("whole-numbers", "it depends on whole numbers or masks of the input", _AS_IT_IS)
+IDLE_SOURCE = _unlike.add("idle-source", "its result does not depend on one of its inputs", _AS_IT_IS)
+NOT_FINITE = _unlike.add("not-finite", "its result on random numbers is not finite", _AS_IT_IS)
+WHOLE_NUMBERS = _unlike.add("whole-numbers", "it depends on integers or masks of the input", _AS_IT_IS)
 TOO_LARGE = _unlike.add(
-    "too-large", "it is computed from more tensors, by more operations, than are looked at", _AS_IT_IS
+    "too-large", "it is computed from too many tensors or by too many operations to analyse", _AS_IT_IS
 )
-NOT_RUN = _unlike.add("not-run", "it does not run by itself: {error}", _AS_IT_IS)
+NOT_RUN = _unlike.add("not-run", "it does not run in isolation: {error}", _AS_IT_IS)
 OPERAND_TOO_LARGE = _unlike.add(
-    "operand-too-large", "an operand that mixes positions is too large to be looked at", _AS_IT_IS
+    "operand-too-large", "an operand that mixes positions is too large to analyse", _AS_IT_IS
 )
 OPERAND_NOT_RUN = _unlike.add(
-    "operand-not-run", "an operand that mixes positions does not run by itself: {error}", _AS_IT_IS
+    "operand-not-run", "an operand that mixes positions does not run in isolation: {error}", _AS_IT_IS
 )
 
 # ---- known functions
@@ -428,14 +433,14 @@ SIGNATURE = _known.add(
 )
 ARGUMENT_REFUSED = _known.add("argument-refused", "argument {argument} of {function} {problem}", _LIBRARY)
 ARGUMENT_UNKNOWN = _known.add(
-    "argument-unknown", "argument {argument} of {function} is set, and its meaning is not in the table", _LIBRARY
+    "argument-unknown", "argument {argument} of {function} is set, but is not in the table", _LIBRARY
 )
 ARGUMENT_SHAPE = _known.add(
     "argument-shape", "argument {argument} of {function} has shape {shape}, expected {expected} ({axes})", _LIBRARY
 )
 ARGUMENT_VARIES = _known.add(
     "argument-varies",
-    "argument {argument} of {function} has shape {shape} and differs along {axis}, where the family has one value per "
+    "argument {argument} of {function} has shape {shape} and varies along {axis}, but the family has one value per "
     "head",
     _LIBRARY,
 )
@@ -453,31 +458,31 @@ NOT_PROVABLE_HERE = _known.add(
     "neither the function nor a reference of its library runs here",
 )
 IDLE_OPERAND = _known.add(
-    "idle-operand", "its result does not depend on {operand}, so agreement would prove nothing", _LIBRARY
+    "idle-operand", "its result does not depend on {operand}, so agreement proves nothing", _LIBRARY
 )
 FUNCTION_DIFFERS = _known.add(
     "function-differs",
-    "agrees{against} at w = 1 to {error:.0e} only, where {bound:.0e} is the bound",
+    "agrees{against} only to {error:.0e} at w = 1, but the bound is {bound:.0e}",
     _LIBRARY,
-    "the installed function is not what its entry says",
+    "the installed function differs from its entry",
 )
 
 # ---- states
 
-_states = _group("States and single tokens", "The mixer was found, and a state or a single token stands in the way.")
+_states = _group("States and single tokens", "The mixer was found, but a state or a single token prevents the rewrite.")
 LINEAR_STATE = _states.add(
     "linear-state",
-    "a state without levels came in: its output reads the past through it, which level weights do not reach",
+    "it received a state without levels: level weights cannot act on the past inside it",
     "run the whole sequence in one call, without a state, or use level_weights='none'",
 )
 STATE_WITHOUT_PLACE = _states.add(
     "state-without-place",
-    "its state has no levels and is computed by the model, so there is no place to keep levels",
+    "its state has no levels and is computed by the model, so levels cannot be kept",
     "prefill through the compiled model, without a state",
 )
 ONE_TOKEN_NOT_LINEAR = _states.add(
     "one-token-not-linear",
-    "its output for one token is not linear in its values: a state came in, or something else is added to it",
+    "its output for one token is not linear in its values: it received a state, or something else is added to it",
     "call it with two tokens or more",
 )
 ONE_TOKEN_CHANGED = _states.add(
@@ -488,45 +493,45 @@ ONE_TOKEN_CHANGED = _states.add(
 
 # ---- level weights
 
-_weights = _group("Level weights", "The mixer was found, and level weights cannot be given to it or read.")
+_weights = _group("Level weights", "The mixer was found, but its level weights cannot be attached or read.")
 NO_OWNER = _weights.add(
     "no-owner",
-    "its module cannot be reached from the compiled frame, so it has no place for level weights",
+    "its module cannot be reached from the compiled frame, so it cannot own level weights",
     f"a graph break above this line splits the module's forward; {_MOVE_BREAK}",
 )
 CUT_OFF_INPUT = _weights.add(
     "cut-off-input",
-    "a graph break stands between its projections and its mixing, and what its level weights read is not in this graph",
-    f"move what breaks the graph (a hook, .item(), a print) out of the module; {_MOVE_BREAK}",
+    "a graph break separates its projections from its mixing, and the input of its level weights is not in this graph",
+    f"move the cause of the graph break (a hook, .item(), a print) out of the module; {_MOVE_BREAK}",
 )
 OTHER_INPUT = _weights.add(
     "other-input",
-    "what its level weights read when they were made is not what its operands are projected from in this graph",
-    "run the same code as in convert, or call llcompile.revert(model) and convert the model again",
+    "its level weights were made for another input than the one its operands are projected from in this graph",
+    "run the same code as in convert, or call llcompile.revert(model) and convert again",
 )
 AMBIGUOUS_WEIGHTS = _weights.add(
     "ambiguous-weights",
-    "its module has several level weights, and it is not clear which of them belong to it",
-    f"a graph break stands inside of the mixer; {_MOVE_BREAK}",
+    "its module has several level weights, and it is not clear which ones belong to it",
+    f"there is a graph break inside the mixer; {_MOVE_BREAK}",
 )
 AMBIGUOUS_CHECKPOINT = _weights.add(
     "ambiguous-checkpoint",
-    "its module has several level weights from a checkpoint, and it is not clear which of them belong to it",
-    "fewer mixers run here than the checkpoint has level weights for; convert the model again",
+    "its module has several level weights from a checkpoint, and it is not clear which ones belong to it",
+    "the checkpoint has level weights for more mixers than run here; convert the model again",
 )
 WEIGHTS_ON_META = _weights.add(
     "weights-on-meta",
-    "its level weights are on the device meta: the offloading of the model does not load them",
-    "keep the modules named loglinear out of the offloading",
+    "its level weights are on the device meta: the model's offloading does not load them",
+    "exclude the modules named loglinear from offloading",
 )
 WEIGHTS_OUT_OF_REACH = _weights.add(
     "weights-out-of-reach",
-    "its level weights cannot be read in this frame: {error}",
+    "its level weights cannot be read from this frame: {error}",
     "compile the model as a whole",
 )
 NOT_EXPORTED = _weights.add(
     "not-exported",
-    "it has no level weights, and an export adds none",
+    "it has no level weights, and an export does not add any",
     "call llcompile.convert(model, *example_inputs) with inputs like those of the export",
 )
 
@@ -534,7 +539,7 @@ NOT_EXPORTED = _weights.add(
 
 _check = _group(
     "The check of a conversion",
-    "`convert` has run the converted model on the example inputs and compared it with the model's own run.",
+    "`convert` ran the converted model on the example inputs and compared it with the original model.",
 )
 OUTPUT_CHANGES = _check.add(
     "output-changes",
@@ -553,28 +558,28 @@ REWRITE_NOT_RUN = _check.add(
 )
 WEIGHTS_IDLE = _check.add(
     "weights-idle",
-    "noise on its level weights does not change what the model returns: nothing that is returned depends on the mixer, "
+    "noise on its level weights does not change what the model returns: either no output depends on the mixer, "
     "or the compiled program does not read its level weights",
     _KEPT,
 )
 WEIGHTS_WITHOUT_GRADIENT = _check.add(
     "weights-without-gradient",
-    "its level weights change the output and get no gradient: the program around the mixer stops gradients "
-    "(detach, no_grad, or an autograd.Function of its own)",
+    "its level weights change the output but get no gradient: the code around the mixer stops gradients "
+    "(detach, no_grad, or an autograd.Function)",
     _KEPT,
 )
 OTHER_IN_TRAINING = _check.add(
     "other-in-training",
-    "in training it is another program, so that level weights would not learn: {reason}",
+    "in training it computes something else, so level weights would not learn: {reason}",
     _KEPT,
 )
 LEFT_OUT = _check.add(
     "left-out",
-    "it is left out of this run of the conversion's check",
+    "it was left out of this verification run",
     "nothing: it is in no report",
 )
 EXAMPLE_RUN = _check.add(
     "example-run",
-    "the example run of convert and inspect uses the model's own code",
+    "the example run of convert and inspect uses the original code",
     "nothing: it is in no report",
 )

@@ -1,4 +1,4 @@
-"""What the passes find out about a model, as plain records; the report is made of them."""
+"""Plain records of what the passes found in a model; the report consists of them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from llcompile.patterns.reasons import GivenReason
 
 @dataclass(frozen=True)
 class Certificate:
-    """The result of a proof: how far the rewritten form was from the original at w = 1.
+    """The result of a proof: the error of the rewritten form at w = 1.
 
     Args:
         max_error: largest difference over all draws at any position, relative to the original's largest value at that
-            position (see `agreement.difference`). A single token and a state that goes out are one position each.
-        dtype: precision in which the two agreed: "float64", or "float32" where the original computes in that inside.
-        draws: number of independent random inputs (each with another length, where the function has one).
-        against: what the operator was compared with, where that is not the function itself.
+            position (see `agreement.difference`). A single token and a returned state are one position each.
+        dtype: precision to which the two agreed: "float64", or "float32" if the original computes in it inside.
+        draws: number of independent random inputs (of different lengths, if the length can vary).
+        against: the reference that the operator was compared with, if not the function itself.
     """
 
     max_error: float
@@ -33,9 +33,9 @@ class ModelCertificate:
     Args:
         error: largest difference of any output at w = 1, relative to that output's largest value.
         gradient_error: the same for the gradients of the model's own parameters; None where it has none.
-        acts: the modules whose level weights move the output and get a gradient.
+        acts: the modules whose level weights change the output and have gradients.
         dtype: precision of the model.
-        seconds: what the check took.
+        seconds: duration of the check.
     """
 
     error: float
@@ -49,7 +49,7 @@ class ModelCertificate:
 class Converted:
     """A mixer that was rewritten. `parameters` counts the new level weights; `origin` is "function" or "graph".
 
-    `notes` say what holds for this graph only: a length that its code is written out for, numbers read when compiled.
+    `notes` list what holds for this graph only, such as an unrolled length or constants read at compile time.
     """
 
     module: str
@@ -69,7 +69,7 @@ class Converted:
 
 @dataclass(frozen=True)
 class Declined:
-    """A linear-time mixer that was seen and not rewritten.
+    """A linear-time mixer, or a near miss, that was not rewritten.
 
     Args:
         module: its module's name in the model.
@@ -98,7 +98,7 @@ class Declined:
 
 @dataclass(frozen=True)
 class GraphBreak:
-    """A line of the user's code at which Dynamo ends one graph and begins another; no mixer is seen across it."""
+    """A line of the user's code at which Dynamo ends one graph and starts another; a mixer across it is not found."""
 
     reason: str
     where: str
@@ -106,14 +106,14 @@ class GraphBreak:
 
 @dataclass(frozen=True)
 class Untouched:
-    """Another mechanism, left as it is.
+    """Another mechanism, left unchanged.
 
     Args:
         module: the module that has it.
-        kind: its usual name, and what the graph tells about it: "softmax attention (GQA, 4 heads over 2 groups)".
+        kind: its usual name, and details from the graph: "softmax attention (GQA, 4 heads over 2 groups)".
         where: the user's file and line.
-        heads: how many heads an attention has, where the graph tells.
-        groups: how many sets of keys and values its heads share (as many as heads: none are shared).
+        heads: number of attention heads, if the graph shows it.
+        groups: number of key and value heads; equal to `heads` if none are shared.
     """
 
     module: str

@@ -69,7 +69,7 @@ def test_a_contradiction_is_an_error(how: str, first: dict[str, Any], later: dic
     }
     with pytest.raises(LevelWeightsError) as told:
         ask[how]()
-    assert f"ask for {said}, but 0.loglinear has level weights already" in str(told.value)
+    assert f"options set {said}, but 0.loglinear already has level weights" in str(told.value)
     assert "llcompile.revert(model)" in str(told.value)
     assert shapes(model) == before
     torch.testing.assert_close(compiled(model)(x), want)  # and it runs on
@@ -103,7 +103,7 @@ def test_level_weights_put_there_by_hand_are_asked_about_too() -> None:
     model, x = converted(levels=9)
     model[0].loglinear = llcompile.LevelWeights("paper", 1, 15, 12)
     compiled(model)(x)
-    with pytest.raises(LevelWeightsError, match=r"0\.loglinear has level weights already, of kind 'paper' with 15"):
+    with pytest.raises(LevelWeightsError, match=r"0\.loglinear already has level weights of kind 'paper' with 15"):
         compiled(model, levels=9)(x)
 
 

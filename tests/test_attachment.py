@@ -149,9 +149,9 @@ def test_found_again_not_made_again() -> None:
         compiled(model)(ids)
         compiled(model, options=there)(ids)
         for other in ({"level_weights": "static"}, {"levels": 3}, {"level_weights": "static", "levels": 3}):
-            with pytest.raises(LevelWeightsError, match="has level weights already"):
+            with pytest.raises(LevelWeightsError, match="already has level weights"):
                 llcompile.convert(model, ids, options=other)
-            with pytest.raises(LevelWeightsError, match="has level weights already"):
+            with pytest.raises(LevelWeightsError, match="already has level weights"):
                 compiled(model, options=other)(ids)
         convert(model, small.ids(1, 90))
     assert told == []

@@ -157,7 +157,7 @@ def test_a_linear_state_that_comes_back_in_is_not_read_in_silence() -> None:
     run = compiled(model)
     with torch.no_grad():
         state = run(x)["state"]
-        with pytest.raises(MissedLevelWeightsError, match="a state without levels came in"):
+        with pytest.raises(MissedLevelWeightsError, match="it received a state without levels"):
             run(x, state)
 
 

@@ -62,9 +62,9 @@ def test_every_command_has_help(command: cli.Command, capsys: pytest.CaptureFixt
         (["inspect", "mambo2"], "did you mean 'mamba2'"),
         (["inspect", "no_such_module:make"], "cannot import 'no_such_module'"),
         (["inspect", "json:no_such_function"], "has no 'no_such_function'"),
-        (["inspect", "no/such/config.json"], "there is no no/such/config.json"),
+        (["inspect", "no/such/config.json"], "no/such/config.json does not exist"),
         (["inspect", "mamba2", "--set", "nonsense=1"], "KEY=VALUE"),
-        (["inspect", "mamba2", "--chip", "sm_1"], "known are sm_80"),
+        (["inspect", "mamba2", "--chip", "sm_1"], "known: sm_80"),
         (["inspect", "factories:needs"], "factories:needs(width, depth=2) needs arguments"),
         (["inspect", "factories:fails"], "raised ZeroDivisionError: division by zero"),
         (["inspect", "factories:thing"], "is a int; expected a function"),
@@ -133,7 +133,7 @@ class TestInspect:
         for text in ("{", "{}", "[1]", '{"model_type": "nonsense"}'):
             (tmp_path / "config.json").write_text(text)
             assert cli.main(["inspect", str(tmp_path)]) == cli.USAGE_ERROR
-            assert "is not a config of transformers" in capsys.readouterr().err
+            assert "is not a transformers config" in capsys.readouterr().err
 
     def test_factory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         (tmp_path / "my_factory_for_a_test.py").write_text(

@@ -171,14 +171,14 @@ def silent(monkeypatch: pytest.MonkeyPatch, fresh_dynamo: None) -> None:
 def test_a_conversion_that_does_nothing_stops_the_demo(silent: None) -> None:
     bench = Bench(SMALL, SHORT, inner="eager")
     assert bench.report.converted
-    with pytest.raises(DemoError, match=r"noise on the level weights of backbone\.layers\.0\.mixer does not move"):
+    with pytest.raises(DemoError, match=r"noise on the level weights of backbone\.layers\.0\.mixer does not change"):
         bench.run(0, Silence())
 
 
 @pytest.mark.filterwarnings("ignore::llcompile.errors.LLCompileWarning")
 def test_a_model_of_the_tour_that_does_not_act_stops_the_demo(silent: None) -> None:
     sizes = {**dict(TOUR)["mamba2"], "num_hidden_layers": 1}
-    with pytest.raises(DemoError, match="Mamba2ForCausalLM was converted and does not act"):
+    with pytest.raises(DemoError, match="Mamba2ForCausalLM was converted but does not act"):
         acts.convert_and_compare("mamba2", sizes)
 
 
@@ -213,9 +213,9 @@ def test_each_mixer_has_to_act_and_to_learn() -> None:
     assert set(acting.moved) == {"first", "second"}
     assert acting.gradients == 2
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    with pytest.raises(DemoError, match="level weights of second does not move"):
+    with pytest.raises(DemoError, match="level weights of second does not change"):
         check_acts(one := Scaled(1), one, "it")
-    with pytest.raises(DemoError, match="no gradient arrives at first"):
+    with pytest.raises(DemoError, match="no gradient reaches first"):
         check_acts(deaf := Scaled(2, learns=False), deaf, "it")
     with pytest.raises(DemoError, match="no mixer was converted"):
         check_acts(torch.nn.Linear(2, 2), lambda: torch.ones(2), "it")
@@ -224,7 +224,7 @@ def test_each_mixer_has_to_act_and_to_learn() -> None:
 def test_numbers_of_the_control_stop_the_demo() -> None:
     mine = torch.randn(2, 3)
     check_differs("all weights", mine, {"staying linear": mine + 1e-6})
-    with pytest.raises(DemoError, match=r"'all weights' was converted.* bit for bit those of staying linear"):
+    with pytest.raises(DemoError, match=r"'all weights' was converted.* equal those of staying linear bit for bit"):
         check_differs("all weights", mine, {"the start": mine + 1, "staying linear": mine.clone()})
 
 
@@ -313,8 +313,8 @@ def test_the_whole_demo_in_short(tmp_path: Path, capsys: pytest.CaptureFixture[s
     printed = capsys.readouterr().out
     for text in ("Mamba2ForCausalLM", "Qwen3NextForCausalLM", "softmax attention", "deviation", "Next, with"):
         assert text in printed
-    assert printed.count("The level weights act: noise on those of one mixer moves the logits by") == 3
-    assert printed.count("with its level weights put back to 1") == 2
+    assert printed.count("The level weights act: noise on the level weights of one mixer changes the logits by") == 3
+    assert printed.count("with its level weights reset to 1") == 2
     assert (tmp_path / "recall.png").stat().st_size > 10_000
     assert len(json.loads((tmp_path / "recall.json").read_text())["outcomes"]) == 2
 

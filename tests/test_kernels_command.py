@@ -109,7 +109,7 @@ def test_chip(capsys):
         (["--kernel", "outputs"], "did you mean 'output'?"),
         (["--kernel", "tree_up", "--linear"], "Known: chunk_state, state_scan"),
         (["--kernel", "tree_up", "--chip", "h100"], "Known: sm_80"),
-        (["--key-dim", "0"], "whole number of at least 1"),
+        (["--key-dim", "0"], "integer of at least 1"),
         (["--levels", "3", "--linear"], "not allowed with argument"),
     ],
 )

@@ -316,7 +316,7 @@ class TestCheckpointOfAnother:
     def test_of_a_later_layout(self) -> None:
         owner, other = Owner(build("linear")), Owner(build("linear")).state_dict()
         other["mixer.loglinear.descriptor"] = torch.tensor([99, 1])
-        with pytest.raises(CheckpointError, match="layout this version does not know"):
+        with pytest.raises(CheckpointError, match="layout unknown to this version"):
             owner.load_state_dict(other)
 
 

@@ -118,7 +118,7 @@ def test_by_keyboard_alone(browser: Any, pages: dict[str, Path]) -> None:
     assert "Level 1: queries 1" in readout.text_content()
     page.keyboard.press("ArrowDown")
     page.keyboard.press("ArrowDown")
-    assert readout.text_content().startswith("Level 3: queries 4 to 7 read the bucket of tokens 0 to 3")
+    assert readout.text_content().startswith("Level 3: queries 4 to 7 read the state of tokens 0 to 3")
 
     for _ in range(5):
         page.keyboard.press("Tab")
@@ -142,7 +142,7 @@ def test_pointing_at_a_block_says_what_it_is(browser: Any, pages: dict[str, Path
     mask = page.locator(".mask").first
     mask.locator("rect[data-level='5']").hover()
     text = page.locator(".readout").first.text_content()
-    assert text == "Level 5: queries 16 to 31 read the bucket of tokens 0 to 15, with weight 1."
+    assert text == "Level 5: queries 16 to 31 read the state of tokens 0 to 15, with weight 1."
     assert "level 5" in mask.locator("rect[data-level='5'] title").text_content()
 
 

@@ -263,5 +263,5 @@ def test_wrappers_of_others(name: str) -> None:
 def test_a_piece_of_a_graph_is_refused() -> None:
     """A wrapper that hands over a copy of a graph in which nothing of ours was traced cannot be served."""
     run = torch.compile(Plain(), backend=by_copy())
-    with pytest.raises(WrappedBackendError, match="a piece or a copy of a graph"):
+    with pytest.raises(WrappedBackendError, match="a part or a copy of the graph"):
         run(inputs())

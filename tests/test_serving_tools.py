@@ -72,7 +72,7 @@ def test_the_example_streams(generate: Generate, capsys: pytest.CaptureFixture[s
 def test_the_example_names_what_it_knows(generate: Generate, tmp_path: Path) -> None:
     zoo = tmp_path / "zoo.json"
     zoo.write_text(json.dumps({"mine": {"kwargs": {}}}))
-    with pytest.raises(SystemExit, match=r"'mamba3' is not one of mamba2, qwen3_next, mine, and not a \.json file"):
+    with pytest.raises(SystemExit, match=r"'mamba3' is neither one of mamba2, qwen3_next, mine nor a \.json file"):
         generate("mamba3", "--zoo", str(zoo))
 
 

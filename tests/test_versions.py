@@ -42,7 +42,7 @@ class TestSelfTest:
         monkeypatch.setattr(nn.Module, "compile", lambda *_, **__: None)
         row = next(self_test.families())
         assert row.acts is False
-        assert "do not act" in row.detail
+        assert "they have no effect" in row.detail
 
     @pytest.mark.usefixtures("fresh_dynamo")
     def test_a_model_without_a_mixer_is_seen(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +92,7 @@ def test_doctors_exit_code_tells(
 def announced(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The self-tests that an announcement asked for, in a process that has announced nothing."""
     asked: list[str] = []
-    monkeypatch.setattr(versions, "self_test", lambda: asked.append("asked") or "six rows act")
+    monkeypatch.setattr(versions, "self_test", lambda: asked.append("asked") or "six models pass")
     monkeypatch.delenv(versions.VARIABLE, raising=False)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     versions.announce.cache_clear()
@@ -118,7 +118,7 @@ class TestAnnouncement:
         (message,) = compile_twice()
         assert f"torch {torch.__version__}" in message
         assert "2.1.0" in message
-        assert "six rows act" in message
+        assert "six models pass" in message
         assert announced == ["asked"]
 
     def test_tested_releases_are_not_spoken_of(self, announced: list[str]) -> None:
@@ -145,7 +145,7 @@ class TestOtherProcess:
     def test_rows(self, monkeypatch: pytest.MonkeyPatch) -> None:
         rows = [("torch", False), ("self-test: DeltaNet", True), ("self-test: fla: gla", False), ("self-test: x", None)]
         printed = json.dumps([{"topic": topic, "ok": ok, "found": "declined"} for topic, ok in rows])
-        assert self.said(monkeypatch, f"noise\n{printed}") == "1 rows act, these do not: fla: gla (declined)"
+        assert self.said(monkeypatch, f"noise\n{printed}") == "1 models pass, these fail: fla: gla (declined)"
 
     def test_nothing_printed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         assert self.said(monkeypatch, "") == "it could not be run"
@@ -155,7 +155,7 @@ class TestOtherProcess:
             raise subprocess.TimeoutExpired("doctor", 1)
 
         monkeypatch.setattr(subprocess, "run", slow)
-        assert "did not end" in versions.self_test()
+        assert "did not finish" in versions.self_test()
 
 
 def test_other_keywords_of_torch_compile_are_taken() -> None:

@@ -1,6 +1,6 @@
-"""`llcompile demo`: converts models of transformers, trains one, and shows what conversion changes.
+"""`llcompile demo`: convert transformers models, train one, and show what the conversion changes.
 
-Everything that it shows is measured in that run.
+All results are measured in the run.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 NEXT = (
-    "Next, with a model of your own: `llcompile inspect your_module:factory` reports what would be converted; then "
-    'llcompile.convert(model, *inputs), model.compile(backend="loglinear"), and train it as usual.'
+    "Next, try your own model. Run `llcompile inspect your_module:factory` to see what would be converted. Then call "
+    'llcompile.convert(model, *inputs) and model.compile(backend="loglinear"), and train the model as usual.'
 )
 
 
@@ -20,8 +20,8 @@ def add_parser(subparsers: Any) -> None:
     """Add this command to the command line."""
     parser = subparsers.add_parser(
         "demo",
-        help="convert and train small models of transformers and compare the results",
-        description="Convert two models of transformers. Then train a small Mamba-2 on associative recall, convert it, "
+        help="convert and train small transformers models and compare the results",
+        description="Convert two transformers models. Then train a small Mamba-2 on associative recall, convert it, "
         "and continue training in three ways. Takes 3 to 6 minutes on two CPU cores; each further seed about 2 more.",
     )
     parser.add_argument(

@@ -38,8 +38,8 @@ class Acting:
         least, most = min(self.moved.values()), max(self.moved.values())
         how = f"{most:.2f}" if len(self.moved) == 1 else f"{least:.2f} to {most:.2f}, mixer by mixer"
         return (
-            f"The level weights act: noise on those of one mixer moves the logits by {how}, "
-            f"and gradients arrive at all {self.gradients} of their tensors."
+            f"The level weights act: noise on the level weights of one mixer changes the logits by {how}, "
+            f"and all {self.gradients} of their tensors have gradients."
         )
 
 
@@ -70,13 +70,11 @@ def check_acts(model: nn.Module, run: Run, name: str) -> Acting:
     still = [mixer for mixer, by in moved.items() if not by > _LEAST]
     if still:
         raise DemoError(
-            f"{name} was converted and does not act: noise on the level weights of {', '.join(still)} does not move "
-            f"its logits, so the compiled model is the linear one. {_DOCTOR}"
+            f"{name} was converted but does not act: noise on the level weights of {', '.join(still)} does not "
+            f"change its logits, so the compiled model is the linear one. {_DOCTOR}"
         )
     if missing:
-        raise DemoError(
-            f"{name} was converted and cannot learn: no gradient arrives at {', '.join(missing)}. {_DOCTOR}"
-        )
+        raise DemoError(f"{name} was converted but cannot learn: no gradient reaches {', '.join(missing)}. {_DOCTOR}")
     return Acting(moved, sum(len(list(weights.parameters())) for weights in held.values()))
 
 
@@ -112,7 +110,7 @@ def check_differs(name: str, logits: Tensor, others: dict[str, Tensor]) -> None:
     for what, other in others.items():
         if torch.equal(logits, other):
             raise DemoError(
-                f"{name!r} was converted and trained, and its logits are bit for bit those of {what}: "
+                f"{name!r} was converted and trained, but its logits equal those of {what} bit for bit: "
                 f"its level weights have no effect. {_DOCTOR}"
             )
 

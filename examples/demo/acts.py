@@ -29,7 +29,7 @@ def tour(console: Console) -> None:
     Raises:
         DemoError: one of them does not.
     """
-    console.rule("1. Models of transformers, unedited, with random weights")
+    console.rule("1. Unmodified transformers models with random weights")
     for model_type, sizes in TOUR:
         with Bars(console) as bars:
             done = bars.stage(f"converting {model_type}")
@@ -74,7 +74,7 @@ def recall(console: Console, args: argparse.Namespace) -> list[Outcome]:
     """Trains, converts and goes on, for each seed; prints and plots what came of it."""
     task = Task(distances=args.distances)
     plan = replace(Plan(), **{name: value for name in ("steps", "more") if (value := getattr(args, name)) is not None})
-    console.rule("2. Associative recall: a Mamba-2 of transformers, before and after")
+    console.rule("2. Associative recall: a transformers Mamba-2, before and after conversion")
     with Bars(console) as bars:
         done = bars.stage("converting the model for part 2")
         bench = Bench(task, plan)
@@ -87,7 +87,7 @@ def recall(console: Console, args: argparse.Namespace) -> list[Outcome]:
             bars.prefix = f"seed {seed}: " if args.seeds > 1 else ""
             outcomes.append(bench.run(seed, bars))
     moved = max(outcome.moved for outcome in outcomes)
-    console.print(f"At conversion the logits moved by max |difference| / max |logit| = {moved:.1e}", soft_wrap=True)
+    console.print(f"At conversion the logits changed by max |difference| / max |logit| = {moved:.1e}", soft_wrap=True)
     console.print(f"{outcomes[0].acting}\n", soft_wrap=True)
     console.print(show.accuracies(outcomes, plan))
     console.print(show.by_distance(outcomes, plan, task))
@@ -114,12 +114,12 @@ def _one_thread() -> Iterator[None]:
 def _introduction(bench: Bench) -> str:
     task, plan, mixer = bench.task, bench.plan, bench.report.converted[0]
     told = {
-        "key": "The distance to a value depends on its key: some are asked for soon, others late. (With --distances "
-        "any it does not, and level weights have little to work with: see docs/recall-experiments.md.)",
+        "key": "The distance to a value depends on its key: some are queried soon, others late. (With --distances "
+        "any it does not, and level weights help little; see docs/recall-experiments.md.)",
         "any": "The distance to a value does not depend on its key.",
     }[task.distances]
     return (
-        f"Up to {task.pairs} key-value pairs in {task.length} tokens; each key is asked for once, "
+        f"Up to {task.pairs} key-value pairs in {task.length} tokens; each key is queried once, "
         f"1 to {2**task.octaves - 1} slots of two tokens later. {told} The model has one layer, its "
         f"linear state {mixer.heads} x {mixer.key_dim} x {mixer.value_dim} numbers: too small for so many pairs.\n"
         f"{plan.steps} steps as a linear model, then {plan.more} more in three ways, "

@@ -85,7 +85,7 @@ def effect(outcomes: Sequence[Outcome]) -> list[str]:
     lines = []
     for arm in outcomes[0].without:
         trained, without = mean(o.after[arm].overall for o in outcomes), mean(o.without[arm].overall for o in outcomes)
-        lines.append(f"{arm}: {trained:.3f} as trained, {without:.3f} with its level weights put back to 1")
+        lines.append(f"{arm}: {trained:.3f} as trained, {without:.3f} with its level weights reset to 1")
     return lines
 
 

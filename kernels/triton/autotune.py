@@ -176,7 +176,7 @@ def _read(question: dict[str, Any]) -> Tuning | None:
         found = json.loads(path.read_text())
         chosen = Tuning(**found["chosen"])
         if found["question"] != question or list(chosen) not in question["candidates"]:
-            raise ValueError("it answers another question")
+            raise ValueError("it is for another launch")
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError) as error:

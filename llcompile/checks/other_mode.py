@@ -42,7 +42,9 @@ def judge(example: Example, options: Options, mixers: Sequence[Mixer], read: Col
         if reason is not None and mode and mixer.fresh:
             verdict.blamed[mixer] = reasons.OTHER_IN_TRAINING(reason=reason)
         elif reason is not None:
-            verdict.notes[mixer] = f"in {missed.mode_name(mode)} it is no mixer, and a compiled call says so: {reason}"
+            verdict.notes[mixer] = (
+                f"in {missed.mode_name(mode)} it is not a mixer, and a compiled call raises: {reason}"
+            )
     return verdict
 
 

@@ -109,8 +109,8 @@ class Runs:
             return off, gradient_off, reasons.GRADIENTS_CHANGE(error=gradient_off, dtype=dtype)
         if max(bounds) > _LOOSE and self.dtype.itemsize > 2:
             raise Unverified(
-                f"rounding at the mixers alone changes what the model gives by {max(bounds) / _AMPLIFIED:.1e}, so that "
-                "no comparison tells a right program from a wrong one"
+                f"rounding at the mixers alone changes the model's output by {max(bounds) / _AMPLIFIED:.1e}, so "
+                "no comparison can tell a correct program from a wrong one"
             )
         return off, gradient_off, None
 

@@ -297,7 +297,7 @@ def _expect_version(tensor: torch.Tensor, version: int) -> None:
     if tensor._version != version:
         warnings.warn(
             f"the forward changes a parameter of shape {list(tensor.shape)} in place, and the model is too large for "
-            "its parameters to be copied before the example run: this one has the value that the run left.",
+            "its parameters to be copied before the example run: this one keeps its value from that run.",
             LLCompileWarning,
             stacklevel=2,
         )

@@ -101,7 +101,7 @@ def _to_blame(runs: Runs, reason: GivenReason) -> dict[Mixer, GivenReason]:
     """The mixers whose rewrite makes the difference; those that stand in the same line of code are one."""
     _, _, without = runs.compare([])
     if without is not None:
-        problem = f"compiled without any rewrite, the model does not give its own output either: {without.text}"
+        problem = f"even compiled without a rewrite, the model does not reproduce its own output: {without.text}"
         raise Unverified(problem)
     groups: dict[Any, list[Mixer]] = {}
     for mixer in runs.mixers:

@@ -53,11 +53,11 @@ class Command:
 
 
 COMMANDS = (
-    Command("demo", "demo", "convert and train small models of transformers and compare the results", "examples"),
+    Command("demo", "demo", "convert and train small transformers models and compare the results", "examples"),
     Command("bench", "benchmarks", "run a measurement on this machine", "."),
     Command("inspect", "llcompile.commands.inspect", "report which mixers would be converted (dry run)"),
     Command("kernels", "llcompile.commands.kernels", "show the generated Triton kernels and compile them for a chip"),
-    Command("repro", "llcompile.commands.repro", "write one mixer of a model to a file that runs by itself"),
+    Command("repro", "llcompile.commands.repro", "write one mixer of a model to a standalone file"),
     Command("doctor", "llcompile.commands.doctor", "check the environment and explain what is missing"),
 )
 

@@ -95,7 +95,7 @@ def _torch() -> Iterator[Finding]:
     named = LOG_NAME in torch._dynamo.list_backends(exclude_tags=())
     yield Finding(
         "backend name",
-        "torch.compile knows 'loglinear'" if named else "torch.compile does not know 'loglinear'",
+        "torch.compile finds 'loglinear'" if named else "torch.compile does not find 'loglinear'",
         named,
         "" if named else "install llcompile with pip, so that its entry points are registered",
     )
@@ -104,7 +104,7 @@ def _torch() -> Iterator[Finding]:
     logs = log_registry.is_log(LOG_NAME) and log_registry.is_artifact(KERNEL_LOG_NAME)
     yield Finding(
         "log names",
-        "TORCH_LOGS=loglinear and loglinear_kernels work" if logs else "TORCH_LOGS does not know loglinear",
+        "TORCH_LOGS=loglinear and loglinear_kernels work" if logs else "TORCH_LOGS does not accept loglinear",
         True if logs else None,
         "" if logs else "unset TORCH_DEVICE_BACKEND_AUTOLOAD, or use TORCH_LOGS=llcompile",
     )
@@ -176,7 +176,7 @@ def _libraries() -> Iterator[Finding]:
             yield Finding(library, f"not installed; its {len(entries)} known functions are not used", None)
         else:
             names = sorted({entry.function for entry in entries})
-            yield _against_tested(library, _DISTRIBUTIONS.get(library, library), f"rows for {', '.join(names)}")
+            yield _against_tested(library, _DISTRIBUTIONS.get(library, library), f"entries for {', '.join(names)}")
 
 
 def _kernels() -> Iterator[Finding]:
@@ -197,8 +197,8 @@ def _kernels() -> Iterator[Finding]:
     folder = cache.folder()
     held = next((path for path in (folder, *folder.parents) if path.exists()), folder)
     writable = held.is_dir() and os.access(held, os.W_OK)
-    advice = "" if writable else f"set {cache.FOLDER_VARIABLE} to a folder that can be written"
-    yield Finding("kernel folder", f"{folder}{'' if writable else ' cannot be written'}", writable or None, advice)
+    advice = "" if writable else f"set {cache.FOLDER_VARIABLE} to a writable folder"
+    yield Finding("kernel folder", f"{folder}{'' if writable else ' is not writable'}", writable or None, advice)
 
 
 # What it is for, the modules that it takes, and the extra that installs them.

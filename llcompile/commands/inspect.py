@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 Example = tuple[Any, tuple[Any, ...]]
 
 SPEC_HELP = """SPEC is one of:
-  a folder with config.json, or such a file   a model of transformers, with random weights
-  a model_type of transformers                such as mamba2; default sizes unless changed by --set
+  a folder with config.json, or such a file   a transformers model with random weights
+a transformers model_type                   such as mamba2; default sizes unless changed by --set
   package.module:factory                      a function without arguments that returns (model, *example_inputs)"""
 
 
@@ -125,7 +125,7 @@ def _check_outputs(args: argparse.Namespace) -> None:
 
         unknown = [chip for chip in args.chip if chip not in CHIPS]
         if unknown:
-            raise SpecError(f"--chip {unknown[0]}: known are {', '.join(CHIPS)}")
+            raise SpecError(f"--chip {unknown[0]}: unknown chip; known: {', '.join(CHIPS)}")
 
 
 def _write(look: Look, args: argparse.Namespace) -> None:
@@ -186,7 +186,7 @@ def _made(spec: str, factory: Any) -> Any:
         inspect.signature(factory).bind()
     except TypeError:
         needed = inspect.signature(factory)
-        raise SpecError(f"{spec}{needed} needs arguments; name a function that can be called without any") from None
+        raise SpecError(f"{spec}{needed} needs arguments; name a function that needs none") from None
     except ValueError:  # a builtin that does not say what it takes
         pass
     try:
@@ -227,9 +227,9 @@ def _read_config(path: Path) -> Any:
         values = json.loads(file.read_text())
         return transformers.AutoConfig.for_model(**values)
     except FileNotFoundError:
-        raise SpecError(f"there is no {file}") from None
+        raise SpecError(f"{file} does not exist") from None
     except (ValueError, TypeError) as error:
-        raise SpecError(f"{file} is not a config of transformers: {error}") from error
+        raise SpecError(f"{file} is not a transformers config: {error}") from error
 
 
 def _named_config(name: str) -> Any:

@@ -136,7 +136,7 @@ def _known(what: str, name: str, names: Iterable[str]) -> str:
         return name
     near = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise SpecError(f"--{what} {name}: unknown {what} here; {hint}Known: {', '.join(names)}")
+    raise SpecError(f"--{what} {name}: unknown {what}; {hint}Known: {', '.join(names)}")
 
 
 def _print(source: str) -> None:
@@ -152,5 +152,5 @@ def _print(source: str) -> None:
 
 def _size(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
     return int(text)

@@ -37,7 +37,7 @@ def _matrix(args: argparse.Namespace) -> int:
         from llcompile.kernels.triton.check import HEADING
         from llcompile.kernels.triton.chips import CHIPS
     except ImportError as error:
-        raise KernelError(f"the kernels are compiled by Triton ({error}): pip install triton") from error
+        raise KernelError(f"compiling the kernels needs Triton ({error}): pip install triton") from error
     _check(args, CHIPS, matrix.GROUPS)
     if args.summary:
         print("\n".join(matrix.summary(matrix.read(args.json)[1].values())))
@@ -54,7 +54,7 @@ def _check(args: argparse.Namespace, chips: Any, groups: Any) -> None:
     for what, given, known in (("chip", args.chips, chips), ("group", args.group or (), groups)):
         unknown = [name for name in given if name not in known]
         if unknown:
-            raise SpecError(f"there is no {what} {unknown[0]!r} here; known are {', '.join(known)}")
+            raise SpecError(f"unknown {what} {unknown[0]!r}; known: {', '.join(known)}")
     if args.summary and (args.json is None or not args.json.is_file()):
         raise SpecError(f"--summary needs --json with an existing file, got {args.json}")
     if os.environ.get("TRITON_INTERPRET") and not args.summary:

@@ -15,7 +15,7 @@ def add_parser(subparsers: Any) -> None:
     """Add this command to the command line."""
     parser = subparsers.add_parser(
         "repro",
-        help="write one mixer of a model to a file that runs by itself, for a bug report",
+        help="write one mixer of a model to a standalone file, for a bug report",
         description="Write a Python file with the code of a mixer, or of a near miss, its operands and the proof.",
         epilog=SPEC_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,

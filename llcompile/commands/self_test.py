@@ -170,9 +170,9 @@ def _converted(model: nn.Module, args: tuple[Any, ...], run: Run, place: Place, 
     _add_noise(weights)
     moved = _difference(run(model), before)
     if moved < MOVED:
-        raise _Failed(f"noise on the level weights moves the output by {moved:.0e}: they do not act")
+        raise _Failed(f"noise on the level weights changes the output by {moved:.0e} only: they have no effect")
     _train(model, run, weights)
-    return f"noise moves the output by {moved:.0e}, {len(weights)} of {len(weights)} level weights train"
+    return f"noise changes the output by {moved:.0e}, {len(weights)} of {len(weights)} level weights train"
 
 
 def _add_noise(weights: list[nn.Parameter]) -> None:

@@ -87,10 +87,10 @@ def self_test() -> str:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False)
         findings = json.loads(done.stdout[done.stdout.index("[") :])
     except subprocess.TimeoutExpired:
-        return f"it did not end in {TIMEOUT} seconds"
+        return f"it did not finish in {TIMEOUT} seconds"
     except (OSError, ValueError):
         return "it could not be run"
     rows = [finding for finding in findings if finding["topic"].startswith("self-test")]
     failed = [f"{row['topic'].partition(': ')[2]} ({row['found']})" for row in rows if row["ok"] is False]
     acting = sum(row["ok"] is True for row in rows)
-    return f"{acting} rows act" + (f", these do not: {'; '.join(failed)}" if failed else "")
+    return f"{acting} models pass" + (f", these fail: {'; '.join(failed)}" if failed else "")

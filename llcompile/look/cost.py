@@ -21,9 +21,9 @@ from llcompile.patterns.families import Correction, Decay
 
 B, T, H, G, K, V, C, L, E = sympy.symbols("B T H G K V C L E", positive=True, integer=True)
 SYMBOLS = {
-    "B": "sequences", "T": "tokens of each", "H": "heads", "G": "groups of heads that share a query and a key",
-    "K": "key width", "V": "value width", "C": "tokens of a chunk", "L": "level weights of a token",
-    "E": "bytes of a number of an operand",
+    "B": "sequences", "T": "tokens per sequence", "H": "heads", "G": "groups of heads that share a query and a key",
+    "K": "key width", "V": "value width", "C": "tokens per chunk", "L": "level weights per token",
+    "E": "bytes per element of an operand",
 }  # fmt: skip
 _STATE = 4  # bytes of a number of a state: fp32
 

@@ -41,9 +41,9 @@ def check_target(path: str | Path) -> None:
     if target.is_dir():
         raise _refused(target, "it is a folder")
     if not folder.is_dir():
-        raise _refused(target, f"there is no folder {folder}")
+        raise _refused(target, f"the folder {folder} does not exist")
     if not os.access(folder, os.W_OK):
-        raise _refused(target, f"the folder {folder} may not be written to")
+        raise _refused(target, f"the folder {folder} is not writable")
 
 
 def check_folder(path: str | Path) -> None:
@@ -53,7 +53,7 @@ def check_folder(path: str | Path) -> None:
     if not nearest.is_dir():
         raise _refused(folder, f"{nearest} is not a folder")
     if not os.access(nearest, os.W_OK):
-        raise _refused(folder, f"the folder {nearest} may not be written to")
+        raise _refused(folder, f"the folder {nearest} is not writable")
 
 
 def make_folder(path: str | Path) -> Path:
@@ -66,7 +66,7 @@ def make_folder(path: str | Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"cannot make the folder {folder}: {error.strerror or error}.") from error
+        raise OutputError(f"cannot create the folder {folder}: {error.strerror or error}.") from error
     return folder
 
 

@@ -18,7 +18,7 @@ from llcompile.report import Report
 
 @dataclass(frozen=True)
 class Subject:
-    """What was looked at: the model and the inputs that it was run on.
+    """The model that was inspected, and the inputs that it was run on.
 
     `converted()` converts the model for the length of a `with` statement.
     """
@@ -35,7 +35,7 @@ class Findings(Report):
 
     Args:
         mixers: one record for each mixer that was converted or declined, in the order in which the model calls them.
-        subject: what was looked at.
+        subject: the model and its inputs.
     """
 
     mixers: tuple[MixerLook, ...] = ()
@@ -48,7 +48,7 @@ class Findings(Report):
 
     @property
     def graph_after(self) -> str:
-        """The code that takes the place of each converted mixer."""
+        """The code that replaces each converted mixer."""
         return _joined(self.mixers, lambda mixer: mixer.after or "# unchanged: " + mixer.reason)
 
     @property
@@ -58,12 +58,12 @@ class Findings(Report):
 
     @cached_property
     def kernels(self) -> tuple[GeneratedKernels, ...]:
-        """The generated Triton sources that the converted mixers run by on a GPU, one for each kind of call."""
+        """The generated Triton sources of the converted mixers, one for each kind of call."""
         return kernels_of(self.mixers)
 
     @cached_property
     def costs(self) -> tuple[MixerCost, ...]:
-        """What each converted mixer costs."""
+        """The cost of each converted mixer."""
         return tuple(cost for mixer in self.mixers if (cost := cost_of(mixer)) is not None)
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Generated kernels: the sources that a model's mixers would run by, and what they take where they were compiled."""
+"""Generated kernels: the Triton sources of a model's mixers, and their resources on compiled chips."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from llcompile.look.mixer_look import MixerLook
 
 @dataclass(frozen=True)
 class GeneratedKernels:
-    """The generated file that serves all mixers whose calls are alike. On a CPU the ATen lowering runs instead.
+    """The generated file for all mixers with the same kind of call. On a CPU, the ATen lowering runs instead.
 
     Args:
-        description: what it is generated from.
-        modules: the mixers that it serves.
+        description: the description that it is generated from.
+        modules: the modules of these mixers.
         problem: why there is none, or "".
     """
 

@@ -1,4 +1,4 @@
-"""Look: the findings of a dry run, with the page and the MLIR that can be made of them."""
+"""The result of `inspect`, with its HTML page and MLIR."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from llcompile.look.findings import Findings
 
 @dataclass(frozen=True)
 class Look(Findings):
-    """The report of `llcompile.inspect`, and what there is to see. It prints as the report."""
+    """The result of `llcompile.inspect`: the report, with details of each mixer. `print(look)` shows the report."""
 
     def to_html(self, path: str | Path) -> Path:
-        """Writes the look as one page that needs no network; returns its path.
+        """Write one self-contained HTML page and return its path.
 
         Raises:
             MissingLibraryError: a library of the extra `html` is not installed.
@@ -26,5 +26,5 @@ class Look(Findings):
         return write_text(path, page(self))
 
     def to_mlir(self, dialect: str = "torch", mixer: str | None = None) -> str:
-        """The rewritten model as MLIR, or one of its mixers; see `llcompile.look.mlir.to_mlir`."""
+        """Return the rewritten model, or one of its mixers, as MLIR; see `llcompile.look.mlir.to_mlir`."""
         return mlir.to_mlir(self, dialect, mixer)

@@ -1,4 +1,4 @@
-"""Mixer look: what a look holds about one mixer, as plain records."""
+"""Mixer look: plain records of one mixer in the result of `inspect`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Kind = Literal["inside", "outside", "parameter"]
 
 @dataclass(frozen=True)
 class Excerpt:
-    """Lines of a file around one of them, as they were when the look was taken.
+    """Lines of a file around one of them, as they were when the model was inspected.
 
     Args:
         file, line, function: where; `line` counts from 1.
@@ -46,7 +46,7 @@ class OperandSizes:
 
 @dataclass(frozen=True)
 class OperatorCall:
-    """The call of the operator that takes a mixer's place, with the sizes of the example.
+    """The call of the operator that replaces a mixer, with the sizes of the example.
 
     Args:
         operator: its name in `torch.ops.llcompile`.
@@ -66,11 +66,11 @@ class Box:
     """One box of a drawing: an operation, or all operations of one line of the user's code.
 
     Args:
-        name: what edges call it.
+        name: its name in edges.
         title: the operation.
         detail: the shape of its result.
-        kind: inside the mixer, outside of it, or a tensor that the model holds.
-        count: how many operations it stands for.
+        kind: inside the mixer, outside it, or a tensor of the model.
+        count: number of operations that it represents.
         where: the user's line.
     """
 
@@ -84,7 +84,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A mixer and what stands around it, as boxes and edges (from, to)."""
+    """A mixer and its surroundings, as boxes and edges (from, to)."""
 
     boxes: tuple[Box, ...] = ()
     edges: tuple[tuple[str, str], ...] = ()
@@ -95,9 +95,9 @@ class LevelTable:
     """Level weights as numbers.
 
     Args:
-        mean, spread: [H][L]: mean and standard deviation of w over normal inputs; empty where there are no values
-            (on the meta device).
-        identity: every weight is exactly 1, whatever comes in.
+        mean, spread: [H][L]: mean and standard deviation of w over normally distributed inputs; empty if there are
+            no values (on the meta device).
+        identity: every weight is exactly 1, for any input.
     """
 
     mean: tuple[tuple[float, ...], ...] = ()
@@ -113,20 +113,20 @@ class MixerLook:
         module: its module's name in the model; "" for the model itself.
         fate: "converted" or "declined".
         where: the user's file and line.
-        family: what the field calls it; "" for a near miss, which is of no family.
+        family: its usual name; "" for a near miss.
         decay, correction: its cell of the table of families, or None.
         origin: "function" or "graph".
         reason, hint, code: why it was declined, what to do, and the reason's stable code.
-        certificate: the outcome of its proof, or None.
+        certificate: the result of its proof, or None.
         level_weights: their kind, or "none".
-        parameters: how many numbers the level weights add.
-        before: the region as code, one operation a line, with shapes.
-        after: the code that takes its place; "" where it was declined.
+        parameters: number of parameters that the level weights add.
+        before: the region as code, one operation per line, with shapes.
+        after: the code that replaces it; "" if it was declined.
         call: the operator's call in `after`.
         source: the user's lines that the region comes from.
-        notes: what holds for this graph only.
+        notes: conditions that apply to this graph only.
         drawing_before, drawing_after: the region and its surroundings as boxes.
-        table: the level weights as numbers; None where there are none.
+        table: the level weights as numbers; None if there are none.
     """
 
     module: str
@@ -153,12 +153,12 @@ class MixerLook:
 
     @property
     def name(self) -> str:
-        """The module's name, for people."""
+        """The module's name for display."""
         return self.module or "(root)"
 
     @property
     def diff(self) -> str:
-        """From `before` to `after`, as a unified diff; "" where nothing changes."""
+        """From `before` to `after`, as a unified diff; "" if nothing changes."""
         if not self.after:
             return ""
         old, new = self.before.splitlines(), self.after.splitlines()

@@ -35,7 +35,7 @@ def to_mlir(look: Findings, dialect: str = "torch", mixer: str | None = None) ->
         MlirError: an unknown dialect or mixer, weights without values, a graph that torch-mlir does not take.
     """
     if dialect not in DIALECTS:
-        raise MlirError(f"dialect {dialect!r} is unknown; it is one of {', '.join(map(repr, DIALECTS))}")
+        raise MlirError(f"unknown dialect {dialect!r}; use one of {', '.join(map(repr, DIALECTS))}")
     fx_importer = importer()
     program = _decomposed(_exported(look, mixer))
     try:
@@ -44,7 +44,7 @@ def to_mlir(look: Findings, dialect: str = "torch", mixer: str | None = None) ->
     except Exception as error:
         what = str(error).strip().split("\n")[0]
         raise MlirError(
-            f"torch-mlir does not take {_called(mixer)} as {dialect!r}: {what}. Its own message is above; "
+            f"torch-mlir cannot import {_called(mixer)} as {dialect!r}: {what}. Its own message is above; "
             "dialect='torch', or another mixer, may work."
         ) from error
     return str(module)
@@ -71,7 +71,7 @@ def _exported(look: Findings, mixer: str | None) -> ExportedProgram:
         raise MlirError("the model is on the device meta, so its weights have no values; inspect it on cpu (--device)")
     names = [record.module for record in look.converted]
     if mixer is not None and mixer not in names:
-        raise MlirError(f"no converted mixer has the name {mixer!r}; there are {', '.join(map(repr, names)) or 'none'}")
+        raise MlirError(f"no converted mixer is named {mixer!r}; known: {', '.join(map(repr, names)) or 'none'}")
     try:
         with subject.converted():
             part, args, kwargs = _part(model, mixer, args, kwargs)
@@ -94,7 +94,7 @@ def _part(model: nn.Module, mixer: str | None, args: tuple[Any, ...], kwargs: di
     finally:
         hook.remove()
     if not calls:
-        raise MlirError(f"{mixer} is not called as a module when the model runs; take the whole model")
+        raise MlirError(f"{mixer} is not called as a module when the model runs; export the whole model")
     return part, *calls[0]
 
 
@@ -108,7 +108,7 @@ def _decomposed(program: ExportedProgram) -> ExportedProgram:
         packed = any(x is not None for x in node.args[9:])
         if name != _SEQUENCE or initial_state != (None,) or keeps_state != (False,) or packed:
             raise MlirError(
-                f"{name} with states or packed sequences has no parallel form; give an example without a cache "
+                f"{name} with states or packed sequences has no parallel form; use an example without a cache "
                 "(use_cache=False) and without a mask"
             )
     table = torch.export.default_decompositions()

@@ -60,7 +60,7 @@ class Reproducer:
         """
         if self._piece is None:
             known = ", ".join(name or "''" for name in self._names) or "none"
-            raise ReproError(f"no linear-time mixer has the name {self.mixer!r} in {model}; there are: {known}")
+            raise ReproError(f"no linear-time mixer in {model} is named {self.mixer!r}; known: {known}")
         return _text(self._piece, model)
 
 
@@ -110,7 +110,7 @@ def _text(piece: _Piece, model: str) -> str:
 _FILE = '''"""{title}
 
 {fate}
-Written by {versions}; needs both, and the library whose function is called, if one is.
+Written by {versions}. Needs both, and the library whose function it calls, if any.
 """
 
 {imports}
@@ -119,13 +119,13 @@ import llcompile
 
 
 {helper}class Region(torch.nn.Module):
-    """The code of the mixer, from what its projections hand over to its result."""
+    """The code of the mixer, from the output of its projections to its result."""
 
 {code}
 
 
 def operands():
-    """Random numbers in the shapes that the model has."""
+    """Random numbers in the shapes of the model."""
 {operands}
     return {names},
 
@@ -136,7 +136,7 @@ def tensors(result):
 
 
 def main():
-    """Looks at the region alone, and compares it with its rewritten form at w = 1."""
+    """Inspect the region alone, and compare it with its rewritten form at w = 1."""
     torch.manual_seed(0)
     region, given = Region(), operands()
     report = llcompile.inspect(region, *given)
@@ -146,7 +146,7 @@ def main():
         compiled = torch.compile(region, backend="loglinear", options={{"inner": "eager"}})
         with torch.no_grad():
             pairs = zip(tensors(region(*given)), tensors(compiled(*given)), strict=True)
-        # A state has levels now, and so another shape.
+        # A state now has levels, and therefore another shape.
         alike = [(expected, actual) for expected, actual in pairs if expected.shape == actual.shape]
         error = max(float((actual - expected).abs().max() / expected.abs().max()) for expected, actual in alike)
         print(f"largest difference of the rewritten region at w = 1: {{error:.1e}}")
@@ -160,7 +160,7 @@ _INIT = """    def __init__(self):
         super().__init__()"""
 
 _UNPACKED = '''def unpacked(shape, dtype, *lines):
-    """The numbers of a buffer."""
+    """The values of a buffer."""
     data = zlib.decompress(base64.b64decode("".join(lines)))
     return torch.frombuffer(bytearray(data), dtype=dtype).view(shape)
 

@@ -26,7 +26,7 @@ def check_import(module: str, name: str) -> None:
     plain = all(isinstance(part, str) and part.isidentifier() and not keyword.iskeyword(part) for part in parts)
     if not plain or not hasattr(sys.modules.get(module), name):
         raise ReproError(
-            f"the mixer's code calls a function with the name {name!r} of the module {module!r}, which cannot be "
+            f"the mixer's code calls the function {name!r} of the module {module!r}, which cannot be "
             "imported from there (is it defined inside another function?)"
         )
 
@@ -39,4 +39,4 @@ def literal(value: Any) -> str:
         return f"float({float.__repr__(value)!r})"
     if value is None or type(value) in (bool, int, float, str, torch.dtype, torch.device):
         return f"torch.{value!r}" if isinstance(value, torch.device) else repr(value)
-    raise ReproError(f"the mixer's code takes a {type(value).__name__}, which cannot be written into a file")
+    raise ReproError(f"the mixer's code uses a {type(value).__name__}, which cannot be written to a file")

@@ -14,7 +14,7 @@ from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX
 from llcompile.torch_internals.frame import current_output
 
 _REASONS = {"generic_jump": "it branches on the values of a tensor"}
-_LEFT_ALONE = "Dynamo leaves it to Python as a whole, for example a checkpoint with a graph break inside"
+_LEFT_ALONE = "Dynamo does not compile any of it, for example because of a checkpoint with a graph break inside"
 
 
 def graph_break() -> tuple[str, str] | None:

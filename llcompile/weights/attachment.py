@@ -52,7 +52,7 @@ def find(owner: nn.Module, name: str) -> LevelWeights | None:
     weights = inside(name, child)
     if child is not None and weights is None:
         raise LevelWeightsError(
-            f"{type(owner).__name__} has an attribute {name!r} of type {type(child).__name__} already, so its level "
+            f"{type(owner).__name__} already has an attribute {name!r} of type {type(child).__name__}, so its level "
             "weights cannot be registered there. Rename it before you convert the model."
         )
     return weights

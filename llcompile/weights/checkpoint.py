@@ -55,10 +55,10 @@ def restore(model: nn.Module, section: Mapping[str, Any], prefix: str = "") -> l
 
 
 def save(model: nn.Module, path: str | PathLike[str]) -> None:
-    """Write a model's weights, level weights included, to one safetensors file. `load` reads it.
+    """Write a model's weights, level weights included, to one safetensors file for `load`.
 
     Args:
-        model: any nn.Module; tensors that are shared are written once.
+        model: any nn.Module; shared tensors are written once.
         path: the file.
 
     Raises:
@@ -71,19 +71,19 @@ def save(model: nn.Module, path: str | PathLike[str]) -> None:
 
 
 def load(model: nn.Module, path: str | PathLike[str]) -> int:
-    """Read a file of `save` into a model of the same structure, converted or not; no example inputs are needed.
+    """Load a file written by `save` into a model of the same structure, converted or not, without example inputs.
 
     Args:
-        model: changed in place: it gets level weights where the saved model had some. They are checked against the
-            model's mixers when it is first compiled.
+        model: changed in place; level weights are attached to the modules that had them in the saved model, and
+            checked against the model's mixers at the first compiled call.
         path: the file.
 
     Returns:
-        How many level weights were attached.
+        Number of level weights that were attached.
 
     Raises:
         ModelError: `model` is not an nn.Module.
-        CheckpointError: the file does not fit the model; the model's level weights are as they were.
+        CheckpointError: the file does not fit the model; the model's level weights are unchanged.
         MissingLibraryError: safetensors is not installed.
     """
     _expect_module(model)
@@ -121,9 +121,9 @@ def expect_whole(models: Iterable[nn.Module | None]) -> None:
 
 def _dropped(model: nn.Module, count: int) -> str:
     return (
-        f"{type(model).__name__} was loaded from a checkpoint with the level weights of {count} mixers, and has "
+        f"{type(model).__name__} was loaded from a checkpoint with the level weights of {count} mixers, but has "
         "none of them: llcompile was not imported before from_pretrained. Import llcompile first and load the model "
-        "again; or call llcompile.revert(model) to go on without them."
+        "again, or call llcompile.revert(model) to continue without them."
     )
 
 

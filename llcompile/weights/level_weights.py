@@ -1,4 +1,4 @@
-"""LevelWeights: the module that gives each head of a mixer its weight for each level, at each position."""
+"""LevelWeights: the module that computes a weight for each position, head and level of a mixer."""
 
 from __future__ import annotations
 
@@ -34,31 +34,31 @@ _DEFAULT_HIDDEN = 64
 
 
 class LevelWeights(nn.Module):
-    """Maps a mixer's input x to the weights w of its levels; w is exactly 1.0 at the start.
+    """Map a mixer's input x to the weights w of its levels; w is exactly 1.0 at the start.
 
     Kinds, with their parameters (H heads, L levels, D in_features):
 
     * ``linear`` (the default of ``convert``): w = 1 + elu(x W^T + b), ``weight`` [H*L, D] and
       ``bias`` [H*L], both 0 at the start.
-    * ``static``: w = 1 + elu(``logits`` [H, L]), the same at all positions; x lends its first two sizes only.
+    * ``static``: w = 1 + elu(``logits`` [H, L]), the same at all positions; only the first two sizes of x matter.
     * ``mlp``: w = 1 + elu(W silu(W_in x + b_in) + b), ``weight_in`` [hidden, D], ``bias_in``, ``weight``, ``bias``;
       the last layer is 0 at the start.
     * ``paper``: w = ``gain`` * softplus(``level_scale`` * (x W^T + b)) / ln 2, ``level_scale`` [H, L] = 1, W = b = 0
-      and a buffer ``gain`` = 1, so that w is 1 when a model is converted. ``from_paper`` loads published weights.
+      and a buffer ``gain`` = 1, so that w is 1 at the start. ``from_paper`` loads published weights.
 
-    ``weight`` and ``bias`` number their rows head by head: row h * L + l is level l of head h.
+    The rows of ``weight`` and ``bias`` are ordered head by head: row h * L + l is level l of head h.
 
     Args:
         kind: one of the kinds above.
         heads: H, at least 1.
         levels: L, at least 1.
-        in_features: D; needed by every kind except static, which takes none.
+        in_features: D; required by every kind except static, which does not take it.
         hidden: width of the hidden layer; kind mlp only (default 64).
         device: device of the parameters.
-        dtype: dtype of the parameters (default float32); w is computed in float32 or float64 in any case.
+        dtype: dtype of the parameters (default float32); w is always computed in float32 or float64.
 
     Raises:
-        LevelWeightsError: unknown kind, or sizes that the kind does not take.
+        LevelWeightsError: unknown kind, or sizes that the kind does not accept.
     """
 
     descriptor: Tensor
@@ -113,7 +113,7 @@ class LevelWeights(nn.Module):
         return self.sizes.in_features or None
 
     def reset_parameters(self) -> None:
-        """Go back to the start, where w is exactly 1. To be called after ``to_empty``, as for torch's own modules."""
+        """Reset the parameters so that w is exactly 1. Call it after ``to_empty``, as for torch's own modules."""
         with torch.no_grad():
             for entry, tensor in zip(find_kind(self.kind).tensors, self._values(), strict=True):
                 if entry.start is None:
@@ -123,19 +123,19 @@ class LevelWeights(nn.Module):
 
     @torch.no_grad()
     def set_to_one(self) -> None:
-        """Gives the tensors that decide it the values at which w is exactly 1; nothing is drawn."""
+        """Set w to exactly 1, without drawing random numbers."""
         for entry, tensor in zip(find_kind(self.kind).tensors, self._values(), strict=True):
             if entry.start is not None:
                 tensor.fill_(entry.start)
 
     def tensors(self) -> list[tuple[str, Tensor]]:
-        """(name, tensor) pairs, in the order in which ``level_weights_function(kind, ...)`` takes them after x."""
+        """(name, tensor) pairs, in the order of the arguments of ``level_weights_function(kind, ...)`` after x."""
         return [(entry.name, getattr(self, entry.name)) for entry in find_kind(self.kind).tensors]
 
     def forward(self, x: Tensor | None) -> Any:
-        """w [B, T, H, L] in float32 (float64 if x or a parameter is) for x [B, T, D], or [B, T, ...] if static.
+        """Return w [B, T, H, L] in float32 (float64 if x or a parameter is) for x [B, T, D], or [B, T, ...] if static.
 
-        For None it is the list of its tensors, in the order of `tensors()`: what a wrapper around it hands on.
+        For None, return the list of its tensors in the order of `tensors()`, for a wrapper around the module.
 
         Raises:
             LevelWeightsError: x has another last size than ``in_features``, or fewer than two dimensions.
@@ -361,7 +361,7 @@ def _fill_uniform(tensor: Tensor) -> None:
 def _in_words(descriptor: Tensor) -> str:
     numbers = [int(number) for number in descriptor.flatten().tolist()]
     if len(numbers) != 2 + len(Sizes._fields) or numbers[0] != _LAYOUT_VERSION:
-        return f"of a layout this version does not know ({numbers})"
+        return f"of a layout unknown to this version ({numbers})"
     names = {kind.code: kind.name for kind in KINDS.values()}
     sizes = Sizes(*numbers[2:])
     parts = [f"kind={names.get(numbers[1], 'unknown')!r}"]

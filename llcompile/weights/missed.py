@@ -20,9 +20,9 @@ from llcompile.weights.held import held
 
 _NOT_FOUND = "no linear-time mixer of this module was found in the graph"
 _WHAT_TO_DO = (
-    "Its output would be the linear model's. llcompile.inspect(model, *inputs) with the inputs of this call shows "
-    "what is found and why not; llcompile.revert(model) removes the level weights; options={'on_miss': 'warn'} runs "
-    "the model without them."
+    "Its output would be the linear model's. To see why, call llcompile.inspect(model, *inputs) with the inputs of "
+    "this call. llcompile.revert(model) removes the level weights; options={'on_miss': 'warn'} runs the model without "
+    "them."
 )
 
 
@@ -94,6 +94,6 @@ def _message(session: Session, owner: nn.Module, unread: list[str]) -> str:
     module = _name(session, owner)
     where = f"{type(owner).__name__} {module!r}" if module else type(owner).__name__
     return (
-        f"{where} has level weights ({', '.join(unread)}) and ran in this call, in {mode_name(owner.training)} mode, "
-        f"and the compiled graph does not read them: {why(session, owner)}."
+        f"{where} has level weights ({', '.join(unread)}) and ran in this call in {mode_name(owner.training)} mode, "
+        f"but the compiled graph does not read them: {why(session, owner)}."
     )

@@ -45,7 +45,7 @@ def _check(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         warnings.warn(
             f"{type(optimizer).__name__} steps parameters of {len(missing)} converted mixers ({', '.join(names)}) but "
             "holds none of their level weights, so they will not be trained. Call llcompile.convert(model, ...) before "
-            "the optimiser is built, or optimizer.add_param_group({'params': [...]}) with the parameters of the "
+            "you build the optimizer, or optimizer.add_param_group({'params': [...]}) with the parameters of the "
             "modules named 'loglinear'; freeze them with requires_grad_(False) if that is intended.",
             OptimizerWarning,
             stacklevel=3,

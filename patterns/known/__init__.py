@@ -1,4 +1,4 @@
-"""Tables of library functions that are mixers, one file a library, one entry a function."""
+"""Tables of library functions that are mixers: one file per library, one entry per function."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ _registered: list[KnownFunction] = []
 
 
 def register(entry: KnownFunction) -> None:
-    """Adds a function of a user's own library, for this process; it is proved like all others before it is rewritten.
+    """Register a function of your own library for this process. It is proved like any other before it is rewritten.
 
-    Call it before the model is converted or compiled.
+    Call this before you convert or compile the model.
     """
     _registered.append(entry)
 
 
 def entries() -> tuple[KnownFunction, ...]:
-    """Every entry: the tables', and those that were registered."""
+    """Every entry, from the tables and from `register`."""
     return (*ENTRIES, *_registered)
 
 

@@ -60,7 +60,7 @@ def _packing_problem(entry: KnownFunction, arguments: Arguments) -> str | None:
     if entry.packed_by(arguments, "indices") is None or entry.packed_by(arguments, "bounds") is not None:
         return None
     if arguments[entry.state] is not None or entry.wants_state(arguments):
-        return "packs sequences by seq_idx and hands states on, of which there would be one for each; use cu_seqlens"
+        return "combines seq_idx with states, of which each sequence needs its own; use cu_seqlens"
     return None
 
 

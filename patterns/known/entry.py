@@ -1,4 +1,4 @@
-"""The entry of a table of known functions: how a library function's arguments bind to a Mixer."""
+"""An entry in the table of known functions: how a library function's arguments map to a Mixer."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ Draw = Literal[
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor argument: its axes, named (`"B T G K"`), and how the proof draws it.
+    """A tensor argument: its named axes (`"B T G K"`), and how the proof draws it.
 
-    An axis with a star (`"H *V"`) must be a broadcast one (stride 0): the function accepts values that differ along
-    it, the family does not. `"H.K"` is one axis that holds two, `1` an axis of size one, and `"H|H V"` two layouts that
+    An axis with a star (`"H *V"`) must be broadcast (stride 0): the function accepts values that differ along it, but
+    the family does not. `"H.K"` is one axis that holds two, `1` an axis of size one, and `"H|H V"` two layouts that
     differ in their number of axes.
     """
 
@@ -51,7 +51,7 @@ class Arguments:
     Args:
         values: tensors (in the proof), proxies (in the rewrite) and constants.
         sizes: the size of every named axis.
-        dtypes, ranks: of the tensors, since a proxy does not tell.
+        dtypes, ranks: of the tensors, because a proxy has neither.
     """
 
     values: Mapping[str, Any]
@@ -69,13 +69,13 @@ class Arguments:
 
 @dataclass(frozen=True)
 class Reference:
-    """The library's own torch code for a function, for the proof where the function itself does not run.
+    """The library's own torch code for a function, used in the proof if the function itself cannot run.
 
     Args:
         name: `module:function` in the same library.
-        call: (reference, the function's arguments) -> what the function would return; None where the reference takes
-            the same arguments. It raises NotImplementedError for a call that the reference does not cover.
-        callee: the function's own code is run, with the reference in the place of this kernel that it calls.
+        call: (reference, the function's arguments) -> the function's return value; None if the reference takes the
+            same arguments. It raises NotImplementedError for a call that the reference does not cover.
+        callee: kernel that the function calls; the function's own code runs with the reference in its place.
     """
 
     name: str
@@ -88,25 +88,25 @@ class KnownFunction:
     """One library function that is a mixer.
 
     Args:
-        library: package that defines it; the function's `__module__` must lie in it.
+        library: package that defines it; the function's `__module__` must be in it.
         function: its name there.
-        family: what the field calls it.
+        family: its usual name in the literature.
         tensors: its tensor arguments.
-        constants: its other arguments that the binding reads.
-        refuses: argument -> why a call that sets it is not converted. Setting means: not None and not the default.
-        packing: arguments that say where packed sequences are. The proofs leave them out: a packed call is what the
-            function computes on each sequence by itself.
-        optional: those of its arguments that some versions lack, or take through **kwargs.
+        constants: its other arguments that `bind` reads.
+        refuses: argument -> why a call that sets it (to neither None nor the default) is not converted.
+        packing: arguments that define packed sequences. Proofs omit them: a packed call equals the function on each
+            sequence alone.
+        optional: arguments that some versions lack, or take through **kwargs.
         defaults: argument -> the default that the binding relies on, where the installed function has the argument.
-        requires: arguments -> why this combination of them is not covered, or None.
+        requires: arguments -> why this combination is not covered, or None.
         bind: arguments -> Mixer, in plain torch calls without branches on shapes, so that it runs on tensors and on
             `fx.Proxy` objects alike.
-        result: (arguments, output, final state) -> what the function returns (its skip connection, casts, tuples).
-        returns_state: constant that asks for the final state, if any.
+        result: (arguments, output, final state) -> the function's return value (skip connection, casts, tuples).
+        returns_state: constant that requests the final state, if any.
         writes_state: argument that the function overwrites with the final state, if any.
         value_first: constants that turn the state from [..., K, V] to [..., V, K] when they are set.
         opaque: the function launches kernels that a compiler cannot trace: a declined call must break the graph.
-        references: for the proof, where the function itself cannot run.
+        references: used in the proof if the function itself cannot run.
     """
 
     library: str
@@ -176,5 +176,5 @@ class KnownFunction:
             return f"has no argument {', '.join(missing)}"
         for name, expected in self.defaults.items():
             if name in known and known[name].default != expected:
-                return f"has {name}={known[name].default} by default, where the table knows {expected}"
+                return f"has {name}={known[name].default} by default, where the table expects {expected}"
         return None

@@ -29,12 +29,12 @@ _NUMERICS = ("chunk_size", "safe_gate", "disable_recompute", "use_graph", "max_n
 # FLA's layers pack when they get an attention mask.
 _PACKING: dict[str, Packing] = {"cu_seqlens": "bounds", "cu_seqlens_cpu": "derived", "chunk_indices": "derived"}
 _REFUSES = {
-    "cp_context": "splits a sequence over several processes, which the operator does not do yet",
+    "cp_context": "splits a sequence over several processes, which the operator does not support yet",
     "reverse": "mixes from the last token to the first, and levels are counted from the first",
-    "head_first": "lays out its operands as [B, H, T, ...], which FLA has given up",
-    "output_attentions": "asks for the matrix of scores, which the operator never forms",
-    "return_intermediate_states": "asks for the states between chunks, which have no levels",
-    "gv": "lets the state decay along its value channels, which no family does",
+    "head_first": "lays out its operands as [B, H, T, ...], which FLA has dropped",
+    "output_attentions": "requests the matrix of scores, which the operator never forms",
+    "return_intermediate_states": "requests the states between chunks, which have no levels",
+    "gv": "lets the state decay along its value channels, which no family supports",
 }
 
 
@@ -89,7 +89,7 @@ def _simple_gla(a: Arguments) -> Mixer:
 
 def _simple_gla_requires(a: Arguments) -> str | None:
     both = a["g"] is not None and a["g_gamma"] is not None
-    return "gives both g and g_gamma, of which FLA takes one" if both else None
+    return "passes both g and g_gamma, but FLA takes only one" if both else None
 
 
 def _gla(a: Arguments) -> Mixer:
@@ -131,7 +131,7 @@ def _gated_delta_rule_requires(a: Arguments) -> str | None:
     if a["use_gate_in_kernel"] and (a["A_log"] is None or a["g"] is None):
         return "sets use_gate_in_kernel without g and A_log"
     if a["beta"] is None and a.sizes["H"] != a.sizes["G"]:
-        return "gives no beta, which FLA then makes for the query heads, while the value heads are more"
+        return "passes no beta; FLA then makes one for the query heads, but there are more value heads"
     return None
 
 

@@ -104,7 +104,7 @@ ENTRIES: tuple[KnownFunction, ...] = (
         constants=("chunk_size", "dt_softplus", "dt_limit", "return_final_states"),
         packing={"seq_idx": "indices", "cu_seqlens": "bounds"},
         refuses={
-            "return_varlen_states": "asks for the states of packed sequences",
+            "return_varlen_states": "requests the states of packed sequences",
         },
         bind=_scan,
         result=_scan_result,

@@ -100,17 +100,15 @@ class Found:
         """What holds for this graph only, in words."""
         found = []
         if any(leaf.pinned for leaf in self.frame.leaves):
-            found.append(f"its code is written out for length {length(self.frame.leaves)}")
+            found.append(f"its code is unrolled for length {length(self.frame.leaves)}")
         if self.hypothesis.constant is not None:
-            found.append("its decay was read from the code's numbers when it was compiled")
+            found.append("its decay is constant, and was read when it was compiled")
         if self.hypothesis.step is not None:
-            found.append(f"its step (beta) is a number of the code, {self.hypothesis.step:.6g}")
+            found.append(f"its step (beta) is a constant, {self.hypothesis.step:.6g}")
         if self.hypothesis.assumed:
-            found.append("its decay is a parameter taken as it is: every call checks that it lies in (0, 1]")
+            found.append("its decay is a plain parameter: every call checks that it is in (0, 1]")
         if self.hands_on():
-            found.append(
-                "it returns the sum of its levels as its state; a call that such a state comes back to is refused"
-            )
+            found.append("it returns the sum of its levels as its state; a call that receives such a state is refused")
         return tuple(found)
 
     def hands_on(self) -> bool:

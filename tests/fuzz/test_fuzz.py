@@ -126,7 +126,7 @@ def test_a_mixer_is_converted_and_nothing_is_missed_without_a_word() -> None:
     assert expect(_recipe(), _report(2)) == "converted"
     assert expect(_recipe(mutation="softmax"), _report(0, "not linear in the query")) == "left"
     with pytest.raises(AssertionError, match="a mixer is left as it is"):
-        expect(_recipe(), _report(1, "its reach ends: a window"))
+        expect(_recipe(), _report(1, "its reach is limited: a window"))
     for mutation in ("", "softmax"):
         with pytest.raises(AssertionError, match="without a word"):
             expect(_recipe(mutation=mutation), _report(0))

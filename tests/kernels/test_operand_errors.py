@@ -22,7 +22,7 @@ from tests.kernels.kernel_cases import operands
         (
             {n: torch.zeros(2, 9, 4, 3).to(torch.float8_e5m2) for n in "qkv"},
             OperandError,
-            "q has dtype .*are stored and",
+            "q has dtype .*for storage only",
         ),
         ({"level_weights": torch.zeros(2, 9, 4, 5).to(torch.float8_e4m3fn)}, OperandError, "level_weights has dtype"),
         ({"level_weights": torch.zeros(2, 9, 3, 5)}, OperandError, "level_weights has shape"),

@@ -42,7 +42,7 @@ def minimax() -> Any:
     model = lively(transformers.AutoModelForCausalLM.from_config(config).eval())
     report = llcompile.convert(model, tiny.tokens(2, 21))
     assert [c.origin for c in report.converted] == ["graph"]
-    assert "comes back to is refused" in report.converted[0].notes[-1]
+    assert "receives such a state is refused" in report.converted[0].notes[-1]
     small.perturb(model)
     # Its loop over blocks is written out for one length at a time.
     model.compile(backend="loglinear", options={"inner": "eager"}, dynamic=False)

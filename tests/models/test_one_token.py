@@ -168,5 +168,5 @@ def test_a_state_that_comes_in_is_refused() -> None:
     run = compiled(model)
     with torch.no_grad():
         assert difference(run(data(1)), run(data(9))[:, :1]) < 1e-5  # the control
-        with pytest.raises(MissedLevelWeightsError, match="a state came in"):
+        with pytest.raises(MissedLevelWeightsError, match="it received a state"):
             run(data(1), torch.randn(2, 8, 8))

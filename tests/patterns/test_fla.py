@@ -122,7 +122,7 @@ class TestArguments:
         prove_variant(f"{form}_simple_gla", ("g", "g_gamma"))
 
     def test_simple_gla_with_both_decays(self, form: str) -> None:
-        with pytest.raises(CallRejection, match="gives both g and g_gamma"):
+        with pytest.raises(CallRejection, match="passes both g and g_gamma"):
             proof(fla_leaf(f"{form}_simple_gla"), arguments_of(f"{form}_simple_gla", ()))
 
     def test_normalised_linear_attention(self, form: str) -> None:
@@ -185,7 +185,7 @@ class TestRecurrentForms:
             ("chunk_retention", {"head_first": True}, "B, H, T"),
             ("chunk_kda", {"cp_context": object()}, "several processes"),
             ("chunk_kda", {"return_intermediate_states": True}, "states between chunks"),
-            ("chunk_kda", {"a_new_argument": 1}, "its meaning is not in the table"),
+            ("chunk_kda", {"a_new_argument": 1}, "is set, but is not in the table"),
             ("chunk_gated_delta_rule", {"beta": torch.zeros(2, 70, 4, 5)}, "expected 3 axes"),
             ("chunk_simple_gla", {"v": torch.zeros(2, 70, 8, 5)}, "expected H = 4"),
         ],

@@ -83,7 +83,7 @@ def test_states_of_sequences_packed_by_index_are_declined() -> None:
     found = captured(*SCAN)
     given = {**operands(ROW, ("initial_states",)), "chunk_size": 64, "seq_idx": torch.zeros(2, 70, dtype=torch.int32)}
     assert isinstance(proof(found, given), Certificate)
-    with pytest.raises(CallRejection, match="packs sequences by seq_idx and hands states on"):
+    with pytest.raises(CallRejection, match="combines seq_idx with states"):
         read_call(ROW, found.plain, {**given, "return_final_states": True})
 
 

@@ -71,7 +71,7 @@ def test_a_code_cannot_be_given_twice() -> None:
 def test_fields_are_filled_in() -> None:
     given = reasons.NOT_CAUSAL(output=3, input=5)
     assert (given.code, given.text) == ("not-causal", "not causal: output 3 depends on input 5")
-    assert reasons.NEAR_A_FAMILY(error=0.0312).text == "agrees at w = 1 to 3e-02 only"
+    assert reasons.NEAR_A_FAMILY(error=0.0312).text == "agrees only to 3e-02 at w = 1"
     assert reasons.ANALYSIS_FAILED(error="KeyError: {x}").text.endswith("KeyError: {x}")
 
 

@@ -16,7 +16,7 @@ for (const levels of document.querySelectorAll("[data-levels]")) {
     block.parentNode.append(block); // its outline lies above its neighbours
     const { level, row, column, size } = Object.fromEntries(Object.entries(block.dataset).map(([k, v]) => [k, +v]));
     const span = (from) => (size > 1 ? `${from} to ${from + size - 1}` : `${from}`);
-    const what = level ? `queries ${span(row)} read the bucket of tokens ${span(column)}` : `token ${row} reads itself`;
+    const what = level ? `queries ${span(row)} read the state of tokens ${span(column)}` : `token ${row} reads itself`;
     readout.textContent = `Level ${level}: ${what}, with weight ${weights ? byLevel(weights, level).toPrecision(3) : 1}.`;
   };
 

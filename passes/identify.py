@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from torch import fx
-
 from llcompile.passes.session import Session
 from llcompile.patterns.boundary import boundary
 from llcompile.patterns.graph.regions import Region
 from llcompile.patterns.mechanisms import attention, convolutions, loops, pooling, scans, time_mixing
-from llcompile.patterns.mechanisms.axes import TimeAxes
 from llcompile.patterns.mechanisms.facts import Facts
 from llcompile.patterns.mechanisms.found import Found
-from llcompile.patterns.mechanisms.vocabulary import PROJECTIONS
 from llcompile.patterns.records import Untouched
+from llcompile.patterns.structure.program import Value
+from llcompile.patterns.structure.record import record
 from llcompile.torch_internals.places import module_of, user_line
 
-Finder = Callable[[Facts, TimeAxes], Iterator[Found]]
+Finder = Callable[[Facts], Iterator[Found]]
 
 # What mixes positions by itself.
 MIXERS: tuple[Finder, ...] = (attention.find, scans.find, loops.find)
@@ -45,15 +43,15 @@ def identify(session: Session) -> int:
 
 def _name(session: Session, region: Region, records: dict[tuple[str, str], Untouched], rest: list[Untouched]) -> None:
     """Adds the mechanisms of one graph, and what is one only where nothing else is found."""
-    facts = Facts(region)
-    axes = TimeAxes(facts)
-    candidates = [candidate.node for candidate in session.candidates if candidate.node in facts.position]
-    for found in _found(facts, axes, candidates):
-        record = _record(session, found)
-        if not _is_candidate(session, found, record.module, record.where):
-            records.setdefault((record.module, found.kind), record)
-    fed = _feeding(facts, set(candidates))
-    rest.extend(_record(session, found) for find in REST for found in find(facts, axes) if found.node not in fed)
+    facts = Facts(region, session.programs.get(region) or record(region))
+    nodes = {candidate.node for candidate in session.candidates}
+    candidates = {value for value in facts.values if value.node in nodes or (value.op and value.op.node in nodes)}
+    for found in _found(facts, candidates):
+        said = _record(session, found)
+        if not _is_candidate(session, found, said.module, said.where):
+            records.setdefault((said.module, found.kind), said)
+    fed = _feeding(facts, candidates)
+    rest.extend(_record(session, found) for find in REST for found in find(facts) if fed.isdisjoint(found.inside))
 
 
 def _record(session: Session, found: Found) -> Untouched:
@@ -62,24 +60,24 @@ def _record(session: Session, found: Found) -> Untouched:
     return Untouched(session.name(key, path), found.kind, where, found.heads, found.groups)
 
 
-def _found(facts: Facts, axes: TimeAxes, candidates: list[fx.Node]) -> Iterator[Found]:
+def _found(facts: Facts, candidates: set[Value]) -> Iterator[Found]:
     mixers: list[Found] = []
-    taken: set[fx.Node] = set()
-    for found in (found for find in MIXERS for found in find(facts, axes)):
+    taken: set[Value] = set()
+    for found in (found for find in MIXERS for found in find(facts)):
         if taken.isdisjoint(found.inside):  # the levels of a tree look like the steps of a loop
             mixers.append(found)
             taken |= found.inside
     yield from mixers
-    fed = _feeding(facts, {*candidates, *taken})
-    yield from (found for find in HELPERS for found in find(facts, axes) if found.node not in fed)
+    fed = _feeding(facts, candidates | taken)
+    yield from (found for find in HELPERS for found in find(facts) if fed.isdisjoint(found.inside))
 
 
-def _feeding(facts: Facts, mixers: set[fx.Node]) -> set[fx.Node]:
-    """Every node from which a way leads to a mixer and no projection is on it."""
-    found: set[fx.Node] = set()
-    for node in reversed(list(facts.nodes)):
-        if any(u in mixers or (u in found and facts.names[u] not in PROJECTIONS) for u in facts.users[node]):
-            found.add(node)
+def _feeding(facts: Facts, mixers: set[Value]) -> set[Value]:
+    """Every value from which a way leads to a mixer and no projection is on it."""
+    found: set[Value] = set()
+    for value in reversed(list(facts.values)):
+        if any(u in mixers or (u in found and not facts.is_projection(u)) for u in facts.users(value)):
+            found.add(value)
     return found
 
 

@@ -32,6 +32,7 @@ def recognise(session: Session) -> int:
         if outcome.failed:
             session.near_misses.append(_failed(session, region, outcome))
             continue
+        session.programs[region] = findings.program
         session.structure_counts.update(findings.counts)
         log.debug("recognise: %s", ", ".join(f"{rule} {n}" for rule, n in sorted(findings.counts.items())))
         for found in findings.found:

@@ -12,9 +12,10 @@ from torch import fx, nn
 
 from llcompile.passes.candidate import Candidate
 from llcompile.passes.marks import Mark, take
-from llcompile.patterns.graph.regions import regions
+from llcompile.patterns.graph.regions import Region, regions
 from llcompile.patterns.reasons import GivenReason
 from llcompile.patterns.records import Declined, Untouched
+from llcompile.patterns.structure.program import Program
 from llcompile.torch_internals import nested_gradients
 
 
@@ -69,6 +70,8 @@ class Session:
     missed_nodes: dict[Declined, frozenset[fx.Node]] = field(default_factory=dict)
     # Module -> the line of what runs over one token only, where nothing else was found.
     unseen: dict[str, str] = field(default_factory=dict)
+    # Each region's graph as it was recorded, for passes that come after the recogniser.
+    programs: dict[Region, Program] = field(default_factory=dict)
     # How often each rule of the structural recogniser was used.
     structure_counts: Counter[str] = field(default_factory=Counter)
     # (owner, attribute) of the level weights that this look made.

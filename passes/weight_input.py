@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from llcompile.passes.candidate import Candidate
+from llcompile.patterns.graph.walk import walk
 from llcompile.torch_internals import reach
 from llcompile.torch_internals.inputs import input_value, is_number, is_parameter, module_tensors
 
@@ -83,21 +84,15 @@ def given(candidate: Candidate) -> list[fx.Node]:
 
 def _above(candidate: Candidate) -> nx.DiGraph[Any]:
     """Everything that the operands are computed from: from the root, over the inputs, to the operands and the sink."""
+    # A mask says which tokens there are, and nothing about them.
+    parents = lambda node: [n for n in data_inputs(node) if n not in candidate.masks]  # noqa: E731
     operands = candidate.activations()
     graph: nx.DiGraph[Any] = nx.DiGraph()
     graph.add_edges_from((operand, _SINK) for operand in operands)
-    pending, seen = list(operands), set(operands)
-    while pending:
-        node = pending.pop()
+    for node in walk(operands, parents):
+        graph.add_edges_from((parent, node) for parent in parents(node))
         if node.op == "placeholder" and not is_constant_input(candidate.region.outer(node)):
             graph.add_edge(_ROOT, node)
-        for parent in data_inputs(node):
-            if parent in candidate.masks:  # says which tokens there are, and nothing about them
-                continue
-            graph.add_edge(parent, node)
-            if parent not in seen:
-                seen.add(parent)
-                pending.append(parent)
     return graph
 
 

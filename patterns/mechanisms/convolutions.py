@@ -2,59 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from torch import fx
-
-from llcompile.patterns.mechanisms.axes import TimeAxes
-from llcompile.patterns.mechanisms.facts import Facts
+from llcompile.patterns.mechanisms.facts import Facts, node_of
 from llcompile.patterns.mechanisms.found import Found
-from llcompile.patterns.mechanisms.vocabulary import CONVOLUTIONS, PROJECTIONS
+from llcompile.patterns.structure.program import Value
 
 # A kernel of this length is long whatever the example; a shorter one where it spans the whole example.
 _LONG, _SPANNING = 128, 16
-_TO_FREQUENCIES = {"fft_fft", "fft_rfft"}
-_FROM_FREQUENCIES = {"fft_ifft", "fft_irfft"}
-_MIXING = {"fft_fft2", "fft_fftn", "fft_rfft2", "fft_rfftn"}
+_TO_FREQUENCIES = {"_fft_r2c", "_fft_c2c"}
 
 
-def find(facts: Facts, axes: TimeAxes) -> Iterator[Found]:
+def find(facts: Facts) -> Iterator[Found]:
     """Every convolution over time of a graph."""
-    for node in facts.nodes:
-        name = facts.names[node]
-        kind = ""
-        if name in CONVOLUTIONS or "causal_conv1d" in name:
-            kind = _of_kernel(facts, axes, node)
-        elif name in _FROM_FREQUENCIES:
-            kind = _of_spectra(facts, node)
-        elif name in _MIXING and node in facts.activations:
-            kind = "Fourier mixing (FNet)"
+    for value in facts.values:
+        name = facts.names[value]
+        rule = RULES.get("convolution" if "causal_conv1d" in name else name)
+        kind = rule(facts, value) if rule is not None else ""
         if kind:
-            yield Found(node, kind, inside=frozenset((node,)))
+            yield Found(node_of(value), kind, frozenset((value,)))
 
 
-def _of_kernel(facts: Facts, axes: TimeAxes, node: fx.Node) -> str:
-    given = [node.args[i] if len(node.args) > i else node.kwargs.get(n) for i, n in enumerate(("input", "weight"))]
-    source, weight = (n if isinstance(n, fx.Node) else None for n in given)
-    if source is None or weight is None or source not in facts.activations or weight not in facts.shapes:
+def _of_kernel(facts: Facts, value: Value) -> str:
+    source, weight = [*facts.inputs(value), value, value][:2]
+    kernel, length = weight.shape[-1], min(source.shape[-1], value.shape[-1])
+    over_time = len(weight.shape) < 4 and not _is_transposed(value) and source in facts.activations
+    if not over_time or kernel <= 1:  # of images; upwards; a linear map
         return ""
-    kernel, known = facts.shapes[weight][-1], axes.known(source)
-    if kernel <= 1 or (-2 in known and -1 not in known):  # a linear map, or along the features
+    if facts.times.along(source, -2) and not facts.times.along(source, -1):  # along the features
         return ""
-    length = min(facts.shapes[source][-1], facts.shapes.get(node, facts.shapes[source])[-1])
-    if kernel >= _LONG or kernel >= max(length, _SPANNING):
-        return f"long convolution (kernel {kernel})"
-    return f"short convolution (kernel {kernel})"
+    long = kernel >= _LONG or kernel >= max(length, _SPANNING)
+    return f"{'long' if long else 'short'} convolution (kernel {kernel})"
 
 
-def _of_spectra(facts: Facts, node: fx.Node) -> str:
-    """A product of two spectra, transformed back."""
-    above = facts.above(node, lambda n: facts.names[n] in PROJECTIONS | _TO_FREQUENCIES, 32)
-    spectra = [n for n in above if facts.names[n] in _TO_FREQUENCIES]
-    return "FFT convolution" if len(spectra) > 1 or _is_filtered(facts, node) else ""
+def _is_transposed(value: Value) -> bool:
+    return value.op is not None and value.op.name == "convolution" and bool(value.op.args[6])
 
 
-def _is_filtered(facts: Facts, node: fx.Node) -> bool:
-    """Whether a spectrum is multiplied by a learned filter before it is transformed back."""
-    above = facts.above(node, lambda n: facts.names[n] in PROJECTIONS | _TO_FREQUENCIES, 32)
-    return any(facts.names[n] in ("mul", "einsum") and not facts.learned.isdisjoint(facts.inputs[n]) for n in above)
+def _of_spectra(facts: Facts, value: Value) -> str:
+    """A product of two spectra, or of one and a learned filter, transformed back."""
+    stop = lambda v: facts.is_projection(v) or facts.names[v] in _TO_FREQUENCIES  # noqa: E731
+    above = list(facts.above(value, stop, 48))[1:]
+    spectra = [v for v in above if facts.names[v] in _TO_FREQUENCIES]
+    products = [v for v in above if facts.names[v] in ("mul", "bmm") and not facts.learned.isdisjoint(facts.inputs(v))]
+    return "FFT convolution" if len(spectra) > 1 or products else ""
+
+
+def _of_transform(facts: Facts, value: Value) -> str:
+    """A transform over several axes at once mixes by itself; one back to time, where spectra were multiplied."""
+    assert value.op is not None
+    several, back = len(value.op.args[1]) > 1, value.op.name == "_fft_c2r" or value.op.args[3] is False
+    if several:
+        return "" if back or value not in facts.activations else "Fourier mixing (FNet)"
+    return _of_spectra(facts, value) if back else ""
+
+
+# Operation -> what it is called.
+RULES: dict[str, Callable[[Facts, Value], str]] = {
+    "convolution": _of_kernel,
+    **dict.fromkeys(("_fft_r2c", "_fft_c2r", "_fft_c2c"), _of_transform),
+}

@@ -1,153 +1,151 @@
-"""What is asked about a graph again and again, found out once in one sweep."""
+"""What is read off a recorded program again and again, found out once in one sweep."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from math import prod
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
+from torch.utils._python_dispatch import _disable_current_modes
 
 from llcompile.patterns.graph.regions import Region
-from llcompile.patterns.mechanisms.vocabulary import MADE, PRODUCTS, SHAPED, operation
-from llcompile.torch_internals.inputs import input_value
+from llcompile.patterns.graph.walk import walk
+from llcompile.patterns.mechanisms.times import Times
+from llcompile.patterns.mechanisms.vocabulary import PRODUCTS, WEIGHTS, called
+from llcompile.patterns.structure.follow import follow_program
+from llcompile.patterns.structure.program import Program, Value
 
-Shape = tuple[int, ...]
+Stop = Callable[[Value], bool]
 
 
-@dataclass(eq=False)
 class Facts:
-    """One region's graph.
+    """One region's program.
 
     Args:
         region: the region.
-        position: of each node in the graph's order.
-        names: what each node does, see `operation`.
-        shapes: of each node that is a tensor; unknown sizes by the value that they had while the graph was traced.
-        inputs: what each node reads; for a tensor that was written to in between, the write.
-        users: the other way round.
-        outer: for a placeholder of a scan's body, what it is a part of in the graph around.
-        activations: nodes that depend on what the model is given.
-        learned: nodes that depend on parameters and on nothing that the model is given.
+        program: its graph as operations on values.
+
+    Attributes:
+        position: of each value in the program's order.
+        names: what computes each value; for a call that stays whole the name of what is called, "" for an input.
+        activations: values that depend on what the model is given.
+        learned: values that depend on parameters and on nothing that the model is given.
     """
 
-    region: Region
-    position: dict[fx.Node, int] = field(default_factory=dict)
-    names: dict[fx.Node, str] = field(default_factory=dict)
-    shapes: dict[fx.Node, Shape] = field(default_factory=dict)
-    inputs: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
-    users: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
-    outer: dict[fx.Node, tuple[Facts, fx.Node]] = field(default_factory=dict)
-    activations: set[fx.Node] = field(default_factory=set)
-    learned: set[fx.Node] = field(default_factory=set)
+    def __init__(self, region: Region, program: Program) -> None:
+        self.region, self.program = region, program
+        self.position: dict[Value, int] = {}
+        self.names: dict[Value, str] = {}
+        self.activations: set[Value] = set()
+        self.learned: set[Value] = set()
+        for position, value in enumerate(program.values()):
+            self.position[value] = position
+            self.names[value] = _name(value)
+            if value.op is None:
+                self._enter(value)
+            elif not self.activations.isdisjoint(value.op.inputs):
+                self.activations.add(value)
+            elif not self.learned.isdisjoint(value.op.inputs):
+                self.learned.add(value)
 
-    def __post_init__(self) -> None:
-        effects = self.region.effects
-        written: dict[int, fx.Node] = {}  # memory -> what was last written to it
-        for position, node in enumerate(self.region.graph.nodes):
-            self.position[node] = position
-            name = self.names[node] = operation(node)
-            shape = shape_of(node)
-            if shape is not None:
-                self.shapes[node] = shape
-            read = node.all_input_nodes[:1] if name in SHAPED else node.all_input_nodes
-            read = [self._at_last(n, effects.shows(n), written) for n in read] if written else read
-            self.inputs[node], self.users[node] = read, []
-            for n in read:
-                self.users[n].append(node)
-            written.update(dict.fromkeys(effects.writes(node), node))
-            self._classify(node, read)
-
-    def _at_last(self, node: fx.Node, shown: Iterable[int], written: Mapping[int, fx.Node]) -> fx.Node:
-        """The node, or what was written to its memory since."""
-        writes = [written[number] for number in shown if number in written]
-        return max([node, *writes], key=lambda n: self.position[n])
-
-    def _classify(self, node: fx.Node, read: list[fx.Node]) -> None:
-        if node.op == "placeholder":
-            self._enter(node)
-        elif self.names[node] in MADE:
-            return
-        elif not self.activations.isdisjoint(read):
-            self.activations.add(node)
-            effects, changed = self.region.effects, self.region.effects.writes(node)
-            self.activations.update(n for n in read if changed and not changed.isdisjoint(effects.shows(n)))
-        elif not self.learned.isdisjoint(read):
-            self.learned.add(node)
+    def _enter(self, value: Value) -> None:
+        given = value.node is not None and value.node.op == "placeholder"
+        name = self.region.outer(value.node).name if value.node is not None else ""
+        if value.parameter or "_parameters_" in name:
+            self.learned.add(value)
+        elif given and value.data is None and "_buffers_" not in name:
+            self.activations.add(value)
 
     @property
-    def nodes(self) -> Iterable[fx.Node]:
-        """The nodes in the graph's order."""
+    def values(self) -> Iterable[Value]:
+        """The values in the program's order."""
         return self.position
 
-    def size(self, node: fx.Node) -> int:
-        """How many numbers a tensor has; 0 where that is not known."""
-        shape = self.shapes.get(node)
-        return 0 if shape is None else prod(shape)
+    @functools.cached_property
+    def times(self) -> Times:
+        """Which axes are time."""
+        modes = _disable_current_modes(), torch._C.DisableTorchFunction()
+        with modes[0], modes[1], torch.no_grad(), torch.autocast("cpu", enabled=False):
+            return Times(self.program, follow_program(self.program), self.activations)
 
-    def factors(self, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-        """The two tensors that both depend on the input and that the node multiplies and sums over an axis."""
-        name = self.names[node]
-        if name in PRODUCTS:
-            operands = [n for n in _tensor_operands(node)[-2:] if n in self.activations]
-        elif name == "linear":
-            operands = [n for n in _tensor_operands(node)[:2] if n in self.activations]
-        elif name == "sum" and node.args and isinstance(node.args[0], fx.Node) and self.names[node.args[0]] == "mul":
-            operands = [n for n in _tensor_operands(node.args[0]) if n in self.activations]
-        else:
+    def inputs(self, value: Value) -> list[Value]:
+        """What the value is computed from."""
+        return [] if value.op is None else value.op.inputs
+
+    def users(self, value: Value) -> list[Value]:
+        """What is computed from the value."""
+        return [made for op in value.users for made in op.outputs if made in self.position]
+
+    def size(self, value: Value) -> int:
+        """How many numbers a value has."""
+        return prod(value.shape)
+
+    def factors(self, value: Value) -> tuple[Value, Value] | None:
+        """The two tensors that both depend on the input and that are multiplied and summed over an axis."""
+        name, operands = self.names[value], self.inputs(value)
+        if name == "sum":  # of broadcast tensors
+            operands = [factor for v in operands if self.names[v] == "mul" for factor in self.inputs(v)]
+        elif name not in PRODUCTS:
             return None
-        return (operands[0], operands[1]) if len(operands) == 2 else None
+        operands = operands[-2:]
+        return (operands[0], operands[1]) if len(operands) == 2 and self.activations.issuperset(operands) else None
 
-    def above(self, node: fx.Node, stop: Callable[[fx.Node], bool], reach: int = 64) -> Iterator[fx.Node]:
-        """What the node is computed from, the nearest first, not beyond a node at which to stop; itself included."""
-        return _walk(node, self.inputs, stop, reach)
+    def projected(self, value: Value) -> tuple[Value, Value] | None:
+        """The tensor and the weights of a projection: they are multiplied and summed over an axis."""
+        name, operands = self.names[value], self.inputs(value)
+        if name not in WEIGHTS or len(operands) < 2:
+            return None
+        first, second = operands[-2:] if name in PRODUCTS else operands[:2]
+        if (first in self.activations) == (second in self.activations):
+            return None
+        return (first, second) if first in self.activations else (second, first)
 
-    def below(self, node: fx.Node, stop: Callable[[fx.Node], bool], reach: int = 64) -> Iterator[fx.Node]:
-        """What is computed from the node, the nearest first, not beyond a node at which to stop; itself included."""
-        return _walk(node, self.users, stop, reach)
+    def ends(self, value: Value) -> bool:
+        """Where a mechanism's inside ends: a projection, or a product of two activations."""
+        return self.projected(value) is not None or self.factors(value) is not None
 
-    def _enter(self, node: fx.Node) -> None:
-        outer = self.region.outer(node)
-        value = input_value(outer)
-        example = outer.meta.get("example_value")
-        if isinstance(value, nn.Parameter) or isinstance(example, nn.Parameter) or "_parameters_" in outer.name:
-            self.learned.add(node)
-        elif isinstance(example, torch.Tensor) and "_buffers_" not in outer.name:
-            self.activations.add(node)
+    def is_projection(self, value: Value) -> bool:
+        """Where a walk that looks for one mechanism would get into the next one."""
+        return self.projected(value) is not None
+
+    def is_linear(self, value: Value) -> bool:
+        """Whether it is a projection by a matrix."""
+        return self.names[value] in PRODUCTS and self.is_projection(value)
+
+    def above(self, value: Value, stop: Stop, reach: int = 96) -> Iterator[Value]:
+        """What the value is computed from, the nearest first, not beyond a value at which to stop; itself included."""
+        onward = lambda v: () if v is not value and stop(v) else self.inputs(v)  # noqa: E731
+        return islice(walk((value,), onward), reach)
+
+    def below(self, value: Value, stop: Stop, reach: int = 96) -> Iterator[Value]:
+        """What is computed from the value, the nearest first, not beyond a value at which to stop; itself included."""
+        onward = lambda v: () if v is not value and stop(v) else self.users(v)  # noqa: E731
+        return islice(walk((value,), onward), reach)
+
+    def given(self, value: Value) -> Value:
+        """The result of the graph's node that a value is a layout of, made inside of the node that reads it."""
+        while value.node is None and len(self.inputs(value)) == 1:
+            value = self.inputs(value)[0]
+        return value
+
+    def argument(self, node: fx.Node, position: int, name: str) -> Any:
+        """An argument of a node; for a tensor the value that it has there."""
+        found = node.args[position] if len(node.args) > position else node.kwargs.get(name)
+        return self.program.reads.get((node, found), found) if isinstance(found, fx.Node) else found
 
 
-def shape_of(node: fx.Node) -> Shape | None:
-    """The sizes of a node's tensor, without a guard on those that are symbols; None for what is no tensor."""
-    value = node.meta.get("example_value")
-    return tuple(hint(size) for size in value.shape) if isinstance(value, torch.Tensor) else None
+def node_of(value: Value) -> fx.Node:
+    """The graph's node whose call computes the value, or that it is an input of."""
+    node = value.node if value.op is None else value.op.node
+    assert node is not None
+    return node
 
 
-def hint(size: Any) -> int:
-    """A size as a number: for a symbol, the value that it had when the graph was traced."""
-    if isinstance(size, int):
-        return size
-    known = getattr(getattr(size, "node", None), "hint", None)
-    return int(known) if known is not None else -1
-
-
-def _tensor_operands(node: fx.Node) -> list[fx.Node]:
-    """The node's tensor arguments in order, one that is given twice twice."""
-    found: list[fx.Node] = []
-    fx.node.map_arg((node.args, tuple(node.kwargs.values())), lambda n: found.append(n))
-    return [n for n in found if isinstance(n.meta.get("example_value"), torch.Tensor)]
-
-
-def _walk(
-    node: fx.Node, step: Mapping[fx.Node, Iterable[fx.Node]], stop: Callable[[fx.Node], bool], reach: int
-) -> Iterator[fx.Node]:
-    queue, seen = [node], {node}
-    for current in queue:  # grows while it is read
-        yield current
-        if current is not node and stop(current):
-            continue
-        for other in step[current]:
-            if len(seen) < reach and other not in seen:
-                seen.add(other)
-                queue.append(other)
+def _name(value: Value) -> str:
+    if value.op is None:
+        return ""
+    return called(value.op.node) if value.op.name == "opaque" else value.op.name.removesuffix("_")

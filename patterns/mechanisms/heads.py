@@ -9,13 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from torch import fx
-
 from llcompile.patterns.mechanisms.facts import Facts
-from llcompile.patterns.mechanisms.vocabulary import PROJECTIONS, SPREADING
+from llcompile.patterns.mechanisms.vocabulary import SPREADING
+from llcompile.patterns.structure.program import Value
 
 # Between a projection and the product: norms, rotations, caches, views.
-_REACH = 48
+_REACH = 96
 
 
 @dataclass(frozen=True)
@@ -37,48 +36,38 @@ class Heads:
         return f"{named}{self.heads} heads{over}"
 
 
-def heads_of(facts: Facts, node: fx.Node, scores: fx.Node, query: fx.Node, key: fx.Node) -> Heads:
-    """Of an attention with these operands; `scores` is the node itself where one call is all of it."""
-    if scores is node:
-        return _of_axes(facts, query, key)
-    shape, dim = facts.shapes.get(scores, ()), node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else -1)
-    axis = dim if isinstance(dim, int) and -len(shape) <= dim < len(shape) else -1
-    if facts.names[scores] == "einsum" and _has_keys(scores, query, axis):
-        query, key = key, query
-    return _of_counts(facts, scores, query, key, axis)
-
-
-def _has_keys(scores: fx.Node, operand: fx.Node, axis: int) -> bool:
-    """Whether the first factor of an einsum has the axis of the keys: the order of factors means nothing there."""
-    inputs, output = str(scores.args[0]).replace(" ", "").split("->")
-    return output[axis] in inputs.split(",")[0]
-
-
-def _of_axes(facts: Facts, query: fx.Node, key: fx.Node) -> Heads:
-    """The fused calls take [B, H, T, K]."""
-    shape, of_key = facts.shapes.get(query, ()), facts.shapes.get(key, ())
-    if len(shape) < 4 or len(of_key) < 4:
-        return _merged(facts, query, key)
-    return _checked(shape[-3], of_key[-3] / _copies(facts, key))
-
-
-def _merged(facts: Facts, query: fx.Node, key: fx.Node) -> Heads:
-    """[B * H, T, K], or [B, T, K] of one head: told by how many tokens the queries were projected from."""
+def of_call(facts: Facts, query: Value, key: Value) -> Heads:
+    """Of a call that takes [B, H, T, K]; or [B * H, T, K], or [B, T, K] of one head, told apart by how many tokens the
+    queries were projected from."""
+    if len(query.shape) > 3 and len(key.shape) > 3:
+        return _checked(query.shape[-3], key.shape[-3] / _copies(facts, key))
     tokens = _tokens(facts, query)
-    shape = facts.shapes.get(query, ())
-    if tokens is None or len(shape) < 2:
+    if tokens is None or len(query.shape) < 2:
         return Heads()
-    heads = prod(shape[:-1]) / prod(tokens)
+    heads = prod(query.shape[:-1]) / prod(tokens)
     return _checked(heads, heads / _copies(facts, key))
 
 
-def _of_counts(facts: Facts, scores: fx.Node, query: fx.Node, key: fx.Node, axis: int) -> Heads:
-    tokens, shape = _tokens(facts, query), facts.shapes.get(scores, ())
-    if tokens is None or not shape:
-        plain = len(shape) == 4 and facts.names[scores] == "matmul"
-        return _checked(shape[1], facts.shapes[key][1] / _copies(facts, key)) if plain else Heads()
-    keys, width = shape[axis], 0.0
-    maps = facts.size(scores) / (prod(tokens) * keys)
+def of_scores(facts: Facts, scores: Value, normalised: Value, dim: int) -> Heads:
+    """Of scores that are a product of queries and keys, normalised along an axis."""
+    first, second = facts.factors(scores) or (scores, scores)
+    keys, summed = normalised.shape[dim], facts.names[scores] == "sum"
+    keys = keys if summed or keys in scores.shape[-2:] else scores.shape[-1]  # else a choice of them is normalised
+    # The order of factors means nothing: keys are those that there are more of, or that were copied.
+    swapped = scores.shape[-1] != keys == scores.shape[-2]
+    both = [_of_counts(facts, scores, q, k, normalised, keys) for q, k in ((first, second), (second, first))]
+    if swapped or None in (both[0].groups, both[1].groups):
+        return both[swapped]
+    return min(both, key=lambda found: found.groups or 0)
+
+
+def _of_counts(facts: Facts, scores: Value, query: Value, key: Value, normalised: Value, keys: int) -> Heads:
+    tokens = _tokens(facts, query)
+    if tokens is None:
+        given = facts.given(key)
+        plain = len(normalised.shape) == len(given.shape) == 4 and facts.names[scores] == "bmm"
+        return _checked(normalised.shape[1], given.shape[1] / _copies(facts, given)) if plain else Heads()
+    maps, width = facts.size(scores) / (prod(tokens) * keys), 0.0
     if maps >= 1:
         width = facts.size(query) / (prod(tokens) * maps)
     if facts.names[scores] == "sum" or not width:  # broadcast factors: the key is as large as the product
@@ -98,28 +87,22 @@ def _checked(heads: float, groups: float | None) -> Heads:
     return Heads(int(heads), int(groups))
 
 
-def _tokens(facts: Facts, node: fx.Node) -> tuple[int, ...] | None:
-    """The axes before the features of what the node was projected from."""
-    for n in facts.above(node, lambda n: facts.names[n] in PROJECTIONS, _REACH):
-        if facts.names[n] == "linear" and isinstance(n.args[0], fx.Node):
-            return facts.shapes[n.args[0]][:-1]
-        if facts.names[n] in ("matmul", "mm", "einsum", "addmm") and not facts.learned.isdisjoint(facts.inputs[n]):
-            source = next((o for o in facts.inputs[n] if o in facts.activations), None)
-            return None if source is None else facts.shapes[source][:-1]
-    return None
+def _tokens(facts: Facts, value: Value) -> tuple[int, ...] | None:
+    """The axes before the features of what the value was projected from."""
+    projections = (v for v in facts.above(value, facts.is_projection, _REACH) if facts.is_linear(v))
+    operands = next((facts.projected(v) for v in projections), None)
+    return None if operands is None else facts.given(operands[0]).shape[:-1]
 
 
-def _copies(facts: Facts, node: fx.Node) -> float:
+def _copies(facts: Facts, value: Value) -> float:
     """How often each key was copied on the way from its projection."""
     copies = 1.0
     for _ in range(_REACH):
-        if facts.names[node] in PROJECTIONS:
+        above = [v for v in facts.inputs(value) if v in facts.activations]
+        if facts.is_projection(value) or not above:
             break
-        larger = [n for n in facts.inputs[node] if n in facts.activations]
-        if not larger:
-            break
-        source = max(larger, key=facts.size)
-        if facts.names[node] in SPREADING and facts.size(source):
-            copies *= facts.size(node) / facts.size(source)
-        node = source
+        source = max(above, key=facts.size)
+        if facts.names[value] in SPREADING and facts.size(source):
+            copies *= facts.size(value) / facts.size(source)
+        value = source
     return copies

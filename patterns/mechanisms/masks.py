@@ -7,24 +7,26 @@ the token before is out of sight, however short the user's example is. What depe
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from llcompile.patterns.mechanisms.facts import Facts, hint
-from llcompile.patterns.mechanisms.vocabulary import PROJECTIONS
-from llcompile.torch_internals.inputs import input_value
+from llcompile.patterns.boundary import boundary
+from llcompile.patterns.mechanisms.facts import Facts
+from llcompile.patterns.mechanisms.vocabulary import called
+from llcompile.patterns.structure.nested import mapped
+from llcompile.patterns.structure.program import Op, Value
 
 # Lengths above the first are cut to the second.
 _LONG, _CUT = 64, 8
 # Strides are tried up to this one: no window in use is longer.
 _FAR = 1 << 20
-# A mask is made by fewer nodes than this.
-_REACH = 160
+# A mask is made by fewer values than this.
+_REACH = 240
 # Arguments of these are lengths; a number elsewhere may be a window and must not be cut.
-_SIZED = {"arange", "ones", "zeros", "full", "empty", "expand", "view", "reshape", "repeat", "broadcast_to"}
-_SIZED |= {"new_ones", "new_zeros", "new_full", "new_empty", "unflatten"}
+_SIZED = frozenset({"arange", "ones", "zeros", "full", "empty", "expand", "view", "_unsafe_view", "reshape", "repeat"})
 
 
 class Undecidable(Exception):
@@ -32,181 +34,141 @@ class Undecidable(Exception):
 
 
 class Masks:
-    """Answers for one graph; what many layers share is run once for each stride."""
+    """Answers for one program; what many layers share is run once for each stride."""
 
     def __init__(self, facts: Facts) -> None:
         self.facts = facts
-        self.known: dict[tuple[int, int], dict[fx.Node, Any]] = {}
+        self.known: dict[tuple[int, int], dict[Value, Any]] = {}
         self.answers: dict[Any, tuple[str, ...]] = {}
 
-    def seen_by(self, node: fx.Node, scores: fx.Node, weights: fx.Node) -> tuple[str, ...]:
-        """What there is to say: "bidirectional", "sliding window 64", both, or nothing."""
-        try:
-            if self.facts.names[node] == "flex_attention":
-                return _describe(lambda stride: self._flexible(node, stride))
-            return self._decided(node) if node is scores else self._run(weights, scores)
-        except Exception:
-            return ()
+    def seen_by(self, node: fx.Node, scores: Value, weights: Value) -> tuple[str, ...]:
+        """What there is to say of an attention: "bidirectional", "sliding window 64", both, or nothing.
 
-    def of_call(self, mask: Any, causal: bool) -> tuple[str, ...]:
-        """What a mask says that is handed to a whole attention layer of torch, where True means out of sight."""
-        if mask is None:
-            return () if causal else ("bidirectional",)
-        try:
-            length = self.facts.shapes[mask][-1]
-            if mask not in self.answers:
-                self.answers[mask] = _describe(lambda s: _weights(_turned(self._value(mask, length, s)), causal))
-            return self.answers[mask]
-        except Exception:
-            return ()
-
-    def _decided(self, node: fx.Node) -> tuple[str, ...]:
-        """The fused call: causal by its flag, by a mask, or not at all."""
-        mask = _argument(node, 3, "attn_mask")
-        query, key = (self.facts.shapes[_argument(node, i, n)] for i, n in ((0, "query"), (1, "key")))
-        if query[-2] != key[-2] or query[-2] == 1:
-            return ()
-        causal = bool(_argument(node, 5, "is_causal"))
-        if mask is None:
-            return () if causal else ("bidirectional",)
-        if mask not in self.answers:
-            length = query[-2]
-            self.answers[mask] = _describe(lambda stride: _weights(self._value(mask, length, stride), causal))
-        return self.answers[mask]
-
-    def _run(self, weights: fx.Node, scores: fx.Node) -> tuple[str, ...]:
-        """Attention in two products: everything between them, and what that reads."""
-        queries, keys = self.facts.shapes[weights][-2:]
+        Args:
+            node: the graph's node that names it.
+            scores: the product of queries and keys.
+            weights: what the values are multiplied with.
+        """
+        if called(node) == "flex_attention":
+            return _said(lambda stride: self._flexible(node, stride))
+        queries, keys = weights.shape[-2:]
         if queries != keys or keys == 1:
             return ()
-        return _describe(lambda stride: self._value(weights, keys, stride, scores))
+        return _said(lambda stride: self._value(weights, keys, stride, scores))
 
-    def _value(self, node: fx.Node, length: int, stride: int, scores: fx.Node | None = None) -> Tensor:
+    def of_layer(self, node: fx.Node) -> tuple[str, ...]:
+        """What the mask says that is handed to a whole attention layer of torch, where True means out of sight."""
+        causal, mask = bool(node.kwargs.get("is_causal")), self.facts.argument(node, len(node.args), "attn_mask")
+        if not isinstance(mask, Value):
+            return () if causal else ("bidirectional",)
+        if mask not in self.answers:
+            length = mask.shape[-1]
+            self.answers[mask] = _said(lambda s: _weights(_turned(self._value(mask, length, s)), causal))
+        return self.answers[mask]
+
+    def _value(self, value: Value, length: int, stride: int, scores: Value | None = None) -> Tensor:
         known = self.known.setdefault((length, stride), {})
-        for n in _ordered(self.facts, node, known, scores):
-            known[n] = self._zeros(n, length) if n is scores else self._evaluated(n, known, length, stride)
-        value = known[node]
-        if not isinstance(value, Tensor):
-            raise Undecidable
-        return value
+        for v in self._ordered(value, known, scores):
+            known[v] = self._zeros(v, length) if v is scores else self._computed(v, known, length, stride)
+        found = known[value]
+        assert isinstance(found, Tensor)
+        return found
 
-    def _evaluated(self, node: fx.Node, known: dict[fx.Node, Any], length: int, stride: int) -> Any:
-        facts, name = self.facts, self.facts.names[node]
-        if node.op in ("placeholder", "get_attr"):
-            return self._given(node, length)
-        if name in PROJECTIONS or facts.factors(node) or node in facts.learned:
-            return self._zeros(node, length)  # numbers that a mask does not depend on: biases, other scores
-        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: known[n])
-        args, kwargs = _unset_device(args), {k: v for k, v in _unset_device(kwargs).items() if k != "layout"}
-        if name in _SIZED and length > _LONG:
-            args, kwargs = _cut(args, length), _cut(kwargs, length)
-        if name == "dropout":
-            return args[0]
-        if name == "arange":
-            found = node.target(*args, **kwargs)  # type: ignore[operator]
-            return found * stride if found.numel() == _cut(length, length) else found
-        if name == "getitem" and isinstance(args[0], Tensor):
-            args = (args[0], _inside(args[1], args[0], stride))
-        if name == "diff" and _is_long(args[0]):  # packed sequences are told apart by positions that do not follow
-            return node.target(*args, **kwargs) // stride  # type: ignore[operator]
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
-
-    def _given(self, node: fx.Node, length: int) -> Any:
-        """A mask of padding as if nothing was padded, learned numbers as zeros, the constants that buffers are."""
-        facts = self.facts
-        outer = facts.region.outer(node)
-        value = outer.meta.get("example_value")
-        if isinstance(value, (torch.SymInt, int)):
-            return _cut(hint(value), length) if length > _LONG else hint(value)
-        if not isinstance(value, Tensor):
+    def _ordered(self, value: Value, known: dict[Value, Any], scores: Value | None) -> list[Value]:
+        """What must be run for the value, in the program's order."""
+        end = lambda v: v is scores or v in known or self._is_zero(v)  # noqa: E731
+        found = list(self.facts.above(value, end, _REACH + 1))
+        if len(found) > _REACH:
             raise Undecidable
-        if node in facts.learned:
-            return self._zeros(node, length)
-        if node in facts.activations:
-            if value.dim() != 2 or value.is_floating_point():
+        return sorted((v for v in found if v not in known), key=self.facts.position.__getitem__)
+
+    def _is_zero(self, value: Value) -> bool:
+        """Whether it holds numbers that a mask does not depend on: biases, other scores."""
+        return value in self.facts.learned or self.facts.ends(value)
+
+    def _computed(self, value: Value, known: dict[Value, Any], length: int, stride: int) -> Any:
+        if self._is_zero(value):
+            return self._zeros(value, length)
+        op = value.op
+        if op is None:
+            return self._given(value, length)
+        args, kwargs = mapped(lambda a: known[a] if isinstance(a, Value) else _on_cpu(a), (op.args, op.kwargs))
+        kwargs.pop("layout", None)
+        if op.name in _SIZED and length > _LONG:
+            args, kwargs = mapped(lambda a: _cut(a, length), (args, kwargs))
+        try:
+            return self._run(op, value.index, args, kwargs, _cut(length, length), stride)
+        except (RuntimeError, IndexError, TypeError, ValueError) as error:  # not at this length
+            raise Undecidable from error
+
+    def _run(self, op: Op, index: int, args: Any, kwargs: Any, length: int, stride: int) -> Any:
+        """The operation, with positions that lie apart by the stride."""
+        if op.name == "index":  # a mask of padding, read at positions
+            args = (args[0], [_inside(i, size, stride) for i, size in zip(args[1], args[0].shape, strict=False)])
+        if op.is_random:  # dropout that keeps everything
+            return torch.ones_like(args[0])
+        result = op.target(*args, **kwargs)
+        result = result[index] if isinstance(result, (tuple, list)) else result
+        if op.name == "arange" and result.numel() == length:
+            return result * stride
+        if op.name == "sub" and called(op.node) == "diff" and _is_long(result):
+            return result // stride  # packed sequences are told apart by positions that do not follow
+        return result
+
+    def _given(self, value: Value, length: int) -> Tensor:
+        """A mask of padding as if nothing was padded, the constants that buffers are."""
+        if value in self.facts.activations:
+            if len(value.shape) != 2 or value.dtype.is_floating_point:
                 raise Undecidable
-            return torch.ones(self._shape(node, length), dtype=value.dtype)
-        real = input_value(outer) if node.op == "placeholder" else getattr(facts.region.module, str(node.target))
-        if not isinstance(real, Tensor) or real.is_meta or length > _LONG or real.numel() > 1 << 22:
+            return torch.ones(self._shape(value, length), dtype=value.dtype)
+        data = value.data
+        if data is None or data.is_meta or data.numel() > 1 << 22 or (length > _LONG and data.numel() > 1):
             raise Undecidable
-        return real.detach().cpu()
+        return data.detach().cpu()
 
-    def _zeros(self, node: fx.Node, length: int) -> Tensor:
-        if node not in self.facts.shapes:
-            raise Undecidable
-        return torch.zeros(self._shape(node, length), dtype=node.meta["example_value"].dtype)
+    def _zeros(self, value: Value, length: int) -> Tensor:
+        return torch.zeros(self._shape(value, length), dtype=value.dtype)
 
-    def _shape(self, node: fx.Node, length: int) -> tuple[int, ...]:
-        shape = self.facts.shapes[node]
-        return tuple(_cut(size, length) for size in shape) if length > _LONG else shape
+    def _shape(self, value: Value, length: int) -> tuple[int, ...]:
+        return tuple(_cut(size, length) for size in value.shape)
 
     def _flexible(self, node: fx.Node, stride: int) -> Tensor:
         """`flex_attention` carries its mask as a graph of four indices."""
-        block = _argument(node, 4, "block_mask")
+        block = node.args[4] if len(node.args) > 4 else node.kwargs.get("block_mask")
         made = block[-1] if isinstance(block, (tuple, list)) else None
         module = getattr(self.facts.region.module, str(getattr(made, "target", "")), None)
         if not isinstance(module, torch.nn.Module):
             raise Undecidable
-        zero = torch.tensor(0)
-        pairs = [[module(zero, zero, torch.tensor(i), torch.tensor(j)) for j in _steps(stride)] for i in _steps(stride)]
-        return torch.tensor([[float(bool(p)) for p in row] for row in pairs])
+        zero, steps = torch.tensor(0), [torch.tensor(i * stride) for i in range(_CUT)]
+        return torch.tensor([[float(bool(module(zero, zero, i, j))) for j in steps] for i in steps])
 
 
-def _steps(stride: int) -> list[int]:
-    return [i * stride for i in range(_CUT)]
+def _cut(argument: Any, length: int) -> Any:
+    """The length cut; any other argument as it is."""
+    same = isinstance(argument, int) and not isinstance(argument, bool) and argument == length
+    return _CUT if same and length > _LONG else argument
 
 
-def _argument(node: fx.Node, position: int, name: str) -> Any:
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name)
-
-
-def _ordered(facts: Facts, node: fx.Node, known: dict[fx.Node, Any], scores: fx.Node | None) -> list[fx.Node]:
-    """What must be run for the node, in the graph's order."""
-    pending, found = [node], {node}
-    while pending:
-        current = pending.pop()
-        known_zero = current in facts.learned or facts.names[current] in PROJECTIONS or facts.factors(current)
-        if current is scores or known_zero:
-            continue
-        for n in facts.inputs[current]:
-            if n not in known and n not in found:
-                found.add(n)
-                pending.append(n)
-        if len(found) > _REACH:
-            raise Undecidable
-    return sorted(found, key=facts.position.__getitem__)
-
-
-def _cut(value: Any, length: int) -> Any:
-    """The value with each length in it cut."""
-    if isinstance(value, (tuple, list, torch.Size)):
-        return tuple(_cut(v, length) for v in value)
-    if isinstance(value, dict):
-        return {k: _cut(v, length) for k, v in value.items()}
-    same = isinstance(value, int) and not isinstance(value, bool) and value == length
-    return _CUT if same and length > _LONG else value
-
-
-def _unset_device(value: Any) -> Any:
+def _on_cpu(argument: Any) -> Any:
     """On the CPU, wherever the model is."""
-    if isinstance(value, torch.device):
-        return torch.device("cpu")
-    if isinstance(value, dict):
-        return {k: _unset_device(v) for k, v in value.items()}
-    return type(value)(_unset_device(v) for v in value) if type(value) in (tuple, list) else value
+    return torch.device("cpu") if isinstance(argument, torch.device) else argument
 
 
-def _inside(index: Any, source: Tensor, stride: int) -> Any:
+def _inside(index: Any, size: int, stride: int) -> Any:
     """Positions as an index into a mask of padding: without the stride, by which they would lie outside."""
-    if not isinstance(index, tuple):
-        return index
-    return tuple((i // stride).clamp(0, source.shape[d] - 1) if _is_long(i) else i for d, i in enumerate(index))
+    return (index // stride).clamp(0, size - 1) if _is_long(index) else index
 
 
 def _is_long(value: Any) -> bool:
     return isinstance(value, Tensor) and not value.is_floating_point() and value.dtype != torch.bool
+
+
+def _said(weights: Any) -> tuple[str, ...]:
+    """What is said of weights; nothing where they cannot be had."""
+    said: tuple[str, ...] = ()
+    with boundary("a mask"), suppress(Undecidable):
+        said = _describe(weights)
+    return said
 
 
 def _turned(mask: Tensor) -> Tensor:

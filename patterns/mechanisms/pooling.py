@@ -4,39 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
-from torch import fx
-
-from llcompile.patterns.mechanisms.axes import TimeAxes
-from llcompile.patterns.mechanisms.facts import Facts
+from llcompile.patterns.mechanisms.facts import Facts, node_of
 from llcompile.patterns.mechanisms.found import Found
-from llcompile.patterns.mechanisms.vocabulary import PROJECTIONS
+from llcompile.patterns.structure.program import Value
 
 _KINDS = {"cumsum": "running sum or mean (prefix pooling)", "cummax": "running maximum", "cummin": "running minimum"}
 # Counts of tokens are no pooling: positions, places in the queues of experts.
-_COUNTS = frozenset({"one_hot", "argmax", "topk", "eq", "ne", "lt", "le", "gt", "ge", "scatter", "ones_like", "arange"})
+_COUNTS = frozenset({"argmax", "topk", "eq", "ne", "lt", "le", "gt", "ge", "scatter", "arange"})
 
 
-def find(facts: Facts, axes: TimeAxes) -> Iterator[Found]:
+def find(facts: Facts) -> Iterator[Found]:
     """Every running sum of features over time."""
-    for node in facts.nodes:
-        kind = _KINDS.get(facts.names[node], "") if _is_along_time(facts, axes, node) else ""
-        below = facts.below(node, lambda n: facts.names[n] in PROJECTIONS) if kind else ()
-        if kind and not any(facts.factors(n) for n in below):  # what is summed up meets a query
-            yield Found(node, kind, inside=frozenset((node,)))
+    for value in facts.values:
+        kind = _KINDS.get(facts.names[value], "") if value in facts.activations else ""
+        below = facts.below(value, facts.is_projection)
+        if kind and _is_along_time(facts, value) and not any(map(facts.factors, below)):  # else it meets a query
+            yield Found(node_of(value), kind, frozenset((value,)))
 
 
-def _is_along_time(facts: Facts, axes: TimeAxes, node: fx.Node) -> bool:
+def _is_along_time(facts: Facts, value: Value) -> bool:
     """Whether features are summed along time, and are not counts."""
-    if facts.names[node] not in _KINDS or node not in facts.activations or not node.args:
+    assert value.op is not None
+    summed, dim = value.op.inputs[0], value.op.args[1] if len(value.op.args) > 1 else value.op.kwargs["dim"]
+    if not summed.dtype.is_floating_point or len(summed.shape) < 3 or value.index or not facts.times.along(summed, dim):
         return False
-    source, dim = node.args[0], node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-    if not isinstance(source, fx.Node) or not isinstance(dim, int):
-        return False
-    example = source.meta.get("example_value")
-    if not isinstance(example, torch.Tensor) or not example.is_floating_point():
-        return False
-    rank = len(facts.shapes.get(source, ()))
-    if rank < 3 or (dim if dim < 0 else dim - rank) not in axes.known(source):
-        return False
-    return not any(facts.names[n] in _COUNTS for n in facts.above(node, lambda n: facts.names[n] in PROJECTIONS, 24))
+    return not any(facts.names[v] in _COUNTS for v in facts.above(value, facts.is_projection, 24))

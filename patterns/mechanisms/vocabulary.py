@@ -1,4 +1,4 @@
-"""What the operations of a Dynamo graph are called: one name for each, however the user spelled it."""
+"""What the operations of a program are called, sorted by what they mean for a mechanism."""
 
 from __future__ import annotations
 
@@ -6,58 +6,30 @@ from typing import Any
 
 from torch import fx
 
-# In-place operators of Python, which are not told apart from the others.
-_INPLACE = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "truediv", "imatmul": "matmul"}
-_SYNONYMS = {
-    "subtract": "sub",
-    "multiply": "mul",
-    "true_divide": "div",
-    "truediv": "div",
-    "divide": "div",
-    "concat": "cat",
-    "concatenate": "cat",
-    "swapaxes": "transpose",
-    "swapdims": "transpose",
-    "moveaxis": "movedim",
-    "special_softmax": "softmax",
-    "safe_softmax": "softmax",
-    "special_expit": "sigmoid",
-}
+from llcompile.patterns.structure.follow import WEIGHTED
+from llcompile.patterns.structure.lifted import SHAPES
 
-# Two factors with a sum over an axis that they share.
-PRODUCTS = frozenset({"matmul", "bmm", "mm", "mv", "einsum", "baddbmm", "addmm", "addbmm", "tensordot", "inner", "dot"})
-# A projection: where a walk that looks for one mechanism would get into the next one.
-PROJECTIONS = frozenset({"linear", "conv1d", "conv2d", "embedding", "addmm", "bilinear"})
-CONVOLUTIONS = frozenset({"conv1d"})
-SOFTMAX = frozenset({"softmax"})
-SIGMOIDS = frozenset({"sigmoid"})
+# Two factors, the last two operands, with a sum over an axis that they share.
+PRODUCTS = WEIGHTED - {"convolution", "embedding"} | {"dot"}
+# Where a weight may be one of the factors.
+WEIGHTS = PRODUCTS | {"convolution", "embedding"}
+SOFTMAX = frozenset({"_softmax", "softmax", "_safe_softmax"})
 EXPONENTIALS = frozenset({"exp", "exp2"})
 # Copies of the same numbers along an axis.
-SPREADING = frozenset({"expand", "expand_as", "repeat", "repeat_interleave", "broadcast_to", "tile"})
-READS = frozenset({"getitem", "select", "narrow", "slice"})
-# Only the first argument's numbers are taken; of these, not even those.
-SHAPED = frozenset({"expand_as", "view_as", "reshape_as", "type_as", "to"})
-MADE = frozenset(f"{kind}_like" for kind in ("zeros", "ones", "full", "empty", "rand", "randn"))
-MADE |= frozenset(f"new_{kind}" for kind in ("zeros", "ones", "full", "empty", "tensor")) | {"size"}
+SPREADING = frozenset({"expand", "repeat"})
+# A part of a tensor.
+READS = frozenset({"select", "slice", "unbind", "split", "split_with_sizes", "unsafe_split"})
+# Parts of tensors, moved and joined.
+MOVES = SHAPES | READS | {"cat", "stack", "roll", "flip", "constant_pad_nd"}
+# Attention as one call.
+FUSED = frozenset({"scaled_dot_product_attention", "flex_attention"})
 
-_names: dict[Any, str] = {}
 
-
-def operation(node: fx.Node) -> str:
-    """The plain name of what a call node does ("add" for `+=`, `torch.add` and `x.add_`), or "" for other nodes."""
+def called(node: fx.Node) -> str:
+    """The plain name of what a node of Dynamo's graph calls ("add" for `x.add_`), "" for other nodes."""
     if node.op == "call_method":
-        return _plain(str(node.target))
+        return str(node.target).strip("_")
     if node.op != "call_function":
         return ""
-    name = _names.get(node.target)
-    if name is None:
-        target: Any = node.target
-        packet = getattr(target, "_overloadpacket", target)
-        name = _names[target] = _plain(str(getattr(packet, "__name__", None) or packet))
-    return name
-
-
-def _plain(name: str) -> str:
-    name = name.strip("_")
-    name = _INPLACE.get(name, name)
-    return _SYNONYMS.get(name, name)
+    target: Any = getattr(node.target, "_overloadpacket", node.target)
+    return str(getattr(target, "__name__", None) or target).strip("_")

@@ -11,6 +11,7 @@ from torch import fx, nn
 from llcompile.passes.identify import identify
 from llcompile.passes.session import Session, Settings
 from llcompile.patterns.records import Untouched
+from llcompile.patterns.structure.record import record
 
 
 def _unused(*_: Any, **__: Any) -> Any:
@@ -39,6 +40,7 @@ class Watch:
 
     def __call__(self, module: fx.GraphModule, inputs: list[Any]) -> Any:
         session = Session(module, SETTINGS)
+        session.programs = {region: record(region) for region in session.regions}  # as recognition has done
         start = time.process_time()
         identify(session)
         self.seconds += time.process_time() - start

@@ -438,3 +438,40 @@ NOT_ATTENTION: list[Any] = [
 @pytest.mark.parametrize("model", NOT_ATTENTION)
 def test_what_is_no_softmax_attention(model: nn.Module) -> None:
     assert kinds(model, torch.randn(B, T, D)) == []
+
+
+# -- calls that stay whole, and code that fails
+
+
+@torch.library.custom_op("llcompile_tests::flash_attn_by_another_library", mutates_args=())
+def whole(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+@whole.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.empty_like(q)
+
+
+def test_a_call_of_a_library_and_what_stands_beside_it() -> None:
+    """Its inside is out of sight, and costs nothing else its name."""
+    records = watched(nn.Sequential(Attention(whole), Attention(explicit, 4, 2)), torch.randn(B, T, D)).records
+    assert [(r.module, r.kind) for r in records] == [
+        ("0", "softmax attention"),
+        ("1", "softmax attention (GQA, 4 heads over 2 groups)"),
+    ]
+
+
+@pytest.mark.parametrize("place", ["masks._describe", "times.Times._root"])
+def test_a_typo_fails_a_test(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It costs a user's program what could have been said, and no more."""
+
+    def broken(*_: Any) -> Any:
+        raise AttributeError("a typo")
+
+    monkeypatch.setattr(f"llcompile.patterns.mechanisms.{place}", broken)
+    with pytest.raises(Exception, match="a typo"):
+        kinds(Attention(explicit), torch.randn(B, T, D))
+    monkeypatch.setenv("LLCOMPILE_RAISE", "")
+    said = kinds(Attention(explicit), torch.randn(B, T, D))
+    assert said == (["softmax attention (MHA, 4 heads)"] if "masks" in place else [])

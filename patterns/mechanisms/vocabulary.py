@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx
 
 from llcompile.patterns.structure.follow import WEIGHTED
-from llcompile.patterns.structure.lifted import SHAPES
+from llcompile.patterns.structure.moves import SHAPES
 
 # Two factors, the last two operands, with a sum over an axis that they share.
 PRODUCTS = WEIGHTED - {"convolution", "embedding"} | {"dot"}

@@ -221,6 +221,8 @@ def _joined(value: Value, row: Pieces, analysis: TimeAnalysis) -> Value | None:
     """The row as one value: chunks laid end to end, tokens on a new axis in front."""
     assert value.op is not None
     first = row[0]
+    if any(piece.shape != first.shape for piece in row):
+        return None  # the first state of a loop may be smaller and broadcast
     axes = analysis.axes(first)
     inner = [i for i, found in enumerate(axes) if not analysis.chunks.isdisjoint(found)]
     if len(inner) > 1 or (inner and len(axes[inner[0]]) > 1):

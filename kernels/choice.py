@@ -122,7 +122,7 @@ def _chosen_of(
             reason, cause = str(error), error
         except refusals() as error:  # of this description on this device: the next call need not try
             cause = error
-            reason = _refused[d, v.device] = f"Triton cannot compile them for {d.text()} on {v.device}: {_line(error)}"
+            reason = _refused[d, v.device] = f"Triton cannot compile them for {d} on {v.device}: {_line(error)}"
     if chosen == "triton":
         if isinstance(cause, KernelCacheError):
             raise cause

@@ -13,7 +13,7 @@ from llcompile.commands import cli
 from llcompile.kernels.triton import cache, show
 from llcompile.kernels.triton.chips import DEFAULT
 from llcompile.kernels.triton.description import Description
-from llcompile.kernels.triton.source import kernel_names
+from llcompile.kernels.triton.schedule import kernel_names
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +86,7 @@ def test_keep_and_list(folder, tmp_path, capsys):
     assert cli.main(["kernels", "list"]) == 0
     listed = capsys.readouterr().out.split("\n    ")
     assert listed[0] == str(folder / path.name)
-    assert listed[1].strip() == Description("scalar", "none", 64, 64, levels=17).on(DEFAULT).text()
+    assert listed[1].strip() == repr(Description("scalar", "none", 64, 64, levels=17).on(DEFAULT))
     assert len(listed) == 2
 
 

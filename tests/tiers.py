@@ -38,7 +38,9 @@ LONG_TESTS = {
     "kernels/test_triton_sources.py": (
         "test_every_source_is_python_that_names_what_it_uses",
         "test_every_parameter_is_used",
-        "test_packed_rows_have_homes",
+        "test_packed_sequences_have_their_own_chunks",
+        "test_buffers_are_as_signatures_say",
+        "test_buffers_are_written_before_they_are_read",
         "test_triton_is_optional",
     ),
     "patterns/test_reasons.py": (

@@ -2,7 +2,7 @@
 
 Off unless ``LLCOMPILE_AUTOTUNE=1``: the defaults (:mod:`.tuning`) were chosen so that nothing spills, and a first call
 that tunes compiles each of its kernels several times over. Launches of one kernel whose numbers of programs (chunks
-times lanes, for most) have as many bits are of one kind. What was chosen lies in a file of its own beside the generated
+of all heads, for most) have as many bits are of one kind. What was chosen lies in a file of its own beside generated
 kernels, with what was measured: under the names of the device and of Triton, and the hash of the kernels' source.
 A process reads each file once; from then on a launch costs one look into a dict.
 """
@@ -14,11 +14,10 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,52 +27,33 @@ from llcompile.kernels.triton import cache
 from llcompile.kernels.triton.description import Description
 from llcompile.kernels.triton.launch import Kernel, Launch
 from llcompile.kernels.triton.limits import interpreted
+from llcompile.kernels.triton.meter import Meter, meter_of
+from llcompile.kernels.triton.schedule import KERNELS
 from llcompile.kernels.triton.source import generate
 from llcompile.kernels.triton.tuning import Tuning, narrowest
 
 VARIABLE = "LLCOMPILE_AUTOTUNE"
-_SWITCH = {"0": False, "1": True}
 # Numbers of an fp32 tile that a thread may hold: half of the 255 registers that one can have.
 _TILE_REGISTERS = 128
 _WARP = 32
 _log = logging.getLogger("llcompile.kernels")
-
-
-class Meter(Protocol):
-    """What measures launches on one device."""
-
-    name: str  # of the device and of Triton: what is chosen under one name holds for no other
-
-    def ready(self) -> bool:
-        """Whether there can be a measurement now."""
-
-    def refused(self, launch: Launch, chosen: Tuning) -> str | None:
-        """Why the device cannot run ``launch`` with these parameters, or not well, by what it takes; nothing is run."""
-
-    def milliseconds(self, run: Callable[[], None]) -> float:
-        """Time of one ``run``."""
-
-
-_used: ContextVar[Meter | None] = ContextVar("llcompile_autotune", default=None)
 _chosen: dict[tuple[Kernel, int, Meter], Tuning] = {}
-
-
-@contextlib.contextmanager
-def use(meter: Meter) -> Iterator[None]:
-    """Launches inside are tuned by ``meter``, whatever the environment says."""
-    token = _used.set(meter)
-    try:
-        yield
-    finally:
-        _used.reset(token)
 
 
 def run(launch: Launch) -> None:
     """Run ``launch``: with what was measured to be best where tuning is on, else with the defaults."""
     if not launch.programs:
         return
-    meter = _used.get() or _of_environment()
+    meter = current_meter()
     launch(launch.kernel.default if meter is None else best(launch, meter))
+
+
+def current_meter() -> Meter | None:
+    """The meter of the current device where ``LLCOMPILE_AUTOTUNE`` is 1, else None; raises :class:`OptionError`."""
+    text = os.environ.get(VARIABLE) or "0"
+    if text not in ("0", "1"):
+        raise OptionError(f"{VARIABLE} is {text!r}; expected 1 (tune launches on this device) or 0 (the defaults)")
+    return meter_of(torch.cuda.current_device()) if text == "1" and not interpreted() else None
 
 
 def best(launch: Launch, meter: Meter) -> Tuning:
@@ -137,8 +117,11 @@ def _measure(launch: Launch, meter: Meter, question: dict[str, Any]) -> Tuning:
 @contextlib.contextmanager
 def _restored(launch: Launch) -> Iterator[None]:
     """Puts back what the kernel changes in place, as it would otherwise change it once more with every run."""
-    pairs = zip(launch.kernel.parameters, launch.arguments, strict=True)
-    changed = [x for name, x in pairs if name in launch.kernel.changed and isinstance(x, Tensor)]
+    changed = [
+        x
+        for name, x in zip(launch.kernel.parameters, launch.arguments, strict=True)
+        if name in KERNELS[launch.kernel.name].changes and isinstance(x, Tensor)
+    ]
     saved = [x.clone() for x in changed]
     try:
         yield
@@ -155,7 +138,7 @@ def _question(launch: Launch, meter: Meter) -> dict[str, Any]:
     bits = launch.programs.bit_length()
     return {
         "kernel": launch.kernel.name,
-        "description": launch.kernel.d.text(),
+        "description": repr(launch.kernel.d),
         "source": hashlib.sha256(generate(launch.kernel.d).encode()).hexdigest(),
         "programs": f"{1 << (bits - 1)} to {(1 << bits) - 1}",
         "device": meter.name,
@@ -190,18 +173,3 @@ def _write(question: dict[str, Any], answer: dict[str, Any]) -> None:
         cache.write(file_of(question), (json.dumps(answer, indent=1) + "\n").encode())
     except KernelCacheError as error:
         _log.warning("tuning results are kept for this process only: %s", error)
-
-
-# -- by the environment ------------------------------------------------------------------------------------------------
-
-
-def _of_environment() -> Meter | None:
-    """The meter of the current device where ``LLCOMPILE_AUTOTUNE`` asks for it; raises :class:`OptionError`."""
-    text = os.environ.get(VARIABLE) or "0"
-    if text not in _SWITCH:
-        raise OptionError(f"{VARIABLE} is {text!r}; expected 1 (tune launches on this device) or 0 (the defaults)")
-    if not _SWITCH[text] or interpreted():
-        return None
-    from llcompile.kernels.triton.meter import current
-
-    return current()

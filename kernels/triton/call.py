@@ -1,9 +1,9 @@
-"""One call of the operator by Triton kernels: buffers, arguments and launches. The passes are in :mod:`.engine`."""
+"""One call of the operator by Triton kernels: arguments and launches. The passes are in :mod:`.engine`."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -13,41 +13,31 @@ from llcompile.kernels.layout import Layout
 from llcompile.kernels.operands import Operands
 from llcompile.kernels.state import linear_state, position_of
 from llcompile.kernels.triton import autotune
+from llcompile.kernels.triton.buffers import Arguments
 from llcompile.kernels.triton.chips import chip_of
 from llcompile.kernels.triton.description import describe
 from llcompile.kernels.triton.launch import Launch, kernels_of
 from llcompile.kernels.triton.packing import PackedGrid, pack, packed_grid
+from llcompile.kernels.triton.schedule import Entry
 
 
 class Call(Layout):
-    """The operands of one call as the kernels see them; lanes are what :class:`Layout` folds every head into.
-
-    ``values`` holds an argument for every parameter name that any kernel has; a launch picks its own by name.
-    """
+    """The operands of one call as the kernels see them: :class:`Layout` with every head folded into the batch."""
 
     def __init__(self, x: Operands, scale: float, final_state: bool) -> None:
-        # Not Layout's own: it would copy the operands onto the grid, where the kernels read them from where they are.
+        # Operands are not copied onto the grid: the kernels read them from where they are.
         self.x, self.scale = x, scale
         self.d = describe(x, final_state)
         self.dtype = torch.float32
         self.batch, (_, self.tokens, self.heads, self.value_dim) = x.rows, x.v.shape
-        self.key_dim, self.lanes = x.q.shape[3], self.batch * self.heads
-        self.chunk_lanes = self.heads if self.d.packed else self.lanes  # of buffers that have an entry a chunk
+        self.key_dim = x.q.shape[3]
         self.levels, self.fold = self.d.levels, (self.heads, 1)
         self.empty = x.v.numel() == 0 or x.q.numel() == 0
         if self.empty:
             return
         self.kernels = kernels_of(self.d, chip_of(x.v.device))
         self.grid = self._make_grid()
-        self.chunks = self.grid.chunks
-        self.depth = depth(self.chunks)
-        self.values: dict[str, Any] = {
-            "scale": scale,
-            "heads": self.heads,
-            "tokens": self.tokens,
-            "chunks": self.chunks,
-            "lanes": self.chunk_lanes,
-        }
+        self.arguments = Arguments(self.d, self._sizes(), x.lengths is not None, x.v.device)
         self._add_operands()
         self._add_geometry()
         self._add_old()
@@ -68,6 +58,19 @@ class Call(Layout):
             offset = torch.zeros_like(position)
         return dataclasses.replace(grid, chunk=self.d.chunk, chunks=-(-grid.size // self.d.chunk), offset=offset)
 
+    def _sizes(self) -> dict[str, int]:
+        """The axes of buffers."""
+        d, chunks = self.d, self.grid.chunks
+        old = 0
+        if d.weighted and self.x.initial_state is not None:
+            old = len(self._old_slots())
+        return {
+            **{"B": self.x.v.shape[0], "S": self.batch, "T": self.tokens, "H": self.heads, "L": d.levels or 0},
+            **{"N": chunks, "N // 2": max(chunks // 2, 1), "depth": max(depth(chunks), 1)},
+            **{"C": d.chunk, "K": d.key_dim, "V": d.value_dim, "2": 2, "32": 32},
+            **{"old_levels": old, "end_levels": self.grid.levels + old},
+        }
+
     def operand(self, name: str, x: Tensor | None) -> None:
         """Arguments of an operand ``[B, T, H, ...]`` (``[H]`` counts as the same for all tokens)."""
         if x is None:
@@ -76,7 +79,7 @@ class Call(Layout):
             x = x.expand(self.x.v.shape[:3])
         elif x.dim() == 4 and x.stride(3) != 1 and x.shape[3] > 1:
             x = x.contiguous()
-        self.values |= {
+        self.arguments |= {
             f"{name}_ptr": x,
             f"{name}_row": x.stride(0),
             f"{name}_token": x.stride(1),
@@ -84,25 +87,30 @@ class Call(Layout):
         }
 
     def _add_operands(self) -> None:
-        x = self.x
+        x, sizes = self.x, self.arguments.sizes
         self.operand("query", x.q)
         self.operand("key", x.k)
         self.operand("value", x.v)
         self.operand("weight", x.level_weights)
         self.operand("decay", x.log_decay)
         self.operand("beta", x.beta)
+        self.arguments |= {
+            **{"scale": self.scale, "heads": self.heads, "tokens": self.tokens, "chunks": sizes["N"]},
+            **{"batch_heads": sizes["B"] * sizes["H"], "half": sizes["N // 2"]},
+            **{"old_levels": sizes["old_levels"], "end_levels": sizes["end_levels"]},
+        }
 
     def _add_geometry(self) -> None:
         grid = self.grid
         if grid.lengths is not None:
-            self.values["lengths"] = grid.lengths.to(torch.int32)
+            self.arguments["lengths"] = grid.lengths.to(torch.int32)
         if isinstance(grid, PackedGrid):
-            self.values |= {"starts": grid.starts.to(torch.int32), **pack(grid)._asdict()}
+            self.arguments |= {"starts": grid.starts.to(torch.int32), **pack(grid)._asdict()}
         if self.d.continued:
             assert grid.offset is not None
             assert self.d.levels is not None
             served = self._level_index()
-            self.values |= {
+            self.arguments |= {
                 "offsets": grid.offset.to(torch.int32),
                 "served_levels": served.to(torch.int32).contiguous(),
                 "grid_levels": served.shape[1],
@@ -114,15 +122,14 @@ class Call(Layout):
         if s is None:
             return
         if not self.d.weighted:
-            self.values["initial_states"] = linear_state(s).float().contiguous()
+            self.arguments["initial_states"] = linear_state(s).float().contiguous()
             return
         old = self._old_states()
         assert old is not None
         seen = self._old_index()[0][..., self._old_slots().start :]
-        self.values |= {
+        self.arguments |= {
             "old_states": old.contiguous(),
             "old_seen": seen.to(torch.int32).contiguous(),
-            "old_slots": old.shape[1],
         }
 
     def with_tokens(self, grad_state: Tensor) -> Tensor:
@@ -131,36 +138,31 @@ class Call(Layout):
             return grad_state
         return torch.where(self._without_tokens(grad_state), 0, grad_state)
 
-    # -- buffers ------------------------------------------------------------------------------------------------------
-
-    def buffer(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Room for what a kernel writes, known to later kernels by ``name``."""
-        x = torch.empty(shape, dtype=dtype, device=self.x.v.device)
-        self.values[name] = x
-        return x
-
-    def zeros(self, name: str, *shape: int) -> Tensor:
-        """As :meth:`buffer`, filled with 0, fp32."""
-        return self.buffer(name, *shape).zero_()
-
-    def chunk_buffer(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """As :meth:`buffer`, with an entry of ``shape`` for each chunk."""
-        return self.buffer(name, self.chunk_lanes, self.chunks, *shape, dtype=dtype)
-
     # -- launches -----------------------------------------------------------------------------------------------------
 
-    def launch_chunks(self, kernel: str, tiled: bool = False) -> None:
-        """Run ``kernel`` with a program for each chunk."""
-        self.launch(kernel, self.chunk_lanes * self.chunks, tiled)
+    def run(self, kernels: Mapping[str, Entry]) -> None:
+        """Launch those of ``kernels`` that this call needs, in their order."""
+        for name, entry in kernels.items():
+            if not entry.when(self.d):
+                continue
+            for programs, changing in self._grids(entry):
+                self.arguments |= changing
+                launch = Launch(self.kernels[name], self.arguments, programs, self.value_dim if entry.tiles else 0)
+                autotune.run(launch)
 
-    def launch_pairs(self, kernel: str, level: int, tiled: bool = False) -> None:
-        """Run ``kernel`` with a program for each pair of blocks of ``2 ** level`` chunks."""
-        pairs = self.chunks >> (level + 1)
-        if self.d.packed:  # a sequence's last pair may end where no whole pair of all chunks does
-            pairs = -(-self.chunks // (2 << level))
-        self.launch(kernel, self.chunk_lanes * pairs, tiled, pairs=pairs, level=level)
-
-    def launch(self, kernel: str, programs: int, tiled: bool = False, **values: Any) -> None:
-        """Run ``programs`` programs of ``kernel`` (times its value tiles), with ``values`` beside those of the call."""
-        known = {**self.values, **values} if values else self.values
-        autotune.run(Launch(self.kernels[kernel], known, programs, self.value_dim if tiled else 0))
+    def _grids(self, entry: Entry) -> Iterator[tuple[int, dict[str, int]]]:
+        """The numbers of programs of a kernel's launches, each with the arguments that change from one to the next."""
+        sizes = self.arguments.sizes
+        batch_heads, chunks, heads = sizes["B"] * sizes["H"], sizes["N"], sizes["S"] * sizes["H"]
+        if entry.over == "chunks":
+            yield batch_heads * chunks, {}
+        elif entry.over == "heads":
+            yield heads, {}
+        elif entry.over == "old levels":
+            yield heads * sizes["old_levels"], {}
+        else:
+            levels = range(depth(chunks) - 1)
+            for level in levels if entry.over == "pairs, up" else reversed(levels):
+                # A packed sequence's last pair may end where no whole pair of all chunks does.
+                pairs = -(-chunks // (2 << level)) if self.d.packed else chunks >> (level + 1)
+                yield batch_heads * pairs, {"pairs": pairs, "level": level}

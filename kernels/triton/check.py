@@ -13,10 +13,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from llcompile.kernels.triton.buffers import BUFFERS
 from llcompile.kernels.triton.chips import CHIPS, Chip
 from llcompile.kernels.triton.description import Description
 from llcompile.kernels.triton.launch import module_of
-from llcompile.kernels.triton.source import kernel_names, kernel_text
+from llcompile.kernels.triton.schedule import kernel_names
+from llcompile.kernels.triton.source import kernel_text
 from llcompile.kernels.triton.tuning import Tuning, tuning
 
 # What a matrix instruction looks like in the compiler's last text form.
@@ -24,7 +26,9 @@ _MATRIX = {
     "cuda": re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b"),
     "hip": re.compile(r"\bv_(mfma|smfmac)_\w+"),
 }
-_FLOATS = ("scale",)
+_POINTERS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32", "int32": "*i32"}
+# Operands that have the description's dtype, and K or V as their last axis.
+_OPERANDS = ("query_", "key_", "value_", "output_gradient_")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,36 +109,18 @@ def key_of(d: Description, name: str, chip: Chip) -> str:
 
 
 def _type(name: str, d: Description) -> str:
-    operand = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}[d.dtype_name]
-    if name in _FLOATS:
-        return "fp32"
-    if name in _OPERANDS:
-        return operand
-    if name in _TABLES:
-        return "*i32"
-    return "i32" if name in _NUMBERS or name.endswith(_STRIDES) else "*fp32"
-
-
-# Parameters by type; every other pointer is fp32 and every other number an int.
-_OPERANDS = {
-    *("query_ptr", "key_ptr", "value_ptr", "output_gradient_ptr", "outputs"),
-    *("readers", "passed_gradients", "old_readers"),
-}
-_TABLES = {"lengths", "offsets", "served_levels", "old_seen", "starts", "first_chunks", "chunk_sequences"}
-_NUMBERS = {
-    *("heads", "tokens", "chunks", "lanes", "pairs", "level", "half"),
-    *("grid_levels", "old_slots", "level_states_count"),
-}
-_STRIDES = ("_row", "_token", "_head")
+    """The type of a parameter in Triton's words; operands that are not in the description's dtype count as fp32."""
+    if name in BUFFERS:
+        dtype = BUFFERS[name].dtype
+        return _POINTERS[d.dtype_name if dtype == "operand" else dtype]
+    if name.endswith("_ptr"):
+        return _POINTERS[d.dtype_name if name.startswith(_OPERANDS) else "float32"]
+    return "fp32" if name == "scale" else "i32"
 
 
 def _divisible(name: str, kind: str) -> bool:
     """Pointers, and strides of operands whose last axis is K or V, as they are in practice."""
-    return kind.startswith("*") or name in {
-        f"{operand}_{stride}"
-        for operand in ("query", "key", "value", "output_gradient")
-        for stride in ("row", "token", "head")
-    }
+    return kind.startswith("*") or name.startswith(_OPERANDS)
 
 
 def _usage(compiled: Any, backend: str) -> tuple[int, int]:

@@ -123,11 +123,6 @@ class Description:
             "twice": self.least_row > 0 and self.delta and self.key_dim > 64 >= self.value_dim,
         }
 
-    def text(self) -> str:
-        """One line for the header of a generated file."""
-        fields = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
-        return f"Description({', '.join(f'{name}={value!r}' for name, value in fields)})"
-
 
 def tile(size: int, least: int = LEAST_TILE) -> int:
     """The least power of two that holds ``size``, and at least ``least``."""

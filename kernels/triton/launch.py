@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
 from llcompile.kernels.triton import cache
 from llcompile.kernels.triton.chips import Chip
 from llcompile.kernels.triton.description import Description
-from llcompile.kernels.triton.effects import changed_in_place
 from llcompile.kernels.triton.limits import interpreted
 from llcompile.kernels.triton.source import generate
 from llcompile.kernels.triton.tuning import Tuning, tuning
@@ -33,11 +32,6 @@ class Kernel:
         self.tiled = "VALUE_TILE" in found
         self.parameters = tuple(n for n in found if n != "VALUE_TILE")
         self.default: Tuning = tuning(name, d, chip)
-
-    @cached_property
-    def changed(self) -> frozenset[str]:
-        """Parameters whose memory it both reads and writes: run twice, it would not find what it found once."""
-        return changed_in_place(generate(self.d), self.name)
 
 
 class Kernels(dict[str, Kernel]):

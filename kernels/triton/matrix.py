@@ -22,7 +22,7 @@ from llcompile.kernels.triton.check import Report, compile_kernel, key_of
 from llcompile.kernels.triton.chips import CHIPS
 from llcompile.kernels.triton.description import Description
 from llcompile.kernels.triton.limits import max_key_dim
-from llcompile.kernels.triton.source import kernel_names
+from llcompile.kernels.triton.schedule import kernel_names
 from llcompile.kernels.triton.tuning import Tuning
 
 FAMILIES = tuple(itertools.product(("none", "scalar", "channel"), ("none", "delta")))
@@ -137,7 +137,7 @@ def compile_all(d: Description, chip: str, results: Results) -> int:
         try:
             report = results.report(d, kernel, chip)
         except Exception as error:  # whatever the compiler raises, the others are still to be seen
-            print(f"{chip:7} {d.text()} {kernel} does not compile: {type(error).__name__}: {error}", flush=True)
+            print(f"{chip:7} {d} {kernel} does not compile: {type(error).__name__}: {error}", flush=True)
             wrong += 1
             continue
         print(report.row() + ("" if report.fits() else "  DOES NOT FIT"), flush=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
 
 import torch
 
@@ -13,18 +12,17 @@ from llcompile.kernels.triton.limits import refusals
 from llcompile.kernels.triton.tuning import Tuning
 
 
-def current() -> DeviceMeter:
-    """The meter of the current CUDA or ROCm device."""
-    return _meter(torch.cuda.current_device())
-
-
 @lru_cache(maxsize=64)
-def _meter(index: int) -> DeviceMeter:
-    return DeviceMeter(index)
+def meter_of(index: int) -> Meter:
+    """The meter of a CUDA or ROCm device, the same object for the whole process."""
+    return Meter(index)
 
 
-class DeviceMeter:
-    """Compiles launches to see what they take, and times them with events on the device."""
+class Meter:
+    """Compiles launches to see what they take, and times them with events on the device.
+
+    What is chosen under one ``name``, of the device and of Triton, holds for no other.
+    """
 
     def __init__(self, index: int) -> None:
         import triton
@@ -34,18 +32,20 @@ class DeviceMeter:
         self._spills: dict[int, int] = {}  # of the kernels' defaults, by id: they live as long as the process
 
     def ready(self) -> bool:
-        """Not while a CUDA graph is captured: timing waits for the device."""
+        """Whether there can be a measurement now: timing waits for the device, which no capture of a graph allows."""
         return not torch.cuda.is_current_stream_capturing()
 
     def refused(self, launch: Launch, chosen: Tuning) -> str | None:
-        """What does not compile or does not fit; what spills more than the default does."""
+        """Why the device cannot run ``launch`` with these parameters, or why they spill more than the default."""
         kernel = launch.kernel
         if id(kernel) not in self._spills and chosen != kernel.default:
             self.refused(launch, kernel.default)
         try:
-            spills = _spilled(launch.compiled(chosen))
+            compiled = launch.compiled(chosen)
+            compiled._init_handles()  # loads it, which raises where the device has too little shared memory
         except (RuntimeError, *refusals()) as error:  # type: ignore[misc]
             return f"{type(error).__name__}: {error}".splitlines()[0]
+        spills = int(compiled.n_spills)
         if chosen == kernel.default:
             self._spills[id(kernel)] = spills
         allowed = self._spills.get(id(kernel), 0)
@@ -58,9 +58,3 @@ class DeviceMeter:
         found = do_bench(run, warmup=5, rep=20, return_mode="median")
         assert isinstance(found, float)
         return found
-
-
-def _spilled(compiled: Any) -> int:
-    """Registers that were spilled; loads the kernel, which raises where the device has too little shared memory."""
-    compiled._init_handles()
-    return int(compiled.n_spills)

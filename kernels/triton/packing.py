@@ -1,7 +1,7 @@
 """Where the sequences of a packed batch lie, as kernels need it: tables made on the device, nothing waits for it.
 
 Sequences lie one after another in one row of the operands, and so do their chunks in every buffer that has an entry a
-chunk: N counts the chunks of all, and lanes are heads. How many chunks there are at most follows from the numbers of
+chunk: N counts the chunks of all. How many chunks there are at most follows from the numbers of
 tokens and of sequences, which the host knows; memory grows with their sum, whatever the longest sequence is.
 """
 
@@ -45,15 +45,15 @@ class PackedGrid(Grid):
         """As :meth:`.Grid.old_levels`, the first result ``[1, T, count]`` for the tokens of all sequences."""
         assert self.lengths is not None
         position = torch.zeros_like(self.lengths) if self.position is None else self.position
-        slot = torch.arange(count, device=device)
-        start = bucket_start(position[:, None], slot)  # [rows, count]
+        old_level = torch.arange(count, device=device)
+        start = bucket_start(position[:, None], old_level)  # [rows, count]
         last = (position + self.lengths - 1).clamp(min=0)[:, None]
         token = torch.arange(self.tokens, device=device)
         sequence = (torch.searchsorted(self.starts, token, right=True) - 1).clamp(min=0)
         token = (position - self.starts)[sequence] + token  # in its sequence
-        seen = level(token.clamp(min=0)[:, None], start[sequence]).maximum(slot)
-        final = level(last, start).maximum(slot)
-        fixed = slot == count - 1
+        seen = level(token.clamp(min=0)[:, None], start[sequence]).maximum(old_level)
+        final = level(last, start).maximum(old_level)
+        fixed = old_level == count - 1
         seen, final = (torch.where(fixed, count - 1, x.clamp(max=count - 1)) for x in (seen, final))
         return seen[None], final
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from llcompile.kernels.triton import cache
 from llcompile.kernels.triton.chips import Chip, assumed
 from llcompile.kernels.triton.description import Description
-from llcompile.kernels.triton.source import NEEDED, generate
+from llcompile.kernels.triton.schedule import KERNELS
+from llcompile.kernels.triton.source import generate
 
 if TYPE_CHECKING:
     from llcompile.kernels.triton.check import Report
@@ -33,7 +34,7 @@ def kernels_in(source: str) -> dict[str, str]:
     functions = {n.name: n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef)}
     return {
         name: "".join(lines[functions[name].decorator_list[0].lineno - 1 : functions[name].end_lineno])
-        for name in NEEDED
+        for name in KERNELS
         if name in functions
     }
 

@@ -9,6 +9,7 @@ import torch
 
 from llcompile.kernels.triton.chips import Chip
 from llcompile.kernels.triton.description import LEAST_TILE, Description
+from llcompile.kernels.triton.schedule import KERNELS
 
 
 class Tuning(NamedTuple):
@@ -19,41 +20,12 @@ class Tuning(NamedTuple):
     stages: int
 
 
-# Kernel: widest value tile, warps, stages. Chosen so that nothing spills on sm_90 at K, V <= 128 (see matrix.py).
-_DEFAULT = {
-    "chunk_scores": (128, 4, 1),
-    "chunk_inverse": (128, 4, 1),
-    "chunk_state": (128, 8, 1),
-    "tree_up": (32, 4, 1),
-    "state_scan": (16, 4, 2),
-    "output": (64, 8, 1),
-    "final_state": (64, 8, 1),
-    "read_gradient": (64, 8, 1),
-    "state_gradient": (64, 8, 1),
-    "transition_gradient": (128, 8, 1),
-    "old_state_gradient": (64, 8, 1),
-    "final_state_gradient": (32, 8, 1),
-    "final_chunk_gradient": (64, 8, 1),
-    "tree_down": (64, 8, 1),
-    "transition_down": (64, 8, 1),
-    "scan_gradient": (16, 4, 2),
-    "chunk_values_gradient": (64, 8, 1),
-    "chunk_transition_gradient": (64, 8, 1),
-    "chunk_reader_gradient": (128, 8, 1),
-    "chunk_writer_gradient": (128, 8, 1),
-    "chunk_delta_gradient": (128, 8, 1),
-    "chunk_gradient": (128, 8, 1),
-    "decode": (32, 4, 1),
-    "chunk_scores_gradient": (128, 8, 1),
-}
-
-
 def _small_products(d: Description, chip: Chip) -> bool:
     """Matrix instructions of one warp, whose operands and sums all lie in registers (before and beside wgmma)."""
     return isinstance(chip.arch, int) and chip.arch // 10 in (8, 12)
 
 
-# What differs from that, and where: the first row whose condition holds.
+# What differs from `schedule.KERNELS`, and where: the first row whose condition holds.
 _EXCEPTIONS: tuple[tuple[str, Callable[[Description, Chip], bool], tuple[int, int, int]], ...] = (
     ("tree_up", lambda d, chip: d.delta, (32, 8, 1)),
     # The loop over values, if it had one turn only, would be unrolled into everything around it.
@@ -91,6 +63,6 @@ _MOST_WARPS = {"cuda": 8, "hip": 4}
 def tuning(kernel: str, d: Description, chip: Chip) -> Tuning:
     """Launch parameters of ``kernel`` for ``d`` on ``chip``."""
     found = (launch for name, holds, launch in _EXCEPTIONS if name == kernel and holds(d, chip))
-    widest, warps, stages = next(found, _DEFAULT[kernel])
+    widest, warps, stages = next(found, KERNELS[kernel].launch)
     columns = d.value_tile * (2 if _half_empty(kernel, d) else 1)
     return Tuning(min(max(widest, narrowest(kernel, d)), columns), min(warps, _MOST_WARPS[chip.backend]), stages)

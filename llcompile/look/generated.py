@@ -33,7 +33,7 @@ class GeneratedKernels:
     def name(self) -> str:
         """A name for a file: what tells most, and a hash of all of it."""
         d = self.description
-        digest = hashlib.sha256(d.text().encode()).hexdigest()[:6]
+        digest = hashlib.sha256(repr(d).encode()).hexdigest()[:6]
         kind = f"level{d.levels}" if d.weighted else "linear"
         dtype = str(d.dtype).removeprefix("torch.")
         return f"{d.decay}_{d.correction}_{kind}_k{d.key_dim}_v{d.value_dim}_{dtype}_{digest}"

@@ -15,7 +15,8 @@ from llcompile.kernels.triton.check import HEADING, Report
 from llcompile.kernels.triton.chips import CHIPS
 from llcompile.kernels.triton.description import Description
 from llcompile.kernels.triton.matrix import Results, read, representative, summary
-from llcompile.kernels.triton.source import kernel_names, kernel_text
+from llcompile.kernels.triton.schedule import kernel_names
+from llcompile.kernels.triton.source import kernel_text
 
 # What is compiled for sm_90 so that nothing may spill. The other groups (fp32, odd sizes, K = 256) must fit.
 UNSPILLED = ("large", "small", "states", "mixed", "float16")

@@ -26,11 +26,15 @@ from llcompile.errors import KernelCacheError, KernelError, OptionError
 from llcompile.kernels import choice
 from llcompile.kernels.operands import Operands
 from llcompile.kernels.triton import cache, engine, limits, source, step
+from llcompile.kernels.triton.buffers import BUFFERS
 from llcompile.kernels.triton.chips import CHIPS, Chip
 from llcompile.kernels.triton.description import Description, describe
 from llcompile.kernels.triton.limits import max_key_dim, unsupported
-from llcompile.kernels.triton.source import NEEDED, generate, kernel_names
+from llcompile.kernels.triton.schedule import KERNELS, kernel_names
+from llcompile.kernels.triton.show import kernels_in
+from llcompile.kernels.triton.source import generate
 from llcompile.ops import loglinear_attention
+from tests.kernels.effects import effects
 from tests.kernels.kernel_cases import operands
 
 OutOfResources = pytest.importorskip("triton.runtime.errors").OutOfResources
@@ -55,7 +59,7 @@ ALL = [
 
 
 # Parameters that every kernel of a kind gets.
-COME_WITH_OTHERS = {"heads", "tokens", "chunks", "lanes", "lengths", "served_levels", "grid_levels", "VALUE_TILE"}
+COME_WITH_OTHERS = {"heads", "tokens", "chunks", "batch_heads", "lengths", "served_levels", "grid_levels", "VALUE_TILE"}
 COME_WITH_OTHERS |= {"starts", "first_chunks", "chunk_sequences"}
 
 
@@ -106,7 +110,7 @@ def test_wrong_templates(text):
 
 def test_every_template_is_used():
     """A file for each kernel; and no macro of the shared ones that nobody calls."""
-    kernels = {f"{name}.jinja" for name in NEEDED}
+    kernels = {f"{name}.jinja" for name in KERNELS}
     shared = {f"blocks/{name}.jinja" for name in source.BLOCKS}
     assert templates().keys() == kernels | shared | {"functions.jinja"}
     everything = "\n".join(templates().values())
@@ -125,7 +129,7 @@ def test_every_source_is_python_that_names_what_it_uses():
     seen = set()
     for d in ALL:
         text = generate(d)
-        assert d.text() in text
+        assert repr(d) in text
         assert not re.search(r"\{[{%]|[}%]\}|#[%#]", text)
         tree = tree_of(d)
         names = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
@@ -134,24 +138,84 @@ def test_every_source_is_python_that_names_what_it_uses():
         known |= {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)}
         assert names - known <= {"range", "tl", "triton"}, names - known
         seen |= set(kernel_names(d))
-    assert seen == NEEDED.keys()
+    assert seen == KERNELS.keys()
 
 
 def test_every_parameter_is_used():
     """A kernel asks for nothing that it does not need (strides and sizes that come with others aside)."""
     for d in ALL:
         for function in tree_of(d).body:
-            if isinstance(function, ast.FunctionDef) and function.name in NEEDED:
+            if isinstance(function, ast.FunctionDef) and function.name in KERNELS:
                 used = {n.id for n in ast.walk(function) if isinstance(n, ast.Name)}
                 unused = {a.arg for a in function.args.args} - used - COME_WITH_OTHERS
                 assert not {n for n in unused if not n.endswith(("_row", "_token", "_head"))}, (d, function.name)
 
 
-def test_packed_rows_have_homes():
-    """No kernel reckons where a row's chunks are but by the tables."""
+def test_packed_sequences_have_their_own_chunks():
+    """No kernel reckons where a sequence's chunks are but by the tables."""
     for d in ALL:
         if d.packed:
-            assert "lane * chunks +" not in generate(d).replace("lane * chunks + first_chunk", ""), d
+            assert not re.search(r"_head \* chunks(?! \+ first_chunk)", generate(d)), d
+
+
+NUMBERS = {"scale", "heads", "tokens", "chunks", "batch_heads", "half", "pairs", "level"}
+NUMBERS |= {"grid_levels", "old_levels", "end_levels", "VALUE_TILE"}
+
+
+def test_buffers_are_as_signatures_say():
+    """Each parameter is an operand with its strides, a number, or a buffer, whose axes stand beside it."""
+    seen = set()
+    for d in ALL:
+        for name, text in kernels_in(generate(d)).items():
+            if name == "decode":
+                continue
+            for line in text[: text.index("):\n")].splitlines()[2:]:
+                parameters, _, comment = line.strip().partition("  # ")
+                if parameters.rstrip(",") in BUFFERS:
+                    assert comment.startswith(BUFFERS[parameters.rstrip(",")].axes), (name, line)
+                    seen.add(parameters.rstrip(","))
+                else:
+                    words = {p.partition(":")[0] for p in parameters.rstrip(",").split(", ")}
+                    assert all(p in NUMBERS or p.endswith(("_ptr", "_row", "_token", "_head")) for p in words), line
+    assert seen == BUFFERS.keys()
+
+
+def test_buffers_are_written_before_they_are_read():
+    """In the order of the schedule; and what a kernel changes in place is what its entry says."""
+    changed = {name: set() for name in KERNELS}
+    for d in ALL:
+        filled = {name for name, buffer in BUFFERS.items() if buffer.first in ("given", "zero")}
+        for name in kernel_names(d):
+            if name != "decode":  # the output's kernels write for nobody that comes after
+                read, written = (names & BUFFERS.keys() for names in effects(tree_of(d), name))
+                assert read <= filled | written, (d, name)
+                filled |= written
+                changed[name] |= read & written
+    for name, entry in KERNELS.items():
+        assert changed[name] - FOR_ITSELF == set(entry.changes), name
+
+
+# Buffers that a kernel reads and writes, and others only read: it finds there what it has written itself.
+FOR_ITSELF = {"readers", "reaches", "carries"}
+
+
+def test_effects_are_read_off_the_source():
+    """Loads, stores and both, through local names, through loops, and not through what was loaded."""
+    text = """
+def kernel(a, b, c, d, e, table, number):
+    at = a + number
+    for i in range(3):
+        x = load_rows(at, i) + tl.load(table + i)
+        at = b + i
+    store_rows(at, x)
+    tl.store(c + x, x)
+    add_column(d + number, x)
+    seen = tl.load(table)
+    tl.store(e + seen, x)
+"""
+    read, written = effects(ast.parse(text), "kernel")
+    assert read - {"number"} == {"a", "b", "d", "table"}
+    assert written - {"number"} == {"a", "b", "c", "d", "e"}
 
 
 def test_files(folder, caplog):

@@ -301,6 +301,6 @@ def tuned_errors(
 ) -> tuple[dict[str, tuple[float, float]], int, list[str]]:
     """As :func:`errors` while every launch is tuned; with how many runs there were for that, and of which kernels."""
     meter = Pretended(wanted, tried)
-    with autotune.use(meter):
+    with mock.patch.object(autotune, "current_meter", return_value=meter):
         found = errors(case, final)
     return found, meter.runs, sorted(meter.seen)

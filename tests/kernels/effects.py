@@ -5,17 +5,15 @@ from __future__ import annotations
 import ast
 
 
-def changed_in_place(source: str, kernel: str) -> frozenset[str]:
-    """Parameters of ``kernel`` whose memory is both read and written (numbers that only help to find a place, too).
+def effects(tree: ast.Module, kernel: str) -> tuple[set[str], set[str]]:
+    """Parameters of ``kernel`` whose memory is read, and those whose memory is written; with numbers that give a place.
 
     An address is a sum of a parameter and numbers, perhaps by way of a local name. It is the first argument of what
     stores (``store_*``) or loads and stores (``add_*``), and any argument of what loads (every other function).
     """
-    tree = ast.parse(source)
     function = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == kernel)
     behind = _parameters_behind(function)
-    read: set[str] = set()
-    written: set[str] = set()
+    read, written = set[str](), set[str]()
     for call in ast.walk(function):
         if isinstance(call, ast.Call) and call.args:
             name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
@@ -24,7 +22,7 @@ def changed_in_place(source: str, kernel: str) -> frozenset[str]:
                 written |= first
             if not name.startswith("store"):
                 read |= first.union(*others)
-    return frozenset(read & written)
+    return read, written
 
 
 def _parameters_behind(function: ast.FunctionDef) -> dict[str, set[str]]:

@@ -1,0 +1,106 @@
+"""The memory that kernels read and write, an entry each. A buffer exists in a call if one of its kernels takes it."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from llcompile.kernels.triton.description import Description
+
+
+class Buffer(NamedTuple):
+    """What kernels hand to one another, results, and what the host makes for them (``first="given"``).
+
+    ``axes`` is also the comment in the templates; "(, K)" is there where decays are per channel, and of two shapes the
+    first is the linear operator's. ``first`` says what the memory holds when the first kernel takes it: anything, 0, or
+    0 where tokens may belong to no sequence.
+    """
+
+    axes: str
+    dtype: Literal["float32", "operand", "int32"] = "float32"
+    first: Literal["anything", "zero", "zero if padded", "given"] = "anything"
+
+
+BUFFERS = {
+    # -- tables of the host --------------------------------------------------------------------------------------------
+    "lengths": Buffer("[S]", "int32", "given"),
+    "offsets": Buffer("[S]", "int32", "given"),
+    "starts": Buffer("[S]", "int32", "given"),
+    "first_chunks": Buffer("[S + 1]", "int32", "given"),
+    "chunk_sequences": Buffer("[N]", "int32", "given"),
+    "served_levels": Buffer("[S, grid_levels]", "int32", "given"),
+    "old_seen": Buffer("[B, T, old_levels]", "int32", "given"),
+    # -- inside chunks -------------------------------------------------------------------------------------------------
+    "query_squares": Buffer("[B, H, N, C, C]"),
+    "key_squares": Buffer("[B, H, N, C, C]"),
+    "inverses": Buffer("[B, H, N, C, C]"),
+    "score_gradients": Buffer("[B, H, N, C, C]"),
+    "mix_gradients": Buffer("[B, H, N, C, C]"),
+    "reader_gradients": Buffer("[B, H, N, C, K]"),
+    "writer_gradients": Buffer("[B, H, N, C, K]"),
+    "head_gradients": Buffer("[B, H, N, C, K]"),
+    "decay_carries": Buffer("[B, H, N, K]"),
+    # -- between chunks ------------------------------------------------------------------------------------------------
+    "states": Buffer("[B, H, N, K, V]"),
+    "totals": Buffer("[2, B, H, N (, K)]"),
+    "transitions": Buffer("[2, B, H, N, K, K]"),
+    "readers": Buffer("[B, H, N, C, K] or [depth, B, H, N // 2, C, K]", "operand"),
+    "passed_gradients": Buffer("[depth, B, H, N // 2, C, K]", "operand"),
+    "reaches": Buffer("[depth, B, H, N // 2 (, K)]"),
+    "reach_gradients": Buffer("[depth, B, H, N // 2 (, K)]"),
+    "state_gradients": Buffer("[B, H, N, K, V]"),
+    "total_gradients": Buffer("[2, B, H, N (, K)]", first="zero"),
+    "transition_gradients": Buffer("[2, B, H, N, K, K]", first="zero"),
+    # -- before the first token and after the last ---------------------------------------------------------------------
+    "initial_states": Buffer("[S, H, K, V]", first="given"),
+    "initial_gradients": Buffer("[S, H, K, V]"),
+    "final_states": Buffer("[S, H, K, V]"),
+    "final_gradients": Buffer("[S, H, K, V]", first="given"),
+    "old_states": Buffer("[S, H, old_levels, K, V]", first="given"),
+    "old_readers": Buffer("[B, H, N, C, K]", "operand"),
+    "old_reaches": Buffer("[B, H, N (, K)]"),
+    "old_gradients": Buffer("[S, H, old_levels, K, V]"),
+    "level_states": Buffer("[S, H, end_levels, K, V]", first="zero"),
+    "level_gradients": Buffer("[S, H, end_levels, K, V]", first="given"),
+    "carries": Buffer("[S, H, 32, K, K]"),
+    # -- results -------------------------------------------------------------------------------------------------------
+    "outputs": Buffer("[B, T, H, V]", "operand", "zero if padded"),
+    "query_gradients": Buffer("[B, T, H, K]", first="zero if padded"),
+    "key_gradients": Buffer("[B, T, H, K]", first="zero if padded"),
+    "value_gradients": Buffer("[B, T, H, V]", first="zero if padded"),
+    "weight_gradients": Buffer("[B, T, H, L]", first="zero"),
+    "decay_gradients": Buffer("[B, T, H (, K)]", first="zero if padded"),
+    "beta_gradients": Buffer("[B, T, H]", first="zero if padded"),
+}
+
+
+@cache
+def axes(name: str, weighted: bool, channel: bool) -> tuple[str, ...]:
+    """The axes of a buffer with level weights or without, with decays per channel or without."""
+    plain, *with_levels = BUFFERS[name].axes.split(" or ")
+    text = (with_levels or [plain])[0] if weighted else plain
+    return tuple(text.strip("[]").replace(" (, K)", ", K" if channel else "").split(", "))
+
+
+class Arguments(dict[str, Any]):
+    """What kernels take, by the names of their parameters; a buffer is allocated when a kernel first takes it.
+
+    ``sizes`` has the axes of :data:`BUFFERS` by name; ``padded`` says that tokens may belong to no sequence.
+    """
+
+    def __init__(self, d: Description, sizes: dict[str, int], padded: bool, device: torch.device) -> None:
+        super().__init__()
+        self.d, self.sizes, self.padded, self.device = d, sizes, padded, device
+
+    def __missing__(self, name: str) -> Tensor:
+        buffer = BUFFERS[name]
+        if buffer.first == "given":
+            raise KeyError(name)
+        shape = [self.sizes[axis] for axis in axes(name, self.d.weighted, self.d.decay == "channel")]
+        dtype = self.d.dtype if buffer.dtype == "operand" else torch.float32
+        zero = buffer.first == "zero" or (buffer.first == "zero if padded" and self.padded)
+        self[name] = x = (torch.zeros if zero else torch.empty)(shape, dtype=dtype, device=self.device)
+        return x

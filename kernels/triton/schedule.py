@@ -1,0 +1,87 @@
+"""The kernels of a call, an entry each: when one is needed, over what it runs, how it is launched.
+
+The template of a kernel has its name; what it takes is said by the signature there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+from llcompile.kernels.triton.description import Description
+
+
+class Entry(NamedTuple):
+    """One kernel.
+
+    ``over`` is what has a program each: a chunk, a pair of blocks (level by level, up the tree or down it), a head of a
+    sequence, or a level of a head's initial state. With ``tiles``, each value tile has a program of its own; other
+    kernels loop over them. It finds in ``changes`` what others have left there and leaves something else: run again, it
+    would not find that. ``launch`` is the widest value tile, the warps and the pipeline stages, chosen so that
+    nothing spills on sm_90 at K, V <= 128; :mod:`.tuning` has the exceptions.
+    """
+
+    over: Literal["chunks", "pairs, up", "pairs, down", "heads", "old levels"]
+    launch: tuple[int, int, int]
+    when: Callable[[Description], bool] = lambda d: True
+    tiles: bool = False
+    changes: tuple[str, ...] = ()
+
+
+# In the order in which they run: what every call computes first, then its output, or its gradients.
+STATES = {
+    "chunk_scores": Entry("chunks", (128, 4, 1), lambda d: d.decay == "channel"),
+    "chunk_inverse": Entry("chunks", (128, 4, 1), lambda d: d.delta),
+    "chunk_state": Entry("chunks", (128, 8, 1), tiles=True),
+    "tree_up": Entry(
+        "pairs, up", (32, 4, 1), lambda d: d.weighted, tiles=True, changes=("states", "totals", "transitions")
+    ),
+    "state_scan": Entry("heads", (16, 4, 2), lambda d: not d.weighted, tiles=True, changes=("states",)),
+}
+OUTPUT = {
+    "output": Entry("chunks", (64, 8, 1), tiles=True),
+    "final_state": Entry("heads", (64, 8, 1), lambda d: d.weighted and d.final_state, tiles=True),
+}
+GRADIENTS = {
+    "read_gradient": Entry("chunks", (64, 8, 1), changes=("weight_gradients",)),
+    "state_gradient": Entry("chunks", (64, 8, 1), tiles=True),
+    "transition_gradient": Entry("chunks", (128, 8, 1), lambda d: d.weighted and d.delta),
+    "old_state_gradient": Entry(
+        "old levels", (64, 8, 1), lambda d: d.weighted and d.initial_state != "none", tiles=True
+    ),
+    "final_state_gradient": Entry(
+        "heads",
+        (32, 8, 1),
+        lambda d: d.weighted and d.final_state,
+        changes=("old_gradients", "state_gradients", "total_gradients", "transition_gradients"),
+    ),
+    "tree_down": Entry("pairs, down", (64, 8, 1), lambda d: d.weighted, changes=("state_gradients", "total_gradients")),
+    "transition_down": Entry(
+        "pairs, down", (64, 8, 1), lambda d: d.weighted and d.delta, changes=("transition_gradients",)
+    ),
+    "scan_gradient": Entry("heads", (16, 4, 2), lambda d: not d.weighted, tiles=True, changes=("state_gradients",)),
+    "chunk_values_gradient": Entry("chunks", (64, 8, 1), changes=("weight_gradients",)),
+    "final_chunk_gradient": Entry(
+        "heads", (64, 8, 1), lambda d: d.weighted and d.final_state, changes=("value_gradients", "writer_gradients")
+    ),
+    "chunk_transition_gradient": Entry("chunks", (64, 8, 1), lambda d: d.delta, changes=("writer_gradients",)),
+    "chunk_reader_gradient": Entry(
+        "chunks", (128, 8, 1), lambda d: d.delta, changes=("head_gradients", "score_gradients")
+    ),
+    "chunk_writer_gradient": Entry("chunks", (128, 8, 1), lambda d: d.delta, changes=("writer_gradients",)),
+    "chunk_delta_gradient": Entry("chunks", (128, 8, 1), lambda d: d.delta, changes=("key_squares", "score_gradients")),
+    "chunk_gradient": Entry("chunks", (128, 8, 1), changes=("decay_carries", "query_gradients")),
+    "chunk_scores_gradient": Entry(
+        "chunks",
+        (128, 8, 1),
+        lambda d: d.decay == "channel",
+        changes=("decay_gradients", "key_gradients", "query_gradients"),
+    ),
+}
+DECODE = {"decode": Entry("heads", (32, 4, 1), tiles=True)}
+KERNELS = {**STATES, **OUTPUT, **GRADIENTS, **DECODE}
+
+
+def kernel_names(d: Description) -> tuple[str, ...]:
+    """The kernels that ``d`` needs, in the order in which they run."""
+    return tuple(name for name, entry in KERNELS.items() if entry.when(d))

@@ -1,1 +1,1 @@
-"""The other ways to mix a sequence: each file names one kind, from the graph alone; identify.py runs their table."""
+"""The other ways to mix a sequence: each file names one kind, from the program alone; identify.py has their table."""

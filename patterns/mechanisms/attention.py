@@ -85,8 +85,8 @@ def _called(facts: Facts, value: Value) -> Attention | None:
     operands = _operands(facts, node_of(value))
     if value.index or len(operands) < 3:
         return None
-    query, key, operand = operands[:3]
-    return Attention(value, value, value, query, key, operand, value)
+    query, key, weighed = operands
+    return Attention(value, value, value, query, key, weighed, value)
 
 
 def _operands(facts: Facts, node: fx.Node) -> list[Value]:

@@ -96,18 +96,18 @@ class Masks:
         kwargs.pop("layout", None)
         if op.name in _SIZED and length > _LONG:
             args, kwargs = mapped(lambda a: _cut(a, length), (args, kwargs))
-        try:
-            return self._run(op, value.index, args, kwargs, _cut(length, length), stride)
-        except (RuntimeError, IndexError, TypeError, ValueError) as error:  # not at this length
-            raise Undecidable from error
+        return self._run(op, value.index, args, kwargs, _cut(length, length), stride)
 
     def _run(self, op: Op, index: int, args: Any, kwargs: Any, length: int, stride: int) -> Any:
         """The operation, with positions that lie apart by the stride."""
         if op.name == "index":  # a mask of padding, read at positions
             args = (args[0], [_inside(i, size, stride) for i, size in zip(args[1], args[0].shape, strict=False)])
-        if op.is_random:  # dropout that keeps everything
-            return torch.ones_like(args[0])
-        result = op.target(*args, **kwargs)
+        if op.name == "native_dropout" and index == 0:
+            return args[0]
+        try:  # draws are those of a dropout that keeps everything
+            result = torch.ones_like(args[0]) if op.is_random else op.target(*args, **kwargs)
+        except Exception as error:  # the user's operation, at another length
+            raise Undecidable from error
         result = result[index] if isinstance(result, (tuple, list)) else result
         if op.name == "arange" and result.numel() == length:
             return result * stride
@@ -206,7 +206,7 @@ def _band(seen: Tensor) -> int | None:
     length = len(seen)
     width = int(seen[-1].sum())
     band = torch.ones_like(seen).tril() & ~torch.ones_like(seen).tril(-width)
-    if width == length or not torch.equal(seen.tril(), band):
+    if width in (0, length) or not torch.equal(seen.tril(), band):
         return None
     if not bool(seen.triu(1).any()):
         return width

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from llcompile.patterns.graph.walk import walk
-from llcompile.patterns.structure.axes import Axis, Dim
+from llcompile.patterns.structure.axes import Axis
 from llcompile.patterns.structure.follow import WEIGHTED, Followed
 from llcompile.patterns.structure.program import Op, Program, Value
 
@@ -29,16 +29,13 @@ class Times:
 
     def __init__(self, program: Program, followed: Followed, activations: set[Value]) -> None:
         self.followed = followed
-        self.dims: set[Dim] = set()
+        self.axes: set[Axis] = set()
         for value in program.inputs:
             if value in activations and value in followed.axes:
-                self._add(self._root(value))
+                self.axes.add(followed.dims.leaves(self._root(value)))
         for op in program.ops:
             if op.name in _CUTS:
                 self._carry(op)
-
-    def _add(self, axis: Axis) -> None:
-        self.dims.update(self.followed.dims.leaves(axis))
 
     def _root(self, value: Value) -> Axis:
         """Of token numbers and masks [B, T], of embeddings [B, T, D]; of anything else time may be any axis."""
@@ -68,12 +65,11 @@ class Times:
                 if len(made.shape) == len(value.shape):
                     for axis, new in zip(self.followed.axes[value], self.followed.axes[made], strict=True):
                         if self.is_time(axis):
-                            self._add(new)
+                            self.axes.add(self.followed.dims.leaves(new))
 
     def is_time(self, axis: Axis) -> bool:
-        """Whether positions along an axis are positions in time, and nothing else."""
-        leaves = self.followed.dims.leaves(axis)
-        return bool(leaves) and self.dims.issuperset(leaves)
+        """Whether positions along an axis are those in time: all of them, and nothing else."""
+        return bool(axis) and self.followed.dims.leaves(axis) in self.axes
 
     def along(self, value: Value, dim: int) -> bool:
         """Whether a value has time as its axis with this number."""

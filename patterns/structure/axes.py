@@ -173,7 +173,7 @@ class Dims:
                         return None
                     leaves[:0] = self.leaves((leaf,))
                     continue
-                if room % leaf.size:
+                if not leaf.size or room % leaf.size:
                     return None
                 taken.append(leaf)
                 room //= leaf.size

@@ -88,7 +88,7 @@ class TimeAnalysis(Frame):
         if not found:
             return "timeless" if timeless else "pieces"
         # Whole, though perhaps cut into chunks: [B, N, C, ...].
-        return "sequence" if Counter(found) == Counter(self.leaves) else "pieces"
+        return "sequence" if len(found) == len(self.leaves) and {*found} >= {*self.leaves} else "pieces"
 
     def mixes_time(self, op: Op) -> bool:
         """Whether the operation mixes positions of time."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,12 +14,12 @@ from llcompile.patterns.records import Certificate
 from llcompile.patterns.structure.axes import Dim
 from llcompile.patterns.structure.classify import Rejection
 from llcompile.patterns.structure.hypothesis import Hypothesis
-from llcompile.patterns.structure.lifted import sample_of
+from llcompile.patterns.structure.lifted import Lifted, sample_of
 from llcompile.patterns.structure.nested import mapped
 from llcompile.patterns.structure.problem import Problem
 from llcompile.patterns.structure.program import Value
 
-# By the fingerprint: a hypothesis of live-ins and dims by number with its certificate, or why it is none.
+# By the fingerprint: a hypothesis of live-ins and dims by name with its certificate, or why it is none.
 _answers: dict[Any, tuple[Hypothesis, Certificate] | Rejection] = {}
 
 
@@ -64,8 +64,7 @@ def recall(key: Any, problem: Problem) -> tuple[Hypothesis, Certificate] | None:
     if answer is None:
         return None
     hypothesis, certificate = answer
-    dims = list(_numbers(problem))
-    found = _mapped(hypothesis, problem.subgraph.live_ins.__getitem__, dims.__getitem__)
+    found = _renamed(hypothesis, {name: thing for thing, name in _names(problem).items()})
     return replace(found, layouts=problem.layouts, result=problem.result), certificate
 
 
@@ -76,33 +75,26 @@ def is_lasting(rejection: Rejection) -> bool:
 
 
 def remember(key: Any, problem: Problem, found: tuple[Hypothesis, Certificate] | Rejection) -> None:
-    """Keeps an answer, without the problem's own objects: live-ins and dims by number."""
+    """Keeps an answer, without the problem's own objects: live-ins and dims by name."""
     if isinstance(found, Rejection):
         _answers[key] = Rejection(found.given, found.near, found.open)
         return
     hypothesis, certificate = found
-    places = {live_in: i for i, live_in in enumerate(problem.subgraph.live_ins)}
-    numbered = _mapped(hypothesis, places.__getitem__, _numbers(problem).__getitem__)
-    _answers[key] = replace(numbered, layouts={}, result=()), certificate
+    _answers[key] = replace(_renamed(hypothesis, _names(problem)), layouts={}, result=()), certificate
 
 
-def _mapped(hypothesis: Hypothesis, live_in: Callable[[Any], Any], dim: Callable[[Any], Any]) -> Hypothesis:
-    """The hypothesis with other live-ins and dims."""
-    one = lambda s: None if s is None else live_in(s)  # noqa: E731
-    axes = {name: tuple(map(dim, axis)) for name, axis in vars(hypothesis.axes).items()}
-    return replace(
-        hypothesis,
-        axes=replace(hypothesis.axes, **axes),
-        query=live_in(hypothesis.query),
-        key=live_in(hypothesis.key),
-        value=one(hypothesis.value),
-        factors=tuple((live_in(s), how) for s, how in hypothesis.factors),
-        decay=one(hypothesis.decay),
-        beta=one(hypothesis.beta),
-        post=tuple((live_in(s), how) for s, how in hypothesis.post),
-        first=one(hypothesis.first),
-        skip=None if hypothesis.skip is None else tuple(map(live_in, hypothesis.skip)),
-    )
+def _names(problem: Problem) -> dict[Any, str]:
+    """A name for each live-in and dim, the same one in every problem with this fingerprint."""
+    return {thing: f"#{number}" for number, thing in enumerate([*problem.subgraph.live_ins, *_numbers(problem)])}
+
+
+def _renamed(hypothesis: Hypothesis, table: Mapping[Any, Any]) -> Hypothesis:
+    """The hypothesis with other things in the places of live-ins and dims."""
+    own = (Dim, Value, Lifted)
+    other = lambda thing: table[thing] if thing in table or isinstance(thing, own) else thing  # noqa: E731
+    found = {name: mapped(other, given) for name, given in vars(hypothesis).items()}
+    axes = {name: mapped(other, axis) for name, axis in vars(hypothesis.axes).items()}
+    return replace(hypothesis, **{**found, "axes": replace(hypothesis.axes, **axes)})
 
 
 def _numbers(problem: Problem) -> dict[Dim, int]:

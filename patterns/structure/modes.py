@@ -5,6 +5,7 @@ Dynamo writes `torch.no_grad()` and `torch.autocast()` into its graph as calls t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -61,26 +62,11 @@ def is_function(node: fx.Node) -> bool:
     return node.op == "call_function" and getattr(node.target, "__name__", "") == "autograd_function_apply"
 
 
-def _grad(now: Mode, args: tuple[Any, ...]) -> Mode:
-    return now._replace(grad=bool(args[0]))
-
-
-def _inference(now: Mode, args: tuple[Any, ...]) -> Mode:
-    return now._replace(grad=now.grad and not args[0])
-
-
-def _autocast(now: Mode, args: tuple[Any, ...]) -> Mode:
-    return now._replace(autocast=tuple(args))
-
-
-def _leave(now: Mode, args: tuple[Any, ...]) -> Mode:
-    return now
-
-
-_SWITCHES: dict[Any, Any] = {
-    torch._C._set_grad_enabled: _grad,
-    torch.autograd.grad_mode._enter_inference_mode: _inference,
-    torch.autograd.grad_mode._exit_inference_mode: _leave,
-    torch.amp.autocast_mode._enter_autocast: _autocast,
-    torch.amp.autocast_mode._exit_autocast: _leave,
+# What switches a mode -> the mode that comes after it, from the one before and the call's arguments.
+_SWITCHES: dict[Any, Callable[[Mode, tuple[Any, ...]], Mode]] = {
+    torch._C._set_grad_enabled: lambda now, args: now._replace(grad=bool(args[0])),
+    torch.autograd.grad_mode._enter_inference_mode: lambda now, args: now._replace(grad=now.grad and not args[0]),
+    torch.autograd.grad_mode._exit_inference_mode: lambda now, args: now,
+    torch.amp.autocast_mode._enter_autocast: lambda now, args: now._replace(autocast=tuple(args)),
+    torch.amp.autocast_mode._exit_autocast: lambda now, args: now,
 }

@@ -232,14 +232,6 @@ def symbolic(node: fx.Node) -> list[tuple[fx.Node, Any]]:
 _Rule = Callable[[Op, Sequence[str]], str]
 
 
-def _same(op: Op, kinds: Sequence[str]) -> str:
-    return kinds[0]
-
-
-def _fill(op: Op, kinds: Sequence[str]) -> str:
-    return NUMBER
-
-
 def _kinds(kinds: Sequence[str]) -> set[str]:
     return set(kinds) - {NUMBER}
 
@@ -337,14 +329,6 @@ def _power(op: Op, kinds: Sequence[str]) -> str:
     return _exponential(op, kinds[1:])
 
 
-def _running(op: Op, kinds: Sequence[str]) -> str:
-    return LINE if kinds[0] == NUMBER else UNKNOWN
-
-
-def _plain(op: Op, kinds: Sequence[str]) -> str:
-    return kinds[0] if kinds[0] in (NUMBER, MASK) else UNKNOWN
-
-
 def _cast(op: Op, kinds: Sequence[str]) -> str:
     """Another dtype; whole numbers of what is none, and truth values of what has more than two, are steps."""
     dtype, given = op.outputs[0].dtype, op.inputs[0].dtype
@@ -362,8 +346,11 @@ def _cut(op: Op, kinds: Sequence[str]) -> str:
 
 
 _RULES: Mapping[str, _Rule] = {
-    **dict.fromkeys([*MOVES, "detach", "neg", "lift_fresh_copy"], _same),
-    **dict.fromkeys(["ones", "zeros", "full", "scalar_tensor", "new_zeros", "new_ones", "new_full", "empty"], _fill),
+    **dict.fromkeys([*MOVES, "detach", "neg", "lift_fresh_copy"], lambda op, kinds: kinds[0]),
+    **dict.fromkeys(
+        ["ones", "zeros", "full", "scalar_tensor", "new_zeros", "new_ones", "new_full", "empty"],
+        lambda op, kinds: NUMBER,
+    ),
     **dict.fromkeys(["add", "sub", "rsub"], _sum),
     **dict.fromkeys(["lt", "le", "gt", "ge", "eq", "ne"], _comparison),
     **dict.fromkeys(
@@ -373,13 +360,13 @@ _RULES: Mapping[str, _Rule] = {
     **dict.fromkeys(["tril", "triu"], _triangle),
     **dict.fromkeys(["clamp", "clamp_min", "clamp_max", "relu", "abs"], _bound),
     **dict.fromkeys(["exp", "exp2"], _exponential),
-    **dict.fromkeys(["log", "sqrt", "sigmoid"], _plain),
+    **dict.fromkeys(["log", "sqrt", "sigmoid"], lambda op, kinds: kinds[0] if kinds[0] in (NUMBER, MASK) else UNKNOWN),
     "_to_copy": _cast,
     "arange": _range,
     "mul": _product,
     "div": _quotient,
     "pow": _power,
-    "cumsum": _running,
+    "cumsum": lambda op, kinds: LINE if kinds[0] == NUMBER else UNKNOWN,
     "slice": _cut,
     "eye": lambda op, kinds: MASK,
 }

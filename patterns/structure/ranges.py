@@ -71,16 +71,8 @@ def _times(a: float, b: float) -> float:
     return 0.0 if a == 0 or b == 0 else a * b
 
 
-def _add(op: Op, r: list[Range]) -> Range:
-    return r[0][0] + r[1][0], r[0][1] + r[1][1]
-
-
-def _sub(op: Op, r: list[Range]) -> Range:
-    return r[0][0] - r[1][1], r[0][1] - r[1][0]
-
-
-def _rsub(op: Op, r: list[Range]) -> Range:
-    return _sub(op, [r[1], r[0]])
+def _difference(a: Range, b: Range) -> Range:
+    return a[0] - b[1], a[1] - b[0]
 
 
 def _mul(op: Op, r: list[Range]) -> Range:
@@ -158,18 +150,6 @@ def _fixed(low: float, high: float) -> Callable[[Op, list[Range]], Range]:
     return lambda op, r: (low, high)
 
 
-def _same(op: Op, r: list[Range]) -> Range:
-    return r[0]
-
-
-def _or_zero(op: Op, r: list[Range]) -> Range:
-    return hull((r[0], (0.0, 0.0)))
-
-
-def _neg(op: Op, r: list[Range]) -> Range:
-    return -r[0][1], -r[0][0]
-
-
 def _full(op: Op, r: list[Range]) -> Range:
     value = op.args[1] if len(op.args) > 1 else None
     return (float(value), float(value)) if isinstance(value, (int, float)) else REALS
@@ -213,13 +193,13 @@ def _product(op: Op, r: list[Range]) -> Range:
 
 _SAME = SHAPES | names("detach repeat cat stack index index_select flip roll mean amax amin lift_fresh_copy diagonal")
 _RULES: dict[str, Callable[[Op, list[Range]], Range]] = {
-    **dict.fromkeys(_SAME, _same),
-    "add": _add,
-    "sub": _sub,
-    "rsub": _rsub,
+    **dict.fromkeys(_SAME, lambda op, r: r[0]),
+    "add": lambda op, r: (r[0][0] + r[1][0], r[0][1] + r[1][1]),
+    "sub": lambda op, r: _difference(r[0], r[1]),
+    "rsub": lambda op, r: _difference(r[1], r[0]),
     "mul": _mul,
     "div": _div,
-    "neg": _neg,
+    "neg": lambda op, r: (-r[0][1], -r[0][0]),
     "exp": _monotone(_exp),
     "exp2": _monotone(lambda x: _exp(x * math.log(2))),
     "log": _monotone(_log),
@@ -257,8 +237,7 @@ _RULES: dict[str, Callable[[Op, list[Range]], Range]] = {
     "linalg_vector_norm": _fixed(0.0, _INF),
     "where": lambda op, r: hull(r[1:3]),
     "masked_fill": lambda op, r: hull((r[0], r[-1])),
-    "tril": _or_zero,
-    "triu": _or_zero,
+    **dict.fromkeys(["tril", "triu"], lambda op, r: hull((r[0], (0.0, 0.0)))),
     "maximum": _clamp_min,
     "minimum": _clamp_max,
     "full": _full,

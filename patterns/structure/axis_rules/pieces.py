@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from llcompile.patterns.boundary import NotKnown
 from llcompile.patterns.structure.axes import Axes, Axis
 from llcompile.patterns.structure.axis_rules.call import Call, Rules, pin, size_of
 from llcompile.patterns.structure.program import Value
@@ -49,6 +50,8 @@ def _cat(c: Call) -> list[Axes]:
     rank = len(c.op.outputs[0].shape)
     d = c.dim(rank=rank)
     tensors = [v for v in c.op.inputs if v.shape != (0,) and v.shape[d] > 0]
+    if not tensors:
+        raise NotKnown("nothing is put together")
     axes: list[Axis] = [()] * rank
     for value in tensors:
         axes = [

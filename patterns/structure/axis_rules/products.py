@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from llcompile.patterns.boundary import NotKnown
 from llcompile.patterns.structure.axes import Axes
 from llcompile.patterns.structure.axis_rules.call import Call, Rules
 
@@ -35,6 +36,8 @@ def _added_matmul(c: Call) -> list[Axes]:
 def _solve(c: Call) -> list[Axes]:
     operands = (c.arg("A") if c.arg("A") is not None else c.arg("self"), c.arg("B"))
     matrix, right = (c.axes[value] for value in operands)
+    if len(right) < 2:
+        raise NotKnown("solved for a vector")
     c.dims.same(matrix[-1], matrix[-2])
     c.pair(matrix[-1], right[-2])
     for a, b in zip(matrix[:-2], right[:-2], strict=False):

@@ -40,13 +40,13 @@ class RememberedPart:
 
     Args:
         output: where its result is computed.
-        rows: the axes of that, with dims of their own.
+        axes: the axes of that, with dims of their own.
         batch, time, heads: the dims of these axes.
         values: where the operand that it is linear in is computed, or one of those that it is made of.
     """
 
     output: Spot
-    rows: tuple[Axis, ...]
+    axes: tuple[Axis, ...]
     batch: Axis
     time: Axis
     heads: Axis
@@ -129,7 +129,7 @@ def remember(candidate: GraphCandidate) -> Remembered | None:
 
 def _part_place(spots: Spots, found: Found) -> RememberedPart:
     dims: dict[int, Dim] = {}
-    copied = lambda row: tuple(dims.setdefault(id(a), Dim(a.size)) for a in row)  # noqa: E731
+    copied = lambda axis: tuple(dims.setdefault(id(a), Dim(a.size)) for a in axis)  # noqa: E731
     hypothesis = found.hypothesis
     axes, result = hypothesis.axes, hypothesis.result
     if not {*axes.batch, *axes.heads} <= {dim for row in result for dim in row}:
@@ -139,7 +139,7 @@ def _part_place(spots: Spots, found: Found) -> RememberedPart:
     stack = stack_of(found.anchor)
     return RememberedPart(
         spots.of(found.anchor, stack[-1] if stack else None),
-        tuple(copied(row) for row in result),
+        tuple(copied(axis) for axis in result),
         copied(axes.batch),
         copied(axes.time),
         copied(axes.heads),
@@ -239,14 +239,14 @@ def _find(spots: Spots, call: Call | None, place: Remembered) -> tuple[list[Toke
 def _sizes(place: RememberedPart, node: fx.Node) -> dict[int, int] | None:
     """The size of each dim in a tensor of one token; None where the tensor's shape is another one."""
     value = node.meta.get("example_value")
-    if not isinstance(value, torch.Tensor) or value.dim() != len(place.rows):
+    if not isinstance(value, torch.Tensor) or value.dim() != len(place.axes):
         return None
     sizes: dict[int, int] = {}
-    for row, size in zip(place.rows, (size_hint(n) for n in value.shape), strict=True):
-        sizes.update((id(dim), dim.size) for dim in row)
-        sizes.update((id(dim), 1) for dim in row if dim in place.time)
-        free = next((dim for dim in row if dim in place.batch), None)
-        others = math.prod(sizes[id(dim)] for dim in row if dim is not free)
+    for axis, size in zip(place.axes, (size_hint(n) for n in value.shape), strict=True):
+        sizes.update((id(dim), dim.size) for dim in axis)
+        sizes.update((id(dim), 1) for dim in axis if dim in place.time)
+        free = next((dim for dim in axis if dim in place.batch), None)
+        others = math.prod(sizes[id(dim)] for dim in axis if dim is not free)
         if size is None or size % others or (free is None and size != others):
             return None
         if free is not None:

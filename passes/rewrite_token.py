@@ -46,7 +46,7 @@ def _weigh(part: TokenPart, output: fx.Proxy, weights: Any) -> Any:
     place = part.place
     first = weights[..., 0].unsqueeze(-1).to(part.output.meta["example_value"].dtype)
     groups: list[Axis] = [place.batch, (), place.heads, ()]
-    return output * arrange(first, groups, place.rows, _size_of(part, output))
+    return output * arrange(first, groups, place.axes, _size_of(part, output))
 
 
 def _empty(part: TokenPart, output: fx.Proxy) -> fx.Proxy:
@@ -57,7 +57,7 @@ def _empty(part: TokenPart, output: fx.Proxy) -> fx.Proxy:
 
 def _size_of(part: TokenPart, output: fx.Proxy) -> Callable[[Dim], Any]:
     """The size of a dim; the batch's is read off the output, where it may vary."""
-    rows, batch, shape = part.place.rows, part.place.batch, part.output.meta["example_value"].shape
-    alone = [(position, row[0]) for position, row in enumerate(rows) if len(row) == 1 and row[0] in batch]
+    axes, batch, shape = part.place.axes, part.place.batch, part.output.meta["example_value"].shape
+    alone = [(position, axis[0]) for position, axis in enumerate(axes) if len(axis) == 1 and axis[0] in batch]
     varying = {id(dim): output.size(position) for position, dim in alone if isinstance(shape[position], torch.SymInt)}
     return lambda dim: varying.get(id(dim), part.sizes[id(dim)])

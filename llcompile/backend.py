@@ -6,18 +6,16 @@ import functools
 import json
 import logging
 import threading
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
-from torch import fx, nn
+from torch import fx
 
 from llcompile import driver
-from llcompile.errors import LateAttachWarning, LLCompileError, StateAdoptedWarning, WrappedBackendError
+from llcompile.errors import LLCompileError, WrappedBackendError
 from llcompile.integrations import versions
 from llcompile.options import Options
 from llcompile.passes import pipeline, states
-from llcompile.passes.candidate import Candidate
 from llcompile.passes.session import Session
 from llcompile.patterns.known import capture
 from llcompile.report import Report
@@ -33,9 +31,10 @@ from llcompile.torch_internals.trace import (
     trace_note,
     without_traces_of_transforms,
 )
-from llcompile.weights import adapters, attachment, checkpoint, fresh, missed, ours
+from llcompile.weights import adapters, checkpoint, first_call, fresh, missed, ours
 from llcompile.weights.ignored import runs_levels, warn_if_switched_off
 from llcompile.weights.ours import Late
+from llcompile.weights.use import noting_use, read_by
 
 log = logging.getLogger("llcompile")
 
@@ -97,25 +96,32 @@ def _rewrite(module: fx.GraphModule, parsed: Options) -> Callable[[Callable[...,
         warn_if_switched_off(candidate.owner for candidate in session.candidates)
     else:
         missed.check(session, parsed.on_miss)
-    adapters.warn_if_frozen(_read(session), graph_inputs(module.graph))
-    broken = driver.give_up_opaque(session)
-    adopted = states.adopt(session)
-    if session.attached:
-        _warn_late(session)
-        forget_others({type(owner) for owner, _ in session.attached}, runs_levels)
-    if adopted:
-        _warn_adopted(adopted)
-    if session.attached or broken or adopted:
-        # Traced once more, so that Dynamo itself sees the new modules (their guards, hooks and states).
-        restart_trace("level weights were attached, states got levels, or a declined call must run by itself")
+    adapters.warn_if_frozen(read_by(session), graph_inputs(module.graph))
+    _settle(session)
     pipeline.change(session)
+    _tell(report, module)
+    note_trace("rewritten", True)
+    return noting_use(session)
+
+
+def _settle(session: Session) -> None:
+    """Has Dynamo trace once more where it must see for itself what is new: modules with their guards and hooks, states,
+    or a call that runs by itself."""
+    broken, adopted = driver.give_up_opaque(session), states.adopt(session)
+    first_call.warn_attached(session)
+    first_call.warn_adopted(adopted)
+    if session.attached:
+        forget_others({type(owner) for owner, _ in session.attached}, runs_levels)
+    if session.attached or broken or adopted:
+        restart_trace("level weights were attached, states got levels, or a declined call must run by itself")
+
+
+def _tell(report: Report, module: fx.GraphModule) -> None:
+    """Keeps the report, and writes it and the rewritten graph where torch's logs and traces are asked for."""
     _last.report = report
     log.info("%s", report)
     logs.artifact("loglinear_report", lambda: json.dumps(report.to_dict(), default=str), "json")
     logs.artifact("loglinear_graph", lambda: module.print_readable(print_output=False))
-    positions = _weight_positions(session)
-    note_trace("rewritten", True)
-    return functools.partial(_marking_use, positions=positions)
 
 
 loglinear._llcompile = True  # type: ignore[attr-defined]
@@ -168,69 +174,6 @@ def _rewrite_whole(module: fx.GraphModule, backend: Any) -> Callable[[Callable[.
 def prepare() -> None:
     """Makes the known functions of the libraries imported so far leaves; called whenever torch.compile asks for us."""
     capture.install(ours.is_ours, ours.levels_of_trace)
-
-
-def _warn_late(session: Session) -> None:
-    new = {(id(owner), name) for owner, name in session.attached}
-    modules = _modules(s for s in session.candidates if (id(s.owner), s.attribute) in new)
-    warnings.warn(
-        f"level weights were attached to {len(new)} mixers ({_few(modules)}) at the first compiled call: an optimizer "
-        "built earlier does not include them. Call llcompile.convert(model, *example_inputs) before you build the "
-        "optimizer.",
-        LateAttachWarning,
-        stacklevel=2,
-    )
-
-
-def _warn_adopted(candidates: Sequence[Candidate]) -> None:
-    modules = _modules(candidates)
-    warnings.warn(
-        f"the states of {len(modules)} mixers ({_few(modules)}) come from the unconverted model. Each was imported as "
-        "a single level, the last one, and positions count from here. To have levels for the past, prefill again "
-        "through the compiled model.",
-        StateAdoptedWarning,
-        stacklevel=2,
-    )
-
-
-def _modules(candidates: Iterable[Candidate]) -> list[str]:
-    """The names of the candidates' modules, each once."""
-    return list(dict.fromkeys(candidate.module for candidate in candidates))
-
-
-def _few(modules: list[str]) -> str:
-    return ", ".join(modules[:3]) + ", ..." * (len(modules) > 3)
-
-
-def _read(session: Session) -> list[tuple[nn.Module, str]]:
-    """The owners whose level weights the graph reads, and the names of those."""
-    candidates = [s for s in session.candidates if s.open and s.level_weights is not None]
-    return [(s.owner, s.attribute) for s in candidates if s.owner is not None]
-
-
-def _weight_positions(session: Session) -> list[int]:
-    """Which of the graph's inputs are tensors of level weights."""
-    ours = {key for owner, name in _read(session) for key in attachment.ids(owner, name)}
-    return [i for i, value in enumerate(graph_inputs(session.graph)) if id(value) in ours]
-
-
-def _marking_use(compiled: Callable[..., Any], positions: list[int]) -> Callable[..., Any]:
-    """Notes at each call which level weights had their part in it (see `attachment.warn_if_ignored`).
-
-    By the tensors that come in, because one graph may serve many layers.
-    """
-    if not positions:
-        return compiled
-
-    def run(*args: Any) -> Any:
-        # A compiled function with `_boxed_call` takes one list of its inputs, and the inputs one by one as well.
-        given = args[0] if len(args) == 1 and isinstance(args[0], list) else args
-        attachment.mark_used(given[i] for i in positions)
-        return compiled(*args)
-
-    if hasattr(compiled, "_boxed_call"):
-        run._boxed_call = compiled._boxed_call  # type: ignore[attr-defined]
-    return run
 
 
 compile_check.install(loglinear, Options.parse, prepare)

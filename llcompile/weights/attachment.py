@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,12 +16,13 @@ from llcompile.torch_internals.backends import backend_below
 from llcompile.torch_internals.owner_input import ModuleCall
 from llcompile.torch_internals.trace import leave_out
 from llcompile.weights import eager_states, made_before
-from llcompile.weights.held import copies, held, inside, values
+from llcompile.weights.held import held, inside, values
 from llcompile.weights.ignored import runs_levels, warn_ignored
 from llcompile.weights.level_kinds import compute_dtype, level_weights_function
 from llcompile.weights.level_weights import LevelWeights
 from llcompile.weights.optimizer_watch import watch
 from llcompile.weights.ours import is_ours
+from llcompile.weights.use import forget_use, is_used
 from llcompile.weights.withheld import forget_withheld
 
 
@@ -118,15 +119,6 @@ def function(weights: LevelWeights, dtype: torch.dtype) -> Callable[..., Any]:
     return level_weights_function(weights.kind, weights.heads, weights.levels, compute_dtype(dtype, *dtypes))
 
 
-# id of each tensor of level weights that a compiled graph read since `expect_use` last looked at its owner.
-_used: set[int] = set()
-
-
-def mark_used(tensors: Iterable[torch.Tensor]) -> None:
-    """Notes that a compiled graph reads these tensors of level weights."""
-    _used.update(map(id, tensors))
-
-
 def expect_use(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook: from here on, a compiled graph that reads the level weights marks them as used.
 
@@ -134,8 +126,7 @@ def expect_use(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     the input is kept until the call ends, for a graph that begins after a graph break inside of the module.
     """
     if not torch.compiler.is_dynamo_compiling():
-        _forget_use(owner)
-        _keep_input(owner, ModuleCall(args, kwargs))
+        _call_begins(owner, ModuleCall(args, kwargs))
     elif _compiles_for_us():
         for name, child in owner._modules.items():
             if child is not None and inside(name, child) is not None:
@@ -146,9 +137,9 @@ def expect_use(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 @torch.compiler.disable
-def _forget_use(owner: nn.Module) -> None:
-    for name in owner._modules:
-        _used.difference_update(ids(owner, name))
+def _call_begins(owner: nn.Module, call: ModuleCall) -> None:
+    forget_use(owner)
+    _keep_input(owner, call)
 
 
 @torch.compiler.disable
@@ -177,7 +168,7 @@ for _hook in (expect_use, warn_if_ignored):
 @torch.compiler.disable
 def _warn_if_unused(owner: nn.Module, output: Any) -> None:
     all_held = list(held(owner))
-    unused = [weights for name, weights in all_held if _used.isdisjoint(ids(owner, name))]
+    unused = [weights for name, weights in all_held if not is_used(owner, name)]
     if not unused:
         return
     if output is None and sys.exc_info()[1] is not None:
@@ -201,11 +192,6 @@ def _is_compiled_by_us() -> bool:
     """Whether this call is part of one that torch.compile runs for our backend, with level weights."""
     backend, keywords = backend_below()
     return runs_levels(backend) and (keywords.get("options") or {}).get("level_weights") != "none"
-
-
-def ids(owner: nn.Module, name: str) -> list[int]:
-    """The ids of the tensors of the level weights that a module has under a name."""
-    return [id(tensor) for weights in copies(name, owner._modules[name]) for _, tensor in weights.tensors()]
 
 
 @torch._dynamo.assume_constant_result

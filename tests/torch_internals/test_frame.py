@@ -23,10 +23,9 @@ pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def test_current_translator_and_output() -> None:
-    ask, answers = asked_while_traced(lambda: (current_translator(), current_output()))
-    (at_the_end,) = ask_of_graphs(
-        lambda _: (current_translator(), current_output()), lambda x: x + ask(), torch.ones(3)
-    )
+    both = lambda *_: (current_translator(), current_output())  # noqa: E731
+    ask, answers = asked_while_traced(both)
+    (at_the_end,) = ask_of_graphs(both, lambda x: x + ask(), torch.ones(3))
     for translator, output in (*answers, at_the_end):
         assert isinstance(translator, InstructionTranslator)
         assert isinstance(output, OutputGraph)
@@ -64,7 +63,7 @@ def test_kept_for_the_trace() -> None:
 
 
 def test_modules_of_frame() -> None:
-    """In an argument, a container, a method, a partial and a cell; not those that only other objects hold."""
+    """In an argument, a container and a cell; not those that only other objects hold."""
     free, hidden = Scale(), SimpleNamespace(module=Scale())
 
     def function(x: torch.Tensor, given: nn.Module, several: list[nn.Module]) -> torch.Tensor:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from llcompile.kernels.grid import Grid
 from llcompile.kernels.operands import Operands
-from llcompile.kernels.state import is_level_state, linear_state, merge, merge_grad, pack_state
+from llcompile.kernels.state import in_levels, is_level_state, linear_state, merge, pack_state
 
 
 class Layout:
@@ -69,17 +73,7 @@ class Layout:
 
     def _old_grad(self, d: Tensor) -> Tensor:
         """Gradient of the initial state from that of :meth:`_old_states`."""
-        s = self.x.initial_state
-        assert s is not None
-        d = self._unfold_state(d)
-        if not is_level_state(s):
-            return d[:, :, 0]
-        if self.levels is None:
-            d = d.expand(-1, -1, s.shape[2] - 1, -1, -1)
-        else:
-            assert self.grid.position is not None
-            d = merge_grad(d, self.grid.position)
-        return torch.cat([torch.zeros_like(d[:, :, :1]), d], 2)
+        return self._initial_grad(Layout._old_states, d)
 
     def _slots(self) -> Tensor:
         """Where the states of an end point go: user's level ``[B, levels of the grid (+ old levels)]``."""
@@ -120,29 +114,25 @@ class Layout:
 
     def unchanged_state(self) -> Tensor:
         """The final state of rows without tokens: the initial one, in the operator's kind."""
-        s, middle = self.x.initial_state, () if self.levels is None else (1 + self.levels,)
-        shape = (self.batch, self.heads, *middle, self.key_dim, self.value_dim)
+        s = self.x.initial_state
         if s is None:
+            middle = () if self.levels is None else (1 + self.levels,)
+            shape = (self.batch, self.heads, *middle, self.key_dim, self.value_dim)
             return self.x.v.new_zeros(shape, dtype=self.dtype)
-        s = s.to(self.dtype)
+        s = in_levels(s.to(self.dtype), self.levels)
         if self.levels is None:
-            return linear_state(s).clone()
-        if is_level_state(s):  # a position has no gradient
-            return torch.cat([s[:, :, :1].detach(), s[:, :, 1:]], 2)
-        out = s.new_zeros(shape)
-        out[:, :, -1] = s
-        return out
+            return s.clone()
+        return torch.cat([s[:, :, :1].detach(), s[:, :, 1:]], 2)  # a position has no gradient
 
     def unchanged_state_grad(self, d: Tensor) -> Tensor:
-        """Adjoint of :meth:`unchanged_state`."""
-        s = self.x.initial_state
-        assert s is not None
-        if self.levels is None and is_level_state(s):
-            d = d[:, :, None].expand(-1, -1, s.shape[2] - 1, -1, -1)
-            return torch.cat([torch.zeros_like(d[:, :, :1]), d], 2)
-        if self.levels is not None and not is_level_state(s):
-            return d[:, :, -1]
-        if is_level_state(s):
-            d = d.clone()
-            d[:, :, 0] = 0
-        return d
+        """Gradient of the initial state from that of :meth:`unchanged_state`."""
+        return self._initial_grad(Layout.unchanged_state, d)
+
+    def _initial_grad(self, function: Callable[[Layout], Any], d: Tensor) -> Tensor:
+        """Gradient of the initial state from that of a function of it; an operator runs with autograd off."""
+        assert self.x.initial_state is not None
+        with torch.inference_mode(False), torch.enable_grad():
+            state = self.x.initial_state.detach().requires_grad_()
+            other = copy.copy(self)
+            other.x = self.x._replace(initial_state=state)
+            return torch.autograd.grad(function(other), state, d)[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,6 +31,11 @@ class Operands(NamedTuple):
     initial_state: Tensor | None
     lengths: Tensor | None = None
     starts: Tensor | None = None
+
+    def map_tokens(self, f: Callable[[Tensor], Tensor]) -> Operands:
+        """With ``f`` applied to each operand that has tokens ``[B, T, ...]``; a decay per head ``[H]`` has none."""
+        mapped = (t if t is None or t.dim() < 3 else f(t) for t in self[:6])
+        return Operands(*mapped, *self[6:])  # type: ignore[call-arg, arg-type]
 
     @property
     def rows(self) -> int:

@@ -73,26 +73,30 @@ def linear_state(state: Tensor) -> Tensor:
     return level_states(state).sum(2) if is_level_state(state) else state
 
 
+def in_levels(state: Tensor, levels: int | None) -> Tensor:
+    """``state`` of the kind that an operator of ``levels`` (None: linear) keeps, sharing memory where it is that kind.
+
+    A linear state is one bucket of the last level, and positions count from 0.
+    """
+    if levels is None:
+        return linear_state(state)
+    if is_level_state(state):
+        return state
+    last = state[:, :, None]
+    return torch.cat([last.new_zeros(*state.shape[:2], levels, *state.shape[2:]), last], 2)
+
+
 def merge(states: Tensor, position: Tensor) -> Tensor:
-    """Make room for the token at ``position [B]``: levels below the one that fills up empty into it."""
-    index, full = _filling(states, position)
-    below, at = index < full, index == full
+    """Make room for the token at ``position [B]``: levels below the one that fills up empty into it.
+
+    The states are ``[B, H, L, K, V]``. At position 0 level 0 fills up, and nothing moves.
+    """
+    last = states.shape[2] - 1
+    full = (trailing_zeros(position) + 1).clamp(max=last)[:, None, None, None, None]
+    index = torch.arange(last + 1, device=states.device)[:, None, None]
+    below = index < full
     moved = torch.where(below, states, 0).sum(2, keepdim=True)
-    return torch.where(below, 0, states) + torch.where(at, moved, 0)
-
-
-def merge_grad(d: Tensor, position: Tensor) -> Tensor:
-    """Adjoint of :func:`merge`."""
-    index, full = _filling(d, position)
-    at_full = torch.where(index == full, d, 0).sum(2, keepdim=True)
-    return torch.where(index < full, at_full, d)
-
-
-def _filling(states: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-    """Level indices, and the level that fills up (0 at position 0: nothing moves), over ``[B, H, L, K, V]``."""
-    levels = states.shape[2]
-    full = (trailing_zeros(position) + 1).clamp(max=levels - 1)
-    return torch.arange(levels, device=states.device)[:, None, None], full[:, None, None, None, None]
+    return torch.where(below, 0, states) + torch.where(index == full, moved, 0)
 
 
 def check_state(

@@ -59,8 +59,7 @@ def in_place(x: Operands, cu_seqlens: Tensor | None, attention_mask: Tensor | No
     spans = _spans(x.v, cu_seqlens, attention_mask, seq_idx)
     if spans is None:
         return x
-    tensors = (None if t is None else flat(t) for t in x[:6])
-    return Operands(*tensors, x.initial_state, spans.lengths, spans.starts)  # type: ignore[call-arg, arg-type]
+    return x.map_tokens(flat)._replace(lengths=spans.lengths, starts=spans.starts)
 
 
 def _spans(v: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None, seq_idx: Tensor | None) -> Spans | None:
@@ -79,5 +78,5 @@ def _spans(v: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None, seq_idx: T
 
 
 def flat(x: Tensor) -> Tensor:
-    """``[B, T, ...] -> [1, B * T, ...]``, a view where strides allow it; a decay per head stays."""
-    return x if x.dim() < 3 else x.flatten(0, 1)[None]
+    """``[B, T, ...] -> [1, B * T, ...]``, a view where strides allow it."""
+    return x.flatten(0, 1)[None]

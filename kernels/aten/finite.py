@@ -9,6 +9,7 @@ left as they are: those of the code that a mixer replaces are not finite either.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -42,7 +43,8 @@ def _with_the_past(x: Operands, scale: float, o: Tensor) -> Tensor:
         before = token < _first_beyond(x, bound)[:, None]
         if not bool((wrong & before).any()):
             continue
-        kept = slabs.forward(_only(x, before), scale, return_final_state=False)[0]
+        past = x.map_tokens(partial(_zeroed, before))
+        kept = slabs.forward(past, scale, return_final_state=False)[0]
         o = torch.where((wrong & before)[:, :, None, None], kept, o)
     return o
 
@@ -61,16 +63,6 @@ def _first_beyond(x: Operands, bound: float) -> Tensor:
     return torch.where(beyond.any(1), beyond.to(torch.int8).argmax(1), tokens)
 
 
-def _only(x: Operands, kept: Tensor) -> Operands:
-    """The operands at the tokens that are kept ``[B, T]``, 0 at the others."""
-
-    def at(operand: Tensor | None) -> Tensor | None:
-        if operand is None or operand.dim() < 3:
-            return operand
-        return torch.where(kept[(...,) + (None,) * (operand.dim() - 2)], operand, 0)
-
-    q, k, v, w, g, beta = (at(t) for t in x[:6])
-    assert q is not None
-    assert k is not None
-    assert v is not None
-    return Operands(q, k, v, w, g, beta, x.initial_state, x.lengths)
+def _zeroed(kept: Tensor, x: Tensor) -> Tensor:
+    """``x [B, T, ...]`` with 0 at the tokens that are not kept ``[B, T]``."""
+    return torch.where(kept[(...,) + (None,) * (x.dim() - 2)], x, 0)

@@ -56,11 +56,7 @@ def _rows(x: Operands) -> _Rows:
 
 def _in_rows(x: Operands, rows: _Rows) -> Operands:
     """Each sequence at the start of a row of its own."""
-    q, k, v, w, g, beta = (t if t is None or t.dim() < 3 else _to_rows(t, rows) for t in x[:6])
-    assert q is not None
-    assert k is not None
-    assert v is not None
-    return Operands(q, k, v, w, g, beta, x.initial_state, rows.lengths)
+    return x.map_tokens(lambda t: _to_rows(t, rows))._replace(lengths=rows.lengths, starts=None)
 
 
 def _to_rows(x: Tensor, rows: _Rows) -> Tensor:

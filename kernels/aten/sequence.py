@@ -85,20 +85,20 @@ class Call(Layout):
         return out, final if return_final_state else None
 
     def gradients(self, inputs: list[Tensor], grad_o: Tensor, grad_state: Tensor | None) -> Iterator[Tensor | None]:
-        """Gradients of ``inputs``."""
-        outputs: list[Tensor] = []
-        grads: list[Tensor] = []
-        state = None
-        if not self.empty:
-            outputs, state = self._dots(grad_o, grad_state is not None)
-            grads = [torch.ones_like(t) for t in outputs]
-        elif grad_state is not None:
+        """Gradients of ``inputs``; None where nothing depends on one."""
+        dots: list[Tensor] = []
+        state: Tensor | None = None
+        if self.empty:
             state = self.unchanged_state()
+        else:
+            dots, state = self._dots(grad_o, grad_state is not None)
+        outputs = [(t, torch.ones_like(t)) for t in dots]
         if grad_state is not None and state is not None and state.requires_grad:
-            outputs, grads = [*outputs, state], [*grads, grad_state.to(state.dtype)]
+            outputs.append((state, grad_state))
         if not outputs:
             return iter([None] * len(inputs))
-        return iter(torch.autograd.grad(outputs, inputs, grads, allow_unused=True))
+        tensors, grads = zip(*outputs, strict=True)
+        return iter(torch.autograd.grad(tensors, inputs, grads, allow_unused=True))
 
     def _dots(self, grad_o: Tensor, with_state: bool) -> tuple[list[Tensor], Tensor | None]:
         """What stands for the output, and the final state."""

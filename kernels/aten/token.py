@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llcompile.kernels.state import is_level_state, linear_state, merge, pack_state, state_dtype, unpack_state
+from llcompile.kernels.state import in_levels, merge, pack_state, state_dtype, unpack_state
 
 
 def step(
@@ -29,8 +29,11 @@ def step(
     """
     dtype = state_dtype(v.dtype)
     qf, kf, vf = q.to(dtype), k.to(dtype), v.to(dtype)
-    states, position = _open(state.to(dtype), w)  # [B, H, L, K, V]
-    if position is not None:
+    state, position = in_levels(state.to(dtype), None if w is None else w.shape[-1]), None
+    if w is None:
+        states = state[:, :, None]  # [B, H, 1, K, V]
+    else:
+        states, position = unpack_state(state)  # [B, H, L, K, V]
         states = merge(states, position)
     if log_decay is not None:
         states = states * _decay(log_decay.to(dtype), v)
@@ -53,17 +56,6 @@ def step(
     o = read[:, :, 0] if w is None else (w.to(dtype)[..., None] * read).sum(2)
     new_state = states[:, :, 0].contiguous() if position is None else pack_state(states, position + 1)
     return (o * scale).to(v.dtype, copy=True), new_state
-
-
-def _open(state: Tensor, w: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Level states and positions; a linear operator has one level and no position."""
-    if w is None:
-        return linear_state(state)[:, :, None], None
-    if is_level_state(state):
-        return unpack_state(state)
-    levels = state.new_zeros(*state.shape[:2], w.shape[-1], *state.shape[2:])
-    levels[:, :, -1] = state
-    return levels, torch.zeros(state.shape[0], dtype=torch.int64, device=state.device)
 
 
 def _decay(log_decay: Tensor, v: Tensor) -> Tensor:

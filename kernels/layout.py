@@ -26,21 +26,21 @@ class Layout:
     key_dim: int
     value_dim: int
     levels: int | None  # of the level weights
-    fold: tuple[int, int]  # heads ``(G', R')``: R' share queries and are folded into the value axis, M = B * G'
+    fold: tuple[int, int]  # heads `(G', R')`: R' share queries and are folded into the value axis, M = B * G'
 
     def _fold_state(self, s: Tensor) -> Tensor:
-        """``[B, H, L, K, V] -> [M, L, K, R * V]``."""
+        """`[B, H, L, K, V] -> [M, L, K, R * V]`."""
         return s.to(self.dtype).unflatten(1, self.fold).permute(0, 1, 3, 4, 2, 5).flatten(0, 1).flatten(-2)
 
     def _unfold_state(self, s: Tensor) -> Tensor:
-        """``[M, L, K, R * V] -> [B, H, L, K, V]``."""
+        """`[M, L, K, R * V] -> [B, H, L, K, V]`."""
         s = s.unflatten(0, (self.batch, -1)).unflatten(-1, (self.fold[1], -1))
         return s.permute(0, 1, 4, 2, 3, 5).flatten(1, 2)
 
     # -- levels -------------------------------------------------------------------------------------------------------
 
     def _level_index(self) -> Tensor:
-        """Which of the user's levels serves each level of the grid: ``[levels]``, or ``[B, levels]`` by position."""
+        """Which of the user's levels serves each level of the grid: `[levels]`, or `[B, levels]` by position."""
         assert self.levels is not None
         device = self.x.v.device
         if self.grid.position is None or self.grid.offset is None:
@@ -54,7 +54,7 @@ class Layout:
     # -- states -------------------------------------------------------------------------------------------------------
 
     def _old_states(self) -> Tensor | None:
-        """The initial state as ``[M, L, K, R * V]`` (L = 1 for the linear operator), merged for the first token."""
+        """The initial state as `[M, L, K, R * V]` (L = 1 for the linear operator), merged for the first token."""
         s = self.x.initial_state
         if s is None:
             return None
@@ -66,17 +66,17 @@ class Layout:
         return self._fold_state(s[:, :, None])
 
     def _old_slots(self) -> range:
-        """The levels that :meth:`_old_states` holds: all, or the last one alone."""
+        """The levels that `_old_states` holds: all, or the last one alone."""
         assert self.levels is not None
         assert self.x.initial_state is not None
         return range(0 if is_level_state(self.x.initial_state) else self.levels - 1, self.levels)
 
     def _old_grad(self, d: Tensor) -> Tensor:
-        """Gradient of the initial state from that of :meth:`_old_states`."""
+        """Gradient of the initial state from that of `_old_states`."""
         return self._initial_grad(Layout._old_states, d)
 
     def _slots(self) -> Tensor:
-        """Where the states of an end point go: user's level ``[B, levels of the grid (+ old levels)]``."""
+        """Where the states of an end point go: user's level `[B, levels of the grid (+ old levels)]`."""
         index = self._level_index()
         index = index.expand(self.batch, -1) if index.dim() == 1 else index
         if self.x.initial_state is not None:
@@ -86,7 +86,7 @@ class Layout:
         return (index + base).flatten()
 
     def _final(self, states: Tensor) -> Tensor:
-        """States ``[M, levels, K, R * V]`` at the end of rows -> a level state ``[B, H, 1 + L, K, V]``."""
+        """States `[M, levels, K, R * V]` at the end of rows -> a level state `[B, H, 1 + L, K, V]`."""
         assert self.levels is not None
         s = self._unfold_state(states).transpose(1, 2).flatten(0, 1)  # [B * levels, H, K, V]
         out = s.new_zeros(self.batch * self.levels, *s.shape[1:]).index_add_(0, self._slots(), s)
@@ -99,7 +99,7 @@ class Layout:
         return torch.where(self._without_tokens(final), self.unchanged_state(), final)
 
     def _final_grad(self, d: Tensor) -> Tensor:
-        """Adjoint of :meth:`_final`."""
+        """Adjoint of `_final`."""
         d = d.to(self.dtype)[:, :, 1:].transpose(1, 2).flatten(0, 1)  # [B * L, H, K, V]
         d = d.index_select(0, self._slots()).unflatten(0, (self.batch, -1)).transpose(1, 2)
         return self._fold_state(d)
@@ -125,7 +125,7 @@ class Layout:
         return torch.cat([s[:, :, :1].detach(), s[:, :, 1:]], 2)  # a position has no gradient
 
     def unchanged_state_grad(self, d: Tensor) -> Tensor:
-        """Gradient of the initial state from that of :meth:`unchanged_state`."""
+        """Gradient of the initial state from that of `unchanged_state`."""
         return self._initial_grad(Layout.unchanged_state, d)
 
     def _initial_grad(self, function: Callable[[Layout], Any], d: Tensor) -> Tensor:

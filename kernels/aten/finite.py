@@ -2,8 +2,8 @@
 
 A chunk's products take a token that is not yet seen times 0, and 0 times NaN is NaN. So a call whose output is not
 finite is run again without the tokens from which that may have come, for the outputs of the tokens before them. That
-costs nothing but a sum where all is finite. Nobody looks on an accelerator, as that would wait for it. Gradients are
-left as they are: those of the code that a mixer replaces are not finite either.
+costs nothing but a sum where all is finite. On an accelerator this is not checked, because the check would wait for the
+device. Gradients are left as they are: those of the code that a mixer replaces are not finite either.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _BOUNDS = (math.inf, 1e18, 1e9)
 
 
 def forward(x: Operands, scale: float, return_final_state: bool) -> tuple[Tensor, Tensor]:
-    """As :func:`.sequence.forward`, of rows."""
+    """As `sequence.forward`, of rows."""
     o, state = slabs.forward(x, scale, return_final_state)
     if o.device.type == "cpu" and not _is_finite(o):
         o = _with_the_past(x, scale, o)
@@ -50,7 +50,7 @@ def _with_the_past(x: Operands, scale: float, o: Tensor) -> Tensor:
 
 
 def _first_beyond(x: Operands, bound: float) -> Tensor:
-    """The first token ``[B]`` of each row with an operand beyond ``bound``; T where there is none."""
+    """The first token `[B]` of each row with an operand beyond `bound`; T where there is none."""
     rows, tokens = x.v.shape[:2]
     beyond = torch.zeros(rows, tokens, dtype=torch.bool)
     for operand in (x.q, x.k, x.v, x.level_weights, x.beta):
@@ -64,5 +64,5 @@ def _first_beyond(x: Operands, bound: float) -> Tensor:
 
 
 def _zeroed(kept: Tensor, x: Tensor) -> Tensor:
-    """``x [B, T, ...]`` with 0 at the tokens that are not kept ``[B, T]``."""
+    """`x [B, T, ...]` with 0 at the tokens that are not kept `[B, T]`."""
     return torch.where(kept[(...,) + (None,) * (x.dim() - 2)], x, 0)

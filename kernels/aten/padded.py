@@ -60,12 +60,12 @@ def _in_rows(x: Operands, rows: _Rows) -> Operands:
 
 
 def _to_rows(x: Tensor, rows: _Rows) -> Tensor:
-    """Tokens ``[1, T, ...]`` to rows ``[rows, width, ...]``; places past a row's length hold any tokens."""
+    """Tokens `[1, T, ...]` to rows `[rows, width, ...]`; places past a row's length hold any tokens."""
     return x[0].index_select(0, rows.gather).reshape(rows.lengths.shape[0], rows.width, *x.shape[2:])
 
 
 def _from_rows(o: Tensor, rows: _Rows) -> Tensor:
-    """Rows ``[rows, width, ...]`` back to tokens ``[1, T, ...]``; 0 at padding."""
+    """Rows `[rows, width, ...]` back to tokens `[1, T, ...]`; 0 at padding."""
     o = o.flatten(0, 1)
     if not o.shape[0]:
         return o.new_zeros(1, rows.real.shape[0], *o.shape[1:])

@@ -21,11 +21,11 @@ def step(
     """Absorb one token and read out.
 
     Args:
-        q, k: ``[B, G, K]``. v: ``[B, H, V]``. w: ``[B, H, L]`` or None. state: as in :mod:`.state`.
-        log_decay: ``[B, H]``, ``[B, H, K]`` or ``[H]``. beta: ``[B, H]``.
+        q, k: `[B, G, K]`. v: `[B, H, V]`. w: `[B, H, L]` or None. state: as in `state`.
+        log_decay: `[B, H]`, `[B, H, K]` or `[H]`. beta: `[B, H]`.
 
     Returns:
-        ``o [B, H, V]`` in the dtype of ``v`` and the new state, of the kind that ``w`` asks for.
+        `o [B, H, V]` in the dtype of `v` and the new state, of the kind that `w` asks for.
     """
     dtype = state_dtype(v.dtype)
     qf, kf, vf = q.to(dtype), k.to(dtype), v.to(dtype)
@@ -59,7 +59,7 @@ def step(
 
 
 def _decay(log_decay: Tensor, v: Tensor) -> Tensor:
-    """The decay as a factor of ``[B, H, L, K, V]``."""
+    """The decay as a factor of `[B, H, L, K, V]`."""
     decay = log_decay.exp()
     if decay.dim() == 1:
         decay = decay.expand(v.shape[:2])

@@ -1,8 +1,8 @@
 """Which implementation runs a call: the Triton kernels where they can, the ATen lowering elsewhere.
 
-The environment variable ``LLCOMPILE_KERNELS`` or :func:`use` says ``auto`` (the default), ``triton`` or ``aten``. What
-was asked for by name is never replaced in silence: ``triton`` raises where the kernels cannot run, with the reason.
-Under ``auto`` the ATen lowering runs instead, and a warning tells the reason once (logger ``llcompile.kernels``).
+The environment variable `LLCOMPILE_KERNELS` or `use` says `auto` (the default), `triton` or `aten`. What
+was asked for by name is never replaced in silence: `triton` raises where the kernels cannot run, with the reason.
+Under `auto` the ATen lowering runs instead, and a warning gives the reason once (logger `llcompile.kernels`).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _refused: dict[tuple[Description, torch.device], str] = {}
 
 @contextlib.contextmanager
 def use(choice: str) -> Iterator[None]:
-    """Run calls inside by ``choice``; raises :class:`OptionError` for an unknown one."""
+    """Run calls inside by `choice`; raises `OptionError` for an unknown one."""
     token = _chosen.set(_known(choice))
     try:
         yield
@@ -51,7 +51,7 @@ def choice() -> str:
 
 
 def forward(x: Operands, scale: float, return_final_state: bool) -> tuple[Tensor, Tensor]:
-    """As :func:`.aten.sequence.forward`, by the implementation that is chosen."""
+    """As `aten.sequence.forward`, by the implementation that is chosen."""
 
     def kernels() -> tuple[Tensor, Tensor]:
         from llcompile.kernels.triton import engine
@@ -65,7 +65,7 @@ def forward(x: Operands, scale: float, return_final_state: bool) -> tuple[Tensor
 
 
 def backward(x: Operands, scale: float, grad_o: Tensor, grad_state: Tensor | None) -> list[Tensor | None]:
-    """As :func:`.aten.sequence.backward`, by the implementation that is chosen."""
+    """As `aten.sequence.backward`, by the implementation that is chosen."""
 
     def kernels() -> list[Tensor | None]:
         from llcompile.kernels.triton import engine
@@ -88,7 +88,7 @@ def step(
     beta: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`.aten.token.step`, by the implementation that is chosen."""
+    """As `aten.token.step`, by the implementation that is chosen."""
     operands = (q, k, v, w, state, log_decay, beta, scale)
 
     def kernels() -> tuple[Tensor, Tensor]:
@@ -107,7 +107,7 @@ def step(
 def _chosen_of(
     description: Callable[[], Description], v: Tensor, kernels: Callable[[], Result], lowering: Callable[[], Result]
 ) -> Result:
-    """Run one of the two; raises :class:`KernelError` if it must be the kernels and they cannot run here."""
+    """Run one of the two; raises `KernelError` if it must be the kernels and they cannot run here."""
     chosen = choice()
     if chosen == "aten" or (chosen == "auto" and not _prefers_kernels(v.device)):
         return lowering()
@@ -140,7 +140,7 @@ def _line(error: BaseException) -> str:
 
 
 def _prefers_kernels(device: torch.device) -> bool:
-    """Whether ``auto`` wants the kernels: on CUDA and ROCm, which torch calls by one name."""
+    """Whether `auto` prefers the kernels: on CUDA and ROCm, which torch calls by one name."""
     return device.type == "cuda"
 
 

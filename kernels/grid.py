@@ -1,8 +1,8 @@
 """The chunk grid: rows of tokens padded to whole chunks, aligned so that levels can be read off positions in the grid.
 
-Levels depend on a token's position in its sequence. A row that continues a sequence at position ``p`` is therefore put
-at offset ``p mod 2 ** e`` of the grid, ``2 ** e >= T``. Within the grid, levels then come out right, except for pairs
-on either side of grid position ``2 ** e``: all these pairs of a row have one level, which only ``p`` knows; the weight
+Levels depend on a token's position in its sequence. A row that continues a sequence at position `p` is therefore put
+at offset `p mod 2 ** e` of the grid, `2 ** e >= T`. Within the grid, levels then come out right, except for pairs
+on either side of grid position `2 ** e`: all these pairs of a row have one level, which depends on `p`; the weight
 of the grid's top level is exchanged for it.
 """
 
@@ -24,7 +24,7 @@ SHORT_CHUNK = 32
 
 @dataclass(frozen=True)
 class Grid:
-    """Where the tokens of ``B`` rows of ``T`` are in a grid of ``N`` chunks of ``C``."""
+    """Where the tokens of `B` rows of `T` are in a grid of `N` chunks of `C`."""
 
     tokens: int
     chunk: int
@@ -41,7 +41,7 @@ class Grid:
 
     @property
     def inner(self) -> int:
-        """``log2 C``; levels up to it are inside chunks."""
+        """`log2 C`; levels up to it are inside chunks."""
         return self.chunk.bit_length() - 1
 
     @property
@@ -50,7 +50,7 @@ class Grid:
         return level_count(self.size)
 
     def place(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """``[B, T, A, ...] -> [B, A, N * C, ...]``, contiguous, 0 where there is no token."""
+        """`[B, T, A, ...] -> [B, A, N * C, ...]`, contiguous, 0 where there is no token."""
         return cast(Tensor, _Placed.apply(x, self, dtype))
 
     def _place(self, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -65,7 +65,7 @@ class Grid:
         return out
 
     def take(self, x: Tensor) -> Tensor:
-        """Adjoint of :meth:`place`: ``[B, A, N * C, ...] -> [B, T, A, ...]``, 0 where a token does not count."""
+        """Adjoint of `place`: `[B, A, N * C, ...] -> [B, T, A, ...]`, 0 where a token does not count."""
         x = x.movedim(1, 2)
         if self.offset is None and self.lengths is None:
             return x[:, : self.tokens]
@@ -95,13 +95,13 @@ class Grid:
         return place.flatten(), real
 
     def last(self, batch: int, device: torch.device) -> Tensor:
-        """Grid position ``[B]`` of each row's last token (its first position for a row without tokens)."""
+        """Grid position `[B]` of each row's last token (its first position for a row without tokens)."""
         end = torch.full((batch,), self.tokens, device=device) if self.lengths is None else self.lengths
         end = end if self.offset is None else end + self.offset
         return (end - 1).clamp(min=0)
 
     def true_levels(self, batch: int, device: torch.device) -> Tensor:
-        """The level ``[B, levels]`` in the sequence of each of the grid's levels."""
+        """The level `[B, levels]` in the sequence of each of the grid's levels."""
         table = torch.arange(self.levels, device=device).expand(batch, -1)
         if self.position is None or self.levels <= self.edge + 1:
             return table
@@ -109,9 +109,9 @@ class Grid:
         return torch.where(table > self.edge, crossing[:, None], table)
 
     def old_levels(self, batch: int, device: torch.device, count: int) -> tuple[Tensor, Tensor]:
-        """Levels at which this call's tokens see the buckets of the initial state of ``count`` levels.
+        """Levels at which this call's tokens see the buckets of the initial state of `count` levels.
 
-        Returns ``[B, T, count]``, and ``[B, count]`` for each row's last token. The last level never changes its slot:
+        Returns `[B, T, count]`, and `[B, count]` for each row's last token. The last level never changes its slot:
         what is merged into it has no level of its own any more.
         """
         position = torch.zeros(batch, dtype=torch.int64, device=device) if self.position is None else self.position
@@ -138,7 +138,7 @@ class _Placed(torch.autograd.Function):
 
 
 def make_grid(tokens: int, position: Tensor | None, lengths: Tensor | None, chunk: int = CHUNK) -> Grid:
-    """The grid for rows of ``tokens`` that continue at ``position [B]``, in chunks of at most ``chunk``."""
+    """The grid for rows of `tokens` that continue at `position [B]`, in chunks of at most `chunk`."""
     edge = max(tokens - 1, 0).bit_length()
     offset = None
     size = tokens
@@ -154,5 +154,5 @@ def make_grid(tokens: int, position: Tensor | None, lengths: Tensor | None, chun
 
 
 def depth(chunks: int) -> int:
-    """Levels of a tree over ``chunks`` chunks."""
+    """Levels of a tree over `chunks` chunks."""
     return max(chunks - 1, 0).bit_length()

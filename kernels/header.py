@@ -4,7 +4,7 @@ A number of its own would be rounded: bfloat16 counts to 256. So the position st
 in each of the header's first eight entries; 0 to 8 are exact in every dtype that has two bits of mantissa. The last
 digit takes all that is left, which only float64 states need.
 
-A header of fewer than eight entries (K * V < 8) has one number, ``-(2 * position + 1)``: it is odd, and what a cast
+A header of fewer than eight entries (K * V < 8) has one number, `-(2 * position + 1)`: it is odd, and what a cast
 rounds is even, so that the loss is seen. In both, a first entry that is positive and alone is the position itself: that
 is what earlier versions wrote, and what is easily written by hand. Zeros are position 0.
 """
@@ -19,12 +19,12 @@ BITS = 3  # of a digit
 
 
 def has_digits(entries: int) -> bool:
-    """Whether a header of ``entries = K * V`` holds the position in digits."""
+    """Whether a header of `entries = K * V` holds the position in digits."""
     return entries >= DIGITS
 
 
 def keeps(dtype: torch.dtype, entries: int) -> bool:
-    """Whether a header of ``entries`` survives a cast to ``dtype``."""
+    """Whether a header of `entries` survives a cast to `dtype`."""
     try:
         step = torch.finfo(dtype).eps  # from 1 to the next number
     except (TypeError, RuntimeError):  # a dtype of packed numbers
@@ -33,12 +33,12 @@ def keeps(dtype: torch.dtype, entries: int) -> bool:
 
 
 def largest(dtype: torch.dtype, entries: int) -> int:
-    """The largest position that is counted in a state of ``dtype``."""
+    """The largest position that is counted in a state of `dtype`."""
     return 1 << (53 if dtype == torch.float64 else 24) - (not has_digits(entries))
 
 
 def write(position: Tensor, key_dim: int, value_dim: int, dtype: torch.dtype) -> Tensor:
-    """The headers ``[B, K, V]`` of rows at ``position [B]``."""
+    """The headers `[B, K, V]` of rows at `position [B]`."""
     position = position.to(torch.int64)
     header = torch.zeros(position.shape[0], key_dim * value_dim, dtype=dtype, device=position.device)
     if has_digits(header.shape[1]):
@@ -51,7 +51,7 @@ def write(position: Tensor, key_dim: int, value_dim: int, dtype: torch.dtype) ->
 
 
 def read(header: Tensor) -> Tensor:
-    """The positions ``[B]`` (int64) that headers ``[B, K, V]`` carry."""
+    """The positions `[B]` (int64) that headers `[B, K, V]` carry."""
     entries = header.detach().flatten(1)[:, :DIGITS]
     numbers = _wide(entries).round().to(torch.int64)
     if has_digits(entries.shape[1]):
@@ -61,7 +61,7 @@ def read(header: Tensor) -> Tensor:
 
 
 def damage(header: Tensor) -> Tensor:
-    """Whether each of the headers ``[B, K, V]`` holds no position: what it held was rounded, or it never was one."""
+    """Whether each of the headers `[B, K, V]` holds no position: what it held was rounded, or it never was one."""
     x = _wide(header.detach().flatten(1)[:, :DIGITS])
     first = x[:, 0]
     exact = 2 / torch.finfo(header.dtype).eps  # up to here the dtype has all whole numbers

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from llcompile.kernels.grid import Grid
 from llcompile.kernels.operands import Operands
-from llcompile.kernels.state import is_level_state, linear_state, merge, merge_grad, pack_state
+from llcompile.kernels.state import in_levels, is_level_state, linear_state, merge, pack_state
 
 
 class Layout:
@@ -22,21 +26,21 @@ class Layout:
     key_dim: int
     value_dim: int
     levels: int | None  # of the level weights
-    fold: tuple[int, int]  # heads ``(G', R')``: R' share queries and are folded into the value axis, M = B * G'
+    fold: tuple[int, int]  # heads `(G', R')`: R' share queries and are folded into the value axis, M = B * G'
 
     def _fold_state(self, s: Tensor) -> Tensor:
-        """``[B, H, L, K, V] -> [M, L, K, R * V]``."""
+        """`[B, H, L, K, V] -> [M, L, K, R * V]`."""
         return s.to(self.dtype).unflatten(1, self.fold).permute(0, 1, 3, 4, 2, 5).flatten(0, 1).flatten(-2)
 
     def _unfold_state(self, s: Tensor) -> Tensor:
-        """``[M, L, K, R * V] -> [B, H, L, K, V]``."""
+        """`[M, L, K, R * V] -> [B, H, L, K, V]`."""
         s = s.unflatten(0, (self.batch, -1)).unflatten(-1, (self.fold[1], -1))
         return s.permute(0, 1, 4, 2, 3, 5).flatten(1, 2)
 
     # -- levels -------------------------------------------------------------------------------------------------------
 
     def _level_index(self) -> Tensor:
-        """Which of the user's levels serves each level of the grid: ``[levels]``, or ``[B, levels]`` by position."""
+        """Which of the user's levels serves each level of the grid: `[levels]`, or `[B, levels]` by position."""
         assert self.levels is not None
         device = self.x.v.device
         if self.grid.position is None or self.grid.offset is None:
@@ -50,7 +54,7 @@ class Layout:
     # -- states -------------------------------------------------------------------------------------------------------
 
     def _old_states(self) -> Tensor | None:
-        """The initial state as ``[M, L, K, R * V]`` (L = 1 for the linear operator), merged for the first token."""
+        """The initial state as `[M, L, K, R * V]` (L = 1 for the linear operator), merged for the first token."""
         s = self.x.initial_state
         if s is None:
             return None
@@ -62,27 +66,17 @@ class Layout:
         return self._fold_state(s[:, :, None])
 
     def _old_slots(self) -> range:
-        """The levels that :meth:`_old_states` holds: all, or the last one alone."""
+        """The levels that `_old_states` holds: all, or the last one alone."""
         assert self.levels is not None
         assert self.x.initial_state is not None
         return range(0 if is_level_state(self.x.initial_state) else self.levels - 1, self.levels)
 
     def _old_grad(self, d: Tensor) -> Tensor:
-        """Gradient of the initial state from that of :meth:`_old_states`."""
-        s = self.x.initial_state
-        assert s is not None
-        d = self._unfold_state(d)
-        if not is_level_state(s):
-            return d[:, :, 0]
-        if self.levels is None:
-            d = d.expand(-1, -1, s.shape[2] - 1, -1, -1)
-        else:
-            assert self.grid.position is not None
-            d = merge_grad(d, self.grid.position)
-        return torch.cat([torch.zeros_like(d[:, :, :1]), d], 2)
+        """Gradient of the initial state from that of `_old_states`."""
+        return self._initial_grad(Layout._old_states, d)
 
     def _slots(self) -> Tensor:
-        """Where the states of an end point go: user's level ``[B, levels of the grid (+ old levels)]``."""
+        """Where the states of an end point go: user's level `[B, levels of the grid (+ old levels)]`."""
         index = self._level_index()
         index = index.expand(self.batch, -1) if index.dim() == 1 else index
         if self.x.initial_state is not None:
@@ -92,7 +86,7 @@ class Layout:
         return (index + base).flatten()
 
     def _final(self, states: Tensor) -> Tensor:
-        """States ``[M, levels, K, R * V]`` at the end of rows -> a level state ``[B, H, 1 + L, K, V]``."""
+        """States `[M, levels, K, R * V]` at the end of rows -> a level state `[B, H, 1 + L, K, V]`."""
         assert self.levels is not None
         s = self._unfold_state(states).transpose(1, 2).flatten(0, 1)  # [B * levels, H, K, V]
         out = s.new_zeros(self.batch * self.levels, *s.shape[1:]).index_add_(0, self._slots(), s)
@@ -105,7 +99,7 @@ class Layout:
         return torch.where(self._without_tokens(final), self.unchanged_state(), final)
 
     def _final_grad(self, d: Tensor) -> Tensor:
-        """Adjoint of :meth:`_final`."""
+        """Adjoint of `_final`."""
         d = d.to(self.dtype)[:, :, 1:].transpose(1, 2).flatten(0, 1)  # [B * L, H, K, V]
         d = d.index_select(0, self._slots()).unflatten(0, (self.batch, -1)).transpose(1, 2)
         return self._fold_state(d)
@@ -120,29 +114,25 @@ class Layout:
 
     def unchanged_state(self) -> Tensor:
         """The final state of rows without tokens: the initial one, in the operator's kind."""
-        s, middle = self.x.initial_state, () if self.levels is None else (1 + self.levels,)
-        shape = (self.batch, self.heads, *middle, self.key_dim, self.value_dim)
+        s = self.x.initial_state
         if s is None:
+            middle = () if self.levels is None else (1 + self.levels,)
+            shape = (self.batch, self.heads, *middle, self.key_dim, self.value_dim)
             return self.x.v.new_zeros(shape, dtype=self.dtype)
-        s = s.to(self.dtype)
+        s = in_levels(s.to(self.dtype), self.levels)
         if self.levels is None:
-            return linear_state(s).clone()
-        if is_level_state(s):  # a position has no gradient
-            return torch.cat([s[:, :, :1].detach(), s[:, :, 1:]], 2)
-        out = s.new_zeros(shape)
-        out[:, :, -1] = s
-        return out
+            return s.clone()
+        return torch.cat([s[:, :, :1].detach(), s[:, :, 1:]], 2)  # a position has no gradient
 
     def unchanged_state_grad(self, d: Tensor) -> Tensor:
-        """Adjoint of :meth:`unchanged_state`."""
-        s = self.x.initial_state
-        assert s is not None
-        if self.levels is None and is_level_state(s):
-            d = d[:, :, None].expand(-1, -1, s.shape[2] - 1, -1, -1)
-            return torch.cat([torch.zeros_like(d[:, :, :1]), d], 2)
-        if self.levels is not None and not is_level_state(s):
-            return d[:, :, -1]
-        if is_level_state(s):
-            d = d.clone()
-            d[:, :, 0] = 0
-        return d
+        """Gradient of the initial state from that of `unchanged_state`."""
+        return self._initial_grad(Layout.unchanged_state, d)
+
+    def _initial_grad(self, function: Callable[[Layout], Any], d: Tensor) -> Tensor:
+        """Gradient of the initial state from that of a function of it; an operator runs with autograd off."""
+        assert self.x.initial_state is not None
+        with torch.inference_mode(False), torch.enable_grad():
+            state = self.x.initial_state.detach().requires_grad_()
+            other = copy.copy(self)
+            other.x = self.x._replace(initial_state=state)
+            return torch.autograd.grad(function(other), state, d)[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ COMPUTE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 class Operands(NamedTuple):
     """The tensors of one call, shapes as in the public function.
 
-    With ``starts``, sequences lie one after another in a batch of one: each has ``lengths`` tokens from ``starts`` on.
+    With `starts`, sequences lie one after another in a batch of one: each has `lengths` tokens from `starts` on.
     Only the Triton kernels take that; to the ATen lowering, sequences are rows.
     """
 
@@ -32,6 +32,11 @@ class Operands(NamedTuple):
     lengths: Tensor | None = None
     starts: Tensor | None = None
 
+    def map_tokens(self, f: Callable[[Tensor], Tensor]) -> Operands:
+        """With `f` applied to each operand that has tokens `[B, T, ...]`; a decay per head `[H]` has none."""
+        mapped = (t if t is None or t.dim() < 3 else f(t) for t in self[:6])
+        return Operands(*mapped, *self[6:])  # type: ignore[call-arg, arg-type]
+
     @property
     def rows(self) -> int:
         """How many sequences there are."""
@@ -41,14 +46,14 @@ class Operands(NamedTuple):
 def check_sequence(
     q: Tensor, k: Tensor, v: Tensor, w: Tensor | None, log_decay: Tensor | None, beta: Tensor | None, scale: float
 ) -> None:
-    """Check the operands of a sequence; raises :class:`OperandError`."""
+    """Check the operands of a sequence; raises `OperandError`."""
     _check(q, k, v, w, log_decay, beta, scale, "BT")
 
 
 def check_token(
     q: Tensor, k: Tensor, v: Tensor, w: Tensor | None, log_decay: Tensor | None, beta: Tensor | None, scale: float
 ) -> None:
-    """Check the operands of one decoded token; raises :class:`OperandError`."""
+    """Check the operands of one decoded token; raises `OperandError`."""
     _check(q, k, v, w, log_decay, beta, scale, "B")
 
 
@@ -91,14 +96,14 @@ def _check(
 
 
 def check_device(v: Tensor, **operands: Tensor | None) -> None:
-    """All operands on the device of ``v``."""
+    """All operands on the device of `v`."""
     for name, x in operands.items():
         if x is not None and x.device != v.device:
             raise OperandError(f"{name} is on {x.device} and v on {v.device}; move it with .to({str(v.device)!r})")
 
 
 def check_bounds(cu_seqlens: Tensor, v: Tensor) -> None:
-    """``cu_seqlens [N + 1]`` of a packed batch of one row."""
+    """`cu_seqlens [N + 1]` of a packed batch of one row."""
     if cu_seqlens.dim() != 1 or cu_seqlens.dtype.is_floating_point or cu_seqlens.shape[0] < 1:
         raise OperandError(
             f"cu_seqlens has shape {list(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}; expected [N + 1] integers, "
@@ -128,7 +133,7 @@ def _check_bounds(bounds: list[int], tokens: int) -> None:
 
 
 def check_indices(seq_idx: Tensor, v: Tensor) -> None:
-    """``seq_idx [B, T]``, the sequence that each token belongs to; the tokens of one sequence are neighbours."""
+    """`seq_idx [B, T]`, the sequence that each token belongs to; the tokens of one sequence are neighbours."""
     if tuple(seq_idx.shape) != tuple(v.shape[:2]) or seq_idx.dtype.is_floating_point:
         raise OperandError(
             f"seq_idx has shape {list(seq_idx.shape)} and dtype {seq_idx.dtype}; expected integers "
@@ -147,7 +152,7 @@ def check_indices(seq_idx: Tensor, v: Tensor) -> None:
 
 
 def check_mask(mask: Tensor, v: Tensor) -> None:
-    """``attention_mask [B, T]``, real tokens contiguous in each row."""
+    """`attention_mask [B, T]`, real tokens contiguous in each row."""
     if tuple(mask.shape) != tuple(v.shape[:2]):
         raise OperandError(
             f"attention_mask has shape {list(mask.shape)}; expected [B, T] = {list(v.shape[:2])}, 1 at real tokens"

@@ -1,14 +1,14 @@
-"""The operators as PyTorch sees them: schemas, shape functions and gradients, in the namespace ``llcompile``.
+"""The operators as PyTorch sees them: schemas, shape functions and gradients, in the namespace `llcompile`.
 
 Shape functions never look at values and never specialise on batch or length, so one compiled graph serves every
 length. Only inputs are saved for the backward pass, which recomputes what it needs. Outputs never alias inputs.
 
-One operator serves whole rows, packed and padded sequences: at most one of ``cu_seqlens``, ``attention_mask`` and
-``seq_idx`` is given. To run them may take a tensor's value (the ATen lowering needs the longest sequence), which no
-compiler knows; inside an operator it may be read.
+One operator serves whole rows, packed and padded sequences: at most one of `cu_seqlens`, `attention_mask` and
+`seq_idx` is given. Running them may need a tensor's value (the ATen lowering reads the longest sequence),
+which no compiler has; inside an operator it may be read.
 
 Compile caches hash a graph, in which the operator is only a name. Who calls it in code that others compile says in
-``revision`` which sources the call was traced with, so that no cache serves an older gradient or schema; nothing else
+`revision` which sources the call was traced with, so that no cache serves an older gradient or schema; nothing else
 reads it.
 """
 
@@ -90,7 +90,7 @@ def _as_input(x: Tensor | None, grad: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _state_shape(rows: Any, q: Tensor, v: Tensor, w: Tensor | None) -> tuple[Any, ...]:
-    """Of a final state: ``[B, H, K, V]``, or with level weights ``[B, H, 1 + L, K, V]``."""
+    """Of a final state: `[B, H, K, V]`, or with level weights `[B, H, 1 + L, K, V]`."""
     levels = () if w is None else (1 + w.shape[-1],)
     return (rows, v.shape[-2], *levels, q.shape[-1], v.shape[-1])
 

@@ -29,15 +29,15 @@ def reference_attention(
     attention_mask: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-linear attention by its recurrence; the signature of ``llcompile.ops.loglinear_attention``.
+    """Log-linear attention by its recurrence; the signature of `llcompile.ops.loglinear_attention`.
 
     Args:
-        q, k: ``[B, T, G, K]``. v: ``[B, T, H, V]``. level_weights: ``[B, T, H, L]`` or None.
-        log_decay: ``[B, T, H]``, ``[B, T, H, K]`` or ``[H]``. beta: ``[B, T, H]``.
+        q, k: `[B, T, G, K]`. v: `[B, T, H, V]`. level_weights: `[B, T, H, L]` or None.
+        log_decay: `[B, T, H]`, `[B, T, H, K]` or `[H]`. beta: `[B, T, H]`.
         dtype: what to compute in; float64 is the definition, others measure what the formula loses in that dtype.
 
     Returns:
-        ``o [B, T, H, V]`` and the final state (or None), both in ``dtype``.
+        `o [B, T, H, V]` and the final state (or None), both in `dtype`.
     """
     if log_decay is not None and log_decay.dim() == 1:
         log_decay = log_decay.expand(*v.shape[:3])
@@ -63,7 +63,7 @@ def reference_attention(
 
 
 def _sequences(v: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None) -> list[tuple[int, Tensor]]:
-    """``(row, token indices)`` of every sequence in the batch."""
+    """`(row, token indices)` of every sequence in the batch."""
     if cu_seqlens is not None:
         bounds = cu_seqlens.tolist()
         return [(0, torch.arange(a, b, device=v.device)) for a, b in itertools.pairwise(bounds)]
@@ -83,7 +83,7 @@ def _sequence(
     scale: float,
     initial_state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """One sequence: operands ``[T, ...]``, state ``[1, ...]`` -> ``o [T, H, V]`` and the final state ``[1, ...]``."""
+    """One sequence: operands `[T, ...]`, state `[1, ...]` -> `o [T, H, V]` and the final state `[1, ...]`."""
     length, heads, value_dim = v.shape
     repeat, key_dim = heads // q.shape[1], q.shape[2]
     q, k = q.repeat_interleave(repeat, 1), k.repeat_interleave(repeat, 1)  # [T, H, K]
@@ -110,9 +110,9 @@ def _sequence(
 def recurrence_step(
     states: Tensor, position: int, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None
 ) -> Tensor:
-    """Steps 1 to 3 of decoding: level states ``[H, L, K, V]`` before a token -> after it.
+    """Steps 1 to 3 of decoding: level states `[H, L, K, V]` before a token -> after it.
 
-    k: ``[H, K]``, v: ``[H, V]``, decay: ``[H]`` or ``[H, K]`` (not its logarithm), beta: ``[H]``.
+    k: `[H, K]`, v: `[H, V]`, decay: `[H]` or `[H, K]` (not its logarithm), beta: `[H]`.
     """
     last = states.shape[1] - 1
     if position > 0:  # 1. merge: every level below the one that fills up empties into it

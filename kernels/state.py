@@ -2,10 +2,10 @@
 
 A state is one plain floating tensor with the batch first, so that caches can store, move and reorder it like any other:
 
-* linear state (no level weights): ``[B, H, K, V]``;
-* level state of ``L`` levels: ``[B, H, 1 + L, K, V]``. Slot 0 of the level axis is a header: ``[b, h, 0]`` holds the
-  position of row ``b`` (tokens absorbed so far), as :mod:`.header` writes it. Slots ``1 .. L`` are the states of levels
-  ``0 .. L - 1`` as the last query saw them; the last level also holds everything that belongs higher.
+* linear state (no level weights): `[B, H, K, V]`;
+* level state of `L` levels: `[B, H, 1 + L, K, V]`. Slot 0 of the level axis is a header: `[b, h, 0]` holds the
+  position of row `b` (tokens absorbed so far), as `header` writes it. Slots `1 .. L` are the states of levels
+  `0 .. L - 1` as the last query saw them; the last level also holds everything that belongs higher.
 
 A tensor of zeros is a valid empty state at position 0. The operators give float32 and float64 states; a cache may hold
 them in any dtype that keeps the header. Positions are exact up to 2**24 (2**53 in float64), and a state that would
@@ -36,69 +36,73 @@ def empty_state(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """An empty state at position 0: ``[B, H, K, V]``, or ``[B, H, 1 + levels, K, V]`` with level weights."""
+    """An empty state at position 0: `[B, H, K, V]`, or `[B, H, 1 + levels, K, V]` with level weights."""
     middle = () if levels is None else (1 + levels,)
     return torch.zeros(batch, heads, *middle, key_dim, value_dim, dtype=dtype, device=device)
 
 
 def is_level_state(state: Tensor) -> bool:
-    """Whether ``state`` is of the kind with levels (5 axes) rather than a linear state (4 axes)."""
+    """Whether `state` is of the kind with levels (5 axes) rather than a linear state (4 axes)."""
     return state.dim() == 5
 
 
 def pack_state(levels: Tensor, position: Tensor) -> Tensor:
-    """Join level states ``[B, H, L, K, V]`` and positions ``[B]`` into a state ``[B, H, 1 + L, K, V]``."""
+    """Join level states `[B, H, L, K, V]` and positions `[B]` into a state `[B, H, 1 + L, K, V]`."""
     _, heads, _, key_dim, value_dim = levels.shape
     first = header.write(position, key_dim, value_dim, levels.dtype)
     return torch.cat([first[:, None, None].expand(-1, heads, -1, -1, -1), levels], dim=2)
 
 
 def unpack_state(state: Tensor) -> tuple[Tensor, Tensor]:
-    """Split a level state ``[B, H, 1 + L, K, V]`` into its levels ``[B, H, L, K, V]`` and positions ``[B]`` (int64)."""
+    """Split a level state `[B, H, 1 + L, K, V]` into its levels `[B, H, L, K, V]` and positions `[B]` (int64)."""
     return state[:, :, 1:], position_of(state)
 
 
 def position_of(state: Tensor) -> Tensor:
-    """Positions ``[B]`` (int64) of a level state's rows."""
+    """Positions `[B]` (int64) of a level state's rows."""
     return header.read(state[:, 0, 0])
 
 
 def level_states(state: Tensor) -> Tensor:
-    """The states of the levels alone, ``[B, H, L, K, V]``; their sum over ``L`` is the linear state."""
+    """The states of the levels alone, `[B, H, L, K, V]`; their sum over `L` is the linear state."""
     return state[:, :, 1:]
 
 
 def linear_state(state: Tensor) -> Tensor:
-    """The linear state ``[B, H, K, V]`` that ``state`` refines: the sum of its levels, or itself if it has none."""
+    """The linear state `[B, H, K, V]` that `state` refines: the sum of its levels, or itself if it has none."""
     return level_states(state).sum(2) if is_level_state(state) else state
 
 
+def in_levels(state: Tensor, levels: int | None) -> Tensor:
+    """`state` of the kind that an operator of `levels` (None: linear) keeps, sharing memory where it is that kind.
+
+    A linear state is one bucket of the last level, and positions count from 0.
+    """
+    if levels is None:
+        return linear_state(state)
+    if is_level_state(state):
+        return state
+    last = state[:, :, None]
+    return torch.cat([last.new_zeros(*state.shape[:2], levels, *state.shape[2:]), last], 2)
+
+
 def merge(states: Tensor, position: Tensor) -> Tensor:
-    """Make room for the token at ``position [B]``: levels below the one that fills up empty into it."""
-    index, full = _filling(states, position)
-    below, at = index < full, index == full
+    """Make room for the token at `position [B]`: levels below the one that fills up empty into it.
+
+    The states are `[B, H, L, K, V]`. At position 0 level 0 fills up, and nothing moves.
+    """
+    last = states.shape[2] - 1
+    full = (trailing_zeros(position) + 1).clamp(max=last)[:, None, None, None, None]
+    index = torch.arange(last + 1, device=states.device)[:, None, None]
+    below = index < full
     moved = torch.where(below, states, 0).sum(2, keepdim=True)
-    return torch.where(below, 0, states) + torch.where(at, moved, 0)
-
-
-def merge_grad(d: Tensor, position: Tensor) -> Tensor:
-    """Adjoint of :func:`merge`."""
-    index, full = _filling(d, position)
-    at_full = torch.where(index == full, d, 0).sum(2, keepdim=True)
-    return torch.where(index < full, at_full, d)
-
-
-def _filling(states: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-    """Level indices, and the level that fills up (0 at position 0: nothing moves), over ``[B, H, L, K, V]``."""
-    levels = states.shape[2]
-    full = (trailing_zeros(position) + 1).clamp(max=levels - 1)
-    return torch.arange(levels, device=states.device)[:, None, None], full[:, None, None, None, None]
+    return torch.where(below, 0, states) + torch.where(index == full, moved, 0)
 
 
 def check_state(
     state: Tensor, batch: int, heads: int, key_dim: int, value_dim: int, levels: int | None, name: str = "initial_state"
 ) -> None:
-    """Raise :class:`StateError` unless ``state`` can start an operator of these sizes (``levels``: None = linear)."""
+    """Raise `StateError` unless `state` can start an operator of these sizes (`levels`: None = linear)."""
     shape = tuple(state.shape)
     want = f"[{batch}, {heads}, {key_dim}, {value_dim}]"
     if state.dim() not in (4, 5):
@@ -125,7 +129,7 @@ def check_state(
 
 
 def check_positions(state: Tensor, tokens: int, name: str = "initial_state") -> None:
-    """Raise :class:`StateError` where a level state cannot count ``tokens`` more; on a CPU only, others would wait."""
+    """Raise `StateError` where a level state cannot count `tokens` more; on a CPU only, others would wait."""
     if not is_level_state(state) or state.device.type != "cpu" or not state.numel():
         return
     first = state[:, 0, 0]  # [B, K, V]

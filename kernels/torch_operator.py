@@ -1,7 +1,7 @@
 """Makes an operator of torch out of functions: its values, its shapes and its gradient.
 
-``torch.library.custom_op`` does the same, but the autograd kernel that it writes refuses to run below
-``torch.func.grad`` and drops the tangents of forward mode without a word. So this file has a kernel of its own, and all
+`torch.library.custom_op` does the same, but the autograd kernel that it writes refuses to run below
+`torch.func.grad` and drops the tangents of forward mode without a word. So this file has a kernel of its own, and all
 that it takes from torch's private interfaces is in this file.
 """
 
@@ -33,15 +33,15 @@ def define(
     save: Save | None = None,
     gradient: Gradient | None = None,
 ) -> None:
-    """Register an operator of ``torch.ops.llcompile``. Every function gets all arguments, defaults included.
+    """Register an operator of `torch.ops.llcompile`. Every function gets all arguments, defaults included.
 
     Args:
         schema: its name, arguments and results, as torch writes them.
         values: computes the outputs, which must be new tensors.
         shapes: makes empty outputs, from shapes and dtypes alone.
-        save: keeps on ``ctx`` what ``gradient`` needs.
+        save: keeps on `ctx` what `gradient` needs.
         gradient: a gradient for each input, None where there is none. Without it the operator cannot be differentiated,
-            and says so (:class:`DerivativeError`) when that is tried.
+            and says so (`DerivativeError`) when that is tried.
     """
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -74,7 +74,7 @@ def _autograd(operator: Any, save: Save | None, gradient: Gradient | None) -> Ca
 
 
 def _function(operator: Any, save: Save | None, gradient: Gradient | None) -> Any:
-    """The autograd function of ``operator``; its first argument are the keys that the dispatcher came with."""
+    """The autograd function of `operator`; its first argument are the keys that the dispatcher came with."""
 
     def forward(keys: Any, *inputs: Any) -> Any:
         # A function's forward has both modes off, and what is below may be another level of torch.func's.

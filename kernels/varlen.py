@@ -1,7 +1,7 @@
 """Sequences of different lengths (varlen): packed one after another, or padded on either side.
 
-Levels count from the start of a sequence. The Triton kernels read sequences where they are (:class:`Spans`), the ATen
-lowering as a padded batch (:mod:`.aten.padded`).
+Levels count from the start of a sequence. The Triton kernels read sequences where they are (`Spans`), the ATen
+lowering as a padded batch (`aten.padded`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Spans(NamedTuple):
 
 
 def spans_of_mask(mask: Tensor) -> Spans:
-    """The sequences of a padded batch, mask ``[B, T]`` (non-zero = real, contiguous in each row)."""
+    """The sequences of a padded batch, mask `[B, T]` (non-zero = real, contiguous in each row)."""
     batch, width = mask.shape
     real = mask != 0
     lengths = real.sum(1)
@@ -31,13 +31,13 @@ def spans_of_mask(mask: Tensor) -> Spans:
 
 
 def spans_of_bounds(cu_seqlens: Tensor) -> Spans:
-    """The sequences of a packed batch of one row, from their bounds ``[N + 1]``."""
+    """The sequences of a packed batch of one row, from their bounds `[N + 1]`."""
     bounds = cu_seqlens.to(torch.int64)
     return Spans(bounds[:-1], bounds[1:] - bounds[:-1])
 
 
 def spans_of_indices(seq_idx: Tensor) -> Spans:
-    """Sequences packed in each row of a batch, from the sequence ``[B, T]`` that each token belongs to."""
+    """Sequences packed in each row of a batch, from the sequence `[B, T]` that each token belongs to."""
     first = torch.ones_like(seq_idx, dtype=torch.bool)
     first[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
     starts = first.flatten().nonzero()[:, 0]
@@ -48,10 +48,10 @@ def in_place(x: Operands, cu_seqlens: Tensor | None, attention_mask: Tensor | No
     """The operands of rows as they are; of sequences where they lie, in a batch of one.
 
     Args:
-        x: operands of rows ``[B, T, ...]``.
-        cu_seqlens: ``[N + 1]`` bounds of packed sequences, in a batch of one.
-        attention_mask: ``[B, T]``, non-zero at real tokens.
-        seq_idx: ``[B, T]``, the sequence that each token belongs to.
+        x: operands of rows `[B, T, ...]`.
+        cu_seqlens: `[N + 1]` bounds of packed sequences, in a batch of one.
+        attention_mask: `[B, T]`, non-zero at real tokens.
+        seq_idx: `[B, T]`, the sequence that each token belongs to.
 
     Raises:
         OperandError: one of them has a wrong shape, dtype or value.
@@ -59,8 +59,7 @@ def in_place(x: Operands, cu_seqlens: Tensor | None, attention_mask: Tensor | No
     spans = _spans(x.v, cu_seqlens, attention_mask, seq_idx)
     if spans is None:
         return x
-    tensors = (None if t is None else flat(t) for t in x[:6])
-    return Operands(*tensors, x.initial_state, spans.lengths, spans.starts)  # type: ignore[call-arg, arg-type]
+    return x.map_tokens(flat)._replace(lengths=spans.lengths, starts=spans.starts)
 
 
 def _spans(v: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None, seq_idx: Tensor | None) -> Spans | None:
@@ -79,5 +78,5 @@ def _spans(v: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None, seq_idx: T
 
 
 def flat(x: Tensor) -> Tensor:
-    """``[B, T, ...] -> [1, B * T, ...]``, a view where strides allow it; a decay per head stays."""
-    return x if x.dim() < 3 else x.flatten(0, 1)[None]
+    """`[B, T, ...] -> [1, B * T, ...]`, a view where strides allow it."""
+    return x.flatten(0, 1)[None]

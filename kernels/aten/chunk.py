@@ -1,13 +1,13 @@
 """What happens inside the chunks: the scores of their own tokens, and what the rest of the sequence needs to know.
 
-Three stages, one for each structure; all chunks are done at once. What leaves a chunk:
+One function for each structure; all chunks are done at once. What leaves a chunk:
 
-* ``scores``: by which its tokens see each other, weighed by level, levels ``0 .. log2 C``;
-* ``rows`` (and ``q``, where heads share queries): queries that read the state at the chunk's start;
-* ``p``: the chunk's transition; ``keys``, ``values``: its contribution ``keys^T values``, kept apart because the last
+* `scores`: by which its tokens see each other, weighed by level, levels `0 .. log2 C`;
+* `rows` (and `q`, where heads share queries): queries that read the state at the chunk's start;
+* `p`: the chunk's transition; `keys`, `values`: its contribution `keys^T values`, kept apart because the last
   chunk's tokens are needed one bucket at a time for the final state.
 
-Shapes: ``M`` is ``B * G`` where heads share queries (then R heads per group) and ``B * H`` elsewhere (R = 1).
+Shapes: `M` is `B * G` where heads share queries (then R heads per group) and `B * H` elsewhere (R = 1).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Chunks(NamedTuple):
 
 
 def inside(x: ChunkOperands) -> Chunks:
-    """The stage for these operands; nothing else in this folder asks which family it is."""
+    """What leaves the chunks, by family; nothing else in this folder depends on the family."""
     if x.beta is not None:
         return _delta(x, x.beta)
     if x.g is not None and x.g.dim() == 6:
@@ -79,8 +79,8 @@ def _channel(x: ChunkOperands, g: Tensor) -> Chunks:
 def _delta(x: ChunkOperands, beta: Tensor) -> Chunks:
     """The delta rule, by the UT transform (arXiv 2406.06484): a chunk's transition is a dense matrix.
 
-    With ``B = (I + strict_tril(diag(beta) K K^T))^-1 diag(beta)``, decays inside the products, a chunk turns its values
-    into ``(Q K^T) B V``, adds ``(B^T K)^T V`` to the state and multiplies it by ``decay - (B^T K)^T K``.
+    With `B = (I + strict_tril(diag(beta) K K^T))^-1 diag(beta)`, decays inside the products, a chunk turns its values
+    into `(Q K^T) B V`, adds `(B^T K)^T V` to the state and multiplies it by `decay - (B^T K)^T K`.
     """
     decay = _decay(x.g, (x.q, x.k), x.k)
     qk, kk = decay.scores
@@ -110,5 +110,5 @@ def _weighed(scores: Tensor, w: Tensor | None) -> Tensor:
 
 
 def _fold_heads(x: Tensor) -> Tensor:
-    """``[B, G, R, N, C, V] -> [B * G, N, C, R, V]``, contiguous (a view if R is 1)."""
+    """`[B, G, R, N, C, V] -> [B * G, N, C, R, V]`, contiguous (a view if R is 1)."""
     return x.movedim(2, 4).contiguous().flatten(0, 1)

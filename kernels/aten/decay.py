@@ -4,8 +4,8 @@ Everything is built from sums of the log decays that lie *between* two tokens, e
 difference of two cumulative sums. So exponents are at most 0, a log decay of -1e4 next to one of -1e-4 costs no
 precision, and -inf is a factor of exactly 0 with a gradient of exactly 0.
 
-Shapes: ``rows`` are queries or keys that look at the keys ``k``, all ``[B, G, 1, N, C, K]``; what belongs to a head is
-``[B, G, R, N, C, ...]``; ``scores`` are causal, ``[B, G, R or 1, N, C, C]``, one tensor for each of ``rows``.
+Shapes: `rows` are queries or keys that look at the keys `k`, all `[B, G, 1, N, C, K]`; what belongs to a head is
+`[B, G, R, N, C, ...]`; `scores` are causal, `[B, G, R or 1, N, C, C]`, one tensor for each of `rows`.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ class NoDecay:
         self.total: Tensor | None = None  # log decay of whole chunks
 
     def head(self, x: Tensor) -> Tensor:
-        """``x`` times the decay from the start of the chunk, up to and with each token."""
+        """`x` times the decay from the start of the chunk, up to and with each token."""
         return x
 
     def tail(self, x: Tensor) -> Tensor:
-        """``x`` times the decay after each token, to the end of the chunk."""
+        """`x` times the decay after each token, to the end of the chunk."""
         return x
 
 
 class ScalarDecay(NoDecay):
-    """One log decay per token and head, ``g [B, G, R, N, C]``; ``total [B, G, R, N]``."""
+    """One log decay per token and head, `g [B, G, R, N, C]`; `total [B, G, R, N]`."""
 
     def __init__(self, g: Tensor, rows: Sequence[Tensor], k: Tensor) -> None:
         g = g.clamp(min=_LOWEST)
@@ -63,10 +63,10 @@ class ScalarDecay(NoDecay):
 
 
 class ChannelDecay(NoDecay):
-    """One log decay per token, head and key channel, ``g [B, G, R, N, C, K]``; ``total [B, G, R, N, K]``.
+    """One log decay per token, head and key channel, `g [B, G, R, N, C, K]`; `total [B, G, R, N, K]`.
 
-    The scores of two tokens need a factor per channel between them. For each scale ``h = 1, 2, 4, ...`` tokens in the
-    right half of a block of ``2 h`` see those in its left half through the point between the halves: queries decayed
+    The scores of two tokens need a factor per channel between them. For each scale `h = 1, 2, 4, ...` tokens in the
+    right half of a block of `2 h` see those in its left half through the point between the halves: queries decayed
     from there, keys decayed to there, both by exponents of at most 0, and one GEMM. Every pair of tokens belongs to
     exactly one scale, which is its level, and no tensor is larger than the operands.
     """
@@ -93,7 +93,7 @@ class ChannelDecay(NoDecay):
 
 
 class _Widened(torch.autograd.Function):
-    """From sums within blocks of ``h`` tokens to sums within blocks of ``2 h``, in place, and the factors between.
+    """From sums within blocks of `h` tokens to sums within blocks of `2 h`, in place, and the factors between.
 
     Its own gradient, in place, too: through functional sums, a backward pass took a quarter more time.
     """
@@ -124,7 +124,7 @@ class _Widened(torch.autograd.Function):
 
 
 class _Assembled(torch.autograd.Function):
-    """Scores from their diagonal ``[..., C]`` and the blocks across halves at each scale, without a copy per scale."""
+    """Scores from their diagonal `[..., C]` and the blocks across halves at each scale, without a copy per scale."""
 
     @staticmethod
     def forward(ctx: Any, diagonal: Tensor, *across: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ class _Assembled(torch.autograd.Function):
 
 @lru_cache(maxsize=16)
 def _intervals(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """``[C, C * C]`` with 1 at ``(u, (t, s))`` where ``s < u <= t``, and ``[C * C]`` with -inf where ``s > t``."""
+    """`[C, C * C]` with 1 at `(u, (t, s))` where `s < u <= t`, and `[C * C]` with -inf where `s > t`."""
     i = torch.arange(size, device=device)
     u, t, s = i[:, None, None], i[None, :, None], i[None, None, :]
     table = ((s < u) & (u <= t)).to(dtype).view(size, size * size)
@@ -154,12 +154,12 @@ def _scales(size: int) -> list[int]:
 
 
 def _halves(x: Tensor, h: int) -> tuple[Tensor, ...]:
-    """The left and the right halves of blocks of ``2 h`` tokens: ``[..., C, K] -> 2 x [..., C / 2h, h, K]``."""
+    """The left and the right halves of blocks of `2 h` tokens: `[..., C, K] -> 2 x [..., C / 2h, h, K]`."""
     return x.unflatten(-2, (-1, 2, h)).unbind(-3)
 
 
 def _across(scores: Tensor, h: int) -> Tensor:
-    """The blocks of ``[..., C, C]`` from right halves to left halves, as a view ``[..., C / 2h, h, h]``."""
+    """The blocks of `[..., C, C]` from right halves to left halves, as a view `[..., C / 2h, h, h]`."""
     n = scores.shape[-1] // (2 * h)
     split = scores.unflatten(-1, (n, 2, h))[..., 0, :].unflatten(-3, (n, 2, h))[..., 1, :, :, :]  # [..., n, h, n, h]
     return split.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)

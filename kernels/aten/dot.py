@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 def dot(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
-    """``<a, b x>``, a scalar, for ``a [..., r, V]``, ``b [..., r, K]`` and ``x [..., K, V]``.
+    """`<a, b x>`, a scalar, for `a [..., r, V]`, `b [..., r, K]` and `x [..., K, V]`.
 
-    With the gradient of an output in place of ``a`` it stands for what ``b x`` adds to the output: it has the same
-    gradients. Its value (0) is not computed, so the product ``b x`` costs nothing. The gradient that reaches it must
+    With the gradient of an output in place of `a` it stands for what `b x` adds to the output: it has the same
+    gradients. Its value (0) is not computed, so the product `b x` costs nothing. The gradient that reaches it must
     be 1.
     """
     return cast(Tensor, _Dot.apply(a, b, x))

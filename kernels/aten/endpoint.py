@@ -1,7 +1,7 @@
 """The level states at a row's last token, collected while the tree is walked.
 
 The end of a row is one more reader of the tree: at each level where its chunk's index has a bit set, the left sibling
-holds a bucket, which reaches the end through the transition from there (``e``), and ``e`` grows over the sibling. The
+holds a bucket, which reaches the end through the transition from there (`e`), and `e` grows over the sibling. The
 buckets inside the last chunk are sums over its tokens. Rows may end at different places.
 """
 
@@ -17,7 +17,7 @@ from llcompile.kernels.levels import level
 
 
 class EndPoint:
-    """Level states at grid position ``last [M]``."""
+    """Level states at grid position `last [M]`."""
 
     def __init__(self, kind: Transition, last: Tensor, chunk: int, p: Any, keys: Tensor, values: Tensor) -> None:
         self.kind, self.chunk = kind, last // chunk
@@ -32,7 +32,7 @@ class EndPoint:
         self.pieces = [(self.keys.mT[:, None] * self.bucket[:, :, None]) @ self.values[:, None]]
 
     def pass_level(self, m: int, p: Any, x: Tensor) -> None:
-        """Read the left sibling among the blocks of level ``m``."""
+        """Read the left sibling among the blocks of level `m`."""
         index = self.chunk >> m
         left, exists = (index - 1).clamp(min=0), (index & 1) == 1
         p_left = None if p is None else p[self.rows, left][:, None]
@@ -42,14 +42,14 @@ class EndPoint:
             self.e = torch.where(_like(exists, self.e), self.kind.compose(self.e, p_left), self.e)
 
     def states(self) -> Tensor:
-        """States of the grid's levels at the end, ``[M, levels, K, R * V]``."""
+        """States of the grid's levels at the end, `[M, levels, K, R * V]`."""
         return torch.cat(self.pieces, 1)
 
     def push_old(self, x: Tensor) -> Tensor:
-        """Carry states ``[M, L, K, R * V]`` from the start of the grid to the end (after the last level)."""
+        """Carry states `[M, L, K, R * V]` from the start of the grid to the end (after the last level)."""
         return self.kind.push(self.e, x)
 
 
 def _like(flag: Tensor, x: Tensor) -> Tensor:
-    """``flag [M]`` with as many axes as ``x``."""
+    """`flag [M]` with as many axes as `x`."""
     return flag[(...,) + (None,) * (x.dim() - 1)]

@@ -2,13 +2,14 @@
 
 A chunk's products take a token that is not yet seen times 0, and 0 times NaN is NaN. So a call whose output is not
 finite is run again without the tokens from which that may have come, for the outputs of the tokens before them. That
-costs nothing but a sum where all is finite. Nobody looks on an accelerator, as that would wait for it. Gradients are
-left as they are: those of the code that a mixer replaces are not finite either.
+costs nothing but a sum where all is finite. On an accelerator this is not checked, because the check would wait for the
+device. Gradients are left as they are: those of the code that a mixer replaces are not finite either.
 """
 
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ _BOUNDS = (math.inf, 1e18, 1e9)
 
 
 def forward(x: Operands, scale: float, return_final_state: bool) -> tuple[Tensor, Tensor]:
-    """As :func:`.sequence.forward`, of rows."""
+    """As `sequence.forward`, of rows."""
     o, state = slabs.forward(x, scale, return_final_state)
     if o.device.type == "cpu" and not _is_finite(o):
         o = _with_the_past(x, scale, o)
@@ -42,13 +43,14 @@ def _with_the_past(x: Operands, scale: float, o: Tensor) -> Tensor:
         before = token < _first_beyond(x, bound)[:, None]
         if not bool((wrong & before).any()):
             continue
-        kept = slabs.forward(_only(x, before), scale, return_final_state=False)[0]
+        past = x.map_tokens(partial(_zeroed, before))
+        kept = slabs.forward(past, scale, return_final_state=False)[0]
         o = torch.where((wrong & before)[:, :, None, None], kept, o)
     return o
 
 
 def _first_beyond(x: Operands, bound: float) -> Tensor:
-    """The first token ``[B]`` of each row with an operand beyond ``bound``; T where there is none."""
+    """The first token `[B]` of each row with an operand beyond `bound`; T where there is none."""
     rows, tokens = x.v.shape[:2]
     beyond = torch.zeros(rows, tokens, dtype=torch.bool)
     for operand in (x.q, x.k, x.v, x.level_weights, x.beta):
@@ -61,16 +63,6 @@ def _first_beyond(x: Operands, bound: float) -> Tensor:
     return torch.where(beyond.any(1), beyond.to(torch.int8).argmax(1), tokens)
 
 
-def _only(x: Operands, kept: Tensor) -> Operands:
-    """The operands at the tokens that are kept ``[B, T]``, 0 at the others."""
-
-    def at(operand: Tensor | None) -> Tensor | None:
-        if operand is None or operand.dim() < 3:
-            return operand
-        return torch.where(kept[(...,) + (None,) * (operand.dim() - 2)], operand, 0)
-
-    q, k, v, w, g, beta = (at(t) for t in x[:6])
-    assert q is not None
-    assert k is not None
-    assert v is not None
-    return Operands(q, k, v, w, g, beta, x.initial_state, x.lengths)
+def _zeroed(kept: Tensor, x: Tensor) -> Tensor:
+    """`x [B, T, ...]` with 0 at the tokens that are not kept `[B, T]`."""
+    return torch.where(kept[(...,) + (None,) * (x.dim() - 2)], x, 0)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def unit_lower_inverse(x: Tensor) -> Tensor:
-    """``(I + strict_tril(x))^-1`` for ``x [..., C, C]``; what is on and above the diagonal is not looked at."""
+    """`(I + strict_tril(x))^-1` for `x [..., C, C]`; what is on and above the diagonal is not looked at."""
     return cast(Tensor, _UnitLowerInverse.apply(x))
 
 

@@ -56,20 +56,16 @@ def _rows(x: Operands) -> _Rows:
 
 def _in_rows(x: Operands, rows: _Rows) -> Operands:
     """Each sequence at the start of a row of its own."""
-    q, k, v, w, g, beta = (t if t is None or t.dim() < 3 else _to_rows(t, rows) for t in x[:6])
-    assert q is not None
-    assert k is not None
-    assert v is not None
-    return Operands(q, k, v, w, g, beta, x.initial_state, rows.lengths)
+    return x.map_tokens(lambda t: _to_rows(t, rows))._replace(lengths=rows.lengths, starts=None)
 
 
 def _to_rows(x: Tensor, rows: _Rows) -> Tensor:
-    """Tokens ``[1, T, ...]`` to rows ``[rows, width, ...]``; places past a row's length hold any tokens."""
+    """Tokens `[1, T, ...]` to rows `[rows, width, ...]`; places past a row's length hold any tokens."""
     return x[0].index_select(0, rows.gather).reshape(rows.lengths.shape[0], rows.width, *x.shape[2:])
 
 
 def _from_rows(o: Tensor, rows: _Rows) -> Tensor:
-    """Rows ``[rows, width, ...]`` back to tokens ``[1, T, ...]``; 0 at padding."""
+    """Rows `[rows, width, ...]` back to tokens `[1, T, ...]`; 0 at padding."""
     o = o.flatten(0, 1)
     if not o.shape[0]:
         return o.new_zeros(1, rows.real.shape[0], *o.shape[1:])

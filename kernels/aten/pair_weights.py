@@ -12,12 +12,12 @@ from llcompile.kernels.levels import level_table
 
 
 def spread(w: Tensor) -> Tensor:
-    """``[..., C, log2 C + 1] -> [..., C, C]``: the weight of each pair's level (above the diagonal, anything)."""
+    """`[..., C, log2 C + 1] -> [..., C, C]`: the weight of each pair's level (above the diagonal, anything)."""
     return cast(Tensor, _Spread.apply(w))
 
 
 class _Spread(torch.autograd.Function):
-    """Its own gradient: that of an index is an index_add, four times the time of :func:`gather_back`."""
+    """Its own gradient: that of an index is an index_add, four times the time of `gather_back`."""
 
     @staticmethod
     def forward(ctx: Any, w: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ class _Spread(torch.autograd.Function):
 
 
 def gather_back(d: Tensor) -> Tensor:
-    """Adjoint of :func:`spread` for causal ``d``: ``[..., C, C] -> [..., C, log2 C + 1]``.
+    """Adjoint of `spread` for causal `d`: `[..., C, C] -> [..., C, log2 C + 1]`.
 
     A level of a row is an aligned block of columns. The sums of all aligned blocks are one GEMM with a 0/1 table; what
     then belongs to a row and level is picked out.
@@ -48,9 +48,9 @@ def _select(x: Tensor, index: Tensor) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _tables(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Index of :func:`spread`, block table ``[C, C]`` and index of :func:`gather_back`.
+    """Index of `spread`, block table `[C, C]` and index of `gather_back`.
 
-    The left halves of all aligned blocks are ``C - 1`` columns of the table (``C / 2`` of one token, ``C / 4`` of two,
+    The left halves of all aligned blocks are `C - 1` columns of the table (`C / 2` of one token, `C / 4` of two,
     ...); its last column is 0 and stands for the buckets that a row does not have.
     """
     depth = size.bit_length() - 1

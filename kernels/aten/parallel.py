@@ -1,4 +1,4 @@
-"""The parallel form ``O = (P . M_H) V``: scores of all pairs, and nothing but plain functional ATen operations.
+"""The parallel form `O = (P . M_H) V`: scores of all pairs, and nothing but plain functional ATen operations.
 
 It costs T squared and runs nowhere in training or serving. Other compilers are given it, who know ATen and not our
 operators (MLIR). Source: arXiv 2506.04761, sections 3.2 and 3.3; P of the delta rule is that after its UT transform.
@@ -21,10 +21,10 @@ def parallel_attention(
     beta: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """Log-linear attention without states; operands as for ``llcompile.ops.loglinear_attention``.
+    """Log-linear attention without states; operands as for `llcompile.ops.loglinear_attention`.
 
     Returns:
-        ``o [B, T, H, V]`` in the dtype of ``v``, computed in float32, or in float64 where ``v`` is.
+        `o [B, T, H, V]` in the dtype of `v`, computed in float32, or in float64 where `v` is.
     """
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
     heads, length = v.shape[2], v.shape[1]
@@ -45,15 +45,15 @@ def parallel_attention(
 
 
 def _of_heads(x: Tensor, heads: int) -> Tensor:
-    """``[B, T, G, K]`` as ``[B, H, T, K]``."""
+    """`[B, T, G, K]` as `[B, H, T, K]`."""
     x = x.transpose(1, 2)
     return x[:, :, None].expand(-1, -1, heads // x.shape[1], -1, -1).flatten(1, 2)
 
 
 def _decays(log_decay: Tensor) -> Tensor:
-    """The factor from each token ``s`` to each ``t``, ``[B, H, T, T]`` or ``[B, H, T, T, K]``; 1 where ``s >= t``.
+    """The factor from each token `s` to each `t`, `[B, H, T, T]` or `[B, H, T, T, K]`; 1 where `s >= t`.
 
-    Sums run from ``s`` itself: a difference of two sums from the start would lose what is small against them.
+    Sums run from `s` itself: a difference of two sums from the start would lose what is small against them.
     """
     g = log_decay.transpose(1, 2)  # [B, H, T] or [B, H, T, K]
     t = torch.arange(g.shape[2], device=g.device)
@@ -84,7 +84,7 @@ def _masked(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def _inverse_plus_one(lower: Tensor) -> Tensor:
-    """``(1 + N)^-1`` for strictly lower triangular N ``[..., T, T]``: the product of ``1 + (-N)^(2^i)``."""
+    """`(1 + N)^-1` for strictly lower triangular N `[..., T, T]`: the product of `1 + (-N)^(2^i)`."""
     length = lower.shape[-1]
     t = torch.arange(length, device=lower.device)
     one = (t[:, None] == t).to(lower.dtype)
@@ -97,7 +97,7 @@ def _inverse_plus_one(lower: Tensor) -> Tensor:
 
 
 def _mask_of_levels(w: Tensor) -> Tensor:
-    """M_H ``[B, H, T, T]`` from ``[B, T, H, L]``; the last level serves all above it."""
+    """M_H `[B, H, T, T]` from `[B, T, H, L]`; the last level serves all above it."""
     batch, length, heads, levels = w.shape
     index = level_table(length, w.device).clamp(max=levels - 1)
     return w.transpose(1, 2).gather(3, index.expand(batch, heads, length, length))

@@ -20,11 +20,11 @@ class LinearStates(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, kind: Transition, p: Tensor | None, x: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor]:
-        """States ``[M, N, K, R * V]`` and ``[M, 1, K, R * V]``.
+        """States `[M, N, K, R * V]` and `[M, 1, K, R * V]`.
 
         Args:
-            kind: the algebra. p: transitions ``[M, N, ...]`` of the chunks. x: what each adds ``[M, N, K, R * V]``.
-            start: ``[M, K, R * V]``, the state that reaches the first.
+            kind: the algebra. p: transitions `[M, N, ...]` of the chunks. x: what each adds `[M, N, K, R * V]`.
+            start: `[M, K, R * V]`, the state that reaches the first.
         """
         scan = Scan(kind, p, x.shape[1])
         states = scan.states(x, start)
@@ -43,7 +43,7 @@ class LinearStates(torch.autograd.Function):
 
 
 class Scan:
-    """Exclusive scans over the transitions ``p`` of N chunks (None: identities)."""
+    """Exclusive scans over the transitions `p` of N chunks (None: identities)."""
 
     def __init__(self, kind: Transition, p: Any, chunks: int) -> None:
         self.kind = kind
@@ -57,9 +57,9 @@ class Scan:
             chunks = (chunks + 1) // 2
 
     def states(self, x: Tensor, start: Tensor | None, reverse: bool = False) -> Tensor:
-        """What reaches each chunk, ``[M, N, K, R * V]``, when chunk i contributes ``x[:, i]`` to what passes it.
+        """What reaches each chunk, `[M, N, K, R * V]`, when chunk i contributes `x[:, i]` to what passes it.
 
-        ``start [M, K, R * V]`` enters at the first chunk (at the last one in reverse).
+        `start [M, K, R * V]` enters at the first chunk (at the last one in reverse).
         """
         first, second = (1, 0) if reverse else (0, 1)  # the half of a pair that is passed first
         push = self.kind.push_t if reverse else self.kind.push

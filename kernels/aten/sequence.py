@@ -1,7 +1,7 @@
 """The operator on whole sequences: chunks, then the tree (log-linear) or the scan (linear).
 
 The backward pass gets the operands only and runs the same code again below autograd: nothing but inputs is kept between
-the two. It computes no outputs; an inner product with their gradient stands for each of them (:mod:`.dot`).
+the two. It computes no outputs; an inner product with their gradient stands for each of them (`dot`).
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from llcompile.kernels.layout import Layout
 from llcompile.kernels.operands import Operands
 from llcompile.kernels.state import is_level_state, position_of, state_dtype
 
-# (o, q, rows, states, weights): what is read goes into o, or what stands for that is noted down
+# (o, q, rows, states, weights): what is read goes into o, or an inner product in its place is collected
 Read = Callable[[Tensor, "Tensor | None", Any, Tensor, "Tensor | None"], None]
 
 
 def forward(x: Operands, scale: float, return_final_state: bool) -> tuple[Tensor, Tensor]:
-    """Output ``[B, T, H, V]`` and final state (an empty tensor when not asked for)."""
+    """Output `[B, T, H, V]` and final state (an empty tensor when not asked for)."""
     call = Call(x, scale)
     if call.empty:
         return x.v.new_zeros(x.v.shape), call.unchanged_state() if return_final_state else call.no_state()
@@ -85,20 +85,20 @@ class Call(Layout):
         return out, final if return_final_state else None
 
     def gradients(self, inputs: list[Tensor], grad_o: Tensor, grad_state: Tensor | None) -> Iterator[Tensor | None]:
-        """Gradients of ``inputs``."""
-        outputs: list[Tensor] = []
-        grads: list[Tensor] = []
-        state = None
-        if not self.empty:
-            outputs, state = self._dots(grad_o, grad_state is not None)
-            grads = [torch.ones_like(t) for t in outputs]
-        elif grad_state is not None:
+        """Gradients of `inputs`; None where nothing depends on one."""
+        dots: list[Tensor] = []
+        state: Tensor | None = None
+        if self.empty:
             state = self.unchanged_state()
+        else:
+            dots, state = self._dots(grad_o, grad_state is not None)
+        outputs = [(t, torch.ones_like(t)) for t in dots]
         if grad_state is not None and state is not None and state.requires_grad:
-            outputs, grads = [*outputs, state], [*grads, grad_state.to(state.dtype)]
+            outputs.append((state, grad_state))
         if not outputs:
             return iter([None] * len(inputs))
-        return iter(torch.autograd.grad(outputs, inputs, grads, allow_unused=True))
+        tensors, grads = zip(*outputs, strict=True)
+        return iter(torch.autograd.grad(tensors, inputs, grads, allow_unused=True))
 
     def _dots(self, grad_o: Tensor, with_state: bool) -> tuple[list[Tensor], Tensor | None]:
         """What stands for the output, and the final state."""
@@ -117,7 +117,7 @@ class Call(Layout):
     def _between(
         self, r: Chunks, w: Tensor | None, o: Tensor, read: Read, with_state: bool, in_place: bool
     ) -> Tensor | None:
-        """What passes between chunks: reads into ``o``, and the final state."""
+        """What passes between chunks: reads into `o`, and the final state."""
         contributions = r.keys.mT @ r.values  # [M, N, K, R * V]
         old = self._old_states()
         if w is None:
@@ -147,7 +147,7 @@ class Call(Layout):
     # -- operands on the grid -----------------------------------------------------------------------------------------
 
     def _operands(self) -> tuple[ChunkOperands, Tensor | None]:
-        """Operands inside chunks, and the level weights between them ``[M, N, C, R, depth]``."""
+        """Operands inside chunks, and the level weights between them `[M, N, C, R, depth]`."""
         x, groups = self.x, (self.groups[0], 1)
         g = x.log_decay
         if g is not None and g.dim() == 1:
@@ -162,30 +162,30 @@ class Call(Layout):
         return ChunkOperands(q, k, v, inner, g, beta), None if outer is None else self._fold(outer)
 
     def _chunked(self, x: Tensor, heads: tuple[int, int]) -> Tensor:
-        """``[B, T, A, ...] -> [B, G, A / G, N, C, ...]``."""
+        """`[B, T, A, ...] -> [B, G, A / G, N, C, ...]`."""
         placed = self.grid.place(x, self.dtype)
         return placed.unflatten(2, (self.grid.chunks, self.grid.chunk)).unflatten(1, heads)
 
     def _fold(self, x: Tensor) -> Tensor:
-        """``[B, T, H, ...] -> [M, N, C, R, ...]`` on the grid."""
+        """`[B, T, H, ...] -> [M, N, C, R, ...]` on the grid."""
         placed = self.grid.place(x, self.dtype).unflatten(1, self.fold)  # [B, G', R', N * C, ...]
         folded = placed.movedim(2, 3).contiguous().flatten(0, 1)
         return folded.unflatten(1, (self.grid.chunks, self.grid.chunk))
 
     def _unfold(self, x: Tensor) -> Tensor:
-        """``[M, N, C, R, ...] -> [B, T, H, ...]``."""
+        """`[M, N, C, R, ...] -> [B, T, H, ...]`."""
         x = x.flatten(1, 2).unflatten(0, (self.batch, -1)).movedim(3, 2).flatten(1, 2)  # [B, H, N * C, ...]
         return self.grid.take(x)
 
     def _grid_weights(self, w: Tensor) -> Tensor:
-        """``[B, T, H, L] -> [B, T, H, levels of the grid]``."""
+        """`[B, T, H, L] -> [B, T, H, levels of the grid]`."""
         index = self._level_index()
         if index.dim() == 1:
             return w[..., : self.grid.levels] if self.grid.levels <= w.shape[-1] else w.index_select(-1, index)
         return w.gather(-1, index[:, None, None].expand(*w.shape[:-1], -1))
 
     def _old_weights(self) -> Tensor:
-        """Weights of the initial state's levels, ``[M, N, C, R, L]``."""
+        """Weights of the initial state's levels, `[M, N, C, R, L]`."""
         w = self.x.level_weights
         assert w is not None
         seen, _ = self._old_index()
@@ -193,5 +193,5 @@ class Call(Layout):
 
 
 def _one_block(x: Any) -> Any:
-    """``[M, N, C, ...] -> [M, 1, N * C, ...]``: all rows as one block."""
+    """`[M, N, C, ...] -> [M, 1, N * C, ...]`: all rows as one block."""
     return None if x is None else x.flatten(1, 2)[:, None]

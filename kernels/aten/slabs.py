@@ -42,7 +42,7 @@ class Slab(NamedTuple):
         )
 
     def per_head(self, t: Tensor | None) -> Tensor | None:
-        """The slab's part of a tensor ``[B, T, H, ...]`` or ``[H]``."""
+        """The slab's part of a tensor `[B, T, H, ...]` or `[H]`."""
         if t is None:
             return None
         return t[self.heads] if t.dim() == 1 else t[self.rows, :, self.heads]
@@ -62,7 +62,7 @@ def slabs(x: Operands) -> list[Slab]:
 
 
 def _cut(batch: int, groups: int, repeat: int, size: int) -> Iterator[Slab]:
-    """Slabs of about ``size`` groups: parts of a row, or several whole rows."""
+    """Slabs of about `size` groups: parts of a row, or several whole rows."""
     if size < groups:
         for row in range(batch):
             for g in range(0, groups, size):
@@ -75,7 +75,7 @@ def _cut(batch: int, groups: int, repeat: int, size: int) -> Iterator[Slab]:
 
 
 def forward(x: Operands, scale: float, return_final_state: bool) -> tuple[Tensor, Tensor]:
-    """As :func:`.sequence.forward`."""
+    """As `sequence.forward`."""
     parts = slabs(x)
     if len(parts) == 1:
         return sequence.forward(x, scale, return_final_state)
@@ -93,7 +93,7 @@ def forward(x: Operands, scale: float, return_final_state: bool) -> tuple[Tensor
 
 
 def backward(x: Operands, scale: float, grad_o: Tensor, grad_state: Tensor | None) -> list[Tensor | None]:
-    """As :func:`.sequence.backward`."""
+    """As `sequence.backward`."""
     parts = slabs(x)
     if len(parts) == 1:
         return sequence.backward(x, scale, grad_o, grad_state)

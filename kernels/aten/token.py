@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llcompile.kernels.state import is_level_state, linear_state, merge, pack_state, state_dtype, unpack_state
+from llcompile.kernels.state import in_levels, merge, pack_state, state_dtype, unpack_state
 
 
 def step(
@@ -21,16 +21,19 @@ def step(
     """Absorb one token and read out.
 
     Args:
-        q, k: ``[B, G, K]``. v: ``[B, H, V]``. w: ``[B, H, L]`` or None. state: as in :mod:`.state`.
-        log_decay: ``[B, H]``, ``[B, H, K]`` or ``[H]``. beta: ``[B, H]``.
+        q, k: `[B, G, K]`. v: `[B, H, V]`. w: `[B, H, L]` or None. state: as in `state`.
+        log_decay: `[B, H]`, `[B, H, K]` or `[H]`. beta: `[B, H]`.
 
     Returns:
-        ``o [B, H, V]`` in the dtype of ``v`` and the new state, of the kind that ``w`` asks for.
+        `o [B, H, V]` in the dtype of `v` and the new state, of the kind that `w` asks for.
     """
     dtype = state_dtype(v.dtype)
     qf, kf, vf = q.to(dtype), k.to(dtype), v.to(dtype)
-    states, position = _open(state.to(dtype), w)  # [B, H, L, K, V]
-    if position is not None:
+    state, position = in_levels(state.to(dtype), None if w is None else w.shape[-1]), None
+    if w is None:
+        states = state[:, :, None]  # [B, H, 1, K, V]
+    else:
+        states, position = unpack_state(state)  # [B, H, L, K, V]
         states = merge(states, position)
     if log_decay is not None:
         states = states * _decay(log_decay.to(dtype), v)
@@ -55,19 +58,8 @@ def step(
     return (o * scale).to(v.dtype, copy=True), new_state
 
 
-def _open(state: Tensor, w: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Level states and positions; a linear operator has one level and no position."""
-    if w is None:
-        return linear_state(state)[:, :, None], None
-    if is_level_state(state):
-        return unpack_state(state)
-    levels = state.new_zeros(*state.shape[:2], w.shape[-1], *state.shape[2:])
-    levels[:, :, -1] = state
-    return levels, torch.zeros(state.shape[0], dtype=torch.int64, device=state.device)
-
-
 def _decay(log_decay: Tensor, v: Tensor) -> Tensor:
-    """The decay as a factor of ``[B, H, L, K, V]``."""
+    """The decay as a factor of `[B, H, L, K, V]`."""
     decay = log_decay.exp()
     if decay.dim() == 1:
         decay = decay.expand(v.shape[:2])

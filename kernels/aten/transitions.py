@@ -2,17 +2,17 @@
 
 Three kinds, one for each shape that a product of per-token transitions can have. All share one small algebra:
 
-* ``push(p, x)``: a state ``x`` carried through ``p``; ``push_t`` by its transpose, and ``push_p_grad`` (for gradients);
-* ``compose(right, left)``: first ``left``, then ``right``;
-* ``pull(rows, p)``: queries that read after ``p``, rewritten to read before it;
-* ``read(...)``: queries times states, weighed and added to an output; ``read_dot``: for its gradients.
+* `push(p, x)`: a state `x` carried through `p`; `push_t` by its transpose, and `push_p_grad` (for gradients);
+* `compose(right, left)`: first `left`, then `right`;
+* `pull(rows, p)`: queries that read after `p`, rewritten to read before it;
+* `read(...)`: queries times states, weighed and added to an output; `read_dot`: for its gradients.
 
 Pulling queries back instead of pushing states forward is what keeps the work of the tree in a few large GEMMs: a block
 state is written once and read once. Logarithms of decays are only ever added, so exponents stay at most 0 and a decay
 of 0 (-inf) needs no special case.
 
-Shapes: ``M`` merges batch and group (or head), ``n`` counts blocks, ``r`` rows, ``R`` heads that share q and k.
-States are ``[M, n, K, R * V]``, outputs ``[M, n, r, R, V]``, weights ``[M, n, r, R]``.
+Shapes: `M` merges batch and group (or head), `n` counts blocks, `r` rows, `R` heads that share q and k.
+States are `[M, n, K, R * V]`, outputs `[M, n, r, R, V]`, weights `[M, n, r, R]`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from llcompile.kernels.aten.dot import dot
 
 
 class Transition(Protocol):
-    """The algebra above; ``p`` is whatever the kind stores (None: the identity)."""
+    """The algebra above; `p` is whatever the kind stores (None: the identity)."""
 
     def push(self, p: Any, x: Tensor) -> Tensor: ...  # noqa: D102
     def push_t(self, p: Any, x: Tensor) -> Tensor: ...  # noqa: D102
@@ -37,29 +37,29 @@ class Transition(Protocol):
 
 
 class ScalarTransition:
-    """A factor per head, stored as its logarithm ``p [M, n, R]``; None stands for 1.
+    """A factor per head, stored as its logarithm `p [M, n, R]`; None stands for 1.
 
-    Queries ``q`` are shared by the heads of a group and stay as they are; what is pulled back is the logarithm of each
-    row's coefficient, ``rows [M, n, r, R]`` (None with ``p``).
+    Queries `q` are shared by the heads of a group and stay as they are; what is pulled back is the logarithm of each
+    row's coefficient, `rows [M, n, r, R]` (None with `p`).
     """
 
     def __init__(self, repeat: int) -> None:
         self.repeat = repeat
 
     def _factor(self, p: Tensor, x: Tensor) -> Tensor:
-        """``exp(p)`` as a factor of the states ``x``."""
+        """`exp(p)` as a factor of the states `x`."""
         if self.repeat == 1:
             return p.exp()[..., None]  # [M, n, 1, 1]
         return p.exp().repeat_interleave(x.shape[-1] // self.repeat, -1)[..., None, :]  # [M, n, 1, R * V]
 
     def push(self, p: Tensor | None, x: Tensor) -> Tensor:
-        """``exp(p) x``."""
+        """`exp(p) x`."""
         return x if p is None else self._factor(p, x) * x
 
     push_t = push
 
     def push_p_grad(self, p: Tensor, x: Tensor, dy: Tensor) -> Tensor:
-        """Gradient of ``push`` with respect to ``p``."""
+        """Gradient of `push` with respect to `p`."""
         return (x * dy).sum(-2).unflatten(-1, (self.repeat, -1)).sum(-1) * p.exp()
 
     def compose(self, right: Tensor | None, left: Tensor | None) -> Tensor | None:
@@ -71,7 +71,7 @@ class ScalarTransition:
         return None if rows is None or p is None else rows + p[:, :, None]
 
     def read(self, o: Tensor, q: Tensor | None, rows: Tensor | None, x: Tensor, w: Tensor | None) -> None:
-        """``o += w exp(rows) (q x)``."""
+        """`o += w exp(rows) (q x)`."""
         assert q is not None
         y = (q @ x).unflatten(-1, (self.repeat, -1))
         factor = _coefficient(rows, w)
@@ -81,7 +81,7 @@ class ScalarTransition:
             o.addcmul_(y, factor[..., None])
 
     def read_dot(self, do: Tensor, q: Tensor | None, rows: Tensor | None, x: Tensor, w: Tensor | None) -> Tensor:
-        """The product of ``do`` with what is read."""
+        """The product of `do` with what is read."""
         assert q is not None
         factor = _coefficient(rows, w)
         if factor is None:
@@ -92,10 +92,10 @@ class ScalarTransition:
 
 
 class _RowTransition:
-    """What kinds with queries of their own per head have in common; ``rows [M, n, r, K]`` are the queries, R is 1."""
+    """What kinds with queries of their own per head have in common; `rows [M, n, r, K]` are the queries, R is 1."""
 
     def read(self, o: Tensor, q: Tensor | None, rows: Tensor, x: Tensor, w: Tensor | None) -> None:
-        """``o += w (rows x)``."""
+        """`o += w (rows x)`."""
         y = (rows @ x)[..., None, :]
         if w is None:
             o.add_(y)
@@ -103,21 +103,21 @@ class _RowTransition:
             o.addcmul_(y, w[..., None])
 
     def read_dot(self, do: Tensor, q: Tensor | None, rows: Tensor, x: Tensor, w: Tensor | None) -> Tensor:
-        """The product of ``do`` with what is read."""
+        """The product of `do` with what is read."""
         return dot(do.squeeze(-2), rows if w is None else rows * w, x)
 
 
 class DiagonalTransition(_RowTransition):
-    """A factor per key channel, stored as its logarithm ``p [M, n, K]``."""
+    """A factor per key channel, stored as its logarithm `p [M, n, K]`."""
 
     def push(self, p: Tensor, x: Tensor) -> Tensor:
-        """``exp(p) x``, channel by channel."""
+        """`exp(p) x`, channel by channel."""
         return p.exp()[..., None] * x
 
     push_t = push
 
     def push_p_grad(self, p: Tensor, x: Tensor, dy: Tensor) -> Tensor:
-        """Gradient of ``push`` with respect to ``p``."""
+        """Gradient of `push` with respect to `p`."""
         return (x * dy).sum(-1) * p.exp()
 
     def compose(self, right: Tensor, left: Tensor) -> Tensor:
@@ -130,18 +130,18 @@ class DiagonalTransition(_RowTransition):
 
 
 class DenseTransition(_RowTransition):
-    """A matrix ``p [M, n, K, K]`` that acts on states from the left."""
+    """A matrix `p [M, n, K, K]` that acts on states from the left."""
 
     def push(self, p: Tensor, x: Tensor) -> Tensor:
-        """``p x``."""
+        """`p x`."""
         return p @ x
 
     def push_t(self, p: Tensor, x: Tensor) -> Tensor:
-        """``p^T x``."""
+        """`p^T x`."""
         return p.mT @ x
 
     def push_p_grad(self, p: Tensor, x: Tensor, dy: Tensor) -> Tensor:
-        """Gradient of ``push`` with respect to ``p``."""
+        """Gradient of `push` with respect to `p`."""
         return dy @ x.mT
 
     def compose(self, right: Tensor, left: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ class DenseTransition(_RowTransition):
 
 
 def _coefficient(rows: Tensor | None, w: Tensor | None) -> Tensor | None:
-    """``w exp(rows)``."""
+    """`w exp(rows)`."""
     if rows is None or w is None:
         return w if rows is None else rows.exp()
     return rows.exp() * w

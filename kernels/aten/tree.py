@@ -1,6 +1,6 @@
 """The log-linear tree over chunks (docs/decisions/tree-over-chunks.md; arXiv 2506.04761, section 3).
 
-Level ``m`` sees chunks as pairs of blocks of ``2 ** m``. The rows of every right block read the state of their left
+Level `m` sees chunks as pairs of blocks of `2 ** m`. The rows of every right block read the state of their left
 sibling with the weight of that level and are then pulled back over it, so that after the last level every row reads at
 the start of the sequence. Blocks pair up for the next level. A row reads one state per level, each by one GEMM over a
 whole block of rows: O(T log T) work in O(log T) steps, O(T) memory.
@@ -19,7 +19,7 @@ from llcompile.kernels.grid import depth
 
 
 def blocks(kind: Transition, p: Any, x: Tensor) -> Iterator[tuple[Any, Tensor]]:
-    """The transitions and states of the blocks of each level, from those of the chunks ``[M, N, ...]`` on."""
+    """The transitions and states of the blocks of each level, from those of the chunks `[M, N, ...]` on."""
     levels = depth(x.shape[1])
     for m in range(levels):
         yield p, x
@@ -38,7 +38,7 @@ def _combined(kind: Transition, p: Any, x: Tensor) -> tuple[Any, Tensor]:
 
 
 def pairs(x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The left and right blocks among blocks ``[M, n, ...]``, and the last one where it has no sibling."""
+    """The left and right blocks among blocks `[M, n, ...]`, and the last one where it has no sibling."""
     even = x.shape[1] & ~1
     whole, rest = (x, None) if even == x.shape[1] else x.split([even, 1], 1)
     left, right = whole.unflatten(1, (-1, 2)).unbind(2)
@@ -53,10 +53,10 @@ class Readers:
     """The rows of a sequence, as they read and are pulled back level by level.
 
     Args:
-        kind: the algebra of the transitions. q: ``[M, N, C, K]`` where the kind shares queries, else None.
-        rows: ``[M, N, C, ...]``. w: ``[M, N, C, R, depth]``. o: ``[M, N, C, R, V]``.
-        read: called with parts of ``o``, q and rows, the states that they read, and weights.
-        in_place: pull back in the memory of ``rows``, which autograd is not to see.
+        kind: the algebra of the transitions. q: `[M, N, C, K]` where the kind shares queries, else None.
+        rows: `[M, N, C, ...]`. w: `[M, N, C, R, depth]`. o: `[M, N, C, R, V]`.
+        read: called with parts of `o`, q and rows, the states that they read, and weights.
+        in_place: pull back in the memory of `rows`, which autograd is not to see.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Readers:
         self.o, self.read, self.in_place = o, read, in_place
 
     def pass_level(self, m: int, p: Any, x: Tensor, pull: bool = True) -> None:
-        """Read the left siblings among the blocks of level ``m``, and go back over them where ``pull`` says so."""
+        """Read the left siblings among the blocks of level `m`, and go back over them where `pull` says so."""
         lefts, p_lefts = pairs(x)[0], None if p is None else pairs(p)[0]
         moved, first = [], 0
         parts = (_halves(t, m) for t in (self.o, self.q, self.rows, self.w[m]))
@@ -92,7 +92,7 @@ def _part(x: Any, first: int, last: int) -> Any:
 
 
 def _halves(x: Any, m: int) -> list[tuple[Any, Any]]:
-    """The left and right blocks of level ``m`` of ``x [M, N, ...]``, each ``[M, pairs, chunks, ...]``.
+    """The left and right blocks of level `m` of `x [M, N, ...]`, each `[M, pairs, chunks, ...]`.
 
     First come those of the same width, then, where the last right block is narrower, that one with its sibling.
     """

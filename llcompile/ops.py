@@ -31,33 +31,33 @@ def loglinear_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Mix a sequence with (log-)linear attention.
 
-    ``o_t = scale * sum_l w[t, l] q_t^T S_t^(l)``, where ``S_t^(l)`` is the contribution of the tokens ``s`` with
-    ``bit_length(t XOR s) == l`` to the state ``S_t = decay * S_{t-1} + k_t v_t^T`` (without ``beta``) or
-    ``S_t = (I - beta k k^T) (decay * S_{t-1}) + beta k v^T`` (with it). Head ``h`` uses group ``h // (H // G)``.
+    `o_t = scale * sum_l w[t, l] q_t^T S_t^(l)`, where `S_t^(l)` is the contribution of the tokens `s` with
+    `bit_length(t XOR s) == l` to the state `S_t = decay * S_{t-1} + k_t v_t^T` (without `beta`) or
+    `S_t = (I - beta k k^T) (decay * S_{t-1}) + beta k v^T` (with it). Head `h` uses group `h // (H // G)`.
 
     Args:
-        q: ``[B, T, G, K]``; ``H % G == 0``.
-        k: ``[B, T, G, K]``; q, k and v have one floating dtype.
-        v: ``[B, T, H, V]``.
-        level_weights: ``[B, T, H, L]``, any floating dtype; the last weight applies to all higher levels. None
+        q: `[B, T, G, K]`; `H % G == 0`.
+        k: `[B, T, G, K]`; q, k and v have one floating dtype.
+        v: `[B, T, H, V]`.
+        level_weights: `[B, T, H, L]`, any floating dtype; the last weight applies to all higher levels. None
             means that every weight is 1: the linear operator, at linear cost.
-        log_decay: ``[B, T, H]``, ``[B, T, H, K]`` or ``[H]``, at most 0 (-inf empties the state), any floating dtype.
-        beta: ``[B, T, H]``, enables the delta rule.
+        log_decay: `[B, T, H]`, `[B, T, H, K]` or `[H]`, at most 0 (-inf empties the state), any floating dtype.
+        beta: `[B, T, H]`, enables the delta rule.
         scale: a plain number.
-        initial_state: ``[B, H, K, V]`` or ``[B, H, 1 + L, K, V]`` (see ``llcompile.kernels.state``); one row per
-            sequence with ``cu_seqlens``.
+        initial_state: `[B, H, K, V]` or `[B, H, 1 + L, K, V]` (see `llcompile.kernels.state`); one row per
+            sequence with `cu_seqlens`.
         return_final_state: also return the state after the last token: float32, or float64 with float64 operands;
-            with levels if and only if ``level_weights`` is given.
-        cu_seqlens: ``[N + 1]`` bounds of N sequences packed in a batch of one.
-        attention_mask: ``[B, T]``, non-zero at real tokens, which must be contiguous in each row. Positions count
+            with levels if and only if `level_weights` is given.
+        cu_seqlens: `[N + 1]` bounds of N sequences packed in a batch of one.
+        attention_mask: `[B, T]`, non-zero at real tokens, which must be contiguous in each row. Positions count
             from the first real token. Outputs at padding are 0, and padding does not change the state.
 
     Returns:
-        ``o [B, T, H, V]`` in the dtype of ``v``, and the final state or None.
+        `o [B, T, H, V]` in the dtype of `v`, and the final state or None.
 
     Raises:
         OperandError: an operand's shape, dtype, device or value is wrong.
-        StateError: ``initial_state`` belongs to an operator of another size.
+        StateError: `initial_state` belongs to an operator of another size.
     """
     _operands.check_sequence(q, k, v, level_weights, log_decay, beta, scale)
     if cu_seqlens is not None and attention_mask is not None:
@@ -87,24 +87,24 @@ def loglinear_attention_step(
     beta: Tensor | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Process one token: ``loglinear_attention`` for ``T = 1``, without the axis T.
+    """Process one token: `loglinear_attention` for `T = 1`, without the axis T.
 
     Args:
-        q: ``[B, G, K]``; ``H % G == 0``.
-        k: ``[B, G, K]``; q, k and v have one floating dtype.
-        v: ``[B, H, V]``.
-        level_weights: ``[B, H, L]`` or None.
-        state: ``[B, H, K, V]`` or ``[B, H, 1 + L, K, V]``; zeros are an empty state. Not changed in place.
-        log_decay: ``[B, H]``, ``[B, H, K]`` or ``[H]``.
-        beta: ``[B, H]``, enables the delta rule.
+        q: `[B, G, K]`; `H % G == 0`.
+        k: `[B, G, K]`; q, k and v have one floating dtype.
+        v: `[B, H, V]`.
+        level_weights: `[B, H, L]` or None.
+        state: `[B, H, K, V]` or `[B, H, 1 + L, K, V]`; zeros are an empty state. Not changed in place.
+        log_decay: `[B, H]`, `[B, H, K]` or `[H]`.
+        beta: `[B, H]`, enables the delta rule.
         scale: a plain number.
 
     Returns:
-        ``o [B, H, V]`` in the dtype of ``v``, and the new state, with levels if and only if ``level_weights`` is given.
+        `o [B, H, V]` in the dtype of `v`, and the new state, with levels if and only if `level_weights` is given.
 
     Raises:
         OperandError: an operand's shape, dtype, device or value is wrong.
-        StateError: ``state`` belongs to an operator of another size.
+        StateError: `state` belongs to an operator of another size.
     """
     _operands.check_token(q, k, v, level_weights, log_decay, beta, scale)
     levels = None if level_weights is None else level_weights.shape[-1]

@@ -21,7 +21,7 @@ from llcompile import __version__
 class Finding:
     """One line: what was looked at, what was found, whether all is well, and what to do if not.
 
-    ``ok`` is None where a thing is merely absent and optional.
+    `ok` is None where a thing is merely absent and optional.
     """
 
     topic: str
@@ -47,7 +47,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print all findings; 1 if one of them keeps the backend from running or does not act."""
-    findings = look()
+    findings = environment()
     if not args.no_self_test:
         findings += self_test(args.inner, args.device)
     if args.json:
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     return int(any(finding.ok is False for finding in findings))
 
 
-def look() -> list[Finding]:
+def environment() -> list[Finding]:
     """All findings, in the order in which they build upon each other."""
     return [finding for check in CHECKS for finding in check()]
 

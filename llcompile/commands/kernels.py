@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         SpecError: a kernel or chip that there is not.
         KernelError: Triton is needed and not there, or is set to interpret.
-        KernelCacheError: the folder of ``--keep`` cannot be written.
+        KernelCacheError: the folder of `--keep` cannot be written.
     """
     return int(args.act(args))
 
@@ -118,7 +118,7 @@ def _described(args: argparse.Namespace) -> Any:
 
 
 def _reports(d: Any, chip: str, kernel: str | None) -> list[str]:
-    """A table of what the kernels take on ``chip``, as comments."""
+    """A table of what the kernels take on `chip`, as comments."""
     try:
         from llcompile.kernels.triton import check, show
     except ImportError as error:
@@ -130,7 +130,7 @@ def _reports(d: Any, chip: str, kernel: str | None) -> list[str]:
 
 
 def _known(what: str, name: str, names: Iterable[str]) -> str:
-    """``name``, if it is one of ``names``; else a SpecError that tells them."""
+    """`name`, if it is one of `names`; else a SpecError that tells them."""
     names = list(names)
     if name in names:
         return name

@@ -18,7 +18,7 @@ def in_docstring(text: str) -> str:
 
 
 def check_import(module: str, name: str) -> None:
-    """Raise :class:`ReproError` unless `from module import name` says what it seems to, of a module in use here.
+    """Raise `ReproError` unless `from module import name` says what it seems to, of a module in use here.
 
     Both come from attributes of a function, where anything may stand.
     """
@@ -32,7 +32,7 @@ def check_import(module: str, name: str) -> None:
 
 
 def literal(value: Any) -> str:
-    """A plain value, or the example of a symbolic number, as source; raises :class:`ReproError` for anything else."""
+    """A plain value, or the example of a symbolic number, as source; raises `ReproError` for anything else."""
     if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         value = size_hint(value)
     if isinstance(value, float) and value - value != 0:  # inf and nan have no literals

@@ -2,10 +2,10 @@
 
 | name | what it shows |
 |---|---|
-| ``TORCH_LOGS=loglinear`` | decisions: the report on each graph |
-| ``TORCH_LOGS=+loglinear`` | each pass with its count and time, and each cut that was tried |
-| ``TORCH_LOGS=loglinear_kernels`` | the source of each generated kernel |
-| ``TORCH_TRACE=folder`` | the report, the rewritten graph and the kernels, as artifacts |
+| `TORCH_LOGS=loglinear` | decisions: the report on each graph |
+| `TORCH_LOGS=+loglinear` | each pass with its count and time, and each cut that was tried |
+| `TORCH_LOGS=loglinear_kernels` | the source of each generated kernel |
+| `TORCH_TRACE=folder` | the report, the rewritten graph and the kernels, as artifacts |
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def artifact(name: str, payload: Callable[[], str], encoding: str = "string") ->
 
 
 def kernel_log() -> logging.Logger:
-    """The logger behind ``TORCH_LOGS=loglinear_kernels``; its messages have level DEBUG."""
+    """The logger behind `TORCH_LOGS=loglinear_kernels`; its messages have level DEBUG."""
     try:
         register()
         return getArtifactLogger("llcompile.kernels", KERNEL_LOG_NAME)

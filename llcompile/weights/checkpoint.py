@@ -27,8 +27,8 @@ _SIZES = ("heads", "levels", "in_features", "hidden")
 def section(model: nn.Module) -> dict[str, Any] | None:
     """What `restore` needs of a model's level weights, for JSON; None if it has none.
 
-    ``{"version": 1, "llcompile": "0.1.0", "mixers": {"layers.0.mixer.loglinear": {"kind": "linear", "heads": 8,
-    "levels": 15, "in_features": 64}}}``; a module with several mixers also says where in its code each of them stands.
+    `{"version": 1, "llcompile": "0.1.0", "mixers": {"layers.0.mixer.loglinear": {"kind": "linear", "heads": 8,
+    "levels": 15, "in_features": 64}}}`; a module with several mixers also says where in its code each of them stands.
     """
     mixers: dict[str, Any] = {}
     for path, owner in model.named_modules():

@@ -1,12 +1,12 @@
 """The kinds of level weights: one pure function and one row of tensors each.
 
-A kind is a function ``w = f(x, *tensors)`` made of plain torch calls, without a branch on data or shapes, so that the
-same definition runs eagerly, under Inductor, and on ``fx.Proxy`` objects when a pass writes it into a graph.
+A kind is a function `w = f(x, *tensors)` made of plain torch calls, without a branch on data or shapes, so that the
+same definition runs eagerly, under Inductor, and on `fx.Proxy` objects when a pass writes it into a graph.
 
 Every function is exactly 1.0 at its starting tensors, bit for bit, whoever compiles it. That is why none of them is
-written as ``softplus(z) / softplus(0)``: compilers evaluate softplus differently (log1p of exp, a vector library, a
-folded constant), and two values of softplus(0) that differ by one bit already make 0.99999994. ``elu``, ``expm1``
-and ``log1p`` are 0 at 0 in every implementation, and 1 + 0 is 1.
+written as `softplus(z) / softplus(0)`: compilers evaluate softplus differently (log1p of exp, a vector library, a
+folded constant), and two values of softplus(0) that differ by one bit already make 0.99999994. `elu`, `expm1`
+and `log1p` are 0 at 0 in every implementation, and 1 + 0 is 1.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Sizes(NamedTuple):
 
 @dataclass(frozen=True)
 class TensorRow:
-    """One tensor of a kind: its shape, and the value it starts from (None: random, as in ``nn.Linear``)."""
+    """One tensor of a kind: its shape, and the value it starts from (None: random, as in `nn.Linear`)."""
 
     name: str
     shape: Callable[[Sizes], tuple[int, ...]]
@@ -54,8 +54,8 @@ class TensorRow:
 class LevelKind:
     """One row of the table of kinds.
 
-    ``function(x, *tensors, sizes=, dtype=)`` returns w [B, T, H, L]; ``is_one(*tensors, sizes=)`` returns a boolean
-    0-d tensor, true only where those tensors make w exactly 1 for every finite x. ``code`` stands in checkpoints, so it
+    `function(x, *tensors, sizes=, dtype=)` returns w [B, T, H, L]; `is_one(*tensors, sizes=)` returns a boolean
+    0-d tensor, true only where those tensors make w exactly 1 for every finite x. `code` stands in checkpoints, so it
     never changes its meaning.
     """
 
@@ -121,7 +121,7 @@ def _paper(
 
 
 def paper_gain(key_dim: int | None = None) -> float:
-    """The ``gain`` that makes kind "paper" compute softplus(z) (None), or softplus(z) / scale with scale = K^-1/2.
+    """The `gain` that makes kind "paper" compute softplus(z) (None), or softplus(z) / scale with scale = K^-1/2.
 
     The official gated delta code scales q before it normalises q, so its scale has no effect and its weights are
     those of an operator with scale 1; ours keeps the mixer's own scale, hence the division.
@@ -211,10 +211,10 @@ def find_kind(name: str) -> LevelKind:
 
 
 def level_weights_function(kind: str, heads: int, levels: int, dtype: torch.dtype = torch.float32) -> LevelFunction:
-    """The pure function ``f(x, *tensors) -> w`` of a kind, the tensors in the order of ``LevelWeights.tensors()``.
+    """The pure function `f(x, *tensors) -> w` of a kind, the tensors in the order of `LevelWeights.tensors()`.
 
-    x is [B, T, D] (kind "static": any tensor that starts with [B, T]), w is [B, T, heads, levels] in ``dtype``, which
-    should be ``compute_dtype(x.dtype, *(t.dtype for t in tensors))``. Runs on tensors as on ``fx.Proxy`` objects.
+    x is [B, T, D] (kind "static": any tensor that starts with [B, T]), w is [B, T, heads, levels] in `dtype`, which
+    should be `compute_dtype(x.dtype, *(t.dtype for t in tensors))`. Runs on tensors as on `fx.Proxy` objects.
 
     Raises LevelWeightsError for an unknown kind.
     """

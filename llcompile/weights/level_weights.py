@@ -38,15 +38,15 @@ class LevelWeights(nn.Module):
 
     Kinds, with their parameters (H heads, L levels, D in_features):
 
-    * ``linear`` (the default of ``convert``): w = 1 + elu(x W^T + b), ``weight`` [H*L, D] and
-      ``bias`` [H*L], both 0 at the start.
-    * ``static``: w = 1 + elu(``logits`` [H, L]), the same at all positions; only the first two sizes of x matter.
-    * ``mlp``: w = 1 + elu(W silu(W_in x + b_in) + b), ``weight_in`` [hidden, D], ``bias_in``, ``weight``, ``bias``;
+    * `linear` (the default of `convert`): w = 1 + elu(x W^T + b), `weight` [H*L, D] and
+      `bias` [H*L], both 0 at the start.
+    * `static`: w = 1 + elu(`logits` [H, L]), the same at all positions; only the first two sizes of x matter.
+    * `mlp`: w = 1 + elu(W silu(W_in x + b_in) + b), `weight_in` [hidden, D], `bias_in`, `weight`, `bias`;
       the last layer is 0 at the start.
-    * ``paper``: w = ``gain`` * softplus(``level_scale`` * (x W^T + b)) / ln 2, ``level_scale`` [H, L] = 1, W = b = 0
-      and a buffer ``gain`` = 1, so that w is 1 at the start. ``from_paper`` loads published weights.
+    * `paper`: w = `gain` * softplus(`level_scale` * (x W^T + b)) / ln 2, `level_scale` [H, L] = 1, W = b = 0
+      and a buffer `gain` = 1, so that w is 1 at the start. `from_paper` loads published weights.
 
-    The rows of ``weight`` and ``bias`` are ordered head by head: row h * L + l is level l of head h.
+    The rows of `weight` and `bias` are ordered head by head: row h * L + l is level l of head h.
 
     Args:
         kind: one of the kinds above.
@@ -113,7 +113,7 @@ class LevelWeights(nn.Module):
         return self.sizes.in_features or None
 
     def reset_parameters(self) -> None:
-        """Reset the parameters so that w is exactly 1. Call it after ``to_empty``, as for torch's own modules."""
+        """Reset the parameters so that w is exactly 1. Call it after `to_empty`, as for torch's own modules."""
         with torch.no_grad():
             for entry, tensor in zip(find_kind(self.kind).tensors, self._values(), strict=True):
                 if entry.start is None:
@@ -129,7 +129,7 @@ class LevelWeights(nn.Module):
                 tensor.fill_(entry.start)
 
     def tensors(self) -> list[tuple[str, Tensor]]:
-        """(name, tensor) pairs, in the order of the arguments of ``level_weights_function(kind, ...)`` after x."""
+        """(name, tensor) pairs, in the order of the arguments of `level_weights_function(kind, ...)` after x."""
         return [(entry.name, getattr(self, entry.name)) for entry in find_kind(self.kind).tensors]
 
     def forward(self, x: Tensor | None) -> Any:
@@ -138,7 +138,7 @@ class LevelWeights(nn.Module):
         For None, return the list of its tensors in the order of `tensors()`, for a wrapper around the module.
 
         Raises:
-            LevelWeightsError: x has another last size than ``in_features``, or fewer than two dimensions.
+            LevelWeightsError: x has another last size than `in_features`, or fewer than two dimensions.
         """
         if x is None:
             return self._values()
@@ -158,7 +158,7 @@ class LevelWeights(nn.Module):
         captured), and where only a cancellation inside kind mlp would make w 1.
 
         A False is remembered until a tensor changes. A True is looked up again at each call, because some optimisers
-        (bitsandbytes, anything that writes to ``.data``) change values without counting a version, and a stale True
+        (bitsandbytes, anything that writes to `.data`) change values without counting a version, and a stale True
         would let a caller skip trained weights without a word.
         """
         values = self._values()
@@ -179,16 +179,14 @@ class LevelWeights(nn.Module):
     ) -> LevelWeights:
         """Kind "paper" with the published function softplus(L * (W x)), exactly, from a published checkpoint.
 
-        ============================  ===========================  ==============================================
-        here                          gated delta (official code)  Mamba-2 (official code, FLA's LogLinearMamba2)
-        ============================  ===========================  ==============================================
-        ``projection`` [H*L, D]       ``l_proj.weight``            the last H*L rows of ``in_proj.weight``
-        ``bias`` [H*L] or None        none                         the last H*L entries of ``in_proj.bias``, if any
-        ``level_scale`` [H, L]        ``L``                        ``L``
-        ``key_dim``                   the size of a key head       None
-        ============================  ===========================  ==============================================
+        | here | gated delta (official code) | Mamba-2 (official code, FLA's LogLinearMamba2) |
+        |---|---|---|
+        | `projection` [H*L, D] | `l_proj.weight` | the last H*L rows of `in_proj.weight` |
+        | `bias` [H*L] or None | none | the last H*L entries of `in_proj.bias`, if any |
+        | `level_scale` [H, L] | `L` | `L` |
+        | `key_dim` | the size of a key head | None |
 
-        ``key_dim`` divides by the mixer's scale, see ``paper_gain``. Both codes use level 0 for the diagonal and level
+        `key_dim` divides by the mixer's scale, see `paper_gain`. Both codes use level 0 for the diagonal and level
         l for buckets of 2^(l-1) tokens, as we do, and 15 levels; longer sequences reuse the last one.
 
         Raises:
@@ -295,7 +293,7 @@ class _Seen:
     """Which values of which tensors were looked at.
 
     Weak references, so that an id used again is no match; aliases of the data, so that an address used again is none
-    (``p.data = ...`` keeps the tensor object and its version).
+    (`p.data = ...` keeps the tensor object and its version).
     """
 
     def __init__(self, tensors: list[Tensor]) -> None:

@@ -522,7 +522,7 @@ def test_strict_with_a_declined_mixer() -> None:
         assert difference(compiled(model)(ids), before) < TIGHT
     (declined,) = backend.last_report().declined
     assert (declined.module, declined.where.split(":")[0]) == ("layers.1", __file__)
-    assert "differs along V" in declined.reason
+    assert "varies along V" in declined.reason
     with pytest.raises(StrictError):
         llcompile.convert(model, ids, options={"strict": True})
 

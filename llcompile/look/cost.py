@@ -101,8 +101,11 @@ def cost_of(mixer: MixerLook) -> MixerCost | None:
 def costs(decay: Decay, correction: Correction) -> tuple[Cost, Cost]:
     """The costs of a family: of the linear operator, and of the log-linear one."""
     delta = correction == "delta"
-    linear = _chunks(decay, delta) + _carry(delta, weighted=False) + _read(delta=False)
-    loglinear = _chunks(decay, delta) + _carry(delta, weighted=True) + BLOCKS * _read(delta)
+    read = H * 2 * K * V
+    # The query is pulled back through each block that it has read, but for the last one.
+    pulls = (BLOCKS - sympy.Rational(1, 2)) * H * 2 * K**2 if delta else 0
+    linear = _chunks(decay, delta) + _carry(delta, weighted=False) + read
+    loglinear = _chunks(decay, delta) + _carry(delta, weighted=True) + BLOCKS * read + pulls
     operands = E * (2 * G * K + 2 * H * V + (H if delta else 0)) + _decay_bytes(decay)
     chunk_states = _STATE * H * (K * V + (K * K if delta else 0)) / C
     # A chunk's state is written and read; a tree reads two blocks and writes one, and each chunk reads its blocks.
@@ -138,11 +141,6 @@ def _chunks(decay: Decay, delta: bool) -> Any:
 def _carry(delta: bool, weighted: bool) -> Any:
     """From chunk to chunk: the delta rule's transitions are K x K matrices, multiplied with states and each other."""
     return H * 2 * K**2 * (K + (1 if weighted else 2) * V) / C if delta else 0
-
-
-def _read(delta: bool) -> Any:
-    """A read of one state; with the delta rule the query is pulled back through the block that it has read."""
-    return H * (2 * K * V + (2 * K**2 if delta else 0))
 
 
 def _decay_bytes(decay: Decay) -> Any:

@@ -91,5 +91,5 @@ def test_a_selective_scan_with_a_decay_per_channel_is_declined() -> None:
     found = captured(*STEP)
     arguments = operands(found.entry)
     arguments["A"] = torch.randn(SIZES["H"], SIZES["V"], SIZES["K"])
-    with pytest.raises(CallRejection, match="differs along V"):
+    with pytest.raises(CallRejection, match="varies along V"):
         read_call(found.entry, found.plain, arguments)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from llcompile.passes.candidate import GraphCandidate
 from llcompile.passes.session import Session
 from llcompile.patterns.boundary import boundary
 from llcompile.patterns.graph.regions import Region
@@ -46,7 +47,9 @@ def _name(session: Session, region: Region, records: dict[tuple[str, str], Untou
     facts = Facts(region, session.programs.get(region) or record(region))
     nodes = {candidate.node for candidate in session.candidates}
     candidates = {value for value in facts.values if value.node in nodes or (value.op and value.op.node in nodes)}
-    for found in _found(facts, candidates):
+    mixers = [mixer for c in session.candidates if isinstance(c, GraphCandidate) for mixer in c.group]
+    written = {value for mixer in mixers for op in mixer.ops for value in op.outputs}
+    for found in _found(facts, candidates, written):
         said = _record(session, found)
         if not _is_candidate(session, found, said.module, said.where):
             records.setdefault((said.module, found.kind), said)
@@ -60,15 +63,16 @@ def _record(session: Session, found: Found) -> Untouched:
     return Untouched(session.name(key, path), found.kind, where, found.heads, found.groups)
 
 
-def _found(facts: Facts, candidates: set[Value]) -> Iterator[Found]:
+def _found(facts: Facts, candidates: set[Value], written: set[Value]) -> Iterator[Found]:
+    """The mechanisms of a graph, but for what is inside of hand-written mixers (`written`)."""
     mixers: list[Found] = []
-    taken: set[Value] = set()
+    taken = set(written)
     for found in (found for find in MIXERS for found in find(facts)):
         if taken.isdisjoint(found.inside):  # the levels of a tree look like the steps of a loop
             mixers.append(found)
             taken |= found.inside
     yield from mixers
-    fed = _feeding(facts, candidates | taken)
+    fed = _feeding(facts, candidates.union(*(found.inside for found in mixers)))
     yield from (found for find in HELPERS for found in find(facts) if fed.isdisjoint(found.inside))
 
 

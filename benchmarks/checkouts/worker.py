@@ -37,9 +37,9 @@ def zoo(config: dict[str, Any]) -> tuple[Any, tuple[Any, ...]]:
 
 
 def said(report: Any) -> list[list[str]]:
-    """What a report says of each mixer: its module, and what became of it, and the code of the reason."""
+    """What a report says of each mixer: its module, and what became of it."""
     rows = [[r.module, "converted", r.origin, str(r.family)] for r in report.converted]
-    rows += [[r.module, "declined", str(r.code), ""] for r in report.declined]
+    rows += [[r.module, "declined", "", ""] for r in report.declined]
     return sorted(rows + [[r.module, "untouched", r.kind, ""] for r in report.untouched])
 
 

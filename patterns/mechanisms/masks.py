@@ -26,7 +26,22 @@ _FAR = 1 << 20
 # A mask is made by fewer values than this.
 _REACH = 240
 # Arguments of these are lengths; a number elsewhere may be a window and must not be cut.
-_SIZED = frozenset({"arange", "ones", "zeros", "full", "empty", "expand", "view", "_unsafe_view", "reshape", "repeat"})
+_SIZED = frozenset(
+    [
+        "arange",
+        "ones",
+        "zeros",
+        "full",
+        "empty",
+        "expand",
+        "view",
+        "_unsafe_view",
+        "reshape",
+        "repeat",
+        "slice",
+        "narrow",
+    ]
+)
 
 
 class Undecidable(Exception):

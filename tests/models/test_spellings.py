@@ -73,6 +73,13 @@ def test_missed(name: str) -> None:
         assert difference(compiled(model)(*inputs), model(*inputs)) < 1e-6
 
 
+@pytest.mark.parametrize("name", ["associative scan", "scan of GLA"])
+def test_what_is_converted_has_no_other_name(name: str) -> None:
+    """The body of a scan is a recurrence as well."""
+    assert look(name).converted
+    assert look(name).untouched == ()
+
+
 # Those of `make test` are not those of `test_rewritten`, which checks what is said as well; but for the longest loop,
 # of which tracing takes most of the time: shorter ones are rewritten in test_one_token.py.
 LONGEST = "loop over 128 tokens"

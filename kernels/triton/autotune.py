@@ -1,6 +1,6 @@
 """Launch parameters by measurement: few candidates, timed once for each kind of launch, kept on disk.
 
-Off unless ``LLCOMPILE_AUTOTUNE=1``: the defaults (:mod:`.tuning`) were chosen so that nothing spills, and a first call
+Off unless `LLCOMPILE_AUTOTUNE=1`: the defaults (`tuning`) were chosen so that nothing spills, and a first call
 that tunes compiles each of its kernels several times over. Launches of one kernel whose numbers of programs (chunks
 of all heads, for most) have as many bits are of one kind. What was chosen lies in a file of its own beside generated
 kernels, with what was measured: under the names of the device and of Triton, and the hash of the kernels' source.
@@ -41,7 +41,7 @@ _chosen: dict[tuple[Kernel, int, Meter], Tuning] = {}
 
 
 def run(launch: Launch) -> None:
-    """Run ``launch``: with what was measured to be best where tuning is on, else with the defaults."""
+    """Run `launch`: with what was measured to be best where tuning is on, else with the defaults."""
     if not launch.programs:
         return
     meter = current_meter()
@@ -49,7 +49,7 @@ def run(launch: Launch) -> None:
 
 
 def current_meter() -> Meter | None:
-    """The meter of the current device where ``LLCOMPILE_AUTOTUNE`` is 1, else None; raises :class:`OptionError`."""
+    """The meter of the current device where `LLCOMPILE_AUTOTUNE` is 1, else None; raises `OptionError`."""
     text = os.environ.get(VARIABLE) or "0"
     if text not in ("0", "1"):
         raise OptionError(f"{VARIABLE} is {text!r}; expected 1 (tune launches on this device) or 0 (the defaults)")
@@ -57,9 +57,9 @@ def current_meter() -> Meter | None:
 
 
 def best(launch: Launch, meter: Meter) -> Tuning:
-    """The launch parameters that ``meter`` found fastest for this kind of launch, now or in an earlier process.
+    """The launch parameters that `meter` found fastest for this kind of launch, now or in an earlier process.
 
-    What ``launch`` changes in place is as before when this returns; what it only writes is not.
+    What `launch` changes in place is as before when this returns; what it only writes is not.
     """
     kind = (launch.kernel, launch.programs.bit_length(), meter)
     if kind in _chosen:
@@ -147,7 +147,7 @@ def _question(launch: Launch, meter: Meter) -> dict[str, Any]:
 
 
 def file_of(question: dict[str, Any]) -> Path:
-    """Where the answer to ``question`` lies."""
+    """Where the answer to `question` lies."""
     name = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:16]
     return cache.folder() / "tuned" / f"{question['kernel']}_{name}.json"
 

@@ -12,10 +12,10 @@ from llcompile.kernels.triton.description import Description
 
 
 class Buffer(NamedTuple):
-    """What kernels hand to one another, results, and what the host makes for them (``first="given"``).
+    """What kernels hand to one another, results, and what the host makes for them (`first="given"`).
 
-    ``axes`` is also the comment in the templates; "(, K)" is there where decays are per channel, and of two shapes the
-    first is the linear operator's. ``first`` says what the memory holds when the first kernel takes it: anything, 0, or
+    `axes` is also the comment in the templates; "(, K)" is there where decays are per channel, and of two shapes the
+    first is the linear operator's. `first` says what the memory holds when the first kernel takes it: anything, 0, or
     0 where tokens may belong to no sequence.
     """
 
@@ -88,7 +88,7 @@ def axes(name: str, weighted: bool, channel: bool) -> tuple[str, ...]:
 class Arguments(dict[str, Any]):
     """What kernels take, by the names of their parameters; a buffer is allocated when a kernel first takes it.
 
-    ``sizes`` has the axes of :data:`BUFFERS` by name; ``padded`` says that tokens may belong to no sequence.
+    `sizes` has the axes of :data:`BUFFERS` by name; `padded` says that tokens may belong to no sequence.
     """
 
     def __init__(self, d: Description, sizes: dict[str, int], padded: bool, device: torch.device) -> None:

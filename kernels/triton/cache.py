@@ -36,7 +36,7 @@ _log = logging.getLogger("llcompile.kernels")
 
 
 def folder() -> Path:
-    """Where generated files go: ``$LLCOMPILE_KERNEL_DIR``, or ``llcompile/kernels`` in the user's cache folder."""
+    """Where generated files go: `$LLCOMPILE_KERNEL_DIR`, or `llcompile/kernels` in the user's cache folder."""
     chosen = os.environ.get(FOLDER_VARIABLE)
     if chosen:
         return Path(chosen)
@@ -44,9 +44,9 @@ def folder() -> Path:
 
 
 def file_of(source: str, name: str, place: Path | None = None) -> Path:
-    """The file that holds ``source``, in ``place`` (default: :func:`folder`), written if it is not there or damaged.
+    """The file that holds `source`, in `place` (default: `folder`), written if it is not there or damaged.
 
-    Raises :class:`KernelCacheError` where it cannot be written, and for a default folder that is not this user's alone.
+    Raises `KernelCacheError` where it cannot be written, and for a default folder that is not this user's alone.
     """
     content = source.encode()
     path = (place or folder()) / f"{name}_{_hash(content)}.py"
@@ -63,7 +63,7 @@ def file_of(source: str, name: str, place: Path | None = None) -> Path:
 def load(path: Path) -> ModuleType:
     """Run a generated file, once per process.
 
-    Raises :class:`KernelCacheError` where it cannot be read, or has not the hash in its name.
+    Raises `KernelCacheError` where it cannot be read, or has not the hash in its name.
     """
     name = f"llcompile_generated_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     with _loading:
@@ -112,7 +112,7 @@ def _read(path: Path) -> bytes | None:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Put ``content`` in place whole, whoever reads or writes at the same time; raises :class:`KernelCacheError`."""
+    """Put `content` in place whole, whoever reads or writes at the same time; raises `KernelCacheError`."""
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=_TEMPORARY)
@@ -132,7 +132,7 @@ def write(path: Path, content: bytes) -> None:
 
 
 def _check_folder(place: Path) -> None:
-    """Raise :class:`KernelCacheError` for a folder in which another user can put files in place of ours."""
+    """Raise `KernelCacheError` for a folder in which another user can put files in place of ours."""
     found = place.stat()
     if _ours(found) or (found.st_uid in (0, _user()) and found.st_mode & stat.S_ISVTX):
         return

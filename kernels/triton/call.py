@@ -1,4 +1,4 @@
-"""One call of the operator by Triton kernels: arguments and launches. The passes are in :mod:`.engine`."""
+"""One call of the operator by Triton kernels: arguments and launches. The passes are in `engine`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from llcompile.kernels.triton.schedule import Entry
 
 
 class Call(Layout):
-    """The operands of one call as the kernels see them: :class:`Layout` with every head folded into the batch."""
+    """The operands of one call as the kernels see them: `Layout` with every head folded into the batch."""
 
     def __init__(self, x: Operands, scale: float, final_state: bool) -> None:
         # Operands are not copied onto the grid: the kernels read them from where they are.
@@ -72,7 +72,7 @@ class Call(Layout):
         }
 
     def operand(self, name: str, x: Tensor | None) -> None:
-        """Arguments of an operand ``[B, T, H, ...]`` (``[H]`` counts as the same for all tokens)."""
+        """Arguments of an operand `[B, T, H, ...]` (`[H]` counts as the same for all tokens)."""
         if x is None:
             return
         if x.dim() == 1:
@@ -141,7 +141,7 @@ class Call(Layout):
     # -- launches -----------------------------------------------------------------------------------------------------
 
     def run(self, kernels: Mapping[str, Entry]) -> None:
-        """Launch those of ``kernels`` that this call needs, in their order."""
+        """Launch those of `kernels` that this call needs, in their order."""
         for name, entry in kernels.items():
             if not entry.when(self.d):
                 continue

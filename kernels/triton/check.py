@@ -1,4 +1,4 @@
-"""Compile generated kernels for chips that need not be there, and read off what they take (:mod:`.matrix` in bulk)."""
+"""Compile generated kernels for chips that need not be there, and read off what they take (`matrix` in bulk)."""
 
 from __future__ import annotations
 
@@ -70,13 +70,13 @@ TENSOR_MEMORY = 512
 
 
 def reports(d: Description, chip: str, kernels: tuple[str, ...] | None = None) -> Iterator[Report]:
-    """Compile the kernels of ``d`` for ``chip``."""
+    """Compile the kernels of `d` for `chip`."""
     for name in kernels or kernel_names(d):
         yield compile_kernel(d, name, CHIPS[chip])
 
 
 def compile_kernel(d: Description, name: str, chip: Chip, launch: Tuning | None = None) -> Report:
-    """Compile one kernel, with ``launch`` instead of its own parameters; raises what Triton raises if it cannot."""
+    """Compile one kernel, with `launch` instead of its own parameters; raises what Triton raises if it cannot."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

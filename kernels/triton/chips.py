@@ -12,7 +12,7 @@ BACKENDS: tuple[Backend, ...] = ("cuda", "hip")
 
 
 class Chip(NamedTuple):
-    """A kind of chip; ``shared`` is the bytes of shared memory (LDS) that one program may have."""
+    """A kind of chip; `shared` is the bytes of shared memory (LDS) that one program may have."""
 
     name: str
     backend: Backend
@@ -42,7 +42,7 @@ DEFAULT = CHIPS["sm_90"]
 
 @lru_cache(maxsize=64)
 def chip_of(device: torch.device) -> Chip:
-    """The chip behind ``device``: a row of :data:`CHIPS`, or one made from what the driver tells."""
+    """The chip behind `device`: a row of :data:`CHIPS`, or one made from what the driver tells."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return DEFAULT
     properties = torch.cuda.get_device_properties(device)

@@ -38,10 +38,10 @@ _TRITON_TYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.flo
 class Description:
     """One member of the family of operators, as far as its kernels differ from those of another.
 
-    ``levels`` is the number of level weights per token, None for the linear operator. ``repeat`` is H / G, the heads
-    that share a query and a key. ``padded`` says that rows have lengths of their own, ``packed`` that sequences with
-    lengths of their own lie in one row of the operands. ``backend`` is Triton's, ``least_row`` the fewest bytes that a
-    row of a tile has (:meth:`on`).
+    `levels` is the number of level weights per token, None for the linear operator. `repeat` is H / G, the heads
+    that share a query and a key. `padded` says that rows have lengths of their own, `packed` that sequences with
+    lengths of their own lie in one row of the operands. `backend` is Triton's, `least_row` the fewest bytes that a
+    row of a tile has (`on`).
     """
 
     decay: Decay
@@ -60,11 +60,11 @@ class Description:
     least_row: int = 0
 
     def on(self, chip: Chip) -> Description:
-        """The same for ``chip``, with tiles that its matrix instructions take."""
+        """The same for `chip`, with tiles that its matrix instructions take."""
         return dataclasses.replace(self, backend=chip.backend, least_row=_HOPPER_ROW if chip.arch == _HOPPER else 0)
 
     def least_tile(self, dtype: torch.dtype) -> int:
-        """The fewest channels that a tile of ``dtype`` has."""
+        """The fewest channels that a tile of `dtype` has."""
         return max(LEAST_TILE, self.least_row // dtype.itemsize)
 
     @property
@@ -125,7 +125,7 @@ class Description:
 
 
 def tile(size: int, least: int = LEAST_TILE) -> int:
-    """The least power of two that holds ``size``, and at least ``least``."""
+    """The least power of two that holds `size`, and at least `least`."""
     return max(least, 1 << max(size - 1, 0).bit_length())
 
 
@@ -148,7 +148,7 @@ def describe(x: Operands, final_state: bool) -> Description:
 
 
 def describe_step(q: Tensor, v: Tensor, w: Tensor | None, log_decay: Tensor | None, beta: Tensor | None) -> Description:
-    """The description of a step; ``q [B, G, K]``, ``v [B, H, V]``, ``w [B, H, L]``."""
+    """The description of a step; `q [B, G, K]`, `v [B, H, V]`, `w [B, H, L]`."""
     return Description(
         decay="none" if log_decay is None else "channel" if log_decay.dim() == 3 else "scalar",
         correction="none" if beta is None else "delta",

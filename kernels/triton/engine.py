@@ -1,4 +1,4 @@
-"""The operator's passes on Triton kernels, as :mod:`..engine` has them on ATen."""
+"""The operator's passes on Triton kernels, as `aten.sequence` has them on ATen."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llcompile.kernels.triton.schedule import GRADIENTS, OUTPUT, STATES
 
 
 def forward(x: Operands, scale: float, return_final_state: bool) -> tuple[Tensor, Tensor]:
-    """Output ``[B, T, H, V]`` and final state (an empty tensor when not asked for)."""
+    """Output `[B, T, H, V]` and final state (an empty tensor when not asked for)."""
     call = Call(x, scale, return_final_state)
     if call.empty:
         return x.v.new_zeros(x.v.shape), call.unchanged_state() if return_final_state else call.no_state()

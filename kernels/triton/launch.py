@@ -18,7 +18,7 @@ from llcompile.kernels.triton.tuning import Tuning, tuning
 
 @lru_cache(maxsize=512)
 def module_of(d: Description) -> ModuleType:
-    """The imported file with the kernels of ``d``; raises KernelCacheError if it cannot be written."""
+    """The imported file with the kernels of `d`; raises KernelCacheError if it cannot be written."""
     return cache.load(cache.file_of(generate(d), d.family))
 
 
@@ -50,14 +50,14 @@ class Kernels(dict[str, Kernel]):
 
 @lru_cache(maxsize=512)
 def kernels_of(d: Description, chip: Chip) -> Kernels:
-    """The kernels of ``d`` for ``chip``, the same object for all calls of this process; the interpreter has no chip."""
+    """The kernels of `d` for `chip`, the same object for all calls of this process; the interpreter has no chip."""
     return Kernels(d if interpreted() else d.on(chip), chip)
 
 
 class Launch:
     """A kernel with its arguments.
 
-    ``programs`` is the grid's first size. The second is how many value tiles there are in ``columns`` (1 where it is 0,
+    `programs` is the grid's first size. The second is how many value tiles there are in `columns` (1 where it is 0,
     for kernels that walk over the values themselves).
     """
 

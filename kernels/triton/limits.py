@@ -51,7 +51,7 @@ def refusals() -> tuple[type[BaseException], ...]:
 
 
 def unsupported(d: Description, device: torch.device) -> str | None:
-    """Why these kernels cannot run what ``d`` describes on ``device``; None if they can."""
+    """Why these kernels cannot run what `d` describes on `device`; None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if device.type != "cuda" and not interpreted():
@@ -64,7 +64,7 @@ def unsupported(d: Description, device: torch.device) -> str | None:
 
 
 def beyond(d: Description, chip: Chip) -> str | None:
-    """Why ``chip`` has no kernels for what ``d`` describes; None if it has."""
+    """Why `chip` has no kernels for what `d` describes; None if it has."""
     if d.dtype not in _DTYPES:
         return f"dtype {d.dtype} is not one of bfloat16, float16 and float32"
     limit = max_key_dim(d, chip)
@@ -76,7 +76,7 @@ def beyond(d: Description, chip: Chip) -> str | None:
 
 
 def max_key_dim(d: Description, chip: Chip) -> int:
-    """The largest K that fits on ``chip``, all else being as in ``d``; 0 if none does."""
+    """The largest K that fits on `chip`, all else being as in `d`; 0 if none does."""
     for backend, room, width, limits in _MAX_KEY_DIM:
         if backend == chip.backend and chip.shared >= room * 1024 and d.dtype.itemsize == width:
             return limits[d.correction]

@@ -1,6 +1,6 @@
 """Every kernel of a representative set of descriptions, compiled for every chip: what it takes, and whether it fits.
 
-``llcompile kernels matrix`` is the command. What it found is kept in a file, and compiled no second time.
+`llcompile kernels matrix` is the command. What it found is kept in a file, and compiled no second time.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ DEFAULT_CHIPS = ("sm_90", "gfx942", "sm_80", "sm_100")
 
 
 def representative(group: str, chip: str) -> Iterator[Description]:
-    """The descriptions of one group that :mod:`.limits` lets run on ``chip``."""
+    """The descriptions of one group that `limits` lets run on `chip`."""
     sizes, others = GROUPS[group]
     for (key_dim, value_dim), other, (decay, correction) in itertools.product(sizes, others, FAMILIES):
         d = Description(decay, correction, key_dim, value_dim, backend="cuda", **other)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Measurements of launches on the GPU that is current, for :mod:`.autotune`."""
+"""Measurements of launches on the GPU that is current, for `autotune`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def meter_of(index: int) -> Meter:
 class Meter:
     """Compiles launches to see what they take, and times them with events on the device.
 
-    What is chosen under one ``name``, of the device and of Triton, holds for no other.
+    What is chosen under one `name`, of the device and of Triton, holds for no other.
     """
 
     def __init__(self, index: int) -> None:
@@ -36,7 +36,7 @@ class Meter:
         return not torch.cuda.is_current_stream_capturing()
 
     def refused(self, launch: Launch, chosen: Tuning) -> str | None:
-        """Why the device cannot run ``launch`` with these parameters, or why they spill more than the default."""
+        """Why the device cannot run `launch` with these parameters, or why they spill more than the default."""
         kernel = launch.kernel
         if id(kernel) not in self._spills and chosen != kernel.default:
             self.refused(launch, kernel.default)

@@ -30,10 +30,10 @@ class PackedGrid(Grid):
     """The grid of packed sequences: each has offset and edge of its own, by its own length."""
 
     starts: Tensor  # [rows] each sequence's first token
-    edges: Tensor  # [rows] e of :mod:`..grid`
+    edges: Tensor  # [rows] e of `grid`
 
     def true_levels(self, batch: int, device: torch.device) -> Tensor:
-        """As :meth:`.Grid.true_levels`."""
+        """As `Grid.true_levels`."""
         table = torch.arange(self.levels, device=device).expand(batch, -1)
         if self.position is None:
             return table
@@ -42,7 +42,7 @@ class PackedGrid(Grid):
         return torch.where(table > edge, crossing, table)
 
     def old_levels(self, batch: int, device: torch.device, count: int) -> tuple[Tensor, Tensor]:
-        """As :meth:`.Grid.old_levels`, the first result ``[1, T, count]`` for the tokens of all sequences."""
+        """As `Grid.old_levels`, the first result `[1, T, count]` for the tokens of all sequences."""
         assert self.lengths is not None
         position = torch.zeros_like(self.lengths) if self.position is None else self.position
         old_level = torch.arange(count, device=device)
@@ -59,7 +59,7 @@ class PackedGrid(Grid):
 
 
 def packed_grid(tokens: int, starts: Tensor, lengths: Tensor, position: Tensor | None, chunk: int) -> PackedGrid:
-    """The grid for sequences of ``lengths [rows]`` that continue at ``position [rows]``."""
+    """The grid for sequences of `lengths [rows]` that continue at `position [rows]`."""
     edges = bit_length((lengths - 1).clamp(min=0))
     offset = None if position is None else position & ((1 << edges) - 1)
     chunks = _room(tokens, lengths.shape[0], offset is not None, chunk)
@@ -67,7 +67,7 @@ def packed_grid(tokens: int, starts: Tensor, lengths: Tensor, position: Tensor |
 
 
 def pack(grid: PackedGrid) -> Packing:
-    """Lay out the chunks of ``grid``; every sequence has one, an empty one, too."""
+    """Lay out the chunks of `grid`; every sequence has one, an empty one, too."""
     assert grid.lengths is not None
     size = grid.lengths if grid.offset is None else grid.lengths + grid.offset
     ends = (-(-size // grid.chunk)).clamp(min=1).cumsum(0)
@@ -80,7 +80,7 @@ def pack(grid: PackedGrid) -> Packing:
 
 
 def _room(tokens: int, rows: int, offset: bool, chunk: int) -> int:
-    """Most chunks that ``rows`` sequences of ``tokens`` tokens together can have.
+    """Most chunks that `rows` sequences of `tokens` tokens together can have.
 
     An offset is less than twice the length, or 0 where the length is 1.
     """

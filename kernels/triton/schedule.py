@@ -14,11 +14,11 @@ from llcompile.kernels.triton.description import Description
 class Entry(NamedTuple):
     """One kernel.
 
-    ``over`` is what has a program each: a chunk, a pair of blocks (level by level, up the tree or down it), a head of a
-    sequence, or a level of a head's initial state. With ``tiles``, each value tile has a program of its own; other
-    kernels loop over them. It finds in ``changes`` what others have left there and leaves something else: run again, it
-    would not find that. ``launch`` is the widest value tile, the warps and the pipeline stages, chosen so that
-    nothing spills on sm_90 at K, V <= 128; :mod:`.tuning` has the exceptions.
+    `over` is what has a program each: a chunk, a pair of blocks (level by level, up the tree or down it), a head of a
+    sequence, or a level of a head's initial state. With `tiles`, each value tile has a program of its own; other
+    kernels loop over them. It finds in `changes` what others have left there and leaves something else: run again, it
+    would not find that. `launch` is the widest value tile, the warps and the pipeline stages, chosen so that
+    nothing spills on sm_90 at K, V <= 128; `tuning` has the exceptions.
     """
 
     over: Literal["chunks", "pairs, up", "pairs, down", "heads", "old levels"]
@@ -83,5 +83,5 @@ KERNELS = {**STATES, **OUTPUT, **GRADIENTS, **DECODE}
 
 
 def kernel_names(d: Description) -> tuple[str, ...]:
-    """The kernels that ``d`` needs, in the order in which they run."""
+    """The kernels that `d` needs, in the order in which they run."""
     return tuple(name for name, entry in KERNELS.items() if entry.when(d))

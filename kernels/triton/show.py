@@ -24,7 +24,7 @@ class File(NamedTuple):
 
 
 def source_of(d: Description, chip: Chip | None = None) -> str:
-    """The file with all kernels of ``d``, as it is run on ``chip`` (default: see :func:`.chips.assumed`)."""
+    """The file with all kernels of `d`, as it is run on `chip` (default: see `chips.assumed`)."""
     return generate(d.on(chip or assumed(d.backend)))
 
 
@@ -40,9 +40,9 @@ def kernels_in(source: str) -> dict[str, str]:
 
 
 def resources(d: Description, chip: str, kernels: tuple[str, ...] | None = None) -> list[Report]:
-    """Registers, shared memory, spilled bytes and matrix instructions of the kernels of ``d`` (all, or those named).
+    """Registers, shared memory, spilled bytes and matrix instructions of the kernels of `d` (all, or those named).
 
-    They are compiled for ``chip`` (a key of :data:`.chips.CHIPS`), which need not be there; that takes seconds each.
+    They are compiled for `chip` (a key of :data:`.chips.CHIPS`), which need not be there; that takes seconds each.
     Raises what Triton raises where a kernel cannot be compiled.
     """
     from llcompile.kernels.triton.check import reports  # the one part that needs Triton
@@ -51,7 +51,7 @@ def resources(d: Description, chip: str, kernels: tuple[str, ...] | None = None)
 
 
 def keep(d: Description, folder: Path, chip: Chip | None = None) -> Path:
-    """Write what :func:`source_of` gives to ``folder``; raises KernelCacheError if that cannot be written."""
+    """Write what `source_of` gives to `folder`; raises KernelCacheError if that cannot be written."""
     return cache.file_of(source_of(d, chip), d.family, folder)
 
 

@@ -33,7 +33,7 @@ import triton.language as tl
 
 @lru_cache(maxsize=512)
 def generate(d: Description) -> str:
-    """Source of the file with the kernels of ``d``."""
+    """Source of the file with the kernels of `d`."""
     kernels = [_render(name, d) for name in kernel_names(d)]
     helpers = _called("\n".join(kernels), d)
     sequences = "all S sequences in one (B = 1)" if d.packed else "a sequence each (S = B)"
@@ -43,7 +43,7 @@ def generate(d: Description) -> str:
 
 @lru_cache(maxsize=4096)
 def kernel_text(d: Description, name: str) -> str:
-    """All that one kernel of ``d`` is made of. Descriptions that give the same text share the compiled kernel."""
+    """All that one kernel of `d` is made of. Descriptions that give the same text share the compiled kernel."""
     kernel = _render(name, d)
     text = "\n\n".join([*_called(kernel, d), kernel])
     used = set(re.findall(r"\b[A-Z_]+\b", text))
@@ -75,7 +75,7 @@ def _constants(d: Description) -> str:
 
 
 def _called(text: str, d: Description) -> list[str]:
-    """Device functions that ``text`` calls, directly or not, in the order of their template."""
+    """Device functions that `text` calls, directly or not, in the order of their template."""
     pieces = re.split(r"^(?=@triton\.jit)", _render("functions", d), flags=re.MULTILINE)
     table = {name: piece for piece in pieces for name in re.findall(r"^def (\w+)", piece, re.MULTILINE)}
     wanted: set[str] = set()
@@ -94,7 +94,7 @@ class _Indented(Extension):
     """What stands alone on a line is generated at the indentation of that line, all lines of it."""
 
     def preprocess(self, source: str, name: str | None, filename: str | None = None) -> str:
-        """Pass each ``{{ expression }}`` that stands alone on a line through the filter ``indent``."""
+        """Pass each `{{ expression }}` that stands alone on a line through the filter `indent`."""
         return re.sub(
             r"^( +)\{\{ (.+) \}\}$", lambda m: f"{m[1]}{{{{ {m[2]} | indent({len(m[1])}) }}}}", source, flags=re.M
         )
@@ -102,7 +102,7 @@ class _Indented(Extension):
 
 @cache
 def _templates() -> jinja2.Environment:
-    """The folder ``templates``: a line that begins with ``#%`` is a statement of Jinja, one with ``##`` a comment."""
+    """The folder `templates`: a line that begins with `#%` is a statement of Jinja, one with `##` a comment."""
     return jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         line_statement_prefix="#%",
@@ -114,14 +114,14 @@ def _templates() -> jinja2.Environment:
 
 
 def _render(name: str, d: Description) -> str:
-    """A template's text for ``d``, without the blank lines that statements leave."""
+    """A template's text for `d`, without the blank lines that statements leave."""
     text = _templates().get_template(f"{name}.jinja").render(_context(d))
     return "".join(f"{line}\n" for line in text.splitlines() if line.strip())
 
 
 @lru_cache(maxsize=64)
 def _context(d: Description) -> dict[str, Any]:
-    """The names in templates: what :meth:`.Description.facts` says, and the files of ``blocks`` with their macros."""
+    """The names in templates: what `Description.facts` says, and the files of `blocks` with their macros."""
     context: dict[str, Any] = dict(d.facts())
     for name in BLOCKS:  # each may call those before it
         context[name] = _templates().get_template(f"blocks/{name}.jinja").make_module(context)

@@ -47,7 +47,7 @@ _SCANS = frozenset({"state_scan", "scan_gradient"})
 
 
 def narrowest(kernel: str, d: Description) -> int:
-    """The narrowest value tile that ``kernel`` may have; see :meth:`.description.Description.on`.
+    """The narrowest value tile that `kernel` may have; see `description.Description.on`.
 
     The scans of wide keys keep theirs: on an H200 they were right with it at K = V = 128, and wider ones spill.
     """
@@ -61,7 +61,7 @@ _MOST_WARPS = {"cuda": 8, "hip": 4}
 
 
 def tuning(kernel: str, d: Description, chip: Chip) -> Tuning:
-    """Launch parameters of ``kernel`` for ``d`` on ``chip``."""
+    """Launch parameters of `kernel` for `d` on `chip`."""
     found = (launch for name, holds, launch in _EXCEPTIONS if name == kernel and holds(d, chip))
     widest, warps, stages = next(found, KERNELS[kernel].launch)
     columns = d.value_tile * (2 if _half_empty(kernel, d) else 1)

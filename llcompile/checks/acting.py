@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from llcompile.checks.compare import Result, difference, leaves
-from llcompile.checks.runs import BUDGETS, Mixer, Runs, hooked, kept_values
+from llcompile.checks.runs import MODEL_BUDGETS, Mixer, Runs, hooked, kept_values
 from llcompile.patterns import reasons
 from llcompile.patterns.reasons import GivenReason
 from llcompile.weights.level_weights import LevelWeights
@@ -74,7 +74,7 @@ def _is_zero(runs: Runs, mixer: Mixer) -> bool:
 def _noise(held: Iterable[LevelWeights | None], model: nn.Module | None, seed: int = 0) -> Iterator[None]:
     """Noise on level weights and, so that nothing hides them, on parameters of the model that are zero as a whole."""
     learned = [p for weights in held if weights is not None for p in weights.parameters()]
-    own = [] if model is None else [p for p in model.parameters() if p.dtype in BUDGETS and p.numel()]
+    own = [] if model is None else [p for p in model.parameters() if p.dtype in MODEL_BUDGETS and p.numel()]
     zero = [p for p in own if not p.any()]
     ours = {id(p) for p in learned}
     tensors = learned + [p for p in zero if id(p) not in ours]

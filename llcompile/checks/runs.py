@@ -24,7 +24,7 @@ from llcompile.weights import attachment, withheld
 from llcompile.weights.level_weights import LevelWeights
 
 # (precision, largest difference), relative to the largest value; beyond, the model's own sensitivity decides.
-BUDGETS = {torch.float64: 1e-8, torch.float32: 2e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+MODEL_BUDGETS = {torch.float64: 1e-8, torch.float32: 2e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _AMPLIFIED = 30  # times what rounding at the mixers alone does to the output
 _LOOSE = 0.5  # a bound beyond this lets any output pass, in more than 16 bits
 
@@ -83,7 +83,7 @@ class Runs:
             raise Unverified("the model's own output is not finite")
         exact = all(m.proof == "float64" for m in self.mixers)
         inside.update(t.dtype for t in (*self.model.parameters(), *self.want.outputs))
-        self.dtype = max(inside.intersection(BUDGETS), key=lambda d: BUDGETS[d])
+        self.dtype = max(inside.intersection(MODEL_BUDGETS), key=lambda d: MODEL_BUDGETS[d])
         if self.dtype == torch.float64 and not exact:
             self.dtype = torch.float32  # some of it computes in float32 inside
 
@@ -96,12 +96,12 @@ class Runs:
         except Exception as error:
             return float("inf"), None, reasons.REWRITE_NOT_RUN(error=first_line(error))
         off, gradient_off = difference(got, self.want), gradient_difference(got, self.want)
-        if max(off, gradient_off or 0.0) <= BUDGETS[self.dtype]:
+        if max(off, gradient_off or 0.0) <= MODEL_BUDGETS[self.dtype]:
             return off, gradient_off, None
         self.expect_repeatable()
         if self.is_nearer(got):
             return off, gradient_off, None
-        bounds = [max(BUDGETS[self.dtype], _AMPLIFIED * rounding) for rounding in self.rounding()]
+        bounds = [max(MODEL_BUDGETS[self.dtype], _AMPLIFIED * rounding) for rounding in self.rounding()]
         dtype = str(self.dtype).removeprefix("torch.")
         if off > bounds[0]:
             return off, gradient_off, reasons.OUTPUT_CHANGES(error=off, dtype=dtype)
@@ -158,7 +158,7 @@ class Runs:
     def expect_repeatable(self) -> None:
         """A model that gives something else each time cannot be compared with."""
         again = difference(self.plain(), self.want)
-        if again > BUDGETS[self.dtype]:
+        if again > MODEL_BUDGETS[self.dtype]:
             raise Unverified(f"the model's own output changes by {again:.1e} from run to run")
 
     def plain(self) -> Result:

@@ -105,7 +105,7 @@ class Report:
 
 def _verified(c: ModelCertificate) -> str:
     gradients = "" if c.gradient_error is None else f", gradients to {c.gradient_error:.1e}"
-    act = f"; {len(c.acts)} mixers act" if c.acts else ""
+    act = f"; {len(c.acts)} {'mixer acts' if len(c.acts) == 1 else 'mixers act'}" if c.acts else ""
     return (
         f"verified on the example inputs: outputs agree to {c.error:.1e}{gradients} ({c.dtype}){act}; {c.seconds:.1f} s"
     )

@@ -21,8 +21,8 @@ from torch import Tensor
 from llcompile.errors import KernelCacheError, KernelError, OptionError
 from llcompile.kernels.aten import padded
 from llcompile.kernels.aten.token import step as aten_step
+from llcompile.kernels.description import Description, describe, describe_step
 from llcompile.kernels.operands import Operands
-from llcompile.kernels.triton.description import Description, describe, describe_step
 from llcompile.kernels.triton.limits import interpreted, refusals, unsupported
 
 VARIABLE = "LLCOMPILE_KERNELS"

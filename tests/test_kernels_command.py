@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from llcompile.commands import cli
-from llcompile.kernels.triton import cache, show
+from llcompile.kernels import cache
+from llcompile.kernels.triton import show
 from llcompile.kernels.triton.chips import DEFAULT
 from llcompile.kernels.triton.description import Description
 from llcompile.kernels.triton.schedule import kernel_names

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from llcompile.errors import KernelCacheError, OptionError
-from llcompile.kernels.triton import cache
+from llcompile.kernels import cache
 from llcompile.kernels.triton.description import Description
 from llcompile.kernels.triton.launch import Kernel, Launch
 from llcompile.kernels.triton.limits import interpreted

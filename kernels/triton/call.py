@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from llcompile.kernels.description import describe
 from llcompile.kernels.grid import Grid, depth, make_grid
 from llcompile.kernels.layout import Layout
 from llcompile.kernels.operands import Operands
@@ -15,7 +16,7 @@ from llcompile.kernels.state import linear_state, position_of
 from llcompile.kernels.triton import autotune
 from llcompile.kernels.triton.buffers import Arguments
 from llcompile.kernels.triton.chips import chip_of
-from llcompile.kernels.triton.description import describe
+from llcompile.kernels.triton.description import Description
 from llcompile.kernels.triton.launch import Launch, kernels_of
 from llcompile.kernels.triton.packing import PackedGrid, pack, packed_grid
 from llcompile.kernels.triton.schedule import Entry
@@ -27,7 +28,7 @@ class Call(Layout):
     def __init__(self, x: Operands, scale: float, final_state: bool) -> None:
         # Operands are not copied onto the grid: the kernels read them from where they are.
         self.x, self.scale = x, scale
-        self.d = describe(x, final_state)
+        self.d = Description.of(describe(x, final_state))
         self.dtype = torch.float32
         self.batch, (_, self.tokens, self.heads, self.value_dim) = x.rows, x.v.shape
         self.key_dim = x.q.shape[3]

@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from llcompile.kernels import description
 from llcompile.kernels.triton.buffers import BUFFERS
 from llcompile.kernels.triton.chips import CHIPS, Chip
 from llcompile.kernels.triton.description import Description
@@ -69,10 +70,11 @@ HEADING = (
 TENSOR_MEMORY = 512
 
 
-def reports(d: Description, chip: str, kernels: tuple[str, ...] | None = None) -> Iterator[Report]:
+def reports(d: description.Description, chip: str, kernels: tuple[str, ...] | None = None) -> Iterator[Report]:
     """Compile the kernels of `d` for `chip`."""
-    for name in kernels or kernel_names(d):
-        yield compile_kernel(d, name, CHIPS[chip])
+    found = Description.of(d)
+    for name in kernels or kernel_names(found):
+        yield compile_kernel(found, name, CHIPS[chip])
 
 
 def compile_kernel(d: Description, name: str, chip: Chip, launch: Tuning | None = None) -> Report:

@@ -8,7 +8,7 @@ from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
-from llcompile.kernels.triton import cache
+from llcompile.kernels import cache
 from llcompile.kernels.triton.chips import Chip
 from llcompile.kernels.triton.description import Description
 from llcompile.kernels.triton.limits import interpreted

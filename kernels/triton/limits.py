@@ -8,8 +8,8 @@ from functools import lru_cache
 
 import torch
 
+from llcompile.kernels.description import Correction, Description
 from llcompile.kernels.triton.chips import Chip, chip_of
-from llcompile.kernels.triton.description import Correction, Description
 
 # Largest K that fits, by the KB of shared memory that a program may have and the bytes of an operand's number: the rows
 # of a chunk, and for the delta rule a K x K matrix, must stay on the chip. The first entry that applies holds.

@@ -6,7 +6,7 @@ import ast
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from llcompile.kernels.triton import cache
+from llcompile.kernels import cache, description
 from llcompile.kernels.triton.chips import Chip, assumed
 from llcompile.kernels.triton.description import Description
 from llcompile.kernels.triton.schedule import KERNELS
@@ -23,9 +23,10 @@ class File(NamedTuple):
     text: str  # the line of its header that says from which description it was made
 
 
-def source_of(d: Description, chip: Chip | None = None) -> str:
+def source_of(d: description.Description, chip: Chip | None = None) -> str:
     """The file with all kernels of `d`, as it is run on `chip` (default: see `chips.assumed`)."""
-    return generate(d.on(chip or assumed(d.backend)))
+    found = Description.of(d)
+    return generate(found.on(chip or assumed(found.backend)))
 
 
 def kernels_in(source: str) -> dict[str, str]:
@@ -39,7 +40,7 @@ def kernels_in(source: str) -> dict[str, str]:
     }
 
 
-def resources(d: Description, chip: str, kernels: tuple[str, ...] | None = None) -> list[Report]:
+def resources(d: description.Description, chip: str, kernels: tuple[str, ...] | None = None) -> list[Report]:
     """Registers, shared memory, spilled bytes and matrix instructions of the kernels of `d` (all, or those named).
 
     They are compiled for `chip` (a key of :data:`.chips.CHIPS`), which need not be there; that takes seconds each.
@@ -50,7 +51,7 @@ def resources(d: Description, chip: str, kernels: tuple[str, ...] | None = None)
     return list(reports(d, chip, kernels))
 
 
-def keep(d: Description, folder: Path, chip: Chip | None = None) -> Path:
+def keep(d: description.Description, folder: Path, chip: Chip | None = None) -> Path:
     """Write what `source_of` gives to `folder`; raises KernelCacheError if that cannot be written."""
     return cache.file_of(source_of(d, chip), d.family, folder)
 

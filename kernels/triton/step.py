@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llcompile.kernels.description import describe_step
 from llcompile.kernels.state import in_levels
 from llcompile.kernels.triton import autotune
 from llcompile.kernels.triton.chips import chip_of
-from llcompile.kernels.triton.description import describe_step
+from llcompile.kernels.triton.description import Description
 from llcompile.kernels.triton.launch import Launch, kernels_of
 
 
@@ -25,7 +26,7 @@ def step(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Absorb one token and read out: arguments and results of `aten.token.step`."""
-    d = describe_step(q, v, w, log_decay, beta)
+    d = Description.of(describe_step(q, v, w, log_decay, beta))
     batch, heads = v.shape[:2]
     old = in_levels(state.float(), d.levels).contiguous()
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)

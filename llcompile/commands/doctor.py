@@ -183,8 +183,8 @@ def _kernels() -> Iterator[Finding]:
     """What the operator would run by, and whether generated kernels have a place."""
     import torch
 
+    from llcompile.kernels import cache
     from llcompile.kernels.choice import VARIABLE
-    from llcompile.kernels.triton import cache
 
     chosen = os.environ.get(VARIABLE, "auto")
     there = importlib.util.find_spec("triton") is not None

@@ -69,7 +69,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _list(args: argparse.Namespace) -> int:
-    from llcompile.kernels.triton import cache, show
+    from llcompile.kernels import cache
+    from llcompile.kernels.triton import show
 
     found = show.files()
     if not found:
@@ -100,7 +101,7 @@ def _show(args: argparse.Namespace) -> int:
 def _described(args: argparse.Namespace) -> Any:
     import torch
 
-    from llcompile.kernels.triton.description import Description
+    from llcompile.kernels.description import Description
 
     return Description(
         decay=args.decay,

@@ -15,7 +15,7 @@ from typing import Any
 
 import sympy
 
-from llcompile.kernels.triton.description import CHUNK
+from llcompile.kernels.description import CHUNK
 from llcompile.look.mixer_look import MixerLook
 from llcompile.patterns.families import Correction, Decay
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-from llcompile.kernels.triton.chips import BACKENDS, DEFAULT
-from llcompile.kernels.triton.description import Description
+from llcompile.kernels.description import Description
+from llcompile.kernels.triton.chips import BACKENDS, DEFAULT, assumed
 from llcompile.kernels.triton.limits import beyond
 from llcompile.kernels.triton.show import source_of
 from llcompile.look.mixer_look import MixerLook
@@ -35,8 +35,7 @@ class GeneratedKernels:
         d = self.description
         digest = hashlib.sha256(repr(d).encode()).hexdigest()[:6]
         kind = f"level{d.levels}" if d.weighted else "linear"
-        dtype = str(d.dtype).removeprefix("torch.")
-        return f"{d.decay}_{d.correction}_{kind}_k{d.key_dim}_v{d.value_dim}_{dtype}_{digest}"
+        return f"{d.decay}_{d.correction}_{kind}_k{d.key_dim}_v{d.value_dim}_{d.dtype_name}_{digest}"
 
     @property
     def source(self) -> str:
@@ -47,7 +46,7 @@ class GeneratedKernels:
     def sources(self) -> dict[str, str]:
         """Target ("cuda", "hip") -> the file for it; empty where there is none."""
         targets = () if self.problem else BACKENDS
-        return {target: source_of(replace(self.description, backend=target)) for target in targets}
+        return {target: source_of(self.description, assumed(target)) for target in targets}
 
     def resources(self, chip: str) -> list[Any]:
         """Registers, shared memory and spilled bytes of each kernel on a chip: "sm_80", "sm_90", "sm_100", "gfx942".

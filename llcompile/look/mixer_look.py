@@ -6,7 +6,7 @@ import difflib
 from dataclasses import dataclass
 from typing import Literal
 
-from llcompile.kernels.triton.description import Description
+from llcompile.kernels.description import Description
 from llcompile.patterns.families import Correction, Decay
 from llcompile.patterns.records import Certificate
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from llcompile.kernels.description import describe, describe_step
 from llcompile.kernels.operands import Operands
-from llcompile.kernels.triton.description import describe, describe_step
 from llcompile.look.mixer_look import OperandSizes, OperatorCall
 from llcompile.torch_internals.sizes import size_hint
 

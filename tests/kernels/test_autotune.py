@@ -13,10 +13,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llcompile.errors import OptionError
+from llcompile.kernels import cache
+from llcompile.kernels.description import describe
 from llcompile.kernels.operands import Operands
-from llcompile.kernels.triton import autotune, cache, engine
+from llcompile.kernels.triton import autotune, engine
 from llcompile.kernels.triton.chips import DEFAULT
-from llcompile.kernels.triton.description import Description, describe
+from llcompile.kernels.triton.description import Description
 from llcompile.kernels.triton.launch import Kernel, Launch, kernels_of
 from llcompile.kernels.triton.schedule import KERNELS, kernel_names
 from llcompile.kernels.triton.tuning import Tuning
@@ -221,8 +223,9 @@ def test_a_call_only_allocates_and_launches(delta, levels):
     w = None if levels is None else torch.empty(1, 500, 2, levels, device="meta")
     g, b = torch.empty(1, 500, 2, device="meta"), torch.empty(1, 500, 2, device="meta")
     x = Operands(q, k, v, w, g, b if delta else None, None, None)
-    for name in kernel_names(describe(x, False)):
-        kernels_of(describe(x, False), DEFAULT)[name].function = Nothing()
+    d = Description.of(describe(x, False))
+    for name in kernel_names(d):
+        kernels_of(d, DEFAULT)[name].function = Nothing()
     with Seen() as seen:
         engine.forward(x, 1.0, False)
     assert set(seen.names) <= {"aten.empty", "aten.new_empty"}

@@ -23,12 +23,13 @@ import torch
 from jinja2 import TemplateSyntaxError, UndefinedError
 
 from llcompile.errors import KernelCacheError, KernelError, OptionError
-from llcompile.kernels import choice
+from llcompile.kernels import cache, choice
+from llcompile.kernels.description import describe
 from llcompile.kernels.operands import Operands
-from llcompile.kernels.triton import cache, engine, limits, source, step
+from llcompile.kernels.triton import engine, limits, source, step
 from llcompile.kernels.triton.buffers import BUFFERS
 from llcompile.kernels.triton.chips import CHIPS, Chip
-from llcompile.kernels.triton.description import Description, describe
+from llcompile.kernels.triton.description import Description
 from llcompile.kernels.triton.limits import max_key_dim, unsupported
 from llcompile.kernels.triton.schedule import KERNELS, kernel_names
 from llcompile.kernels.triton.show import kernels_in
@@ -442,9 +443,9 @@ def test_choice():
 def test_description_of_a_call():
     """Everything that kernels depend on is read off the operands."""
     x = operands(9, "channel", True, 4, "level", groups=2, heads=4, dtype=torch.float32)
-    d = describe(Operands(*x.values(), torch.tensor([9, 2])), True)
+    d = Description.of(describe(Operands(*x.values(), torch.tensor([9, 2])), True))
     assert d == Description("channel", "delta", 5, 3, 2, torch.float32, 64, 4, "level", True, padded=True)
-    d = describe(Operands(*x.values(), torch.tensor([9, 2]), torch.tensor([0, 9])), False)
+    d = Description.of(describe(Operands(*x.values(), torch.tensor([9, 2]), torch.tensor([0, 9])), False))
     assert d == Description("channel", "delta", 5, 3, 2, torch.float32, 64, 4, "level", packed=True)
 
 

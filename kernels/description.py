@@ -1,0 +1,98 @@
+"""What generated code is made for: one small frozen record of a call, from which everything else follows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from llcompile.kernels.operands import Operands
+from llcompile.kernels.state import is_level_state
+
+Decay = Literal["none", "scalar", "channel"]
+Correction = Literal["none", "delta"]
+OldState = Literal["none", "linear", "level"]
+
+# Tokens of a chunk: near the optimum between work inside chunks (grows with it) and between them (shrinks with it).
+CHUNK = 64
+
+
+@dataclass(frozen=True)
+class Description:
+    """One member of the family of operators, as far as code for it differs from that for another.
+
+    `levels` is the number of level weights per token, None for the linear operator. `repeat` is H / G, the heads
+    that share a query and a key. `padded` says that rows have lengths of their own, `packed` that sequences with
+    lengths of their own lie in one row of the operands.
+    """
+
+    decay: Decay
+    correction: Correction
+    key_dim: int
+    value_dim: int
+    repeat: int = 1
+    dtype: torch.dtype = torch.bfloat16
+    chunk: int = CHUNK
+    levels: int | None = None
+    initial_state: OldState = "none"
+    final_state: bool = False
+    padded: bool = False
+    packed: bool = False
+
+    @property
+    def weighted(self) -> bool:
+        """Whether there are level weights."""
+        return self.levels is not None
+
+    @property
+    def delta(self) -> bool:
+        """Whether the state is corrected by the delta rule."""
+        return self.correction == "delta"
+
+    @property
+    def continued(self) -> bool:
+        """Whether rows start at a position of their own: a level state carries one."""
+        return self.weighted and self.initial_state == "level"
+
+    @property
+    def family(self) -> str:
+        """What the mixer is, in a word for file names."""
+        return f"{self.decay}_{self.correction}_{'log_linear' if self.weighted else 'linear'}"
+
+    @property
+    def dtype_name(self) -> str:
+        """The operands' dtype in a word, as torch and Triton have it."""
+        return str(self.dtype).removeprefix("torch.")
+
+
+def describe(x: Operands, final_state: bool) -> Description:
+    """The description of one call."""
+    g, old = x.log_decay, x.initial_state
+    return Description(
+        decay="none" if g is None else "channel" if g.dim() == 4 else "scalar",
+        correction="none" if x.beta is None else "delta",
+        key_dim=x.q.shape[3],
+        value_dim=x.v.shape[3],
+        repeat=x.v.shape[2] // x.q.shape[2],
+        dtype=x.v.dtype,
+        levels=None if x.level_weights is None else x.level_weights.shape[-1],
+        initial_state="none" if old is None else "level" if is_level_state(old) else "linear",
+        final_state=final_state,
+        padded=x.lengths is not None and x.starts is None,
+        packed=x.starts is not None,
+    )
+
+
+def describe_step(q: Tensor, v: Tensor, w: Tensor | None, log_decay: Tensor | None, beta: Tensor | None) -> Description:
+    """The description of a step; `q [B, G, K]`, `v [B, H, V]`, `w [B, H, L]`."""
+    return Description(
+        decay="none" if log_decay is None else "channel" if log_decay.dim() == 3 else "scalar",
+        correction="none" if beta is None else "delta",
+        key_dim=q.shape[-1],
+        value_dim=v.shape[-1],
+        repeat=v.shape[1] // q.shape[1],
+        dtype=v.dtype,
+        levels=None if w is None else w.shape[-1],
+    )

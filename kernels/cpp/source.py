@@ -10,11 +10,9 @@ import jinja2
 import torch
 
 from llcompile.kernels import header
-from llcompile.kernels.description import Correction, Decay, Description
+from llcompile.kernels.description import CHUNK, Correction, Decay, Description
 from llcompile.kernels.state import state_dtype
 
-# Tokens of a chunk, as in the Triton kernels: near the optimum between work inside chunks and between them.
-CHUNK = 64
 # MiB of states that a thread keeps in a backward pass; beyond that, a part of the sequence is computed once more.
 KEPT = 64
 

@@ -1,1 +1,0 @@
-"""The operator in C++, generated for a family: for CPUs."""

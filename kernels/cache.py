@@ -9,6 +9,7 @@ written. A folder that other people can write to is refused all the same, and a 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import linecache
 import logging
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -43,19 +45,19 @@ def folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llcompile" / "kernels"
 
 
-def file_of(source: str, name: str, place: Path | None = None) -> Path:
+def file_of(source: str, name: str, place: Path | None = None, suffix: str = ".py") -> Path:
     """The file that holds `source`, in `place` (default: `folder`), written if it is not there or damaged.
 
     Raises `KernelCacheError` where it cannot be written, and for a default folder that is not this user's alone.
     """
     content = source.encode()
-    path = (place or folder()) / f"{name}_{_hash(content)}.py"
+    path = (place or folder()) / f"{name}_{content_hash(content)}{suffix}"
     if place is None and path.parent.is_dir():
-        _check_folder(path.parent)
+        check_folder(path.parent)
     found = _read(path)
     if found != content:
         if found is not None:
-            _log.warning("%s is damaged: its content does not have the hash in its name; it is written again", path)
+            _tell_damage(path)
         write(path, content)
     return path
 
@@ -74,7 +76,7 @@ def load(path: Path) -> ModuleType:
 
 def _run(name: str, path: Path) -> ModuleType:
     content = _read(path)
-    if content is None or not path.stem.endswith(f"_{_hash(content)}"):
+    if content is None or not _has_its_hash(path, content):
         wrong = "cannot be read" if content is None else "is damaged"
         raise KernelCacheError(
             f"{path} {wrong}: generated kernels run only if their content has the hash in the file's name. Remove the "
@@ -91,8 +93,26 @@ def _run(name: str, path: Path) -> ModuleType:
     return module
 
 
-def _hash(content: bytes) -> str:
+def is_whole(path: Path) -> bool:
+    """Whether a file of ours has the hash in its name; one that is damaged is told of."""
+    content = _read(path)
+    if content is not None and not _has_its_hash(path, content):
+        _tell_damage(path)
+        return False
+    return content is not None
+
+
+def content_hash(content: bytes) -> str:
+    """The end of a file's name, before the dot."""
     return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _has_its_hash(path: Path, content: bytes) -> bool:
+    return path.stem.endswith(f"_{content_hash(content)}")
+
+
+def _tell_damage(path: Path) -> None:
+    _log.warning("%s is damaged: its content does not have the hash in its name; it is written again", path)
 
 
 def _show(path: Path, text: str) -> None:
@@ -113,7 +133,7 @@ def _read(path: Path) -> bytes | None:
 
 def write(path: Path, content: bytes) -> None:
     """Put `content` in place whole, whoever reads or writes at the same time; raises `KernelCacheError`."""
-    try:
+    with writing_to(path.parent):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=_TEMPORARY)
         try:
@@ -124,14 +144,21 @@ def write(path: Path, content: bytes) -> None:
             Path(temporary).unlink(missing_ok=True)
             raise
         _remove_left_over(path.parent)
+
+
+@contextlib.contextmanager
+def writing_to(place: Path) -> Iterator[None]:
+    """Raise `KernelCacheError` in place of what the system says where `place` cannot be written."""
+    try:
+        yield
     except OSError as error:
         raise KernelCacheError(
-            f"generated kernels cannot be written to {path.parent} ({error.strerror or error}); "
+            f"generated kernels cannot be written to {place} ({error.strerror or error}); "
             f"set the environment variable {FOLDER_VARIABLE} to a folder that can be written"
         ) from error
 
 
-def _check_folder(place: Path) -> None:
+def check_folder(place: Path) -> None:
     """Raise `KernelCacheError` for a folder in which another user can put files in place of ours."""
     found = place.stat()
     if _ours(found) or (found.st_uid in (0, _user()) and found.st_mode & stat.S_ISVTX):

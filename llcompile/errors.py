@@ -19,11 +19,15 @@ class StateError(LLCompileError, ValueError):
 
 
 class KernelError(LLCompileError, RuntimeError):
-    """Triton kernels were requested explicitly but cannot run here or for these operands."""
+    """Generated kernels were requested explicitly but cannot run here or for these operands."""
 
 
 class KernelCacheError(KernelError):
     """The folder for generated kernels cannot be written."""
+
+
+class CompilerError(KernelError):
+    """No C++ compiler was found, or it cannot make a library of generated kernels that can be loaded."""
 
 
 class DerivativeError(LLCompileError, NotImplementedError):

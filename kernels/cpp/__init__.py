@@ -1,0 +1,1 @@
+"""The operator in C++, generated for a family: for CPUs."""

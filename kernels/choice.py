@@ -1,8 +1,8 @@
-"""Which implementation runs a call: the Triton kernels where they can, the ATen lowering elsewhere.
+"""Which implementation runs a call: C++ on a CPU, Triton on a GPU, the ATen lowering elsewhere and where they cannot.
 
-The environment variable `LLCOMPILE_KERNELS` or `use` says `auto` (the default), `triton` or `aten`. What
-was asked for by name is never replaced in silence: `triton` raises where the kernels cannot run, with the reason.
-Under `auto` the ATen lowering runs instead, and a warning gives the reason once (logger `llcompile.kernels`).
+The environment variable `LLCOMPILE_KERNELS` or `use` says `auto` (the default), `cpp`, `triton` or `aten`. What was
+asked for by name is never replaced in silence: it raises where it cannot run, with the reason. Under `auto` the ATen
+lowering runs instead, and a warning gives the reason once (logger `llcompile.kernels`).
 """
 
 from __future__ import annotations
@@ -19,20 +19,18 @@ import torch
 from torch import Tensor
 
 from llcompile.errors import KernelCacheError, KernelError, OptionError
-from llcompile.kernels.aten import padded
-from llcompile.kernels.aten.token import step as aten_step
 from llcompile.kernels.description import Description, describe, describe_step
+from llcompile.kernels.implementations import ATEN, IMPLEMENTATIONS, Implementation, preferred
 from llcompile.kernels.operands import Operands
-from llcompile.kernels.triton.limits import interpreted, refusals, unsupported
 
 VARIABLE = "LLCOMPILE_KERNELS"
-CHOICES = ("auto", "triton", "aten")
+CHOICES = ("auto", *IMPLEMENTATIONS)
 Result = TypeVar("Result")
 _log = logging.getLogger("llcompile.kernels")
 _chosen: ContextVar[str | None] = ContextVar("llcompile_kernels", default=None)
 
-# Why Triton could not make the kernels of a description for a device, where that showed only when they were to run.
-_refused: dict[tuple[Description, torch.device], str] = {}
+# Why an implementation could not be made for a description and a device, where that showed only when it was to run.
+_refused: dict[tuple[str, Description, torch.device], str] = {}
 
 
 @contextlib.contextmanager
@@ -52,30 +50,16 @@ def choice() -> str:
 
 def forward(x: Operands, scale: float, return_final_state: bool) -> tuple[Tensor, Tensor]:
     """As `aten.sequence.forward`, by the implementation that is chosen."""
-
-    def kernels() -> tuple[Tensor, Tensor]:
-        from llcompile.kernels.triton import engine
-
-        return engine.forward(x, scale, return_final_state)
-
-    def lowering() -> tuple[Tensor, Tensor]:
-        return padded.forward(x, scale, return_final_state)
-
-    return _chosen_of(lambda: describe(x, return_final_state), x.v, kernels, lowering)
+    return _run(
+        lambda: describe(x, return_final_state), x.v.device, lambda one: one.forward(x, scale, return_final_state)
+    )
 
 
 def backward(x: Operands, scale: float, grad_o: Tensor, grad_state: Tensor | None) -> list[Tensor | None]:
     """As `aten.sequence.backward`, by the implementation that is chosen."""
-
-    def kernels() -> list[Tensor | None]:
-        from llcompile.kernels.triton import engine
-
-        return engine.backward(x, scale, grad_o, grad_state)
-
-    def lowering() -> list[Tensor | None]:
-        return padded.backward(x, scale, grad_o, grad_state)
-
-    return _chosen_of(lambda: describe(x, grad_state is not None), x.v, kernels, lowering)
+    return _run(
+        lambda: describe(x, grad_state is not None), x.v.device, lambda one: one.backward(x, scale, grad_o, grad_state)
+    )
 
 
 def step(
@@ -88,65 +72,41 @@ def step(
     beta: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """As `aten.token.step`, by the implementation that is chosen."""
-    operands = (q, k, v, w, state, log_decay, beta, scale)
-
-    def kernels() -> tuple[Tensor, Tensor]:
-        from llcompile.kernels.triton import step as kernels
-
-        return kernels.step(*operands)
-
-    def lowering() -> tuple[Tensor, Tensor]:
-        return aten_step(*operands)
-
+    """As `aten.token.step`, by the implementation that is chosen; raises `StateError` for a damaged position."""
+    token = (q, k, v, w, state, log_decay, beta, scale)
     if not q.shape[1]:  # no heads: nothing to describe
-        return lowering()
-    return _chosen_of(lambda: describe_step(q, v, w, log_decay, beta), v, kernels, lowering)
+        return ATEN.step(token)
+    return _run(lambda: describe_step(q, v, w, log_decay, beta), v.device, lambda one: one.step(token))
 
 
-def _chosen_of(
-    description: Callable[[], Description], v: Tensor, kernels: Callable[[], Result], lowering: Callable[[], Result]
-) -> Result:
-    """Run one of the two; raises `KernelError` if it must be the kernels and they cannot run here."""
+def _run(describe: Callable[[], Description], device: torch.device, call: Callable[[Implementation], Result]) -> Result:
+    """Call one of them; raises `KernelError` if what was asked for by name cannot run here."""
     chosen = choice()
-    if chosen == "aten" or (chosen == "auto" and not _prefers_kernels(v.device)):
-        return lowering()
-    d = description()
-    reason = _refused.get((d, v.device)) or unsupported(d, v.device)
-    cause: BaseException | None = None
+    wanted = preferred(device) if chosen == "auto" else IMPLEMENTATIONS[chosen]
+    if wanted is ATEN:
+        return call(ATEN)
+    d = describe()
+    kind = (wanted.name, d, device)
+    reason = _refused.get(kind) or wanted.reason(d, device)
+    cause: Exception | None = None
     if reason is None:
         try:
-            with _on_device(v):
-                return kernels()
+            return call(wanted)
         except KernelCacheError as error:  # of this moment: the folder may be mended
             reason, cause = str(error), error
-        except refusals() as error:  # of this description on this device: the next call need not try
-            cause = error
-            reason = _refused[d, v.device] = f"Triton cannot compile them for {d} on {v.device}: {_line(error)}"
-    if chosen == "triton":
+        except Exception as error:
+            reason, cause = wanted.refusal(error, d, device), error
+            if reason is None:
+                raise
+            _refused[kind] = reason
+    if chosen != "auto":
         if isinstance(cause, KernelCacheError):
             raise cause
         raise KernelError(
-            f"Triton kernels were requested ({VARIABLE}=triton), but {reason}; use 'auto' or 'aten'"
+            f"{wanted.title} were requested ({VARIABLE}={chosen}), but {reason}; use 'auto' or 'aten'"
         ) from cause
-    _tell(reason)
-    return lowering()
-
-
-def _line(error: BaseException) -> str:
-    """What an error says, in a line: a compiler's listing stands in the exception itself."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[-1][:200]}" if text else type(error).__name__
-
-
-def _prefers_kernels(device: torch.device) -> bool:
-    """Whether `auto` prefers the kernels: on CUDA and ROCm, which torch calls by one name."""
-    return device.type == "cuda"
-
-
-def _on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current device, which must be that of the operands."""
-    return contextlib.nullcontext() if interpreted() or x.device.type != "cuda" else torch.cuda.device(x.device)
+    _tell(wanted.title, reason)
+    return call(ATEN)
 
 
 def _known(choice: str) -> str:
@@ -156,5 +116,5 @@ def _known(choice: str) -> str:
 
 
 @lru_cache(maxsize=256)
-def _tell(reason: str) -> None:
-    _log.warning("the ATen lowering is used instead of Triton kernels, because %s", reason)
+def _tell(title: str, reason: str) -> None:
+    _log.warning("the ATen lowering is used instead of %s, because %s", title, reason)

@@ -37,7 +37,9 @@ _TOKEN_INPUTS = (
 
 def _attention(*inputs: Any) -> tuple[Tensor, Tensor]:
     x, scale, return_final_state, v = *_read(inputs), inputs[2]
-    _check_state(x.initial_state, x.rows, x.q, x.v, x.level_weights, x.v.shape[1], "initial_state")
+    if x.initial_state is not None:
+        _check_state(x.initial_state, x.rows, x.q, x.v, x.level_weights, "initial_state")
+        check_positions(x.initial_state, x.v.shape[1])
     with torch.no_grad(), torch.autocast(v.device.type, enabled=False):
         o, state = choice.forward(_widened(x), scale, return_final_state)
     return o.reshape(v.shape), state
@@ -53,7 +55,7 @@ def _attention_backward(grad_o: Tensor, grad_state: Tensor, *inputs: Any) -> tup
 
 def _attention_step(*inputs: Any) -> tuple[Tensor, Tensor]:
     q, _, v, w, state, *_ = inputs
-    _check_state(state, v.shape[0], q, v, w, 1, "state")
+    _check_state(state, v.shape[0], q, v, w, "state")  # its positions are checked by what runs the step
     with torch.no_grad(), torch.autocast(v.device.type, enabled=False):
         return choice.step(*inputs[:-1])
 
@@ -70,14 +72,10 @@ def _widened(x: Operands) -> Operands:
     return x if state is None else x._replace(initial_state=state.to(state_dtype(x.v.dtype)))
 
 
-def _check_state(
-    state: Tensor | None, rows: int, q: Tensor, v: Tensor, w: Tensor | None, tokens: int, name: str
-) -> None:
+def _check_state(state: Tensor, rows: int, q: Tensor, v: Tensor, w: Tensor | None, name: str) -> None:
     """A compiled graph learns of a state of another batch only here: its shape function must not compare sizes."""
-    if state is not None:
-        levels = None if w is None else w.shape[-1]
-        check_state(state, rows, v.shape[-2], q.shape[-1], v.shape[-1], levels, name)
-        check_positions(state, tokens, name)
+    levels = None if w is None else w.shape[-1]
+    check_state(state, rows, v.shape[-2], q.shape[-1], v.shape[-1], levels, name)
 
 
 def _as_input(x: Tensor | None, grad: Tensor | None, like: Tensor) -> Tensor:

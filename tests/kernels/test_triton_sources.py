@@ -25,6 +25,7 @@ from jinja2 import TemplateSyntaxError, UndefinedError
 from llcompile.errors import KernelCacheError, KernelError, OptionError
 from llcompile.kernels import cache, choice
 from llcompile.kernels.description import describe
+from llcompile.kernels.implementations import IMPLEMENTATIONS
 from llcompile.kernels.operands import Operands
 from llcompile.kernels.triton import engine, limits, source, step
 from llcompile.kernels.triton.buffers import BUFFERS
@@ -353,7 +354,7 @@ def test_old_devices(monkeypatch):
 @pytest.fixture
 def on_gpu(monkeypatch):
     """Operands whose calls are chosen as on a GPU; no kernel of these tests comes so far as to run."""
-    monkeypatch.setattr(choice, "_prefers_kernels", lambda device: True)
+    monkeypatch.setattr(choice, "preferred", lambda device: IMPLEMENTATIONS["triton"])
     monkeypatch.setattr(choice, "_refused", {})
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     choice._tell.cache_clear()
@@ -432,11 +433,12 @@ def test_folder_that_cannot_be_written_on_a_gpu(on_gpu, tmp_path, monkeypatch, c
 def test_choice():
     """What was asked for by name runs or raises; everything else falls through."""
     x = operands(5)
-    with choice.use("auto"):
-        loglinear_attention(**x)
+    for found in ("auto", "aten"):
+        with choice.use(found):
+            loglinear_attention(**x)
     with choice.use("triton"), pytest.raises(KernelError, match=r"operands are on cpu|not installed"):
         loglinear_attention(**x)
-    with pytest.raises(OptionError, match="auto, triton, aten"), choice.use("cuda"):
+    with pytest.raises(OptionError, match="auto, cpp, triton, aten"), choice.use("cuda"):
         pass
 
 

@@ -9,34 +9,41 @@ device. Gradients are left as they are: those of the code that a mixer replaces 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from llcompile.kernels.aten import slabs
 from llcompile.kernels.operands import Operands
+from llcompile.kernels.rows import from_rows, in_rows, rows_of, to_rows
 from llcompile.kernels.state import state_dtype
+
+# A forward pass (operands, scale, return_final_state) -> (output, final state)
+Forward = Callable[[Operands, float, bool], tuple[Tensor, Tensor]]
 
 # Operands beyond one of these are taken for the cause, in this order: what is not finite, what overflows when it is
 # squared, and what does with two more factors.
 _BOUNDS = (math.inf, 1e18, 1e9)
 
 
-def forward(x: Operands, scale: float, return_final_state: bool) -> tuple[Tensor, Tensor]:
-    """As `sequence.forward`, of rows."""
-    o, state = slabs.forward(x, scale, return_final_state)
-    if o.device.type == "cpu" and not _is_finite(o):
-        o = _with_the_past(x, scale, o)
-    return o, state
+def forward(run: Forward, x: Operands, scale: float, return_final_state: bool) -> tuple[Tensor, Tensor]:
+    """As `run`, with what is not finite kept from the tokens before it."""
+    o, state = run(x, scale, return_final_state)
+    if o.device.type != "cpu" or _is_finite(o):
+        return o, state
+    if x.starts is None:
+        return _with_the_past(run, x, scale, o), state
+    rows = rows_of(x)
+    return from_rows(_with_the_past(run, in_rows(x, rows), scale, to_rows(o, rows)), rows), state
 
 
 def _is_finite(o: Tensor) -> bool:
     return math.isfinite(o.sum(dtype=state_dtype(o.dtype)).item())
 
 
-def _with_the_past(x: Operands, scale: float, o: Tensor) -> Tensor:
-    """The output, with what the tokens before the first cause would be without it."""
+def _with_the_past(run: Forward, x: Operands, scale: float, o: Tensor) -> Tensor:
+    """The output of rows, with what the tokens before the first cause would be without it."""
     token = torch.arange(x.v.shape[1])
     for bound in _BOUNDS:
         wrong = ~o.isfinite().flatten(2).all(2)  # [B, T]
@@ -44,7 +51,7 @@ def _with_the_past(x: Operands, scale: float, o: Tensor) -> Tensor:
         if not bool((wrong & before).any()):
             continue
         past = x.map_tokens(partial(_zeroed, before))
-        kept = slabs.forward(past, scale, return_final_state=False)[0]
+        kept = run(past, scale, False)[0]
         o = torch.where((wrong & before)[:, :, None, None], kept, o)
     return o
 

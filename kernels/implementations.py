@@ -1,0 +1,185 @@
+"""What can run a call, a row each: the Triton kernels, the C++ kernels, and the ATen lowering, which runs anything.
+
+Each is imported when it first runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from llcompile.errors import CompilerError
+from llcompile.kernels import finite
+from llcompile.kernels.description import Description
+from llcompile.kernels.operands import COMPUTE_DTYPES, Operands
+from llcompile.kernels.state import check_positions
+
+# q, k, v, level weights, state, log decay, beta and scale of a step, as in `aten.token.step`
+Token = tuple[Tensor, Tensor, Tensor, "Tensor | None", Tensor, "Tensor | None", "Tensor | None", float]
+
+
+class Implementation(ABC):
+    """One way to run the operator.
+
+    `name` is what `LLCOMPILE_KERNELS` calls it, `title` what messages do. `devices` are the kinds of device on which
+    `auto` takes it.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    devices: ClassVar[tuple[str, ...]] = ()
+
+    def reason(self, d: Description, device: torch.device) -> str | None:
+        """Why it cannot run what `d` describes on `device`; None if it can, as far as is known before it is tried."""
+        return None
+
+    def refusal(self, error: Exception, d: Description, device: torch.device) -> str | None:
+        """What an error says if it means that this cannot be made for `d` on `device`; None if it means anything else.
+
+        Holds for the whole process: it is not tried again.
+        """
+        return None
+
+    @abstractmethod
+    def forward(self, x: Operands, scale: float, return_final_state: bool) -> tuple[Tensor, Tensor]:
+        """As `aten.sequence.forward`."""
+
+    @abstractmethod
+    def backward(self, x: Operands, scale: float, grad_o: Tensor, grad_state: Tensor | None) -> list[Tensor | None]:
+        """As `aten.sequence.backward`."""
+
+    @abstractmethod
+    def step(self, token: Token) -> tuple[Tensor, Tensor]:
+        """As `aten.token.step`; raises `StateError` where a state has lost its position or counts no further."""
+
+
+class Triton(Implementation):
+    """Triton kernels (`kernels/triton/`)."""
+
+    name, title = "triton", "Triton kernels"
+    devices = ("cuda",)  # and ROCm's, which torch calls by that name
+
+    def reason(self, d: Description, device: torch.device) -> str | None:
+        """As `limits.unsupported`."""
+        from llcompile.kernels.triton.limits import unsupported
+
+        return unsupported(d, device)
+
+    def refusal(self, error: Exception, d: Description, device: torch.device) -> str | None:
+        """Of what Triton raises for kernels that it cannot make."""
+        from llcompile.kernels.triton.limits import refusals
+
+        return (
+            f"Triton cannot compile them for {d} on {device}: {_line(error)}" if isinstance(error, refusals()) else None
+        )
+
+    def forward(self, x: Operands, scale: float, return_final_state: bool) -> tuple[Tensor, Tensor]:
+        """On the device of the operands, which must be current for Triton."""
+        from llcompile.kernels.triton import engine
+
+        with _current(x.v):
+            return engine.forward(x, scale, return_final_state)
+
+    def backward(self, x: Operands, scale: float, grad_o: Tensor, grad_state: Tensor | None) -> list[Tensor | None]:
+        """Likewise."""
+        from llcompile.kernels.triton import engine
+
+        with _current(x.v):
+            return engine.backward(x, scale, grad_o, grad_state)
+
+    def step(self, token: Token) -> tuple[Tensor, Tensor]:
+        """Likewise."""
+        from llcompile.kernels.triton import step as kernels
+
+        check_positions(token[4], 1, "state")
+        with _current(token[2]):
+            return kernels.step(*token)
+
+
+class Cpp(Implementation):
+    """C++ kernels (`kernels/cpp/`)."""
+
+    name, title = "cpp", "C++ kernels"
+    devices = ("cpu",)
+
+    def reason(self, d: Description, device: torch.device) -> str | None:
+        """They run on a CPU, in the dtypes that PyTorch computes in."""
+        if device.type != "cpu":
+            return f"the operands are on {device}; C++ kernels run on a CPU"
+        if d.dtype not in COMPUTE_DTYPES:
+            return f"dtype {d.dtype} is not one of {', '.join(map(str, COMPUTE_DTYPES))}"
+        from llcompile.kernels.cpp.compiler import unsupported
+
+        return unsupported()
+
+    def refusal(self, error: Exception, d: Description, device: torch.device) -> str | None:
+        """No compiler, or one that fails."""
+        return str(error) if isinstance(error, CompilerError) else None
+
+    def forward(self, x: Operands, scale: float, return_final_state: bool) -> tuple[Tensor, Tensor]:
+        """What is not finite stays out of earlier outputs, as it does on ATen."""
+        from llcompile.kernels.cpp import engine
+
+        return finite.forward(engine.forward, x, scale, return_final_state)
+
+    def backward(self, x: Operands, scale: float, grad_o: Tensor, grad_state: Tensor | None) -> list[Tensor | None]:
+        """As the engine does."""
+        from llcompile.kernels.cpp import engine
+
+        return engine.backward(x, scale, grad_o, grad_state)
+
+    def step(self, token: Token) -> tuple[Tensor, Tensor]:
+        """The engine checks positions, in the same pass over the state."""
+        from llcompile.kernels.cpp import engine
+
+        return engine.step(*token)
+
+
+class Aten(Implementation):
+    """ATen operations (`kernels/aten/`)."""
+
+    name, title = "aten", "the ATen lowering"
+
+    def forward(self, x: Operands, scale: float, return_final_state: bool) -> tuple[Tensor, Tensor]:
+        """What is not finite stays out of earlier outputs, on a CPU."""
+        from llcompile.kernels.aten import padded
+
+        return finite.forward(padded.forward, x, scale, return_final_state)
+
+    def backward(self, x: Operands, scale: float, grad_o: Tensor, grad_state: Tensor | None) -> list[Tensor | None]:
+        """As the lowering does."""
+        from llcompile.kernels.aten import padded
+
+        return padded.backward(x, scale, grad_o, grad_state)
+
+    def step(self, token: Token) -> tuple[Tensor, Tensor]:
+        """Positions are checked first."""
+        from llcompile.kernels.aten.token import step
+
+        check_positions(token[4], 1, "state")
+        return step(*token)
+
+
+ATEN = Aten()
+# In the order in which messages name them.
+IMPLEMENTATIONS: dict[str, Implementation] = {row.name: row for row in (Cpp(), Triton(), ATEN)}
+
+
+def preferred(device: torch.device) -> Implementation:
+    """What `auto` takes on a device, if it can run there."""
+    return next((row for row in IMPLEMENTATIONS.values() if device.type in row.devices), ATEN)
+
+
+def _line(error: Exception) -> str:
+    """What an error says, in a line: a compiler's listing stands in the exception itself."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[-1][:200]}" if text else type(error).__name__
+
+
+def _current(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Where the device of `x` is the current one."""
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()

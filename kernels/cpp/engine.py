@@ -15,6 +15,9 @@ from llcompile.kernels.description import Description, describe, describe_step
 from llcompile.kernels.operands import Operands
 from llcompile.kernels.state import check_positions, in_levels, is_level_state, linear_state, position_of, state_dtype
 
+# Bytes of states that a thread keeps in a backward pass; beyond that, states are computed once more from checkpoints.
+KEPT = 64 << 20
+
 
 def forward(x: Operands, scale: float, return_final_state: bool) -> tuple[Tensor, Tensor]:
     """Output `[B, T, H, V]` and final state (an empty tensor when not asked for)."""
@@ -174,7 +177,7 @@ class _Run:
             **{"sequences": self.sequences, "tokens": x.v.shape[1], "heads": x.v.shape[2], "groups": x.q.shape[2]},
             **{"key_dim": x.q.shape[3], "value_dim": x.v.shape[3], "slots": self.slots, "weighted": self.weighted},
             **self._initial_fields(),
-            **{"parts": 1, "scale": self.scale} | fields,
+            **{"parts": 1, "kept": KEPT, "scale": self.scale} | fields,
         )
         if getattr(functions(d), name)(call):
             raise KernelError(f"the C++ {name} of {d} ran out of memory; use a smaller batch or a shorter sequence")

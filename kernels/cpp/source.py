@@ -13,9 +13,6 @@ from llcompile.kernels import header
 from llcompile.kernels.description import CHUNK, Correction, Decay, Description
 from llcompile.kernels.state import state_dtype
 
-# MiB of states that a thread keeps in a backward pass; beyond that, a part of the sequence is computed once more.
-KEPT = 64
-
 _REAL = {torch.float32: "float", torch.float64: "double"}
 
 
@@ -50,7 +47,6 @@ def generate(family: Family) -> str:
         channel=family.decay == "channel",
         delta=family.correction == "delta",
         chunk=CHUNK,
-        kept=KEPT,
         digits=header.DIGITS,
         digit_bits=header.BITS,
     )

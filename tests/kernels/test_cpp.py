@@ -1,0 +1,169 @@
+"""What is special to the C++ kernels: threads, kept states, vectors of other widths. What they compute: test_operator."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import threading
+
+import pytest
+import torch
+
+from llcompile.errors import StateError
+from llcompile.kernels import choice, header
+from llcompile.kernels.cpp import build, engine, family
+from llcompile.kernels.cpp.compiler import find
+from llcompile.kernels.cpp.source import Family, generate
+from llcompile.kernels.reference import reference_attention
+from llcompile.kernels.state import pack_state
+from llcompile.ops import loglinear_attention, loglinear_attention_step
+from tests.kernels.kernel_cases import Operands, assert_agrees, both, operands, relative_error
+
+FAMILIES = list(itertools.product(("none", "scalar", "channel"), ("none", "delta")))
+
+
+@pytest.fixture(autouse=True)
+def _cpp():
+    with choice.use("cpp"):
+        yield
+
+
+@pytest.fixture
+def threads():
+    """A function that sets the number of threads, for this test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def _results(x: Operands) -> list[torch.Tensor]:
+    return [ours for ours, _ in both(x).values()]
+
+
+def test_the_same_bits_every_time(threads):
+    x = operands(150, "token", True, 9, "level", dtype=torch.float32)
+    for count in (1, 2):
+        threads(count)
+        first, second = _results(x), _results(x)
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("heads", [4, 6])
+def test_heads_of_a_group_are_shared_among_threads(threads, heads):
+    """One group and more threads than rows: each thread sums gradients of query and key over its own heads."""
+    x = operands(70, "token", False, 9, batch=1, groups=1, heads=heads)
+    for count in (1, 2, 3, 8):
+        threads(count)
+        assert_agrees(x)
+
+
+@pytest.mark.parametrize("decay", [None, "token", "channel"])
+@pytest.mark.parametrize("levels", [None, 9])
+@pytest.mark.parametrize("kept", [0, 3, 20])
+def test_states_that_do_not_fit_are_computed_again(monkeypatch, decay, levels, kept):
+    """A backward pass in segments, each from a checkpoint: the same gradients, bit by bit."""
+    x = operands(500, decay, True, levels, "level" if levels else "linear")
+    whole = _results(x)
+    monkeypatch.setattr(engine, "KEPT", kept * 8 * 4 * 8)  # K = 5 and V = 3 are padded to whole vectors
+    assert all(torch.equal(a, b) for a, b in zip(whole, _results(x), strict=True))
+
+
+def test_kept_states_are_bounded(monkeypatch):
+    """The room for states is what `KEPT` says and not what the sequence asks for."""
+    taken = []
+    call = engine.Call
+    monkeypatch.setattr(engine, "Call", lambda **fields: taken.append(fields["kept"]) or call(**fields))
+    _results(operands(100))
+    assert taken == [engine.KEPT, engine.KEPT]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("decay", [None, "token", "channel"])
+def test_operands_of_other_dtypes(dtype, decay):
+    """Each operand has a dtype of its own: level weights and decays of a bfloat16 model are often float32."""
+    x = operands(100, decay, True, 8, dtype=torch.float32, key_dim=17, value_dim=9)
+    mixed = {n: t.to(dtype) if n in ("q", "k", "v") else t for n, t in x.items() if t is not None}
+    for name, (ours, definition) in both({**x, **mixed}).items():
+        assert relative_error(ours, definition) <= 200 * torch.finfo(torch.float32).eps + 2 * torch.finfo(
+            ours.dtype
+        ).eps, name
+
+
+def test_operands_with_strides():
+    """Memory as it comes: transposed heads, every other channel, an expanded batch."""
+    x = operands(80, "token", True, 8)
+    odd = dict(x)
+    for name in ("q", "k", "v", "level_weights"):
+        odd[name] = torch.stack([x[name], x[name]], -1)[..., 0].transpose(1, 2).contiguous().transpose(1, 2)
+        assert not odd[name].is_contiguous()
+    odd["beta"] = x["beta"][:1].expand(2, -1, -1)
+    assert_agrees(odd)
+
+
+def test_a_step_from_any_position():
+    """The header is read and written in C++; the token after it is the definition's."""
+    for entries, (key_dim, value_dim) in {6: (3, 2), 15: (5, 3)}.items():
+        for position in (0, 1, 7, 8, 255, 4096, 2**20 - 1, 2**22 + 5):
+            x = operands(1, "token", True, 6, batch=1, key_dim=key_dim, value_dim=value_dim)
+            states = torch.randn(1, 4, 6, key_dim, value_dim, dtype=torch.float64)
+            x["initial_state"] = pack_state(states, torch.tensor([position]))
+            assert header.has_digits(entries) == (entries >= header.DIGITS)
+            token = {n: t[:, 0] for n, t in x.items() if n != "initial_state" and t is not None}
+            o, state = loglinear_attention_step(**token, state=x["initial_state"])
+            expected, final = reference_attention(**x, return_final_state=True)
+            torch.testing.assert_close(o, expected[:, 0], rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(state, final, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("value", [0.5, -1.0, 9.0, float("nan"), float("inf")])
+def test_a_damaged_header_is_an_error(value):
+    x = operands(1, "token", False, 6, batch=2)
+    state = pack_state(torch.zeros(2, 4, 6, 5, 3, dtype=torch.float64), torch.tensor([3, 5]))
+    state[1, :, 0, 0, 1] = value
+    token = {n: t[:, 0] for n, t in x.items() if n != "initial_state" and t is not None}
+    with pytest.raises(StateError, match="has lost the position of row 1"):
+        loglinear_attention_step(**token, state=state)
+
+
+def test_many_threads_call_at_once():
+    """Each call has buffers of its own."""
+    x = operands(200, "channel", True, 9)
+    expected, _ = loglinear_attention(**x)
+    wrong = []
+
+    def run() -> None:
+        with choice.use("cpp"):
+            for _ in range(5):
+                if not torch.equal(loglinear_attention(**x)[0], expected):
+                    wrong.append(1)
+
+    running = [threading.Thread(target=run) for _ in range(6)]
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("decay", "correction"), FAMILIES)
+@pytest.mark.parametrize("sums", [torch.float32, torch.float64])
+def test_vectors_of_another_width(tmp_path, monkeypatch, decay, correction, sums):
+    """The same source for a CPU with narrower vectors, without a warning; tests elsewhere run this CPU's own."""
+    compiler = find()
+    flags = tuple("-march=x86-64-v2" if flag == "-march=native" else flag for flag in compiler.flags)
+    assert flags != compiler.flags, "this test needs a compiler that takes -march=native"
+    source = tmp_path / "narrow.cpp"
+    source.write_text(generate(Family(decay, correction, sums)))
+    content = build.compiled(source, compiler._replace(flags=(*flags, "-Wall", "-Wextra", "-Werror")))
+    library = tmp_path / "narrow.so"
+    library.write_bytes(content)
+    loaded = ctypes.CDLL(str(library))
+    narrow = family.Functions(*(family._function(loaded, name, s) for name, s in family._STRUCTS.items()))
+    x = operands(
+        150, {"none": None, "scalar": "token", "channel": "channel"}[decay], correction == "delta", 9, dtype=sums
+    )
+    wide = _results(x)
+    monkeypatch.setattr(engine, "functions", lambda d: narrow)
+    for ours, other in zip(_results(x), wide, strict=True):
+        assert relative_error(ours, other) <= 200 * torch.finfo(sums).eps

@@ -1,0 +1,73 @@
+"""What C++ takes: the structs of its entry points, field by field as in the templates, and tensors as operands."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+_Pointer, _Integer = ctypes.c_void_p, ctypes.c_int64
+
+
+class Operand(ctypes.Structure):
+    """One tensor: its memory, its dtype and a stride for each axis, 0 along those that it does not have."""
+
+    _fields_ = [("data", _Pointer), *((name, _Integer) for name in ("type", "row", "token", "head", "channel"))]
+
+
+_OPERANDS = ("query", "key", "value", "weight", "decay", "beta", "output")
+_GRADIENTS = ("query", "key", "value", "weight", "decay", "beta")
+
+
+class Call(ctypes.Structure):
+    """One call of `forward` or `backward`."""
+
+    _fields_ = [
+        *((name, Operand) for name in _OPERANDS),
+        *((f"{name}_gradient", Operand) for name in _GRADIENTS),
+        *((name, _Pointer) for name in ("starts", "lengths", "positions")),
+        *((name, _Pointer) for name in ("initial", "final_state", "initial_gradient")),
+        *((name, _Integer) for name in ("initial_row", "initial_head", "final_row", "final_head")),
+        *((name, _Integer) for name in ("sequences", "tokens", "heads", "groups", "key_dim", "value_dim")),
+        *((name, _Integer) for name in ("slots", "weighted", "parts", "part_size")),
+        ("scale", ctypes.c_double),
+    ]
+
+
+class Step(ctypes.Structure):
+    """One call of `step`."""
+
+    _fields_ = [
+        *((name, Operand) for name in _OPERANDS),
+        *((name, _Pointer) for name in ("state", "next")),
+        *((name, _Integer) for name in ("state_row", "state_head")),
+        *((name, _Integer) for name in ("rows", "heads", "groups", "key_dim", "value_dim", "slots", "weighted")),
+        ("scale", ctypes.c_double),
+    ]
+
+
+def operand(x: Tensor | None) -> Any:
+    """`[B, T, H, D]` or `[B, T, H]` as an operand; a decay per head `[H]` has neither rows nor tokens."""
+    if x is None:
+        return Operand()
+    if x.dim() == 1:
+        return Operand(x.data_ptr(), _TYPES[x.dtype], 0, 0, x.stride(0), 0)
+    return Operand(x.data_ptr(), _TYPES[x.dtype], *x.stride())
+
+
+def token_operand(x: Tensor | None) -> Any:
+    """`[B, H, D]`, `[B, H]` or `[H]` as an operand of a step."""
+    if x is None:
+        return Operand()
+    if x.dim() == 1:
+        return Operand(x.data_ptr(), _TYPES[x.dtype], 0, 0, x.stride(0), 0)
+    row, head, *channel = x.stride()
+    return Operand(x.data_ptr(), _TYPES[x.dtype], row, 0, head, *channel)
+
+
+def pointer(x: Tensor | None) -> int | None:
+    """The address of a contiguous tensor."""
+    return None if x is None else x.data_ptr()

@@ -1,0 +1,191 @@
+"""The operator's passes in C++, as `aten.sequence` and `aten.token` have them on ATen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llcompile.errors import KernelError
+from llcompile.kernels import header
+from llcompile.kernels.cpp.call import Call, Step, operand, pointer, token_operand
+from llcompile.kernels.cpp.family import functions
+from llcompile.kernels.description import Description, describe, describe_step
+from llcompile.kernels.operands import Operands
+from llcompile.kernels.state import check_positions, in_levels, is_level_state, linear_state, position_of, state_dtype
+
+
+def forward(x: Operands, scale: float, return_final_state: bool) -> tuple[Tensor, Tensor]:
+    """Output `[B, T, H, V]` and final state (an empty tensor when not asked for)."""
+    run = _Run(x, scale)
+    o = run.output_like(x.v)
+    final, states = run.final_state() if return_final_state else (run.no_state(), None)
+    run.call(describe(x, return_final_state), "forward", output=operand(o), **run.final_fields(states))
+    return o, final
+
+
+def backward(x: Operands, scale: float, grad_o: Tensor, grad_state: Tensor | None) -> list[Tensor | None]:
+    """Gradients of the first seven operands; None where there is no operand."""
+    run = _Run(x, scale)
+    d = describe(x, grad_state is not None)
+    parts = min(d.repeat, -(-torch.get_num_threads() // max(run.sequences * x.q.shape[2], 1)))
+    grads: list[Tensor | None] = [run.shared_gradient(t, d.repeat, parts) for t in (x.q, x.k)]
+    g = x.log_decay
+    per_head = g is not None and g.dim() == 1
+    if per_head and g is not None:
+        grad_g: Tensor | None = run.output_like(x.v[..., 0], run.dtype)
+    else:
+        grad_g = None if g is None else run.output_like(g)
+    grads += [None if t is None else run.output_like(t) for t in (x.v, x.level_weights)]
+    grads += [grad_g, None if x.beta is None else run.output_like(x.beta)]
+    names = ("query", "key", "value", "weight", "decay", "beta")
+    fields = {f"{name}_gradient": operand(_first(t)) for name, t in zip(names, grads, strict=True)}
+    d_initial = None if run.initial is None else torch.empty(run.initial.shape, dtype=run.dtype)
+    d_final = None
+    if grad_state is not None:
+        d_final = grad_state.to(run.dtype).contiguous()
+        d_final = d_final[:, :, 1:] if run.weighted else d_final[:, :, None]
+    run.call(
+        d,
+        "backward",
+        output=operand(grad_o),
+        parts=parts,
+        part_size=grads[0][0].numel() if grads[0] is not None and d.repeat > 1 else 0,
+        initial_gradient=pointer(d_initial),
+        **fields,
+        **run.final_fields(d_final),
+    )
+    found = [t.sum(0) if i < 2 and d.repeat > 1 and t is not None else _first(t) for i, t in enumerate(grads)]
+    if per_head and found[4] is not None:
+        found[4] = found[4].sum((0, 1))
+    return [*found, run.initial_gradient(d_initial)]
+
+
+def step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor | None,
+    state: Tensor,
+    log_decay: Tensor | None,
+    beta: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Absorb one token and read out: arguments and results of `aten.token.step`.
+
+    Raises `StateError` where a row's position is damaged or cannot be counted further.
+    """
+    d = describe_step(q, v, w, log_decay, beta)
+    dtype = state_dtype(v.dtype)
+    given = in_levels(state if state.dtype == dtype else state.to(dtype), d.levels)
+    given = given if given[0, 0].is_contiguous() else given.contiguous()
+    o, new = torch.empty(v.shape, dtype=v.dtype), torch.empty(given.shape, dtype=dtype)
+    if not o.numel():
+        return o, new.copy_(given)
+    operands = (token_operand(x) for x in (q, k, v, w, log_decay, beta, o))
+    sizes = (v.shape[0], v.shape[1], q.shape[1], q.shape[2], v.shape[2], d.levels or 1, d.levels is not None)
+    call = Step(*operands, given.data_ptr(), new.data_ptr(), given.stride(0), given.stride(1), *sizes, scale)
+    result = functions(d).step(call)
+    if result < 0:
+        check_positions(given, 1, "state")
+    if result:
+        raise KernelError(f"the C++ step of {d} failed with code {result}: no memory was left; use a smaller batch")
+    return o, new
+
+
+class _Run:
+    """One call: what both passes have in common."""
+
+    def __init__(self, x: Operands, scale: float) -> None:
+        self.x, self.scale = x, scale
+        self.dtype = state_dtype(x.v.dtype)
+        self.weighted = x.level_weights is not None
+        self.slots = 1 if x.level_weights is None else x.level_weights.shape[-1]
+        self.sequences = x.rows
+        self.kept: list[Tensor] = []  # what pointers point to
+        self.initial, self.positions = self._initial()
+
+    def _initial(self) -> tuple[Tensor | None, Tensor | None]:
+        """The states `[S, H, slots, K, V]` that sequences start from, and the positions `[S]` of level states."""
+        s = self.x.initial_state
+        if s is None:
+            return None, None
+        if not self.weighted:
+            return linear_state(s.to(self.dtype))[:, :, None].contiguous(), None
+        position = position_of(s) if is_level_state(s) else None
+        return in_levels(s.to(self.dtype), self.slots)[:, :, 1:].contiguous(), position
+
+    def output_like(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Memory for a result of the shape of `x`: zeros where tokens may belong to no sequence."""
+        make = torch.empty if self.x.lengths is None else torch.zeros
+        return make(x.shape, dtype=dtype or x.dtype)
+
+    def shared_gradient(self, x: Tensor, repeat: int, parts: int) -> Tensor:
+        """Memory for a gradient of q or k, `[parts, B, T, G, K]`; heads of a group are summed in the state's dtype."""
+        make = torch.empty if self.x.lengths is None else torch.zeros
+        return make((parts, *x.shape), dtype=self.dtype if repeat > 1 else x.dtype)
+
+    def final_state(self) -> tuple[Tensor, Tensor]:
+        """Memory for the final state, and the part of it that C++ writes, `[S, H, slots, K, V]`."""
+        x = self.x
+        levels = (1 + self.slots,) if self.weighted else ()
+        final = torch.empty(self.sequences, x.v.shape[2], *levels, x.q.shape[3], x.v.shape[3], dtype=self.dtype)
+        if not self.weighted:
+            return final, final[:, :, None]
+        position = torch.full((self.sequences,), x.v.shape[1]) if x.lengths is None else x.lengths
+        position = position if self.positions is None else position + self.positions
+        final[:, :, 0] = header.write(position, x.q.shape[3], x.v.shape[3], self.dtype)[:, None]
+        return final, final[:, :, 1:]
+
+    def no_state(self) -> Tensor:
+        """What stands for a final state that was not asked for."""
+        return self.x.v.new_empty(0, dtype=self.dtype)
+
+    def final_fields(self, states: Tensor | None) -> dict[str, Any]:
+        """Fields of a final state or its gradient `[S, H, slots, K, V]`."""
+        if states is None:
+            return {}
+        self.kept.append(states)
+        return {"final_state": states.data_ptr(), "final_row": states.stride(0), "final_head": states.stride(1)}
+
+    def initial_gradient(self, d: Tensor | None) -> Tensor | None:
+        """Gradient of the initial state in its own kind, from that of `[S, H, slots, K, V]`."""
+        s = self.x.initial_state
+        if d is None or s is None:
+            return None
+        if not is_level_state(s):
+            return d[:, :, -1]
+        if self.weighted:
+            return torch.cat([torch.zeros_like(d[:, :, :1]), d], 2)
+        d = d.expand(-1, -1, s.shape[2] - 1, -1, -1)
+        return torch.cat([torch.zeros_like(d[:, :, :1]), d], 2)
+
+    def call(self, d: Description, name: str, **fields: Any) -> None:
+        """Run an entry point; raises `KernelError` where it ran out of memory."""
+        x = self.x
+        tables = [None if t is None else t.to(torch.int64).contiguous() for t in (x.starts, x.lengths, self.positions)]
+        if not x.v.shape[2] or not self.sequences:
+            return
+        call = Call(
+            **{"query": operand(x.q), "key": operand(x.k), "value": operand(x.v)},
+            **{"weight": operand(x.level_weights), "decay": operand(x.log_decay), "beta": operand(x.beta)},
+            **dict(zip(("starts", "lengths", "positions"), map(pointer, tables), strict=True)),
+            **{"sequences": self.sequences, "tokens": x.v.shape[1], "heads": x.v.shape[2], "groups": x.q.shape[2]},
+            **{"key_dim": x.q.shape[3], "value_dim": x.v.shape[3], "slots": self.slots, "weighted": self.weighted},
+            **self._initial_fields(),
+            **{"parts": 1, "scale": self.scale} | fields,
+        )
+        if getattr(functions(d), name)(call):
+            raise KernelError(f"the C++ {name} of {d} ran out of memory; use a smaller batch or a shorter sequence")
+
+    def _initial_fields(self) -> dict[str, Any]:
+        if self.initial is None:
+            return {}
+        row, head, *_ = self.initial.stride()
+        return {"initial": self.initial.data_ptr(), "initial_row": row, "initial_head": head}
+
+
+def _first(x: Tensor | None) -> Tensor | None:
+    """A gradient of q or k without the axis of its parts; others as they are."""
+    return x[0] if x is not None and x.dim() == 5 else x

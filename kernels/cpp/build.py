@@ -64,7 +64,8 @@ def path_of(source: str, name: str) -> Path:
     """Where the library compiled from `source` is; raises as `library`."""
     compiler = find()
     key = f"{name}_{compiler.key(source)}"
-    return _on_disk(key) or _made(key, source, name, compiler)
+    with _locks.setdefault(key, threading.Lock()):
+        return _on_disk(key) or _made(key, source, name, compiler)
 
 
 def _load(key: str, source: str, name: str, compiler: Compiler) -> ctypes.CDLL:
@@ -141,5 +142,5 @@ def _turn(path: Path) -> Iterator[None]:
         with contextlib.suppress(ImportError, OSError):
             import fcntl
 
-            fcntl.flock(file, fcntl.LOCK_EX)
+            fcntl.lockf(file, fcntl.LOCK_EX)  # this process's alone: a child that is forked meanwhile waits for it
         yield

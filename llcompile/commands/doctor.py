@@ -214,9 +214,6 @@ def _cpp_kernels() -> Finding:
     from llcompile.kernels.cpp import build, compiler
 
     topic, advice = "C++ kernels", "until then the operator runs on ATen on a CPU, which is slower"
-    reason = compiler.unsupported()
-    if reason is not None:
-        return Finding(topic, reason, None, advice)
     try:
         build.check()
         found = compiler.find()

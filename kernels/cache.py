@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 from llcompile.errors import KernelCacheError
 from llcompile.torch_internals.logs import artifact, kernel_log
@@ -32,6 +33,14 @@ FOLDER_VARIABLE = "LLCOMPILE_KERNEL_DIR"
 # Temporary files: how their names end, and after how many seconds nobody is writing them any more.
 _TEMPORARY = ".tmp"
 _LEFT_OVER = 3600.0
+
+
+class File(NamedTuple):
+    """A generated file in the folder."""
+
+    path: Path
+    text: str  # the line of its header that says what it was made for
+
 
 _loading = threading.RLock()
 _log = logging.getLogger("llcompile.kernels")
@@ -91,6 +100,17 @@ def _run(name: str, path: Path) -> ModuleType:
     linecache.cache[str(path)] = (len(text), None, text.splitlines(keepends=True), str(path))
     exec(compile(text, str(path), "exec", dont_inherit=True), module.__dict__)
     return module
+
+
+def files(suffix: str, begin: str) -> list[File]:
+    """The files in the folder with a line in their header that begins so, by name; others are passed over."""
+    found = []
+    for path in sorted(folder().glob(f"*{suffix}")):
+        head = path.read_text(errors="replace").splitlines()[:5]
+        line = next((x for x in head if x.startswith(begin)), None)
+        if line is not None:
+            found.append(File(path, line))
+    return found
 
 
 def is_whole(path: Path) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -112,12 +113,10 @@ class Cpp(Implementation):
             return f"the operands are on {device}; C++ kernels run on a CPU"
         if d.dtype not in COMPUTE_DTYPES:
             return f"dtype {d.dtype} is not one of {', '.join(map(str, COMPUTE_DTYPES))}"
-        from llcompile.kernels.cpp.compiler import unsupported
-
-        return unsupported()
+        return None
 
     def refusal(self, error: Exception, d: Description, device: torch.device) -> str | None:
-        """No compiler, or one that fails."""
+        """No compiler, one that fails, or a platform that there are no flags for."""
         return str(error) if isinstance(error, CompilerError) else None
 
     def forward(self, x: Operands, scale: float, return_final_state: bool) -> tuple[Tensor, Tensor]:
@@ -169,6 +168,7 @@ ATEN = Aten()
 IMPLEMENTATIONS: dict[str, Implementation] = {row.name: row for row in (Cpp(), Triton(), ATEN)}
 
 
+@lru_cache(maxsize=64)  # a step takes a few tens of microseconds
 def preferred(device: torch.device) -> Implementation:
     """What `auto` takes on a device, if it can run there."""
     return next((row for row in IMPLEMENTATIONS.values() if device.type in row.devices), ATEN)

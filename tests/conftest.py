@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import gc
+import getpass
 import logging
 import os
 import random
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +18,9 @@ from tests.tiers import is_long, is_second_case
 
 # An exception inside of the recogniser costs a user's program a candidate, and fails a test.
 os.environ["LLCOMPILE_RAISE"] = "1"
+# Generated files are kept by what they depend on: one folder for all runs, so that each C++ file is compiled once, and
+# not the user's own.
+os.environ.setdefault("LLCOMPILE_KERNEL_DIR", str(Path(tempfile.gettempdir()) / f"llcompile_tests_{getpass.getuser()}"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

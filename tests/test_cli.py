@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -97,6 +99,26 @@ def test_an_error_of_ours_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert one_line(capsys) == "llcompile: the model does not run\n"
 
 
+def test_doctor_tells_whether_cpp_kernels_can_be_compiled(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def found() -> dict[str, dict[str, Any]]:
+        cli.main(["doctor", "--json", "--no-self-test"])
+        return {finding["topic"]: finding for finding in json.loads(capsys.readouterr().out)}
+
+    monkeypatch.setenv("CXX", "g++")
+    if shutil.which("g++"):
+        assert found()["C++ kernels"]["found"].startswith("g++ works: ")
+    monkeypatch.setenv("CXX", "/nonexistent")
+    missing = found()["C++ kernels"]
+    assert missing["ok"] is None
+    assert "/nonexistent does not run" in missing["found"]
+    monkeypatch.setenv("LLCOMPILE_KERNELS", "c++")
+    wrong = found()["operator"]
+    assert wrong["ok"] is False
+    assert "auto, cpp, triton, aten" in wrong["advice"]
+
+
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", "--json", "--no-self-test"]) in (0, 1)
     findings = {finding["topic"]: finding for finding in json.loads(capsys.readouterr().out)}
@@ -160,9 +182,10 @@ class TestInspect:
         (mixer,) = json.loads(Path("look.json").read_text())["mixers"]
         assert "loglinear_attention" in mixer["after"]
         kernels = sorted(Path("generated").iterdir())
-        assert [k.stem.rpartition("_")[2] for k in kernels] == ["cuda", "hip"]
+        assert [k.name.rpartition("_")[2] for k in kernels] == ["cpu.cpp", "cuda.py", "hip.py"]
         assert all(k.name.startswith("scalar_delta_level17_k8_v8_float32_") for k in kernels)
-        assert all("@triton.jit" in k.read_text() for k in kernels)
+        assert ["@triton.jit" in k.read_text() for k in kernels] == [False, True, True]
+        assert "#include" in kernels[0].read_text()
 
     def test_what_cannot_be_written_is_said_before_the_work(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -36,6 +36,22 @@ def test_show(capsys):
     assert capsys.readouterr().out == show.source_of(Description("scalar", "none", 64, 64))
 
 
+def test_show_targets(capsys, tmp_path):
+    """A CPU's file is C++ and serves every size; those of GPUs say for which they are."""
+    assert cli.main(["kernels", "show", "--target", "cpu", "--correction", "delta", "--dtype", "float64"]) == 0
+    source = capsys.readouterr().out
+    assert source.startswith("//")
+    assert "#include <ATen/Parallel.h>" in source
+    flags = ["--correction", "delta", "--dtype", "float64", "--key-dim", "7", "--keep", str(tmp_path / "mine")]
+    assert cli.main(["kernels", "show", "--target", "cpu", *flags]) == 0
+    assert capsys.readouterr().out == source
+    (path,) = (tmp_path / "mine").glob("*.cpp")
+    assert path.read_text().strip() == source.strip()
+    for target in ("cuda", "hip"):
+        assert cli.main(["kernels", "show", "--target", target]) == 0
+        assert f"backend='{target}'" in capsys.readouterr().out
+
+
 def test_one_kernel(capsys):
     """Kernels come one by one, each whole, together all that there are."""
     d = Description("none", "delta", 64, 64, levels=17)
@@ -83,12 +99,16 @@ def test_keep_and_list(folder, tmp_path, capsys):
     assert not folder.exists()
     assert cli.main(["kernels", "show", "--keep", str(folder)]) == 0
     (folder / "notes.py").write_text("")
+    assert cli.main(["kernels", "show", "--target", "cpu", "--keep", str(folder)]) == 0
+    (folder / "notes.cpp").write_text("// mine")
+    (cpp,) = folder.glob("scalar*.cpp")
     capsys.readouterr()
     assert cli.main(["kernels", "list"]) == 0
-    listed = capsys.readouterr().out.split("\n    ")
-    assert listed[0] == str(folder / path.name)
-    assert listed[1].strip() == repr(Description("scalar", "none", 64, 64, levels=17).on(DEFAULT))
-    assert len(listed) == 2
+    listed = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert listed[:2] == [str(folder / path.name), repr(Description("scalar", "none", 64, 64, levels=17).on(DEFAULT))]
+    assert listed[2] == str(cpp)
+    assert "decay: scalar, correction: none" in listed[3]
+    assert len(listed) == 4
 
 
 def test_chip(capsys):
@@ -112,6 +132,9 @@ def test_chip(capsys):
         (["--kernel", "tree_up", "--chip", "h100"], "Known: sm_80"),
         (["--key-dim", "0"], "integer of at least 1"),
         (["--levels", "3", "--linear"], "not allowed with argument"),
+        (["--target", "cpu", "--chip", "sm_90"], "of Triton kernels only"),
+        (["--target", "hip", "--chip", "sm_90"], "a chip of target cuda"),
+        (["--dtype", "float64"], "see --target cpu"),
     ],
 )
 def test_mistakes(flags, words, capsys):

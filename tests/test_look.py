@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -209,9 +210,23 @@ def test_kernels_are_one_file_for_each_kind_of_call(look: Look) -> None:
         assert kernels.name.isidentifier()
         assert kernels.sources["cuda"] == kernels.source
         assert "backend='hip'" in kernels.sources["hip"]
+        assert "#include <ATen/Parallel.h>" in kernels.sources["cpu"]
     doubled = llcompile.inspect(Handmade().double(), inputs().double()).kernels[0]
     assert doubled.source == ""
     assert "float64" in doubled.problem
+    assert doubled.sources.keys() == {"cpu"}
+
+
+def test_what_the_compiler_of_this_machine_makes(look: Look) -> None:
+    from llcompile.kernels.cpp import compiler
+
+    if compiler.unsupported() is not None or shutil.which("g++") is None:
+        pytest.skip("needs g++ on Linux or macOS")
+    kernels = look.kernels[1]
+    (report,) = kernels.resources("cpu")
+    assert report.path.read_bytes()[:4] in (b"\x7fELF", b"\xcf\xfa\xed\xfe")
+    assert report.size == report.path.stat().st_size > 10_000
+    assert "-O3" in report.flags
 
 
 @pytest.mark.slow

@@ -33,6 +33,12 @@ LONG_FILES = {
     "test_verify.py",
 }
 LONG_TESTS = {
+    "kernels/test_choice.py": ("test_a_machine_without_a_compiler",),
+    "kernels/test_cpp_build.py": (
+        "test_what_the_sources_include_is_found",
+        "test_a_fork_while_another_thread_compiles",
+        "test_two_processes_at_once",
+    ),
     "kernels/test_operator.py": ("test_error_budget", "test_gradcheck", "test_strong_decays"),
     "kernels/test_torch_operators.py": ("test_compiled_once_for_all_lengths", "test_opcheck"),
     "kernels/test_triton_sources.py": (
@@ -50,7 +56,13 @@ LONG_TESTS = {
     ),
     "spellings/test_corpus.py": ("test_spelling_is_of_its_family", "test_twin_differs"),
     "test_bench_cuda.py": ("test_worker_measures_ours",),
-    "test_cli.py": ("test_config_folder", "test_model_type", "test_everything_that_can_be_written", "test_doctor"),
+    "test_cli.py": (
+        "test_config_folder",
+        "test_model_type",
+        "test_everything_that_can_be_written",
+        "test_doctor",
+        "test_doctor_tells_whether_cpp_kernels_can_be_compiled",
+    ),
     "test_demo.py": (
         "test_a_conversion_that_does_nothing_stops_the_demo",
         "test_a_model_of_the_tour_acts",
@@ -59,7 +71,7 @@ LONG_TESTS = {
     "test_docs.py": ("test_the_code_of_a_page_prints_what_the_page_shows",),
     "test_kernels_command.py": ("test_who_reads_may_stop",),
     "test_level_weights.py": ("test_lives_in_a_transformers_model", "test_start_is_exactly_one_through_inductor"),
-    "test_look.py": ("test_the_decisions_are_those_of_the_real_run",),
+    "test_look.py": ("test_the_decisions_are_those_of_the_real_run", "test_what_the_compiler_of_this_machine_makes"),
     "test_package.py": ("test_wheel_holds_every_file", "test_wheel_installs_and_works"),
     "test_readme.py": ("test_example_runs",),
     "test_repro.py": ("test_the_file_runs_by_itself",),

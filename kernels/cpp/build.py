@@ -47,10 +47,30 @@ def library(source: str, name: str) -> ctypes.CDLL:
         return _loaded[key]
 
 
+# The headers that generated sources include, and what they need of libraries.
+_TRIVIAL = """#include <ATen/Parallel.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+extern "C" int threads() { return at::get_num_threads(); }
+"""
+
+
+def check() -> None:
+    """Compile a file that includes what generated ones do, and load it; raises as `library`."""
+    library(_TRIVIAL, "check").threads()
+
+
+def path_of(source: str, name: str) -> Path:
+    """Where the library compiled from `source` is; raises as `library`."""
+    compiler = find()
+    key = f"{name}_{compiler.key(source)}"
+    with _locks.setdefault(key, threading.Lock()):
+        return _on_disk(key) or _made(key, source, name, compiler)
+
+
 def _load(key: str, source: str, name: str, compiler: Compiler) -> ctypes.CDLL:
     try:
-        path = _on_disk(key) or _made(key, source, name, compiler)
-        return _opened(path)
+        return _opened(_on_disk(key) or _made(key, source, name, compiler))
     except CompilerError as error:
         _failed[key] = str(error)
         raise
@@ -122,5 +142,5 @@ def _turn(path: Path) -> Iterator[None]:
         with contextlib.suppress(ImportError, OSError):
             import fcntl
 
-            fcntl.flock(file, fcntl.LOCK_EX)
+            fcntl.lockf(file, fcntl.LOCK_EX)  # this process's alone: a child that is forked meanwhile waits for it
         yield

@@ -71,14 +71,16 @@ def find() -> Compiler:
     """The compiler that `CXX` names, or else the first that is installed.
 
     Raises:
-        CompilerError: there is none, or it does not run.
+        CompilerError: there is none, or it does not run, or there are no flags for this platform.
     """
+    reason = unsupported()
+    if reason is not None:
+        raise CompilerError(f"C++ kernels cannot be compiled here: {reason}")
     chosen = os.environ.get(VARIABLE)
     if chosen:
         return _compiler(tuple(shlex.split(chosen)))
-    here = _PLATFORMS.get(sys.platform)
-    name = next((name for name in here.names if shutil.which(name)), None) if here else None
-    if here is None or name is None:
+    name = next((name for name in _PLATFORMS[sys.platform].names if shutil.which(name)), None)
+    if name is None:
         raise CompilerError(f"no C++ compiler was found: {_advice()}")
     return _compiler((name,))
 
@@ -89,8 +91,7 @@ def _compiler(command: tuple[str, ...]) -> Compiler:
         asked = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.SubprocessError) as error:
         raise CompilerError(f"the C++ compiler {shlex.join(command)} does not run ({error}): {_advice()}") from error
-    here = _PLATFORMS.get(sys.platform)
-    flags = here.flags if here else _COMMON
+    flags = _PLATFORMS[sys.platform].flags
     return Compiler(command, asked.stdout.strip(), (*flags, _NATIVE) if _takes(command, _NATIVE) else flags)
 
 
@@ -101,9 +102,8 @@ def _takes(command: tuple[str, ...], flag: str) -> bool:
 
 
 def _advice() -> str:
-    here = _PLATFORMS.get(sys.platform)
-    install = f"install one ({here.install})" if here else "install one"
-    return f"{install}, or set the environment variable {VARIABLE} to a compiler for C++17"
+    install = _PLATFORMS[sys.platform].install
+    return f"install one ({install}), or set the environment variable {VARIABLE} to a compiler for C++17"
 
 
 @lru_cache(maxsize=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from llcompile.kernels import cache, description
 from llcompile.kernels.triton.chips import Chip, assumed
@@ -14,13 +14,6 @@ from llcompile.kernels.triton.source import generate
 
 if TYPE_CHECKING:
     from llcompile.kernels.triton.check import Report
-
-
-class File(NamedTuple):
-    """A generated file in the cache folder."""
-
-    path: Path
-    text: str  # the line of its header that says from which description it was made
 
 
 def source_of(d: description.Description, chip: Chip | None = None) -> str:
@@ -56,12 +49,6 @@ def keep(d: description.Description, folder: Path, chip: Chip | None = None) -> 
     return cache.file_of(source_of(d, chip), d.family, folder)
 
 
-def files() -> list[File]:
+def files() -> list[cache.File]:
     """The generated files in the cache folder, by name; files of another origin are passed over."""
-    found = []
-    for path in sorted(cache.folder().glob("*.py")):
-        head = path.read_text(errors="replace").splitlines()[:5]
-        line = next((x for x in head if x.startswith("Description(")), None)
-        if line is not None:
-            found.append(File(path, line))
-    return found
+    return cache.files(".py", "Description(")

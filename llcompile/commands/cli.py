@@ -13,6 +13,7 @@ from typing import Any
 
 import llcompile
 from llcompile.errors import LLCompileError, SpecError
+from llcompile.kernels import progress
 
 USAGE_ERROR = 2
 
@@ -56,7 +57,7 @@ COMMANDS = (
     Command("demo", "demo", "convert and train small transformers models and compare the results", "examples"),
     Command("bench", "benchmarks", "run a measurement on this machine", "."),
     Command("inspect", "llcompile.commands.inspect", "report which mixers would be converted (dry run)"),
-    Command("kernels", "llcompile.commands.kernels", "show the generated Triton kernels and compile them for a chip"),
+    Command("kernels", "llcompile.commands.kernels", "show the generated kernels and compile them for a chip"),
     Command("repro", "llcompile.commands.repro", "write one mixer of a model to a standalone file"),
     Command("doctor", "llcompile.commands.doctor", "check the environment and explain what is missing"),
 )
@@ -72,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if module is None:
             _parser(None, None).print_help()
             return 0
-        return int(module.run(args) or 0)
+        with progress.told_to(progress.on_stderr):
+            return int(module.run(args) or 0)
     except SystemExit as stop:  # argparse: --help, --version, or its own line about a wrong argument
         return stop.code if isinstance(stop.code, int) else USAGE_ERROR
     except LLCompileError as error:

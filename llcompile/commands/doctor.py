@@ -11,7 +11,7 @@ import logging
 import os
 import platform
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from llcompile import __version__
@@ -186,19 +186,40 @@ def _kernels() -> Iterator[Finding]:
     from llcompile.kernels import cache
     from llcompile.kernels.choice import VARIABLE
 
-    chosen = os.environ.get(VARIABLE, "auto")
+    chosen = os.environ.get(VARIABLE) or "auto"
     there = importlib.util.find_spec("triton") is not None
-    runs = there and torch.cuda.is_available() and chosen != "aten"
-    why = "" if there else "pip install triton"
-    why = "no GPU; kernels can be generated and compiled for one (llcompile inspect --kernels)" if there else why
-    yield Finding(
-        "operator", f"{'Triton kernels' if runs else 'ATen'} ({VARIABLE}={chosen})", True, "" if runs else why
-    )
+    runs = there and torch.cuda.is_available()
+    by = {"auto": f"{'Triton kernels on a GPU, ' if runs else ''}C++ kernels on a CPU"}
+    by |= {"cpp": "C++ kernels", "triton": "Triton kernels", "aten": "ATen"}
+    found = Finding("operator", f"{by.get(chosen, 'unknown')} ({VARIABLE}={chosen})")
+    if chosen not in by:
+        found = replace(found, ok=False, advice=f"set {VARIABLE} to one of {', '.join(by)}")
+    elif not there:
+        found = replace(found, advice="pip install triton")
+    elif not runs:
+        advice = "no GPU; kernels can be generated and compiled for one (llcompile inspect --kernels)"
+        found = replace(found, advice=advice)
+    yield found
+    yield _cpp_kernels()
     folder = cache.folder()
     held = next((path for path in (folder, *folder.parents) if path.exists()), folder)
     writable = held.is_dir() and os.access(held, os.W_OK)
     advice = "" if writable else f"set {cache.FOLDER_VARIABLE} to a writable folder"
     yield Finding("kernel folder", f"{folder}{'' if writable else ' is not writable'}", writable or None, advice)
+
+
+def _cpp_kernels() -> Finding:
+    """Whether a file that includes what generated C++ includes can be compiled and loaded."""
+    from llcompile.errors import KernelError
+    from llcompile.kernels.cpp import build, compiler
+
+    topic, advice = "C++ kernels", "until then the operator runs on ATen on a CPU, which is slower"
+    try:
+        build.check()
+        found = compiler.find()
+    except KernelError as error:
+        return Finding(topic, str(error), None, advice)
+    return Finding(topic, f"{' '.join(found.command)} works: {found.version.splitlines()[0]}")
 
 
 # What it is for, the modules that it takes, and the extra that installs them.

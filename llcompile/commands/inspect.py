@@ -52,7 +52,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--kernels",
         metavar="DIR",
-        help="write the generated Triton kernels to a folder, one file per kind and target",
+        help="write the generated kernels to a folder, one file per kind and target",
     )
     parser.add_argument(
         "--chip", metavar="CHIP", action="append", default=[], help="compile the kernels for a chip (sm_90, gfx942)"
@@ -141,7 +141,8 @@ def _write(look: Look, args: argparse.Namespace) -> None:
         folder = files.make_folder(args.kernels)
         for kernels in look.kernels:
             for target, source in kernels.sources.items():
-                files.write_text(folder / f"{kernels.name}_{target}.py", source)
+                suffix = ".cpp" if target == "cpu" else ".py"
+                files.write_text(folder / f"{kernels.name}_{target}{suffix}", source)
     if args.html:
         look.to_html(args.html)
 

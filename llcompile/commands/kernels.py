@@ -1,4 +1,4 @@
-"""`llcompile kernels show|list|matrix`: the generated Triton kernels as text, the files on disk, what chips give."""
+"""`llcompile kernels show|list|matrix`: the generated kernels as text, the files on disk, what chips give."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from typing import Any
 from llcompile.commands import kernels_matrix
 from llcompile.errors import KernelError, SpecError
 
-DTYPES = ("bfloat16", "float16", "float32")
+DTYPES = ("bfloat16", "float16", "float32", "float64")
+TARGETS = ("cpu", "cuda", "hip")
 
 
 def add_parser(subparsers: Any) -> None:
     """Add this command to the command line."""
     parser = subparsers.add_parser(
         "kernels",
-        help="show the generated Triton kernels and compile them for a chip",
-        description="Show the Triton kernels that are generated for an operator, and compile them for a chip to see "
-        "their registers and shared memory. Neither a GPU nor a model is needed.",
+        help="show the generated kernels and compile them for a chip",
+        description="Show the kernels that are generated for an operator: Triton for a GPU, C++ for a CPU. Compile "
+        "those of a GPU for a chip to see their registers and shared memory. Neither a GPU nor a model is needed.",
     )
     kinds = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
     listing = kinds.add_parser("list", help="list the generated files on disk with their descriptions")
@@ -31,6 +32,9 @@ def add_parser(subparsers: Any) -> None:
     show = kinds.add_parser("show", help="print the source of the kernels for one operator")
     show.set_defaults(act=_show)
     _add_description(show)
+    show.add_argument(
+        "--target", choices=TARGETS, help="what the kernels are for (default: the kind of GPU that torch was built for)"
+    )
     show.add_argument("--kernel", metavar="NAME", help="print one kernel only")
     show.add_argument("--keep", metavar="DIR", type=Path, help="also write the file to a folder, and print its name")
     show.add_argument(
@@ -70,27 +74,51 @@ def run(args: argparse.Namespace) -> int:
 
 def _list(args: argparse.Namespace) -> int:
     from llcompile.kernels import cache
-    from llcompile.kernels.triton import show
+    from llcompile.kernels.cpp import show as cpp
+    from llcompile.kernels.triton import show as triton
 
-    found = show.files()
+    found = [*triton.files(), *cpp.files()]
     if not found:
-        print(f"no generated kernels in {cache.folder()}; they are written when a GPU runs the operator")
+        print(f"no generated kernels in {cache.folder()}; they are written when the operator first runs")
     for path, text in found:
         print(f"{path}\n    {text}")
     return 0
 
 
 def _show(args: argparse.Namespace) -> int:
+    return _show_cpp(args) if args.target == "cpu" else _show_triton(args)
+
+
+def _show_cpp(args: argparse.Namespace) -> int:
+    from llcompile.kernels.cpp import show
+
+    for flag in ("chip", "kernel"):
+        if getattr(args, flag) is not None:
+            raise SpecError(f"--{flag} {getattr(args, flag)}: of Triton kernels only; C++ is one file for any CPU")
+    d = _described(args)
+    _print(show.source_of(d), "cpp")
+    if args.keep is not None:
+        print(f"written to {show.keep(d, args.keep)}", file=sys.stderr)
+    return 0
+
+
+def _show_triton(args: argparse.Namespace) -> int:
     from llcompile.kernels.triton import chips, show
 
+    if args.dtype == "float64":
+        raise SpecError("--dtype float64: Triton kernels take bfloat16, float16 and float32; see --target cpu")
     d = _described(args)
     chip = chips.CHIPS[_known("chip", args.chip, chips.CHIPS)] if args.chip else None
+    if chip is not None and args.target not in (None, chip.backend):
+        raise SpecError(f"--chip {args.chip}: a chip of target {chip.backend}, not of --target {args.target}")
+    if chip is None and args.target is not None:
+        chip = chips.assumed(args.target)
     source = show.source_of(d, chip)
     parts = show.kernels_in(source)
     if args.kernel is not None:
         source = parts[_known("kernel", args.kernel, parts)]
     reports = _reports(d, args.chip, args.kernel) if args.chip else []
-    _print(source)
+    _print(source, "python")
     for line in reports:
         print(line)
     if args.keep is not None:
@@ -140,15 +168,15 @@ def _known(what: str, name: str, names: Iterable[str]) -> str:
     raise SpecError(f"--{what} {name}: unknown {what}; {hint}Known: {', '.join(names)}")
 
 
-def _print(source: str) -> None:
-    """Python with colours on a terminal, as it is elsewhere."""
+def _print(source: str, language: str) -> None:
+    """With colours on a terminal, as it is elsewhere."""
     if not sys.stdout.isatty():
         print(source.rstrip())
         return
     from rich.console import Console
     from rich.syntax import Syntax
 
-    Console().print(Syntax(source.rstrip(), "python", background_color="default"))
+    Console().print(Syntax(source.rstrip(), language, background_color="default"))
 
 
 def _size(text: str) -> int:

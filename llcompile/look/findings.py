@@ -58,7 +58,7 @@ class Findings(Report):
 
     @cached_property
     def kernels(self) -> tuple[GeneratedKernels, ...]:
-        """The generated Triton sources of the converted mixers, one for each kind of call."""
+        """The generated sources of the converted mixers, an entry for each kind of call."""
         return kernels_of(self.mixers)
 
     @cached_property

@@ -1,4 +1,4 @@
-"""Generated kernels: the Triton sources of a model's mixers, and their resources on compiled chips."""
+"""Generated kernels: the Triton and C++ sources of a model's mixers, and what compilers make of them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ from llcompile.kernels.triton.limits import beyond
 from llcompile.kernels.triton.show import source_of
 from llcompile.look.mixer_look import MixerLook
 
+# The target of C++ kernels.
+CPU = "cpu"
+
 
 @dataclass(frozen=True)
 class GeneratedKernels:
-    """The generated file for all mixers with the same kind of call. On a CPU, the ATen lowering runs instead.
+    """The generated files for all mixers with the same kind of call.
 
     Args:
         description: the description that it is generated from.
         modules: the modules of these mixers.
-        problem: why there is none, or "".
+        problem: why there are no Triton kernels, or "".
     """
 
     description: Description
@@ -39,21 +42,29 @@ class GeneratedKernels:
 
     @property
     def source(self) -> str:
-        """The file for the kind of device that torch was built for; "" where there is none."""
+        """The Triton file for the kind of device that torch was built for; "" where there is none."""
         return "" if self.problem else source_of(self.description)
 
     @property
     def sources(self) -> dict[str, str]:
-        """Target ("cuda", "hip") -> the file for it; empty where there is none."""
+        """Target ("cpu", "cuda", "hip") -> the file for it, C++ or Triton; without the targets that have none."""
+        from llcompile.kernels.cpp import show
+
         targets = () if self.problem else BACKENDS
-        return {target: source_of(self.description, assumed(target)) for target in targets}
+        triton: dict[str, str] = {target: source_of(self.description, assumed(target)) for target in targets}
+        return {CPU: show.source_of(self.description), **triton}
 
     def resources(self, chip: str) -> list[Any]:
         """Registers, shared memory and spilled bytes of each kernel on a chip: "sm_80", "sm_90", "sm_100", "gfx942".
 
         The kernels are compiled for it, which takes seconds each and needs Triton, but no such chip. Kept once done.
+        For "cpu": the library that the C++ compiler makes for this machine, its size, and the compiler's flags.
         """
-        if chip not in self._taken and not self.problem:
+        if chip == CPU and chip not in self._taken:
+            from llcompile.kernels.cpp import show
+
+            self._taken[chip] = list(show.resources(self.description))
+        elif chip not in self._taken and not self.problem:
             from llcompile.kernels.triton.check import reports
 
             self._taken[chip] = list(reports(self.description, chip))

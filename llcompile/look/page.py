@@ -141,6 +141,12 @@ def _whole(text: str) -> Any:
     return _highlighted(text, PythonLexer(stripnl=False))
 
 
+def _cpp(text: str) -> Any:
+    from pygments.lexers import CppLexer
+
+    return _highlighted(text, CppLexer(stripnl=False))
+
+
 def _excerpt(source: Excerpt) -> Any:
     from pygments.lexers import PythonLexer
 
@@ -190,6 +196,7 @@ def _lines(text: str) -> int:
 _FILTERS = {
     "code": _code,
     "whole": _whole,
+    "cpp": _cpp,
     "excerpt": _excerpt,
     "diff": _diff,
     "engineering": _engineering,

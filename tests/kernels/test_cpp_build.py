@@ -136,6 +136,13 @@ def test_no_compiler_of_that_name(monkeypatch, named):
         build.library(SOURCE, "part")
 
 
+def test_another_platform(monkeypatch):
+    """Told, whatever `CXX` says."""
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(CompilerError, match="on linux and darwin only"):
+        compiler.find()
+
+
 def test_no_compiler(monkeypatch, tmp_path):
     """The message says how to get one."""
     monkeypatch.delenv(compiler.VARIABLE, raising=False)
@@ -224,22 +231,29 @@ def test_threads_wait_for_the_one_that_compiles(compiles):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_a_fork_while_another_thread_compiles(compiles):
-    """The child does not wait for a thread that it does not have."""
+    """The child does not wait for a thread that it does not have, but for the parent to finish."""
     code = f"""
 import os, threading, time
 from llcompile.kernels.cpp import build
+compiled, ready = build.compiled, threading.Event()
+def slow(*arguments):  # both locks are held, and no other program runs
+    content = compiled(*arguments)
+    ready.set()
+    time.sleep(0.5)
+    return content
+build.compiled = slow
 thread = threading.Thread(target=build.library, args=({SOURCE!r}, "part"))
 thread.start()
-while not any(lock.locked() for lock in build._locks.values()):
-    time.sleep(0.001)
+ready.wait()
 child = os.fork()
 if not child:
     os._exit(build.library({SOURCE!r}, "part").answer())
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 thread.join()
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.split() == ["42"]
+    assert compiles() == ["library"]
 
 
 def test_two_processes_at_once(folder, compiles):

@@ -35,7 +35,7 @@ def add_parser(kinds: Any) -> None:
     )
     parser.add_argument("--device", default="cpu", help="device to run on (default: cpu)")
     parser.add_argument("--quick", action="store_true", help="run small sizes for a few seconds as a smoke test")
-    parser.add_argument("--compile-limit", type=float, default=60.0, help="time limit in seconds for compiling a peer")
+    parser.add_argument("--compile-limit", type=float, default=300.0, help="time limit in seconds for compiling a peer")
     parser.add_argument("--lengths", type=int, nargs="+", help="lengths (default: 1k to 64k, on a GPU 2k to 256k)")
     parser.add_argument(
         "--families", nargs="+", metavar="DECAY/CORRECTION", help="measure only these families, such as scalar/delta"
@@ -188,13 +188,14 @@ def _place(job: Job, process: int) -> dict[str, Any]:
 
 
 def _given_up(results: Iterable[dict[str, Any]], job: Job) -> str | None:
-    """Why a compilation is not worth its time: that of a shorter sequence was given up."""
+    """Why a compilation is not worth its time: that of less, a shorter sequence or the forward pass, was given up."""
     if not job.compiled:
         return None
     for r in results:
-        same = r["job"]["runs"] == job.runs and r["job"]["backward"] == job.backward and r["job"]["compiled"]
-        if same and "compilation given up" in r.get("error", ""):
-            return f"compilation given up at {r['job']['length']} tokens"
+        other = r["job"]
+        less = other["runs"] == job.runs and other["compiled"] and other["backward"] <= job.backward
+        if less and "compilation given up" in r.get("error", ""):
+            return f"compilation given up, as {'fwd+bwd' if other['backward'] else 'fwd'} at {other['length']} was"
     return None
 
 

@@ -12,6 +12,8 @@ PEERS = {
     ("scalar", "none"): "mamba2_chunk_scan",
     ("channel", "delta"): "chunk_kimi_delta_attention",
 }
+# Those whose code loops over tokens and chunks: Inductor unrolls that, which takes minutes.
+UNROLLED = [family for family in PEERS if family[1] == "delta"]
 LENGTHS = [1024, 2048, 4096, 8192, 16384, 32768, 65536]
 TARGET_LENGTHS = [4096, 16384, 65536]  # those that the targets speak of
 PEER_LENGTHS = [4096, 16384]
@@ -81,10 +83,11 @@ class Plan:
             for one in (
                 *(self._sequences(f, first, targets, self.kernels) for f in central),
                 self._steps(first[0]),
-                *(self._compiled(*chosen) for chosen in self._to_compile(central)),
-                *(self._sequences(f, s, targets, own) for s, f in product(others, central)),
+                *(self._compiled(*chosen) for chosen in self._to_compile([f for f in central if f not in UNROLLED])),
+                *(self._sequences(f, s, targets, own) for f, s in product(central, others)),
                 *(self._sequences(f, first, between, self.kernels) for f in central),
                 *(self._sequences(f, first, self.lengths, own) for f in rest),
+                *(self._compiled(*chosen) for chosen in self._to_compile([f for f in central if f in UNROLLED])),
                 *(self._steps(dtype) for dtype in dict.fromkeys(dtype for dtype, _ in others) if dtype != first[0]),
                 *(self._sequences(f, s, between, own) for s, f in product(others, central)),
                 *(self._sequences(f, s, self.lengths, own) for s, f in product(others, rest)),
@@ -111,7 +114,7 @@ class Plan:
         return found
 
     def _to_compile(self, families: list[Family]) -> list[tuple[Family, int, bool]]:
-        """What a compilation that is given up says about others comes before them: the shorter length first."""
+        """The shorter length and the forward pass first: where these are given up, the others are as well."""
         if not self.peers or self.quick:
             return []
         lengths = [n for n in PEER_LENGTHS if n in self.lengths]

@@ -52,7 +52,7 @@ def draw(record: dict[str, Any], out: Path) -> None:
                     axis, [r for r in of if (r["job"]["decay"], r["job"]["correction"]) == family], record["kernels"]
                 )
                 axis.set_title(f"{'/'.join(family)}, {PASSES[backward]}", fontsize=9)
-        grid[0][0].legend(fontsize=7, frameon=False)
+        grid[0][0].legend(fontsize=7, frameon=False, handlelength=3)
         for axis in grid[-1]:
             axis.set_xlabel("tokens")
         for row in grid:

@@ -23,6 +23,8 @@ from llcompile.kernels import choice
 WARM_LENGTH = 128
 # Seconds after which a job has been run often enough, and those for which a quick one is run again.
 ENOUGH, QUICK = 2.0, 0.25
+# Seconds from which on the run for memory is the first turn.
+SLOW = 4.0
 FITS = 0.9  # of the memory that is free may be taken
 
 
@@ -65,16 +67,14 @@ class Contestant:
             if self.job["compiled"]:  # compiling takes memory of its own, which is not what is asked here
                 self._call()
             self.facts = {"compile_seconds": time.perf_counter() - started, "peak_mib": self._memory() / 2**20}
+            if self.wall[0] < SLOW:  # it had pages to ask for, which counts little in a slow one
+                self.wall.clear()
+                self.cpu.clear()
 
     def measure(self) -> None:
         """One turn."""
         with self._failing():
-            _synchronize()
-            wall, cpu = time.perf_counter(), time.process_time()
-            self._call()
-            _synchronize()
-            self.wall.append(time.perf_counter() - wall)
-            self.cpu.append(time.process_time() - cpu)
+            self._timed()
 
     def goes_on(self, quick: float) -> bool:
         """Whether it has another turn: until there are enough, more of quick ones, fewer of slow ones."""
@@ -92,8 +92,17 @@ class Contestant:
         """Bytes of a run beyond its operands and results."""
         before = resident()
         reset_peak()
-        results = self._call()
+        results = self._timed()
         return max(peak() - before - sum(t.numel() * t.element_size() for t in results), 0)
+
+    def _timed(self) -> Result:
+        _synchronize()
+        wall, cpu = time.perf_counter(), time.process_time()
+        results = self._call()
+        _synchronize()
+        self.wall.append(time.perf_counter() - wall)
+        self.cpu.append(time.process_time() - cpu)
+        return results
 
     def _call(self) -> Result:
         assert self.run is not None

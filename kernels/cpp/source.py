@@ -40,19 +40,23 @@ def family_of(d: Description) -> Family:
 @lru_cache(maxsize=16)
 def generate(family: Family) -> str:
     """The source of a family."""
-    return _templates().get_template("file.jinja").render(
-        decay=family.decay,
-        correction=family.correction,
-        real=_REAL[family.sums],
-        wide=family.sums == torch.float64,
-        decayed=family.decay != "none",
-        scalar=family.decay == "scalar",
-        channel=family.decay == "channel",
-        delta=family.correction == "delta",
-        chunk=CHUNK,
-        kept=KEPT,
-        digits=header.DIGITS,
-        digit_bits=header.BITS,
+    return (
+        _templates()
+        .get_template("file.jinja")
+        .render(
+            decay=family.decay,
+            correction=family.correction,
+            real=_REAL[family.sums],
+            wide=family.sums == torch.float64,
+            decayed=family.decay != "none",
+            scalar=family.decay == "scalar",
+            channel=family.decay == "channel",
+            delta=family.correction == "delta",
+            chunk=CHUNK,
+            kept=KEPT,
+            digits=header.DIGITS,
+            digit_bits=header.BITS,
+        )
     )
 
 

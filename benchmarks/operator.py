@@ -24,7 +24,7 @@ from benchmarks.record import environment, load, results_file, write
 from llcompile.errors import SpecError
 
 # Seconds kept for the tables and the picture, and those below which a process is not worth its start.
-RESERVE, START = 5.0, 10.0
+RESERVE, START = 15.0, 10.0
 AHEAD_LIMIT = 600.0
 
 
@@ -141,6 +141,8 @@ def measure(
         _compile_ahead(plan)
         for number, series in enumerate(all_series):
             progress.update(task, description=series[0].title)
+            if not console.is_terminal:  # where there is no bar
+                console.print(series[0].title, markup=False)
             _add(record, series, number, args.compile_limit, deadline - clock())
             _conclude(record, args.device)
             keep(record)

@@ -14,6 +14,8 @@ PEERS = {
 }
 # Those whose code loops over tokens and chunks: Inductor unrolls that, which takes minutes.
 UNROLLED = [family for family in PEERS if family[1] == "delta"]
+# Those that make a mask of a chunk by a chunk by K, for each chunk: tens of seconds at 16k, in one setting only.
+SLOW = [("channel", "delta")]
 LENGTHS = [1024, 2048, 4096, 8192, 16384, 32768, 65536]
 TARGET_LENGTHS = [4096, 16384, 65536]  # those that the targets speak of
 PEER_LENGTHS = [4096, 16384]
@@ -84,11 +86,12 @@ class Plan:
                 *(self._sequences(f, first, targets, self.kernels) for f in central),
                 self._steps(first[0]),
                 *(self._compiled(*chosen) for chosen in self._to_compile([f for f in central if f not in UNROLLED])),
-                *(self._sequences(f, s, targets, own) for f, s in product(central, others)),
+                *(self._sequences(f, s, targets, own) for f, s in product(central, others) if f not in SLOW),
+                *(self._steps(dtype) for dtype in dict.fromkeys(dtype for dtype, _ in others) if dtype != first[0]),
                 *(self._sequences(f, first, between, self.kernels) for f in central),
+                *(self._sequences(f, s, targets, own) for f, s in product(central, others) if f in SLOW),
                 *(self._sequences(f, first, self.lengths, own) for f in rest),
                 *(self._compiled(*chosen) for chosen in self._to_compile([f for f in central if f in UNROLLED])),
-                *(self._steps(dtype) for dtype in dict.fromkeys(dtype for dtype, _ in others) if dtype != first[0]),
                 *(self._sequences(f, s, between, own) for s, f in product(others, central)),
                 *(self._sequences(f, s, self.lengths, own) for s, f in product(others, rest)),
             )
@@ -109,9 +112,12 @@ class Plan:
         for length in lengths:
             jobs = [self._job(family, setting, length, backward=backward) for backward in (False, True)]
             found += [one for job in jobs for one in self._ours(job, kernels)]
-            if self.peers and family in PEERS and (length in PEER_LENGTHS or self.quick):
+            if self.peers and family in PEERS and (length in self._peer_lengths(family, setting) or self.quick):
                 found += [replace(job, runs=PEERS[family]) for job in jobs]
         return found
+
+    def _peer_lengths(self, family: Family, setting: Setting) -> list[int]:
+        return PEER_LENGTHS[:1] if family in SLOW and setting != self.settings[0] else PEER_LENGTHS
 
     def _to_compile(self, families: list[Family]) -> list[tuple[Family, int, bool]]:
         """The shorter length and the forward pass first: where these are given up, the others are as well."""

@@ -21,10 +21,9 @@ from benchmarks.operator_calls import Operands, Result, Run, call, operands
 from llcompile.kernels import choice
 
 WARM_LENGTH = 128
-# Seconds after which a job has been run often enough, and those for which a quick one is run again.
-ENOUGH, QUICK = 2.0, 0.25
-# Seconds from which on the run for memory is the first turn.
-SLOW = 4.0
+# Seconds after which a job has been run often enough, if it had that many turns, and those for which a quick one is run
+# again. A run of more than SLOW seconds, that for memory included, is enough by itself.
+ENOUGH, TURNS, QUICK, SLOW = 1.5, 3, 0.25, 2.5
 FITS = 0.9  # of the memory that is free may be taken
 
 
@@ -79,7 +78,11 @@ class Contestant:
     def goes_on(self, quick: float) -> bool:
         """Whether it has another turn: until there are enough, more of quick ones, fewer of slow ones."""
         done, spent, wanted = len(self.wall), sum(self.wall), self.job["repeats"]
-        return self.error is None and spent < ENOUGH and (done < wanted or (spent < quick and done < 20 * wanted))
+        if self.error is not None or (self.wall and self.wall[0] >= SLOW):
+            return False
+        if done < wanted:
+            return spent < ENOUGH or done < TURNS
+        return spent < quick and done < 20 * wanted
 
     def answer(self) -> dict[str, Any]:
         """Times, medians but for `fastest_seconds`, and memory; or the error."""

@@ -179,6 +179,8 @@ def test_the_plan_has_every_setting_once() -> None:
     assert {(job.dtype, job.threads, job.length) for job in jobs if job.step} == {
         (dtype, 1, STEP_CONTEXT) for dtype in ("float32", "bfloat16")
     }
+    peers = [job for job in jobs if job.runs != "llcompile"]
+    assert len({(job.decay, job.correction, job.length) for job in peers}) == len(PEERS) * 2
     without = [job for series in plan(peers=False).series() for job in series]
     assert {job.runs for job in without} == {"llcompile"}
 

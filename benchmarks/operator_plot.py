@@ -52,7 +52,8 @@ def draw(record: dict[str, Any], out: Path) -> None:
                     axis, [r for r in of if (r["job"]["decay"], r["job"]["correction"]) == family], record["kernels"]
                 )
                 axis.set_title(f"{'/'.join(family)}, {PASSES[backward]}", fontsize=9)
-        grid[0][0].legend(fontsize=7, frameon=False, handlelength=3)
+        lines = {line.get_label(): line for axis in grid.flat for line in axis.get_lines()}
+        figure.legend(lines.values(), lines, loc="outside lower center", ncols=3, fontsize=8, handlelength=3)
         for axis in grid[-1]:
             axis.set_xlabel("tokens")
         for row in grid:

@@ -1,7 +1,8 @@
 """Run a measurement on this machine.
 
-Times are the smallest of several repeats, to reduce the effect of other load. The CPU time beside each wall time shows
-how much of it this process used.
+Times are the smallest of several repeats, to reduce the effect of other load; those of `operator` on a CPU are medians
+of jobs that take turns, so that other load meets all of them. The CPU time beside each wall time shows how much of it
+this process used.
 """
 
 from __future__ import annotations

@@ -1,51 +1,31 @@
 """``llcompile bench operator``: how the operator's time and memory grow, and how it compares with transformers' code.
 
-On a GPU the peers are others, and so is the command (:mod:`benchmarks.cuda`).
+On a CPU the targets of the C++ kernels stand beside what was measured. On a GPU the peers are others, and so is the
+command (:mod:`benchmarks.cuda`).
 """
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
-import importlib.metadata
 import importlib.util
-import math
-from dataclasses import asdict, dataclass, replace
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.operator_figures import comparisons, exponents, figures
+from benchmarks.operator_plan import DTYPES, FAMILIES, LENGTHS, QUICK_LENGTH, Job, Plan, Series
 from benchmarks.process import in_process
-from benchmarks.record import environment, results_file, write
+from benchmarks.record import environment, load, results_file, write
 from llcompile.errors import SpecError
 
-FAMILIES = [(decay, correction) for correction in ("none", "delta") for decay in ("none", "scalar", "channel")]
-PEERS = {("scalar", "delta"): "torch_chunk_gated_delta_rule", ("scalar", "none"): "mamba2_chunk_scan"}
-LENGTHS = [1024, 2048, 4096, 8192, 16384, 32768, 65536]
-PEER_LENGTHS = [4096, 16384]
-
-
-@dataclass(frozen=True)
-class Job:
-    """One thing to measure."""
-
-    runs: str  # "llcompile", or a peer's function
-    decay: str
-    correction: str
-    weights: bool
-    backward: bool
-    length: int
-    device: str = "cpu"
-    compiled: bool = False
-    heads: int = 4
-    dim: int = 64
-    repeats: int = 5
-
-    @property
-    def title(self) -> str:
-        """One line for people."""
-        kind = "log-linear" if self.weights else "linear"
-        name = f"{kind} {self.decay}/{self.correction}" if self.runs == "llcompile" else self.runs
-        return f"{name}{' (Inductor)' if self.compiled else ''}, {'fwd+bwd' if self.backward else 'fwd'}"
+# Seconds kept for the tables and the picture, and those below which a process is not worth its start.
+RESERVE, START = 15.0, 10.0
+AHEAD_LIMIT = 600.0
 
 
 def add_parser(kinds: Any) -> None:
@@ -60,7 +40,16 @@ def add_parser(kinds: Any) -> None:
     parser.add_argument(
         "--families", nargs="+", metavar="DECAY/CORRECTION", help="measure only these families, such as scalar/delta"
     )
-    parser.add_argument("--repeats", type=int, default=5, help="repeats of each measurement; the fastest counts")
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="repeats of each measurement; on a CPU fewer of slow ones"
+    )
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="cpu: dtypes of operands (default: both)")
+    parser.add_argument("--threads", type=int, nargs="+", help="cpu: numbers of threads (default: 1 2)")
+    parser.add_argument(
+        "--kernels",
+        nargs="+",
+        help="cpu: kernels to compare, as in LLCOMPILE_KERNELS; targets are for the first (default: cpp aten)",
+    )
     parser.add_argument(
         "--output", type=Path, help="JSON file (default: benchmarks/results/operator-<device>-<date>.json)"
     )
@@ -70,186 +59,153 @@ def add_parser(kinds: Any) -> None:
         help="cuda: peers or libraries to compare with, such as fla,sdpa, or none (default: all that are installed)",
     )
     parser.add_argument(
-        "--minutes", type=float, default=10.0, help="cuda: time limit; the most important cases run first (default: 10)"
+        "--minutes", type=float, default=10.0, help="time limit; the most important cases run first (default: 10)"
     )
     parser.set_defaults(measure=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print tables, write JSON."""
+    """Measure, print tables, write JSON and the picture; 1 if any of ours failed.
+
+    Raises SpecError for what the command line cannot mean.
+    """
     if args.device.startswith("cuda"):
         return int(importlib.import_module("benchmarks.cuda.command").run(args))
     if args.against is not None:
         raise SpecError("--against names peers on a GPU: add --device cuda (on a CPU, transformers' code is the peer)")
     from rich.console import Console
+
+    from benchmarks.operator_plot import picture
+    from benchmarks.operator_show import show
+
+    plan = planned(args)
+    path = args.output or results_file(f"operator-{args.device}{'-quick' if args.quick else ''}")
+    # A log file is no terminal: wide enough for a table's row in one line.
+    console = Console(width=None if Console().is_terminal else 180)
+    record = measure(args, plan, console, lambda record: write(path, record))
+    show(console, record)
+    console.print(f"written to {path}" + picture(record, path.with_suffix(".png")))
+    own = [r for r in record["results"] if r["job"]["runs"] == "llcompile"]
+    return int(not own or any("error" in r for r in own))
+
+
+def planned(args: argparse.Namespace) -> Plan:
+    """What the command line asks for; raises SpecError for a family, size, number or kernels that no run can have."""
+    from llcompile.kernels.choice import CHOICES, VARIABLE
+
+    names = ["/".join(family) for family in FAMILIES]
+    for option, given, known in (("--families", args.families, names), ("--kernels", args.kernels, list(CHOICES))):
+        for name in [name for name in given or () if name not in known]:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise SpecError(f"{option}: {name!r} is unknown; did you mean {near!r}? Known: {', '.join(known)}")
+    for option, numbers in (("--lengths", args.lengths), ("--threads", args.threads), ("--repeats", [args.repeats])):
+        if odd := [n for n in numbers or () if n < 1]:
+            raise SpecError(f"{option}: numbers must be at least 1, got {odd[0]}")
+    if args.minutes <= 0:
+        raise SpecError(f"--minutes must be more than 0, got {args.minutes}")
+    asked = os.environ.get(VARIABLE) or "auto"
+    kernels = args.kernels or (["cpp", "aten"] if asked == "auto" else [asked])
+    some = [("scalar", "none"), ("scalar", "delta")] if args.quick else FAMILIES
+    chosen = [family for family in FAMILIES if "/".join(family) in args.families] if args.families else some
+    dtypes = args.dtypes or (DTYPES[:1] if args.quick else DTYPES)
+    threads = args.threads or ([1] if args.quick else [1, 2])
+    return Plan(
+        lengths=[QUICK_LENGTH] if args.quick else sorted(set(args.lengths or LENGTHS)),
+        families=chosen,
+        settings=[(dtype, number) for number in dict.fromkeys(threads) for dtype in dict.fromkeys(dtypes)],
+        kernels=list(dict.fromkeys(kernels)),
+        repeats=2 if args.quick else args.repeats,
+        device=args.device,
+        peers=importlib.util.find_spec("transformers") is not None,
+        quick=args.quick,
+    )
+
+
+def measure(
+    args: argparse.Namespace,
+    plan: Plan,
+    console: Any,
+    keep: Callable[[dict[str, Any]], None],
+    clock: Callable[[], float] = time.monotonic,
+) -> dict[str, Any]:
+    """The whole run; ``keep`` is handed the record after every process, so that nothing is lost."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    console = Console()
-    all_series = _series(args)
-    results: list[dict[str, Any]] = []
-    columns = (TextColumn("{task.description:60}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    kind = f"{args.device}{'-quick' if args.quick else ''}"
-    path = args.output or results_file(f"operator-{kind}")
-    record: dict[str, Any] = {}
+    deadline = clock() + args.minutes * 60 - RESERVE
+    record: dict[str, Any] = {"quick": args.quick, "minutes": args.minutes, "kernels": plan.kernels}
+    record |= {"load": {"before": load()}, "results": [], "left_out": []}
+    all_series = plan.series()
+    columns = (TextColumn("{task.description:70}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("measuring", total=len(all_series))
-        for series in all_series:
+        task = progress.add_task("compiling C++ kernels, once for this machine", total=len(all_series))
+        _compile_ahead(plan)
+        for number, series in enumerate(all_series):
             progress.update(task, description=series[0].title)
-            results += _measure(series, args.compile_limit)
-            record = _record(args, results)
-            write(path, record)  # after each series: an interrupted run leaves what it has
+            if not console.is_terminal:  # where there is no bar
+                console.print(series[0].title, markup=False)
+            _add(record, series, number, args.compile_limit, deadline - clock())
+            _conclude(record, args.device)
+            keep(record)
             progress.advance(task)
-    _print(console, record)
-    console.print(f"written to {path}")
-    return 1 if any("error" in r and r["job"]["runs"] == "llcompile" for r in results) else 0
+    return record
 
 
-def _record(args: argparse.Namespace, results: list[dict[str, Any]]) -> dict[str, Any]:
-    found = {"exponents": exponents(results), "peers": comparisons(results), "results": results}
-    return {**environment(args.device), "quick": args.quick, **found}
-
-
-def _series(args: argparse.Namespace) -> list[list[Job]]:
-    """Jobs, grouped by the process that runs them: one for all lengths, but one each where something is compiled."""
-    lengths = [256] if args.quick else args.lengths or LENGTHS
-    families = [("scalar", "none"), ("scalar", "delta")] if args.quick else FAMILIES
-    if args.families:
-        families = [f for f in FAMILIES if "/".join(f) in args.families]
-    common = {"device": args.device, "repeats": 2 if args.quick else args.repeats}
-    series = [
-        [Job("llcompile", decay, correction, weights, backward, length, **common) for length in lengths]
-        for decay, correction in families
-        for weights in (False, True)
-        for backward in (False, True)
+def _compile_ahead(plan: Plan) -> None:
+    """Run each family once on a few tokens: what is generated for it is compiled now, beside no measurement."""
+    own = [form for form in plan.kernels if form != "aten"]
+    jobs = [
+        Job("llcompile", *family, False, False, 16, device=plan.device, repeats=1, kernels=form)
+        for family in plan.families
+        for form in own
     ]
-    if importlib.util.find_spec("transformers") is None or args.quick:
-        return series
-    for (decay, correction), name in PEERS.items():
-        if (decay, correction) not in families:
-            continue
-        for backward in (False, True):
-            eager = [
-                Job(name, decay, correction, False, backward, length, **common)
-                for length in PEER_LENGTHS
-                if length in lengths
-            ]
-            series += [eager, *([replace(job, compiled=True)] for job in eager)]
-    return series
+    if jobs:
+        in_process("benchmarks.operator_worker", [asdict(job) for job in jobs], AHEAD_LIMIT, "late")
 
 
-def _measure(series: list[Job], compile_limit: float) -> list[dict[str, Any]]:
-    """Run jobs in a process of their own; what had no result when it ended gets an error instead."""
+def _add(record: dict[str, Any], series: Series, process: int, compile_limit: float, seconds: float) -> None:
+    """Run jobs in a process of their own, and add their results, or their titles to what was left out."""
+    reason = _given_up(record["results"], series[0])
+    if reason is None and seconds < START:
+        record["left_out"] += [job.title for job in series]
+        return
+    if reason is not None:
+        record["results"].append({"job": asdict(series[0]), "error": reason, **_place(series[0], process)})
+        return
     compiled = series[0].compiled
-    limit = compile_limit + 60 if compiled else 1800.0
-    late = f"compilation given up after {compile_limit:.0f} s" if compiled else f"no result in {limit:.0f} s"
-    return in_process("benchmarks.operator_worker", [asdict(job) for job in series], limit, late)
+    limit = min(compile_limit + START, seconds) if compiled else seconds
+    cut = not compiled or limit == seconds
+    late = "late" if cut else f"compilation given up after {compile_limit:.0f} s"
+    jobs = [asdict(job) for job in series]
+    found = in_process("benchmarks.operator_worker", jobs, limit, late, threads=series[0].threads)
+    for job, r in zip(series, found, strict=True):
+        if r.get("error") == "late":  # cut off by the end, which is nobody's failure
+            record["left_out"].append(job.title)
+        elif "error" not in r or job.runs != "llcompile" or not compiled:
+            record["results"].append({**r, **_place(job, process)})
 
 
-def exponents(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Slope of log time over log length from 4k on, for every family, of wall and of CPU time."""
-    series: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+def _place(job: Job, process: int) -> dict[str, Any]:
+    """Times are compared within a process."""
+    return {"title": job.title, "process": process}
+
+
+def _given_up(results: Iterable[dict[str, Any]], job: Job) -> str | None:
+    """Why a compilation is not worth its time: that of less, a shorter sequence or the forward pass, was given up."""
+    if not job.compiled:
+        return None
     for r in results:
-        job = r["job"]
-        if job["runs"] == "llcompile" and "seconds" in r and job["length"] >= 4096:
-            key = (job["decay"], job["correction"], job["weights"], job["backward"])
-            series.setdefault(key, []).append(r)
-    found = []
-    for (decay, correction, weights, backward), points in series.items():
-        if len(points) > 1:
-            names = {"decay": decay, "correction": correction, "weights": weights, "backward": backward}
-            found.append({**names, "exponent": slope(points, "seconds"), "cpu_exponent": slope(points, "cpu_seconds")})
-    return found
+        other = r["job"]
+        less = other["runs"] == job.runs and other["compiled"] and other["backward"] <= job.backward
+        if less and "compilation given up" in r.get("error", ""):
+            return f"compilation given up, as {'fwd+bwd' if other['backward'] else 'fwd'} at {other['length']} was"
+    return None
 
 
-def slope(points: list[dict[str, Any]], field: str) -> float:
-    """The exponent of a field's growth with the length, by least squares on logarithms."""
-    xs = [math.log(r["job"]["length"]) for r in points]
-    ys = [math.log(max(r[field], 1e-9)) for r in points]
-    mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
-    above = sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True))
-    return round(above / sum((x - mean_x) ** 2 for x in xs), 3)
-
-
-def comparisons(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Ours against the faster of a peer's eager and compiled forms, on the same operands."""
-    rows = []
-    ours = [r for r in results if r["job"]["runs"] == "llcompile" and "seconds" in r]
-    peers = [r for r in results if r["job"]["runs"] != "llcompile"]
-    for own in ours:
-        job = own["job"]
-        same = [r for r in peers if all(r["job"][x] == job[x] for x in ("decay", "correction", "backward", "length"))]
-        timed = [r for r in same if "seconds" in r]
-        if not timed:
-            continue
-        best = min(timed, key=lambda r: r["seconds"])
-        rows.append({
-            "peer": best["job"]["runs"], "form": "Inductor" if best["job"]["compiled"] else "eager",
-            "weights": job["weights"], "backward": job["backward"], "length": job["length"],
-            "seconds": own["seconds"], "peer_seconds": best["seconds"],
-            "times_faster": round(best["seconds"] / own["seconds"], 2),
-            "cpu_times_less": round(best["cpu_seconds"] / max(own["cpu_seconds"], 1e-9), 2),
-            "peak_mib": own["peak_mib"], "peer_peak_mib": min(r["peak_mib"] for r in timed),
-            "notes": [f"{'Inductor' if r['job']['compiled'] else 'eager'}: {r['error']}" for r in same if "error" in r],
-        })  # fmt: skip
-    return rows
-
-
-def _print(console: Any, record: dict[str, Any]) -> None:
-    from rich.table import Table
-
-    lengths = sorted({r["job"]["length"] for r in record["results"] if r["job"]["runs"] == "llcompile"})
-    table = Table(title="time in ms (peak MiB) by length", caption=f"{record['machine']}, {record['date'][:16]}")
-    for name in ("decay", "correction", "operator", "pass", *map(str, lengths), "exponent"):
-        table.add_column(name, justify="left" if name.isalpha() and name != "exponent" else "right")
-    slopes = {tuple(e[k] for k in ("decay", "correction", "weights", "backward")): e for e in record["exponents"]}
-    cells: dict[tuple[Any, ...], dict[int, str]] = {}
-    for r in record["results"]:
-        job = r["job"]
-        if job["runs"] == "llcompile":
-            key = (job["decay"], job["correction"], job["weights"], job["backward"])
-            text = f"{r['seconds'] * 1e3:.1f} ({r['peak_mib']:.0f})" if "seconds" in r else r["error"][:20]
-            cells.setdefault(key, {})[job["length"]] = text
-    for key, row in cells.items():
-        slope = str(slopes[key]["exponent"]) if key in slopes else "-"
-        words = (key[0], key[1], "log-linear" if key[2] else "linear", "fwd+bwd" if key[3] else "fwd")
-        table.add_row(*words, *(row.get(n, "-") for n in lengths), slope)
-    console.print(table)
-    if record["peers"]:
-        console.print(_peer_table(record["peers"]))
-
-
-def _peer_table(rows: list[dict[str, Any]]) -> Any:
-    from rich.table import Table
-
-    table = Table(title="against transformers' own code, the faster of eager and Inductor")
-    for name in (
-        "peer",
-        "form",
-        "operator",
-        "pass",
-        "T",
-        "ours ms",
-        "peer ms",
-        "times faster",
-        "CPU time",
-        "ours MiB",
-        "peer MiB",
-    ):
-        table.add_column(name, justify="left" if name in ("peer", "form", "operator", "pass") else "right")
-    for r in rows:
-        words = (
-            r["peer"],
-            r["form"],
-            "log-linear" if r["weights"] else "linear",
-            "fwd+bwd" if r["backward"] else "fwd",
-        )
-        times = (
-            f"{r['seconds'] * 1e3:.1f}",
-            f"{r['peer_seconds'] * 1e3:.1f}",
-            f"{r['times_faster']}",
-            f"{r['cpu_times_less']}",
-        )
-        table.add_row(*words, str(r["length"]), *times, f"{r['peak_mib']:.0f}", f"{r['peer_peak_mib']:.0f}")
-    notes = sorted({f"{r['peer']} T={r['length']}: {note}" for r in rows for note in r["notes"]})
-    table.caption = "\n".join(notes)
-    return table
+def _conclude(record: dict[str, Any], device: str) -> None:
+    """Bring what follows from the results up to date."""
+    results = record["results"]
+    record |= environment(device)
+    record["load"]["after"] = load()
+    record["exponents"] = exponents(results)
+    record["peers"] = [row for form in record["kernels"] for row in comparisons(results, form)]
+    record["figures"] = figures(results, record["kernels"][0])

@@ -1,105 +1,147 @@
-"""One measurement of ``llcompile bench``, in a process of its own."""
+"""Measurements of ``llcompile bench operator``, in a process of their own: jobs of one length take turns."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import gc
+import itertools
 import json
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
+
+from benchmarks.operator_calls import Operands, Result, Run, call, operands
+from llcompile.kernels import choice
+
+WARM_LENGTH = 128
+# Seconds after which a job has been run often enough, if it had that many turns, and those for which a quick one is run
+# again. A run of more than SLOW seconds, that for memory included, is enough by itself.
+ENOUGH, TURNS, QUICK, SLOW = 1.5, 3, 0.25, 2.5
+FITS = 0.9  # of the memory that is free may be taken
 
 
 def main(text: str) -> None:
     """Measure the jobs described by ``text`` (a JSON list) and print one line of JSON for each."""
     jobs = json.loads(text)
-    small = {**jobs[0], "length": 128, "compiled": False, "repeats": 1}
-    measure(small)  # libraries load and threads start with the first call; that is nobody's memory
-    for job in jobs:
-        print(json.dumps(measure(job)), flush=True)
+    torch.set_num_threads(jobs[0]["threads"])
+    limit_memory()
+    rounds = [list(group) for _, group in itertools.groupby(jobs, _together)]
+    # Libraries load and are compiled, and threads start, with the first call; that is nobody's time or memory.
+    firsts = {(one[0]["decay"], one[0]["correction"]): one for one in reversed(rounds)}
+    for one in firsts.values():
+        take_turns([{**job, "length": WARM_LENGTH, "compiled": False, "repeats": 1} for job in one], quick=0.0)
+    for one in rounds:
+        for answer in take_turns(one):
+            print(json.dumps(answer), flush=True)
 
 
-def measure(job: dict[str, Any]) -> dict[str, float]:
-    """Time and peak memory of one job."""
-    operands = _operands(job)
-    call = _callable(job, operands)
-    run = _backward(call, operands) if job["backward"] else torch.no_grad()(call)
-    started = time.perf_counter()
-    if job["compiled"]:  # compiling takes memory of its own, which is not what is asked here
-        run()
-    first = time.perf_counter() - started
-    before = resident()
-    reset_peak()
-    run()
-    most = max(peak() - before, 0)
-    wall, cpu = repeat(run, job["repeats"])
-    return {"seconds": wall, "cpu_seconds": cpu, "compile_seconds": first, "peak_mib": most / 2**20}
+def _together(job: dict[str, Any]) -> tuple[Any, ...]:
+    """What jobs that take turns have in common: their operands."""
+    return job["length"], job["decay"], job["correction"], job["dtype"]
 
 
-def _operands(job: dict[str, Any]) -> dict[str, Tensor]:
-    """The same operands for ours and for peers; keys have unit length, as every delta-rule model's have."""
-    torch.manual_seed(0)
-    b, t, h, k = 1, job["length"], job["heads"], job["dim"]
-    shape = (b, t, h)
-    unit = torch.nn.functional.normalize
-    x = {
-        "q": unit(torch.randn(*shape, k), dim=-1),
-        "k": unit(torch.randn(*shape, k), dim=-1),
-        "v": torch.randn(*shape, k),
-    }
-    if job["decay"] == "scalar":
-        x["log_decay"] = -0.1 * torch.rand(shape) - 1e-4
-    if job["decay"] == "channel":
-        x["log_decay"] = -0.1 * torch.rand(*shape, k) - 1e-4
-    if job["correction"] == "delta":
-        x["beta"] = torch.rand(shape)
-    if job["weights"]:
-        x["level_weights"] = torch.rand(*shape, max(t - 1, 0).bit_length() + 1)
-    if job["backward"]:
-        x["grad"] = torch.randn(*shape, k)
-    x = {name: tensor.to(job["device"]) for name, tensor in x.items()}
-    return {n: x[n].requires_grad_(job["backward"] and n != "grad") for n in x}
+@dataclass
+class Contestant:
+    """One of the jobs that take turns, and what was measured of it."""
+
+    job: dict[str, Any]
+    run: Run | None = None
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+    facts: dict[str, float] = field(default_factory=dict)
+    error: str | None = None
+
+    def prepare(self, x: Operands) -> None:
+        """Run it for the first time, and for its memory."""
+        with self._failing():
+            self.run = call(self.job, x)
+            started = time.perf_counter()
+            if self.job["compiled"]:  # compiling takes memory of its own, which is not what is asked here
+                self._call()
+            self.facts = {"compile_seconds": time.perf_counter() - started, "peak_mib": self._memory() / 2**20}
+            if self.wall[0] < SLOW:  # it had pages to ask for, which counts little in a slow one
+                self.wall.clear()
+                self.cpu.clear()
+
+    def measure(self) -> None:
+        """One turn."""
+        with self._failing():
+            self._timed()
+
+    def goes_on(self, quick: float) -> bool:
+        """Whether it has another turn: until there are enough, more of quick ones, fewer of slow ones."""
+        done, spent, wanted = len(self.wall), sum(self.wall), self.job["repeats"]
+        if self.error is not None or (self.wall and self.wall[0] >= SLOW):
+            return False
+        if done < wanted:
+            return spent < ENOUGH or done < TURNS
+        return spent < quick and done < 20 * wanted
+
+    def answer(self) -> dict[str, Any]:
+        """Times, medians but for `fastest_seconds`, and memory; or the error."""
+        if self.error is not None:
+            return {"error": self.error}
+        times = {"seconds": median(self.wall), "cpu_seconds": median(self.cpu), "fastest_seconds": min(self.wall)}
+        return {**times, "turns": len(self.wall), **self.facts}
+
+    def _memory(self) -> int:
+        """Bytes of a run beyond its operands and results."""
+        before = resident()
+        reset_peak()
+        results = self._timed()
+        return max(peak() - before - sum(t.numel() * t.element_size() for t in results), 0)
+
+    def _timed(self) -> Result:
+        _synchronize()
+        wall, cpu = time.perf_counter(), time.process_time()
+        results = self._call()
+        _synchronize()
+        self.wall.append(time.perf_counter() - wall)
+        self.cpu.append(time.process_time() - cpu)
+        return results
+
+    def _call(self) -> Result:
+        assert self.run is not None
+        with choice.use(self.job["kernels"]) if self.job["runs"] == "llcompile" else contextlib.nullcontext():
+            return self.run()
+
+    @contextlib.contextmanager
+    def _failing(self) -> Any:
+        """What one cannot do, as a size that does not fit in memory, does not end the others."""
+        try:
+            yield
+        except Exception as error:
+            lines = str(error).strip().splitlines()
+            self.error = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:300]
 
 
-def _callable(job: dict[str, Any], x: dict[str, Tensor]) -> Callable[[], Tensor]:
-    if job["runs"] == "llcompile":
-        return _ours(x)
-    peer = _mamba2(x) if job["runs"] == "mamba2_chunk_scan" else _gated_delta(x)
-    return torch.compile(peer, dynamic=False) if job["compiled"] else peer
+def take_turns(jobs: list[dict[str, Any]], quick: float = QUICK) -> list[dict[str, Any]]:
+    """Measure jobs that share their operands, one run of each after the other, so that a disturbance meets them all."""
+    x = operands(jobs[0], any(job["weights"] for job in jobs), any(job["backward"] for job in jobs))
+    contestants = [Contestant(job) for job in jobs]
+    for one in contestants:
+        one.prepare(x)
+    while going := [one for one in contestants if one.goes_on(quick)]:
+        for one in going:
+            one.measure()
+    return [one.answer() for one in contestants]
 
 
-def _ours(x: dict[str, Tensor]) -> Callable[[], Tensor]:
-    from llcompile.ops import loglinear_attention
+def limit_memory() -> None:
+    """Have an allocation fail that does not fit, where it would end this process, or others of this machine."""
+    with contextlib.suppress(ImportError, OSError, ValueError, StopIteration):
+        import resource
 
-    w = x.get("level_weights")
-    return lambda: loglinear_attention(x["q"], x["k"], x["v"], w, x.get("log_decay"), x.get("beta"))[0]
-
-
-def _mamba2(x: dict[str, Tensor]) -> Callable[[], Tensor]:
-    """The Mamba-2 scan, its decay being ``A * dt``: A = -1 and dt = -log_decay give ours (with values times dt)."""
-    from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
-
-    scan = getattr(mamba2_chunk_scan, "__wrapped__", mamba2_chunk_scan)
-    rate = -torch.ones(x["v"].shape[2], device=x["v"].device)
-    return lambda: scan(x["v"], -x["log_decay"], rate, x["k"], x["q"], 64)
-
-
-def _gated_delta(x: dict[str, Tensor]) -> Callable[[], Tensor]:
-    from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
-
-    rule = getattr(torch_chunk_gated_delta_rule, "__wrapped__", torch_chunk_gated_delta_rule)
-    return lambda: rule(x["q"], x["k"], x["v"], x["log_decay"], x["beta"])[0]
-
-
-def _backward(call: Callable[[], Tensor], x: dict[str, Tensor]) -> Callable[[], object]:
-    leaves = [t for n, t in x.items() if n != "grad"]
-    return lambda: torch.autograd.grad(call(), leaves, x["grad"])
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024
+        resource.setrlimit(resource.RLIMIT_DATA, (int(FITS * free), resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 
 def repeat(run: Callable[[], object], repeats: int) -> tuple[float, float]:

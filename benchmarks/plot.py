@@ -14,13 +14,14 @@ from llcompile.errors import BenchError
 # `draw(record, out)` draws them.
 DRAWN = {
     "operator --device cuda": "benchmarks.cuda.plot",
+    "operator --device cpu": "benchmarks.operator_plot",
     "rewrite": "benchmarks.rewrite_plot",
 }
 
 
 def add_parser(subparsers: Any) -> None:
     """Add ``plot`` to ``llcompile bench``."""
-    known = " or ".join(f"'{command}'" for command in DRAWN)
+    known = ", ".join(f"'{command}'" for command in DRAWN)
     parser = subparsers.add_parser("plot", help=f"draw time against length from results of {known}")
     parser.add_argument("file", type=Path, metavar="FILE.json", help=f"results of {known}")
     parser.add_argument("--out", type=Path, required=True, help="picture to write: .png, .svg or .pdf")

@@ -18,13 +18,16 @@ from typing import Any
 _ABOVE = Path(__file__).resolve().parents[1]
 
 
-def environment() -> dict[str, str]:
-    """This process' environment, for one that imports this package."""
+def environment(threads: int | None = None) -> dict[str, str]:
+    """This process' environment, for one that imports this package and has so many threads."""
     given = os.environ.get("PYTHONPATH")
-    return {**os.environ, "PYTHONPATH": str(_ABOVE) + (os.pathsep + given if given else "")}
+    number = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
+    return {**os.environ, **number, "PYTHONPATH": str(_ABOVE) + (os.pathsep + given if given else "")}
 
 
-def in_process(worker: str, jobs: list[dict[str, Any]], limit: float, late: str) -> list[dict[str, Any]]:
+def in_process(
+    worker: str, jobs: list[dict[str, Any]], limit: float, late: str, threads: int | None = None
+) -> list[dict[str, Any]]:
     """Run jobs in a new process of `worker`, a module that prints one line of JSON for each.
 
     A job without a result gets an error instead: `late` after `limit` seconds, else the last line of the process.
@@ -32,7 +35,8 @@ def in_process(worker: str, jobs: list[dict[str, Any]], limit: float, late: str)
     command = [sys.executable, "-m", worker, json.dumps(jobs)]
     with tempfile.TemporaryFile("w+") as errors, tempfile.TemporaryFile("w+") as lines:
         try:
-            subprocess.run(command, stdout=lines, stderr=errors, timeout=limit, check=True, env=environment())
+            environ = environment(threads)
+            subprocess.run(command, stdout=lines, stderr=errors, timeout=limit, check=True, env=environ)
             error = "no result"
         except subprocess.TimeoutExpired:
             error = late

@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import importlib.metadata
 import json
+import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,6 @@ def write(path: Path, record: dict[str, Any]) -> None:
 
 def environment(device: str) -> dict[str, Any]:
     """Where and when it was measured."""
-    import os
-
     import torch
 
     from llcompile import __version__
@@ -35,9 +34,26 @@ def environment(device: str) -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "machine": f"{name}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the end",
+        "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "versions": versions,
     }
+
+
+def load() -> list[float]:
+    """The load of the last 1, 5 and 15 minutes."""
+    return [round(number, 2) for number in os.getloadavg()]
+
+
+def cpu_name() -> str:
+    """What the system calls the CPU, and the instructions that PyTorch uses of it."""
+    import torch
+
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def results_file(kind: str) -> Path:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.operator import slope
+from benchmarks.operator_figures import slope
 from benchmarks.process import in_process
 from benchmarks.record import environment, results_file, write
 

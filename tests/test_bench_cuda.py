@@ -23,7 +23,7 @@ from benchmarks.cuda.roofline import count, levels, mean_blocks
 from benchmarks.cuda.show import show
 from benchmarks.cuda.timing import timed
 from benchmarks.cuda.worker import Worker
-from benchmarks.operator import FAMILIES
+from benchmarks.operator_plan import FAMILIES
 from llcompile.commands import cli
 from llcompile.errors import BenchError, SpecError
 

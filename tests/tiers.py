@@ -23,6 +23,7 @@ LONG_FILES = {
     "patterns/test_identify_recurrences.py",
     "patterns/test_regions.py",
     "test_bench.py",
+    "test_bench_operator.py",
     "test_calls_differ.py",
     "test_distributed.py",
     "test_export.py",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal
 
-from benchmarks.operator import FAMILIES
+from benchmarks.operator_plan import FAMILIES
 
 Operator = Literal["log-linear", "linear", "softmax"]
 Phase = Literal["forward", "both", "decode"]

@@ -18,7 +18,7 @@ from benchmarks.cuda.goals import evaluate
 from benchmarks.cuda.peers import PEERS, Peer, chosen
 from benchmarks.cuda.show import line, show
 from benchmarks.cuda.warm import compile_ahead, helper_for, kinds
-from benchmarks.operator import FAMILIES
+from benchmarks.operator_plan import FAMILIES
 from benchmarks.record import environment, results_file, write
 from llcompile.errors import BenchError, SpecError
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.cuda.cases import OURS, Case, Family, Phase
-from benchmarks.operator import FAMILIES
+from benchmarks.operator_plan import FAMILIES
 
 Answer = dict[str, Any]
 ROOFLINE = "roofline"

@@ -84,9 +84,9 @@ def test_operands_of_other_dtypes(dtype, decay):
     x = operands(100, decay, True, 8, dtype=torch.float32, key_dim=17, value_dim=9)
     mixed = {n: t.to(dtype) if n in ("q", "k", "v") else t for n, t in x.items() if t is not None}
     for name, (ours, definition) in both({**x, **mixed}).items():
-        assert relative_error(ours, definition) <= 200 * torch.finfo(torch.float32).eps + 2 * torch.finfo(
-            ours.dtype
-        ).eps, name
+        assert (
+            relative_error(ours, definition) <= 200 * torch.finfo(torch.float32).eps + 2 * torch.finfo(ours.dtype).eps
+        ), name
 
 
 def test_operands_with_strides():

@@ -23,6 +23,16 @@ os.environ["LLCOMPILE_RAISE"] = "1"
 os.environ.setdefault("LLCOMPILE_KERNEL_DIR", str(Path(tempfile.gettempdir()) / f"llcompile_tests_{getpass.getuser()}"))
 
 
+def _open_the_trace() -> None:
+    """pytest listens to each logger that tells its parent nothing, for a run and for each test, and torch writes its
+    traces (of each graph, guard and size) where anything listens: they took 5 % of the time, and what a failing test
+    had logged was lost in them. A logger that tells its parent is left alone."""
+    logging.getLogger("torch.__trace").propagate = True
+
+
+_open_the_trace()  # before pytest listens for the run
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The tier of `make test` is what is not slow, that of `make check` what is neither slow nor long."""
     for item in items:
@@ -46,9 +56,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol() -> None:
-    """pytest listens to each logger that tells its parent nothing, and torch writes its traces (of each graph, guard
-    and size) where anything listens: what a failing test had logged was lost in them. Now their parent is told."""
-    logging.getLogger("torch.__trace").propagate = True
+    """Here as well, as torch closes it again whenever its logs are set."""
+    _open_the_trace()
 
 
 @pytest.fixture(autouse=True)

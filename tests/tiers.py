@@ -120,6 +120,7 @@ SECOND_CASES = {
         "test_two_decays[detached]",
         "test_a_learned_rate_in_a_loop_of_whole_chunks[64]",
         "test_chunks[narrow-cat-12]",
+        "test_chunks[narrow-rows written-12]",
         "test_chunks[tensor_split-cat-12]",
         "test_chunks[tensor_split-rows written-12]",
         "test_chunks[unflatten-cat-12]",
@@ -134,6 +135,7 @@ SECOND_CASES = {
         "test_recognised[loop over 128 tokens]",
         "test_left_alone[associative scan of affine maps, swapped]",
         "test_left_alone[scan, tanh]",
+        "test_left_alone[test-time training, momentum]",
         "test_left_alone[loop with a denominator for each token, clipped]",
         "test_missed[associative scan of affine maps]",
         "test_some_layouts_left_alone",
@@ -142,6 +144,7 @@ SECOND_CASES = {
         "test_rewritten[a slice of the past for each query]",
         "test_twin_is_reported[loop with a denominator for each token, clipped]",
         "test_twin_is_reported[associative scan of affine maps, swapped]",
+        "test_twin_is_reported[test-time training, momentum]",
         "test_level_weights[chunk loop with its projections]",
         "test_other_lengths[delta by a triangular solve]",
         "test_disguised[delta rule with the wrong sign]",
@@ -150,16 +153,20 @@ SECOND_CASES = {
         "test_another_number_is_seen[power]",
         "test_another_number_is_seen[scale]",
     ),
+    "patterns/test_fixed_numbers.py": ("test_numbers_of_heads_serve_all_lengths[any]",),
     "patterns/test_identify_models.py": (
         "test_models[mamba]",
         "test_models[recurrent_gemma]",
         "test_models[bamba]",
         "test_models[kimi_linear]",
+        "test_models[qwen3_next]",  # models/test_convert.py
+        "test_attention_in_two_products[mistral]",  # test_a_mask_of_padding_leaves_the_window[eager]
     ),
     "patterns/test_identify_recurrences.py": (
         "test_long_loops_are_read_once[model1-gated linear recurrence (RG-LRU)-256]",
         "test_long_loops_are_read_once[model2-non-linear recurrence (RNN)-100]",
         "test_gated_linear_recurrence[associative]",
+        "test_selective_scan[associative]",  # test_its_convolution_is_a_part_of_it
     ),
     "patterns/test_operand_kinds.py": (
         "test_a_learned_state_at_the_start[sum]",
@@ -174,7 +181,10 @@ SECOND_CASES = {
         "test_the_operand_is_what_the_write_has_left[channel-]",
         "test_the_operand_is_what_the_write_has_left[under_no_grad-written again behind]",
     ),
+    "test_asked_options.py": ("test_a_contradiction_is_an_error[compile-first2-later2-level_weights='static']",),
     "test_attachment.py": (
+        "test_another_backend_warns[eager-False]",
+        "test_save_and_load_of_transformers",  # models/test_checkpoint.py
         "test_revert_leaves_nothing[True]",
         "test_no_false_alarm[_forwards-False]",
         "test_no_false_alarm[_whole-False]",

@@ -19,6 +19,8 @@ GATED = "gated linear recurrence (RG-LRU)"
 FIXED = "linear recurrence with a fixed decay"
 DENSE = "linear recurrence with a dense transition"
 NONLINEAR = "non-linear recurrence (RNN)"
+# It is not known what such a loop does: its steps cannot be written out.
+WHOLE_LOOP = "loop whose number of steps is not known (while_loop)"
 
 # One of these on the way from a state to the next one, and the recurrence is not linear.
 _CURVES = "tanh sigmoid relu gelu silu softplus elu leaky_relu hardtanh hardsigmoid mish exp sin cos erf pow abs sign "

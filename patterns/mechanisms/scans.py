@@ -14,6 +14,7 @@ from llcompile.patterns.mechanisms.recurrences import (
     NONLINEAR,
     SELECTIVE_SCAN,
     STATE_SPACE,
+    WHOLE_LOOP,
     contracts,
     is_outer,
     is_sum,
@@ -25,6 +26,7 @@ from llcompile.patterns.structure.program import Value
 # Calls that are a whole recurrence, by a part of their name.
 _CALLS = {"selective_scan": SELECTIVE_SCAN, "_cudnn_rnn": NONLINEAR, "mkldnn_rnn_layer": NONLINEAR}
 _CALLS |= dict.fromkeys(("_lstm_mps", "miopen_rnn"), NONLINEAR)
+_CALLS["while_loop"] = WHOLE_LOOP  # recording unrolls what it can; this is the rest
 _SCALED = {"mul", "div"}
 # A tree has fewer values than this below any of its products.
 _TREE = 4000

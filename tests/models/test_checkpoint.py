@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import os
 import subprocess
@@ -34,14 +36,20 @@ def compiled(model: nn.Module) -> Tensor:
         return run(IDS, use_cache=False)[0]  # type: ignore[no-any-return]
 
 
-@pytest.fixture
-def trained() -> PreTrainedModel:
-    """Converted, with level weights that are no longer 1."""
+@functools.cache
+def converted() -> PreTrainedModel:
+    """Converted, with level weights that are no longer 1: once, as tracing takes most of the time."""
     model = build("mamba2")
-    llcompile.convert(model, IDS, use_cache=False)
+    llcompile.convert(model, IDS, use_cache=False, verify=False)
     for p in levels(model).values():
         nn.init.normal_(p)
     return model
+
+
+@pytest.fixture
+def trained() -> PreTrainedModel:
+    """A copy for each test."""
+    return copy.deepcopy(converted())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -69,7 +77,7 @@ def test_converted_again_and_reverted(trained: PreTrainedModel, tmp_path: Path) 
     trained.save_pretrained(tmp_path / "one")
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
     want = compiled(opened)
-    report = llcompile.convert(opened, IDS, use_cache=False)
+    report = llcompile.convert(opened, IDS, use_cache=False, verify=False)
     assert len(report.converted) == 2, str(report)
     torch.testing.assert_close(compiled(opened), want, rtol=0, atol=0)
 
@@ -82,11 +90,15 @@ def test_converted_again_and_reverted(trained: PreTrainedModel, tmp_path: Path) 
 def test_level_weights_that_the_files_lack_are_one(trained: PreTrainedModel, tmp_path: Path) -> None:
     trained.save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
-    save_file({n: t for n, t in load_file(path).items() if ".loglinear" not in n}, path, metadata={"format": "pt"})
+    stored = load_file(path)
+    save_file({n: t for n, t in stored.items() if ".loglinear" not in n}, path, metadata={"format": "pt"})
     opened = AutoModelForCausalLM.from_pretrained(tmp_path)
     held = [m for m in opened.modules() if isinstance(m, llcompile.LevelWeights)]
     assert len(held) == 2
     assert all(weights.is_identity() for weights in held)
+    opened.load_state_dict(stored, strict=False)  # the whole file, in torch's own way
+    assert not any(weights.is_identity() for weights in held)
+    torch.testing.assert_close(levels(opened), levels(trained), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("use", ["convert", "compile"])
@@ -101,7 +113,9 @@ def test_left_out_when_it_was_opened(trained: PreTrainedModel, use: str, tmp_pat
         with pytest.raises(Exception, match="checkpoint with the level weights of 2 mixers"):
             compiled(opened)
     llcompile.revert(opened)
-    assert len(llcompile.convert(opened, IDS, use_cache=False).converted) == 2
+    assert len(llcompile.convert(opened, IDS, use_cache=False, verify=False).converted) == 2
+    opened.save_pretrained(tmp_path)  # the converted model itself, and no copy
+    assert levels(AutoModelForCausalLM.from_pretrained(tmp_path)).keys() == levels(opened).keys()
 
 
 def test_a_section_of_a_later_version(trained: PreTrainedModel, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._higher_order_ops.associative_scan import associative_scan
 from torch._higher_order_ops.scan import scan
+from torch._higher_order_ops.while_loop import while_loop
 
 from tests.patterns.identified import kinds, watched
 
@@ -285,6 +286,40 @@ def test_dense_transition() -> None:
 def test_layers_of_torch_in_the_graph(layer: Callable[..., nn.Module]) -> None:
     with torch._dynamo.config.patch(allow_rnn=True):
         assert kinds(layer(D, D, batch_first=True), torch.randn(B, T, D)) == [RNN]
+
+
+# -- what torch keeps as one call
+
+
+class Until(nn.Module):
+    """Linear attention token by token, to the end or, if `early`, until the state is large enough."""
+
+    def __init__(self, early: bool) -> None:
+        super().__init__()
+        self.early, (self.q, self.k, self.v) = early, (nn.Linear(D, D) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        length = x.shape[1]
+
+        def more(i: Tensor, state: Tensor, out: Tensor) -> Tensor:
+            return (i < length) & (state.abs().sum() < 50.0) if self.early else i < length
+
+        def step(i: Tensor, state: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            q_i, k_i, v_i = (y.index_select(1, i.reshape(1)) for y in (q, k, v))
+            state = state + k_i.mT @ v_i
+            return i + 1, state, out.index_copy(1, i.reshape(1), q_i @ state)
+
+        start = torch.zeros((), dtype=torch.int64), x.new_zeros(len(x), D, D), torch.zeros_like(v)
+        return while_loop(more, step, start)[2]
+
+
+def test_a_loop_that_data_end() -> None:
+    """How many steps it has is not known, so that it has no other name; the same loop to the end is written out."""
+    (record,) = watched(Until(early=True), torch.randn(B, T, D)).records
+    assert record.kind == "loop whose number of steps is not known (while_loop)"
+    assert "test_identify_recurrences.py:" in record.where
+    assert kinds(Until(early=False), torch.randn(B, T, D)) == []
 
 
 # -- nothing to name

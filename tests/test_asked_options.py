@@ -89,7 +89,7 @@ def test_what_is_not_said_or_repeated_contradicts_nothing(first: dict[str, Any])
     before = shapes(model)
     for later in ({}, first, {"strict": True}, *({name: value} for name, value in first.items())):
         compiled(model, **later)(x)
-        llcompile.convert(model, x, options=later)
+        llcompile.convert(model, x, options=later, verify=False)
     assert shapes(model) == before
 
 

@@ -43,6 +43,11 @@ def use(choice: str) -> Iterator[None]:
         _chosen.reset(token)
 
 
+def portable() -> contextlib.AbstractContextManager[None]:
+    """Run calls inside by the ATen lowering: proofs are small, in float64, and must not wait for a compiler."""
+    return use(ATEN.name)
+
+
 def choice() -> str:
     """What is chosen now."""
     return _chosen.get() or _known(os.environ.get(VARIABLE) or "auto")

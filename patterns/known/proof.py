@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from llcompile.kernels.choice import portable
 from llcompile.kernels.state import linear_state, pack_state
 from llcompile.patterns import reasons
 from llcompile.patterns.agreement import BUDGETS, EXACT, apart, difference, gradients, precision
@@ -64,7 +65,8 @@ def prove_call(captured: CapturedFunction, call: Arguments, weighted: bool) -> C
     failures = []
     for original in _originals(captured):
         try:
-            return _Proof(captured, call, weighted, original).outcome()
+            with portable():
+                return _Proof(captured, call, weighted, original).outcome()
         except Exception as error:
             what = f"{original.against or captured.entry.function} ({original.device})"
             failures.append(f"{what} does not run here: {type(error).__name__}: {error}".split("\n")[0])

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from llcompile.kernels.choice import portable
 from llcompile.patterns import reasons
 from llcompile.patterns.agreement import BUDGETS, apart, difference, gradients, precision
 from llcompile.patterns.boundary import NOT_SHOWN
@@ -82,7 +83,7 @@ def _expect_gradients(probe: Probe, hypothesis: Hypothesis) -> None:
         Rejection: one of them is not: the code stops it, or makes another one of it.
     """
     live_ins = [s for s, x in probe.values.items() if x.is_floating_point()]
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), portable():
         probe.values = {s: x.clone().requires_grad_(s in live_ins) for s, x in probe.values.items()}
         leaves = [probe.values[s] for s in live_ins]
         try:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import llcompile.kernels.operators  # noqa: F401  (registers torch.ops.llcompile)
+from llcompile.kernels.choice import portable
 from llcompile.patterns import reasons
 from llcompile.patterns.agreement import difference
 from llcompile.patterns.boundary import NOT_SHOWN, running
@@ -219,7 +220,8 @@ def output_of(probe: Probe, hypothesis: Hypothesis, changed: Mapping[LiveIn, Ten
     size, values = probe.sizing.of, {**probe.values, **(changed or {})}
     m = hypothesis.mixer(values, size, probe.dtype)
     operands = m.query, m.key, m.value, None, m.log_decay, m.beta, m.initial_state
-    with running(probe.subgraph.result):  # operands that fit no call of the operator are another hypothesis'
+    # Operands that fit no call of the operator are another hypothesis'.
+    with portable(), running(probe.subgraph.result):
         output = torch.ops.llcompile.loglinear_attention(*operands, m.scale, False)[0]
     return probe.by_time(hypothesis.finish(output, values, size))
 

@@ -32,7 +32,7 @@ class Call(ctypes.Structure):
         *((name, _Pointer) for name in ("initial", "final_state", "initial_gradient")),
         *((name, _Integer) for name in ("initial_row", "initial_head", "final_row", "final_head")),
         *((name, _Integer) for name in ("sequences", "tokens", "heads", "groups", "key_dim", "value_dim")),
-        *((name, _Integer) for name in ("slots", "weighted", "parts", "part_size", "kept")),
+        *((name, _Integer) for name in ("slots", "weighted", "segments", "parts", "part_size", "kept")),
         ("scale", ctypes.c_double),
     ]
 

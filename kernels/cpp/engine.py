@@ -17,6 +17,8 @@ from llcompile.kernels.state import check_positions, in_levels, is_level_state, 
 
 # Bytes of states that a thread keeps in a backward pass; beyond that, states are computed once more from checkpoints.
 KEPT = 64 << 20
+# The fewest tokens of a segment: a sequence is cut where heads are fewer than threads, and that costs half as much again.
+SEGMENT = 1024
 
 
 def forward(x: Operands, scale: float, return_final_state: bool) -> tuple[Tensor, Tensor]:
@@ -177,10 +179,15 @@ class _Run:
             **{"sequences": self.sequences, "tokens": x.v.shape[1], "heads": x.v.shape[2], "groups": x.q.shape[2]},
             **{"key_dim": x.q.shape[3], "value_dim": x.v.shape[3], "slots": self.slots, "weighted": self.weighted},
             **self._initial_fields(),
-            **{"parts": 1, "kept": KEPT, "scale": self.scale} | fields,
+            **{"segments": self._segments(), "parts": 1, "kept": KEPT, "scale": self.scale} | fields,
         )
         if getattr(functions(d), name)(call):
             raise KernelError(f"the C++ {name} of {d} ran out of memory; use a smaller batch or a shorter sequence")
+
+    def _segments(self) -> int:
+        """How many segments of each sequence threads work on at once."""
+        _, tokens, heads, _ = self.x.v.shape
+        return max(min(torch.get_num_threads() // (self.sequences * heads), tokens // SEGMENT), 1)
 
     def _initial_fields(self) -> dict[str, Any]:
         if self.initial is None:

@@ -58,6 +58,22 @@ def test_heads_of_a_group_are_shared_among_threads(threads, heads):
 
 
 @pytest.mark.parametrize("decay", [None, "token", "channel"])
+@pytest.mark.parametrize("delta", [False, True])
+@pytest.mark.parametrize(("levels", "state"), [(None, "linear"), (9, "level"), (4, "linear"), (9, None)])
+def test_a_sequence_is_cut_where_heads_are_fewer_than_threads(threads, monkeypatch, decay, delta, levels, state):
+    """Segments of any number of chunks, none in some of them, and padding: the definition's output and final state."""
+    monkeypatch.setattr(engine, "SEGMENT", 64)
+    x = operands(450, decay, delta, levels, state, batch=2, groups=1, heads=1)
+    mask = torch.ones(2, 450, dtype=torch.bool)
+    mask[1, 70:] = False
+    for count in (1, 5, 16):
+        threads(count)
+        for options in ({}, {"attention_mask": mask}):
+            for name, (ours, definition) in both(x, **options).items():
+                assert relative_error(ours, definition) <= 1e-10, (name, count)
+
+
+@pytest.mark.parametrize("decay", [None, "token", "channel"])
 @pytest.mark.parametrize("levels", [None, 9])
 @pytest.mark.parametrize("kept", [0, 3, 20])
 def test_states_that_do_not_fit_are_computed_again(monkeypatch, decay, levels, kept):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from llcompile.kernels.aten import slabs
+from llcompile.kernels.aten import sequence
 from llcompile.kernels.operands import Operands
 from llcompile.look.cost import costs
 from llcompile.patterns.families import FAMILIES
@@ -26,7 +26,7 @@ def counted(decay: str, correction: str, length: int, weighted: bool) -> int:
     beta = torch.rand(s["B"], length, s["H"]) if correction == "delta" else None
     weights = torch.rand(s["B"], length, s["H"], s["L"]) if weighted else None
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        slabs.forward(Operands(q, k, v, weights, log_decay, beta, None, None), 1.0, False)
+        sequence.forward(Operands(q, k, v, weights, log_decay, beta, None, None), 1.0, False)
     return counter.get_total_flops()
 
 

@@ -9,17 +9,12 @@ of the grid's top level is exchanged for it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from llcompile.kernels.description import CHUNK
 from llcompile.kernels.levels import bucket_start, level, level_count, trailing_zeros
-
-# Near the optimum between work inside chunks (grows with the size) and between them (shrinks). Without a correction and
-# without levels, what is between chunks is cheapest, so those do best with less inside.
-CHUNK = 64
-SHORT_CHUNK = 32
 
 
 @dataclass(frozen=True)
@@ -49,50 +44,25 @@ class Grid:
         """Levels that the grid has."""
         return level_count(self.size)
 
-    def place(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """`[B, T, A, ...] -> [B, A, N * C, ...]`, contiguous, 0 where there is no token."""
-        return cast(Tensor, _Placed.apply(x, self, dtype))
-
-    def _place(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        out = torch.empty(x.shape[0], x.shape[2], self.size, *x.shape[3:], dtype=dtype, device=x.device)
-        if self.offset is None and self.lengths is None:
-            out[:, :, : self.tokens].copy_(x.movedim(1, 2))
-            out[:, :, self.tokens :].zero_()
-        else:
-            index, real = self._sources()
-            moved = x.flatten(0, 1).index_select(0, index).unflatten(0, (x.shape[0], self.size))
-            out.copy_(torch.where(real[(...,) + (None,) * (x.dim() - 2)], moved, 0).movedim(1, 2))
-        return out
+    def place(self, x: Tensor) -> Tensor:
+        """`[B, T, A, ...] -> [B, A, N * C, ...]`, 0 where there is no token."""
+        index, real = self._places(x.shape[0], x.device)
+        moved = torch.where(real[(...,) + (None,) * (x.dim() - 2)], x, 0).flatten(0, 1)
+        placed = moved.new_zeros(x.shape[0] * self.size, *x.shape[2:]).index_copy(0, index, moved)
+        return placed.unflatten(0, (-1, self.size)).transpose(1, 2).contiguous()
 
     def take(self, x: Tensor) -> Tensor:
         """Adjoint of `place`: `[B, A, N * C, ...] -> [B, T, A, ...]`, 0 where a token does not count."""
-        x = x.movedim(1, 2)
-        if self.offset is None and self.lengths is None:
-            return x[:, : self.tokens]
-        index, real = self._targets()
-        moved = x.flatten(0, 1).index_select(0, index).unflatten(0, (x.shape[0], self.tokens))
+        index, real = self._places(x.shape[0], x.device)
+        moved = x.transpose(1, 2).flatten(0, 1).index_select(0, index).unflatten(0, real.shape)
         return torch.where(real[(...,) + (None,) * (x.dim() - 2)], moved, 0)
 
-    def _sources(self) -> tuple[Tensor, Tensor]:
-        """For each grid position, the flat index of its token, and whether there is one."""
-        some = self.offset if self.offset is not None else self.lengths
-        assert some is not None
-        base = torch.arange(some.shape[0], device=some.device)[:, None] * self.tokens
-        token = torch.arange(self.size, device=some.device) - (0 if self.offset is None else self.offset[:, None])
-        token = token.expand(some.shape[0], -1)
-        end = self.tokens if self.lengths is None else self.lengths[:, None]
-        real = (token >= 0) & (token < end)
-        return (base + token.clamp(0, self.tokens - 1)).flatten(), real
-
-    def _targets(self) -> tuple[Tensor, Tensor]:
-        """For each token, the flat index of its grid position, and whether it counts."""
-        some = self.offset if self.offset is not None else self.lengths
-        assert some is not None
-        base = torch.arange(some.shape[0], device=some.device)[:, None] * self.size
-        token = torch.arange(self.tokens, device=some.device)
-        place = base + token + (0 if self.offset is None else self.offset[:, None])
-        real = torch.ones_like(place, dtype=torch.bool) if self.lengths is None else token < self.lengths[:, None]
-        return place.flatten(), real
+    def _places(self, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """For each token, the flat index `[B * T]` of its grid position, and whether it counts `[B, T]`."""
+        first = torch.arange(batch, device=device) * self.size + (0 if self.offset is None else self.offset)
+        token = torch.arange(self.tokens, device=device)
+        end = torch.full_like(first, self.tokens) if self.lengths is None else self.lengths
+        return (first[:, None] + token).flatten(), token < end[:, None]
 
     def last(self, batch: int, device: torch.device) -> Tensor:
         """Grid position `[B]` of each row's last token (its first position for a row without tokens)."""
@@ -124,17 +94,6 @@ class Grid:
         seen, final = level(token[:, :, None], start[:, None]).maximum(slot), level(last, start).maximum(slot)
         fixed = slot == count - 1
         return tuple(torch.where(fixed, count - 1, x.clamp(max=count - 1)) for x in (seen, final))  # type: ignore
-
-
-class _Placed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
-        ctx.grid, ctx.dtype = grid, x.dtype
-        return grid._place(x, dtype)
-
-    @staticmethod
-    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return ctx.grid.take(d).to(ctx.dtype), None, None
 
 
 def make_grid(tokens: int, position: Tensor | None, lengths: Tensor | None, chunk: int = CHUNK) -> Grid:

@@ -145,15 +145,15 @@ class Aten(Implementation):
 
     def forward(self, x: Operands, scale: float, return_final_state: bool) -> tuple[Tensor, Tensor]:
         """What is not finite stays out of earlier outputs, on a CPU."""
-        from llcompile.kernels.aten import padded
+        from llcompile.kernels.aten import sequence
 
-        return finite.forward(padded.forward, x, scale, return_final_state)
+        return finite.forward(sequence.forward, x, scale, return_final_state)
 
     def backward(self, x: Operands, scale: float, grad_o: Tensor, grad_state: Tensor | None) -> list[Tensor | None]:
         """As the lowering does."""
-        from llcompile.kernels.aten import padded
+        from llcompile.kernels.aten import sequence
 
-        return padded.backward(x, scale, grad_o, grad_state)
+        return sequence.backward(x, scale, grad_o, grad_state)
 
     def step(self, token: Token) -> tuple[Tensor, Tensor]:
         """Positions are checked first."""

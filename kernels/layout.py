@@ -26,16 +26,14 @@ class Layout:
     key_dim: int
     value_dim: int
     levels: int | None  # of the level weights
-    fold: tuple[int, int]  # heads `(G', R')`: R' share queries and are folded into the value axis, M = B * G'
 
     def _fold_state(self, s: Tensor) -> Tensor:
-        """`[B, H, L, K, V] -> [M, L, K, R * V]`."""
-        return s.to(self.dtype).unflatten(1, self.fold).permute(0, 1, 3, 4, 2, 5).flatten(0, 1).flatten(-2)
+        """`[B, H, L, K, V] -> [M, L, K, V]`, M is `B * H`."""
+        return s.to(self.dtype).flatten(0, 1)
 
     def _unfold_state(self, s: Tensor) -> Tensor:
-        """`[M, L, K, R * V] -> [B, H, L, K, V]`."""
-        s = s.unflatten(0, (self.batch, -1)).unflatten(-1, (self.fold[1], -1))
-        return s.permute(0, 1, 4, 2, 3, 5).flatten(1, 2)
+        """`[M, L, K, V] -> [B, H, L, K, V]`."""
+        return s.unflatten(0, (self.batch, self.heads))
 
     # -- levels -------------------------------------------------------------------------------------------------------
 
@@ -54,7 +52,7 @@ class Layout:
     # -- states -------------------------------------------------------------------------------------------------------
 
     def _old_states(self) -> Tensor | None:
-        """The initial state as `[M, L, K, R * V]` (L = 1 for the linear operator), merged for the first token."""
+        """The initial state as `[M, L, K, V]` (L = 1 for the linear operator), merged for the first token."""
         s = self.x.initial_state
         if s is None:
             return None
@@ -86,7 +84,7 @@ class Layout:
         return (index + base).flatten()
 
     def _final(self, states: Tensor) -> Tensor:
-        """States `[M, levels, K, R * V]` at the end of rows -> a level state `[B, H, 1 + L, K, V]`."""
+        """States `[M, levels, K, V]` at the end of rows -> a level state `[B, H, 1 + L, K, V]`."""
         assert self.levels is not None
         s = self._unfold_state(states).transpose(1, 2).flatten(0, 1)  # [B * levels, H, K, V]
         out = s.new_zeros(self.batch * self.levels, *s.shape[1:]).index_add_(0, self._slots(), s)

@@ -19,7 +19,7 @@ class Operands(NamedTuple):
     """The tensors of one call, shapes as in the public function.
 
     With `starts`, sequences lie one after another in a batch of one: each has `lengths` tokens from `starts` on.
-    Only the Triton kernels take that; to the ATen lowering, sequences are rows.
+    The ATen lowering moves them to rows first.
     """
 
     q: Tensor

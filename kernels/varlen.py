@@ -1,7 +1,7 @@
 """Sequences of different lengths (varlen): packed one after another, or padded on either side.
 
-Levels count from the start of a sequence. The Triton kernels read sequences where they are (`Spans`), the ATen
-lowering as a padded batch (`aten.padded`).
+Levels count from the start of a sequence. The Triton and C++ kernels read sequences where they are (`Spans`), the
+ATen lowering as a padded batch (`rows`).
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ class Call(Layout):
         self.dtype = torch.float32
         self.batch, (_, self.tokens, self.heads, self.value_dim) = x.rows, x.v.shape
         self.key_dim = x.q.shape[3]
-        self.levels, self.fold = self.d.levels, (self.heads, 1)
+        self.levels = self.d.levels
         self.empty = x.v.numel() == 0 or x.q.numel() == 0
         if self.empty:
             return

@@ -130,8 +130,6 @@ def _chunks(decay: Decay, delta: bool) -> Any:
     pairs = (C - 1) * K if decay == "channel" else 2 * C * K
     scores = (H if decay == "channel" else G) * pairs  # heads of a group have the same ones before decay
     operations = scores + H * (2 * C * V + 2 * K * V)
-    if decay == "scalar":
-        operations += H * 2 * C**2  # log decays between pairs of tokens, as sums
     if delta:
         # Scores of keys; their triangle's inverse, multiplied with scores and keys; effective queries; the transition.
         operations += scores + H * (2 * C**2 + 2 * C * K + 2 * C * K + 2 * K**2)

@@ -11,7 +11,7 @@ import torch
 
 from llcompile.errors import CompilerError, KernelCacheError, KernelError, OptionError, StateError
 from llcompile.kernels import choice, cpp
-from llcompile.kernels.aten import padded
+from llcompile.kernels.aten import sequence
 from llcompile.kernels.aten.token import step as aten_step
 from llcompile.kernels.implementations import IMPLEMENTATIONS, preferred
 from llcompile.kernels.operands import Operands
@@ -33,10 +33,10 @@ class Engine(SimpleNamespace):
         return function(*arguments)
 
     def forward(self, *arguments):
-        return self._run(padded.forward, arguments)
+        return self._run(sequence.forward, arguments)
 
     def backward(self, *arguments):
-        return self._run(padded.backward, arguments)
+        return self._run(sequence.backward, arguments)
 
     def step(self, *arguments):
         return self._run(aten_step, arguments)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llcompile.kernels import choice
-from llcompile.kernels.aten import padded
+from llcompile.kernels.aten import sequence
 from llcompile.ops import loglinear_attention
 from tests.kernels.kernel_cases import operands
 
@@ -79,8 +79,8 @@ def test_padding_and_neighbours():
 def test_it_costs_nothing_where_all_is_finite(monkeypatch):
     """One run, and one more only where the output is not finite."""
     runs = []
-    plain = padded.forward
-    monkeypatch.setattr(padded, "forward", lambda *args: runs.append(1) or plain(*args))
+    plain = sequence.forward
+    monkeypatch.setattr(sequence, "forward", lambda *args: runs.append(1) or plain(*args))
     x = operands(70, dtype=torch.float32)
     with choice.use("aten"):
         loglinear_attention(**x)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import pytest
 import torch
 
+from llcompile.kernels import choice
 from llcompile.kernels.reference import reference_attention
 from llcompile.kernels.state import level_states, position_of
 from llcompile.ops import loglinear_attention, loglinear_attention_step
@@ -15,18 +18,36 @@ from tests.kernels.kernel_cases import DECAYS, assert_agrees, both, operands, re
 CELLS = list(itertools.product((None, "token", "channel"), (False, True)))
 
 
-@pytest.mark.parametrize("levels", [None, 12, 3])
-@pytest.mark.parametrize(("decay", "delta"), CELLS)
-@pytest.mark.parametrize("state", [None, "linear", "level"])
-def test_definition(decay, delta, levels, state):
+@pytest.fixture
+def form(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Run a test by the implementation that `on_both_forms` names."""
+    with choice.use(request.param):
+        yield
+
+
+def on_both_forms(names: str, *axes: Iterable[Any], few: Callable[..., bool]) -> pytest.MarkDecorator:
+    """All families and combinations of `axes` on C++ and on ATen; those on ATen that are not `few` are slow."""
+    cases = []
+    for cell, *case in itertools.product(CELLS, *axes):
+        marks = () if few(*case) else (pytest.mark.slow,)
+        cases += [pytest.param(*cell, *case, "cpp"), pytest.param(*cell, *case, "aten", marks=marks)]
+    return pytest.mark.parametrize(f"decay, delta, {names}, form", cases, indirect=["form"])
+
+
+@on_both_forms(
+    "levels, state",
+    (None, 12, 3),
+    (None, "linear", "level"),
+    few=lambda levels, state: (levels, state) in ((None, "linear"), (12, "level")),
+)
+def test_definition(decay, delta, levels, state, form):
     """Every family, with every kind of state, on lengths around the chunk size."""
     for length in (1, 3, 65):
         assert_agrees(operands(length, decay, delta, levels, state, seed=length))
 
 
-@pytest.mark.parametrize(("decay", "delta"), CELLS)
-@pytest.mark.parametrize("levels", [None, 9])
-def test_several_chunks(decay, delta, levels):
+@on_both_forms("levels", (None, 9), few=lambda levels: levels == 9)
+def test_several_chunks(decay, delta, levels, form):
     """A tree with a partial last block."""
     assert_agrees(operands(330, decay, delta, levels, "linear", batch=1, groups=1, heads=2))
 
@@ -55,9 +76,8 @@ def test_grid_of_sizes(key_dim, value_dim):
         assert_agrees(operands(127, decay, delta, levels, "level", key_dim=key_dim, value_dim=value_dim))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("decay", "delta"), CELLS)
-def test_error_budget(decay, delta, dtype):
+@on_both_forms("dtype", (torch.float32, torch.bfloat16, torch.float16), few=lambda dtype: dtype == torch.bfloat16)
+def test_error_budget(decay, delta, dtype, form):
     """Half precision operands lose what rounding them and the results loses, and no more.
 
     The definition gets the very same rounded operands, in float64. What remains is float32 arithmetic (a few hundred
@@ -81,9 +101,8 @@ def test_weights_of_one_give_the_linear_operator(decay, delta):
     torch.testing.assert_close(level_states(state).sum(2), linear_state, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize(("decay", "delta"), CELLS)
-@pytest.mark.parametrize("levels", [None, 9, 2])
-def test_pieces_and_steps_equal_one_pass(decay, delta, levels):
+@on_both_forms("levels", (None, 9, 2), few=lambda levels: levels == 9)
+def test_pieces_and_steps_equal_one_pass(decay, delta, levels, form):
     """Prefill in pieces of any size, then decode token by token."""
     x = operands(150, decay, delta, levels)
     whole, final = loglinear_attention(**x, return_final_state=True)

@@ -52,14 +52,20 @@ class Compiler(NamedTuple):
         from torch.utils import cpp_extension  # imports setuptools: only now
 
         include = (f"-I{place}" for place in cpp_extension.include_paths())
-        libraries = (f"-L{place}" for place in cpp_extension.library_paths())
-        named = (*include, str(source), "-o", str(target), *libraries, "-ltorch_cpu", "-lc10")
+        places = [Path(place) for place in cpp_extension.library_paths()]
+        libraries = (f"-L{place}" for place in places)
+        named = (*include, str(source), "-o", str(target), *_openmp(places), *libraries, "-ltorch_cpu", "-lc10")
         return [*self.command, *self.flags, *named]
 
     def key(self, source: str) -> str:
         """What a library depends on, as a short hash: source, compiler, flags, torch and the CPU's instructions."""
         parts = (source, self.version, self.flags, torch.__version__, platform.machine(), _cpu())
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _openmp(places: list[Path]) -> list[str]:
+    """The OpenMP library that torch brings, before the compiler's own: a second one would not know torch's threads."""
+    return [str(path) for place in places for path in sorted(place.glob("libgomp*.so*"))][:1]
 
 
 def unsupported() -> str | None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,6 +52,14 @@ def test_the_same_bits_every_time(threads):
         threads(count)
         first, second = _results(x), _results(x)
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_threads_are_those_of_torch():
+    """A second OpenMP library would have threads of its own, as many as there are cores, whatever torch was told."""
+    _results(operands(10))
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    assert len({line.split()[-1] for line in maps if "gomp" in line}) == 1
 
 
 @pytest.mark.parametrize("heads", [4, 6])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import re
 import sys
 import threading
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from llcompile.errors import StateError
 from llcompile.kernels import choice, header
 from llcompile.kernels.cpp import build, engine, family
+from llcompile.kernels.cpp.call import Call, Operand, Step
 from llcompile.kernels.cpp.compiler import find
 from llcompile.kernels.cpp.source import Family, generate
 from llcompile.kernels.reference import reference_attention
@@ -44,6 +46,16 @@ def _results(x: Operands) -> list[torch.Tensor]:
     o, state = loglinear_attention(**leaves, return_final_state=True)
     inputs = [t for t in leaves.values() if t is not None]
     return [o, state, *torch.autograd.grad((o.sin().sum(), state.sin().sum()), inputs)]
+
+
+@pytest.mark.parametrize("struct", [Call, Step, Operand])
+def test_structs_have_the_same_fields(struct):
+    """Python fills them field by field, and nothing else would notice that C++ has another order."""
+    source = generate(Family("scalar", "delta", torch.float32))
+    body = re.search(rf"struct {struct.__name__} {{\n(.*?)\n}};", source, re.DOTALL)[1]
+    lines = (line.partition("//")[0].strip().rstrip(";") for line in body.splitlines())
+    names = [re.split(r"[\s*&]+", part.strip())[-1] for line in lines if line for part in line.split(",")]
+    assert names == [name for name, _ in struct._fields_]
 
 
 def test_the_same_bits_every_time(threads):

@@ -1,6 +1,6 @@
-"""Make the two pictures of the README: python docs/pictures/make.py [FOLDER]
+"""Make the pictures of the README: python docs/pictures/make.py [FOLDER]
 
-report.svg shows the report of llcompile.convert on the model below; speed.svg draws committed measurements.
+report.svg shows the report of llcompile.convert on the model below; the others draw committed measurements.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ from llcompile.commands import cli
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parents[1]
-MEASURED = ROOT / "benchmarks/results/rewrite-cpu-2026-11-21.json"
+MEASURED = {
+    "operator.svg": ROOT / "benchmarks/results/operator-cpu-2026-11-27.json",
+    "speed.svg": ROOT / "benchmarks/results/rewrite-cpu-2026-11-21.json",
+}
 
 
 class Retention(nn.Module):
@@ -92,10 +95,11 @@ def report(path: Path) -> None:
 
 
 def main() -> None:
-    """Write both files."""
+    """Write all files."""
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER
     report(folder / "report.svg")
-    raise SystemExit(cli.main(["bench", "plot", str(MEASURED), "--out", str(folder / "speed.svg")]))
+    drawn = [cli.main(["bench", "plot", str(file), "--out", str(folder / name)]) for name, file in MEASURED.items()]
+    raise SystemExit(max(drawn))
 
 
 if __name__ == "__main__":

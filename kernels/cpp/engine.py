@@ -16,7 +16,7 @@ from llcompile.kernels.operands import Operands
 from llcompile.kernels.state import check_positions, in_levels, is_level_state, linear_state, position_of, state_dtype
 
 # Bytes of states that a thread keeps in a backward pass; beyond that, states are computed once more from checkpoints.
-KEPT = 64 << 20
+KEPT = 128 << 20
 # The fewest tokens of a segment: a sequence is cut where heads are fewer than threads, at half the work once more.
 SEGMENT = 1024
 

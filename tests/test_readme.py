@@ -54,7 +54,7 @@ def test_commands_exist() -> None:
 
 
 def test_the_speed_table_has_the_measured_numbers() -> None:
-    (file,) = set(re.findall(r"`(benchmarks/results/[\w.-]+\.json)`", README))
+    (file,) = set(re.findall(r"`(benchmarks/results/rewrite-[\w.-]+\.json)`", README))
     record = json.loads((ROOT / file).read_text())
     assert record["threads"] == 1
     found = {
@@ -72,3 +72,31 @@ def test_the_speed_table_has_the_measured_numbers() -> None:
         for shown, r in zip(told, times, strict=False):
             digits = shown.removesuffix(" s")
             assert float(digits) == round(r["seconds"], len(digits.partition(".")[2]))
+
+
+def test_the_operator_is_as_much_faster_as_measured() -> None:
+    """The sentence on Mamba-2 and the ratios of log-linear to linear are those of the committed file."""
+    (file,) = set(re.findall(r"`(benchmarks/results/operator-cpu-[\w.-]+\.json)`", README))
+    times = {}
+    for result in json.loads((ROOT / file).read_text())["results"]:
+        job = result["job"]
+        ours = job["runs"] == "llcompile" and job["kernels"] == "cpp"
+        if (
+            "seconds" in result
+            and job["length"] == 16384
+            and not job["compiled"]
+            and (ours or job["runs"] != "llcompile")
+        ):
+            times[job["decay"], job["correction"], job["weights"] if ours else "peer", job["backward"]] = result[
+                "seconds"
+            ]
+    text = " ".join(README.split())
+    for backward, words in ((False, r"linear operator is ([\d.]+) times"), (True, r"forward and ([\d.]+) times with")):
+        found = re.search(words, text)
+        assert found
+        faster = times["scalar", "none", "peer", backward] / times["scalar", "none", False, backward]
+        assert round(faster, 1) == float(found[1])
+    found = re.search(r"log-linear operator takes ([\d.]+) to ([\d.]+) times", text)
+    assert found
+    ratios = [t / times[d, c, False, b] for (d, c, kind, b), t in times.items() if kind is True]
+    assert [round(min(ratios), 1), round(max(ratios), 1)] == [float(found[1]), float(found[2])]

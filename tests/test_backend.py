@@ -330,7 +330,7 @@ def test_two_known_functions_in_one_module() -> None:
     torch.manual_seed(0)
     model, ids = small.Model([small.TwoMixers()]), small.ids()
     before = model(ids).detach()
-    report = llcompile.convert(model, ids, verify=False)
+    report = llcompile.convert(model, ids)
     assert {c.family for c in report.converted} == {"Gated DeltaNet", "Mamba-2 (SSD)"}
     assert len(report.converted) == 2
     names = {n for n, _ in model.named_parameters() if "loglinear" in n}

@@ -33,7 +33,7 @@ def test_lightning_attention_of_minimax(length: int) -> None:
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model("minimax", **CONFIG)).eval()
     tokens = torch.randint(3, 96, (2, length))
     before = model(tokens, use_cache=False).logits
-    report = llcompile.convert(model, tokens, use_cache=False, verify=False)
+    report = llcompile.convert(model, tokens, use_cache=False)
     assert [(c.decay, c.correction, c.origin) for c in report.converted] == [("scalar", "none", "graph")]
     assert report.declined == ()
     assert [u.kind.split(" (")[0] for u in report.untouched] == ["softmax attention"]

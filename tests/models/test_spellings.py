@@ -324,7 +324,7 @@ def test_layers_of_a_model() -> None:
     layers = ("tril of scores", "loop of GLA", "scaled_dot_product_attention", "delta by a triangular solve")
     model = nn.Sequential(*((POSITIVE.get(name) or NEGATIVE[name]).make() for name in layers))
     inputs = POSITIVE["loop of GLA"].example()
-    report = llcompile.convert(model, *inputs, verify=False)
+    report = llcompile.convert(model, *inputs)
     assert [(c.module, c.decay, c.correction) for c in report.converted] == [
         ("0", "none", "none"),
         ("1", "channel", "none"),

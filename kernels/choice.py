@@ -21,7 +21,7 @@ from torch import Tensor
 from llcompile.errors import KernelCacheError, KernelError, OptionError
 from llcompile.kernels.description import Description, describe, describe_step
 from llcompile.kernels.implementations import ATEN, IMPLEMENTATIONS, Implementation, preferred
-from llcompile.kernels.operands import Operands
+from llcompile.kernels.operands import Operands, Token
 
 VARIABLE = "LLCOMPILE_KERNELS"
 CHOICES = ("auto", *IMPLEMENTATIONS)
@@ -67,21 +67,11 @@ def backward(x: Operands, scale: float, grad_o: Tensor, grad_state: Tensor | Non
     )
 
 
-def step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w: Tensor | None,
-    state: Tensor,
-    log_decay: Tensor | None,
-    beta: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def step(token: Token) -> tuple[Tensor, Tensor]:
     """As `aten.token.step`, by the implementation that is chosen; raises `StateError` for a damaged position."""
-    token = (q, k, v, w, state, log_decay, beta, scale)
-    if not q.shape[1]:  # no heads: nothing to describe
+    if not token.q.shape[1]:  # no heads: nothing to describe
         return ATEN.step(token)
-    return _run(lambda: describe_step(q, v, w, log_decay, beta), v.device, lambda one: one.step(token))
+    return _run(lambda: describe_step(token), token.v.device, lambda one: one.step(token))
 
 
 def _run(describe: Callable[[], Description], device: torch.device, call: Callable[[Implementation], Result]) -> Result:

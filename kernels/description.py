@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
 
-from llcompile.kernels.operands import Operands
+from llcompile.kernels.operands import Operands, Token
 from llcompile.kernels.state import is_level_state
 
 Decay = Literal["none", "scalar", "channel"]
@@ -85,14 +84,15 @@ def describe(x: Operands, final_state: bool) -> Description:
     )
 
 
-def describe_step(q: Tensor, v: Tensor, w: Tensor | None, log_decay: Tensor | None, beta: Tensor | None) -> Description:
-    """The description of a step; `q [B, G, K]`, `v [B, H, V]`, `w [B, H, L]`."""
+def describe_step(x: Token) -> Description:
+    """The description of a step."""
+    g, w = x.log_decay, x.level_weights
     return Description(
-        decay="none" if log_decay is None else "channel" if log_decay.dim() == 3 else "scalar",
-        correction="none" if beta is None else "delta",
-        key_dim=q.shape[-1],
-        value_dim=v.shape[-1],
-        repeat=v.shape[1] // q.shape[1],
-        dtype=v.dtype,
+        decay="none" if g is None else "channel" if g.dim() == 3 else "scalar",
+        correction="none" if x.beta is None else "delta",
+        key_dim=x.q.shape[-1],
+        value_dim=x.v.shape[-1],
+        repeat=x.v.shape[1] // x.q.shape[1],
+        dtype=x.v.dtype,
         levels=None if w is None else w.shape[-1],
     )

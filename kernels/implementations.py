@@ -16,11 +16,8 @@ from torch import Tensor
 from llcompile.errors import CompilerError
 from llcompile.kernels import finite
 from llcompile.kernels.description import Description
-from llcompile.kernels.operands import COMPUTE_DTYPES, Operands
+from llcompile.kernels.operands import COMPUTE_DTYPES, Operands, Token
 from llcompile.kernels.state import check_positions
-
-# q, k, v, level weights, state, log decay, beta and scale of a step, as in `aten.token.step`
-Token = tuple[Tensor, Tensor, Tensor, "Tensor | None", Tensor, "Tensor | None", "Tensor | None", float]
 
 
 class Implementation(ABC):
@@ -96,9 +93,9 @@ class Triton(Implementation):
         """Likewise."""
         from llcompile.kernels.triton import step as kernels
 
-        check_positions(token[4], 1, "state")
-        with _current(token[2]):
-            return kernels.step(*token)
+        check_positions(token.state, 1, "state")
+        with _current(token.v):
+            return kernels.step(token)
 
 
 class Cpp(Implementation):
@@ -135,7 +132,7 @@ class Cpp(Implementation):
         """The engine checks positions, in the same pass over the state."""
         from llcompile.kernels.cpp import engine
 
-        return engine.step(*token)
+        return engine.step(token)
 
 
 class Aten(Implementation):
@@ -159,8 +156,8 @@ class Aten(Implementation):
         """Positions are checked first."""
         from llcompile.kernels.aten.token import step
 
-        check_positions(token[4], 1, "state")
-        return step(*token)
+        check_positions(token.state, 1, "state")
+        return step(token)
 
 
 ATEN = Aten()

@@ -43,6 +43,23 @@ class Operands(NamedTuple):
         return self.v.shape[0] if self.starts is None else self.starts.shape[0]
 
 
+class Token(NamedTuple):
+    """What a step takes: one token of each row, and the state before it.
+
+    `q`, `k` are `[B, G, K]`, `v` `[B, H, V]`, `level_weights` `[B, H, L]` or None, `log_decay` `[B, H]`, `[B, H, K]` or
+    `[H]`, `beta` `[B, H]`. The state is as `state` has it.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    level_weights: Tensor | None
+    state: Tensor
+    log_decay: Tensor | None
+    beta: Tensor | None
+    scale: float
+
+
 def check_sequence(
     q: Tensor, k: Tensor, v: Tensor, w: Tensor | None, log_decay: Tensor | None, beta: Tensor | None, scale: float
 ) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from llcompile.kernels import choice, torch_operator
-from llcompile.kernels.operands import Operands
+from llcompile.kernels.operands import Operands, Token
 from llcompile.kernels.state import check_positions, check_state, state_dtype
 from llcompile.kernels.varlen import flat, in_place
 
@@ -55,10 +55,11 @@ def _attention_backward(grad_o: Tensor, grad_state: Tensor, *inputs: Any) -> tup
 
 
 def _attention_step(*inputs: Any) -> tuple[Tensor, Tensor]:
-    q, _, v, w, state, *_ = inputs
-    _check_state(state, v.shape[0], q, v, w, "state")  # its positions are checked by what runs the step
-    with torch.no_grad(), _without_autocast(v):
-        return choice.step(*inputs[:-1])
+    x = Token(*inputs[:-1])
+    # Positions are checked by what runs the step.
+    _check_state(x.state, x.v.shape[0], x.q, x.v, x.level_weights, "state")
+    with torch.no_grad(), _without_autocast(x.v):
+        return choice.step(x)
 
 
 def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:

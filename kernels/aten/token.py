@@ -5,28 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llcompile.kernels.operands import Token
 from llcompile.kernels.state import in_levels, merge, pack_state, state_dtype, unpack_state
 
 
-def step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w: Tensor | None,
-    state: Tensor,
-    log_decay: Tensor | None,
-    beta: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def step(token: Token) -> tuple[Tensor, Tensor]:
     """Absorb one token and read out.
 
-    Args:
-        q, k: `[B, G, K]`. v: `[B, H, V]`. w: `[B, H, L]` or None. state: as in `state`.
-        log_decay: `[B, H]`, `[B, H, K]` or `[H]`. beta: `[B, H]`.
-
     Returns:
-        `o [B, H, V]` in the dtype of `v` and the new state, of the kind that `w` asks for.
+        `o [B, H, V]` in the dtype of `v` and the new state, of the kind that the level weights ask for.
     """
+    q, k, v, w, state, log_decay, beta, scale = token
     dtype = state_dtype(v.dtype)
     qf, kf, vf = q.to(dtype), k.to(dtype), v.to(dtype)
     state, position = in_levels(state.to(dtype), None if w is None else w.shape[-1]), None

@@ -19,7 +19,7 @@ class Operand(ctypes.Structure):
 
 
 _OPERANDS = ("query", "key", "value", "weight", "decay", "beta", "output")
-_GRADIENTS = ("query", "key", "value", "weight", "decay", "beta")
+GRADIENTS = ("query", "key", "value", "weight", "decay", "beta")
 
 
 class Call(ctypes.Structure):
@@ -27,7 +27,7 @@ class Call(ctypes.Structure):
 
     _fields_ = [
         *((name, Operand) for name in _OPERANDS),
-        *((f"{name}_gradient", Operand) for name in _GRADIENTS),
+        *((f"{name}_gradient", Operand) for name in GRADIENTS),
         *((name, _Pointer) for name in ("starts", "lengths", "positions")),
         *((name, _Pointer) for name in ("initial", "final_state", "initial_gradient")),
         *((name, _Integer) for name in ("initial_row", "initial_head", "final_row", "final_head")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,10 +10,10 @@ from torch import Tensor
 
 from llcompile.errors import KernelError
 from llcompile.kernels import header
-from llcompile.kernels.cpp.call import Call, Step, operand, pointer, token_operand
+from llcompile.kernels.cpp.call import GRADIENTS, Call, Step, operand, pointer, token_operand
 from llcompile.kernels.cpp.family import functions
 from llcompile.kernels.description import Description, describe, describe_step
-from llcompile.kernels.operands import Operands
+from llcompile.kernels.operands import Operands, Token
 from llcompile.kernels.state import check_positions, in_levels, is_level_state, linear_state, position_of, state_dtype
 
 # Bytes of states that a thread keeps in a backward pass; beyond that, states are computed once more from checkpoints.
@@ -24,7 +25,7 @@ SEGMENT = 1024
 def forward(x: Operands, scale: float, return_final_state: bool) -> tuple[Tensor, Tensor]:
     """Output `[B, T, H, V]` and final state (an empty tensor when not asked for)."""
     run = _Run(x, scale)
-    o = run.output_like(x.v)
+    o = run.memory(x.v.shape, x.v.dtype)
     final, states = run.final_state() if return_final_state else (run.no_state(), None)
     run.call(describe(x, return_final_state), "forward", output=operand(o), **run.final_fields(states))
     return o, final
@@ -34,54 +35,35 @@ def backward(x: Operands, scale: float, grad_o: Tensor, grad_state: Tensor | Non
     """Gradients of the first seven operands; None where there is no operand."""
     run = _Run(x, scale)
     d = describe(x, grad_state is not None)
+    # Parts of a group's heads, enough for all threads: each sums gradients of q and k, [parts, B, T, G, K], by itself.
     parts = min(d.repeat, -(-torch.get_num_threads() // max(run.sequences * x.q.shape[2], 1)))
-    grads: list[Tensor | None] = [run.shared_gradient(t, d.repeat, parts) for t in (x.q, x.k)]
-    g = x.log_decay
-    per_head = g is not None and g.dim() == 1
-    if per_head and g is not None:
-        grad_g: Tensor | None = run.output_like(x.v[..., 0], run.dtype)
-    else:
-        grad_g = None if g is None else run.output_like(g)
-    grads += [None if t is None else run.output_like(t) for t in (x.v, x.level_weights)]
-    grads += [grad_g, None if x.beta is None else run.output_like(x.beta)]
-    names = ("query", "key", "value", "weight", "decay", "beta")
-    fields = {f"{name}_gradient": operand(_first(t)) for name, t in zip(names, grads, strict=True)}
+    grouped = d.repeat > 1
+    shared = [run.memory((parts, *t.shape), run.dtype if grouped else t.dtype) for t in (x.q, x.k)]
+    own = [None if t is None else run.memory(t.shape, t.dtype) for t in (x.v, x.level_weights, x.log_decay, x.beta)]
+    per_head = x.log_decay is not None and x.log_decay.dim() == 1
+    if per_head:  # one for all tokens: summed over them at the end
+        own[2] = run.memory(x.v.shape[:3], run.dtype)
+    fields = {
+        f"{name}_gradient": operand(t) for name, t in zip(GRADIENTS, (*(t[0] for t in shared), *own), strict=True)
+    }
     d_initial = None if run.initial is None else torch.empty(run.initial.shape, dtype=run.dtype)
-    d_final = None
-    if grad_state is not None:
-        d_final = grad_state.to(run.dtype).contiguous()
-        d_final = d_final[:, :, 1:] if run.weighted else d_final[:, :, None]
-    run.call(
-        d,
-        "backward",
-        output=operand(grad_o),
-        parts=parts,
-        part_size=grads[0][0].numel() if grads[0] is not None and d.repeat > 1 else 0,
-        initial_gradient=pointer(d_initial),
-        **fields,
-        **run.final_fields(d_final),
-    )
-    found = [t.sum(0) if i < 2 and d.repeat > 1 and t is not None else _first(t) for i, t in enumerate(grads)]
-    if per_head and found[4] is not None:
-        found[4] = found[4].sum((0, 1))
-    return [*found, run.initial_gradient(d_initial)]
+    fields |= {"output": operand(grad_o), "initial_gradient": pointer(d_initial)}
+    fields |= {"parts": parts, "part_size": shared[0][0].numel()}
+    run.call(d, "backward", **fields, **run.final_fields(run.final_gradient(grad_state)))
+    d_v, d_weights, d_g, d_beta = own
+    if per_head and d_g is not None:
+        d_g = d_g.sum((0, 1))
+    d_q, d_k = (t.sum(0) if grouped else t[0] for t in shared)
+    return [d_q, d_k, d_v, d_weights, d_g, d_beta, run.initial_gradient(d_initial)]
 
 
-def step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w: Tensor | None,
-    state: Tensor,
-    log_decay: Tensor | None,
-    beta: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Absorb one token and read out: arguments and results of `aten.token.step`.
+def step(token: Token) -> tuple[Tensor, Tensor]:
+    """Absorb one token and read out, as `aten.token.step`.
 
     Raises `StateError` where a row's position is damaged or cannot be counted further.
     """
-    d = describe_step(q, v, w, log_decay, beta)
+    q, k, v, w, state, log_decay, beta, scale = token
+    d = describe_step(token)
     dtype = state_dtype(v.dtype)
     given = in_levels(state if state.dtype == dtype else state.to(dtype), d.levels)
     given = given if given[0, 0].is_contiguous() else given.contiguous()
@@ -121,15 +103,9 @@ class _Run:
         position = position_of(s) if is_level_state(s) else None
         return in_levels(s.to(self.dtype), self.slots)[:, :, 1:].contiguous(), position
 
-    def output_like(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Memory for a result of the shape of `x`: zeros where tokens may belong to no sequence."""
-        make = torch.empty if self.x.lengths is None else torch.zeros
-        return make(x.shape, dtype=dtype or x.dtype)
-
-    def shared_gradient(self, x: Tensor, repeat: int, parts: int) -> Tensor:
-        """Memory for a gradient of q or k, `[parts, B, T, G, K]`; heads of a group are summed in the state's dtype."""
-        make = torch.empty if self.x.lengths is None else torch.zeros
-        return make((parts, *x.shape), dtype=self.dtype if repeat > 1 else x.dtype)
+    def memory(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Memory for a result with tokens: zeros where some may belong to no sequence."""
+        return (torch.empty if self.x.lengths is None else torch.zeros)(tuple(shape), dtype=dtype)
 
     def final_state(self) -> tuple[Tensor, Tensor]:
         """Memory for the final state, and the part of it that C++ writes, `[S, H, slots, K, V]`."""
@@ -142,6 +118,13 @@ class _Run:
         position = position if self.positions is None else position + self.positions
         final[:, :, 0] = header.write(position, x.q.shape[3], x.v.shape[3], self.dtype)[:, None]
         return final, final[:, :, 1:]
+
+    def final_gradient(self, d: Tensor | None) -> Tensor | None:
+        """The part of a final state's gradient that C++ reads, `[S, H, slots, K, V]`."""
+        if d is None:
+            return None
+        d = d.to(self.dtype).contiguous()
+        return d[:, :, 1:] if self.weighted else d[:, :, None]
 
     def no_state(self) -> Tensor:
         """What stands for a final state that was not asked for."""
@@ -194,8 +177,3 @@ class _Run:
             return {}
         row, head, *_ = self.initial.stride()
         return {"initial": self.initial.data_ptr(), "initial_row": row, "initial_head": head}
-
-
-def _first(x: Tensor | None) -> Tensor | None:
-    """A gradient of q or k without the axis of its parts; others as they are."""
-    return x[0] if x is not None and x.dim() == 5 else x

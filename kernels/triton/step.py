@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from llcompile.kernels.description import describe_step
+from llcompile.kernels.operands import Token
 from llcompile.kernels.state import in_levels
 from llcompile.kernels.triton import autotune
 from llcompile.kernels.triton.chips import chip_of
@@ -15,18 +16,10 @@ from llcompile.kernels.triton.description import Description
 from llcompile.kernels.triton.launch import Launch, kernels_of
 
 
-def step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w: Tensor | None,
-    state: Tensor,
-    log_decay: Tensor | None,
-    beta: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Absorb one token and read out: arguments and results of `aten.token.step`."""
-    d = Description.of(describe_step(q, v, w, log_decay, beta))
+def step(token: Token) -> tuple[Tensor, Tensor]:
+    """Absorb one token and read out, as `aten.token.step`."""
+    q, k, v, w, state, log_decay, beta, scale = token
+    d = Description.of(describe_step(token))
     batch, heads = v.shape[:2]
     old = in_levels(state.float(), d.levels).contiguous()
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from llcompile.kernels.description import describe, describe_step
-from llcompile.kernels.operands import Operands
+from llcompile.kernels.operands import Operands, Token
 from llcompile.look.mixer_look import OperandSizes, OperatorCall
 from llcompile.torch_internals.sizes import size_hint
 
@@ -45,8 +45,8 @@ def _call(node: fx.Node, name: str) -> OperatorCall:
     given = [a.meta["example_value"] if isinstance(a, fx.Node) else a for a in node.args]
     q, k, v, weights = (_fixed(x) for x in given[:4])
     if name == _STEP:
-        decay, beta = (_fixed(x) for x in given[5:7])
-        description = describe_step(q, v, weights, decay, beta)
+        state, decay, beta = (_fixed(x) for x in given[4:7])
+        description = describe_step(Token(q, k, v, weights, state, decay, beta, scale=1.0))
         q, v = q[:, None], v[:, None]
     else:
         decay, beta, state = (_fixed(x) for x in given[4:7])

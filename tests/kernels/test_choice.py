@@ -14,7 +14,7 @@ from llcompile.kernels import choice, cpp
 from llcompile.kernels.aten import sequence
 from llcompile.kernels.aten.token import step as aten_step
 from llcompile.kernels.implementations import IMPLEMENTATIONS, preferred
-from llcompile.kernels.operands import Operands
+from llcompile.kernels.operands import Operands, Token
 from llcompile.kernels.state import empty_state
 from llcompile.ops import loglinear_attention, loglinear_attention_step
 from tests.kernels.kernel_cases import operands
@@ -60,7 +60,7 @@ def calls():
     return {
         "forward": lambda: choice.forward(x, 1.0, False)[0],
         "backward": lambda: choice.backward(x, 1.0, x.v, None)[2],
-        "step": lambda: choice.step(*token)[0],
+        "step": lambda: choice.step(Token(*token))[0],
     }
 
 

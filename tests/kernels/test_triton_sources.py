@@ -26,7 +26,7 @@ from llcompile.errors import KernelCacheError, KernelError, OptionError
 from llcompile.kernels import cache, choice
 from llcompile.kernels.description import describe
 from llcompile.kernels.implementations import IMPLEMENTATIONS
-from llcompile.kernels.operands import Operands
+from llcompile.kernels.operands import Operands, Token
 from llcompile.kernels.triton import engine, limits, source, step
 from llcompile.kernels.triton.buffers import BUFFERS
 from llcompile.kernels.triton.chips import CHIPS, Chip
@@ -392,7 +392,7 @@ def test_what_fails_on_a_gpu(on_gpu, monkeypatch, caplog, what, sweep):
     calls = {
         "forward": lambda: choice.forward(x, 1.0, False)[0],
         "backward": lambda: choice.backward(x, 1.0, x.v, None)[2],
-        "step": lambda: choice.step(*token, x.beta[:, 0], 1.0)[0],
+        "step": lambda: choice.step(Token(*token, x.beta[:, 0], 1.0))[0],
     }
     with choice.use("aten"):
         want = calls[sweep]()

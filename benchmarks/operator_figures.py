@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -130,16 +131,26 @@ def comparisons(results: list[Result], kernels: str) -> list[Figure]:
 
     Times are compared within the process that measured both: the faster form is the one with the smaller ratio.
     """
-    return [row for own in ours(results) if own["job"]["kernels"] == kernels and (row := _comparison(own, results))]
+    peers: dict[tuple[Any, ...], list[Result]] = defaultdict(list)
+    again: dict[tuple[Any, ...], dict[int, Result]] = defaultdict(dict)  # each of our jobs, by process
+    for r in results:
+        if r["job"]["runs"] != "llcompile":
+            peers[tuple(r["job"][name] for name in _SAME)].append(r)
+        elif "seconds" in r:
+            again[tuple(r["job"].items())][r["process"]] = r
+    rows = (
+        _comparison(own, peers[tuple(own["job"][name] for name in _SAME)], again[tuple(own["job"].items())])
+        for own in ours(results)
+        if own["job"]["kernels"] == kernels
+    )
+    return [row for row in rows if row is not None]
 
 
-def _comparison(own: Result, results: list[Result]) -> Figure | None:
-    same = ("decay", "correction", "backward", "length", "dtype", "threads", "step")
-    peers = [
-        r for r in results
-        if r["job"]["runs"] != "llcompile" and all(r["job"][name] == own["job"][name] for name in same)
-    ]  # fmt: skip
-    beside = {r["process"]: r for r in results if r["job"] == own["job"] and "seconds" in r}
+# What our job and its peer's have in common.
+_SAME = ("decay", "correction", "backward", "length", "dtype", "threads", "step")
+
+
+def _comparison(own: Result, peers: list[Result], beside: dict[int, Result]) -> Figure | None:
     timed = [(r, beside[r["process"]]) for r in peers if "seconds" in r and r["process"] in beside]
     if not timed:
         return None

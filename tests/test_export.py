@@ -15,6 +15,7 @@ from transformers import Mamba2Config, Mamba2ForCausalLM
 
 import llcompile
 from llcompile.errors import LevelWeightsIgnoredWarning, MissedLevelWeightsError
+from llcompile.kernels import choice
 from tests.helpers import small
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,6 +65,22 @@ def test_saved_loaded_elsewhere_and_run(tmp_path: Path, autoload: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernels", ["cpp", "aten"])
+def test_a_package_of_aotinductor(tmp_path: Path, kernels: str) -> None:
+    """The package calls the operator, whichever form runs it, at other lengths than that of the export."""
+    model, x, longer = converted(small.model(), small.ids()), small.ids(), small.ids(length=77)
+    program = torch.export.export(model, (x,), dynamic_shapes={"ids": {1: LENGTH}})
+    with torch.no_grad():
+        file = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+        package = torch._inductor.aoti_load_package(file)
+    for ids in (x, longer):
+        with torch.no_grad():
+            assert small.difference(model(ids), run_compiled(model, ids)) > 1e-3  # level weights act
+            with choice.use(kernels):
+                assert small.difference(package(ids), run_compiled(model, ids)) < 1e-5
 
 
 @pytest.mark.parametrize("dynamic", [True, pytest.param(False, marks=pytest.mark.slow)])

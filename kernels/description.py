@@ -10,8 +10,9 @@ import torch
 from llcompile.kernels.operands import Operands, Token
 from llcompile.kernels.state import is_level_state
 
-Decay = Literal["none", "scalar", "channel"]
-Correction = Literal["none", "delta"]
+# "rate" is a decay per channel that is given as one per head, times a rate per channel that is the same for all tokens.
+Decay = Literal["none", "scalar", "channel", "rate"]
+Correction = Literal["none", "delta", "erase"]
 OldState = Literal["none", "linear", "level"]
 
 # Tokens of a chunk: near the optimum between work inside chunks (grows with it) and between them (shrinks with it).
@@ -70,8 +71,8 @@ def describe(x: Operands, final_state: bool) -> Description:
     """The description of one call."""
     g, old = x.log_decay, x.initial_state
     return Description(
-        decay="none" if g is None else "channel" if g.dim() == 4 else "scalar",
-        correction="none" if x.beta is None else "delta",
+        decay="none" if g is None else "rate" if x.decay_rate is not None else "channel" if g.dim() == 4 else "scalar",
+        correction="erase" if x.erase_key is not None else "none" if x.beta is None else "delta",
         key_dim=x.q.shape[3],
         value_dim=x.v.shape[3],
         repeat=x.v.shape[2] // x.q.shape[2],
@@ -88,8 +89,8 @@ def describe_step(x: Token) -> Description:
     """The description of a step."""
     g, w = x.log_decay, x.level_weights
     return Description(
-        decay="none" if g is None else "channel" if g.dim() == 3 else "scalar",
-        correction="none" if x.beta is None else "delta",
+        decay="none" if g is None else "rate" if x.decay_rate is not None else "channel" if g.dim() == 3 else "scalar",
+        correction="erase" if x.erase_key is not None else "none" if x.beta is None else "delta",
         key_dim=x.q.shape[-1],
         value_dim=x.v.shape[-1],
         repeat=x.v.shape[1] // x.q.shape[1],

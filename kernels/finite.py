@@ -60,7 +60,7 @@ def _first_beyond(x: Operands, bound: float) -> Tensor:
     """The first token `[B]` of each row with an operand beyond `bound`; T where there is none."""
     rows, tokens = x.v.shape[:2]
     beyond = torch.zeros(rows, tokens, dtype=torch.bool)
-    for operand in (x.q, x.k, x.v, x.level_weights, x.beta):
+    for operand in (x.q, x.k, x.v, x.level_weights, x.beta, x.erase_query, x.erase_key):
         if operand is not None:
             beyond |= ~(operand.abs() < bound).flatten(2).all(2)
     if x.log_decay is not None and x.log_decay.dim() > 2:  # -inf is a decay like others

@@ -26,28 +26,43 @@ class Operands(NamedTuple):
     k: Tensor
     v: Tensor
     level_weights: Tensor | None
-    log_decay: Tensor | None
-    beta: Tensor | None
-    initial_state: Tensor | None
+    log_decay: Tensor | None = None
+    decay_rate: Tensor | None = None
+    beta: Tensor | None = None
+    erase_query: Tensor | None = None
+    erase_key: Tensor | None = None
+    initial_state: Tensor | None = None
     lengths: Tensor | None = None
     starts: Tensor | None = None
 
     def map_tokens(self, f: Callable[[Tensor], Tensor]) -> Operands:
-        """With `f` applied to each operand that has tokens `[B, T, ...]`; a decay per head `[H]` has none."""
-        mapped = (t if t is None or t.dim() < 3 else f(t) for t in self[:6])
-        return Operands(*mapped, *self[6:])  # type: ignore[call-arg, arg-type]
+        """With `f` applied to each operand that has tokens `[B, T, ...]`; a decay `[H]` and rates `[H, K]` have none."""
+        mapped = (t if t is None or t.dim() < 3 else f(t) for t in self[:WITH_TOKENS])
+        return Operands(*mapped, *self[WITH_TOKENS:])  # type: ignore[arg-type]
 
     @property
     def rows(self) -> int:
         """How many sequences there are."""
         return self.v.shape[0] if self.starts is None else self.starts.shape[0]
 
+    def with_weights_per_head(self) -> Operands:
+        """With level weights `[B, T, H, L]` where heads share some."""
+        w, heads = self.level_weights, self.v.shape[2]
+        if w is None or w.shape[2] == heads:
+            return self
+        return self._replace(level_weights=w.repeat_interleave(heads // w.shape[2], 2))
+
+
+# The operands that have gradients come first in `Operands`, and among them those that may have tokens.
+DIFFERENTIABLE = Operands._fields.index("initial_state") + 1
+WITH_TOKENS = DIFFERENTIABLE - 1
+
 
 class Token(NamedTuple):
     """What a step takes: one token of each row, and the state before it.
 
-    `q`, `k` are `[B, G, K]`, `v` `[B, H, V]`, `level_weights` `[B, H, L]` or None, `log_decay` `[B, H]`, `[B, H, K]` or
-    `[H]`, `beta` `[B, H]`. The state is as `state` has it.
+    `q`, `k`, `erase_query`, `erase_key` are `[B, G, K]`, `v` `[B, H, V]`, `level_weights` `[B, W, L]` or None, `log_decay`
+    `[B, H]`, `[B, H, K]` or `[H]`, `decay_rate` `[H, K]`, `beta` `[B, H]`. The state is as `state` has it.
     """
 
     q: Tensor
@@ -55,38 +70,30 @@ class Token(NamedTuple):
     v: Tensor
     level_weights: Tensor | None
     state: Tensor
-    log_decay: Tensor | None
-    beta: Tensor | None
-    scale: float
+    log_decay: Tensor | None = None
+    decay_rate: Tensor | None = None
+    beta: Tensor | None = None
+    erase_query: Tensor | None = None
+    erase_key: Tensor | None = None
+    scale: float = 1.0
 
 
-def check_sequence(
-    q: Tensor, k: Tensor, v: Tensor, w: Tensor | None, log_decay: Tensor | None, beta: Tensor | None, scale: float
-) -> None:
+def check_sequence(x: Operands, scale: float) -> None:
     """Check the operands of a sequence; raises `OperandError`."""
-    _check(q, k, v, w, log_decay, beta, scale, "BT")
+    _check(x, scale, "BT")
 
 
-def check_token(
-    q: Tensor, k: Tensor, v: Tensor, w: Tensor | None, log_decay: Tensor | None, beta: Tensor | None, scale: float
-) -> None:
+def check_token(x: Token) -> None:
     """Check the operands of one decoded token; raises `OperandError`."""
-    _check(q, k, v, w, log_decay, beta, scale, "B")
+    _check(x, x.scale, "B")
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w: Tensor | None,
-    log_decay: Tensor | None,
-    beta: Tensor | None,
-    scale: float,
-    lead: str,
-) -> None:
-    _check_types(q=q, k=k, v=v, level_weights=w, log_decay=log_decay, beta=beta)
+def _check(x: Operands | Token, scale: float, lead: str) -> None:
+    tensors = {name: getattr(x, name) for name in _CHECKED}
+    _check_types(**tensors)
     if not isinstance(scale, (int, float)) or isinstance(scale, bool):
         raise OperandError(f"scale must be a plain number, got {type(scale).__name__}; multiply q by a tensor instead")
+    q, k, v = x.q, x.k, x.v
     _check_rank("q", q, f"{lead}GK")
     _check_rank("k", k, f"{lead}GK")
     _check_rank("v", v, f"{lead}HV")
@@ -106,10 +113,15 @@ def _check(
     if k.dtype != q.dtype or v.dtype != q.dtype:
         raise OperandError(f"q, k and v must share a dtype, got {q.dtype}, {k.dtype} and {v.dtype}; cast them to one")
     per_head = tuple(v.shape[:-1])
-    _check_per_head("beta", beta, per_head, lead)
-    _check_level_weights(w, per_head, lead)
-    _check_log_decay(log_decay, per_head, q.shape[-1], lead)
-    check_device(v, q=q, k=k, level_weights=w, log_decay=log_decay, beta=beta)
+    _check_per_head("beta", x.beta, per_head, lead)
+    _check_level_weights(x.level_weights, per_head, lead)
+    _check_log_decay(x.log_decay, per_head, q.shape[-1], lead)
+    _check_decay_rate(x, lead)
+    _check_erase(x, lead)
+    check_device(v, **{name: t for name, t in tensors.items() if name != "v"})
+
+
+_CHECKED = ("q", "k", "v", "level_weights", "log_decay", "decay_rate", "beta", "erase_query", "erase_key")
 
 
 def check_device(v: Tensor, **operands: Tensor | None) -> None:
@@ -221,10 +233,11 @@ def _check_per_head(name: str, x: Tensor | None, want: tuple[int, ...], lead: st
 def _check_level_weights(w: Tensor | None, want: tuple[int, ...], lead: str) -> None:
     if w is None:
         return
-    if tuple(w.shape[:-1]) != want or w.dim() != len(want) + 1 or w.shape[-1] == 0:
+    fits = w.dim() == len(want) + 1 and tuple(w.shape[:-2]) == want[:-1] and w.shape[-1] and w.shape[-2]
+    if not fits or want[-1] % w.shape[-2]:
         raise OperandError(
             f"level_weights has shape {list(w.shape)}; expected {_axes(lead + 'HL')} = {[*want, 'L']} with L >= 1 "
-            "(None stands for weights of 1)"
+            "(None stands for weights of 1), or fewer heads W that divide H"
         )
 
 
@@ -248,6 +261,41 @@ def _check_log_decay(x: Tensor | None, want: tuple[int, ...], key_dim: int, lead
             )
     elif x.device.type == "cuda":
         torch._assert_async((x.detach() > 0).any().logical_not(), "log_decay must be at most 0")
+
+
+def _check_decay_rate(x: Operands | Token, lead: str) -> None:
+    rate, g = x.decay_rate, x.log_decay
+    if rate is None:
+        return
+    want = (x.v.shape[-2], x.q.shape[-1])
+    if tuple(rate.shape) != want:
+        raise OperandError(f"decay_rate has shape {list(rate.shape)}; expected [H, K] = {list(want)}")
+    if g is None or tuple(g.shape) not in (tuple(x.v.shape[:-1]), want[:1]):
+        given = "absent" if g is None else f"of shape {list(g.shape)}"
+        raise OperandError(
+            f"decay_rate multiplies a log_decay per head, {_axes(lead + 'H')} = {list(x.v.shape[:-1])} or [H], but "
+            f"log_decay is {given}; give a decay per channel as log_decay alone"
+        )
+    if can_look(rate) and rate.numel() and float(rate.detach().amin()) < 0:
+        raise OperandError(
+            f"decay_rate must be at least 0, its smallest value is {float(rate.detach().amin()):.4g}; log_decay has the "
+            "sign (Mamba-1 holds A = -exp(A_log) and a step of at least 0: pass -step and exp(A_log))"
+        )
+
+
+def _check_erase(x: Operands | Token, lead: str) -> None:
+    pair = {"erase_query": x.erase_query, "erase_key": x.erase_key}
+    if all(t is None for t in pair.values()):
+        return
+    for name, t in pair.items():
+        if t is None:
+            other = next(n for n in pair if n != name)
+            raise OperandError(f"{other} is given and {name} is not; an erase key needs both")
+        if t.shape != x.q.shape or t.dtype != x.q.dtype:
+            raise OperandError(
+                f"{name} has shape {list(t.shape)} and dtype {t.dtype}; expected those of q, {_axes(lead + 'GK')} = "
+                f"{list(x.q.shape)} and {x.q.dtype}"
+            )
 
 
 def _axes(axes: str) -> str:

@@ -21,17 +21,18 @@ import torch
 from torch import Tensor
 
 from llcompile.kernels import choice, torch_operator
-from llcompile.kernels.operands import Operands, Token
+from llcompile.kernels.operands import DIFFERENTIABLE, WITH_TOKENS, Operands, Token
 from llcompile.kernels.state import check_positions, check_state, state_dtype
 from llcompile.kernels.varlen import flat, in_place
 
 _INPUTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor? level_weights, Tensor? log_decay, Tensor? beta, Tensor? initial_state, "
-    "float scale, bool return_final_state, "
+    "Tensor q, Tensor k, Tensor v, Tensor? level_weights, Tensor? log_decay, Tensor? decay_rate, Tensor? beta, "
+    "Tensor? erase_query, Tensor? erase_key, Tensor? initial_state, float scale, bool return_final_state, "
     'Tensor? cu_seqlens=None, Tensor? attention_mask=None, Tensor? seq_idx=None, str revision=""'
 )
 _TOKEN_INPUTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor? level_weights, Tensor state, Tensor? log_decay, Tensor? beta, float scale, "
+    "Tensor q, Tensor k, Tensor v, Tensor? level_weights, Tensor state, Tensor? log_decay, Tensor? decay_rate, "
+    "Tensor? beta, Tensor? erase_query, Tensor? erase_key, float scale, "
     'str revision=""'
 )
 
@@ -50,12 +51,13 @@ def _attention_backward(grad_o: Tensor, grad_state: Tensor, *inputs: Any) -> tup
     x, scale, return_final_state = _read(inputs)
     grad_o = grad_o if x.starts is None else flat(grad_o)
     with torch.no_grad(), _without_autocast(grad_o):
-        grads = choice.backward(_widened(x), scale, grad_o, grad_state if return_final_state else None)
-    return tuple(_as_input(x, grad, inputs[0]) for x, grad in zip(inputs[:7], grads, strict=True))
+        found = choice.backward(_widened(x), scale, grad_o, grad_state if return_final_state else None)
+    given, grads = inputs[:DIFFERENTIABLE], _of_shared_weights(x, found)
+    return tuple(_as_input(x, grad, inputs[0]) for x, grad in zip(given, grads, strict=True))
 
 
 def _attention_step(*inputs: Any) -> tuple[Tensor, Tensor]:
-    x = Token(*inputs[:-1])
+    x = _weights_per_head(Token(*inputs[:-1]))
     # Positions are checked by what runs the step.
     _check_state(x.state, x.v.shape[0], x.q, x.v, x.level_weights, "state")
     with torch.no_grad(), _without_autocast(x.v):
@@ -75,9 +77,29 @@ def _read(inputs: tuple[Any, ...]) -> tuple[Operands, float, bool]:
 
 
 def _widened(x: Operands) -> Operands:
-    """With a state that a cache kept in fewer bits in the dtype that states are computed in."""
+    """With a state that a cache kept in fewer bits in the dtype that states are computed in, and weights per head.
+
+    With rates heads are channels, and weights for each of them would be larger than all other operands.
+    """
     state = x.initial_state
-    return x if state is None else x._replace(initial_state=state.to(state_dtype(x.v.dtype)))
+    x = x if state is None else x._replace(initial_state=state.to(state_dtype(x.v.dtype)))
+    return x if x.decay_rate is not None else x.with_weights_per_head()
+
+
+def _of_shared_weights(x: Operands, grads: list[Tensor | None]) -> list[Tensor | None]:
+    """The gradients with that of the level weights summed over the heads that share them."""
+    at, w = Operands._fields.index("level_weights"), x.level_weights
+    grad = grads[at]
+    if w is None or grad is None or grad.shape[2] == w.shape[2]:
+        return grads
+    return [*grads[:at], grad.unflatten(2, (w.shape[2], -1)).sum(3), *grads[at + 1 :]]
+
+
+def _weights_per_head(x: Token) -> Token:
+    w, heads = x.level_weights, x.v.shape[1]
+    return (
+        x if w is None or w.shape[1] == heads else x._replace(level_weights=w.repeat_interleave(heads // w.shape[1], 1))
+    )
 
 
 def _check_state(state: Tensor, rows: int, q: Tensor, v: Tensor, w: Tensor | None, name: str) -> None:
@@ -109,7 +131,7 @@ def _attention_shapes(*inputs: Any) -> tuple[Tensor, Tensor]:
 
 
 def _attention_backward_shapes(grad_o: Tensor, grad_state: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    return tuple(inputs[0].new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs[:7])
+    return tuple(inputs[0].new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs[:DIFFERENTIABLE])
 
 
 def _attention_step_shapes(*inputs: Any) -> tuple[Tensor, Tensor]:
@@ -139,24 +161,25 @@ def _attention_gradient(ctx: Any, grad_o: Tensor, grad_state: Tensor) -> tuple[A
 
 
 def _save_step(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    q, k, v, w, state, g, beta, scale, revision = inputs
-    ctx.save_for_backward(q, k, v, w, _own(state), g, beta)
-    ctx.scale, ctx.revision = scale, revision
+    *tensors, ctx.scale, ctx.revision = inputs
+    token = Token(*tensors)
+    ctx.save_for_backward(*token._replace(state=_own(token.state))[: len(tensors)])
 
 
 def _step_gradient(ctx: Any, grad_o: Tensor, grad_state: Tensor) -> tuple[Any, ...]:
     """A step is the operator on one token, so its gradient is that operator's."""
-    q, k, v, w, state, g, beta = ctx.saved_tensors
-    per_head = g is not None and g.dim() == 1  # a decay per head alone has no batch axis to put time behind
-    longer = [x if x is None else x.unsqueeze(1) for x in (q, k, v, w, None if per_head else g, beta)]
-    longer[4] = g if per_head else longer[4]
+    token = Token(*ctx.saved_tensors)
+    one = Operands(*(getattr(token, name) for name in Operands._fields[:WITH_TOKENS]), token.state)
+    # A decay per head alone, and rates, have no batch axis to put time behind.
+    moved = [i for i, x in enumerate(one[:WITH_TOKENS]) if x is not None and x.dim() > 1 and x is not one.decay_rate]
+    longer = [x.unsqueeze(1) if i in moved and x is not None else x for i, x in enumerate(one[:DIFFERENTIABLE])]
     grads = torch.ops.llcompile.loglinear_attention_backward(
-        grad_o.unsqueeze(1), grad_state, *longer, state, ctx.scale, True, revision=ctx.revision
+        grad_o.unsqueeze(1), grad_state, *longer, ctx.scale, True, revision=ctx.revision
     )
-    dq, dk, dv, dw, dg, dbeta, dstate = _present([*longer, state], grads)
-    shorter = [x if x is None else x.squeeze(1) for x in (dq, dk, dv, dw, None if per_head else dg, dbeta)]
-    dq, dk, dv, dw, dg_token, dbeta = shorter
-    return dq, dk, dv, dw, dstate, dg if per_head else dg_token, dbeta, None, None
+    found = [x.squeeze(1) if i in moved else x for i, x in enumerate(_present(longer, grads))]  # type: ignore[union-attr]
+    by_name = dict(zip(Operands._fields, found, strict=False))
+    by_name["state"] = by_name["initial_state"]
+    return (*(by_name[name] for name in Token._fields[:-1]), None, None)
 
 
 def _present(inputs: Any, grads: Any) -> list[Tensor | None]:
@@ -165,7 +188,7 @@ def _present(inputs: Any, grads: Any) -> list[Tensor | None]:
 
 
 torch_operator.define(
-    f"loglinear_attention_backward(Tensor grad_o, Tensor grad_state, {_INPUTS}) -> ({', '.join(['Tensor'] * 7)})",
+    f"loglinear_attention_backward(Tensor grad_o, Tensor grad_state, {_INPUTS}) -> ({', '.join(['Tensor'] * DIFFERENTIABLE)})",
     _attention_backward,
     _attention_backward_shapes,
 )

@@ -27,13 +27,17 @@ def reference_attention(
     return_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     attention_mask: Tensor | None = None,
+    *,
+    decay_rate: Tensor | None = None,
+    erase_query: Tensor | None = None,
+    erase_key: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-linear attention by its recurrence; the signature of `llcompile.ops.loglinear_attention`.
 
     Args:
-        q, k: `[B, T, G, K]`. v: `[B, T, H, V]`. level_weights: `[B, T, H, L]` or None.
-        log_decay: `[B, T, H]`, `[B, T, H, K]` or `[H]`. beta: `[B, T, H]`.
+        q, k, erase_query, erase_key: `[B, T, G, K]`. v: `[B, T, H, V]`. level_weights: `[B, T, W, L]` or None.
+        log_decay: `[B, T, H]`, `[B, T, H, K]` or `[H]`. decay_rate: `[H, K]`. beta: `[B, T, H]`.
         dtype: what to compute in; float64 is the definition, others measure what the formula loses in that dtype.
 
     Returns:
@@ -41,7 +45,15 @@ def reference_attention(
     """
     if log_decay is not None and log_decay.dim() == 1:
         log_decay = log_decay.expand(*v.shape[:3])
-    operands = [x if x is None else x.to(dtype) for x in (q, k, v, level_weights, log_decay, beta)]
+    given = (q, k, v, level_weights, log_decay, decay_rate, beta, erase_query, erase_key)
+    q, k, v, w, g, rate, b, *erase = (x if x is None else x.to(dtype) for x in given)
+    assert q is not None
+    assert v is not None
+    if rate is not None and g is not None:
+        g = g[..., None] * rate
+    if w is not None:
+        w = w.repeat_interleave(v.shape[2] // w.shape[2], 2)
+    operands = (q, k, v, w, g, b, *erase)
     state = None if initial_state is None else initial_state.to(dtype)
     out = torch.zeros_like(v, dtype=dtype)
     finals = []
@@ -79,6 +91,8 @@ def _sequence(
     w: Tensor | None,
     g: Tensor | None,
     beta: Tensor | None,
+    erase_query: Tensor | None,
+    erase_key: Tensor | None,
     *,
     scale: float,
     initial_state: Tensor | None,
@@ -86,7 +100,11 @@ def _sequence(
     """One sequence: operands `[T, ...]`, state `[1, ...]` -> `o [T, H, V]` and the final state `[1, ...]`."""
     length, heads, value_dim = v.shape
     repeat, key_dim = heads // q.shape[1], q.shape[2]
-    q, k = q.repeat_interleave(repeat, 1), k.repeat_interleave(repeat, 1)  # [T, H, K]
+    q, k, erase_query, erase_key = (
+        x if x is None else x.repeat_interleave(repeat, 1) for x in (q, k, erase_query, erase_key)
+    )  # [T, H, K]
+    assert q is not None
+    assert k is not None
     levels = 1 if w is None else w.shape[-1]
     position = 0
     states = v.new_zeros(heads, levels, key_dim, value_dim)
@@ -98,7 +116,8 @@ def _sequence(
     outputs = []
     for t in range(length):
         decay = None if g is None else g[t].exp()
-        states = recurrence_step(states, position + t, k[t], v[t], decay, None if beta is None else beta[t])
+        others = (None if x is None else x[t] for x in (beta, erase_query, erase_key))
+        states = recurrence_step(states, position + t, k[t], v[t], decay, *others)
         weights = v.new_ones(heads, 1) if w is None else w[t]
         outputs.append(scale * torch.einsum("hl,hk,hlkv->hv", weights, q[t], states))
     out = torch.stack(outputs) if outputs else v[:0]
@@ -108,21 +127,33 @@ def _sequence(
 
 
 def recurrence_step(
-    states: Tensor, position: int, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None
+    states: Tensor,
+    position: int,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    beta: Tensor | None,
+    erase_query: Tensor | None,
+    erase_key: Tensor | None,
 ) -> Tensor:
     """Steps 1 to 3 of decoding: level states `[H, L, K, V]` before a token -> after it.
 
-    k: `[H, K]`, v: `[H, V]`, decay: `[H]` or `[H, K]` (not its logarithm), beta: `[H]`.
+    k, erase_query, erase_key: `[H, K]`, v: `[H, V]`, decay: `[H]` or `[H, K]` (not its logarithm), beta: `[H]`.
     """
     last = states.shape[1] - 1
     if position > 0:  # 1. merge: every level below the one that fills up empties into it
         j = min(trailing_zeros(position) + 1, last)
         merged = states[:, : j + 1].sum(1, keepdim=True)
         states = torch.cat([torch.zeros_like(states[:, :j]), merged, states[:, j + 1 :]], 1)
+    old = states
     if decay is not None:  # 2. the transition acts on every level: decay first, then the correction
         states = states * decay.reshape(decay.shape[0], 1, -1, 1)
     write = k[:, :, None] * v[:, None, :]
-    if beta is not None:
+    if erase_query is not None and erase_key is not None:  # reads what was there before the decay
+        seen = torch.einsum("hk,hlkv->hlv", erase_query, old)
+        erase_key = erase_key if beta is None else beta[:, None] * erase_key
+        states = states - erase_key[:, None, :, None] * seen[:, :, None, :]
+    elif beta is not None:
         seen = torch.einsum("hk,hlkv->hlv", k, states)
         states = states - beta[:, None, None, None] * k[:, None, :, None] * seen[:, :, None, :]
         write = beta[:, None, None] * write

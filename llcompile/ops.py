@@ -28,21 +28,27 @@ def loglinear_attention(
     return_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     attention_mask: Tensor | None = None,
+    *,
+    decay_rate: Tensor | None = None,
+    erase_query: Tensor | None = None,
+    erase_key: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Mix a sequence with (log-)linear attention.
 
     `o_t = scale * sum_l w[t, l] q_t^T S_t^(l)`, where `S_t^(l)` is the contribution of the tokens `s` with
     `bit_length(t XOR s) == l` to the state `S_t = decay * S_{t-1} + k_t v_t^T` (without `beta`) or
-    `S_t = (I - beta k k^T) (decay * S_{t-1}) + beta k v^T` (with it). Head `h` uses group `h // (H // G)`.
+    `S_t = (I - beta k k^T) (decay * S_{t-1}) + beta k v^T` (with it), or, with an erase key of its own,
+    `S_t = (diag(decay) - beta erase_key erase_query^T) S_{t-1} + k v^T`. Head `h` uses group `h // (H // G)`.
 
     Args:
         q: `[B, T, G, K]`; `H % G == 0`.
         k: `[B, T, G, K]`; q, k and v have one floating dtype.
         v: `[B, T, H, V]`.
         level_weights: `[B, T, H, L]`, any floating dtype; the last weight applies to all higher levels. None
-            means that every weight is 1: the linear operator, at linear cost.
+            means that every weight is 1: the linear operator, at linear cost. With `[B, T, W, L]`, where W divides H,
+            `H // W` neighbouring heads share their weights.
         log_decay: `[B, T, H]`, `[B, T, H, K]` or `[H]`, at most 0 (-inf empties the state), any floating dtype.
-        beta: `[B, T, H]`, enables the delta rule.
+        beta: `[B, T, H]`, enables the delta rule, or multiplies the erase key if there is one.
         scale: a plain number.
         initial_state: `[B, H, K, V]` or `[B, H, 1 + L, K, V]` (see `llcompile.kernels.state`); one row per
             sequence with `cu_seqlens`.
@@ -51,6 +57,11 @@ def loglinear_attention(
         cu_seqlens: `[N + 1]` bounds of N sequences packed in a batch of one.
         attention_mask: `[B, T]`, non-zero at real tokens, which must be contiguous in each row. Positions count
             from the first real token. Outputs at padding are 0, and padding does not change the state.
+        decay_rate: `[H, K]`, at least 0: the log decay of a channel is that of the head times its rate. Mamba-1's
+            (arXiv 2312.00752, section 3.2) selective scan is this with `log_decay = -step` and `rate = exp(A_log)`; no
+            tensor `[B, T, H, K]` is needed for it.
+        erase_query, erase_key: `[B, T, G, K]`, both or none, in the dtype of q: what is read from the old state, and
+            where that is removed (a diagonal plus a matrix of rank one, as in RWKV-7, arXiv 2503.14456).
 
     Returns:
         `o [B, T, H, V]` in the dtype of `v`, and the final state or None.
@@ -59,7 +70,8 @@ def loglinear_attention(
         OperandError: an operand's shape, dtype, device or value is wrong.
         StateError: `initial_state` belongs to an operator of another size.
     """
-    _operands.check_sequence(q, k, v, level_weights, log_decay, beta, scale)
+    x = _operands.Operands(q, k, v, level_weights, log_decay, decay_rate, beta, erase_query, erase_key, initial_state)
+    _operands.check_sequence(x, scale)
     if cu_seqlens is not None and attention_mask is not None:
         raise OperandError("cu_seqlens and attention_mask both define the sequences; pass only one of them")
     batch = v.shape[0]
@@ -72,7 +84,7 @@ def loglinear_attention(
         levels = None if level_weights is None else level_weights.shape[-1]
         check_state(initial_state, batch, v.shape[2], q.shape[3], v.shape[3], levels)
         _operands.check_device(v, initial_state=initial_state)
-    given = (q, k, v, level_weights, log_decay, beta, initial_state, float(scale), return_final_state)
+    given = (*x[: _operands.DIFFERENTIABLE], float(scale), return_final_state)
     o, state = torch.ops.llcompile.loglinear_attention(*given, cu_seqlens, attention_mask, revision=_REVISION)
     return o, state if return_final_state else None
 
@@ -86,6 +98,10 @@ def loglinear_attention_step(
     log_decay: Tensor | None = None,
     beta: Tensor | None = None,
     scale: float = 1.0,
+    *,
+    decay_rate: Tensor | None = None,
+    erase_query: Tensor | None = None,
+    erase_key: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Process one token: `loglinear_attention` for `T = 1`, without the axis T.
 
@@ -93,11 +109,13 @@ def loglinear_attention_step(
         q: `[B, G, K]`; `H % G == 0`.
         k: `[B, G, K]`; q, k and v have one floating dtype.
         v: `[B, H, V]`.
-        level_weights: `[B, H, L]` or None.
+        level_weights: `[B, W, L]` or None; W divides H.
         state: `[B, H, K, V]` or `[B, H, 1 + L, K, V]`; zeros are an empty state. Not changed in place.
         log_decay: `[B, H]`, `[B, H, K]` or `[H]`.
-        beta: `[B, H]`, enables the delta rule.
+        beta: `[B, H]`, enables the delta rule, or multiplies the erase key if there is one.
         scale: a plain number.
+        decay_rate: `[H, K]`.
+        erase_query, erase_key: `[B, G, K]`.
 
     Returns:
         `o [B, H, V]` in the dtype of `v`, and the new state, with levels if and only if `level_weights` is given.
@@ -106,13 +124,12 @@ def loglinear_attention_step(
         OperandError: an operand's shape, dtype, device or value is wrong.
         StateError: `state` belongs to an operator of another size.
     """
-    _operands.check_token(q, k, v, level_weights, log_decay, beta, scale)
+    x = _operands.Token(q, k, v, level_weights, state, log_decay, decay_rate, beta, erase_query, erase_key, scale)
+    _operands.check_token(x)
     levels = None if level_weights is None else level_weights.shape[-1]
     if not isinstance(state, Tensor):
         raise OperandError(f"state must be a tensor, got {type(state).__name__}; zeros are an empty state")
     check_state(state, v.shape[0], v.shape[1], q.shape[2], v.shape[2], levels, "state")
     _operands.check_device(v, state=state)
-    o, new_state = torch.ops.llcompile.loglinear_attention_step(
-        q, k, v, level_weights, state, log_decay, beta, float(scale), revision=_REVISION
-    )
+    o, new_state = torch.ops.llcompile.loglinear_attention_step(*x[:-1], float(scale), revision=_REVISION)
     return o, new_state

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 Decay = Literal["none", "scalar", "channel"]
-Correction = Literal["none", "delta"]
+Correction = Literal["none", "delta", "erase"]
 
 # The name that the field gives to the cell when the code at hand does not say more.
 FAMILIES: dict[tuple[Decay, Correction], str] = {
@@ -15,4 +15,7 @@ FAMILIES: dict[tuple[Decay, Correction], str] = {
     ("none", "delta"): "DeltaNet",
     ("scalar", "delta"): "Gated DeltaNet",
     ("channel", "delta"): "Kimi Delta Attention",
+    ("none", "erase"): "DeltaNet with an erase key",
+    ("scalar", "erase"): "Comba",
+    ("channel", "erase"): "RWKV-7",
 }

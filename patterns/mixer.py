@@ -25,7 +25,9 @@ class Mixer:
         key: [B, T, G, K].
         value: [B, T, H, V], G divides H.
         log_decay: [B, T, H] for decay "scalar", [B, T, H, K] for "channel", None for "none"; <= 0.
-        beta: [B, T, H] for correction "delta", else None.
+        decay_rate: [H, K], >= 0: the log decay of a channel is log_decay [B, T, H] times this; or None.
+        beta: [B, T, H] for correction "delta"; for "erase" a factor of the erase key, or None.
+        erase_query, erase_key: [B, T, G, K] for correction "erase", else None.
         initial_state: a linear state [B, H, K, V], a level state [B, H, 1 + L, K, V], or None.
         scale: factor on the query.
         step: True for a single token (no T axis).
@@ -37,7 +39,10 @@ class Mixer:
     key: Any
     value: Any
     log_decay: Any = None
+    decay_rate: Any = None
     beta: Any = None
+    erase_query: Any = None
+    erase_key: Any = None
     initial_state: Any = None
     scale: float = 1.0
     step: bool = False
@@ -47,8 +52,18 @@ class Mixer:
             raise MixerError(f"no family has decay {self.decay!r} and correction {self.correction!r}; see families.py.")
         if (self.decay == "none") != (self.log_decay is None):
             raise MixerError(f"decay {self.decay!r} does not fit a log_decay that is {_given(self.log_decay)}.")
-        if (self.correction == "none") != (self.beta is None):
+        if self.decay_rate is not None and self.decay != "channel":
+            raise MixerError(f"decay {self.decay!r} does not fit rates per channel.")
+        if self.correction != "erase" and (self.correction == "none") != (self.beta is None):
             raise MixerError(f"correction {self.correction!r} does not fit a beta that is {_given(self.beta)}.")
+        for name in ("erase_query", "erase_key"):
+            operand = getattr(self, name)
+            if (self.correction == "erase") != (operand is not None):
+                raise MixerError(f"correction {self.correction!r} does not fit an {name} that is {_given(operand)}.")
+
+    def transition(self) -> tuple[Any, ...]:
+        """The operands of the state's transition, in the operator's order."""
+        return self.log_decay, self.decay_rate, self.beta, self.erase_query, self.erase_key
 
 
 def _given(operand: Any) -> str:
@@ -82,7 +97,13 @@ def validate(mixer: Mixer) -> MixerShape:
     if heads % groups:
         raise MixerError(f"{heads} value heads are not a multiple of {groups} query/key groups.")
     if mixer.log_decay is not None:
-        _expect_tail("log_decay", mixer.log_decay, rank, (heads,) if mixer.decay == "scalar" else (heads, key_dim))
+        per_head = mixer.decay == "scalar" or mixer.decay_rate is not None
+        _expect_tail("log_decay", mixer.log_decay, rank, (heads,) if per_head else (heads, key_dim))
+    if mixer.decay_rate is not None:
+        _expect_tail("decay_rate", mixer.decay_rate, 2, (heads, key_dim))
+    for name in ("erase_query", "erase_key"):
+        if getattr(mixer, name) is not None:
+            _expect_tail(name, getattr(mixer, name), rank, (groups, key_dim))
     if mixer.beta is not None:
         _expect_tail("beta", mixer.beta, rank, (heads,))
     return MixerShape(heads, groups, key_dim, value_dim)

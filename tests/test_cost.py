@@ -26,7 +26,7 @@ def counted(decay: str, correction: str, length: int, weighted: bool) -> int:
     beta = torch.rand(s["B"], length, s["H"]) if correction == "delta" else None
     weights = torch.rand(s["B"], length, s["H"], s["L"]) if weighted else None
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        sequence.forward(Operands(q, k, v, weights, log_decay, beta, None, None), 1.0, False)
+        sequence.forward(Operands(q, k, v, weights, log_decay, beta=beta), 1.0, False)
     return counter.get_total_flops()
 
 

@@ -16,10 +16,12 @@ import llcompile
 from llcompile.commands import cli
 from llcompile.errors import MissingLibraryError, MlirError
 from llcompile.kernels.aten.parallel import parallel_attention
+from llcompile.kernels.operands import Operands
 from llcompile.kernels.reference import reference_attention
 from llcompile.look.look import Look
 from llcompile.look.mlir import to_mlir
 from tests.helpers import small
+from tests.kernels import kernel_cases
 
 DECAYS = {None: None, "fixed": (4,), "scalar": (2, 0, 4), "channel": (2, 0, 4, 5)}
 
@@ -35,12 +37,23 @@ def test_the_parallel_form_is_the_operator(decay: str | None, delta: bool, lengt
     g = None if shape is None else -3 * draw(*(length if n == 0 else n for n in shape))
     beta = draw(2, length, 4) if delta else None
     expected, _ = reference_attention(q, k, v, w, g, beta, 0.5)
-    torch.testing.assert_close(parallel_attention(q, k, v, w, g, beta, 0.5), expected, rtol=1e-10, atol=1e-10)
+    x = Operands(q, k, v, w, g, beta=beta)
+    torch.testing.assert_close(parallel_attention(x, 0.5), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("decay", "delta"), [("rate", False), ("rate", "erase"), (None, "erase"), ("channel", "erase")]
+)
+def test_the_parallel_form_of_rates_and_erase_keys(decay: str | None, delta: bool | str) -> None:
+    x = kernel_cases.operands(13, decay, delta, 5)
+    expected, _ = reference_attention(**x, scale=0.5)
+    torch.testing.assert_close(parallel_attention(Operands(**x), 0.5), expected, rtol=1e-10, atol=1e-10)
 
 
 def test_a_decay_of_zero_empties_the_state() -> None:
     q = torch.ones(1, 3, 1, 1)
-    o = parallel_attention(q, q, q, None, torch.tensor([0.0, -torch.inf, 0.0]).view(1, 3, 1), None, 1.0)
+    x = Operands(q, q, q, None, torch.tensor([0.0, -torch.inf, 0.0]).view(1, 3, 1))
+    o = parallel_attention(x, 1.0)
     assert o.flatten().tolist() == [1.0, 1.0, 2.0]
 
 

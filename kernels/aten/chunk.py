@@ -24,6 +24,8 @@ class ChunkOperands(NamedTuple):
     w: Tensor | None  # [B, G, R, N, C, log2 C + 1]
     g: Tensor  # [B, G, R, N, C, 1 or K]
     beta: Tensor | None  # [B, G, R, N, C]
+    erase_query: Tensor | None  # [B, G, 1, N, C, K]
+    erase_key: Tensor | None
 
 
 class Chunks(NamedTuple):
@@ -43,7 +45,11 @@ def inside(x: ChunkOperands) -> Chunks:
     scores, rows, keys = decay.scores(x.q, x.k), x.q * decay.from_start, x.k * decay.to_end
     kind: Transition = Diagonal()
     p = decay.total
-    if x.beta is not None:
+    if x.erase_query is not None and x.erase_key is not None:
+        kind = Dense()
+        erase_key = x.erase_key if x.beta is None else x.erase_key * x.beta[..., None]
+        scores, rows, p, keys = _erased(x, x.erase_query, erase_key, decay, scores, rows, keys)
+    elif x.beta is not None:
         kind = Dense()
         scores, rows, p, keys = _corrected(x, x.beta, decay, scores, rows, keys)
     if x.w is not None:
@@ -66,5 +72,26 @@ def _corrected(
     scores = qk @ mix
     k_head = x.k * decay.from_start
     keys = mix.mT @ keys
-    diagonal = decay.total.exp().expand(*decay.total.shape[:-1], x.k.shape[-1])
-    return scores, rows - scores @ k_head, torch.diag_embed(diagonal) - keys.mT @ k_head, keys
+    return scores, rows - scores @ k_head, _decayed_identity(x, decay) - keys.mT @ k_head, keys
+
+
+def _erased(
+    x: ChunkOperands, query: Tensor, key: Tensor, decay: Decay, qk: Tensor, rows: Tensor, keys: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """An erase key of its own: what a token removes, `u_t = query_t^T S_{t-1}`, solves a triangular system, too.
+
+    With `A(x, y)` the products of tokens t and s < t, decayed from s to before t, `u = (I + A(query, key))^-1
+    (query S + A(query, k) V)`; a chunk writes `k V - key u`, and reads likewise. `[..., N, C, K]` each; source: the
+    chunk form of RWKV-7 (arXiv 2503.14456, appendix) in the notation of the delta rule's UT transform.
+    """
+    seen, removed, old = decay.scores_before(query, x.k), decay.scores_before(query, key), query * decay.before
+    solve = torch.linalg.solve_triangular  # the diagonal is taken for 1
+    lost = solve(removed, decay.scores(x.q, key), upper=False, unitriangular=True, left=False)
+    tail = solve(removed.mT, key * decay.to_end, upper=True, unitriangular=True)
+    scores, rows, keys = qk - lost @ seen, rows - lost @ old, keys - seen.mT @ tail
+    return scores, rows, _decayed_identity(x, decay) - tail.mT @ old, keys
+
+
+def _decayed_identity(x: ChunkOperands, decay: Decay) -> Tensor:
+    """What whole chunks' decay does to a state, as a matrix `[..., N, K, K]`."""
+    return torch.diag_embed(decay.total.exp().expand(*decay.total.shape[:-1], x.k.shape[-1]))

@@ -28,6 +28,7 @@ class Decay:
             start = torch.cat([left, right + left[..., -1:, :]], -2).flatten(-3, -2)
             end = torch.cat([to_right + right[..., -1:, :], to_end], -2).flatten(-3, -2)
         self.from_start, self.to_end = start.exp(), end.exp()  # up to and with each token; after it
+        self.before = torch.cat([torch.ones_like(self.from_start[..., :1, :]), self.from_start[..., :-1, :]], -2)
         self.total = start[..., -1, :]  # the logarithm of whole chunks' decay
 
     def scores(self, rows: Tensor, k: Tensor) -> Tensor:
@@ -40,6 +41,12 @@ class Decay:
             for i, (from_left, to_right) in enumerate(self.between)
         ]
         return _assembled((rows * k).sum(-1).expand(self.from_start.shape[:-1]), across)
+
+    def scores_before(self, rows: Tensor, k: Tensor) -> Tensor:
+        """As `scores`, with rows that do not see their own token and its decay: strictly causal."""
+        sooner = torch.cat([rows[..., 1:, :], torch.zeros_like(rows[..., :1, :])], -2)
+        scores = self.scores(sooner, k)
+        return torch.cat([torch.zeros_like(scores[..., :1, :]), scores[..., :-1, :]], -2)
 
 
 def _assembled(diagonal: Tensor, across: list[Tensor]) -> Tensor:

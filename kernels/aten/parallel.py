@@ -10,34 +10,38 @@ import torch
 from torch import Tensor
 
 from llcompile.kernels.levels import level_table
+from llcompile.kernels.operands import WITH_TOKENS, Operands
+from llcompile.kernels.state import state_dtype
 
 
-def parallel_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    level_weights: Tensor | None,
-    log_decay: Tensor | None,
-    beta: Tensor | None,
-    scale: float,
-) -> Tensor:
-    """Log-linear attention without states; operands as for `llcompile.ops.loglinear_attention`.
+def parallel_attention(x: Operands, scale: float) -> Tensor:
+    """Log-linear attention without states.
 
     Returns:
         `o [B, T, H, V]` in the dtype of `v`, computed in float32, or in float64 where `v` is.
     """
-    dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
+    x = x.with_weights_per_head()
+    q, k, v, level_weights, log_decay, rate, beta, *erase = x[:WITH_TOKENS]
+    dtype = state_dtype(v.dtype)
     heads, length = v.shape[2], v.shape[1]
     if log_decay is not None and log_decay.dim() == 1:
         log_decay = log_decay.expand(*v.shape[:3])
-    q, k = (_of_heads(x.to(dtype), heads) for x in (q, k))  # [B, H, T, K]
+    if log_decay is not None and rate is not None:
+        log_decay = log_decay[..., None] * rate
+    q, k, *erase = (t if t is None else _of_heads(t.to(dtype), heads) for t in (q, k, *erase))  # [B, H, T, K]
     decays = None if log_decay is None else _decays(log_decay.to(dtype))
     t = torch.arange(length, device=v.device)
     p = _masked(_scores(q, k, decays) * scale, t[:, None] >= t)  # [B, H, T, T]
-    if beta is not None:
-        rate = beta.to(dtype).transpose(1, 2)  # [B, H, T]
-        erased = _masked(_scores(k, k, decays) * rate[..., None], t[:, None] > t)
-        p = p @ _inverse_plus_one(erased) * rate[..., None, :]
+    write = None if beta is None else beta.to(dtype).transpose(1, 2)  # [B, H, T]
+    query, key = erase
+    if query is not None and key is not None:
+        key = key if write is None else key * write[..., None]
+        lost = _masked(_scores(q, key, decays) * scale, t[:, None] >= t)
+        seen, removed = (_before(_masked(_scores(_sooner(query), k_, decays), t[:, None] >= t)) for k_ in (k, key))
+        p = p - lost @ _inverse_plus_one(removed) @ seen
+    elif write is not None:
+        erased = _masked(_scores(k, k, decays) * write[..., None], t[:, None] > t)
+        p = p @ _inverse_plus_one(erased) * write[..., None, :]
     if level_weights is not None:
         p = p * _mask_of_levels(level_weights.to(dtype))
     o = p @ v.to(dtype).transpose(1, 2)
@@ -77,6 +81,16 @@ def _scores(q: Tensor, k: Tensor, decays: Tensor | None) -> Tensor:
         scores = q @ k.transpose(-1, -2)
         return scores if decays is None else scores * decays
     return (q[:, :, :, None] * k[:, :, None] * decays).sum(-1)
+
+
+def _sooner(rows: Tensor) -> Tensor:
+    """Each row one token sooner: a row that reads before its token's decay is the next one of the token before."""
+    return torch.cat([rows.narrow(2, 1, rows.shape[2] - 1), torch.zeros_like(rows.narrow(2, 0, 1))], 2)
+
+
+def _before(scores: Tensor) -> Tensor:
+    """Scores `[B, H, T, T]` of such rows at their own token."""
+    return torch.cat([torch.zeros_like(scores.narrow(2, 0, 1)), scores.narrow(2, 0, scores.shape[2] - 1)], 2)
 
 
 def _masked(x: Tensor, mask: Tensor) -> Tensor:

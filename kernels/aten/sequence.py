@@ -14,7 +14,7 @@ from llcompile.kernels.aten.endpoint import EndPoint
 from llcompile.kernels.aten.tree import arriving, blocks, siblings
 from llcompile.kernels.grid import depth, make_grid
 from llcompile.kernels.layout import Layout
-from llcompile.kernels.operands import Operands
+from llcompile.kernels.operands import DIFFERENTIABLE, Operands
 from llcompile.kernels.rows import from_rows, in_rows, rows_of
 from llcompile.kernels.state import is_level_state, position_of, state_dtype
 
@@ -26,11 +26,11 @@ def forward(x: Operands, scale: float, return_final_state: bool) -> tuple[Tensor
 
 
 def backward(x: Operands, scale: float, grad_o: Tensor, grad_state: Tensor | None) -> list[Tensor | None]:
-    """Gradients of the first seven operands; None where there is no operand, or no gradient."""
+    """Gradients of the differentiable operands; None where there is no operand, or no gradient."""
     dtype = state_dtype(x.v.dtype)
     with torch.inference_mode(False), torch.enable_grad():  # an operator runs below autograd; this lifts it above
-        inputs = [None if t is None else t.detach().to(dtype).requires_grad_() for t in x[:7]]
-        results = _run(Operands(*inputs, *x[7:]), scale, grad_state is not None)  # type: ignore[call-arg, arg-type]
+        inputs = [None if t is None else t.detach().to(dtype).requires_grad_() for t in x[:DIFFERENTIABLE]]
+        results = _run(Operands(*inputs, *x[DIFFERENTIABLE:]), scale, grad_state is not None)  # type: ignore[arg-type]
         given = grad_o.to(dtype), grad_state
         asked = [(t, d) for t, d in zip(results, given, strict=True) if d is not None and t.requires_grad]
         if not asked:
@@ -47,11 +47,20 @@ def _run(x: Operands, scale: float, final_state: bool) -> tuple[Tensor, Tensor]:
         rows = rows_of(x)
         o, state = _run(in_rows(x, rows), scale, final_state)
         return from_rows(o, rows), state
-    call = Call(x)
+    call = Call(_per_head(x))
     if call.empty:
         return x.v.new_zeros(x.v.shape, dtype=call.dtype), call.unchanged_state() if final_state else call.no_state()
     o, state = call.run(final_state)
     return o * scale, state
+
+
+def _per_head(x: Operands) -> Operands:
+    """With level weights for each head, and a log decay for each channel in place of rates."""
+    x = x.with_weights_per_head()
+    if x.decay_rate is None or x.log_decay is None:
+        return x
+    g = x.log_decay.to(state_dtype(x.v.dtype)).expand(x.v.shape[:3])
+    return x._replace(log_decay=g[..., None] * x.decay_rate, decay_rate=None)
 
 
 class Call(Layout):
@@ -82,7 +91,8 @@ class Call(Layout):
         q, k = self._chunked(x.q), self._chunked(x.k)
         v, g = self._per_head(x.v), self._per_head(g if g.dim() == 4 else g[..., None])
         beta = None if x.beta is None else self._per_head(x.beta)
-        r = inside(ChunkOperands(q[:, :, None], k[:, :, None], v, inner, g, beta))
+        erase = [None if t is None else self._chunked(t)[:, :, None] for t in (x.erase_query, x.erase_key)]
+        r = inside(ChunkOperands(q[:, :, None], k[:, :, None], v, inner, g, beta, *erase))
         contributions = r.keys.mT @ r.values
         if w is None:
             o, state = self._linear(r, contributions)

@@ -15,7 +15,7 @@ def step(token: Token) -> tuple[Tensor, Tensor]:
     Returns:
         `o [B, H, V]` in the dtype of `v` and the new state, of the kind that the level weights ask for.
     """
-    q, k, v, w, state, log_decay, beta, scale = token
+    q, k, v, w, state, log_decay, rate, beta, erase_query, erase_key, scale = token
     dtype = state_dtype(v.dtype)
     qf, kf, vf = q.to(dtype), k.to(dtype), v.to(dtype)
     state, position = in_levels(state.to(dtype), None if w is None else w.shape[-1]), None
@@ -24,21 +24,25 @@ def step(token: Token) -> tuple[Tensor, Tensor]:
     else:
         states, position = unpack_state(state)  # [B, H, L, K, V]
         states = merge(states, position)
+    old = states
     if log_decay is not None:
-        states = states * _decay(log_decay.to(dtype), v)
+        states = states * _decay(log_decay.to(dtype), rate, v)
     batch, heads = v.shape[:2]
     repeat = heads // max(q.shape[1], 1)
     grouped = (batch, q.shape[1], repeat, *states.shape[2:])  # [B, G, R, L, K, V]: heads by their q, k group
-    k_row, q_row = (x[:, :, None, None, None, :] for x in (kf, qf))
+    q_row = qf[:, :, None, None, None, :]
     write = (kf[:, :, None, :, None] * vf.reshape(batch, -1, repeat, 1, v.shape[-1])).reshape(
         batch, heads, *states.shape[3:]
     )
-    if beta is not None:
-        bf = beta.to(dtype)[:, :, None, None]
-        seen = (k_row @ states.reshape(grouped)).reshape(batch, heads, -1, v.shape[-1])  # [B, H, L, V]
-        erase = (bf * seen).reshape(*grouped[:4], 1, v.shape[-1])
-        states = states - (kf[:, :, None, None, :, None] * erase).reshape(states.shape)
-        write = bf * write
+    if beta is not None or erase_key is not None:
+        bf = v.new_ones(1, dtype=dtype) if beta is None else beta.to(dtype)[:, :, None, None]
+        looked, reader, place = (states, kf, kf)
+        if erase_query is not None and erase_key is not None:  # it reads what was there before the decay
+            looked, reader, place = old, erase_query.to(dtype), erase_key.to(dtype)
+        seen = (reader[:, :, None, None, None, :] @ looked.reshape(grouped)).reshape(batch, heads, -1, v.shape[-1])
+        erase = (bf * seen).reshape(*grouped[:4], 1, v.shape[-1])  # [B, G, R, L, 1, V]
+        states = states - (place[:, :, None, None, :, None] * erase).reshape(states.shape)
+        write = write if erase_key is not None else bf * write
     first = states[:, :, 0] + write
     states = torch.cat([first[:, :, None], states[:, :, 1:]], 2)
     read = (q_row @ states.reshape(grouped)).reshape(batch, heads, -1, v.shape[-1])  # [B, H, L, V]
@@ -47,9 +51,9 @@ def step(token: Token) -> tuple[Tensor, Tensor]:
     return (o * scale).to(v.dtype, copy=True), new_state
 
 
-def _decay(log_decay: Tensor, v: Tensor) -> Tensor:
+def _decay(log_decay: Tensor, rate: Tensor | None, v: Tensor) -> Tensor:
     """The decay as a factor of `[B, H, L, K, V]`."""
-    decay = log_decay.exp()
-    if decay.dim() == 1:
-        decay = decay.expand(v.shape[:2])
+    if log_decay.dim() == 1:
+        log_decay = log_decay.expand(v.shape[:2])
+    decay = (log_decay if rate is None else log_decay[..., None] * rate).exp()
     return decay.reshape(*v.shape[:2], 1, -1, 1)

@@ -32,7 +32,7 @@ def forward(x: Operands, scale: float, return_final_state: bool) -> tuple[Tensor
 
 
 def backward(x: Operands, scale: float, grad_o: Tensor, grad_state: Tensor | None) -> list[Tensor | None]:
-    """Gradients of the first seven operands; None where there is no operand."""
+    """Gradients of the differentiable operands; None where there is no operand."""
     run = _Run(x, scale)
     d = describe(x, grad_state is not None)
     # Parts of a group's heads, enough for all threads: each sums gradients of q and k, [parts, B, T, G, K], by itself.
@@ -54,7 +54,7 @@ def backward(x: Operands, scale: float, grad_o: Tensor, grad_state: Tensor | Non
     if per_head and d_g is not None:
         d_g = d_g.sum((0, 1))
     d_q, d_k = (t.sum(0) if grouped else t[0] for t in shared)
-    return [d_q, d_k, d_v, d_weights, d_g, d_beta, run.initial_gradient(d_initial)]
+    return [d_q, d_k, d_v, d_weights, d_g, None, d_beta, None, None, run.initial_gradient(d_initial)]
 
 
 def step(token: Token) -> tuple[Tensor, Tensor]:
@@ -62,7 +62,7 @@ def step(token: Token) -> tuple[Tensor, Tensor]:
 
     Raises `StateError` where a row's position is damaged or cannot be counted further.
     """
-    q, k, v, w, state, log_decay, beta, scale = token
+    q, k, v, w, state, log_decay, _, beta, *_, scale = token
     d = describe_step(token)
     dtype = state_dtype(v.dtype)
     given = in_levels(state if state.dtype == dtype else state.to(dtype), d.levels)

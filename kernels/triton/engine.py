@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from llcompile.kernels.operands import Operands
+from llcompile.kernels.operands import DIFFERENTIABLE, Operands
 from llcompile.kernels.triton.call import Call
 from llcompile.kernels.triton.schedule import GRADIENTS, OUTPUT, STATES
 
@@ -28,8 +28,8 @@ def backward(x: Operands, scale: float, grad_o: Tensor, grad_state: Tensor | Non
     call = Call(x, scale, grad_state is not None)
     if call.empty:
         if grad_state is None or x.initial_state is None or x.v.shape[0] == 0:
-            return [None] * 7
-        return [None] * 6 + [call.unchanged_state_grad(grad_state)]
+            return [None] * DIFFERENTIABLE
+        return [None] * (DIFFERENTIABLE - 1) + [call.unchanged_state_grad(grad_state)]
     call.operand("output_gradient", grad_o)
     if grad_state is not None and call.d.weighted:
         call.arguments["level_gradients"] = call._final_grad(call.with_tokens(grad_state)).contiguous()
@@ -48,7 +48,8 @@ def _operand_gradients(call: Call, grad_state: Tensor | None) -> list[Tensor | N
     if g is not None and call.x.log_decay is not None and call.x.log_decay.dim() == 1:
         g = g.sum((0, 1))
     state = _initial_gradient(call, grad_state)
-    return [q, k, found["value_gradients"], found.get("weight_gradients"), g, found.get("beta_gradients"), state]
+    v, w, beta = (found.get(f"{name}_gradients") for name in ("value", "weight", "beta"))
+    return [q, k, v, w, g, None, beta, None, None, state]
 
 
 def _initial_gradient(call: Call, grad_state: Tensor | None) -> Tensor | None:

@@ -18,7 +18,7 @@ from llcompile.kernels.triton.launch import Launch, kernels_of
 
 def step(token: Token) -> tuple[Tensor, Tensor]:
     """Absorb one token and read out, as `aten.token.step`."""
-    q, k, v, w, state, log_decay, beta, scale = token
+    q, k, v, w, state, log_decay, _, beta, *_, scale = token
     d = Description.of(describe_step(token))
     batch, heads = v.shape[:2]
     old = in_levels(state.float(), d.levels).contiguous()

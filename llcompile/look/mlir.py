@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 
 from llcompile.errors import LevelWeightsIgnoredWarning, MissingLibraryError, MlirError
 from llcompile.kernels.aten.parallel import parallel_attention
+from llcompile.kernels.operands import DIFFERENTIABLE, Operands
 from llcompile.look.findings import Findings
 
 # Our names for the dialects, and torch-mlir's.
@@ -104,8 +105,9 @@ def _decomposed(program: ExportedProgram) -> ExportedProgram:
     if not calls:
         raise MlirError("nothing was rewritten in it, so there is no operator to show")
     for node in calls:
-        name, initial_state, keeps_state = node.target._schema.name, node.args[6:7], node.args[8:9]
-        packed = any(x is not None for x in node.args[9:])
+        at = DIFFERENTIABLE
+        name, initial_state, keeps_state = node.target._schema.name, node.args[at - 1 : at], node.args[at + 1 : at + 2]
+        packed = any(x is not None for x in node.args[at + 2 :])
         if name != _SEQUENCE or initial_state != (None,) or keeps_state != (False,) or packed:
             raise MlirError(
                 f"{name} with states or packed sequences has no parallel form; use an example without a cache "
@@ -117,11 +119,9 @@ def _decomposed(program: ExportedProgram) -> ExportedProgram:
         return program.run_decompositions(table)
 
 
-def _parallel(
-    q: Tensor, k: Tensor, v: Tensor, w: Tensor | None, decay: Tensor | None, beta: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor]:
-    _, scale, *_ = rest
-    return parallel_attention(q, k, v, w, decay, beta, scale), q.new_empty(0)
+def _parallel(*given: Any) -> tuple[Tensor, Tensor]:
+    x, scale = Operands(*given[:DIFFERENTIABLE]), given[DIFFERENTIABLE]
+    return parallel_attention(x, scale), x.q.new_empty(0)
 
 
 def _called(mixer: str | None) -> str:

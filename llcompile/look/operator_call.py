@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from llcompile.kernels.description import describe, describe_step
-from llcompile.kernels.operands import Operands, Token
+from llcompile.kernels.operands import DIFFERENTIABLE, Operands, Token
 from llcompile.look.mixer_look import OperandSizes, OperatorCall
 from llcompile.torch_internals.sizes import size_hint
 
@@ -45,14 +45,17 @@ def _call(node: fx.Node, name: str) -> OperatorCall:
     given = [a.meta["example_value"] if isinstance(a, fx.Node) else a for a in node.args]
     q, k, v, weights = (_fixed(x) for x in given[:4])
     if name == _STEP:
-        state, decay, beta = (_fixed(x) for x in given[4:7])
-        description = describe_step(Token(q, k, v, weights, state, decay, beta, scale=1.0))
+        description = describe_step(Token(*(_fixed(x) for x in given[: len(Token._fields) - 1])))
         q, v = q[:, None], v[:, None]
     else:
-        decay, beta, state = (_fixed(x) for x in given[4:7])
+        tensors = [_fixed(x) for x in given[:DIFFERENTIABLE]]
         # Sequences that do not fill their rows run packed: a start and a length each.
-        spans = (torch.empty(v.shape[0], device="meta"),) * 2 if any(x is not None for x in given[9:]) else ()
-        description = describe(Operands(q, k, v, weights, decay, beta, state, *spans), bool(given[8]))
+        spans = (
+            (torch.empty(v.shape[0], device="meta"),) * 2
+            if any(x is not None for x in given[DIFFERENTIABLE + 2 :])
+            else ()
+        )
+        description = describe(Operands(*tensors, *spans), bool(given[DIFFERENTIABLE + 1]))
     sizes = OperandSizes(v.shape[0], v.shape[1], v.shape[2], q.shape[2], q.shape[3], v.shape[3])
     return OperatorCall(name, sizes, None if weights is None else int(weights.shape[-1]), description)
 

@@ -102,7 +102,7 @@ def call_operator(
     if state is not None and call.single:
         output, final = _call_step(mixer, level_weights, state)
     else:
-        operands = (mixer.query, mixer.key, mixer.value, level_weights, mixer.log_decay, mixer.beta)
+        operands = (mixer.query, mixer.key, mixer.value, level_weights, *mixer.transition())
         rest = (state, mixer.scale, call.wants_state)
         s = sequences
         where = () if s is None else (s.cu_seqlens, s.attention_mask, s.seq_idx)
@@ -115,8 +115,8 @@ def call_operator(
 
 def _call_step(mixer: Mixer, level_weights: Any, state: Any) -> tuple[Any, Any]:
     step = torch.ops.llcompile.loglinear_attention_step
-    operands = [mixer.query, mixer.key, mixer.value, level_weights, mixer.log_decay, mixer.beta]
-    if not mixer.step:
-        operands = [None if x is None else x.squeeze(1) for x in operands]
+    operands = [mixer.query, mixer.key, mixer.value, level_weights, *mixer.transition()]
+    if not mixer.step:  # rates have no axis of time
+        operands = [x if x is None or x is mixer.decay_rate else x.squeeze(1) for x in operands]
     result = step(*operands[:4], state, *operands[4:], mixer.scale)
     return result[0] if mixer.step else result[0].unsqueeze(1), result[1]

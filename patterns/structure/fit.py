@@ -219,7 +219,7 @@ def output_of(probe: Probe, hypothesis: Hypothesis, changed: Mapping[LiveIn, Ten
     """What the hypothesis computes on the probe's draw, with some live-ins changed, as [T, everything else]."""
     size, values = probe.sizing.of, {**probe.values, **(changed or {})}
     m = hypothesis.mixer(values, size, probe.dtype)
-    operands = m.query, m.key, m.value, None, m.log_decay, m.beta, m.initial_state
+    operands = (m.query, m.key, m.value, None, *m.transition(), m.initial_state)
     # Operands that fit no call of the operator are another hypothesis'.
     with portable(), running(probe.subgraph.result):
         output = torch.ops.llcompile.loglinear_attention(*operands, m.scale, False)[0]

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
+from llcompile.kernels.operands import DIFFERENTIABLE
+from llcompile.kernels.operands import Operands as _Operands
 from llcompile.kernels.reference import reference_attention
 from llcompile.ops import loglinear_attention
 
-NAMES = ("q", "k", "v", "level_weights", "log_decay", "beta", "initial_state")
-DECAYS = (None, "head", "token", "channel")
+NAMES = _Operands._fields[:DIFFERENTIABLE]
+DECAYS = (None, "head", "token", "channel", "rate")
 Operands = dict[str, Tensor | None]
 
 
 def operands(
     length: int,
     decay: str | None = "token",
-    delta: bool = False,
+    delta: bool | Literal["erase"] = False,
     levels: int | None = 12,
     state: str | None = None,
     batch: int = 2,
@@ -27,7 +31,7 @@ def operands(
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
 ) -> Operands:
-    """Random operands; keys have unit length so that the delta rule contracts."""
+    """Random operands; keys have unit length so that the delta rule contracts, and an erase key nearly does."""
     make = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -38,8 +42,14 @@ def operands(
     x: Operands = {"q": q, "k": k, "v": normal(batch, length, heads, value_dim)}
     x["level_weights"] = None if levels is None else normal(batch, length, heads, levels)
     shapes = {"head": (heads,), "token": (batch, length, heads), "channel": (batch, length, heads, key_dim)}
-    x["log_decay"] = None if decay is None else -normal(*shapes[decay]).abs() * 0.2
+    shape = shapes["token" if decay == "rate" else decay] if decay else ()
+    x["log_decay"] = None if decay is None else -normal(*shape).abs() * 0.2
+    x["decay_rate"] = 2 * torch.rand(heads, key_dim, dtype=torch.float64, generator=make) if decay == "rate" else None
     x["beta"] = 2 * torch.rand(batch, length, heads, dtype=torch.float64, generator=make) if delta else None
+    x["erase_query"] = x["erase_key"] = None
+    if delta == "erase":
+        x["erase_query"] = torch.nn.functional.normalize(normal(batch, length, groups, key_dim), dim=-1)
+        x["erase_key"] = 0.5 * x["erase_query"] + 0.1 * normal(batch, length, groups, key_dim)
     x["initial_state"] = None
     if state == "linear":
         x["initial_state"] = normal(batch, heads, key_dim, value_dim)

@@ -222,7 +222,7 @@ def test_a_call_only_allocates_and_launches(delta, levels):
     q, k, v = (torch.empty(1, 500, 2, 64, device="meta", dtype=torch.bfloat16) for _ in range(3))
     w = None if levels is None else torch.empty(1, 500, 2, levels, device="meta")
     g, b = torch.empty(1, 500, 2, device="meta"), torch.empty(1, 500, 2, device="meta")
-    x = Operands(q, k, v, w, g, b if delta else None, None, None)
+    x = Operands(q, k, v, w, g, beta=b if delta else None)
     d = Description.of(describe(x, False))
     for name in kernel_names(d):
         kernels_of(d, DEFAULT)[name].function = Nothing()

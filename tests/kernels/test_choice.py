@@ -56,7 +56,7 @@ def engine(monkeypatch):
 def calls():
     """A forward pass, a backward pass and a step."""
     x = Operands(*operands(20, dtype=torch.float32, delta=True, levels=6).values(), None)
-    token = (*(t[:, 0] for t in x[:4]), empty_state(2, 4, 5, 3, 6), x.log_decay[:, 0], x.beta[:, 0], 1.0)
+    token = (*(t[:, 0] for t in x[:4]), empty_state(2, 4, 5, 3, 6), x.log_decay[:, 0], None, x.beta[:, 0])
     return {
         "forward": lambda: choice.forward(x, 1.0, False)[0],
         "backward": lambda: choice.backward(x, 1.0, x.v, None)[2],

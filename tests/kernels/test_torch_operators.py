@@ -6,20 +6,24 @@ import pytest
 import torch
 import torch._dynamo.testing
 
+from llcompile.kernels.operands import Token
 from llcompile.ops import loglinear_attention, loglinear_attention_step
 from llcompile.torch_internals.sources import source_tag
 from tests.kernels.kernel_cases import NAMES, operands
 
 
 @pytest.mark.parametrize("levels", [None, 4])
-@pytest.mark.parametrize(("decay", "delta"), [("token", False), ("channel", True), (None, False)])
+@pytest.mark.parametrize(
+    ("decay", "delta"), [("token", False), ("channel", True), (None, False), ("rate", False), ("channel", "erase")]
+)
 def test_opcheck(decay, delta, levels):
     """Schema, autograd registration, shape functions, and dynamic shapes under AOTAutograd."""
     x = operands(7, decay, delta, levels, "linear")
     tensors = [x[n] if x[n] is None else x[n].requires_grad_() for n in NAMES]
     torch.library.opcheck(torch.ops.llcompile.loglinear_attention.default, (*tensors, 0.7, True))
-    q, k, v, w, g, beta = (t if t is None else t[:, 0].detach().requires_grad_() for t in tensors[:6])
-    arguments = (q, k, v, w, tensors[6], g, beta, 0.7)
+    token = {n: t if t is None or t.dim() < 3 else t[:, 0].detach().requires_grad_() for n, t in x.items()}
+    token["state"], token["scale"] = x["initial_state"], 0.7
+    arguments = tuple(token[n] for n in Token._fields)
     torch.library.opcheck(torch.ops.llcompile.loglinear_attention_step.default, arguments)
 
 

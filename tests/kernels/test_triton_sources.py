@@ -392,7 +392,7 @@ def test_what_fails_on_a_gpu(on_gpu, monkeypatch, caplog, what, sweep):
     calls = {
         "forward": lambda: choice.forward(x, 1.0, False)[0],
         "backward": lambda: choice.backward(x, 1.0, x.v, None)[2],
-        "step": lambda: choice.step(Token(*token, x.beta[:, 0], 1.0))[0],
+        "step": lambda: choice.step(Token(*token, beta=x.beta[:, 0]))[0],
     }
     with choice.use("aten"):
         want = calls[sweep]()

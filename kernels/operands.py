@@ -36,7 +36,7 @@ class Operands(NamedTuple):
     starts: Tensor | None = None
 
     def map_tokens(self, f: Callable[[Tensor], Tensor]) -> Operands:
-        """With `f` applied to each operand that has tokens `[B, T, ...]`; a decay `[H]` and rates `[H, K]` have none."""
+        """With `f` applied to each operand that has tokens `[B, T, ...]`; decays `[H]` and rates have none."""
         mapped = (t if t is None or t.dim() < 3 else f(t) for t in self[:WITH_TOKENS])
         return Operands(*mapped, *self[WITH_TOKENS:])  # type: ignore[arg-type]
 
@@ -61,8 +61,8 @@ WITH_TOKENS = DIFFERENTIABLE - 1
 class Token(NamedTuple):
     """What a step takes: one token of each row, and the state before it.
 
-    `q`, `k`, `erase_query`, `erase_key` are `[B, G, K]`, `v` `[B, H, V]`, `level_weights` `[B, W, L]` or None, `log_decay`
-    `[B, H]`, `[B, H, K]` or `[H]`, `decay_rate` `[H, K]`, `beta` `[B, H]`. The state is as `state` has it.
+    `q`, `k`, `erase_query`, `erase_key` are `[B, G, K]`, `v` `[B, H, V]`, `level_weights` `[B, W, L]` or None,
+    `log_decay` `[B, H]`, `[B, H, K]` or `[H]`, `decay_rate` `[H, K]`, `beta` `[B, H]`. The state is as `state` has it.
     """
 
     q: Tensor
@@ -278,8 +278,8 @@ def _check_decay_rate(x: Operands | Token, lead: str) -> None:
         )
     if can_look(rate) and rate.numel() and float(rate.detach().amin()) < 0:
         raise OperandError(
-            f"decay_rate must be at least 0, its smallest value is {float(rate.detach().amin()):.4g}; log_decay has the "
-            "sign (Mamba-1 holds A = -exp(A_log) and a step of at least 0: pass -step and exp(A_log))"
+            f"decay_rate must be at least 0, its smallest value is {float(rate.detach().amin()):.4g}; log_decay "
+            "has the sign (Mamba-1 holds A = -exp(A_log) and a step of at least 0: pass -step and exp(A_log))"
         )
 
 

@@ -162,14 +162,14 @@ def _attention_gradient(ctx: Any, grad_o: Tensor, grad_state: Tensor) -> tuple[A
 
 def _save_step(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     *tensors, ctx.scale, ctx.revision = inputs
-    token = Token(*tensors)
-    ctx.save_for_backward(*token._replace(state=_own(token.state))[: len(tensors)])
+    at = Token._fields.index("state")
+    ctx.save_for_backward(*tensors[:at], _own(tensors[at]), *tensors[at + 1 :])
 
 
 def _step_gradient(ctx: Any, grad_o: Tensor, grad_state: Tensor) -> tuple[Any, ...]:
     """A step is the operator on one token, so its gradient is that operator's."""
     token = Token(*ctx.saved_tensors)
-    one = Operands(*(getattr(token, name) for name in Operands._fields[:WITH_TOKENS]), token.state)
+    one = Operands(**{name: getattr(token, name) for name in Operands._fields[:WITH_TOKENS]}, initial_state=token.state)
     # A decay per head alone, and rates, have no batch axis to put time behind.
     moved = [i for i, x in enumerate(one[:WITH_TOKENS]) if x is not None and x.dim() > 1 and x is not one.decay_rate]
     longer = [x.unsqueeze(1) if i in moved and x is not None else x for i, x in enumerate(one[:DIFFERENTIABLE])]
@@ -187,8 +187,10 @@ def _present(inputs: Any, grads: Any) -> list[Tensor | None]:
     return [None if x is None else grad for x, grad in zip(inputs, grads, strict=True)]
 
 
+_GRADIENTS = ", ".join(["Tensor"] * DIFFERENTIABLE)
+
 torch_operator.define(
-    f"loglinear_attention_backward(Tensor grad_o, Tensor grad_state, {_INPUTS}) -> ({', '.join(['Tensor'] * DIFFERENTIABLE)})",
+    f"loglinear_attention_backward(Tensor grad_o, Tensor grad_state, {_INPUTS}) -> ({_GRADIENTS})",
     _attention_backward,
     _attention_backward_shapes,
 )

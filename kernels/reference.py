@@ -46,14 +46,12 @@ def reference_attention(
     if log_decay is not None and log_decay.dim() == 1:
         log_decay = log_decay.expand(*v.shape[:3])
     given = (q, k, v, level_weights, log_decay, decay_rate, beta, erase_query, erase_key)
-    q, k, v, w, g, rate, b, *erase = (x if x is None else x.to(dtype) for x in given)
-    assert q is not None
-    assert v is not None
+    q_, k_, v_, w, g, rate, *others_ = (x if x is None else x.to(dtype) for x in given)
     if rate is not None and g is not None:
         g = g[..., None] * rate
     if w is not None:
         w = w.repeat_interleave(v.shape[2] // w.shape[2], 2)
-    operands = (q, k, v, w, g, b, *erase)
+    operands = (q_, k_, v_, w, g, *others_)
     state = None if initial_state is None else initial_state.to(dtype)
     out = torch.zeros_like(v, dtype=dtype)
     finals = []
@@ -100,11 +98,8 @@ def _sequence(
     """One sequence: operands `[T, ...]`, state `[1, ...]` -> `o [T, H, V]` and the final state `[1, ...]`."""
     length, heads, value_dim = v.shape
     repeat, key_dim = heads // q.shape[1], q.shape[2]
-    q, k, erase_query, erase_key = (
-        x if x is None else x.repeat_interleave(repeat, 1) for x in (q, k, erase_query, erase_key)
-    )  # [T, H, K]
-    assert q is not None
-    assert k is not None
+    q, k = q.repeat_interleave(repeat, 1), k.repeat_interleave(repeat, 1)  # [T, H, K]
+    erase = [x if x is None else x.repeat_interleave(repeat, 1) for x in (erase_query, erase_key)]
     levels = 1 if w is None else w.shape[-1]
     position = 0
     states = v.new_zeros(heads, levels, key_dim, value_dim)
@@ -116,7 +111,7 @@ def _sequence(
     outputs = []
     for t in range(length):
         decay = None if g is None else g[t].exp()
-        others = (None if x is None else x[t] for x in (beta, erase_query, erase_key))
+        others = (None if x is None else x[t] for x in (beta, *erase))
         states = recurrence_step(states, position + t, k[t], v[t], decay, *others)
         weights = v.new_ones(heads, 1) if w is None else w[t]
         outputs.append(scale * torch.einsum("hl,hk,hlkv->hv", weights, q[t], states))

@@ -24,9 +24,10 @@ def counted(decay: str, correction: str, length: int, weighted: bool) -> int:
     tail = {"none": None, "scalar": (), "channel": (s["K"],)}[decay]
     log_decay = None if tail is None else -torch.rand(s["B"], length, s["H"], *tail)
     beta = torch.rand(s["B"], length, s["H"]) if correction == "delta" else None
+    erase = {"erase_query": q, "erase_key": 0.1 * q} if correction == "erase" else {}
     weights = torch.rand(s["B"], length, s["H"], s["L"]) if weighted else None
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        sequence.forward(Operands(q, k, v, weights, log_decay, beta=beta), 1.0, False)
+        sequence.forward(Operands(q, k, v, weights, log_decay, beta=beta, **erase), 1.0, False)
     return counter.get_total_flops()
 
 
@@ -39,7 +40,7 @@ def test_operations_are_those_that_torch_counts(family: tuple[str, str], weighte
         assert estimate == pytest.approx(counted(decay, correction, length, weighted), rel=0.02)
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=str)
+@pytest.mark.parametrize("family", [*FAMILIES, ("rate", "none")], ids=str)
 def test_a_log_linear_mixer_grows_with_the_logarithm(family: tuple[str, str]) -> None:
     linear, loglinear = costs(*family)
     at = {n: loglinear.at({**SIZES, "C": 64, "T": n}) for n in (2**12, 2**13, 2**14)}

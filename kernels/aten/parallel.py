@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llcompile.kernels.levels import level_table
-from llcompile.kernels.operands import WITH_TOKENS, Operands
+from llcompile.kernels.operands import Operands
 from llcompile.kernels.state import state_dtype
 
 
@@ -21,20 +21,20 @@ def parallel_attention(x: Operands, scale: float) -> Tensor:
         `o [B, T, H, V]` in the dtype of `v`, computed in float32, or in float64 where `v` is.
     """
     x = x.with_weights_per_head()
-    q, k, v, level_weights, log_decay, rate, beta, *erase = x[:WITH_TOKENS]
+    v, level_weights, log_decay, rate, beta = x.v, x.level_weights, x.log_decay, x.decay_rate, x.beta
     dtype = state_dtype(v.dtype)
     heads, length = v.shape[2], v.shape[1]
     if log_decay is not None and log_decay.dim() == 1:
         log_decay = log_decay.expand(*v.shape[:3])
     if log_decay is not None and rate is not None:
         log_decay = log_decay[..., None] * rate
-    q, k, *erase = (t if t is None else _of_heads(t.to(dtype), heads) for t in (q, k, *erase))  # [B, H, T, K]
+    q, k = (_of_heads(t.to(dtype), heads) for t in (x.q, x.k))  # [B, H, T, K]
     decays = None if log_decay is None else _decays(log_decay.to(dtype))
     t = torch.arange(length, device=v.device)
     p = _masked(_scores(q, k, decays) * scale, t[:, None] >= t)  # [B, H, T, T]
     write = None if beta is None else beta.to(dtype).transpose(1, 2)  # [B, H, T]
-    query, key = erase
-    if query is not None and key is not None:
+    if x.erase_query is not None and x.erase_key is not None:
+        query, key = (_of_heads(t.to(dtype), heads) for t in (x.erase_query, x.erase_key))
         key = key if write is None else key * write[..., None]
         lost = _masked(_scores(q, key, decays) * scale, t[:, None] >= t)
         seen, removed = (_before(_masked(_scores(_sooner(query), k_, decays), t[:, None] >= t)) for k_ in (k, key))

@@ -90,6 +90,8 @@ class Loop(nn.Module):
 def families(place: Place = CPU) -> Iterator[Outcome]:
     """A row for each family, on code of ours that needs no library."""
     for (decay, correction), name in FAMILIES.items():
+        if correction == "erase":
+            continue
         yield _row(name, partial(_family, decay, correction, place))
 
 

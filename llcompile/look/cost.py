@@ -15,9 +15,8 @@ from typing import Any
 
 import sympy
 
-from llcompile.kernels.description import CHUNK
+from llcompile.kernels.description import CHUNK, Correction, Decay
 from llcompile.look.mixer_look import MixerLook
-from llcompile.patterns.families import Correction, Decay
 
 B, T, H, G, K, V, C, L, E = sympy.symbols("B T H G K V C L E", positive=True, integer=True)
 SYMBOLS = {
@@ -100,13 +99,16 @@ def cost_of(mixer: MixerLook) -> MixerCost | None:
 @lru_cache(maxsize=16)
 def costs(decay: Decay, correction: Correction) -> tuple[Cost, Cost]:
     """The costs of a family: of the linear operator, and of the log-linear one."""
-    delta = correction == "delta"
+    if decay == "rate" and correction == "none":
+        return _scan()
+    delta = correction != "none"
     read = H * 2 * K * V
     # The query is pulled back through each block that it has read, but for the last one.
     pulls = (BLOCKS - sympy.Rational(1, 2)) * H * 2 * K**2 if delta else 0
-    linear = _chunks(decay, delta) + _carry(delta, weighted=False) + read
-    loglinear = _chunks(decay, delta) + _carry(delta, weighted=True) + BLOCKS * read + pulls
-    operands = E * (2 * G * K + 2 * H * V + (H if delta else 0)) + _decay_bytes(decay)
+    linear = _chunks(decay, correction) + _carry(delta, weighted=False) + read
+    loglinear = _chunks(decay, correction) + _carry(delta, weighted=True) + BLOCKS * read + pulls
+    erase = 2 * G * K if correction == "erase" else 0
+    operands = E * (2 * G * K + 2 * H * V + erase + (H if delta else 0)) + _decay_bytes(decay)
     chunk_states = _STATE * H * (K * V + (K * K if delta else 0)) / C
     # A chunk's state is written and read; a tree reads two blocks and writes one, and each chunk reads its blocks.
     return (
@@ -119,20 +121,33 @@ def costs(decay: Decay, correction: Correction) -> tuple[Cost, Cost]:
     )
 
 
+def _scan() -> tuple[Cost, Cost]:
+    """The costs of rates without a correction: no matrix products, each token updates and reads the states it has."""
+    occupied = log2(T) / 2 + 1
+    write, level = 2 * H * K * V, 3 * H * K * V  # a level decays (1) and is read (2)
+    operands, state = E * (2 * G * K + 2 * H * V) + 4 * H, _STATE * B * H * K * V
+    return (
+        Cost(_over(write + level), _over(operands), state),
+        Cost(_over(write + occupied * level), _over(operands + _STATE * L), state * (log2(T) + 1)),
+    )
+
+
 def _over(per_token: Any) -> Any:
     """For all tokens, with what all terms share in front."""
     return B * T * sympy.collect(sympy.expand(per_token), [H, G])
 
 
-def _chunks(decay: Decay, delta: bool) -> Any:
+def _chunks(decay: Decay, correction: Correction) -> Any:
     """Inside a chunk: scores, their products with values, and the chunk's contribution to the state."""
     # Decays per channel are applied to pairs, of which half are in the future; else a tile of all pairs is one product.
-    pairs = (C - 1) * K if decay == "channel" else 2 * C * K
-    scores = (H if decay == "channel" else G) * pairs  # heads of a group have the same ones before decay
+    channel = decay in ("channel", "rate")
+    pairs = (C - 1) * K if channel else 2 * C * K
+    scores = (H if channel else G) * pairs  # heads of a group have the same ones before decay
     operations = scores + H * (2 * C * V + 2 * K * V)
-    if delta:
-        # Scores of keys; their triangle's inverse, multiplied with scores and keys; effective queries; the transition.
-        operations += scores + H * (2 * C**2 + 2 * C * K + 2 * C * K + 2 * K**2)
+    if correction != "none":
+        # Scores of keys (an erase key: of both readers and both writers); their triangle's inverse, multiplied with
+        # scores and keys; effective queries; the transition.
+        operations += (3 if correction == "erase" else 1) * scores + H * (2 * C**2 + 2 * C * K + 2 * C * K + 2 * K**2)
     return operations
 
 
@@ -142,4 +157,4 @@ def _carry(delta: bool, weighted: bool) -> Any:
 
 
 def _decay_bytes(decay: Decay) -> Any:
-    return 4 * {"none": sympy.Integer(0), "scalar": H, "channel": H * K}[decay]
+    return 4 * {"none": sympy.Integer(0), "scalar": H, "channel": H * K, "rate": H}[decay]

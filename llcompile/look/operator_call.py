@@ -43,18 +43,15 @@ def _operator(node: fx.Node) -> str:
 
 def _call(node: fx.Node, name: str) -> OperatorCall:
     given = [a.meta["example_value"] if isinstance(a, fx.Node) else a for a in node.args]
-    q, k, v, weights = (_fixed(x) for x in given[:4])
+    q, _, v, weights = (_fixed(x) for x in given[:4])
     if name == _STEP:
         description = describe_step(Token(*(_fixed(x) for x in given[: len(Token._fields) - 1])))
         q, v = q[:, None], v[:, None]
     else:
         tensors = [_fixed(x) for x in given[:DIFFERENTIABLE]]
         # Sequences that do not fill their rows run packed: a start and a length each.
-        spans = (
-            (torch.empty(v.shape[0], device="meta"),) * 2
-            if any(x is not None for x in given[DIFFERENTIABLE + 2 :])
-            else ()
-        )
+        packed = any(x is not None for x in given[DIFFERENTIABLE + 2 :])
+        spans = (torch.empty(v.shape[0], device="meta"),) * 2 if packed else ()
         description = describe(Operands(*tensors, *spans), bool(given[DIFFERENTIABLE + 1]))
     sizes = OperandSizes(v.shape[0], v.shape[1], v.shape[2], q.shape[2], q.shape[3], v.shape[3])
     return OperatorCall(name, sizes, None if weights is None else int(weights.shape[-1]), description)

@@ -21,6 +21,7 @@ def operands(decay: str = "none", correction: str = "none", step: bool = False) 
     decays = {"none": None, "scalar": torch.zeros(B, *time, H), "channel": torch.zeros(B, *time, H, K)}
     beta = torch.zeros(B, *time, H) if correction == "delta" else None
     value = torch.zeros(B, *time, H, V)
+    erase = q if correction == "erase" else None
     return {
         "decay": decay,
         "correction": correction,
@@ -29,6 +30,8 @@ def operands(decay: str = "none", correction: str = "none", step: bool = False) 
         "value": value,
         "log_decay": decays[decay],
         "beta": beta,
+        "erase_query": erase,
+        "erase_key": erase,
         "step": step,
     }
 
@@ -53,6 +56,8 @@ def test_it_is_frozen() -> None:
         (("none", "none"), {"log_decay": torch.zeros(B, T, H)}, "decay 'none' does not fit a log_decay that is given"),
         (("none", "delta"), {"beta": None}, "correction 'delta' does not fit a beta that is absent"),
         (("none", "none"), {"beta": torch.zeros(B, T, H)}, "correction 'none' does not fit a beta that is given"),
+        (("none", "erase"), {"erase_key": None}, "correction 'erase' does not fit an erase_key that is absent"),
+        (("scalar", "none"), {"decay_rate": torch.zeros(H, K)}, "decay 'scalar' does not fit rates per channel"),
     ],
 )
 def test_what_contradicts_itself_is_not_made(family: tuple[str, str], change: dict[str, Any], message: str) -> None:

@@ -66,7 +66,15 @@ def report_of(session: Session) -> Report:
         untouched=tuple(session.untouched),
         graphs=1,
         breaks=() if broken is None else (GraphBreak(*broken),),
-        remarks=() if session.candidates else tuple(_one_token(session)),
+        remarks=(*map(_stopped, session.stopped), *(() if session.candidates else _one_token(session))),
+    )
+
+
+def _stopped(where: str) -> str:
+    """What was not looked at."""
+    return (
+        f"the search for hand-written mixers ended at {where}, after the most steps that a graph of this size may take; "
+        "what comes after it was not looked at. Compile its layers one by one, and please report the model"
     )
 
 

@@ -73,7 +73,7 @@ def report_of(session: Session) -> Report:
 def _stopped(where: str) -> str:
     """What was not looked at."""
     return (
-        f"the search for hand-written mixers ended at {where}, after the most steps that a graph of this size may take; "
+        f"the search for hand-written mixers ended at {where}, after as many steps as a graph of this size may take; "
         "what comes after it was not looked at. Compile its layers one by one, and please report the model"
     )
 

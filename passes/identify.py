@@ -11,6 +11,7 @@ from llcompile.patterns.graph.regions import Region
 from llcompile.patterns.mechanisms import attention, convolutions, loops, pooling, scans, time_mixing, unnamed
 from llcompile.patterns.mechanisms.facts import Facts
 from llcompile.patterns.mechanisms.found import Found
+from llcompile.patterns.reasons import looks_both_ways
 from llcompile.patterns.records import Untouched
 from llcompile.patterns.structure.program import Value
 from llcompile.patterns.structure.record import record
@@ -24,6 +25,7 @@ MIXERS: tuple[Finder, ...] = (attention.find, scans.find, loops.find)
 HELPERS: tuple[Finder, ...] = (convolutions.find, time_mixing.find)
 # What is named only where nothing else in the module is, in this order: most mixers have such a thing inside.
 REST: tuple[tuple[Finder, ...], ...] = ((pooling.find,), (unnamed.find,))
+_BIDIRECTIONAL = "bidirectional linear attention"
 
 
 def identify(session: Session) -> int:
@@ -33,6 +35,9 @@ def identify(session: Session) -> int:
     for region in session.regions:
         with boundary("the mechanisms of a graph"):
             _name(session, region, records, rest)
+    both = [missed for missed in session.near_misses if looks_both_ways(missed.code)]
+    records.update({(m.module, _BIDIRECTIONAL): Untouched(m.module, _BIDIRECTIONAL, m.where) for m in both})
+    session.near_misses = [missed for missed in session.near_misses if missed not in both]
     said = {r.module for r in records.values()} | {m.module for m in session.near_misses}
     said |= {candidate.module for candidate in session.candidates}
     for found in rest:
@@ -40,7 +45,7 @@ def identify(session: Session) -> int:
         records.update(new)
         said |= {module for module, _ in new}
     session.untouched = list(records.values())
-    named = {record.module for record in session.untouched}
+    named = {record.module for record in session.untouched if record.kind != _BIDIRECTIONAL}
     session.refused.extend(missed for missed in session.near_misses if missed.module not in named)
     return len(records)
 

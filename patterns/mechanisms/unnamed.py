@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from llcompile.patterns.mechanisms.facts import Facts, node_of
 from llcompile.patterns.mechanisms.found import Found
 from llcompile.patterns.mechanisms.pooling import COUNTS, RUNNING
+from llcompile.patterns.mechanisms.vocabulary import PRODUCTS
 from llcompile.patterns.structure.program import Value
 
 _KIND = "unnamed time mixing"
 
 
 def find(facts: Facts) -> Iterator[Found]:
-    """Every product of two activations that is summed over positions, and every running sum that meets a query."""
+    """Every product that is summed over positions, and every running sum that meets a query."""
     for value in facts.values:
         if value in facts.activations and _joins(facts, value) and not _counts(facts, value):
             yield Found(node_of(value), _KIND, frozenset((value,)))
@@ -22,9 +23,7 @@ def find(facts: Facts) -> Iterator[Found]:
 def _joins(facts: Facts, value: Value) -> bool:
     if value.op is None or not value.dtype.is_floating_point:
         return False
-    if facts.names[value] in RUNNING or facts.factors(value) is not None:
-        return facts.times.mixes(value.op)
-    return False
+    return (facts.names[value] in RUNNING or facts.names[value] in PRODUCTS) and facts.times.mixes(value.op)
 
 
 def _counts(facts: Facts, value: Value) -> bool:

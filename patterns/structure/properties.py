@@ -54,6 +54,9 @@ def explain(measured: Observations, rejection: Rejection) -> tuple[Rejection, bo
 
 
 def _is_causal(m: Observations) -> GivenReason | None:
+    reached = [] if m.value is None else m.reach(m.value, m.length - 1)
+    if reached and reached[0] == 0 and m.query is not None:  # the values of all later tokens, not of some
+        return reasons.BIDIRECTIONAL(output=0, input=m.length - 1)
     for live_in in m.timed:
         for position in (m.middle, m.length - 1):
             ahead = m.looks_ahead(live_in, position)

@@ -58,7 +58,7 @@ def cubed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def ahead(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return (q @ k.mT).triu() @ v
+    return (q @ k.mT).tril(1) @ v
 
 
 def softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

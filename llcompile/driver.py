@@ -136,6 +136,7 @@ def _converted(candidate: Candidate) -> Converted:
         key_dim=candidate.shape.key_dim,
         value_dim=candidate.shape.value_dim,
         level_weights="none" if weights is None else weights.kind,
+        weight_sets=0 if weights is None else weights.heads,
         where=candidate.where,
         notes=candidate.all_notes,
     )

@@ -118,7 +118,9 @@ def _converted_table(records: tuple[Converted, ...]) -> Table:
     for r in records:
         sizes = f"{r.heads} x {r.key_dim} x {r.value_dim}"
         proof = f"{r.certificate.max_error:.1e} {r.certificate.dtype}"
-        table.add_row(r.module or "(root)", r.family, sizes, r.origin, proof, r.level_weights, f"{r.parameters:,}")
+        shared = "" if r.weight_sets in (0, r.heads) else f", {r.heads // r.weight_sets} heads share each"
+        weights = r.level_weights + shared
+        table.add_row(r.module or "(root)", r.family, sizes, r.origin, proof, weights, f"{r.parameters:,}")
     return table
 
 

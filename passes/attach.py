@@ -51,17 +51,17 @@ def _attach(session: Session, candidate: Candidate, owner: nn.Module) -> None:
     settings, shape = session.settings, candidate.shape
     assert shape is not None
     weights = settings.find(owner, candidate.attribute)
-    if weights is not None and weights.heads != shape.heads and not _serves_all(weights, candidate):
+    if weights is not None and weights.heads != shape.level_heads and not _serves_all(weights, candidate):
         raise LevelWeightsError(
             f"{candidate.module}.{candidate.attribute} was made for {weights.heads} heads and an input of width "
-            f"{weights.in_features}, but the mixer at {candidate.where} has {shape.heads} heads. "
+            f"{weights.in_features}, but the mixer at {candidate.where} needs them for {shape.level_heads}. "
             "Call llcompile.revert(model) and convert it again."
         )
     role, width = _find_source(candidate, owner, weights)
     if not candidate.open:
         return
     if weights is None:
-        weights = settings.make(settings.kind if width else "static", shape.heads, settings.levels, width, owner)
+        weights = settings.make(settings.kind if width else "static", shape.level_heads, settings.levels, width, owner)
         if not settings.dry_run:
             settings.attach(owner, candidate.attribute, weights)
             session.attached.append((owner, candidate.attribute))

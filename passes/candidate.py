@@ -144,7 +144,7 @@ class CallCandidate(Candidate):
 
     def values(self) -> list[fx.Node]:
         """As `Candidate.values`: the argument that has them."""
-        return self._nodes([self.captured.entry.tensor_with("V").name])
+        return self._nodes([self.captured.entry.value.name])
 
     def _nodes(self, names: list[str]) -> list[fx.Node]:
         return [n for n in (self.node.kwargs.get(name) for name in names) if isinstance(n, fx.Node)]

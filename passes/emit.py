@@ -93,7 +93,7 @@ def level_weights(
     like: Callable[[], Any],
     dtype: torch.dtype,
 ) -> Any:
-    """Writes w [B, T, H, L]; None for the linear operator.
+    """Writes w [B, T, W, L]; None for the linear operator.
 
     Args:
         session, candidate: whose.

@@ -14,6 +14,7 @@ from llcompile.passes.emit import kept, level_weights, padding_mask, weight_inpu
 from llcompile.passes.placing import is_changed
 from llcompile.passes.session import Session
 from llcompile.patterns.graph.regions import Region
+from llcompile.patterns.known import KnownFunction
 from llcompile.patterns.known.lower import lower, lower_call
 
 
@@ -63,13 +64,19 @@ def write_call(session: Session, candidate: CallCandidate, inputs: dict[tuple[in
             candidate,
             tensors,
             lambda x: as_proxy(read.get(x, x)),
-            lambda: as_proxy(value) if candidate.has_time else as_proxy(value).unsqueeze(1),
+            lambda: _by_token(entry, as_proxy(value), value.meta["example_value"].dim()),
             value.meta["example_value"].dtype,
         )
         if weights is not None and not candidate.has_time:
             weights = weights.squeeze(1)
         result = lower(entry, call.with_values(values), call, weights, padding_mask(candidate, as_proxy))
     _replace(candidate.region, node, result)
+
+
+def _by_token(entry: KnownFunction, value: fx.Proxy, rank: int) -> fx.Proxy:
+    """The values as [B, T, ...]."""
+    time = entry.time_axis(rank)
+    return value.unsqueeze(1) if time is None else value.transpose(1, time)
 
 
 def _saved(candidate: CallCandidate) -> frozenset[fx.Node]:

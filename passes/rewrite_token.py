@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -32,7 +33,7 @@ def write_token(session: Session, candidate: TokenCandidate, inputs: dict[tuple[
                 lambda: _empty(part, as_proxy(output)),  # noqa: B023
                 dtype,
             )
-            result = _weigh(part, as_proxy(output), weights)
+            result = _weigh(part, as_proxy(output), weights, candidate.level_weights.heads)
         nodes = list(output.graph.nodes)
         for user in [user for user in output.users if user not in candidate.written]:
             user.replace_input_with(output, result.node)
@@ -41,9 +42,11 @@ def write_token(session: Session, candidate: TokenCandidate, inputs: dict[tuple[
         effects.place(result.node, fresh, like=output)
 
 
-def _weigh(part: TokenPart, output: fx.Proxy, weights: Any) -> Any:
-    """The output times the weights of level 0 (w [B, 1, H, L])."""
+def _weigh(part: TokenPart, output: fx.Proxy, weights: Any, sets: int) -> Any:
+    """The output times the weights of level 0 (w [B, 1, W, L], of W sets)."""
     place = part.place
+    heads = math.prod(part.sizes[id(dim)] for dim in place.heads)
+    weights = weights if sets == heads else weights.repeat_interleave(heads // sets, 2)
     first = weights[..., 0].unsqueeze(-1).to(part.output.meta["example_value"].dtype)
     groups: list[Axis] = [place.batch, (), place.heads, ()]
     return output * arrange(first, groups, place.axes, _size_of(part, output))

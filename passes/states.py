@@ -14,6 +14,7 @@ from llcompile.passes.session import Session
 from llcompile.patterns import reasons
 from llcompile.patterns.known.arguments import is_level_state
 from llcompile.patterns.known.state_check import state_problem
+from llcompile.patterns.known.state_layout import to_operator
 from llcompile.torch_internals.inputs import input_value
 
 
@@ -63,10 +64,9 @@ def adopt(session: Session) -> list[CallCandidate]:
         if not isinstance(candidate, CallCandidate) or not candidate.open or candidate.level_weights is None:
             continue
         tensor = _tensor(candidate)
-        if tensor is None or tensor.dim() != 4:
+        if tensor is None or is_level_state(tensor):
             continue
-        linear = tensor.detach().float()
-        linear = linear.transpose(-1, -2) if candidate.captured.entry.is_value_first(candidate.call.values) else linear
+        linear = to_operator(tensor.detach().float(), candidate.captured.entry.state_axes(candidate.call.values))
         levels = candidate.level_weights.levels
         state = linear.new_zeros(*linear.shape[:2], 1 + levels, *linear.shape[2:])
         state[:, :, -1] = linear

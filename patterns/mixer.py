@@ -70,6 +70,11 @@ def _given(operand: Any) -> str:
     return "absent" if operand is None else "given"
 
 
+# Heads of width one that share a query and a key are the channels of what others would call a head: as many of them as
+# a usual head is wide share their level weights.
+CHANNELS = 64
+
+
 @dataclass(frozen=True)
 class MixerShape:
     """The sizes of a mixer: heads H, groups G, key width K, value width V."""
@@ -78,6 +83,18 @@ class MixerShape:
     groups: int
     key_dim: int
     value_dim: int
+
+    @property
+    def level_heads(self) -> int:
+        """W, how many sets of level weights there are, each for H // W neighbouring heads (docs/level-weights.md).
+
+        One for each head. For heads of width one that share a query and a key (Mamba-1's channels), one for each 64 of
+        them, or one for all where 64 does not divide their number: level weights of their own would be as large as the
+        states.
+        """
+        if self.value_dim > 1 or self.groups == self.heads:
+            return self.heads
+        return self.heads // CHANNELS if self.heads % CHANNELS == 0 else 1
 
 
 def validate(mixer: Mixer) -> MixerShape:

@@ -49,6 +49,7 @@ class ModelCertificate:
 class Converted:
     """A mixer that was rewritten. `parameters` counts the new level weights; `origin` is "function" or "graph".
 
+    `weight_sets` of level weights serve the heads; as many neighbouring heads share each (docs/level-weights.md).
     `notes` list what holds for this graph only, such as an unrolled length or constants read at compile time.
     """
 
@@ -63,6 +64,7 @@ class Converted:
     key_dim: int
     value_dim: int
     level_weights: str = "none"
+    weight_sets: int = 0
     where: str = ""
     notes: tuple[str, ...] = ()
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from llcompile.patterns.known import Arguments, KnownFunction
-from llcompile.patterns.known.arguments import axis_size, is_level_state
+from llcompile.patterns.known.arguments import axis_size
 from llcompile.patterns.known.entry import Draw
 
 # Values as real models have them: log decays whose sum over a chunk is a few units, gates inside (0, 1).
@@ -35,7 +35,7 @@ def small_sizes(sizes: Mapping[str, Any]) -> dict[str, int]:
     groups = min(int(sizes.get("G", sizes["H"])), 2)
     ratio = int(sizes["H"]) // int(sizes.get("G", sizes["H"]))
     small["G"], small["H"] = groups, groups * min(ratio, 3)
-    small["K"], small["V"] = min(int(sizes["K"]), 16), min(int(sizes["V"]), 12)
+    small["K"], small["V"] = min(int(sizes["K"]), 16), min(int(sizes.get("V", 1)), 12)
     return small
 
 
@@ -48,9 +48,9 @@ def draw_call(entry: KnownFunction, call: Arguments, seed: int, length: int) -> 
         given = call[tensor.name]
         if isinstance(given, torch.Tensor):
             # A state of ours is drawn as the linear one that it stands for.
-            axes = entry.axes(tensor, 4 if is_level_state(given) else given.dim(), call.values)
+            axes = entry.state_axes(call.values) if tensor.is_state else entry.axes(tensor, given.dim(), call.values)
             assert axes is not None
-            kind = "step_before_softplus" if tensor.draw == "step" and call["dt_softplus"] else tensor.draw
+            kind = "step_before_softplus" if tensor.draw == "step" and call[entry.softplus] else tensor.draw
             values[tensor.name] = _draw(kind, axes, sizes, generator)
     return values
 

@@ -103,8 +103,10 @@ class KnownFunction:
             `fx.Proxy` objects alike.
         result: (arguments, output, final state) -> the function's return value (skip connection, casts, tuples).
         returns_state: constant that requests the final state, if any.
+        final_state: axes of the final state of a function that takes none.
         writes_state: argument that the function overwrites with the final state, if any.
         value_first: constants that turn the state from [..., K, V] to [..., V, K] when they are set.
+        softplus: constant that says whether the step sizes go through a softplus, if any.
         opaque: the function launches kernels that a compiler cannot trace: a declined call must break the graph.
         references: used in the proof if the function itself cannot run.
     """
@@ -122,8 +124,10 @@ class KnownFunction:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     requires: Callable[[Arguments], str | None] | None = None
     returns_state: str | None = None
+    final_state: str = ""
     writes_state: str | None = None
     value_first: tuple[str, ...] = ()
+    softplus: str = "dt_softplus"
     opaque: bool = False
     references: tuple[Reference, ...] = ()
 
@@ -134,10 +138,10 @@ class KnownFunction:
 
     def axes(self, tensor: Tensor, rank: int, values: Mapping[str, Any]) -> tuple[str, ...] | None:
         """The axes of a tensor argument of the given rank in a call with these constants; None for a wrong rank."""
-        axes = next((layout for layout in tensor.layouts() if len(layout) == rank), None)
-        if axes is not None and tensor.is_state and any(values.get(name) for name in self.value_first):
-            return (*axes[:-2], axes[-1], axes[-2])
-        return axes
+        if tensor.is_state:
+            axes = self.state_axes(values)
+            return axes if len(axes) == rank else None
+        return next((layout for layout in tensor.layouts() if len(layout) == rank), None)
 
     @property
     def state(self) -> str:
@@ -145,12 +149,20 @@ class KnownFunction:
         return next((t.name for t in self.tensors if t.is_state), "")
 
     def state_axes(self, values: Mapping[str, Any]) -> tuple[str, ...]:
-        """The axes of a call's linear state, which are also those of the final one; () where it has none."""
-        return next((self.axes(t, 4, values) or () for t in self.tensors if t.is_state), ())
+        """The axes of a call's linear state, which are also those of the final one; () where it has none.
 
-    def is_value_first(self, values: Mapping[str, Any]) -> bool:
-        """Whether a call's linear state is [B, H, V, K], which the operator has as [B, H, K, V]."""
-        return self.state_axes(values)[-1:] == ("K",)
+        Where a function takes states of several layouts, it has the one of its values' layout.
+        """
+        layouts = next((t.layouts() for t in self.tensors if t.is_state), [tuple(self.final_state.split())])
+        number = self._variant(values) if len(layouts) > 1 else 0
+        axes = layouts[number]
+        return (*axes[:-2], axes[-1], axes[-2]) if any(values.get(name) for name in self.value_first) else axes
+
+    def _variant(self, values: Mapping[str, Any]) -> int:
+        """Which of their layouts a call's values have."""
+        value = values.get(self.value.name)
+        ranks = [len(layout) for layout in self.value.layouts()]
+        return ranks.index(value.dim()) if isinstance(value, torch.Tensor) and value.dim() in ranks else 0
 
     def wants_state(self, arguments: Arguments) -> bool:
         """Whether this call needs the final state."""
@@ -160,9 +172,18 @@ class KnownFunction:
         """The call's argument of this role, or None."""
         return next((arguments[n] for n, r in self.packing.items() if r == role and arguments[n] is not None), None)
 
-    def tensor_with(self, axis: str) -> Tensor:
-        """The first tensor that has the given axis last (its value, for "V")."""
-        return next(t for t in self.tensors if not t.is_state and t.axes.split()[-1] == axis)
+    @property
+    def value(self) -> Tensor:
+        """The tensor of its values: the first that has the axis "V" last, or else (values of width one) heads."""
+        first = lambda fits: next((t for t in self.tensors if not t.is_state and fits(t.layouts()[0])), None)  # noqa: E731
+        found = first(lambda axes: axes[-1] == "V") or first(lambda axes: {"B", "H"} <= {*axes})
+        assert found is not None, f"{self.function} has no values"
+        return found
+
+    def time_axis(self, rank: int) -> int | None:
+        """Which axis of its values, and of its output, is time; None for a single token."""
+        axes = self.axes(self.value, rank, {})
+        return axes.index("T") if axes is not None and "T" in axes else None
 
     def signature_problem(self, function: Callable[..., Any]) -> str | None:
         """What the signature of `function` has that this entry was not written for, or None."""

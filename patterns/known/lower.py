@@ -11,6 +11,7 @@ import torch
 import llcompile.kernels.operators  # noqa: F401  (registers torch.ops.llcompile)
 from llcompile.patterns.known import Arguments, KnownFunction
 from llcompile.patterns.known.arguments import is_level_state, read_call
+from llcompile.patterns.known.state_layout import OPERATOR, from_operator, to_operator
 from llcompile.patterns.mixer import Mixer
 
 
@@ -22,9 +23,14 @@ def lower_call(entry: KnownFunction, function: Callable[..., Any], given: Mappin
         levels = None
     weights = None
     if levels is not None:
-        value = arguments[entry.tensor_with("V").name]
-        weights = value.new_ones(*value.shape[:-1], levels, dtype=torch.float32)
+        weights = ones_like_weights(entry, arguments, levels)
     return lower(entry, arguments, arguments, weights)
+
+
+def ones_like_weights(entry: KnownFunction, arguments: Arguments, levels: int) -> Any:
+    """Level weights of 1 for a call, [B, T, H, L] ([B, H, L] for a step)."""
+    sizes = [arguments.sizes[name] for name in "BTH" if name in arguments.sizes]
+    return arguments[entry.value.name].new_ones(*sizes, levels, dtype=torch.float32)
 
 
 def lower(entry: KnownFunction, arguments: Arguments, example: Arguments, level_weights: Any, mask: Any = None) -> Any:
@@ -34,7 +40,7 @@ def lower(entry: KnownFunction, arguments: Arguments, example: Arguments, level_
         entry: the function's entry.
         arguments: the values to compute on: tensors, or proxies.
         example: the same call on tensors (real or fake), for everything that depends on shapes.
-        level_weights: [B, T, H, L] (or [B, H, L] for a step), or None for the linear operator.
+        level_weights: [B, T, W, L] (or [B, W, L] for a step), or None for the linear operator.
         mask: [B, T], non-zero at tokens that are no padding, or None.
     """
     sequences = sequences_of(entry, arguments, mask)
@@ -42,7 +48,7 @@ def lower(entry: KnownFunction, arguments: Arguments, example: Arguments, level_
         own_state=is_level_state(example[entry.state]),
         single=_is_single_token(example) and sequences is None,
         wants_state=entry.wants_state(example),
-        value_first=entry.is_value_first(example.values),
+        state_axes=entry.state_axes(example.values) or OPERATOR,
     )
     output, state = call_operator(entry.bind(arguments), level_weights, call, sequences)
     if entry.writes_state is not None:
@@ -77,13 +83,13 @@ class OperatorCall:
         own_state: a state that comes in has levels.
         single: it is one token.
         wants_state: a state goes out.
-        value_first: the code's own linear states are [B, H, V, K].
+        state_axes: the axes of the code's own linear states (see state_layout.py).
     """
 
     own_state: bool = False
     single: bool = False
     wants_state: bool = False
-    value_first: bool = False
+    state_axes: tuple[str, ...] = OPERATOR
 
 
 def _is_single_token(example: Arguments) -> bool:
@@ -98,7 +104,7 @@ def call_operator(
     """One call of `llcompile::loglinear_attention` or of its step; the output and the final state."""
     state = mixer.initial_state
     if state is not None and not call.own_state:
-        state = state.float().transpose(-1, -2) if call.value_first else state.float()
+        state = to_operator(state.float(), call.state_axes)
     if state is not None and call.single:
         output, final = _call_step(mixer, level_weights, state)
     else:
@@ -110,7 +116,7 @@ def call_operator(
         output, final = result[0], result[1]
     if not call.wants_state:
         return output, None
-    return output, final.transpose(-1, -2) if level_weights is None and call.value_first else final
+    return output, from_operator(final, call.state_axes) if level_weights is None else final
 
 
 def _call_step(mixer: Mixer, level_weights: Any, state: Any) -> tuple[Any, Any]:

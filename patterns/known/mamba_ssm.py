@@ -1,4 +1,4 @@
-"""Known functions of mamba_ssm (read from 2.3.2): the SSD chunk scan and its single step.
+"""Known functions of mamba_ssm (read from 2.3.2): the selective scan, the SSD chunk scan, and the single step of both.
 
 Transformers calls them through functions of its own, which its table knows; these entries are for models built on
 mamba_ssm itself. Its `mamba_split_conv1d_scan_combined` (projection split, convolution, scan, norm and output
@@ -9,11 +9,13 @@ inside a larger function. Build the block with use_mem_eff_path=False to have th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from llcompile.patterns.known import selective
 from llcompile.patterns.known.binders import ssd, ssd_step, ssd_step_tensors
 from llcompile.patterns.known.entry import Arguments, KnownFunction, Reference, Tensor
 from llcompile.patterns.mixer import Mixer
@@ -24,7 +26,30 @@ def _scan(a: Arguments) -> Mixer:
 
 
 def _step(a: Arguments) -> Mixer:
-    return ssd_step(a, "x", torch.float32)
+    if _has_heads(a):
+        return ssd_step(a, "x", torch.float32)
+    dt = selective.time_step(a, "dt", "dt_bias", "dt_softplus", torch.float32)
+    return selective.selective_step(a, "x", dt, "state")
+
+
+def _has_heads(a: Arguments) -> bool:
+    """Whether a single step is Mamba-2's, and not that of Mamba-1's channels."""
+    return a.ranks["x"] == 3
+
+
+def _selective_scan(a: Arguments) -> Mixer:
+    dt = selective.time_step(a, "delta", "delta_bias", "delta_softplus", torch.float32)
+    return selective.selective_scan(a, "u", dt)
+
+
+def _selective_scan_result(a: Arguments, output: Any, state: Any) -> Any:
+    output = selective.by_channel(output, step=False)
+    if a["D"] is not None:
+        output = output + a["u"].float() * a["D"].float().unsqueeze(-1)
+    if a["z"] is not None:
+        output = output * F.silu(a["z"].float())
+    output = output.to(a.dtypes["u"])
+    return (output, state) if a["return_last_state"] else output
 
 
 def _skip_and_gate(a: Arguments, output: Any) -> Any:
@@ -43,7 +68,14 @@ def _scan_result(a: Arguments, output: Any, state: Any) -> Any:
 
 
 def _step_result(a: Arguments, output: Any, state: Any) -> Any:
-    return _skip_and_gate(a, output)
+    if _has_heads(a):
+        return _skip_and_gate(a, output)
+    output = selective.by_channel(output, step=True)
+    if a["D"] is not None:
+        output = output + a["x"].float() * a["D"].float()
+    if a["z"] is not None:
+        output = output * F.silu(a["z"].float())
+    return output.to(a.dtypes["x"])
 
 
 def _whole(reference: Callable[..., Any], a: Mapping[str, Any]) -> Any:
@@ -93,9 +125,33 @@ _SCAN_TENSORS = (
     Tensor("dt_bias", "H", "step_bias"),
     Tensor("initial_states", "B H V K", "state"),
 )
+# Of Mamba-2's heads, or of Mamba-1's channels.
+_STEP_TENSORS = tuple(
+    replace(tensor, axes=f"{tensor.axes}|{axes}")
+    for tensor, axes in zip(
+        ssd_step_tensors("x", skip="H V"),
+        ("B H K", "B H", "B H", "H K", "B K", "B K", "H", "B H", "H"),
+        strict=True,
+    )
+)
 _STEP_REFERENCE = "mamba_ssm.ops.triton.selective_state_update:selective_state_update_ref"
 
 ENTRIES: tuple[KnownFunction, ...] = (
+    KnownFunction(
+        library="mamba_ssm",
+        function="selective_scan_fn",
+        family="Mamba-1 (selective scan)",
+        tensors=selective.scan_tensors("u", "delta"),
+        constants=("delta_softplus", "return_last_state"),
+        requires=selective.is_complex,
+        softplus="delta_softplus",
+        bind=_selective_scan,
+        result=_selective_scan_result,
+        returns_state="return_last_state",
+        final_state="B H K",
+        opaque=True,
+        references=(Reference("mamba_ssm.ops.selective_scan_interface:selective_scan_ref"),),
+    ),
     KnownFunction(
         library="mamba_ssm",
         function="mamba_chunk_scan_combined",
@@ -118,8 +174,8 @@ ENTRIES: tuple[KnownFunction, ...] = (
     KnownFunction(
         library="mamba_ssm",
         function="selective_state_update",
-        family="Mamba-2 (SSD)",
-        tensors=ssd_step_tensors("x", skip="H V"),
+        family="Mamba (single step)",
+        tensors=_STEP_TENSORS,
         constants=("dt_softplus",),
         refuses={"state_batch_indices": "keeps its states in the rows of a larger table"},
         bind=_step,

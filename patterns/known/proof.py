@@ -20,7 +20,8 @@ from llcompile.patterns.known.arguments import is_level_state, read_call
 from llcompile.patterns.known.capture import CapturedFunction
 from llcompile.patterns.known.draws import draw_call
 from llcompile.patterns.known.entry import Arguments
-from llcompile.patterns.known.lower import lower
+from llcompile.patterns.known.lower import lower, ones_like_weights
+from llcompile.patterns.known.state_layout import from_operator, to_operator
 from llcompile.patterns.reasons import GivenReason
 from llcompile.patterns.records import Certificate
 
@@ -90,7 +91,7 @@ class _Proof:
     def __init__(self, captured: CapturedFunction, call: Arguments, weighted: bool, original: Original) -> None:
         self.entry, self.plain, self.call = captured.entry, captured.plain, call
         self.weighted, self.original = weighted, original
-        self.state, self.value_first = self.entry.state, self.entry.is_value_first(call.values)
+        self.state, self.state_axes = self.entry.state, self.entry.state_axes(call.values)
 
     def outcome(self) -> Certificate | GivenReason:
         """The certificate, or why there is none; raises what the original raises."""
@@ -160,10 +161,7 @@ class _Proof:
             ours[self.state] = self._split_over_levels(ours[self.state], seed)
         expected = self._results(self.original.run(**theirs), theirs)
         call = read_call(self.entry, self.plain, ours)
-        weights = None
-        if self.weighted:
-            value = call[self.entry.tensor_with("V").name]
-            weights = torch.ones(*value.shape[:-1], LEVELS, dtype=torch.float32)
+        weights = ones_like_weights(self.entry, call, LEVELS).float() if self.weighted else None
         return [x.cpu() for x in expected], self._results(lower(self.entry, call, call, weights), ours)
 
     def _results(self, result: Any, arguments: dict[str, Any]) -> list[torch.Tensor]:
@@ -172,18 +170,16 @@ class _Proof:
         if self.entry.writes_state is not None:
             results.append(arguments[self.entry.writes_state])
         output, *states = (r for r in results if r is not None)
-        linear = (self._turned(linear_state(s)) if is_level_state(s) else s for s in states)
-        return [output.transpose(0, 1) if "T" in self.call.sizes else output[None], *(s[None] for s in linear)]
+        linear = (from_operator(linear_state(s), self.state_axes) if is_level_state(s) else s for s in states)
+        time = self.entry.time_axis(self.call.ranks[self.entry.value.name])
+        return [output[None] if time is None else output.movedim(time, 0), *(s[None] for s in linear)]
 
     def _split_over_levels(self, linear: torch.Tensor, seed: int) -> torch.Tensor:
         """A level state at a generic position whose levels sum to the given linear state."""
-        state, noise = self._turned(linear), torch.Generator().manual_seed(seed)
+        state, noise = to_operator(linear, self.state_axes), torch.Generator().manual_seed(seed)
         parts = torch.randn(*state.shape[:2], LEVELS, *state.shape[2:], generator=noise, dtype=state.dtype)
         parts[:, :, 0] += state - parts.sum(2)
         return pack_state(parts.float(), torch.full(state.shape[:1], 37))
-
-    def _turned(self, state: torch.Tensor) -> torch.Tensor:
-        return state.transpose(-1, -2) if self.value_first else state
 
 
 def _moved(values: dict[str, Any], place: Callable[[str], tuple[str, torch.dtype]]) -> dict[str, Any]:

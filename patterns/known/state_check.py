@@ -33,11 +33,11 @@ def state_problem(entry: KnownFunction, given: Mapping[str, Any], levels: int | 
     if None not in (entries, batch) and entries != batch:
         return f"{shape}, for a batch of {entries}, but this batch has {batch}"
     if not is_level_state(state):
-        own = state.dim() == 4 and [int(n) for n in state.shape[1:]] == linear
+        own = [int(n) for n in state.shape[1:]] == linear
         return None if own else f"{shape}, expected {_shown(['B', *linear])}"
     if not weighted:
         return f"{shape}, a state with levels, and level weights are off (level_weights='none'): prefill again"
-    heads, key, value = sizes["H"], sizes["K"], sizes["V"]
+    heads, key, value = sizes["H"], sizes["K"], sizes.get("V", 1)
     found = [int(n) for n in state.shape[1:]]
     if [found[0], *found[2:]] != [heads, key, value] or found[1] < 2:
         return f"{shape}, expected {_shown(['B', heads, '1 + L', key, value])}"

@@ -1,5 +1,6 @@
-"""Known functions of transformers >= 5: Mamba-2, the gated delta rule and Kimi delta attention, whole and by step.
+"""Known functions of transformers >= 5: Mamba-1, Mamba-2, the gated delta rule and Kimi delta attention.
 
+Each whole and by step.
 Every model of a kind carries the same code under the same name (modular transformers copies it), so that one entry
 serves all of them.
 """
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch.nn.functional as F
 
+from llcompile.patterns.known import selective
 from llcompile.patterns.known.binders import delta_rule, output_and_state, ssd, ssd_step, ssd_step_tensors
 from llcompile.patterns.known.entry import Arguments, KnownFunction, Packing, Tensor
 from llcompile.patterns.mixer import Mixer
@@ -37,6 +39,34 @@ def _mamba2_step_result(a: Arguments, output: Any, state: Any) -> Any:
     return output.to(a.dtypes["hidden_states"])
 
 
+def _mamba(a: Arguments) -> Mixer:
+    return selective.selective_scan(a, "hidden_states", selective.time_step(a, "dt", "delta_bias", "delta_softplus"))
+
+
+def _mamba_step(a: Arguments) -> Mixer:
+    return selective.selective_step(
+        a, "hidden_states", selective.time_step(a, "dt", "dt_bias", "dt_softplus"), "state"
+    )
+
+
+def _mamba_result(a: Arguments, output: Any, state: Any) -> Any:
+    output = selective.by_channel(output, step=False).to(a.dtypes["hidden_states"])
+    if a["D"] is not None:
+        output = output + a["hidden_states"] * a["D"].unsqueeze(-1)
+    if a["z"] is not None:
+        output = output * F.silu(a["z"])
+    return (output, state) if a["return_last_state"] else output
+
+
+def _mamba_step_result(a: Arguments, output: Any, state: Any) -> Any:
+    output = selective.by_channel(output, step=True).to(a.dtypes["C"])
+    if a["D"] is not None:
+        output = output + a["hidden_states"] * a["D"]
+    if a["z"] is not None:
+        output = output * F.silu(a["z"])
+    return output.to(a.dtypes["hidden_states"])
+
+
 def _gated_delta(a: Arguments) -> Mixer:
     return delta_rule(a, a["query"], a["key"], a["value"], a["g"].float(), decay="scalar")
 
@@ -59,6 +89,17 @@ _MAMBA2_TENSORS = (
     Tensor("D", "H"),
     Tensor("dt_bias", "H", "step_bias"),
     Tensor("initial_states", "B H V K", "state"),
+)
+_MAMBA_STEP_TENSORS = (
+    Tensor("state", "B H K", "state"),
+    Tensor("hidden_states", "B H"),
+    Tensor("dt", "B H", "step"),
+    Tensor("A", "H K", "negative"),
+    Tensor("B", "B K"),
+    Tensor("C", "B K"),
+    Tensor("D", "H"),
+    Tensor("z", "B H"),
+    Tensor("dt_bias", "H", "step_bias"),
 )
 _DELTA_TENSORS = (
     Tensor("query", "B T G K"),
@@ -109,6 +150,29 @@ ENTRIES: tuple[KnownFunction, ...] = (
         constants=("dt_softplus",),
         bind=_mamba2_step,
         result=_mamba2_step_result,
+        writes_state="state",
+    ),
+    KnownFunction(
+        library="transformers",
+        function="mamba_selective_scan",
+        family="Mamba-1 (selective scan)",
+        tensors=selective.scan_tensors("hidden_states", "dt"),
+        constants=("delta_softplus", "return_last_state", "use_mambapy", "use_associative_scan"),
+        requires=selective.is_complex,
+        softplus="delta_softplus",
+        bind=_mamba,
+        result=_mamba_result,
+        returns_state="return_last_state",
+        final_state="B H K",
+    ),
+    KnownFunction(
+        library="transformers",
+        function="mamba_selective_state_update",
+        family="Mamba-1 (selective scan)",
+        tensors=_MAMBA_STEP_TENSORS,
+        constants=("dt_softplus",),
+        bind=_mamba_step,
+        result=_mamba_step_result,
         writes_state="state",
     ),
     _delta_row("torch_chunk_gated_delta_rule", "Gated DeltaNet", kimi=False),

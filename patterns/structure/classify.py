@@ -240,6 +240,8 @@ class _Classifier:
         # The value's own dims pass through to the result; those of scores do not have them.
         own = lambda s: (self.dims[s] & self.kept) - inner  # noqa: E731
         value = max((s for s in values if own(s)), key=lambda s: len(own(s)), default=None)
+        if value is None:
+            value = self._of_width_one(query, keyed, values)
         roles = Roles(
             query,
             keyed,
@@ -255,6 +257,13 @@ class _Classifier:
         for given, own_near in self._lacks(roles, bool(values)):
             raise Rejection(given, near if own_near is None else own_near)
         return roles
+
+    def _of_width_one(self, query: LiveIn, keyed: list[LiveIn], values: list[LiveIn]) -> LiveIn | None:
+        """The value of heads of width one (the channels of a selective scan): all of its dims are decayed apart, and
+        the result has them from it. A sum of scores has no dims but those of queries and keys."""
+        known = (query, *keyed, *(s for s, _ in self.post))
+        brought = self.kept.difference(*(self.dims[s] for s in known))
+        return next((s for s in values if brought and brought <= self.dims[s]), None)
 
     def _lacks(self, roles: Roles, summed: bool) -> Iterator[tuple[GivenReason, int | None]]:
         """What the roles lack, in the order in which a person would ask.

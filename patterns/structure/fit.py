@@ -20,12 +20,13 @@ from llcompile.patterns.structure.classify import Rejection, Roles
 from llcompile.patterns.structure.hypothesis import NORMALISERS, Hypothesis, MixerAxes
 from llcompile.patterns.structure.lifted import LiveIn
 from llcompile.patterns.structure.probe import Probe
+from llcompile.patterns.structure.ranges import Range
 from llcompile.patterns.structure.sizing import arrange
 from llcompile.patterns.structure.transforms import TRANSFORMS
 
 AGREES = 2e-6  # a guess is taken to the proof where it agrees this well (buffers are float32)
 _STEADY = -0.1
-_DECAY, _BETA, _FACTOR, _EXP = "decay", "beta", "factor", "exponent"
+_DECAY, _RATES, _BETA, _FACTOR, _EXP = "decay", "rates", "beta", "factor", "exponent"
 
 
 def fit(probe: Probe, roles: Roles) -> Hypothesis:
@@ -92,15 +93,17 @@ def _readings(probe: Probe, roles: Roles) -> Iterator[Hypothesis]:
     """Every way to read the live-ins, the plainest first."""
     for key in roles.keyed:
         others = [s for s in (*roles.keyed, *roles.scalars, *roles.timeless) if s is not key]
-        choices = [_choices(roles, s) for s in others]
+        choices = [_choices(probe, roles, s) for s in others]
         for picked in sorted(itertools.product(*choices), key=lambda p: sum(r in (_DECAY, _BETA) for r in p)):
-            if picked.count(_DECAY) > 1 or picked.count(_BETA) > 1:
+            if any(picked.count(role) > 1 for role in (_DECAY, _RATES, _BETA)):
+                continue
+            if _RATES in picked and _DECAY not in picked:
                 continue
             named = list(zip(others, picked, strict=True))
             yield from _with_transforms(probe, roles, key, named)
 
 
-def _choices(roles: Roles, live_in: LiveIn) -> list[str]:
+def _choices(probe: Probe, roles: Roles, live_in: LiveIn) -> list[str]:
     if live_in in roles.keyed:
         return [_DECAY]
     found = []
@@ -110,7 +113,13 @@ def _choices(roles: Roles, live_in: LiveIn) -> list[str]:
     if not timeless and live_in not in roles.strict:
         # With a denominator inside, nothing is linear in a factor on the keys.
         found += [_BETA, _EXP] if roles.linear_query else [_FACTOR, _EXP]
-    return [*found, _DECAY]
+    return [*found, _DECAY, _RATES] if timeless and _is_keyed(probe, roles, live_in) else [*found, _DECAY]
+
+
+def _is_keyed(probe: Probe, roles: Roles, live_in: LiveIn) -> bool:
+    """Whether a live-in has the axis that queries and keys meet along."""
+    inner = dims_of(probe.axes[roles.query]).difference(probe.rest, probe.sizing.analysis.leaves)
+    return not inner.isdisjoint(dims_of(probe.axes[live_in]))
 
 
 def _with_transforms(probe: Probe, roles: Roles, key: LiveIn, named: list[tuple[LiveIn, str]]) -> Iterator[Hypothesis]:
@@ -118,7 +127,8 @@ def _with_transforms(probe: Probe, roles: Roles, key: LiveIn, named: list[tuple[
     decay = one(_DECAY)
     factors = tuple((s, "exp" if r == _EXP else "as it is") for s, r in named if r in (_FACTOR, _EXP))
     post = (*roles.post, *((s, r) for s, r in named if r == "times"))
-    axes = _axes(probe, roles, key, [s for s in (*(f for f, _ in factors), decay, one(_BETA)) if s is not None])
+    inner = (*(f for f, _ in factors), decay, one(_RATES), one(_BETA))
+    axes = _axes(probe, roles, key, [s for s in inner if s is not None])
     base = Hypothesis(
         probe.axes, probe.result, axes, roles.query, key, roles.value, factors, beta=one(_BETA), post=post
     )
@@ -129,6 +139,9 @@ def _with_transforms(probe: Probe, roles: Roles, key: LiveIn, named: list[tuple[
         if decay is None:
             yield one_base
             continue
+        if one(_RATES) is not None:
+            yield from _with_rates(probe, roles, replace(one_base, decay=decay, rates=one(_RATES)))
+            continue
         for transform in TRANSFORMS:
             if transform.fits(probe.ranges[decay]):
                 found = replace(one_base, decay=decay, transform=transform, shifted=decay in roles.strict)
@@ -138,6 +151,25 @@ def _with_transforms(probe: Probe, roles: Roles, key: LiveIn, named: list[tuple[
         rate = _rate(probe, one_base, decay)
         if rate is not None:
             yield replace(one_base, decay=decay, transform=TRANSFORMS[0], rate=rate, shifted=decay in roles.strict)
+
+
+def _with_rates(probe: Probe, roles: Roles, hypothesis: Hypothesis) -> Iterator[Hypothesis]:
+    """A log decay that is a token's step times the rate of a channel, either of which may be held with either sign."""
+    decay, rates = hypothesis.decay, hypothesis.rates
+    assert decay is not None
+    assert rates is not None
+    if decay in roles.keyed or decay in roles.timeless or not _is_of_one_sign(probe.ranges[rates]):
+        return
+    for transform in TRANSFORMS:
+        if transform.name in ("log decay", "rate") and _is_of_one_sign(probe.ranges[decay]):
+            if transform.fits(probe.ranges[decay]):
+                found = replace(hypothesis, transform=transform, shifted=decay in roles.strict)
+                yield found
+                yield replace(found, stepped=True)
+
+
+def _is_of_one_sign(bounds: Range) -> bool:
+    return bounds[0] >= -1e-6 or bounds[1] <= 1e-6
 
 
 def _rate(probe: Probe, hypothesis: Hypothesis, decay: LiveIn) -> float | None:

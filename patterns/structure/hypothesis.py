@@ -67,6 +67,9 @@ class Hypothesis:
         factors: live-ins [B, T, H] that multiply a token's key (or value), "as it is" or as its "exp".
         decay: the live-in of the decay, with its transform; `rate` a factor on the log decay; `shifted`
             where a token's decay acts after it was read.
+        rates: a live-in of rates per head and channel of the key, of which a token's log decay of a head is a multiple
+            (Mamba's dt A); their sign does not matter.
+        stepped: what is written is multiplied with the live-in of the decay as well (Mamba's dt x).
         assumed: the decay is a parameter taken as it is, which must lie in (0, 1].
         constant: the log decay of each head where it is a number of the code.
         complement: what is written is multiplied with one minus the decay (a step from the state towards it).
@@ -91,6 +94,8 @@ class Hypothesis:
     transform: Transform | None = None
     rate: float = 1.0
     shifted: bool = False
+    rates: LiveIn | None = None
+    stepped: bool = False
     assumed: bool = False
     constant: tuple[float, ...] | None = None
     complement: bool = False
@@ -110,13 +115,13 @@ class Hypothesis:
         correction: Correction = "none" if self.step is None and self.beta is None else "delta"
         if self.decay is None:
             return ("none" if self.constant is None else "scalar"), correction
-        keyed = not dims_of(self.layouts[self.decay]).isdisjoint(self.axes.key)
+        keyed = self.rates is not None or not dims_of(self.layouts[self.decay]).isdisjoint(self.axes.key)
         return ("channel" if keyed else "scalar"), correction
 
     @property
     def operands(self) -> list[LiveIn]:
         """Every live-in that is a part of the operator's operands."""
-        found = [self.query, self.key, self.value, *(s for s, _ in self.factors), self.decay, self.beta]
+        found = [self.query, self.key, self.value, *(s for s, _ in self.factors), self.decay, self.rates, self.beta]
         return [s for s in dict.fromkeys(found) if s is not None]
 
     def scaled(self, scale: float) -> Hypothesis:
@@ -138,6 +143,8 @@ class Hypothesis:
         for factor, form in self.factors:
             factors = put(factor, a.batch, a.time, a.heads, ())
             value = value * (torch.exp(factors) if form == "exp" else factors)
+        if self.stepped and self.decay is not None:
+            value = value * put(self.decay, a.batch, a.time, a.heads, ())
         decay, correction = self.family
         log_decay = self._log_decay(values, size, value, precision)
         if self.complement:
@@ -150,6 +157,7 @@ class Hypothesis:
             key=key,
             value=value,
             log_decay=log_decay,
+            decay_rate=None if self.rates is None else torch.abs(put(self.rates, a.heads, a.key)),
             beta=self._beta(put) if self.step is None else torch.full_like(value[..., 0], self.step),
             initial_state=self._first(values, size),
             scale=self.scale,
@@ -179,7 +187,7 @@ class Hypothesis:
         assert self.transform is not None
         z = self.transform.log_decay(values[self.decay])
         z = z if self.rate == 1.0 else z * self.rate
-        keyed = [a.key] if self.family[0] == "channel" else []
+        keyed = [a.key] if self.family[0] == "channel" and self.rates is None else []
         if not keyed and dims_of(self.layouts[self.decay]).isdisjoint((*a.batch, *a.time)):
             return arrange(z, self.layouts[self.decay], (a.heads,), size)
         z = arrange(z, self.layouts[self.decay], (a.batch, a.time, a.heads, *keyed), size)

@@ -16,6 +16,7 @@ import torch
 
 from llcompile.patterns.known.arguments import CallRejection, read_call
 from llcompile.patterns.known.capture import CapturedFunction
+from llcompile.patterns.known.proof import DoesNotRun
 from llcompile.patterns.records import Certificate
 from tests.patterns.proofs import SIZES, captured_function, operands, proof, row_of
 
@@ -27,7 +28,11 @@ SCAN = ("mamba_chunk_scan_combined", "mamba_ssm.ops.triton.ssd_combined")
 STEP = ("selective_state_update", "mamba_ssm.ops.triton.selective_state_update")
 CHUNKED = "mamba_ssm.ops.triton.ssd_combined:ssd_chunk_scan_combined_ref"
 SINGLE = "mamba_ssm.ops.triton.selective_state_update:selective_state_update_ref"
+SELECTIVE = ("selective_scan_fn", "mamba_ssm.ops.selective_scan_interface")
+WHOLE = "mamba_ssm.ops.selective_scan_interface:selective_scan_ref"
 ROW = row_of("mamba_ssm", SCAN[0])
+SELECTIVE_ROW = row_of("mamba_ssm", SELECTIVE[0])
+CHANNELS = {"B": 2, "T": 70, "G": 2, "H": 6, "K": 7}
 
 
 def captured(name: str, module: str) -> CapturedFunction:
@@ -62,10 +67,55 @@ def test_skip_per_channel() -> None:
 
 def test_time_step_limits_have_no_reference() -> None:
     arguments = {**operands(ROW), "chunk_size": 64, "dt_softplus": True, "dt_limit": (0.1, 1.0)}
-    result = proof(captured(*SCAN), arguments)
-    assert isinstance(result, str)
-    assert "cannot be proved on this machine" in result
-    assert "no dt_limit" in result
+    with pytest.raises(DoesNotRun, match="no dt_limit"):
+        proof(captured(*SCAN), arguments)
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("absent", [(), ("z",), ("D", "z"), ("delta_bias",)])
+@pytest.mark.parametrize("softplus", [True, False])
+def test_selective_scan(absent: tuple[str, ...], softplus: bool, weighted: bool) -> None:
+    arguments = {**operands(SELECTIVE_ROW, absent, CHANNELS), "delta_softplus": softplus, "return_last_state": True}
+    result = proof(captured(*SELECTIVE), arguments, weighted)
+    assert isinstance(result, Certificate), result
+    assert result.against == WHOLE
+
+
+def test_selective_scan_with_groups() -> None:
+    arguments = {**operands(SELECTIVE_ROW, (), CHANNELS), "delta_softplus": True}
+    arguments |= {name: torch.zeros(2, 2, 7, 70) for name in "BC"}
+    result = proof(captured(*SELECTIVE), arguments)
+    assert isinstance(result, Certificate), result
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"B": torch.zeros(6, 7)}, "expected 3 or 4 axes"),
+        ({"A": torch.zeros(6, 7, dtype=torch.complex64)}, "has a complex A"),
+    ],
+)
+def test_selective_scan_declines(changed: dict[str, torch.Tensor], reason: str) -> None:
+    found = captured(*SELECTIVE)
+    with pytest.raises(CallRejection, match=reason):
+        read_call(found.entry, found.plain, {**operands(SELECTIVE_ROW, (), CHANNELS), **changed})
+
+
+@pytest.mark.parametrize("levels", [None, 8])
+@pytest.mark.parametrize("absent", [(), ("z",), ("D", "z")])
+def test_selective_step(absent: tuple[str, ...], levels: int | None) -> None:
+    found = captured(*STEP)
+    shapes = [tensor.layouts()[1] for tensor in found.entry.tensors]
+    arguments: dict[str, object] = {
+        tensor.name: torch.zeros([CHANNELS[axis] for axis in axes])
+        for tensor, axes in zip(found.entry.tensors, shapes, strict=True)
+        if tensor.name not in absent
+    }
+    if levels is not None:
+        arguments["state"] = torch.zeros(2, 6, 1 + levels, 7, 1)
+    result = proof(found, {**arguments, "dt_softplus": True}, weighted=levels is not None)
+    assert isinstance(result, Certificate), result
+    assert result.against == SINGLE
 
 
 @pytest.mark.parametrize("levels", [None, 8])

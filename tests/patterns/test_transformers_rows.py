@@ -16,6 +16,7 @@ from tests.patterns.proofs import SIZES, captured_function, operands, proof, row
 pytest.importorskip("transformers")
 
 MAMBA2 = "transformers.models.mamba2.modeling_mamba2"
+MAMBA = "transformers.models.mamba.modeling_mamba"
 QWEN3_NEXT = "transformers.models.qwen3_next.modeling_qwen3_next"
 KIMI = "transformers.models.kimi_linear.modeling_kimi_linear"
 DELTA = {
@@ -24,6 +25,8 @@ DELTA = {
     "chunk_kimi_delta_attention": KIMI,
     "recurrent_kimi_delta_attention": KIMI,
 }
+
+CHANNELS = {"B": 2, "T": 70, "G": 1, "H": 6, "K": 7}  # of Mamba-1
 
 
 def captured(name: str, module: str) -> CapturedFunction:
@@ -78,6 +81,28 @@ def test_mamba2_step(absent: tuple[str, ...], levels: bool) -> None:
     result = proof(found, arguments, weighted=levels)
     assert isinstance(result, Certificate), result
     assert result.against == ""
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("absent", [(), ("z",), ("D", "z", "delta_bias")])
+@pytest.mark.parametrize("softplus", [True, False])
+def test_mamba_scan(absent: tuple[str, ...], softplus: bool, weighted: bool) -> None:
+    found = captured("mamba_selective_scan", MAMBA)
+    arguments = operands(found.entry, absent, CHANNELS)
+    result = proof(found, {**arguments, "delta_softplus": softplus, "return_last_state": True}, weighted)
+    assert isinstance(result, Certificate), result
+    assert result.against == ""
+
+
+@pytest.mark.parametrize("state", ["linear", "levels", "no weights"])
+@pytest.mark.parametrize("absent", [(), ("z",), ("D", "z", "dt_bias")])
+def test_mamba_step(absent: tuple[str, ...], state: str) -> None:
+    found = captured("mamba_selective_state_update", MAMBA)
+    arguments = {**operands(found.entry, absent, CHANNELS), "dt_softplus": True}
+    if state == "levels":
+        arguments["state"] = torch.zeros(2, 6, 1 + 8, 7, 1)
+    result = proof(found, arguments, weighted=state != "no weights")
+    assert isinstance(result, Certificate), result
 
 
 def test_one_head_and_one_channel() -> None:

@@ -6,6 +6,7 @@ else is spelled as its kernels spell it, so that a proof compares two readings a
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -102,6 +103,12 @@ def delta_product(naive: Naive, a: Mapping[str, Any]) -> Any:
     scale = a["q"].shape[-1] ** -0.5 if a["scale"] is None else a["scale"]
     more = {"scale": scale, "cu_seqlens": None, "num_householder": a["num_householder"]}
     return _run(naive, a, q=q, k=k, v=a["v"], g=a["g"], beta=a["beta"], **more)
+
+
+def rwkv6(naive: Naive, a: Mapping[str, Any]) -> Any:
+    """RWKV-6, whose bonus has no tokens; the naive form is head first."""
+    with_bonus = functools.partial(naive, u=a["u"], scale=a["scale"])
+    return _head_first(with_bonus, a, q=a["r"], k=a["k"], v=a["v"], w=a["w"])
 
 
 def _head_first(naive: Naive, a: Mapping[str, Any], **operands: torch.Tensor) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import llcompile.kernels.operators  # noqa: F401  (registers torch.ops.llcompile)
-from llcompile.patterns.known import Arguments, KnownFunction
+from llcompile.patterns.known import Arguments, KnownFunction, early
 from llcompile.patterns.known.arguments import is_level_state, read_call
 from llcompile.patterns.mixer import Mixer
 
@@ -96,6 +96,8 @@ def call_operator(
     mixer: Mixer, level_weights: Any, call: OperatorCall, sequences: Sequences | None = None
 ) -> tuple[Any, Any]:
     """One call of `llcompile::loglinear_attention` or of its step; the output and the final state."""
+    if mixer.early:
+        return early.call(mixer, level_weights, call, sequences, call_operator)
     state = mixer.initial_state
     if state is not None and not call.own_state:
         state = state.float().transpose(-1, -2) if call.value_first else state.float()

@@ -42,7 +42,7 @@ STEMS = {
         stem: stem
         for stem in (
             *("linear_attn", "retention", "simple_gla", "gla", "gated_delta_rule", "delta_rule", "kda"),
-            *("lightning_attn", "rwkv7", "comba", "gdn2", "gated_delta_product"),
+            *("lightning_attn", "rwkv6", "rwkv7", "comba", "gdn2", "gated_delta_product"),
         )
     },
 }
@@ -89,6 +89,7 @@ def test_every_form_has_a_row() -> None:
     assert forms["retention"] == forms["simple_gla"] == recurrent | {"fused_chunk", "parallel"}
     assert forms["kda"] == forms["gated_delta_rule"] == forms["lightning_attn"] == recurrent
     assert forms["dplr_delta_rule"] == forms["iplr_delta_rule"] == forms["comba"] == forms["gdn2"] == recurrent
+    assert forms["rwkv6"] == recurrent
     assert forms["rwkv7"] == recurrent | {"fused_mul_recurrent"}
     assert forms["gated_delta_product"] == {"chunk"}
 

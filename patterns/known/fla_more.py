@@ -1,4 +1,4 @@
-"""Known functions of FLA whose state is erased along a key of its own: RWKV-7, DPLR, IPLR, Comba, Gated DeltaNet-2.
+"""Known functions of FLA beside the first six families: RWKV-6, RWKV-7, DPLR, IPLR, Comba, Gated DeltaNet-2.
 
 What the entries know was read from the source of fla-core 0.4.2, 0.5.2 and 0.6.0. What is erased is read from the
 state before its decay, except by Gated DeltaNet-2. FLA's `naive_recurrent_comba` reads it after the decay, unlike the
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llcompile.patterns.known.binders import l2norm, output_and_state
+from llcompile.patterns.known.binders import l2norm, output_and_state, query_scale
 from llcompile.patterns.known.entry import Arguments, KnownFunction, Reference, Tensor
 from llcompile.patterns.known.fla import (
     KDA_GATES,
@@ -21,7 +21,7 @@ from llcompile.patterns.known.fla import (
     like_value,
     row,
 )
-from llcompile.patterns.known.fla_references import comba, delta_product, dplr, gdn2, iplr
+from llcompile.patterns.known.fla_references import comba, delta_product, dplr, gdn2, iplr, rwkv6
 from llcompile.patterns.mixer import Mixer
 
 
@@ -86,6 +86,17 @@ def _delta_product_requires(a: Arguments) -> str | None:
     return None if number == 1 else f"applies {number} reflections to the state at each token; only one is supported"
 
 
+def _rwkv6(a: Arguments) -> Mixer:
+    """S_t = diag(exp w_t) S_{t-1} + k_t v_t^T, read as it was before; the own token comes in by its bonus alone."""
+    operands = common_operands(a, "r", decay="channel", correction="none", log_decay=a["w"].float())
+    return Mixer(**operands, early=True)
+
+
+def _rwkv6_result(a: Arguments, output: Any, state: Any) -> Any:
+    bonus = (a["r"].float() * a["u"].float() * a["k"].float()).sum(-1, keepdim=True)
+    return _like_r(a, output + query_scale(a) * bonus * a["v"].float(), state)
+
+
 def _like_r(a: Arguments, output: Any, state: Any) -> Any:
     return output_and_state(a, output, state, like="r")
 
@@ -122,6 +133,7 @@ _NAIVE_DPLR = Reference("fla.ops.generalized_delta_rule.dplr.naive:dplr_recurren
 _NAIVE_IPLR = Reference("fla.ops.generalized_delta_rule.iplr.naive:iplr_recurrence", iplr)
 _NAIVE_COMBA = Reference("fla.ops.comba.naive:naive_chunk_comba", comba)
 _NAIVE_GDN2 = Reference("fla.ops.gdn2.naive:naive_recurrent_gdn2", gdn2)
+_NAIVE_RWKV6 = Reference("fla.ops.rwkv6.recurrent_naive:naive_recurrent_rwkv6", rwkv6)
 _NAIVE_PRODUCT = Reference("fla.ops.gated_delta_product.naive:naive_recurrent_gated_delta_product", delta_product)
 _GDN2_CONSTANTS = ("use_qk_l2norm_in_kernel", "use_gate_in_kernel", "lower_bound")
 
@@ -188,6 +200,17 @@ ENTRIES: tuple[KnownFunction, ...] = (
             result=result,
         )
         for form, result in (("chunk", like_query), ("fused_recurrent", like_value))
+    ),
+    *(
+        row(
+            f"{form}_rwkv6",
+            "RWKV-6",
+            (Tensor("r", "B T H K"), _K, _V, Tensor("w", "B T H K", "log_decay"), Tensor("u", "H K")),
+            _rwkv6,
+            _NAIVE_RWKV6,
+            result=_rwkv6_result,
+        )
+        for form in ("chunk", "fused_recurrent")
     ),
     row(
         "chunk_gated_delta_product",

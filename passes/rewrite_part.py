@@ -17,7 +17,8 @@ from llcompile.passes.placing import Place, copy_behind
 from llcompile.passes.placing import place as placed
 from llcompile.passes.session import Session
 from llcompile.patterns.graph.effects import Effects
-from llcompile.patterns.known.lower import OperatorCall, Sequences, call_operator
+from llcompile.patterns.known.lower import call_operator
+from llcompile.patterns.known.operator_call import OperatorCall, Sequences
 from llcompile.patterns.mixer import Mixer
 from llcompile.patterns.structure.axes import Axis, Dim
 from llcompile.patterns.structure.found import Found

@@ -10,16 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from llcompile.patterns.known.operator_call import OperatorCall, Sequences
 from llcompile.patterns.mixer import Mixer
 
-if TYPE_CHECKING:
-    from llcompile.patterns.known.lower import OperatorCall, Sequences
-
-CallOperator = Callable[[Mixer, Any, "OperatorCall", "Sequences | None"], tuple[Any, Any]]
+CallOperator = Callable[[Mixer, Any, OperatorCall, Sequences | None], tuple[Any, Any]]
 
 
 def call(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ import torch
 import llcompile.kernels.operators  # noqa: F401  (registers torch.ops.llcompile)
 from llcompile.patterns.known import Arguments, KnownFunction, early
 from llcompile.patterns.known.arguments import is_level_state, read_call
+from llcompile.patterns.known.operator_call import OperatorCall, Sequences
 from llcompile.patterns.mixer import Mixer
 
 
@@ -50,15 +50,6 @@ def lower(entry: KnownFunction, arguments: Arguments, example: Arguments, level_
     return entry.result(arguments, output, state)
 
 
-@dataclass(frozen=True)
-class Sequences:
-    """What says where the sequences are in their rows; one of the three, by the operator's own names."""
-
-    cu_seqlens: Any = None
-    attention_mask: Any = None
-    seq_idx: Any = None
-
-
 def sequences_of(entry: KnownFunction, arguments: Arguments, mask: Any) -> Sequences | None:
     """How the call packs or pads its sequences; None where each fills its row. Bounds say more than indices."""
     bounds, indices = entry.packed_by(arguments, "bounds"), entry.packed_by(arguments, "indices")
@@ -67,23 +58,6 @@ def sequences_of(entry: KnownFunction, arguments: Arguments, mask: Any) -> Seque
     if indices is not None:
         return Sequences(seq_idx=indices)
     return None if mask is None else Sequences(attention_mask=mask)
-
-
-@dataclass(frozen=True)
-class OperatorCall:
-    """What decides which operator is called.
-
-    Args:
-        own_state: a state that comes in has levels.
-        single: it is one token.
-        wants_state: a state goes out.
-        value_first: the code's own linear states are [B, H, V, K].
-    """
-
-    own_state: bool = False
-    single: bool = False
-    wants_state: bool = False
-    value_first: bool = False
 
 
 def _is_single_token(example: Arguments) -> bool:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from llcompile.kernels.reference import recurrence_step
-from llcompile.patterns.known.lower import OperatorCall, Sequences, call_operator
+from llcompile.patterns.known.lower import call_operator
+from llcompile.patterns.known.operator_call import OperatorCall, Sequences
 from llcompile.patterns.mixer import Mixer
 from tests.helpers.small import difference
 

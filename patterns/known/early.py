@@ -66,10 +66,9 @@ def _at_starts(mixer: Mixer, level_weights: Any, call: OperatorCall, cu_seqlens:
 
 def _read(mixer: Mixer, weights: Any, call: OperatorCall, query: Any) -> Any:
     """What queries [B, H, K] with level weights [B, H, L] read from the state that came in, [B, H, V]."""
-    state = mixer.initial_state.float()
+    state = mixer.initial_state
     if call.own_state:
-        state = (state[:, :, 1:] * weights.float()[..., None, None]).sum(2)
-    else:
-        state = state.transpose(-1, -2) if call.value_first else state
-        state = state if weights is None else state * weights.float()[..., -1, None, None]
-    return mixer.scale * (query.float().unsqueeze(-1) * state).sum(-2)
+        state = (state[:, :, 1:].float() * weights.float()[..., None, None]).sum(2)
+    elif weights is not None:
+        state = state * weights.type_as(state)[..., -1, None, None]
+    return mixer.scale * (query.type_as(state).unsqueeze(-1) * state).sum(-2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -70,23 +71,27 @@ def call_operator(
     mixer: Mixer, level_weights: Any, call: OperatorCall, sequences: Sequences | None = None
 ) -> tuple[Any, Any]:
     """One call of `llcompile::loglinear_attention` or of its step; the output and the final state."""
-    if mixer.early:
-        return early.call(mixer, level_weights, call, sequences, call_operator)
     state = mixer.initial_state
     if state is not None and not call.own_state:
         state = state.float().transpose(-1, -2) if call.value_first else state.float()
-    if state is not None and call.single:
-        output, final = _call_step(mixer, level_weights, state)
-    else:
-        operands = (mixer.query, mixer.key, mixer.value, level_weights, *mixer.transition())
-        rest = (state, mixer.scale, call.wants_state)
-        s = sequences
-        where = () if s is None else (s.cu_seqlens, s.attention_mask, s.seq_idx)
-        result = torch.ops.llcompile.loglinear_attention(*operands, *rest, *where)
-        output, final = result[0], result[1]
+    output, final = apply(replace(mixer, initial_state=state), level_weights, call, sequences)
     if not call.wants_state:
         return output, None
     return output, final.transpose(-1, -2) if level_weights is None and call.value_first else final
+
+
+def apply(mixer: Mixer, level_weights: Any, call: OperatorCall, sequences: Sequences | None = None) -> tuple[Any, Any]:
+    """As `call_operator`, with states as the operator has them; whatever final state comes out."""
+    if mixer.early:
+        return early.call(mixer, level_weights, call, sequences, apply)
+    state = mixer.initial_state
+    if state is not None and call.single:
+        return _call_step(mixer, level_weights, state)
+    operands = (mixer.query, mixer.key, mixer.value, level_weights, *mixer.transition())
+    s = sequences
+    where = () if s is None else (s.cu_seqlens, s.attention_mask, s.seq_idx)
+    result = torch.ops.llcompile.loglinear_attention(*operands, state, mixer.scale, call.wants_state, *where)
+    return result[0], result[1]
 
 
 def _call_step(mixer: Mixer, level_weights: Any, state: Any) -> tuple[Any, Any]:

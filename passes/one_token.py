@@ -212,7 +212,10 @@ def _is_plain(found: Found) -> bool:
     """Whether all that it gives is weighed, and nothing that is not: a normaliser inside has an epsilon, say."""
     hypothesis = found.hypothesis
     added = (
-        hypothesis.first is not None or hypothesis.skip is not None or any(how == "plus" for _, how in hypothesis.post)
+        hypothesis.first is not None
+        or hypothesis.skip is not None
+        or hypothesis.early
+        or any(how == "plus" for _, how in hypothesis.post)
     )
     plain = found.tail is None and hypothesis.normaliser is None and not added
     return plain and found.order == found.analysis.leaves

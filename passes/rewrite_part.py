@@ -17,7 +17,8 @@ from llcompile.passes.placing import Place, copy_behind
 from llcompile.passes.placing import place as placed
 from llcompile.passes.session import Session
 from llcompile.patterns.graph.effects import Effects
-from llcompile.patterns.known.lower import OperatorCall, Sequences, call_operator
+from llcompile.patterns.known.lower import call_operator
+from llcompile.patterns.known.operator_call import OperatorCall, Sequences
 from llcompile.patterns.mixer import Mixer
 from llcompile.patterns.structure.axes import Axis, Dim
 from llcompile.patterns.structure.found import Found
@@ -106,7 +107,9 @@ def _as_precise(found: Found, mixer: Mixer) -> Mixer:
     narrowed = len(read) == len(found.output.users) > 0 and {v.dtype for v in read} <= given
     if wide.itemsize <= min(dtype.itemsize for dtype in given) or (narrowed and len(given) == 1):
         return mixer
-    return replace(mixer, query=mixer.query.to(wide), key=mixer.key.to(wide), value=mixer.value.to(wide))
+    names = ("query", "key", "value", "erase_query", "erase_key")
+    present = {name: getattr(mixer, name) for name in names if getattr(mixer, name) is not None}
+    return replace(mixer, **{name: operand.to(wide) for name, operand in present.items()})
 
 
 def _as_operand(graph: fx.Graph, live_in: LiveIn, as_proxy: Callable[[fx.Node], fx.Proxy]) -> fx.Proxy:

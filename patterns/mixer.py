@@ -31,6 +31,7 @@ class Mixer:
         initial_state: a linear state [B, H, K, V], a level state [B, H, 1 + L, K, V], or None.
         scale: factor on the query.
         step: True for a single token (no T axis).
+        early: True where a query reads the state before its own token changes it: o_t = scale * q_t^T S_{t-1}.
     """
 
     decay: Decay
@@ -46,6 +47,7 @@ class Mixer:
     initial_state: Any = None
     scale: float = 1.0
     step: bool = False
+    early: bool = False
 
     def __post_init__(self) -> None:
         if (self.decay, self.correction) not in FAMILIES:

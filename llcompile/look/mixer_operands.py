@@ -64,6 +64,9 @@ def _of_part(found: Found, module: str) -> Iterator[Operand]:
     hypothesis = found.hypothesis
     named = [("query", hypothesis.query), ("key", hypothesis.key), ("value", hypothesis.value)]
     named += [("decay", hypothesis.decay), ("beta", hypothesis.beta)]
+    named += [("erase query", live_in) for live_in in hypothesis.erase_query]
+    named += [("erase key", live_in) for live_in in hypothesis.erase_key]
+    named += [("own weight", live_in) for live_in in hypothesis.own or () if live_in is not hypothesis.key]
     named += [("factor", live_in) for live_in, _ in hypothesis.factors]
     named += [(f"output {how}", live_in) for live_in, how in hypothesis.post]
     axes = hypothesis.axes

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from llcompile.patterns.known import fla, mamba_ssm, transformers
+from llcompile.patterns.known import fla, fla_more, mamba_ssm, transformers
 from llcompile.patterns.known.entry import Arguments, KnownFunction, Tensor
 
-ENTRIES: tuple[KnownFunction, ...] = (*transformers.ENTRIES, *fla.ENTRIES, *mamba_ssm.ENTRIES)
+ENTRIES: tuple[KnownFunction, ...] = (*transformers.ENTRIES, *fla.ENTRIES, *fla_more.ENTRIES, *mamba_ssm.ENTRIES)
 
 _registered: list[KnownFunction] = []
 

@@ -38,9 +38,10 @@ _REFUSES = {
 }
 
 
-def _operands(a: Arguments, **more: Any) -> dict[str, Any]:
+def common_operands(a: Arguments, query: str = "q", **more: Any) -> dict[str, Any]:
+    """The operands that all of FLA's mixers have; `query` is what the function calls it."""
     return {
-        "query": a["q"].float(),
+        "query": a[query].float(),
         "key": a["k"].float(),
         "value": a["v"].float(),
         "initial_state": a["initial_state"],
@@ -50,7 +51,7 @@ def _operands(a: Arguments, **more: Any) -> dict[str, Any]:
 
 
 def _linear_attn(a: Arguments) -> Mixer:
-    operands = _operands(a, decay="none", correction="none")
+    operands = common_operands(a, decay="none", correction="none")
     if a["normalize"]:  # the denominator is one more value channel, of ones
         value = operands["value"]
         operands["value"] = torch.cat([value, torch.ones_like(value[..., :1])], -1)
@@ -71,12 +72,12 @@ def _linear_attn_requires(a: Arguments) -> str | None:
 
 def _retention(a: Arguments) -> Mixer:
     log_decay = (1 - 2.0 ** (-5.0 - head_index(a["v"]))).log()
-    return Mixer(**_operands(a, decay="scalar", correction="none", log_decay=log_decay))
+    return Mixer(**common_operands(a, decay="scalar", correction="none", log_decay=log_decay))
 
 
 def _lightning_attn(a: Arguments) -> Mixer:
     slope = -8 / a.sizes["H"] * (1 - a["layer_idx"] / a["num_layers"])
-    return Mixer(**_operands(a, decay="scalar", correction="none", log_decay=slope * head_index(a["v"])))
+    return Mixer(**common_operands(a, decay="scalar", correction="none", log_decay=slope * head_index(a["v"])))
 
 
 def _simple_gla(a: Arguments) -> Mixer:
@@ -84,7 +85,7 @@ def _simple_gla(a: Arguments) -> Mixer:
     if a["g_gamma"] is not None:  # [H]
         log_decay = torch.zeros_like(a["v"][..., 0], dtype=torch.float32) + a["g_gamma"].float()
     decay = "none" if log_decay is None else "scalar"
-    return Mixer(**_operands(a, decay=decay, correction="none", log_decay=log_decay))
+    return Mixer(**common_operands(a, decay=decay, correction="none", log_decay=log_decay))
 
 
 def _simple_gla_requires(a: Arguments) -> str | None:
@@ -96,18 +97,23 @@ def _gla(a: Arguments) -> Mixer:
     given = a["gk"] if a["g"] is None else a["g"]
     log_decay = None if given is None else given.float()
     decay = "none" if log_decay is None else "channel"
-    return Mixer(**_operands(a, decay=decay, correction="none", log_decay=log_decay))
+    return Mixer(**common_operands(a, decay=decay, correction="none", log_decay=log_decay))
 
 
 def _delta(a: Arguments, decay: Decay, log_decay: Any) -> Mixer:
-    operands = _operands(a, decay=decay, correction="delta", log_decay=log_decay)
+    return Mixer(**delta_operands(a, decay, log_decay))
+
+
+def delta_operands(a: Arguments, decay: Decay, log_decay: Any) -> dict[str, Any]:
+    """The operands of a delta rule."""
+    operands = common_operands(a, decay=decay, correction="delta", log_decay=log_decay)
     if a["use_qk_l2norm_in_kernel"]:
         operands["query"], operands["key"] = l2norm(operands["query"]), l2norm(operands["key"])
     beta = a["beta"]
     beta = torch.ones_like(a["v"][..., 0], dtype=torch.float32) if beta is None else beta.float()
     if a["use_beta_sigmoid_in_kernel"]:
         beta = torch.sigmoid(beta) * (2.0 if a["allow_neg_eigval"] else 1.0)
-    return Mixer(**operands, beta=beta)
+    return {**operands, "beta": beta}
 
 
 def _delta_rule(a: Arguments) -> Mixer:
@@ -135,7 +141,8 @@ def _gated_delta_rule_requires(a: Arguments) -> str | None:
     return None
 
 
-def _kda(a: Arguments) -> Mixer:
+def channel_gate(a: Arguments) -> Any:
+    """The log decay per key channel [B, T, H, K] of Kimi Delta Attention, from its gate where the kernel has that."""
     g = a["g"].float()
     if a["use_gate_in_kernel"]:
         heads, width = a.sizes["H"], a.sizes["K"]
@@ -144,20 +151,27 @@ def _kda(a: Arguments) -> Mixer:
         rate = 1.0 if a["A_log"] is None else a["A_log"].float().exp().reshape(heads, 1)
         bound = a["lower_bound"]
         g = -rate * F.softplus(g) if bound is None else bound * torch.sigmoid(rate * g)
-    return _delta(a, "channel", g)
+    return g
 
 
-def _kda_requires(a: Arguments) -> str | None:
+def _kda(a: Arguments) -> Mixer:
+    return _delta(a, "channel", channel_gate(a))
+
+
+def channel_gate_requires(a: Arguments) -> str | None:
+    """Why a gate inside the kernel is not covered."""
     if a["use_gate_in_kernel"] and a["A_log"] is None and a["lower_bound"] is None:
         return "sets use_gate_in_kernel without A_log or lower_bound"
     return None
 
 
-def _like_query(a: Arguments, output: Any, state: Any) -> Any:
+def like_query(a: Arguments, output: Any, state: Any) -> Any:
+    """The usual return value, in the dtype of q."""
     return output_and_state(a, output, state, like="q")
 
 
-def _like_value(a: Arguments, output: Any, state: Any) -> Any:
+def like_value(a: Arguments, output: Any, state: Any) -> Any:
+    """The usual return value, in the dtype of v."""
     return output_and_state(a, output, state, like="v")
 
 
@@ -170,7 +184,7 @@ _G = Tensor("g", "B T H", "log_decay")
 _G_CHANNEL = Tensor("g", "B T H K", "log_decay")
 _GK = Tensor("gk", "B T H K", "log_decay")
 _GATES = (Tensor("A_log", "H|1 1 H 1"), Tensor("dt_bias", "H"))
-_KDA_GATES = (Tensor("A_log", "H|1 1 H 1"), Tensor("dt_bias", "H.K|H K"))
+KDA_GATES = (Tensor("A_log", "H|1 1 H 1"), Tensor("dt_bias", "H.K|H K"))
 _DELTA_CONSTANTS = ("use_qk_l2norm_in_kernel", "use_beta_sigmoid_in_kernel", "allow_neg_eigval")
 _GATED_CONSTANTS = (*_DELTA_CONSTANTS, "use_gate_in_kernel")
 
@@ -182,7 +196,7 @@ _NAIVE_GATED = Reference("fla.ops.gated_delta_rule.naive:naive_recurrent_gated_d
 _NAIVE_KDA = Reference("fla.ops.kda.naive:naive_recurrent_kda", kda)
 
 
-def _row(
+def row(
     function: str,
     family: str,
     tensors: tuple[Tensor, ...],
@@ -191,8 +205,10 @@ def _row(
     constants: tuple[str, ...] = (),
     optional: tuple[str, ...] = (),
     requires: Callable[[Arguments], str | None] | None = None,
-    result: Callable[[Arguments, Any, Any], Any] = _like_query,
+    result: Callable[[Arguments, Any, Any], Any] = like_query,
+    scale: float | None = None,
 ) -> KnownFunction:
+    """The entry of one of FLA's functions, with what all of them have in common."""
     # The parallel forms know no states.
     stateful = not function.startswith("parallel_")
     lacking = (*_NUMERICS, *_VALUE_FIRST, *(c for c in _GATED_CONSTANTS if c != "use_qk_l2norm_in_kernel"), *optional)
@@ -205,7 +221,7 @@ def _row(
         packing=_PACKING,
         optional=lacking,
         refuses={name: why for name, why in _REFUSES.items() if name not in {t.name for t in tensors}},
-        defaults={"scale": None, "head_first": False, "reverse": False, **dict.fromkeys(_VALUE_FIRST, False)},
+        defaults={"scale": scale, "head_first": False, "reverse": False, **dict.fromkeys(_VALUE_FIRST, False)},
         requires=requires,
         returns_state="output_final_state" if stateful else None,
         value_first=_VALUE_FIRST,
@@ -223,7 +239,7 @@ def _over_simple_gla(form: str) -> Reference:
 
 ENTRIES: tuple[KnownFunction, ...] = (
     *(
-        _row(
+        row(
             f"{form}_linear_attn",
             "linear attention",
             _POSITIVE_QKV,
@@ -236,11 +252,11 @@ ENTRIES: tuple[KnownFunction, ...] = (
         for form in ("chunk", "fused_chunk", "fused_recurrent")
     ),
     *(
-        _row(f"{form}_retention", "RetNet", _QKV, _retention, _over_simple_gla(form))
+        row(f"{form}_retention", "RetNet", _QKV, _retention, _over_simple_gla(form))
         for form in ("chunk", "fused_chunk", "fused_recurrent", "parallel")
     ),
     *(
-        _row(
+        row(
             f"{form}_lightning_attn",
             "lightning attention",
             _QKV,
@@ -251,7 +267,7 @@ ENTRIES: tuple[KnownFunction, ...] = (
         for form in ("chunk", "fused_recurrent")
     ),
     *(
-        _row(
+        row(
             f"{form}_simple_gla",
             "Simple GLA",
             (*_QKV, _G, Tensor("g_gamma", "H", "log_decay")),
@@ -262,10 +278,10 @@ ENTRIES: tuple[KnownFunction, ...] = (
         )
         for form in ("chunk", "fused_chunk", "fused_recurrent", "parallel")
     ),
-    _row("chunk_gla", "GLA", (*_QKV, _G_CHANNEL), _gla, _NAIVE_GLA, result=_like_value),
-    _row("fused_recurrent_gla", "GLA", (*_QKV, _GK), _gla, _NAIVE_GLA),
+    row("chunk_gla", "GLA", (*_QKV, _G_CHANNEL), _gla, _NAIVE_GLA, result=like_value),
+    row("fused_recurrent_gla", "GLA", (*_QKV, _GK), _gla, _NAIVE_GLA),
     *(
-        _row(
+        row(
             f"{form}_delta_rule",
             "DeltaNet",
             _KEYS,
@@ -276,7 +292,7 @@ ENTRIES: tuple[KnownFunction, ...] = (
         for form in ("chunk", "fused_recurrent")
     ),
     *(
-        _row(
+        row(
             f"{form}_gated_delta_rule",
             "Gated DeltaNet",
             (*_GROUPED, _G, *own, *_GATES),
@@ -288,20 +304,20 @@ ENTRIES: tuple[KnownFunction, ...] = (
             requires=_gated_delta_rule_requires,
             result=result,
         )
-        for form, own, result in (("chunk", (), _like_query), ("fused_recurrent", (_GK,), _like_value))
+        for form, own, result in (("chunk", (), like_query), ("fused_recurrent", (_GK,), like_value))
     ),
     *(
-        _row(
+        row(
             f"{form}_kda",
             "Kimi Delta Attention",
-            (*_GROUPED, _G_CHANNEL, *_KDA_GATES),
+            (*_GROUPED, _G_CHANNEL, *KDA_GATES),
             _kda,
             _NAIVE_KDA,
             constants=(*_GATED_CONSTANTS, "lower_bound"),
             optional=("A_log", "dt_bias", "lower_bound"),
-            requires=_kda_requires,
+            requires=channel_gate_requires,
             result=result,
         )
-        for form, result in (("chunk", _like_query), ("fused_recurrent", _like_value))
+        for form, result in (("chunk", like_query), ("fused_recurrent", like_value))
     ),
 )

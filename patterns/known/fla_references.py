@@ -6,6 +6,7 @@ else is spelled as its kernels spell it, so that a proof compares two readings a
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -42,10 +43,7 @@ def delta(naive: Naive, a: Mapping[str, Any]) -> Any:
     """The delta rule; the naive form is head first and has the scale built in."""
     q, k = _normalised(a)
     beta = torch.ones(a["v"].shape[:-1]) if a["beta"] is None else a["beta"]
-    operands = (_prescaled({**a, "q": q}), k, a["v"], beta)
-    q, k, v, beta = (x.transpose(1, 2) for x in operands)
-    output, state = _run(naive, a, q=q, k=k, v=v, beta=beta)
-    return output.transpose(1, 2), state
+    return _head_first(naive, a, q=_prescaled({**a, "q": q}), k=k, v=a["v"], beta=beta)
 
 
 def gated(naive: Naive, a: Mapping[str, Any]) -> Any:
@@ -68,6 +66,55 @@ def kda(naive: Naive, a: Mapping[str, Any]) -> Any:
     else:
         raise NotImplementedError("it has no decay per head")
     return _run(naive, a, q=q, k=k, v=a["v"], g=gk, beta=_beta(a), scale=a["scale"])
+
+
+def dplr(naive: Naive, a: Mapping[str, Any]) -> Any:
+    """A diagonal plus a matrix of rank one (RWKV-7, too); the naive form is head first and has the scale built in."""
+    q, gk = (a[names[0]] if names[0] in a else a[names[1]] for names in (("q", "r"), ("gk", "w")))
+    alpha, beta = (a["a"], a["b"]) if "b" in a else (-a["kk"], a["kk"] * a["a"])
+    operands = {"k": a["k"], "v": a["v"], "alpha": alpha.float(), "beta": beta, "gk": gk}  # it casts all others itself
+    return _head_first(naive, a, q=_prescaled({**a, "q": q}), **operands)
+
+
+def iplr(naive: Naive, a: Mapping[str, Any]) -> Any:
+    """The identity plus a matrix of rank one."""
+    return _head_first(naive, a, q=_prescaled(a), k=a["k"], v=a["v"], alpha=a["a"].float(), beta=a["b"])
+
+
+def comba(naive: Naive, a: Mapping[str, Any]) -> Any:
+    """Comba in chunks; the naive form has no groups."""
+    repeats = a["v"].shape[2] // a["q"].shape[2]
+    p = a["k"] if a["p"] is None else a["p"]
+    q, k = _normalised(a)
+    p = p / torch.sqrt(p.square().sum(-1, keepdim=True) + 1e-6) if a["use_qk_l2norm_in_kernel"] else p
+    q, k, p = (x.repeat_interleave(repeats, dim=2) for x in (q, k, p))
+    return _run(naive, a, q=q, k=k, v=a["v"], p=p, g=a["g"], beta=_beta(a), scale=a["scale"])
+
+
+def gdn2(naive: Naive, a: Mapping[str, Any]) -> Any:
+    """Gated DeltaNet-2; the naive form takes gates as they are."""
+    q, k = _normalised(a)
+    return _run(naive, a, q=q, k=k, v=a["v"], g=_channel_gate(a), b=a["b"], w=a["w"], scale=a["scale"])
+
+
+def delta_product(naive: Naive, a: Mapping[str, Any]) -> Any:
+    """Gated DeltaProduct, of one reflection for a token."""
+    q, k = _normalised(a)
+    scale = a["q"].shape[-1] ** -0.5 if a["scale"] is None else a["scale"]
+    more = {"scale": scale, "cu_seqlens": None, "num_householder": a["num_householder"]}
+    return _run(naive, a, q=q, k=k, v=a["v"], g=a["g"], beta=a["beta"], **more)
+
+
+def rwkv6(naive: Naive, a: Mapping[str, Any]) -> Any:
+    """RWKV-6, whose bonus has no tokens; the naive form is head first."""
+    with_bonus = functools.partial(naive, u=a["u"], scale=a["scale"])
+    return _head_first(with_bonus, a, q=a["r"], k=a["k"], v=a["v"], w=a["w"])
+
+
+def _head_first(naive: Naive, a: Mapping[str, Any], **operands: torch.Tensor) -> Any:
+    turned = {name: x.transpose(1, 2) for name, x in operands.items()}
+    output, state = _run(naive, a, **turned)
+    return output.transpose(1, 2), state
 
 
 def _run(naive: Naive, a: Mapping[str, Any], **operands: Any) -> Any:

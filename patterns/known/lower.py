@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 import llcompile.kernels.operators  # noqa: F401  (registers torch.ops.llcompile)
-from llcompile.patterns.known import Arguments, KnownFunction
+from llcompile.patterns.known import Arguments, KnownFunction, early
 from llcompile.patterns.known.arguments import is_level_state, read_call
+from llcompile.patterns.known.operator_call import OperatorCall, Sequences
 from llcompile.patterns.known.state_layout import OPERATOR, from_operator, to_operator
 from llcompile.patterns.mixer import Mixer
 
@@ -56,15 +57,6 @@ def lower(entry: KnownFunction, arguments: Arguments, example: Arguments, level_
     return entry.result(arguments, output, state)
 
 
-@dataclass(frozen=True)
-class Sequences:
-    """What says where the sequences are in their rows; one of the three, by the operator's own names."""
-
-    cu_seqlens: Any = None
-    attention_mask: Any = None
-    seq_idx: Any = None
-
-
 def sequences_of(entry: KnownFunction, arguments: Arguments, mask: Any) -> Sequences | None:
     """How the call packs or pads its sequences; None where each fills its row. Bounds say more than indices."""
     bounds, indices = entry.packed_by(arguments, "bounds"), entry.packed_by(arguments, "indices")
@@ -73,23 +65,6 @@ def sequences_of(entry: KnownFunction, arguments: Arguments, mask: Any) -> Seque
     if indices is not None:
         return Sequences(seq_idx=indices)
     return None if mask is None else Sequences(attention_mask=mask)
-
-
-@dataclass(frozen=True)
-class OperatorCall:
-    """What decides which operator is called.
-
-    Args:
-        own_state: a state that comes in has levels.
-        single: it is one token.
-        wants_state: a state goes out.
-        state_axes: the axes of the code's own linear states (see state_layout.py).
-    """
-
-    own_state: bool = False
-    single: bool = False
-    wants_state: bool = False
-    state_axes: tuple[str, ...] = OPERATOR
 
 
 def _is_single_token(example: Arguments) -> bool:
@@ -105,18 +80,24 @@ def call_operator(
     state = mixer.initial_state
     if state is not None and not call.own_state:
         state = to_operator(state.float(), call.state_axes)
-    if state is not None and call.single:
-        output, final = _call_step(mixer, level_weights, state)
-    else:
-        operands = (mixer.query, mixer.key, mixer.value, level_weights, *mixer.transition())
-        rest = (state, mixer.scale, call.wants_state)
-        s = sequences
-        where = () if s is None else (s.cu_seqlens, s.attention_mask, s.seq_idx)
-        result = torch.ops.llcompile.loglinear_attention(*operands, *rest, *where)
-        output, final = result[0], result[1]
+    output, final = apply(replace(mixer, initial_state=state), level_weights, call, sequences)
     if not call.wants_state:
         return output, None
     return output, from_operator(final, call.state_axes) if level_weights is None else final
+
+
+def apply(mixer: Mixer, level_weights: Any, call: OperatorCall, sequences: Sequences | None = None) -> tuple[Any, Any]:
+    """As `call_operator`, with states as the operator has them; whatever final state comes out."""
+    if mixer.early:
+        return early.call(mixer, level_weights, call, sequences, apply)
+    state = mixer.initial_state
+    if state is not None and call.single:
+        return _call_step(mixer, level_weights, state)
+    operands = (mixer.query, mixer.key, mixer.value, level_weights, *mixer.transition())
+    s = sequences
+    where = () if s is None else (s.cu_seqlens, s.attention_mask, s.seq_idx)
+    result = torch.ops.llcompile.loglinear_attention(*operands, state, mixer.scale, call.wants_state, *where)
+    return result[0], result[1]
 
 
 def _call_step(mixer: Mixer, level_weights: Any, state: Any) -> tuple[Any, Any]:

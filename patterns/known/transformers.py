@@ -44,9 +44,7 @@ def _mamba(a: Arguments) -> Mixer:
 
 
 def _mamba_step(a: Arguments) -> Mixer:
-    return selective.selective_step(
-        a, "hidden_states", selective.time_step(a, "dt", "dt_bias", "dt_softplus"), "state"
-    )
+    return selective.selective_step(a, "hidden_states", selective.time_step(a, "dt", "dt_bias", "dt_softplus"), "state")
 
 
 def _mamba_result(a: Arguments, output: Any, state: Any) -> Any:

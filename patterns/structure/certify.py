@@ -138,7 +138,13 @@ def _sizings(subgraph: Subgraph, tried: Probe) -> list[Sizing]:
 def _rescaled(hypothesis: Hypothesis, theirs: Tensor, ours: Tensor) -> tuple[Hypothesis, float]:
     """A scale that hangs on the length (a mean, say) is that of the graph's."""
     plain = [s for s, how in hypothesis.post if how == "plus"]
-    if plain or hypothesis.normaliser is not None or hypothesis.first is not None or hypothesis.skip is not None:
+    if (
+        hypothesis.own is not None
+        or plain
+        or hypothesis.normaliser is not None
+        or hypothesis.first is not None
+        or hypothesis.skip is not None
+    ):
         return hypothesis, difference(theirs, ours)
     factor = float((theirs * ours).sum() / (ours * ours).sum().clamp_min(1e-300))
     return hypothesis.scaled(hypothesis.scale * factor), difference(theirs, ours * factor)
@@ -155,11 +161,14 @@ def _probe(
         z = torch.randn(probe.shape(hypothesis.decay), generator=probe.generator, dtype=torch.float64)
         log_decay = -(4.0 / probe.length) * (0.2 + torch.nn.functional.softplus(z))
         probe.values[hypothesis.decay] = hypothesis.transform.inverse(log_decay / hypothesis.rate).to(dtype)
-    if hypothesis.family[1] == "delta":
-        # Keys of norm 1/2 to 1: with longer ones a delta rule diverges.
-        key = probe.values[hypothesis.key].double()
-        axes = enumerate(hypothesis.layouts[hypothesis.key])
+    # Keys of norm 1/2 to 1: with longer ones a delta rule diverges. Of 1/4 to 1/2 where two others are multiplied.
+    shortened = {hypothesis.key: 1.0} if hypothesis.family[1] == "delta" else {}
+    erased = dict.fromkeys((*hypothesis.erase_query, *hypothesis.erase_key), 0.5)
+    for live_in, most in {**shortened, **erased}.items():
+        key = probe.values[live_in].double()
+        axes = enumerate(hypothesis.layouts[live_in])
         dims = [i for i, axis in axes if not {*axis}.isdisjoint(hypothesis.axes.key)]
-        norm = key.square().sum(dims, keepdim=True).sqrt()
-        probe.values[hypothesis.key] = (key / norm * (0.5 + 0.5 * torch.sigmoid(norm))).to(dtype)
+        if dims:
+            norm = key.square().sum(dims, keepdim=True).sqrt()
+            probe.values[live_in] = (key / norm * most * (0.5 + 0.5 * torch.sigmoid(norm))).to(dtype)
     return probe

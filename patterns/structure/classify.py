@@ -39,6 +39,7 @@ class Roles:
     Args:
         query: linear, each position by itself, contracted.
         keyed: live-ins with the query's contracted dims, that later positions depend on.
+        bonus: live-ins with these dims that no other position depends on, or without time.
         value: linear, causal, its dims pass through.
         scalars: the other causal live-ins.
         timeless: live-ins without time that are not `post`.
@@ -60,6 +61,7 @@ class Roles:
     degree: dict[LiveIn, int | None]
     post: list[tuple[LiveIn, str]] = field(default_factory=list)
     linear_query: bool = True
+    bonus: list[LiveIn] = field(default_factory=list)
     first: LiveIn | None = None
     aside: tuple[LiveIn, ...] | None = None
 
@@ -123,7 +125,9 @@ class _Classifier:
         contracted = [s for s in timed if self.reach[s] == "own" and self.dims[s] - self.kept]
         if not contracted:
             raise Rejection(self.noncausal or reasons.NO_QUERY())
-        if len(contracted) > 1:
+        if len(contracted) > 1:  # the weight of the own token may be another one
+            contracted = [s for s in contracted if self._degree(s) == 1]
+        if len(contracted) != 1:
             raise Rejection(reasons.TWO_QUERIES())
         query = contracted[0]
         first = next((s for s in live_ins if self._starts_from(s, query)), None)
@@ -234,8 +238,9 @@ class _Classifier:
         left = [s for s in live_ins if s not in taken]
         timed = [s for s in left if s in self.reach]
         contracted = self.dims[query] - self.kept
-        keyed = [s for s in timed if self.dims[s] & contracted]
-        values = [s for s in timed if s not in keyed and self.degree[s] == 1 and self.reach[s] != "own"]
+        keyed = [s for s in timed if self.dims[s] & contracted and self.reach[s] != "own"]
+        bonus = [s for s in left if self.dims[s] & contracted and s not in keyed]
+        values = [s for s in timed if s not in (*keyed, *bonus) and self.degree[s] == 1 and self.reach[s] != "own"]
         inner = self.dims[query].union(*(self.dims[s] for s in timed if s not in values))
         # The value's own dims pass through to the result; those of scores do not have them.
         own = lambda s: (self.dims[s] & self.kept) - inner  # noqa: E731
@@ -246,12 +251,13 @@ class _Classifier:
             query,
             keyed,
             value,
-            [s for s in timed if s is not value and s not in keyed],
+            [s for s in timed if s is not value and s not in (*keyed, *bonus)],
             [s for s in left if s not in self.reach],
             {s for s in timed if self.reach[s] == "later"},
             self.degree,
             self.post,
             linear_query=self.degree[query] == 1,
+            bonus=bonus,
         )
         near = 2 if values or roles.linear_query else 0
         for given, own_near in self._lacks(roles, bool(values)):
@@ -287,8 +293,6 @@ class _Classifier:
             yield reasons.NOT_LINEAR_IN_VALUE(), 2
         if value is not None and self.reach[value] == "window" and self._really_ends(value):
             yield reasons.SLIDING_WINDOW(output=self.measured.length - 1, input=self.measured.middle), None
-        if value in roles.strict:
-            yield reasons.STRICTLY_CAUSAL(), None
 
     def _really_ends(self, value: LiveIn) -> bool:
         """Whether a value's reach ends, and is not only lost to rounding under a strong decay."""

@@ -10,22 +10,26 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-import llcompile.kernels.operators  # noqa: F401  (registers torch.ops.llcompile)
 from llcompile.kernels.choice import portable
 from llcompile.patterns import reasons
 from llcompile.patterns.agreement import difference
 from llcompile.patterns.boundary import NOT_SHOWN, running
+from llcompile.patterns.known.lower import apply
+from llcompile.patterns.known.operator_call import OperatorCall
 from llcompile.patterns.structure.axes import Dim, dims_of
 from llcompile.patterns.structure.classify import Rejection, Roles
+from llcompile.patterns.structure.early import early_readings
+from llcompile.patterns.structure.erase import assignments, erase_scale
 from llcompile.patterns.structure.hypothesis import NORMALISERS, Hypothesis, MixerAxes
 from llcompile.patterns.structure.lifted import LiveIn
 from llcompile.patterns.structure.probe import Probe
 from llcompile.patterns.structure.ranges import Range
-from llcompile.patterns.structure.sizing import arrange
+from llcompile.patterns.structure.sizing import CannotArrange, arrange
 from llcompile.patterns.structure.transforms import TRANSFORMS
 
 AGREES = 2e-6  # a guess is taken to the proof where it agrees this well (buffers are float32)
 _STEADY = -0.1
+_MOST_ERASED = 200  # readings with an erase key that are tried
 _DECAY, _RATES, _BETA, _FACTOR, _EXP = "decay", "rates", "beta", "factor", "exponent"
 
 
@@ -37,7 +41,8 @@ def fit(probe: Probe, roles: Roles) -> Hypothesis:
     """
     base = probe.outputs()
     closest = math.inf
-    for hypothesis in _readings(probe, roles):
+    erased = itertools.islice(_erase_readings(probe, roles, base), _MOST_ERASED)
+    for hypothesis in itertools.chain(_readings(probe, roles), early_readings(probe, roles, base, _readings), erased):
         try:
             found, error = _fit(probe, hypothesis, roles, base)
         except NOT_SHOWN:
@@ -103,6 +108,32 @@ def _readings(probe: Probe, roles: Roles) -> Iterator[Hypothesis]:
             yield from _with_transforms(probe, roles, key, named)
 
 
+def _erase_readings(probe: Probe, roles: Roles, base: Tensor) -> Iterator[Hypothesis]:
+    """Every way to read them with a key of its own along which the state is erased."""
+    for one in assignments(probe, roles, base):
+        scalars = [s for s in (*one.read, *one.taken, one.decay, one.beta, *one.factors) if s is not None]
+        axes = _axes(probe, roles, one.key, scalars)
+        factors = tuple((s, "as it is") for s in one.factors)
+        found = Hypothesis(
+            probe.axes,
+            probe.result,
+            axes,
+            roles.query,
+            one.key,
+            roles.value,
+            factors,
+            beta=one.beta,
+            post=(*roles.post,),
+        )
+        found = replace(found, erase_query=one.read, erase_key=one.taken)
+        if one.decay is None:
+            yield found
+            continue
+        for transform, late in itertools.product(TRANSFORMS, (False, True)):
+            if transform.fits(probe.ranges[one.decay]):
+                yield replace(found, decay=one.decay, transform=transform, erase_late=late)
+
+
 def _choices(probe: Probe, roles: Roles, live_in: LiveIn) -> list[str]:
     if live_in in roles.keyed:
         return [_DECAY]
@@ -161,11 +192,11 @@ def _with_rates(probe: Probe, roles: Roles, hypothesis: Hypothesis) -> Iterator[
     if decay in roles.keyed or decay in roles.timeless or not _is_of_one_sign(probe.ranges[rates]):
         return
     for transform in TRANSFORMS:
-        if transform.name in ("log decay", "rate") and _is_of_one_sign(probe.ranges[decay]):
-            if transform.fits(probe.ranges[decay]):
-                found = replace(hypothesis, transform=transform, shifted=decay in roles.strict)
-                yield found
-                yield replace(found, stepped=True)
+        signed = transform.name in ("log decay", "rate") and _is_of_one_sign(probe.ranges[decay])
+        if signed and transform.fits(probe.ranges[decay]):
+            found = replace(hypothesis, transform=transform, shifted=decay in roles.strict)
+            yield found
+            yield replace(found, stepped=True)
 
 
 def _is_of_one_sign(bounds: Range) -> bool:
@@ -219,6 +250,10 @@ def _fit(probe: Probe, hypothesis: Hypothesis, roles: Roles, base: Tensor) -> tu
     """The hypothesis with its numbers (scale, constant decay, epsilon) found, and how far it is from the subgraph."""
     if not roles.linear_query:
         return _fit_normaliser(probe, hypothesis, base)
+    if hypothesis.erase_query:
+        hypothesis = _with_erase_scale(probe, hypothesis, base)
+    if hypothesis.own is not None:
+        return _fit_beside_own(probe, hypothesis, base)
     ours = output_of(probe, hypothesis)
     found, error = _scaled(hypothesis, ours, base)
     if error >= AGREES and hypothesis.step is not None:
@@ -226,7 +261,7 @@ def _fit(probe: Probe, hypothesis: Hypothesis, roles: Roles, base: Tensor) -> tu
         if step is not None:
             stepped = replace(hypothesis, step=step)
             found, error = _scaled(stepped, output_of(probe, stepped), base)
-    if error >= AGREES and hypothesis.decay is None:
+    if error >= AGREES and hypothesis.decay is None and not hypothesis.erase_query:
         for headed in (hypothesis, *_more_heads(hypothesis)):
             decayed = _constant_decay(probe, headed, ours, base)
             if decayed is not None:
@@ -236,6 +271,36 @@ def _fit(probe: Probe, hypothesis: Hypothesis, roles: Roles, base: Tensor) -> tu
                 )
             if error < AGREES:
                 break
+    return found, error
+
+
+def _with_erase_scale(probe: Probe, hypothesis: Hypothesis, base: Tensor) -> Hypothesis:
+    """The hypothesis with the factor on what is erased.
+
+    Raises:
+        CannotArrange: there is none.
+    """
+    assert hypothesis.value is not None
+    changed = {hypothesis.value: probe.at_one_time(hypothesis.value, 0)}
+    theirs = (base - probe.outputs(changed))[1]
+    tried = [replace(hypothesis, erase_scale=factor) for factor in (0.0, 1.0)]
+    none, whole = ((output_of(probe, h) - output_of(probe, h, changed))[1] for h in tried)
+    factor = erase_scale((none, whole), theirs)
+    if factor is None:
+        raise CannotArrange
+    return replace(hypothesis, erase_scale=factor)
+
+
+def _fit_beside_own(probe: Probe, hypothesis: Hypothesis, base: Tensor) -> tuple[Hypothesis, float]:
+    """The hypothesis with its scale, where the token's own weight is known."""
+    own = output_of(probe, hypothesis.scaled(0.0))
+    ours, theirs = output_of(probe, hypothesis) - own, base - own
+    found, error = _scaled(hypothesis, ours, theirs)
+    if error >= AGREES and hypothesis.decay is None:
+        decayed = _constant_decay(probe, hypothesis, ours, theirs)
+        if decayed is not None:
+            ours = output_of(probe, decayed) - own
+            found, error = min((found, error), _scaled(decayed, ours, theirs), key=lambda f: f[1])
     return found, error
 
 
@@ -250,11 +315,10 @@ def _more_heads(hypothesis: Hypothesis) -> Iterator[Hypothesis]:
 def output_of(probe: Probe, hypothesis: Hypothesis, changed: Mapping[LiveIn, Tensor] | None = None) -> Tensor:
     """What the hypothesis computes on the probe's draw, with some live-ins changed, as [T, everything else]."""
     size, values = probe.sizing.of, {**probe.values, **(changed or {})}
-    m = hypothesis.mixer(values, size, probe.dtype)
-    operands = (m.query, m.key, m.value, None, *m.transition(), m.initial_state)
+    mixer = hypothesis.mixer(values, size, probe.dtype)
     # Operands that fit no call of the operator are another hypothesis'.
     with portable(), running(probe.subgraph.result):
-        output = torch.ops.llcompile.loglinear_attention(*operands, m.scale, False)[0]
+        output, _ = apply(mixer, None, OperatorCall())
     return probe.by_time(hypothesis.finish(output, values, size))
 
 
@@ -268,6 +332,8 @@ def _constant_decay(probe: Probe, hypothesis: Hypothesis, ours: Tensor, base: Te
     value = hypothesis.value if hypothesis.value is not None else hypothesis.key
     start = {value: probe.at_one_time(value, 0)}
     theirs, own = base - probe.outputs(start), ours - output_of(probe, hypothesis, start)
+    if hypothesis.early:  # what the first token reads is none of its own
+        theirs, own = theirs[1:], own[1:]
     heads = _by_head(probe, hypothesis, theirs), _by_head(probe, hypothesis, own)
     ratio = (heads[0] * heads[1]).sum(-1) / (heads[1] * heads[1]).sum(-1).clamp_min(1e-300)  # [T, H]
     ratio = ratio / ratio[:1]

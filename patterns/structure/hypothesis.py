@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+import operator
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -74,6 +76,12 @@ class Hypothesis:
         constant: the log decay of each head where it is a number of the code.
         complement: what is written is multiplied with one minus the decay (a step from the state towards it).
         step: the beta of a delta rule where it is a number of the code.
+        erase_query, erase_key: where the state is erased along a key of its own, live-ins whose products these are;
+            `erase_scale` a factor. With `erase_late`, what is erased is read after the decay. `beta` is then a factor
+            of what is erased and of what is written.
+        early: the query reads the state before its own token changes it; with `decayed`, but for the decay.
+        own: where the state is read early: what the weight of the own token is a product of beside the query (the key,
+            a bonus), and with `own_scale`; None where it has none.
         post: live-ins that the output is multiplied with ("times"), divided by ("over"), or that are added ("plus");
             "times exp" and "over exp" for their exponentials.
         first: the state that the sum starts from, which the model has learned; `first_scale` a factor on it.
@@ -101,6 +109,14 @@ class Hypothesis:
     complement: bool = False
     beta: LiveIn | None = None
     step: float | None = None
+    erase_query: tuple[LiveIn, ...] = ()
+    erase_key: tuple[LiveIn, ...] = ()
+    erase_scale: float = 1.0
+    erase_late: bool = False
+    early: bool = False
+    decayed: bool = False
+    own: tuple[LiveIn, ...] | None = None
+    own_scale: float = 1.0
     post: tuple[tuple[LiveIn, str], ...] = ()
     first: LiveIn | None = None
     first_scale: float = 1.0
@@ -113,6 +129,8 @@ class Hypothesis:
     def family(self) -> tuple[Decay, Correction]:
         """The cell of the table of families."""
         correction: Correction = "none" if self.step is None and self.beta is None else "delta"
+        if self.erase_query:
+            correction = "erase"
         if self.decay is None:
             return ("none" if self.constant is None else "scalar"), correction
         keyed = self.rates is not None or not dims_of(self.layouts[self.decay]).isdisjoint(self.axes.key)
@@ -121,7 +139,8 @@ class Hypothesis:
     @property
     def operands(self) -> list[LiveIn]:
         """Every live-in that is a part of the operator's operands."""
-        found = [self.query, self.key, self.value, *(s for s, _ in self.factors), self.decay, self.rates, self.beta]
+        factors = (*(s for s, _ in self.factors), *self.erase_query, *self.erase_key)
+        found = [self.query, self.key, self.value, *factors, self.decay, self.rates, self.beta]
         return [s for s in dict.fromkeys(found) if s is not None]
 
     def scaled(self, scale: float) -> Hypothesis:
@@ -132,36 +151,83 @@ class Hypothesis:
         """The operands in the operator's layout, from tensors or proxies; decays that are numbers in `precision`."""
         a = self.axes
         put = lambda live_in, *groups: arrange(values[live_in], self.layouts[live_in], groups, size)  # noqa: E731
-        key = put(self.key, a.batch, a.time, a.groups, a.key)
-        if self.value is not None:
-            value = put(self.value, a.batch, a.time, a.heads, a.value)
-        else:
-            ones = torch.ones_like(key[..., :1])
-            value = arrange(ones, (a.batch, a.time, a.groups, ()), (a.batch, a.time, a.heads, ()), size)
+        groups = a.heads if self._by_head else a.groups
+        query, key = (put(live_in, a.batch, a.time, groups, a.key) for live_in in (self.query, self.key))
+        value = self._value(values, size)
         if self.normaliser is not None:
             value = torch.cat([value, torch.ones_like(value[..., :1])], dim=-1)
-        for factor, form in self.factors:
-            factors = put(factor, a.batch, a.time, a.heads, ())
-            value = value * (torch.exp(factors) if form == "exp" else factors)
-        if self.stepped and self.decay is not None:
-            value = value * put(self.decay, a.batch, a.time, a.heads, ())
+        value = self._with_factors(value, values, size)
         decay, correction = self.family
         log_decay = self._log_decay(values, size, value, precision)
         if self.complement:
             written = -torch.expm1(log_decay)
             key, value = (key * written, value) if decay == "channel" else (key, value * written[..., None])
+        if self.decayed:
+            query = (query * _factor(log_decay, decay)).type_as(query)
+        beta = self._beta(put) if self.step is None else torch.full_like(value[..., 0], self.step)
+        erase_query, erase_key = self._erase(values, size, groups, query, _factor(log_decay, decay))
+        if correction == "erase" and beta is not None:
+            value = value * beta.unsqueeze(-1)
         return Mixer(
             decay=decay,
             correction=correction,
-            query=put(self.query, a.batch, a.time, a.groups, a.key),
+            query=query,
             key=key,
             value=value,
             log_decay=log_decay,
             decay_rate=None if self.rates is None else torch.abs(put(self.rates, a.heads, a.key)),
-            beta=self._beta(put) if self.step is None else torch.full_like(value[..., 0], self.step),
+            beta=beta,
+            erase_query=erase_query,
+            erase_key=erase_key,
             initial_state=self._first(values, size),
             scale=self.scale,
+            early=self.early,
         )
+
+    @property
+    def _by_head(self) -> bool:
+        """Whether something that only heads have becomes a part of queries or of what is erased."""
+        erased = (*self.erase_query, *self.erase_key)
+        late = [self.decay] if self.decay is not None and (self.erase_late or self.decayed) else []
+        constant = self.constant is not None and (self.erase_late or self.decayed)
+        held = dims_of(axis for s in (*erased, *late) for axis in self.layouts[s])
+        return bool(self.axes.rest) and (constant or not held.isdisjoint(self.axes.rest))
+
+    def _value(self, values: Mapping[LiveIn, Any], size: Size) -> Any:
+        """The value, [B, T, H, V]; ones where there is none."""
+        a = self.axes
+        whole = (a.batch, a.time, a.heads, a.value)
+        if self.value is not None:
+            return arrange(values[self.value], self.layouts[self.value], whole, size)
+        key = arrange(values[self.key], self.layouts[self.key], (a.batch, a.time, a.groups, a.key), size)
+        ones = torch.ones_like(key[..., :1])
+        return arrange(ones, (a.batch, a.time, a.groups, ()), (a.batch, a.time, a.heads, ()), size)
+
+    def _with_factors(self, value: Any, values: Mapping[LiveIn, Any], size: Size) -> Any:
+        a = self.axes
+        for factor, form in self.factors:
+            factors = arrange(values[factor], self.layouts[factor], (a.batch, a.time, a.heads, ()), size)
+            value = value * (torch.exp(factors) if form == "exp" else factors)
+        if self.stepped and self.decay is not None:
+            value = value * arrange(values[self.decay], self.layouts[self.decay], (a.batch, a.time, a.heads, ()), size)
+        return value
+
+    def _erase(self, values: Mapping[LiveIn, Any], size: Size, heads: Axis, query: Any, decay: Any) -> tuple[Any, Any]:
+        """What is read to be erased, and where it is taken away: [B, T, G, K] both, or nothing."""
+        if not self.erase_query:
+            return None, None
+        read, taken = (self._product(s, values, size, heads) for s in (self.erase_query, self.erase_key))
+        if self.erase_late and decay is not None:
+            read = read * decay
+        taken = taken if self.erase_scale == 1.0 else taken * self.erase_scale
+        return read.type_as(query), taken.type_as(query)
+
+    def _product(self, live_ins: Iterable[LiveIn], values: Mapping[LiveIn, Any], size: Size, heads: Axis) -> Any:
+        """The product of live-ins, [B, T, heads, K]."""
+        a = self.axes
+        groups = (a.batch, a.time, heads, a.key)
+        factors = (arrange(values[s], self.layouts[s], groups, size) for s in live_ins)
+        return functools.reduce(operator.mul, factors)
 
     def _first(self, values: Mapping[LiveIn, Any], size: Size) -> Any:
         """The state at the start, [B, H, K, V]."""
@@ -197,18 +263,30 @@ class Hypothesis:
 
     def finish(self, output: Any, values: Mapping[LiveIn, Any], size: Size) -> Any:
         """What the subgraph computes, from the operator's output [B, T, H, V]."""
-        a = self.axes
         if self.normaliser is not None:
             form, epsilon = self.normaliser
             features = lambda: self._query_sum(values, size)  # noqa: E731
             output = output[..., :-1] / NORMALISERS[form](output[..., -1:], epsilon, features)
         if self.skip is not None:
             output = output + self._skipped(values, size)
-        output = arrange(output, (a.batch, a.time, a.heads, a.value), self.result, size)
+        if self.own is not None:
+            output = output + self.own_term(values, size) * self.own_scale
+        output = self.laid_out(output, size)
         for live_in, how in self.post:
             other = arrange(values[live_in], self.layouts[live_in], self.result, size, broadcast=True)
             output = POSTS[how](output, other)
         return output
+
+    def laid_out(self, output: Any, size: Size) -> Any:
+        """An output [B, T, H, V] as the subgraph has it."""
+        a = self.axes
+        return arrange(output, (a.batch, a.time, a.heads, a.value), self.result, size)
+
+    def own_term(self, values: Mapping[LiveIn, Any], size: Size) -> Any:
+        """What a token adds to its own output where the state is read early, [B, T, H, V]."""
+        assert self.own is not None
+        weight = self._product((self.query, *self.own), values, size, self.axes.heads).sum(-1, keepdim=True)
+        return weight * self._with_factors(self._value(values, size), values, size)
 
     def _skipped(self, values: Mapping[LiveIn, Any], size: Size) -> Any:
         """What the diagonal of the scores adds, [B, T, H, V]."""
@@ -228,3 +306,10 @@ class Hypothesis:
         return arrange(
             query.sum(-1, keepdim=True), (a.batch, a.time, a.groups, ()), (a.batch, a.time, a.heads, ()), size
         )
+
+
+def _factor(log_decay: Any, decay: Decay) -> Any:
+    """The decay as a factor of [B, T, H, K]; None where there is none."""
+    if log_decay is None:
+        return None
+    return log_decay.exp() if decay == "channel" else log_decay.exp().unsqueeze(-1)

@@ -154,7 +154,9 @@ def _draws(
 
 
 def _others(hypothesis: Hypothesis) -> list[LiveIn | None]:
-    return [hypothesis.decay, *(s for s, _ in hypothesis.factors), *(s for s, _ in hypothesis.post), hypothesis.beta]
+    more = (*hypothesis.erase_query, *hypothesis.erase_key, *(hypothesis.own or ()))
+    factors = (*(s for s, _ in hypothesis.factors), *(s for s, _ in hypothesis.post))
+    return [hypothesis.decay, *factors, hypothesis.beta, *more]
 
 
 def _factors(number: float, middle: float, largest: float) -> list[float]:

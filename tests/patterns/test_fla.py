@@ -9,6 +9,7 @@ test at the end installs it into a folder of its own and runs this file with it;
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import os
@@ -35,13 +36,22 @@ needs_fla = pytest.mark.skipif(not HAS_FLA, reason="FLA is not installed; `pytes
 
 FLA_ROWS = {entry.function: entry for entry in ENTRIES if entry.library == "fla"}
 # Where FLA defines the functions that its package does not export by the first part of their name.
-STEMS = ("linear_attn", "retention", "simple_gla", "gla", "gated_delta_rule", "delta_rule", "kda", "lightning_attn")
+STEMS = {
+    **{f"{kind}_delta_rule": f"generalized_delta_rule.{kind}" for kind in ("dplr", "iplr")},
+    **{
+        stem: stem
+        for stem in (
+            *("linear_attn", "retention", "simple_gla", "gla", "gated_delta_rule", "delta_rule", "kda"),
+            *("lightning_attn", "rwkv6", "rwkv7", "comba", "gdn2", "gated_delta_product"),
+        )
+    },
+}
 GATES = ("g_gamma", "A_log", "dt_bias", "gk")
 
 
 def fla_leaf(name: str) -> CapturedFunction:
     stem = next(s for s in STEMS if name.endswith(f"_{s}"))
-    found = captured_function(FLA_ROWS[name], getattr(importlib.import_module(f"fla.ops.{stem}"), name))
+    found = captured_function(FLA_ROWS[name], getattr(importlib.import_module(f"fla.ops.{STEMS[stem]}"), name))
     assert found.problem is None
     return found
 
@@ -52,6 +62,8 @@ def arguments_of(name: str, absent: tuple[str, ...], **more: Any) -> dict[str, A
         given.update(layer_idx=1, num_layers=4)
     if "linear_attn" in name:
         given.update(normalize=False)
+    if "product" in name:
+        given.update(num_householder=1)
     if FLA_ROWS[name].returns_state:
         given.update(output_final_state=True)
     return {**given, **more}
@@ -66,7 +78,8 @@ def prove_variant(name: str, absent: tuple[str, ...], weighted: bool = True, **m
 
 def usual(name: str) -> tuple[str, ...]:
     """The operands that most models leave out."""
-    return tuple(gate for gate in GATES if (name, gate) != ("fused_recurrent_gla", "gk"))
+    own = "gk" if name == "fused_recurrent_gla" or "dplr" in name else ""
+    return tuple(gate for gate in GATES if gate != own)
 
 
 def test_every_form_has_a_row() -> None:
@@ -75,6 +88,10 @@ def test_every_form_has_a_row() -> None:
     assert forms["linear_attn"] == recurrent | {"fused_chunk"}
     assert forms["retention"] == forms["simple_gla"] == recurrent | {"fused_chunk", "parallel"}
     assert forms["kda"] == forms["gated_delta_rule"] == forms["lightning_attn"] == recurrent
+    assert forms["dplr_delta_rule"] == forms["iplr_delta_rule"] == forms["comba"] == forms["gdn2"] == recurrent
+    assert forms["rwkv6"] == recurrent
+    assert forms["rwkv7"] == recurrent | {"fused_mul_recurrent"}
+    assert forms["gated_delta_product"] == {"chunk"}
 
 
 @needs_fla
@@ -195,6 +212,48 @@ class TestRecurrentForms:
             read_call(FLA_ROWS[name], fla_leaf(name).plain, arguments_of(name, usual(name), **more))
 
 
+@needs_fla
+class TestEraseKeys:
+    """What is erased along a key of its own."""
+
+    def test_comba_erases_at_its_keys_where_there_are_no_others(self) -> None:
+        prove_variant("chunk_comba", ("p", "initial_state"), p=None)
+
+    def test_comba_without_beta(self) -> None:
+        prove_variant("fused_recurrent_comba", ("beta", "initial_state"))
+
+    @pytest.mark.parametrize(
+        "name", ["chunk_comba", "fused_recurrent_comba", "chunk_gdn2", "chunk_gated_delta_product"]
+    )
+    def test_l2norm_inside(self, name: str) -> None:
+        prove_variant(name, usual(name), use_qk_l2norm_in_kernel=True)
+
+    @pytest.mark.parametrize(("absent", "more"), [((), {}), (("dt_bias",), {}), (("A_log",), {"lower_bound": -2.0})])
+    def test_gate_inside(self, absent: tuple[str, ...], more: dict[str, Any]) -> None:
+        prove_variant("chunk_gdn2", absent, use_gate_in_kernel=True, **more)
+
+    def test_a_product_without_decays(self) -> None:
+        prove_variant("chunk_gated_delta_product", ("g", "initial_state"), g=None)
+
+    def test_a_product_of_two(self) -> None:
+        name = "chunk_gated_delta_product"
+        with pytest.raises(CallRejection, match="applies 2 reflections"):
+            proof(fla_leaf(name), arguments_of(name, (), num_householder=2))
+
+    def test_a_read_after_the_decay_is_seen(self) -> None:
+        """FLA has both forms of Comba; the kernels' is the one that is in the table."""
+        leaf, given = fla_leaf("chunk_comba"), arguments_of("chunk_comba", ("initial_state",))
+        late = dataclasses.replace(
+            leaf.entry.references[0],
+            name="fla.ops.comba.naive:naive_recurrent_comba",
+            call=leaf.entry.references[0].call,
+        )
+        leaf.entry = dataclasses.replace(leaf.entry, references=(late,))
+        result = proof(leaf, given)
+        assert isinstance(result, str)
+        assert result.startswith("agrees with fla.ops.comba.naive:naive_recurrent_comba only to")
+
+
 class GatedNorm(nn.Module):
     """In the place of FLA's fused norms, which are Triton."""
 
@@ -229,6 +288,8 @@ LAYERS: dict[str, tuple[str, dict[str, Any], dict[str, nn.Module]]] = {
         {"use_short_conv": False, "head_dim": 8, "num_v_heads": 4},
         {"o_norm": GatedNorm()},
     ),
+    "Comba": ("comba", {"use_short_conv": False, "head_dim": 8, "num_v_heads": 4}, {"o_norm": GatedNorm()}),
+    "GatedDeltaNet2": ("gdn2", {"use_short_conv": False, "head_dim": 8}, {"o_norm": GatedNorm()}),
     "KimiDeltaAttention": ("kda", {"use_short_conv": False, "head_dim": 8, "num_v_heads": 4}, {"o_norm": GatedNorm()}),
 }
 

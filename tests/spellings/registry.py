@@ -30,8 +30,10 @@ class Mixer(nn.Module):
         self.miss = miss
 
     def operands(self, *inputs: Any, **_: Any) -> Operands:
-        """What the mixer is made of: q, k [B, T, G, K], v [B, T, H, V] and, where it has them, log_decay, beta, scale
-        and normaliser (a function of the denominator [B, T, H, 1], which is the mixer of ones)."""
+        """What the mixer is made of: q, k [B, T, G, K], v [B, T, H, V] and, where it has them, log_decay, beta,
+        erase_query, erase_key, scale and normaliser (a function of the denominator [B, T, H, 1], which is the mixer of
+        ones); early where the state is read before it is written to, and then own, the weight [B, T, H] of a token in
+        its own output."""
         raise NotImplementedError
 
     def heads_last(self, mixed: Tensor) -> Tensor:

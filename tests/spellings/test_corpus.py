@@ -29,7 +29,8 @@ def test_spelling_is_of_its_family(name: str) -> None:
     decay = operands.get("log_decay")
     kinds = {None: "none", 1: "scalar", 3: "scalar", 4: "channel"}
     assert kinds[None if decay is None else decay.dim()] == spelling.decay
-    assert ("beta" in operands) == (spelling.correction == "delta")
+    correction = "erase" if "erase_key" in operands else "delta" if "beta" in operands else "none"
+    assert correction == spelling.correction
     if decay is not None:
         assert -4 < decay.mean() < -0.005, "neither saturated nor absent"
 
@@ -55,7 +56,7 @@ def test_other_mechanism_runs(name: str) -> None:
 
 def test_corpus_is_large_enough() -> None:
     cells = {(s.decay, s.correction) for s in POSITIVE.values()}
-    assert len(cells) == 6
+    assert len(cells) == 9
     assert len(POSITIVE) >= 60
     assert len(NEGATIVE) >= 60
 

@@ -1,0 +1,8 @@
+"""Habits of real code around a mixer, and twins: where time comes from, what is done to operands, how loops are cut.
+
+A file for each kind of habit; `layer.py` has the plain layer around which they are shown.
+"""
+
+# ruff: noqa: F401  (each file fills the two tables)
+
+from tests.spellings.habits import born, constants, positions

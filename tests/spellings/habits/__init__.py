@@ -5,4 +5,16 @@ A file for each kind of habit; `layer.py` has the plain layer around which they 
 
 # ruff: noqa: F401  (each file fills the two tables)
 
-from tests.spellings.habits import born, constants, positions
+from tests.spellings.habits import (
+    affine,
+    born,
+    chunk_cuts,
+    constants,
+    equal_sizes,
+    features,
+    key_features,
+    mixed_operands,
+    normalisers,
+    positions,
+    sharing,
+)

@@ -62,14 +62,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def build(name: str) -> Any:
-    """A model with sizes as they are on a GPU.
-
-    Experts run by a batched product: before transformers 5.23, the gradient of the grouped one reads numbers of tokens
-    on the host, which no compiler can trace (with the stock backend neither). bfloat16 weights alone are spared.
-    """
-    model = lively(tiny.build(name, **SIZES[name])).cuda()
-    model.config._experts_implementation = "batched_mm"
-    return model
+    return lively(tiny.build(name, **SIZES[name])).cuda()
 
 
 def ids(batch: int = 2, length: int = 150) -> Tensor:

@@ -1,4 +1,4 @@
-"""Functions of transformers hand their arguments on to FLA's where it is installed, whose first ones have other names."""
+"""Functions of transformers hand their arguments on to FLA's where that is installed; its names differ."""
 
 from __future__ import annotations
 

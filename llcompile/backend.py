@@ -19,7 +19,7 @@ from llcompile.passes import pipeline, states
 from llcompile.passes.session import Session
 from llcompile.patterns.known import capture
 from llcompile.report import Report
-from llcompile.torch_internals import compile_check, inner, logs, reach, recompile_room, splitters
+from llcompile.torch_internals import compile_check, inner, logs, reach, recompile_room, splitters, untraceable
 from llcompile.torch_internals.backends import tracing_backend, unwrapped
 from llcompile.torch_internals.forget import forget_others
 from llcompile.torch_internals.inputs import graph_inputs
@@ -82,6 +82,7 @@ def loglinear(
 
 
 def _compiled(module: fx.GraphModule, inputs: list[Any], parsed: Options, mode: str | None) -> Callable[..., Any]:
+    untraceable.let_break(module)
     return inner.compile_graph(module, inputs, parsed.inner, parsed.inductor, mode, str(parsed))
 
 

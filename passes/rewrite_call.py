@@ -14,7 +14,11 @@ from llcompile.passes.emit import kept, level_weights, padding_mask, weight_inpu
 from llcompile.passes.placing import is_changed
 from llcompile.passes.session import Session
 from llcompile.patterns.graph.regions import Region
+<<<<<<< HEAD
 from llcompile.patterns.known import KnownFunction
+=======
+from llcompile.patterns.known.capture import positions_of
+>>>>>>> gpu
 from llcompile.patterns.known.lower import lower, lower_call
 
 
@@ -32,10 +36,11 @@ def restore(candidate: CallCandidate) -> None:
 def plain_call(candidate: CallCandidate) -> Callable[..., Any]:
     """The library's function of a captured call."""
     captured, proved = candidate.captured, candidate.certificate is not None
+    positions = positions_of(candidate.node.target)  # type: ignore[arg-type]
 
     def original(**arguments: Any) -> Any:
         try:
-            return captured.function(**arguments)
+            return captured.run(arguments, positions)
         except Exception:
             # A kernel for another device (the example run of a CUDA-only library on a CPU), or one that is not
             # installed and that packed sequences need: the operator is the same.

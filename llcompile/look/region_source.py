@@ -15,7 +15,7 @@ from torch import fx
 
 from llcompile.errors import ReproError
 from llcompile.look import source_text
-from llcompile.patterns.known.capture import captured_function
+from llcompile.patterns.known.capture import captured_function, positions_of
 from llcompile.torch_internals.inputs import input_value, module_tensors
 from llcompile.torch_internals.places import module_of
 from llcompile.torch_internals.sizes import size_hint
@@ -68,7 +68,11 @@ def region_source(core: Iterable[fx.Node], result: fx.Node | None = None) -> Reg
     for node in nodes:
         made[node] = copy.node_copy(node, made.__getitem__)
         captured = captured_function(node.target)
-        made[node].target = node.target if captured is None else captured.function
+        if captured is not None:
+            first, rest = captured.names[: positions_of(node.target)], dict(made[node].kwargs)  # type: ignore[arg-type]
+            made[node].args = tuple(rest.pop(name) for name in first)
+            made[node].kwargs = rest
+            made[node].target = captured.function
     read = [node for node in nodes if node in core and any(user not in piece for user in node.users)]
     results = [made[node] for node in (read if result is None else [result])]
     copy.output(results[0] if len(results) == 1 else tuple(results))

@@ -35,7 +35,7 @@ _ALIASES = {"transformers": ("transformers", "transformers_modules")}
 
 
 class CapturedFunction:
-    """A known function as Dynamo's graph sees it; callable, so that shapes can be inferred through it.
+    """A known function as Dynamo's graph sees it.
 
     Args:
         entry: its entry in the table.
@@ -51,7 +51,8 @@ class CapturedFunction:
         named = {"function": entry.function, "library": entry.library}
         self.problem = None if problem is None else reasons.SIGNATURE(**named, problem=problem)
         self.names = positional_names(function)
-        self.calls = _call_node_target(self)
+        # What a call node has as its target, by how many arguments the user gave without their names.
+        self.calls = tuple(_call_node_target(self, positions) for positions in range(len(self.names) + 1))
 
     def references(self) -> Iterator[tuple[str, Callable[..., Any]]]:
         """The library's own device-independent forms of the function that can be imported, each with its name."""
@@ -64,7 +65,17 @@ class CapturedFunction:
             over = "" if reference.callee is None else f"{self.entry.function} over "
             yield over + reference.name, _as_function(reference, found, self.plain)
 
-    def __call__(self, **arguments: Any) -> Any:
+    def run(self, arguments: Mapping[str, Any], positions: int) -> Any:
+        """Calls the function as the user does: the first arguments without their names.
+
+        Transformers' functions hand their arguments on to FLA's or mamba_ssm's where these are installed, which have
+        other names for the first ones.
+        """
+        first = self.names[:positions]
+        rest = {name: value for name, value in arguments.items() if name not in first}
+        return self.function(*(arguments[name] for name in first), **rest)
+
+    def lowered(self, arguments: dict[str, Any], positions: int) -> Any:
         """Runs the linear operator in the function's place (under Dynamo: on fake tensors, for the shapes)."""
         given = self.problem or _given_up.get(call_key(self, arguments))
         levels = _levels_of_trace()
@@ -75,7 +86,7 @@ class CapturedFunction:
         except CallRejection as rejection:  # the bind pass says so in the report
             given = rejection.given
         if not self.entry.opaque:
-            return self.function(**self._with_own_state(arguments, levels, lowered=False))
+            return self.run(self._with_own_state(arguments, levels, lowered=False), positions)
         _trace.refused.append(Refused(self.entry, given, trace_position()))
         # Dynamo breaks the graph here: the function runs outside of it, as it does without us.
         raise NotImplementedError(f"{self.entry.function}: {given.text}")
@@ -190,7 +201,7 @@ def install(is_ours: Callable[[], bool], levels_of_trace: Callable[[], int | Non
     for entry, function in new:
         captured = CapturedFunction(entry, unsubstituted(function))
         _captured[id(function)] = captured
-        _targets[captured.calls] = captured
+        _targets.update(dict.fromkeys(captured.calls, captured))
         substitute(function, _stand_in(captured, is_ours))
     return len(new)
 
@@ -214,9 +225,14 @@ def _definitions(entry: KnownFunction, modules: Mapping[str, list[types.ModuleTy
     return seen.values()
 
 
-def _call_node_target(captured: CapturedFunction) -> Callable[..., Any]:
+def positions_of(target: Callable[..., Any]) -> int:
+    """How many arguments of a captured call the user gave without their names."""
+    return captured.calls.index(target) if (captured := _targets.get(target)) else 0
+
+
+def _call_node_target(captured: CapturedFunction, positions: int) -> Callable[..., Any]:
     def target(**arguments: Any) -> Any:
-        return captured(**arguments)
+        return captured.lowered(arguments, positions)
 
     target.__name__ = target.__qualname__ = captured.entry.function
     target.__module__ = "llcompile.patterns.known.capture"
@@ -225,7 +241,7 @@ def _call_node_target(captured: CapturedFunction) -> Callable[..., Any]:
 
 
 def _stand_in(captured: CapturedFunction, is_ours: Callable[[], bool]) -> Callable[..., Any]:
-    names, target, function = captured.names, captured.calls, captured.function
+    names, targets, function = captured.names, captured.calls, captured.function
     kept = frozenset(captured.entry.parameters) | frozenset(inspect.signature(captured.plain).parameters)
     # Transformers hands its functions keywords of the whole model (`use_cache`), which their **kwargs swallow; what
     # FLA takes through **kwargs has a meaning, so that the entry must see it.
@@ -237,6 +253,7 @@ def _stand_in(captured: CapturedFunction, is_ours: Callable[[], bool]) -> Callab
             return function(*args, **kwargs)
         arguments = dict(zip(names, args, strict=False))
         arguments.update(kwargs)
+        target = targets[min(len(args), len(names))]
         return target(**{name: value for name, value in arguments.items() if keeps_all or name in kept})
 
     return stand_in

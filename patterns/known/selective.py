@@ -1,7 +1,7 @@
 """Mamba-1's selective scan as the libraries spell it: channels as heads of width one, that share a query and a key.
 
-`u` and `dt` are [B, H, T] (a single step has no T), A is [H, K], B and C are [B, K, T] or [B, G, K, T]. The log decay of
-a channel is dt A: the operator takes -dt and the rates -A, so that no tensor has the axes of time and of the states.
+`u` and `dt` are [B, H, T] (a single step has no T), A is [H, K], B and C are [B, K, T] or [B, G, K, T]. The log decay
+of a channel is dt A: the operator takes -dt and the rates -A, so that no tensor has the axes of time and of the states.
 """
 
 from __future__ import annotations

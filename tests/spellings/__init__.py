@@ -28,6 +28,7 @@ from tests.spellings import (
     tails,
     twofold,
 )
+
 from tests.spellings import habits  # isort: skip  (behind the others: which entries `make test` takes stays as it was)
 from tests.spellings.registry import EITHER, NEGATIVE, POSITIVE, Mixer, NearMiss, Spelling
 

@@ -14,11 +14,8 @@ from llcompile.passes.emit import kept, level_weights, padding_mask, weight_inpu
 from llcompile.passes.placing import is_changed
 from llcompile.passes.session import Session
 from llcompile.patterns.graph.regions import Region
-<<<<<<< HEAD
 from llcompile.patterns.known import KnownFunction
-=======
 from llcompile.patterns.known.capture import positions_of
->>>>>>> gpu
 from llcompile.patterns.known.lower import lower, lower_call
 
 

@@ -23,6 +23,9 @@ from llcompile.patterns.families import FAMILIES
 from llcompile.weights.level_weights import LevelWeights
 
 TOKENS, WIDTH, VOCABULARY = 12, 16, 64
+# Channels of a head of a library's function. Fewer are no use on a GPU: with Triton 3.6 on Hopper, products of fp32
+# whose tiles have rows of less than 128 bytes are wrong (docs/kernels.md), and a library's own kernels may have such.
+HEAD = 32
 MOVED, EQUAL = 1e-3, 1e-3  # relative to the largest value
 Run = Callable[[nn.Module], Tensor]
 
@@ -211,12 +214,13 @@ _MODELS: dict[str, dict[str, Any]] = {
         "num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "chunk_size": 8, "num_hidden_layers": 2,
     },
     "qwen3_next": {
-        "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+        "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+        "linear_key_head_dim": HEAD, "linear_value_head_dim": HEAD,
         "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "num_hidden_layers": 2,
         "layer_types": ["linear_attention", "full_attention"], "intermediate_size": 32, "mlp_only_layers": [0, 1],
     },
     "kimi_linear": {
-        "linear_num_heads": 4, "linear_head_dim": 8, "num_attention_heads": 4, "num_key_value_heads": 4,
+        "linear_num_heads": 4, "linear_head_dim": HEAD, "num_attention_heads": 4, "num_key_value_heads": 4,
         "kv_lora_rank": 16, "q_lora_rank": None, "qk_rope_head_dim": 8, "v_head_dim": 16, "qk_nope_head_dim": 16,
         "num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"], "intermediate_size": 32,
         "mlp_layer_types": ["dense", "dense"], "moe_intermediate_size": 16, "num_experts_per_tok": 1,
@@ -258,7 +262,7 @@ class Calls(nn.Module):
     def __init__(self, function: Callable[..., Tensor]) -> None:
         super().__init__()
         self.function = function
-        self.query, self.key, self.value = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.query, self.key, self.value = (nn.Linear(WIDTH, 2 * HEAD) for _ in range(3))
         self.step = nn.Linear(WIDTH, 2)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import llcompile
+from llcompile.torch_internals.frame import current_output
+from llcompile.torch_internals.untraceable import let_break
 from tests.helpers import small
+from tests.helpers.traces import ask_of_graphs
 from tests.models.converted import compiled, weights_of
 
 pytestmark = [
@@ -60,6 +63,24 @@ class Asking(Untraceable):
 def layers(last: type[nn.Module]) -> small.Model:
     torch.manual_seed(0)
     return small.Model([small.DeltaMixer(), last()])
+
+
+def wants_an_error(module: fx.GraphModule) -> bool:
+    let_break(module)
+    return bool(current_output().has_user_defined_allowed_in_graph)
+
+
+def wants_an_error_without_it(module: fx.GraphModule) -> bool:
+    for node in module.graph.find_nodes(op="call_function", target=allowed):
+        node.target = torch.clone
+    return wants_an_error(module)
+
+
+def test_functions_that_were_allowed() -> None:
+    """One that is left in the graph is the user's."""
+    assert ask_of_graphs(wants_an_error, lambda x: allowed(x) + 1, torch.ones(2)) == [True]
+    assert ask_of_graphs(wants_an_error_without_it, lambda x: allowed(x) + 1, torch.ones(2)) == [False]
+    let_break(fx.symbolic_trace(nn.Identity()))  # outside of a trace
 
 
 def test_a_mixer_acts_beside_it() -> None:

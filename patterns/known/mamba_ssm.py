@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from llcompile.patterns.families import SELECTIVE_SCAN
 from llcompile.patterns.known import selective
 from llcompile.patterns.known.binders import ssd, ssd_step, ssd_step_tensors
 from llcompile.patterns.known.entry import Arguments, KnownFunction, Reference, Tensor
@@ -140,7 +141,7 @@ ENTRIES: tuple[KnownFunction, ...] = (
     KnownFunction(
         library="mamba_ssm",
         function="selective_scan_fn",
-        family="Mamba-1 (selective scan)",
+        family=SELECTIVE_SCAN,
         tensors=selective.scan_tensors("u", "delta"),
         constants=("delta_softplus", "return_last_state"),
         requires=selective.is_complex,

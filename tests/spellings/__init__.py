@@ -22,6 +22,7 @@ from tests.spellings import (
     others,
     quadratic,
     recurrences,
+    selective,
     shifts,
     tails,
     twofold,

@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from llcompile.patterns.families import FAMILIES, Correction, Decay
+from llcompile.patterns.families import FAMILIES, SELECTIVE_SCAN, Correction, Decay
 from llcompile.patterns.graph.regions import Region
 from llcompile.patterns.known import Arguments
 from llcompile.patterns.known.capture import CapturedFunction
@@ -202,6 +202,11 @@ class GraphCandidate(Candidate):
     def batch_first(self, node: fx.Node) -> tuple[int, int] | None:
         """As `Candidate.batch_first`."""
         return self.found.batch_first(node)
+
+    @property
+    def family(self) -> str:
+        """What the field calls it."""
+        return SELECTIVE_SCAN if self.found.is_selective else super().family
 
     @property
     def group(self) -> tuple[Found, ...]:

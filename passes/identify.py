@@ -11,6 +11,7 @@ from llcompile.patterns.graph.regions import Region
 from llcompile.patterns.mechanisms import attention, convolutions, loops, pooling, scans, time_mixing, unnamed
 from llcompile.patterns.mechanisms.facts import Facts
 from llcompile.patterns.mechanisms.found import Found
+from llcompile.patterns.mechanisms.recurrences import SELECTIVE_SCAN
 from llcompile.patterns.reasons import looks_both_ways
 from llcompile.patterns.records import Untouched
 from llcompile.patterns.structure.program import Value
@@ -44,7 +45,9 @@ def identify(session: Session) -> int:
         new = {(r.module, r.kind): r for r in reversed(found) if r.module not in said}
         records.update(new)
         said |= {module for module, _ in new}
-    session.untouched = list(records.values())
+    # A selective scan is one of our cells: where it is known what keeps it from being one, that is said.
+    missed = {m.module for m in session.near_misses}
+    session.untouched = [r for r in records.values() if r.kind != SELECTIVE_SCAN or r.module not in missed]
     named = {record.module for record in session.untouched if record.kind != _BIDIRECTIONAL}
     session.refused.extend(missed for missed in session.near_misses if missed.module not in named)
     return len(records)

@@ -19,3 +19,6 @@ FAMILIES: dict[tuple[Decay, Correction], str] = {
     ("scalar", "erase"): "Comba",
     ("channel", "erase"): "RWKV-7",
 }
+
+# The channel cell where its log decays are a token's step times a rate per channel, and its heads are of width one.
+SELECTIVE_SCAN = "Mamba-1 (selective scan)"

@@ -23,6 +23,7 @@ from llcompile.patterns import reasons
 from llcompile.patterns.known import KnownFunction, entries
 from llcompile.patterns.known.arguments import CallRejection, axis_size, sizes_of
 from llcompile.patterns.known.entry import Reference
+from llcompile.patterns.known.expansions import EXPANSIONS, Expansion
 from llcompile.patterns.known.lower import lower_call
 from llcompile.patterns.known.state_check import rows_of, state_problem
 from llcompile.patterns.reasons import GivenReason
@@ -120,6 +121,7 @@ _trace = _Trace()
 # Calls of opaque functions that were declined after a trace, and why: the next trace breaks the graph there.
 _given_up: dict[Any, GivenReason] = {}
 _captured: dict[int, CapturedFunction] = {}
+_expanded: dict[int, types.FunctionType] = {}
 _targets: dict[Callable[..., Any], CapturedFunction] = {}
 _levels_of_trace: Callable[[], int | None] = lambda: None  # noqa: E731  (set by `install`)
 
@@ -203,7 +205,22 @@ def install(is_ours: Callable[[], bool], levels_of_trace: Callable[[], int | Non
         _captured[id(function)] = captured
         _targets.update(dict.fromkeys(captured.calls, captured))
         substitute(function, _stand_in(captured, is_ours))
+    for expansion in EXPANSIONS:
+        for function in [f for f in _definitions(expansion, modules) if id(f) not in _expanded]:
+            _expanded[id(function)] = function
+            plain = unsubstituted(function)
+            substitute(function, _choice(is_ours, expansion.expand(plain), plain))
     return len(new)
+
+
+def _choice(is_ours: Callable[[], bool], expanded: Callable[..., Any], plain: Any) -> Callable[..., Any]:
+    """The expanded function under our backend, the library's own under any other."""
+    ours = torch._dynamo.assume_constant_result(is_ours)
+
+    def choice(*args: Any, **kwargs: Any) -> Any:
+        return expanded(*args, **kwargs) if ours() else plain(*args, **kwargs)
+
+    return choice
 
 
 def _modules() -> Mapping[str, list[types.ModuleType]]:
@@ -214,7 +231,7 @@ def _modules() -> Mapping[str, list[types.ModuleType]]:
     return found
 
 
-def _definitions(entry: KnownFunction, modules: Mapping[str, list[types.ModuleType]]) -> Iterable[types.FunctionType]:
+def _definitions(entry: KnownFunction | Expansion, modules: Mapping[str, list[types.ModuleType]]) -> Iterable[types.FunctionType]:
     """Every distinct function object that is this entry's function."""
     roots = _ALIASES.get(entry.library, (entry.library,))
     seen: dict[int, types.FunctionType] = {}

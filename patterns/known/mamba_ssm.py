@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from llcompile.patterns.families import SELECTIVE_SCAN
 from llcompile.patterns.known import selective
 from llcompile.patterns.known.binders import ssd, ssd_step, ssd_step_tensors
 from llcompile.patterns.known.entry import Arguments, KnownFunction, Reference, Tensor
@@ -86,6 +87,11 @@ def _whole(reference: Callable[..., Any], a: Mapping[str, Any]) -> Any:
     return reference(**{name: a[name] for name in names}, chunk_size=a["x"].shape[1])
 
 
+def _in_float32(reference: Callable[..., Any], a: Mapping[str, Any]) -> Any:
+    """The selective scan's reference, which casts some of its operands to float32 and not the others."""
+    return reference(**{name: x.float() if isinstance(x, torch.Tensor) else x for name, x in a.items()})
+
+
 def _token_by_token(reference: Callable[..., Any], a: Mapping[str, Any]) -> Any:
     """The single step's reference, once for each token, for calls with states."""
     if tuple(a["dt_limit"]) != (0.0, float("inf")):
@@ -140,7 +146,7 @@ ENTRIES: tuple[KnownFunction, ...] = (
     KnownFunction(
         library="mamba_ssm",
         function="selective_scan_fn",
-        family="Mamba-1 (selective scan)",
+        family=SELECTIVE_SCAN,
         tensors=selective.scan_tensors("u", "delta"),
         constants=("delta_softplus", "return_last_state"),
         requires=selective.is_complex,
@@ -150,7 +156,7 @@ ENTRIES: tuple[KnownFunction, ...] = (
         returns_state="return_last_state",
         final_state="B H K",
         opaque=True,
-        references=(Reference("mamba_ssm.ops.selective_scan_interface:selective_scan_ref"),),
+        references=(Reference("mamba_ssm.ops.selective_scan_interface:selective_scan_ref", _in_float32),),
     ),
     KnownFunction(
         library="mamba_ssm",

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch.nn.functional as F
 
+from llcompile.patterns.families import SELECTIVE_SCAN
 from llcompile.patterns.known import selective
 from llcompile.patterns.known.binders import delta_rule, output_and_state, ssd, ssd_step, ssd_step_tensors
 from llcompile.patterns.known.entry import Arguments, KnownFunction, Packing, Tensor
@@ -153,7 +154,7 @@ ENTRIES: tuple[KnownFunction, ...] = (
     KnownFunction(
         library="transformers",
         function="mamba_selective_scan",
-        family="Mamba-1 (selective scan)",
+        family=SELECTIVE_SCAN,
         tensors=selective.scan_tensors("hidden_states", "dt"),
         constants=("delta_softplus", "return_last_state", "use_mambapy", "use_associative_scan"),
         requires=selective.is_complex,
@@ -166,7 +167,7 @@ ENTRIES: tuple[KnownFunction, ...] = (
     KnownFunction(
         library="transformers",
         function="mamba_selective_state_update",
-        family="Mamba-1 (selective scan)",
+        family=SELECTIVE_SCAN,
         tensors=_MAMBA_STEP_TENSORS,
         constants=("dt_softplus",),
         bind=_mamba_step,

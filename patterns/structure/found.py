@@ -96,6 +96,11 @@ class Found:
         axes = self.hypothesis.axes
         return length(axes.heads), length(axes.groups), length(axes.key), length(axes.value)
 
+    @property
+    def is_selective(self) -> bool:
+        """Whether it is Mamba-1's scan: heads of width one with rates per channel."""
+        return self.hypothesis.rates is not None and self.sizes[3] == 1
+
     def notes(self) -> tuple[str, ...]:
         """What holds for this graph only, in words."""
         found = []

@@ -16,6 +16,7 @@ import torch
 
 from llcompile.patterns.known.arguments import CallRejection, read_call
 from llcompile.patterns.known.capture import CapturedFunction
+from llcompile.patterns.known.expansions import EXPANSIONS
 from llcompile.patterns.known.proof import DoesNotRun
 from llcompile.patterns.records import Certificate
 from tests.patterns.proofs import SIZES, captured_function, operands, proof, row_of
@@ -99,6 +100,30 @@ def test_selective_scan_declines(changed: dict[str, torch.Tensor], reason: str) 
     found = captured(*SELECTIVE)
     with pytest.raises(CallRejection, match=reason):
         read_call(found.entry, found.plain, {**operands(SELECTIVE_ROW, (), CHANNELS), **changed})
+
+
+@pytest.mark.parametrize("biases", [False, True])
+def test_the_fused_block_written_out(biases: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the library's own reference of it, whose convolution is a CUDA kernel."""
+    module = importlib.import_module("mamba_ssm.ops.selective_scan_interface")
+
+    def convolved(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
+        taps = torch.nn.functional.pad(x, (weight.shape[1] - 1, 0)).unfold(2, weight.shape[1], 1)
+        out = (taps * weight[:, None]).sum(-1)
+        return torch.nn.functional.silu(out if bias is None else out + bias[:, None])
+
+    monkeypatch.setattr(module, "causal_conv1d_fn", convolved)
+    monkeypatch.setattr(module, "selective_scan_fn", module.selective_scan_ref)
+    generator = torch.Generator().manual_seed(0)
+    normal = lambda *sizes: torch.randn(sizes, generator=generator)  # noqa: E731
+    arguments = [normal(2, 12, 9), normal(6, 1, 4), normal(6), normal(3 + 10, 6), normal(6, 3), normal(8, 6), None]
+    more = {"A": -normal(6, 5).exp(), "D": normal(6), "delta_bias": normal(6)}
+    if biases:
+        more |= {"B_proj_bias": normal(5), "C_proj_bias": normal(5)}
+    (expansion,) = [e for e in EXPANSIONS if e.library == "mamba_ssm"]
+    expanded = expansion.expand(module.mamba_inner_fn)
+    expected = module.mamba_inner_ref(*arguments, **more)  # in float32
+    assert float((expanded(*arguments, **more) - expected).abs().max() / expected.abs().max()) < 2e-6
 
 
 @pytest.mark.parametrize("levels", [None, 8])

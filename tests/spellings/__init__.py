@@ -24,6 +24,7 @@ from tests.spellings import (
     others,
     quadratic,
     recurrences,
+    selective,
     shifts,
     tails,
     twofold,

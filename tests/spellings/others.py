@@ -235,29 +235,6 @@ class RgLru(nn.Module):
         return self.out(torch.stack(hs, 1) * F.gelu(self.y(x)))
 
 
-@negative("Mamba-1", "each channel has its own decays and a state without a value axis", length=16)
-class SelectiveScan(nn.Module):
-    def __init__(self, n: int = 4) -> None:
-        super().__init__()
-        self.n = n
-        self.in_proj = nn.Linear(WIDTH, 2 * WIDTH)
-        self.x_proj, self.dt = nn.Linear(WIDTH, 2 * n + 3), nn.Linear(3, WIDTH)
-        self.A_log = nn.Parameter(torch.arange(1, n + 1).float().repeat(WIDTH, 1).log())
-        self.D = nn.Parameter(torch.ones(WIDTH))
-
-    def forward(self, x: Tensor) -> Tensor:
-        u, z = self.in_proj(x).chunk(2, -1)
-        dt, b, c = self.x_proj(u).split([3, self.n, self.n], -1)
-        dt = F.softplus(self.dt(dt))
-        da = torch.exp(dt[..., None] * -self.A_log.exp())
-        dbx = dt[..., None] * b[:, :, None] * u[..., None]
-        h, ys = x.new_zeros(x.shape[0], WIDTH, self.n), []
-        for t in range(x.shape[1]):
-            h = da[:, t] * h + dbx[:, t]
-            ys.append((h * c[:, t, None]).sum(-1))
-        return (torch.stack(ys, 1) + u * self.D) * F.silu(z)
-
-
 @negative("short convolution", "a convolution")
 class ShortConv(nn.Module):
     def __init__(self) -> None:

@@ -166,24 +166,6 @@ class FenwickMask(Heads):
         return x + self.out(o.transpose(1, 2).reshape(b, t, -1))
 
 
-@negative("selective scan by cumulative sums", "each channel has its own decays and a state without a value axis")
-class ScanByCumsum(nn.Module):
-    """mamba.py's minimal form: no loop, all channels and states at once."""
-
-    def __init__(self, n: int = 4) -> None:
-        super().__init__()
-        self.x_proj, self.dt = nn.Linear(WIDTH, 2 * n), nn.Linear(WIDTH, WIDTH)
-        self.A_log = nn.Parameter(torch.rand(WIDTH, n))
-
-    def forward(self, x: Tensor) -> Tensor:
-        b, c = self.x_proj(x).chunk(2, -1)
-        dt = F.softplus(self.dt(x) - 2)
-        a = torch.einsum("btd,dn->btdn", dt, -self.A_log.exp()).cumsum(1)
-        u = torch.einsum("btd,btn,btd->btdn", dt, b, x)
-        h = a.exp() * (u * (-a).exp()).cumsum(1)
-        return torch.einsum("btdn,btn->btd", h, c)
-
-
 @negative("largest value so far", "a maximum in place of a sum")
 class RunningMax(nn.Module):
     def __init__(self) -> None:

@@ -16,7 +16,7 @@ from llcompile.patterns.structure.classify import Rejection
 from llcompile.patterns.structure.cut import Cutter, Subgraph
 from llcompile.patterns.structure.cuts import Cuts
 from llcompile.patterns.structure.facts import TimeAnalysis
-from llcompile.patterns.structure.found import Findings, NearMiss
+from llcompile.patterns.structure.found import Findings, Found, NearMiss
 from llcompile.patterns.structure.moves import SHAPES
 from llcompile.patterns.structure.program import Op, Value
 from llcompile.patterns.structure.ranges import ranges
@@ -89,6 +89,7 @@ class Search:
         best: Rejection | None = None
         subgraph: Subgraph | None = None
         nearest: Subgraph | None = None
+        kept: Found | None = None
         for subgraph, tail in self.cuts.of(value):
             if self.before is not None and not self.attempts.is_new(subgraph):
                 continue
@@ -103,13 +104,23 @@ class Search:
                 if best is None or rejection.near > best.near:
                     best, nearest = rejection, subgraph
                 continue
-            self.findings.found.append(found)
+            kept = found if kept is None or not found.hypothesis.erase_query else kept
+            if not self._may_be_plainer(found):
+                break
+        if kept is not None:
+            self.findings.found.append(kept)
             self.taken.add(value)
             self.analysis.facts[value].mixed = False
-            return
-        if self.before is None and best is not None and nearest is not None and best.near > 0:
+        elif self.before is None and best is not None and nearest is not None and best.near > 0:
             why = functools.partial(self.attempts.why, nearest, best)
             self.findings.near_misses.append(NearMiss(value, best, subgraph, why, self.analysis))
+
+    def _may_be_plainer(self, found: Found) -> bool:
+        """Whether another cut may show a delta rule: beta k beside k looks like two keys."""
+        erased = {*found.hypothesis.erase_query, *found.hypothesis.erase_key, found.hypothesis.key}
+        if not found.hypothesis.erase_query:
+            return False
+        return any(erased & above for s, (above, _) in self.cuts.origins(found.subgraph).items() if s in erased)
 
 
 def _called(node: fx.Node) -> fx.Node:

@@ -21,8 +21,10 @@ from llcompile.patterns.structure.moves import SHAPES
 from llcompile.patterns.structure.program import Op, Value
 from llcompile.patterns.structure.ranges import ranges
 from llcompile.patterns.structure.screen import Screen
+from llcompile.patterns.structure.tail import Tail
 
 log = logging.getLogger("llcompile")
+_UNLIKE = (reasons.UNKNOWN_SCORES.code, reasons.NEAR_A_FAMILY.code)  # queries, keys and values are known
 
 
 class Search:
@@ -89,7 +91,7 @@ class Search:
         best: Rejection | None = None
         subgraph: Subgraph | None = None
         nearest: Subgraph | None = None
-        kept: Found | None = None
+        unlike: list[tuple[Subgraph, Tail | None]] = []
         for subgraph, tail in self.cuts.of(value):
             if self.before is not None and not self.attempts.is_new(subgraph):
                 continue
@@ -101,26 +103,34 @@ class Search:
                 log.debug("structure: %s %s from %s: %s", made, subgraph.result, subgraph.live_ins, rejection)
                 if rejection.open:
                     self.open.add(value)
+                if rejection.given.code in _UNLIKE:
+                    unlike.append((subgraph, tail))
                 if best is None or rejection.near > best.near:
                     best, nearest = rejection, subgraph
                 continue
-            kept = found if kept is None or not found.hypothesis.erase_query else kept
-            if not self._may_be_plainer(found):
-                break
-        if kept is not None:
-            self.findings.found.append(kept)
-            self.taken.add(value)
-            self.analysis.facts[value].mixed = False
-        elif self.before is None and best is not None and nearest is not None and best.near > 0:
+            self._take(value, found)
+            return
+        if self._is_erased(value, unlike):
+            return
+        if self.before is None and best is not None and nearest is not None and best.near > 0:
             why = functools.partial(self.attempts.why, nearest, best)
             self.findings.near_misses.append(NearMiss(value, best, subgraph, why, self.analysis))
 
-    def _may_be_plainer(self, found: Found) -> bool:
-        """Whether another cut may show a delta rule: beta k beside k looks like two keys."""
-        erased = {*found.hypothesis.erase_query, *found.hypothesis.erase_key, found.hypothesis.key}
-        if not found.hypothesis.erase_query:
-            return False
-        return any(erased & above for s, (above, _) in self.cuts.origins(found.subgraph).items() if s in erased)
+    def _is_erased(self, value: Value, unlike: list[tuple[Subgraph, Tail | None]]) -> bool:
+        """Whether it is a mixer that erases along a key of its own: tried last, as beta k beside k is like two keys."""
+        for subgraph, tail in unlike:
+            try:
+                self._take(value, self.attempts.found(subgraph, tail, erased=True))
+            except Rejection as rejection:
+                log.debug("structure: %s with an erase key: %s", subgraph.result, rejection)
+                continue
+            return True
+        return False
+
+    def _take(self, value: Value, found: Found) -> None:
+        self.findings.found.append(found)
+        self.taken.add(value)
+        self.analysis.facts[value].mixed = False
 
 
 def _called(node: fx.Node) -> fx.Node:

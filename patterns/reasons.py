@@ -146,9 +146,9 @@ NOT_LINEAR_IN_VALUE = _computes.add(
 )
 STRICTLY_CAUSAL = _computes.add(
     "strictly-causal",
-    "strictly causal: a token does not see itself",
-    "include the diagonal",
-    "the mask excludes the diagonal, or the state is read before it is written",
+    "keys and values are those of earlier tokens: a token does not see itself",
+    "mix keys and values of earlier tokens with those of the token itself",
+    "what computes the keys and values from tokens leaves the token itself out",
 )
 VALUE_CHANNELS = _computes.add(
     "value-channels",
@@ -231,17 +231,11 @@ DECAY_NOT_A_PRODUCT = _computes.add(
     "use a product of one factor per token (and head, or channel of the key)",
     "a bias by distance, or a power law",
 )
-OWN_WEIGHT = _computes.add(
-    "own-weight",
-    "a token's own weight does not follow from its decays",
-    "move the token's own term out of the mixer; decays are products of one factor per token",
-    "a bonus, or a decay that is shifted by one token",
-)
-OTHER_ERASE_KEY = _computes.add(
-    "other-erase-key",
-    "a token does not erase along its own key",
-    "the delta rule erases along the key that it writes to",
-    "two different keys, or an erase along the value",
+SEVERAL_ERASE_KEYS = _computes.add(
+    "several-erase-keys",
+    "a token erases along more than one key",
+    "erase along one key per token; it need not be the one that is written to",
+    "two or more directions are taken out of the state, or a matrix of full rank acts on it",
 )
 # What it is then.
 UNKNOWN_SCORES = _computes.add(

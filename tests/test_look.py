@@ -137,9 +137,9 @@ def test_regions_are_code_with_shapes(look: Look) -> None:
         added = [line for line in mixer.diff.splitlines() if line.startswith("+") and "loglinear_attention(" in line]
         assert len(added) == 1
     assert missed.after == missed.diff == ""
-    assert "triu(0)" in missed.before
+    assert "triu(2)" in missed.before
     assert look.graph_before.count("# layers.") == look.graph_after.count("# layers.") == 4
-    assert "# unchanged: strictly causal" in look.graph_after
+    assert "# unchanged: not causal" in look.graph_after
 
 
 def test_the_source_is_what_the_user_wrote(look: Look) -> None:
@@ -301,7 +301,7 @@ def test_the_page_is_one_file(look: Look, tmp_path: Path) -> None:
     assert len(set(page.ids)) == len(page.ids)
     assert page.tags.count("script") == 1  # what stands in the user's source is escaped
     assert page.tags.count("article") == 5  # three kinds of mixers, what is left alone, kernels
-    for words in ("layers.3", "strictly causal: a token does not see itself", "softmax attention", "chunk_state"):
+    for words in ("layers.3", "not causal: output", "softmax attention", "chunk_state"):
         assert words in text
     assert list(tmp_path.iterdir()) == [path]
 

@@ -52,17 +52,17 @@ class Attempts:
         self.findings, self.cuts, self.bounds, self.screen, self.before = findings, cuts, bounds, screen, before
         self.analysis, self.cutter = cuts.analysis, cuts.cutter
 
-    def found(self, subgraph: Subgraph, tail: Tail | None) -> Found:
-        """The mixer that a subgraph is.
+    def found(self, subgraph: Subgraph, tail: Tail | None, erased: bool = False) -> Found:
+        """The mixer that a subgraph is; `erased`: one that erases along a key of its own.
 
         Raises:
             Rejection: it is none, or the recogniser itself fails.
         """
         with boundary(f"{made_by(subgraph.result)} {subgraph.result}", Rejection) as outcome:
-            return self._found(subgraph, tail)
+            return self._found(subgraph, tail, erased)
         raise outcome.error if isinstance(outcome.error, Rejection) else Rejection(outcome.given, 1)
 
-    def _found(self, subgraph: Subgraph, tail: Tail | None) -> Found:
+    def _found(self, subgraph: Subgraph, tail: Tail | None, erased: bool) -> Found:
         self.screen.expect_sequences(subgraph)
         problem = self._posed(subgraph)
         self.screen.expect_contraction(problem)
@@ -73,7 +73,7 @@ class Attempts:
         if len(subgraph.live_ins) > SOURCES:
             many = reasons.TOO_MANY_OPERANDS(most=SOURCES, count=len(subgraph.live_ins))
             raise Rejection(many, int(problem.meets))
-        hypothesis, certificate = proved(problem, self.analysis, self.bounds, self.findings)
+        hypothesis, certificate = proved(problem, self.analysis, self.bounds, self.findings, erased)
         if self.before is not None:
             self.before.expect_causal(hypothesis)
         if hypothesis.assumed and hypothesis.decay is not None:

@@ -41,13 +41,17 @@ def early_readings(probe: Probe, roles: Roles, base: Tensor, readings: Readings)
         if any(s not in others.timeless and s not in bonus for s in roles.bonus):
             continue
         for plain in readings(probe, others):
-            early = replace(plain, early=True, decayed=plain.decay is not None and plain.decay not in roles.strict)
+            early = replace(plain, early=True, shifted=False)
             found = early if blind else _with_own(probe, early, bonus, base)
-            if found is None:
-                continue
-            yield found
-            if plain.decay is None:  # perhaps by numbers of the code
-                yield replace(found, decayed=True)
+            if found is not None:
+                yield from (replace(found, decayed=decayed) for decayed in _whether_decayed(roles, plain.decay))
+
+
+def _whether_decayed(roles: Roles, decay: LiveIn | None) -> tuple[bool, ...]:
+    """Whether the decay acts before the state is read; both where all tokens have the same one."""
+    if decay is None or decay in roles.timeless:
+        return False, True
+    return (decay not in roles.strict,)
 
 
 def _with_own(probe: Probe, hypothesis: Hypothesis, bonus: tuple[LiveIn, ...], base: Tensor) -> Hypothesis | None:

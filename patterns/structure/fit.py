@@ -33,16 +33,16 @@ _MOST_ERASED = 200  # readings with an erase key that are tried
 _DECAY, _RATES, _BETA, _FACTOR, _EXP = "decay", "rates", "beta", "factor", "exponent"
 
 
-def fit(probe: Probe, roles: Roles) -> Hypothesis:
-    """The hypothesis of the subgraph that agrees with it on the probe's draw.
+def fit(probe: Probe, roles: Roles, erased: bool = False) -> Hypothesis:
+    """The hypothesis of the subgraph that agrees with it on the probe's draw; `erased`: one with an erase key.
 
     Raises:
         Rejection: none does; with how close the best one came.
     """
     base = probe.outputs()
     closest = math.inf
-    erased = itertools.islice(_erase_readings(probe, roles, base), _MOST_ERASED)
-    for hypothesis in itertools.chain(_readings(probe, roles), early_readings(probe, roles, base, _readings), erased):
+    plain = itertools.chain(_readings(probe, roles), early_readings(probe, roles, base, _readings))
+    for hypothesis in itertools.islice(_erase_readings(probe, roles, base), _MOST_ERASED) if erased else plain:
         try:
             found, error = _fit(probe, hypothesis, roles, base)
         except NOT_SHOWN:

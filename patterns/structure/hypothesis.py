@@ -162,7 +162,7 @@ class Hypothesis:
         if self.complement:
             written = -torch.expm1(log_decay)
             key, value = (key * written, value) if decay == "channel" else (key, value * written[..., None])
-        if self.decayed:
+        if self.decayed and log_decay is not None:
             query = (query * _factor(log_decay, decay)).type_as(query)
         beta = self._beta(put) if self.step is None else torch.full_like(value[..., 0], self.step)
         erase_query, erase_key = self._erase(values, size, groups, query, _factor(log_decay, decay))

@@ -28,7 +28,9 @@ _LARGER = 1e6
 Proved = tuple[Hypothesis, Certificate]
 
 
-def proved(problem: Problem, analysis: TimeAnalysis, bounds: Mapping[Value, Range], findings: Findings) -> Proved:
+def proved(
+    problem: Problem, analysis: TimeAnalysis, bounds: Mapping[Value, Range], findings: Findings, erased: bool = False
+) -> Proved:
     """The mixer that a problem is.
 
     Args:
@@ -36,18 +38,19 @@ def proved(problem: Problem, analysis: TimeAnalysis, bounds: Mapping[Value, Rang
         analysis: the facts of the program.
         bounds: the range of every value of the program.
         findings: where proofs are counted, and what did not run is kept for this look.
+        erased: whether it is one that erases along a key of its own.
 
     Raises:
         Rejection: it is none.
     """
-    key = fingerprint(problem)
+    key = fingerprint(problem), erased
     if key in findings.failed:
         raise findings.failed[key]
     known = recall(key, problem)
     if known is None:
         findings.counts["proofs"] += 1
         try:
-            known = _prove(problem, analysis, bounds)
+            known = _prove(problem, analysis, bounds, erased)
         except Rejection as first:
             rejection = first
             if not first.near and problem.meets:
@@ -61,18 +64,18 @@ def proved(problem: Problem, analysis: TimeAnalysis, bounds: Mapping[Value, Rang
     return known
 
 
-def _prove(problem: Problem, analysis: TimeAnalysis, bounds: Mapping[Value, Range]) -> Proved:
+def _prove(problem: Problem, analysis: TimeAnalysis, bounds: Mapping[Value, Range], erased: bool) -> Proved:
     """The proof; where there is none, with parameters that nothing bounds taken as rates, then as decays."""
     try:
-        return _prove_within(problem, problem.ranges, bounds)
+        return _prove_within(problem, problem.ranges, bounds, erased)
     except Rejection:
         assumed = learned(problem.subgraph, problem.ranges, analysis)
         if not assumed:
             raise
     for sign in (-1.0, 1.0) if _grows(problem.probe()) else ():
         with suppress(Rejection):
-            return _prove_within(problem, problem.ranges, bounds, dict.fromkeys(assumed, sign))
-    hypothesis, certificate = _prove_within(problem, {**problem.ranges, **assumed}, bounds)
+            return _prove_within(problem, problem.ranges, bounds, erased, dict.fromkeys(assumed, sign))
+    hypothesis, certificate = _prove_within(problem, {**problem.ranges, **assumed}, bounds, erased)
     return replace(hypothesis, assumed=hypothesis.decay in assumed), certificate
 
 
@@ -80,6 +83,7 @@ def _prove_within(
     problem: Problem,
     ranges: Mapping[LiveIn, Range],
     bounds: Mapping[Value, Range],
+    erased: bool,
     signs: Mapping[LiveIn, float] | None = None,
 ) -> Proved:
     """The proof within these ranges; a learned rate of either sign is classified where it lets the past fade."""
@@ -87,7 +91,7 @@ def _prove_within(
         probe = problem.probe(ranges)
         for live_in, sign in (signs or {}).items():
             probe.values[live_in] = probe.values[live_in].abs() * (4 * sign / probe.length)
-        return certify(problem.subgraph, fit(probe, classify(Observations(probe))), probe, bounds)
+        return certify(problem.subgraph, fit(probe, classify(Observations(probe)), erased), probe, bounds)
     except NOT_SHOWN as error:
         raise Rejection(reasons.NOT_RUN(error=first_line(error))) from error
 

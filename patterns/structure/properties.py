@@ -73,13 +73,6 @@ def _is_linear_in_query(m: Observations) -> bool:
     return m.is_additive(m.query) or float((twice - m.base).abs().max()) < SEEN * float(m.base.abs().max())
 
 
-def _sees_itself(m: Observations) -> GivenReason | None:
-    if m.value is None:
-        return None
-    reached = m.reach(m.value, m.middle)
-    return reasons.STRICTLY_CAUSAL() if reached and reached[0] > m.middle else None
-
-
 def _keeps_rows_apart(m: Observations) -> GivenReason | None:
     """Batch and heads: what one of them has does not act on another."""
     seen = [a for s in m.timed for a in m.dims(s) if a in m.kept and m.probe.sizing.of(a) > 1]
@@ -202,9 +195,7 @@ def _decays_step_by_step(m: Observations) -> GivenReason | None:
         for p, two in zip(_early(m), weights, strict=True):
             if s < p and _off(two[p + 1 :].T, [one[p + 1 :].T]) > SEEN:
                 return reasons.DECAY_NOT_A_PRODUCT()
-    own = torch.stack([m.weights(1, alone)[t] * weights[0][2] - weights[0][t] * m.weights(1, alone)[2] for t in (1,)])
-    size = float((m.weights(1, alone)[1] * weights[0][2]).abs().max())
-    return reasons.OWN_WEIGHT() if float(own.abs().max()) > SEEN * size else None
+    return None
 
 
 def _early(m: Observations) -> tuple[int, ...]:
@@ -234,27 +225,36 @@ def _from(m: Observations, live_in: LiveIn, position: int, before: Tensor, after
     return torch.where(m.probe.spread(mask, m.probe.sizing.analysis.leaves, live_in), after, before)
 
 
-def _erases_along_its_key(m: Observations) -> GivenReason | None:
-    """What the first token wrote in one channel stays in it, as long as the keys after it have nothing there."""
-    if m.value is None or m.query is None or not m.keys:
+def _erases_along_one_key(m: Observations) -> GivenReason | None:
+    """What one token makes of the state of the one before is a diagonal plus a matrix of rank one.
+
+    Seen off the diagonal, where two rows and two columns that have no channel in common have a determinant of zero.
+    """
+    if m.value is None or m.query is None or not m.keys or m.length < 4:
         return None
     channels = m.contracted(m.query)
-    keys = [k for k in _written(m) if {*channels} <= {*m.contracted(k)}]
-    if not keys or math.prod(m.probe.sizing.of(a) for a in channels) < 2:
+    if math.prod(m.probe.sizing.of(a) for a in channels) < 4:
         return None
-    firsts = {k: m.along(k, channels, 0) for k in keys}
-    later = {k: torch.where(one > 0, torch.zeros_like(one), m.probe.values[k]) for k, one in firsts.items()}
-    changed = {k: _from(m, k, 1, firsts[k], later[k]) for k in keys}
-    found, stays = (m.weights(0, {**changed, m.query: m.along(m.query, channels, i)}) for i in (1, 0))
-    if float(found.abs().max()) <= SEEN * float(stays.abs().max()):
+    at = 1 if m.reach(m.value, m.middle)[:1] == [m.middle] else 2  # where the second token's doing is read first
+    keys = [k for k in _written(m, at - 1) if {*channels} <= {*m.contracted(k)}]
+    if not keys:
         return None
-    return reasons.OTHER_ERASE_KEY()
+    rows = []
+    for j in range(4):
+        first = {k: _from(m, k, 1, m.along(k, channels, j), m.probe.values[k]) for k in keys}
+        rows.append([m.weights(0, {**first, m.query: m.along(m.query, channels, i)})[at] for i in range(4)])
+    minors = [
+        (rows[a][c] * rows[b][d], rows[a][d] * rows[b][c]) for a, b, c, d in ((0, 1, 2, 3), (0, 2, 1, 3), (0, 3, 1, 2))
+    ]
+    off = max(float((one - two).abs().max()) for one, two in minors)
+    size = max(float(x.abs().max()) for pair in minors for x in pair)
+    return reasons.SEVERAL_ERASE_KEYS() if size > 0 and off > SEEN * size else None
 
 
-def _written(m: Observations) -> list[LiveIn]:
+def _written(m: Observations, at: int) -> list[LiveIn]:
     """The keys that a token writes with: the first token's weight depends on them, as nothing is there to erase."""
-    own = m.weights(0)[0]
-    changed = {k: m.weights(0, {k: m.other(k, 0)})[0] for k in m.keys}
+    own = m.weights(0)[at]
+    changed = {k: m.weights(0, {k: m.other(k, 0)})[at] for k in m.keys}
     found = [k for k, other in changed.items() if float((other - own).abs().max()) > SEEN * float(own.abs().max())]
     # k beside beta k: one key, though drawn apart here.
     same = {s for k in found for s in m.origins.get(k, ())} | {*found}
@@ -294,7 +294,6 @@ PROPERTIES: tuple[Property, ...] = (
     # What is summed up.
     # Perhaps only something behind a mixer is not linear.
     Property(_sums_values, near=2),
-    Property(_sees_itself),
     Property(_weighs_a_value_as_one),
     # How it is weighed.
     Property(_looks_forward),
@@ -306,5 +305,5 @@ PROPERTIES: tuple[Property, ...] = (
     # What becomes of a weight with time.
     Property(_sees_all_of_the_past),
     Property(_decays_step_by_step),
-    Property(_erases_along_its_key),
+    Property(_erases_along_one_key),
 )

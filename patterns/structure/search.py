@@ -16,13 +16,15 @@ from llcompile.patterns.structure.classify import Rejection
 from llcompile.patterns.structure.cut import Cutter, Subgraph
 from llcompile.patterns.structure.cuts import Cuts
 from llcompile.patterns.structure.facts import TimeAnalysis
-from llcompile.patterns.structure.found import Findings, NearMiss
+from llcompile.patterns.structure.found import Findings, Found, NearMiss
 from llcompile.patterns.structure.moves import SHAPES
 from llcompile.patterns.structure.program import Op, Value
 from llcompile.patterns.structure.ranges import ranges
 from llcompile.patterns.structure.screen import Screen
+from llcompile.patterns.structure.tail import Tail
 
 log = logging.getLogger("llcompile")
+_UNLIKE = (reasons.UNKNOWN_SCORES.code, reasons.NEAR_A_FAMILY.code)  # queries, keys and values are known
 
 
 class Search:
@@ -92,6 +94,7 @@ class Search:
         best: Rejection | None = None
         subgraph: Subgraph | None = None
         nearest: Subgraph | None = None
+        unlike: list[tuple[Subgraph, Tail | None]] = []
         for subgraph, tail in self.cuts.of(value):
             if self.before is not None and not self.attempts.is_new(subgraph):
                 continue
@@ -103,16 +106,34 @@ class Search:
                 log.debug("structure: %s %s from %s: %s", made, subgraph.result, subgraph.live_ins, rejection)
                 if rejection.open:
                     self.open.add(value)
+                if rejection.given.code in _UNLIKE:
+                    unlike.append((subgraph, tail))
                 if best is None or rejection.near > best.near:
                     best, nearest = rejection, subgraph
                 continue
-            self.findings.found.append(found)
-            self.taken.add(value)
-            self.analysis.facts[value].mixed = False
+            self._take(value, found)
+            return
+        if self._is_erased(value, unlike):
             return
         if self.before is None and best is not None and nearest is not None and best.near > 0:
             why = functools.partial(self.attempts.why, nearest, best)
             self.findings.near_misses.append(NearMiss(value, best, subgraph, why, self.analysis))
+
+    def _is_erased(self, value: Value, unlike: list[tuple[Subgraph, Tail | None]]) -> bool:
+        """Whether it is a mixer that erases along a key of its own: tried last, as beta k beside k is like two keys."""
+        for subgraph, tail in unlike:
+            try:
+                self._take(value, self.attempts.found(subgraph, tail, erased=True))
+            except Rejection as rejection:
+                log.debug("structure: %s with an erase key: %s", subgraph.result, rejection)
+                continue
+            return True
+        return False
+
+    def _take(self, value: Value, found: Found) -> None:
+        self.findings.found.append(found)
+        self.taken.add(value)
+        self.analysis.facts[value].mixed = False
 
 
 def _called(node: fx.Node) -> fx.Node:

@@ -223,14 +223,17 @@ NOT_OWN = {
     "the key after, by taps that all share": lambda m, x, q, k, v: mixed(taps(m, q), taps(m, k + after(k)), taps(m, v)),
     "keys less their mean": lambda m, x, q, k, v: mixed(q, k - k.mean(1, keepdim=True), v),
     "backwards": backwards,
-    "strictly before": lambda m, x, q, k, v: mixed(q, before(k), before(v)),
 }
 
 
 @pytest.mark.parametrize("name", NOT_OWN)
-def test_what_looks_ahead_or_not_at_itself(name: str) -> None:
+def test_what_looks_ahead(name: str) -> None:
     """What level weights weigh is the past of a token and the token itself."""
     stays(NOT_OWN[name])
+
+
+def test_keys_and_values_of_the_token_before() -> None:
+    becomes(lambda m, x, q, k, v: mixed(q, before(k), before(v)))
 
 
 # -- what is added to the sum: the token's own value, a state at the start
@@ -261,6 +264,7 @@ SKIPS: dict[str, tuple[Callable[..., Tensor], str]] = {
         lambda m, x, q, k, v: applied(scored(q, k) * faded(m, x) + m.skip[..., None] * own(x), v),
         "scalar",
     ),
+    "a number alone": (lambda m, x, q, k, v: applied(scored(q, k).tril(-1) + own(x), v), "none"),
     "then a gate": (lambda m, x, q, k, v: m.gate(x)[..., None] * applied(scored(q, k) + own(x), v), "none"),
 }
 
@@ -300,7 +304,6 @@ def test_it_is_added_to_a_cumulative_sum() -> None:
 
 
 NO_ADDITION: dict[str, Callable[..., Tensor]] = {
-    "the diagonal is strictly before and a number": lambda m, x, q, k, v: applied(scored(q, k).tril(-1) + own(x), v),
     "the diagonal and the one below": lambda m, x, q, k, v: applied(
         scored(q, k) + own(x) + own(x).roll(1, 0).tril(), v
     ),

@@ -220,8 +220,8 @@ class Mixer(nn.Module):
         scores = q @ k.mT
         if self.kind == "not-causal":
             return scores.tril(1) @ v
-        if self.kind == "strictly-causal":
-            return scores.tril(-1) @ v
+        if self.kind == "not-linear-in-query":
+            return scores.relu().tril() @ v
         if self.kind == "sliding-window":
             return scores.tril().triu(-4) @ v
         if self.kind == "gradient-stopped":
@@ -231,7 +231,7 @@ class Mixer(nn.Module):
         return scores.tril() @ v
 
 
-KINDS = ("not-causal", "strictly-causal", "sliding-window", "gradient-stopped", "random")
+KINDS = ("not-causal", "not-linear-in-query", "sliding-window", "gradient-stopped", "random")
 
 
 class Model(nn.Module):
@@ -262,15 +262,15 @@ def test_a_report_shows_codes(report: Report) -> None:
 
 def test_strict_names_the_code() -> None:
     options = {"strict": True}
-    with pytest.raises(StrictError, match=r"a token does not see itself .*\[strictly-causal\]"):
-        llcompile.convert(Mixer("strictly-causal"), torch.randn(1, 20, 8), options=options)
+    with pytest.raises(StrictError, match=r"not linear in the query .*\[not-linear-in-query\]"):
+        llcompile.convert(Mixer("not-linear-in-query"), torch.randn(1, 20, 8), options=options)
 
 
 def test_a_page_and_a_look_have_the_code() -> None:
     pytest.importorskip("jinja2")
-    look = llcompile.inspect(Mixer("strictly-causal"), torch.randn(1, 20, 8))
-    assert look.mixers[0].code == look.declined[0].code == "strictly-causal"
+    look = llcompile.inspect(Mixer("not-linear-in-query"), torch.randn(1, 20, 8))
+    assert look.mixers[0].code == look.declined[0].code == "not-linear-in-query"
     from llcompile.look.page import page
 
-    assert "<code>strictly-causal</code>" in page(look)
-    assert "<code>strictly-causal</code>" not in page(llcompile.inspect(Mixer("plain"), torch.randn(1, 20, 8)))
+    assert "<code>not-linear-in-query</code>" in page(look)
+    assert "<code>not-linear-in-query</code>" not in page(llcompile.inspect(Mixer("plain"), torch.randn(1, 20, 8)))

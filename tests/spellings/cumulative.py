@@ -46,7 +46,7 @@ class OuterCumsum(Mixer):
         return x + self.out(torch.einsum("bthk,bthkv->bthv", q, kv).flatten(2))
 
 
-@positive("cumsum, state as [V, K], merged heads", twins={"exclusive": "strictly causal: sums end before the token"})
+@positive("cumsum, state as [V, K], merged heads", twins={"ahead": "not causal: sums go on to the next token"})
 class MergedCumsum(Mixer):
     """[B * H, T, ...] inside, the outer product by bmm, the sum over a flattened state."""
 
@@ -71,8 +71,8 @@ class MergedCumsum(Mixer):
         v = self.v(x).reshape(t, b * 3, 4).swapaxes(0, 1)
         outer = torch.bmm(v.reshape(-1, 4, 1), k.reshape(-1, 1, 5)).view(b * 3, t, 20)
         state = torch.cumsum(outer, dim=-2)
-        if self.miss == "exclusive":
-            state = state - outer
+        if self.miss == "ahead":
+            state = state.roll(-1, dims=-2)
         o = (state.view(b * 3, t, 4, 5) * q[:, :, None, :]).sum(-1) * 0.1
         return x + self.out(o.swapaxes(0, 1).reshape(t, b, 12))
 

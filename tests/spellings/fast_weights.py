@@ -368,7 +368,7 @@ class KimiTransition(Mixer):
     decay="channel",
     correction="delta",
     length=12,
-    twins={"two keys": "erases at another key than it writes to"},
+    twins={"two keys": "erases at another key as well"},
 )
 class KimiScan(Mixer):
     def __init__(self, miss: str = "") -> None:
@@ -386,13 +386,16 @@ class KimiScan(Mixer):
         layers = (self.q, self.k, self.v, self.a, self.erased)
         q, k, v, a, e = (f(x).unflatten(-1, (2, -1)).transpose(0, 1) for f in layers)
         k = F.normalize(k, dim=-1)
-        e = F.normalize(e, dim=-1) if self.miss == "two keys" else k
+        e = F.normalize(e, dim=-1)
         beta = self.b(x).sigmoid().transpose(0, 1)
 
         def cell(S: Tensor, now: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
             q, k, v, a, e, beta = now
             S = S * (F.logsigmoid(a) / 4).exp()[..., None]
-            S = S + (beta[..., None] * k)[..., None] * (v - (e[..., None] * S).sum(-2))[..., None, :]
+            erased = (beta[..., None] * k)[..., None] * (v - (k[..., None] * S).sum(-2))[..., None, :]
+            if self.miss == "two keys":
+                erased = erased - 0.5 * e[..., None] * (e[..., None] * S).sum(-2)[..., None, :]
+            S = S + erased
             return S, (q[..., None] * S).sum(-2)
 
         _, o = scan(cell, torch.zeros(x.shape[0], 2, 4, 5).to(x), (q, k, v, a, e, beta))

@@ -98,7 +98,7 @@ class Vmapped(Mixer):
         return x + self.out(o.flatten(2))
 
 
-@positive("inner and tensordot", twins={"gt": "strictly causal: a token does not see itself"})
+@positive("inner and tensordot", twins={"lt": "looks forward: a token sees itself and what follows"})
 class InnerTensordot(Mixer):
     layout = "td"
 
@@ -117,7 +117,7 @@ class InnerTensordot(Mixer):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (torch.inner(x, w) for w in self.weights)
         i = torch.arange(x.shape[0], device=x.device)
-        compare = torch.gt if self.miss == "gt" else torch.ge
+        compare = torch.le if self.miss == "lt" else torch.ge
         seen = compare(i.unsqueeze(1), i.unsqueeze(0))
         kernel = torch.inner(torch.cos(q), torch.cos(k)).where(seen, torch.tensor(0.0).to(x))
         return torch.add(self.out(torch.tensordot(kernel, v, dims=1)), x)

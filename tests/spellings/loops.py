@@ -38,7 +38,7 @@ class AppendedOutputs(Mixer):
     decay="scalar",
     fixed=True,
     length=16,
-    twins={"read first": "strictly causal: the state is read before the token is written"},
+    twins={"read late": "the state is read that was there before the last two tokens"},
 )
 @positive("loop with decay, sizes equal", decay="scalar", fixed=True, length=9, heads=1, size=9)
 class InPlaceOutputs(Mixer):
@@ -62,12 +62,13 @@ class InPlaceOutputs(Mixer):
         q, k, v = self.qkv(x).view(b, t, 3, self.h, self.d).unbind(dim=2)
         a = torch.sigmoid(self.gate(x) + 2)
         s = x.new_zeros(b, self.h, self.d, self.d)
-        o = torch.zeros_like(v)
+        o, late = torch.zeros_like(v), (s, s)
         for i in range(t):
-            if self.miss == "read first":
-                o[:, i] = torch.einsum("bhvk,bhk->bhv", s, q[:, i])
+            if self.miss == "read late":
+                o[:, i] = torch.einsum("bhvk,bhk->bhv", late[0], q[:, i])
+                late = (late[1], s)
             s = a[:, i, :, None, None] * s + torch.einsum("bhv,bhk->bhvk", v[:, i], k[:, i])
-            if self.miss != "read first":
+            if self.miss != "read late":
                 o[:, i] = torch.einsum("bhvk,bhk->bhv", s, q[:, i])
         return x + self.o_proj(o.flatten(2))
 

@@ -40,7 +40,7 @@ class TrilOfScores(Mixer):
         return x + self.out(o)
 
 
-@positive("masked_fill with zero", twins={"diagonal": "strictly causal: a token does not see itself"})
+@positive("masked_fill with zero", twins={"gap": "a token sees neither itself nor the one before"})
 class MaskedFill(Mixer):
     """nanoGPT's attention with the softmax taken out."""
 
@@ -72,8 +72,8 @@ class MaskedFill(Mixer):
         q, k, v = self.heads_first(x)
         att = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(k.size(-1)))
         att = att.masked_fill(self.bias[:, :, :t, :t] == 0, 0.0)
-        if self.miss == "diagonal":
-            att = att.masked_fill(torch.eye(t, dtype=torch.bool), 0.0)
+        if self.miss == "gap":
+            att = att.tril(-2)
         y = att @ v
         y = y.transpose(1, 2).contiguous().view(b, t, c)
         return self.c_proj(y)

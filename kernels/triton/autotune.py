@@ -80,7 +80,8 @@ def best(launch: Launch, meter: Meter) -> Tuning:
 
 def candidates(kernel: Kernel) -> tuple[Tuning, ...]:
     """What is tried, the default first: other value tiles and numbers of warps, and other numbers of stages."""
-    default, widest, least = kernel.default, kernel.d.value_tile, narrowest(kernel.name, kernel.d)
+    default, least = kernel.default, narrowest(kernel.name, kernel.d)
+    widest = default.value_tile * 2 if kernel.d.rated else kernel.d.value_tile  # lanes of any number of heads
     others = (default.value_tile // 2, default.value_tile * 2) if kernel.tiled else ()
     tiles = (default.value_tile, *(t for t in others if least <= t <= widest))
     found = [default._replace(value_tile=t, warps=w) for t in tiles for w in (default.warps, 4, 8)]

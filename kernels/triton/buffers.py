@@ -66,6 +66,18 @@ BUFFERS = {
     "level_states": Buffer("[S, H, end_levels, K, V]", first="zero"),
     "level_gradients": Buffer("[S, H, end_levels, K, V]", first="given"),
     "carries": Buffer("[S, H, 32, K, K]"),
+    # -- token by token (decays by rates); P programs share the heads of a sequence ---------------------------------------
+    "begin_states": Buffer("[S, H, K, V] or [S, H, 1 + L, K, V]", first="given"),
+    "begin_gradients": Buffer("[S, H, K, V] or [S, H, 1 + L, K, V]", first="zero"),
+    "end_states": Buffer("[S, H, K, V] or [S, H, 1 + L, K, V]"),
+    "end_gradients": Buffer("[S, H, K, V] or [S, H, 1 + L, K, V]", first="given"),
+    "end_flows": Buffer("[S, H, V]"),
+    "flows": Buffer("[B, T, H, V]"),
+    "query_parts": Buffer("[B, T, P, K]", first="zero if padded"),
+    "key_parts": Buffer("[B, T, P, K]", first="zero if padded"),
+    "weight_parts": Buffer("[B, T, P, L]", first="zero if padded"),
+    "decay_parts": Buffer("[B, T, H, V]", first="zero if padded"),
+    "rate_gradients": Buffer("[S, H, V, K]"),
     # -- results -------------------------------------------------------------------------------------------------------
     "outputs": Buffer("[B, T, H, V]", "operand", "zero if padded"),
     "query_gradients": Buffer("[B, T, H, K]", first="zero if padded"),
@@ -104,3 +116,17 @@ class Arguments(dict[str, Any]):
         zero = buffer.first == "zero" or (buffer.first == "zero if padded" and self.padded)
         self[name] = x = (torch.zeros if zero else torch.empty)(shape, dtype=dtype, device=self.device)
         return x
+
+
+def operand_arguments(name: str, x: Tensor, v_shape: torch.Size) -> dict[str, Any]:
+    """Arguments of an operand `[B, T, H, ...]` (`[H]` counts as the same for all tokens)."""
+    if x.dim() == 1:
+        x = x.expand(v_shape[:3])
+    elif x.dim() == 4 and x.stride(3) != 1 and x.shape[3] > 1:
+        x = x.contiguous()
+    return {
+        f"{name}_ptr": x,
+        f"{name}_row": x.stride(0),
+        f"{name}_token": x.stride(1),
+        f"{name}_head": x.stride(2),
+    }

@@ -14,7 +14,7 @@ from llcompile.kernels.layout import Layout
 from llcompile.kernels.operands import Operands
 from llcompile.kernels.state import linear_state, position_of
 from llcompile.kernels.triton import autotune
-from llcompile.kernels.triton.buffers import Arguments
+from llcompile.kernels.triton.buffers import Arguments, operand_arguments
 from llcompile.kernels.triton.chips import chip_of
 from llcompile.kernels.triton.description import Description
 from llcompile.kernels.triton.launch import Launch, kernels_of
@@ -73,19 +73,9 @@ class Call(Layout):
         }
 
     def operand(self, name: str, x: Tensor | None) -> None:
-        """Arguments of an operand `[B, T, H, ...]` (`[H]` counts as the same for all tokens)."""
-        if x is None:
-            return
-        if x.dim() == 1:
-            x = x.expand(self.x.v.shape[:3])
-        elif x.dim() == 4 and x.stride(3) != 1 and x.shape[3] > 1:
-            x = x.contiguous()
-        self.arguments |= {
-            f"{name}_ptr": x,
-            f"{name}_row": x.stride(0),
-            f"{name}_token": x.stride(1),
-            f"{name}_head": x.stride(2),
-        }
+        """Arguments of an operand, if there is one."""
+        if x is not None:
+            self.arguments |= operand_arguments(name, x, self.x.v.shape)
 
     def _add_operands(self) -> None:
         x, sizes = self.x, self.arguments.sizes

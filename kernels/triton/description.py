@@ -14,6 +14,9 @@ from llcompile.kernels.triton.chips import Backend, Chip
 BLOCK = 16
 # Channels that a product of two matrices [K, K] takes at a time.
 SLICE = 32
+# Kernels that go token by token and sum over lanes: the most numbers of a tile [lanes, K], and of one with all levels,
+# which is 32 for each thread of 8 warps.
+_PART, _STATES = 512, 8192
 # What torch was built for: "cuda" where there is no device, too.
 BACKEND: Backend = "hip" if torch.version.hip else "cuda"
 # The smallest side of a matrix instruction, and bytes of a tile's row under which Hopper's are not to be trusted: rows
@@ -50,13 +53,28 @@ class Description(description.Description):
 
     @property
     def key_tile(self) -> int:
-        """K rounded up to what a matrix instruction takes."""
-        return tile(self.key_dim, self.least_tile(self.dtype))
+        """K rounded up to what a matrix instruction takes; to a power of two where there is none."""
+        return tile(self.key_dim, 1 if self.rated else self.least_tile(self.dtype))
 
     @property
     def value_tile(self) -> int:
         """V rounded up to what a matrix instruction takes."""
         return tile(self.value_dim, self.least_tile(self.dtype))
+
+    @property
+    def rated(self) -> bool:
+        """Whether kernels go token by token: decays by rates have no product of matrices."""
+        return self.decay == "rate"
+
+    @property
+    def lanes(self) -> int:
+        """Values of heads that a program has which goes token by token and sums over them."""
+        return max(min(_PART, _STATES // self.level_tile) // self.key_tile, 1)
+
+    @property
+    def level_tile(self) -> int:
+        """L rounded up to a power of two."""
+        return tile(self.levels or 1, 1)
 
     def facts(self) -> dict[str, bool]:
         """What the conditions in the templates may ask."""

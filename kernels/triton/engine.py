@@ -5,12 +5,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from llcompile.kernels.operands import DIFFERENTIABLE, Operands
+from llcompile.kernels.triton import scan
 from llcompile.kernels.triton.call import Call
 from llcompile.kernels.triton.schedule import GRADIENTS, OUTPUT, STATES
 
 
 def forward(x: Operands, scale: float, return_final_state: bool) -> tuple[Tensor, Tensor]:
     """Output `[B, T, H, V]` and final state (an empty tensor when not asked for)."""
+    if x.decay_rate is not None:
+        return scan.forward(x, scale, return_final_state)
     call = Call(x, scale, return_final_state)
     if call.empty:
         return x.v.new_zeros(x.v.shape), call.unchanged_state() if return_final_state else call.no_state()
@@ -24,7 +27,9 @@ def forward(x: Operands, scale: float, return_final_state: bool) -> tuple[Tensor
 
 
 def backward(x: Operands, scale: float, grad_o: Tensor, grad_state: Tensor | None) -> list[Tensor | None]:
-    """Gradients of the first seven operands; None where there is no operand, or no gradient."""
+    """Gradients of the differentiable operands; None where there is no operand, or no gradient."""
+    if x.decay_rate is not None:
+        return scan.backward(x, scale, grad_o, grad_state)
     call = Call(x, scale, grad_state is not None)
     if call.empty:
         if grad_state is None or x.initial_state is None or x.v.shape[0] == 0:

@@ -22,6 +22,8 @@ _MAX_KEY_DIM: tuple[tuple[str, int, int, dict[Correction, int]], ...] = (
     ("hip", 64, 2, {"none": 128, "delta": 128}),
     ("hip", 64, 4, {"none": 128, "delta": 128}),
 )
+# Kernels for decays by rates have no use for shared memory; with 17 levels this is 32 numbers of states for a thread.
+_MAX_RATED_KEY_DIM = 256
 # Triton's own README: NVIDIA GPUs of compute capability 8.0 and later.
 _LEAST_CAPABILITY = (8, 0)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -65,11 +67,13 @@ def unsupported(d: Description, device: torch.device) -> str | None:
 
 def beyond(d: Description, chip: Chip) -> str | None:
     """Why `chip` has no kernels for what `d` describes; None if it has."""
-    if d.decay == "rate" or d.correction == "erase":
+    if d.correction == "erase" or (d.decay == "rate" and d.correction != "none"):
         return f"they have no decay {d.decay!r} with correction {d.correction!r}"
     if d.dtype not in _DTYPES:
         return f"dtype {d.dtype} is not one of bfloat16, float16 and float32"
     limit = max_key_dim(d, chip)
+    if d.decay == "rate" and d.key_dim > limit:
+        return f"K = {d.key_dim} is more than their {limit} for decays by rates, whose states stay in registers"
     if d.key_dim > limit:
         room = f"{chip.shared // 1024} KB of shared memory for a program"
         kind = f"correction {d.correction!r} and {d.dtype_name} operands"
@@ -79,6 +83,8 @@ def beyond(d: Description, chip: Chip) -> str | None:
 
 def max_key_dim(d: Description, chip: Chip) -> int:
     """The largest K that fits on `chip`, all else being as in `d`; 0 if none does."""
+    if d.decay == "rate":
+        return _MAX_RATED_KEY_DIM
     for backend, room, width, limits in _MAX_KEY_DIM:
         if backend == chip.backend and chip.shared >= room * 1024 and d.dtype.itemsize == width:
             return limits[d.correction]

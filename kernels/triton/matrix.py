@@ -38,14 +38,18 @@ GROUPS: dict[str, tuple[tuple[tuple[int, int], ...], tuple[dict[str, Any], ...]]
     "float16": (((128, 128),), (LOG_LINEAR | {"dtype": torch.float16},)),
     "odd": (((96, 192), (16, 1)), (LOG_LINEAR,)),
     "wide": (((256, 256),), (LOG_LINEAR, LOG_LINEAR | {"dtype": torch.float32})),
+    "rates": (((16, 1),), (LOG_LINEAR | STATES, {"levels": 16}, LINEAR)),
 }
+# Groups with families of their own.
+OTHER_FAMILIES = {"rates": (("rate", "none"),)}
 DEFAULT_CHIPS = ("sm_90", "gfx942", "sm_80", "sm_100")
 
 
 def representative(group: str, chip: str) -> Iterator[Description]:
     """The descriptions of one group that `limits` lets run on `chip`."""
     sizes, others = GROUPS[group]
-    for (key_dim, value_dim), other, (decay, correction) in itertools.product(sizes, others, FAMILIES):
+    families = OTHER_FAMILIES.get(group, FAMILIES)
+    for (key_dim, value_dim), other, (decay, correction) in itertools.product(sizes, others, families):
         d = Description(decay, correction, key_dim, value_dim, backend="cuda", **other)  # type: ignore[arg-type]
         if key_dim <= max_key_dim(d, CHIPS[chip]):
             yield d

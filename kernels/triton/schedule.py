@@ -15,13 +15,14 @@ class Entry(NamedTuple):
     """One kernel.
 
     `over` is what has a program each: a chunk, a pair of blocks (level by level, up the tree or down it), a head of a
-    sequence, or a level of a head's initial state. With `tiles`, each value tile has a program of its own; other
-    kernels loop over them. It finds in `changes` what others have left there and leaves something else: run again, it
-    would not find that. `launch` is the widest value tile, the warps and the pipeline stages, chosen so that
-    nothing spills on sm_90 at K, V <= 128; `tuning` has the exceptions.
+    sequence, a level of a head's initial state, or a run of a sequence's heads that share query and weights (`scan`).
+    With `tiles`, each value tile has a program of its own; other kernels loop over them. It finds in `changes` what
+    others have left there and leaves something else: run again, it would not find that. `launch` is the widest value
+    tile, the warps and the pipeline stages, chosen so that nothing spills on sm_90 at K, V <= 128; `tuning` has the
+    exceptions.
     """
 
-    over: Literal["chunks", "pairs, up", "pairs, down", "heads", "old levels"]
+    over: Literal["chunks", "pairs, up", "pairs, down", "heads", "old levels", "units"]
     launch: tuple[int, int, int]
     when: Callable[[Description], bool] = lambda d: True
     tiles: bool = False
@@ -79,9 +80,16 @@ GRADIENTS = {
     ),
 }
 DECODE = {"decode": Entry("heads", (32, 4, 1), tiles=True)}
-KERNELS = {**STATES, **OUTPUT, **GRADIENTS, **DECODE}
+# Decays by rates, token by token: these kernels alone serve whole sequences and single tokens. The first of `launch` is
+# the most numbers of a tile [lanes, K]; kernels that sum over lanes have tiles of `Description.lanes`.
+SCAN = {
+    "rate_scan": Entry("units", (128, 4, 1), tiles=True),
+    "rate_read_gradient": Entry("units", (512, 8, 1)),
+    "rate_write_gradient": Entry("units", (512, 8, 1)),
+}
+KERNELS = {**STATES, **OUTPUT, **GRADIENTS, **DECODE, **SCAN}
 
 
 def kernel_names(d: Description) -> tuple[str, ...]:
     """The kernels that `d` needs, in the order in which they run."""
-    return tuple(name for name, entry in KERNELS.items() if entry.when(d))
+    return tuple(name for name, entry in KERNELS.items() if (name in SCAN) == d.rated and entry.when(d))

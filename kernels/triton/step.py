@@ -10,7 +10,7 @@ from torch import Tensor
 from llcompile.kernels.description import describe_step
 from llcompile.kernels.operands import Token
 from llcompile.kernels.state import in_levels
-from llcompile.kernels.triton import autotune
+from llcompile.kernels.triton import autotune, scan
 from llcompile.kernels.triton.chips import chip_of
 from llcompile.kernels.triton.description import Description
 from llcompile.kernels.triton.launch import Launch, kernels_of
@@ -18,6 +18,8 @@ from llcompile.kernels.triton.launch import Launch, kernels_of
 
 def step(token: Token) -> tuple[Tensor, Tensor]:
     """Absorb one token and read out, as `aten.token.step`."""
+    if token.decay_rate is not None:
+        return scan.step(token)
     q, k, v, w, state, log_decay, _, beta, *_, scale = token
     d = Description.of(describe_step(token))
     batch, heads = v.shape[:2]

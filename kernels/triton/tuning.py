@@ -51,6 +51,8 @@ def narrowest(kernel: str, d: Description) -> int:
 
     The scans of wide keys keep theirs: on an H200 they were right with it at K = V = 128, and wider ones spill.
     """
+    if d.rated:
+        return 1
     if kernel == "decode" or (kernel in _OF_STATES and not d.delta) or (kernel in _SCANS and d.key_dim > 64):
         return LEAST_TILE
     return d.least_tile(torch.float32 if kernel in _OF_STATES else d.dtype)
@@ -64,5 +66,8 @@ def tuning(kernel: str, d: Description, chip: Chip) -> Tuning:
     """Launch parameters of `kernel` for `d` on `chip`."""
     found = (launch for name, holds, launch in _EXCEPTIONS if name == kernel and holds(d, chip))
     widest, warps, stages = next(found, KERNELS[kernel].launch)
+    warps = min(warps, _MOST_WARPS[chip.backend])
+    if d.rated:
+        return Tuning(min(max(widest // d.key_tile, 1), d.lanes), warps, stages)
     columns = d.value_tile * (2 if _half_empty(kernel, d) else 1)
-    return Tuning(min(max(widest, narrowest(kernel, d)), columns), min(warps, _MOST_WARPS[chip.backend]), stages)
+    return Tuning(min(max(widest, narrowest(kernel, d)), columns), warps, stages)

@@ -82,6 +82,8 @@ def test_space():
         assert len(found) == len(set(found)) <= 12
         assert all(16 <= c.value_tile <= 128 for c in found)
         assert kernel.tiled or {c.value_tile for c in found} == {kernel.default.value_tile}
+    rates = Kernel(Description("rate", "none", 16, 1, levels=16), "rate_scan", DEFAULT)
+    assert {c.value_tile for c in autotune.candidates(rates)} == {4, 8, 16}
     wide = Kernel(Description("none", "none", 256, 256), "output", DEFAULT)
     assert all(256 * c.value_tile <= 128 * 32 * c.warps for c in autotune.candidates(wide)[1:])
 

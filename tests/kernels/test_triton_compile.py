@@ -19,7 +19,7 @@ from llcompile.kernels.triton.schedule import kernel_names
 from llcompile.kernels.triton.source import kernel_text
 
 # What is compiled for sm_90 so that nothing may spill. The other groups (fp32, odd sizes, K = 256) must fit.
-UNSPILLED = ("large", "small", "states", "mixed", "float16")
+UNSPILLED = ("large", "small", "states", "mixed", "float16", "rates")
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,15 @@ def test_sample(results, chip, kernel, instruction):
     holds(report)
     assert report.spilled == 0, report.row()
     assert instruction in report.matrix
+
+
+@pytest.mark.parametrize("kernel", ["rate_scan", "rate_write_gradient"])
+@pytest.mark.parametrize("chip", ["sm_90", "sm_80"])
+def test_rates(results, chip, kernel):
+    """The states of 16 levels of some heads stay in registers."""
+    report = results.report(Description("rate", "none", 16, 1, repeat=64, levels=16), kernel, chip)
+    holds(report)
+    assert report.spilled == 0, report.row()
 
 
 def test_exact_products_on_amd(results):
@@ -114,6 +123,7 @@ def test_hopper_in_full(results, chip, d):
 FITTING = (
     (("sm_90",), ("float32", "odd", "wide")),
     (("sm_80", "sm_100", "gfx942"), ("large",)),
+    (("sm_80", "sm_100", "gfx942"), ("rates",)),
     (("sm_86", "sm_89", "sm_120"), ("small",)),  # where a program may have 99 KB of shared memory
 )
 

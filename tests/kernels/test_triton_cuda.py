@@ -15,13 +15,14 @@ from torch import Tensor
 
 from benchmarks.cuda.cases import LEVELS
 from llcompile.kernels.aten import sequence as aten
-from llcompile.kernels.operands import DIFFERENTIABLE, Operands
+from llcompile.kernels.operands import DIFFERENTIABLE, Operands, Token
 from llcompile.kernels.reference import reference_attention
 from tests.kernels.kernel_cases import operands, relative_error
 
 pytest.importorskip("triton")
 
 from llcompile.kernels.triton import engine
+from llcompile.kernels.triton.step import step
 
 pytestmark = [
     pytest.mark.cuda,
@@ -34,10 +35,15 @@ SCALE = 0.7
 Passes = Callable[[Operands, Tensor], dict[str, Tensor]]
 
 
-def on_gpu(dtype: torch.dtype, **case: object) -> Operands:
-    """Random operands on the GPU, rounded to ``dtype``, log decays to float32 as models have them."""
+def on_gpu(dtype: torch.dtype, shared: int = 1, **case: object) -> Operands:
+    """Random operands on the GPU, rounded to ``dtype``, log decays to float32 as models have them.
+
+    ``shared`` heads have the same level weights.
+    """
     x = operands(**{"batch": 1, "groups": 1, "heads": 2, **case})  # type: ignore[arg-type]
-    types = [torch.float32 if name == "log_decay" else dtype for name in x]
+    if x["level_weights"] is not None:
+        x["level_weights"] = x["level_weights"][:, :, ::shared]
+    types = [torch.float32 if name in ("log_decay", "decay_rate", "initial_state") else dtype for name in x]
     found = (t if t is None else t.to("cuda", to) for t, to in zip(x.values(), types, strict=True))
     return Operands(*found, None)  # type: ignore[arg-type]
 
@@ -143,3 +149,45 @@ def test_scans(decay, key_dim):
         on_gpu(torch.bfloat16, length=700, decay=decay, delta=True, levels=None, key_dim=key_dim, value_dim=64),
         lowering,
     )
+
+
+@pytest.mark.parametrize("levels", [None, 1, 9])
+def test_small_rates(levels):
+    """Decays by rates at sizes that are no powers of two, heads that share queries and weights."""
+    sizes = {"groups": 2, "heads": 12, "key_dim": 33, "value_dim": 5, "shared": 3}
+    compare(on_gpu(torch.float32, length=100, decay="rate", levels=levels, **sizes), definition)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("levels", [None, 13, 17])
+def test_rates_of_mamba(levels, dtype):
+    """Channels of a Mamba-1 layer: one value each, 16 numbers of a state."""
+    sizes = {"batch": 2, "heads": 768, "key_dim": 16, "value_dim": 1, "shared": 768}
+    compare(on_gpu(dtype, length=2048, decay="rate", levels=levels, **sizes), lowering)
+
+
+@pytest.mark.parametrize(("levels", "state"), [(None, "linear"), (5, "linear"), (9, "level")])
+def test_rates_with_states(levels, state):
+    """Gradients of the initial state; a state that is at a position of its own."""
+    sizes = {"batch": 3, "heads": 40, "key_dim": 16, "value_dim": 1, "shared": 8}
+    compare(on_gpu(torch.float32, length=150, decay="rate", levels=levels, state=state, **sizes), definition)
+
+
+@pytest.mark.parametrize("levels", [None, 7])
+def test_steps_of_rates(levels):
+    """Token by token what a whole pass gives, and the state after it."""
+    sizes = {"batch": 2, "heads": 48, "key_dim": 16, "value_dim": 1, "shared": 48}
+    x = on_gpu(torch.float32, length=40, decay="rate", levels=levels, **sizes)
+    whole, final = engine.forward(x, SCALE, True)
+    want, want_state = aten.forward(doubled(x), SCALE, True)
+    state = torch.zeros_like(final)
+    outputs = []
+    for t in range(40):
+        w = None if x.level_weights is None else x.level_weights[:, t]
+        token = Token(x.q[:, t], x.k[:, t], x.v[:, t], w, state, x.log_decay[:, t], x.decay_rate, scale=SCALE)
+        o, state = step(token)
+        outputs.append(o[:, None])
+    for found in (whole, torch.cat(outputs, 1)):
+        assert relative_error(found, want) < 1e-5
+    for found in (final, state):
+        assert relative_error(found, want_state) < 1e-5

@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 from tests.kernels import triton_cases
 
 CELLS = list(itertools.product((None, "token", "channel"), (False, True)))
+RATE = ("rate", False)  # kernels of its own, which take the interpreter as long for each token as others for a chunk
 Check = Callable[..., None]
 
 
@@ -186,6 +187,39 @@ def test_strong_decays(check, decay, delta):
     check(length=120, decay=decay, delta=delta, levels=9, strong=True)
 
 
+@pytest.mark.parametrize(("levels", "state"), [(None, "linear"), (9, "level")])
+def test_rates(check, levels, state):
+    """Decays by rates: states and their gradients, heads that share queries and weights, several programs of them."""
+    sizes = {"batch": 2, "groups": 2, "heads": 8, "key_dim": 33, "shared": 4}
+    check(length=6, decay="rate", levels=levels, state=state, final=True, poisoned=True, **sizes)
+
+
+def test_rates_in_levels(check):
+    """Merges of many levels, rows that end early, one of them at once."""
+    check(length=34, decay="rate", levels=4, state="linear", final=True, batch=3, lengths=[34, 0, 9])
+
+
+def test_rates_that_are_strong(check):
+    """Decays of 0 beside mild ones, with the gradient of a rate that is a sum of log decays."""
+    check(length=50, decay="rate", levels=None, heads=2, strong=True, final=True)
+
+
+def test_packed_rates(packed):
+    """Sequences where they lie, an empty one among them, at positions of their own."""
+    packed([0, 6, 6, 13, 14], decay="rate", state="level", heads=2, groups=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("levels", "state"), list(itertools.product((None, 1, 2, 3, 9), (None, "linear", "level"))))
+def test_grid_of_rates(check, levels, state, dtype):
+    """Levels, states, dtypes and sizes."""
+    for heads, key_dim, value_dim, shared in ((4, 16, 1, 4), (2, 1, 33, 1), (6, 200, 2, 2)):
+        sizes = {"heads": heads, "key_dim": key_dim, "value_dim": value_dim, "shared": shared}
+        check(length=21, decay="rate", levels=levels, state=state, final=True, dtype=dtype, **sizes)
+        check(length=9, decay="rate", levels=levels, state=state, lengths=[9], dtype=dtype, strong=True, **sizes)
+
+
 def test_decay_per_head(check):
     """A fixed decay per head: its gradient sums over rows and tokens."""
     check(length=70, decay="head", batch=2, heads=2)
@@ -197,7 +231,7 @@ def test_public_function(worker):
         assert error < 1e-5, f"{name}: {error:.2e}"
 
 
-@sampled("cell", cell=[*CELLS, ("head", False)])
+@sampled("cell", cell=[*CELLS, ("head", False), RATE])
 def test_decode(worker, cell):
     """Token by token, with and without levels, from states of either kind: as the other implementation."""
     decay, delta = cell
@@ -218,7 +252,7 @@ def tuned(worker: ProcessPoolExecutor, final: bool, wanted: int, **case: object)
     case = {"dtype": torch.float32, "batch": 1, "groups": 1, "heads": 1, "value_dim": 33, **case}
     found, runs, kernels = worker.submit(triton_cases.tuned_errors, case, final, wanted).result()
     assert runs >= 2 * len(kernels)
-    assert {"output", "chunk_values_gradient"} <= set(kernels)
+    assert {"rate_scan", "rate_read_gradient"} <= set(kernels) or {"output", "chunk_values_gradient"} <= set(kernels)
     for name, (error, budget) in found.items():
         assert error <= budget, f"{name}: {error:.2e} > {budget:.2e}"
 
@@ -236,6 +270,13 @@ def test_tuning_leaves_results_right(worker):
 def test_grid_of_candidates(worker, decay, delta, levels, wanted):
     """Every kernel with other tiles, warps and stages: nothing but speed depends on them."""
     tuned(worker, True, wanted, length=70, decay=decay, delta=delta, levels=levels, state="level")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wanted", [1, 3, 5])
+def test_candidates_for_rates(worker, wanted):
+    """The same with other numbers of heads in a program."""
+    tuned(worker, True, wanted, length=7, decay="rate", levels=5, state="level", heads=2)
 
 
 @pytest.mark.slow

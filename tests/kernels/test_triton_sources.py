@@ -41,6 +41,7 @@ from tests.kernels.kernel_cases import operands
 
 OutOfResources = pytest.importorskip("triton.runtime.errors").OutOfResources
 
+FAMILIES = [*itertools.product(("none", "scalar", "channel"), ("none", "delta")), ("rate", "none")]
 # Every family with and without everything else; what else there is comes in all pairs.
 ALL = [
     Description(
@@ -51,7 +52,7 @@ ALL = [
         padded=rows == "padded",
         packed=rows == "packed",
     )
-    for decay, correction, levels in itertools.product(("none", "scalar", "channel"), ("none", "delta"), (None, 9))
+    for (decay, correction), levels in itertools.product(FAMILIES, (None, 9))
     for old, final, rows, repeat in (
         *(("none", False, "full", 1), ("linear", True, "padded", 1), ("level", True, "full", 2)),
         *(("none", True, "padded", 2), ("linear", False, "full", 2), ("level", False, "padded", 1)),
@@ -62,7 +63,7 @@ ALL = [
 
 # Parameters that every kernel of a kind gets.
 COME_WITH_OTHERS = {"heads", "tokens", "chunks", "batch_heads", "lengths", "served_levels", "grid_levels", "VALUE_TILE"}
-COME_WITH_OTHERS |= {"starts", "first_chunks", "chunk_sequences"}
+COME_WITH_OTHERS |= {"starts", "first_chunks", "chunk_sequences", "weight_repeat"}
 
 
 @pytest.fixture
@@ -161,7 +162,7 @@ def test_packed_sequences_have_their_own_chunks():
 
 
 NUMBERS = {"scale", "heads", "tokens", "chunks", "batch_heads", "half", "pairs", "level"}
-NUMBERS |= {"grid_levels", "old_levels", "end_levels", "VALUE_TILE"}
+NUMBERS |= {"grid_levels", "old_levels", "end_levels", "share", "weight_repeat", "parts", "VALUE_TILE"}
 
 
 def test_buffers_are_as_signatures_say():
@@ -342,6 +343,9 @@ def test_limits():
     assert max_key_dim(wide, Chip("sm_75", "cuda", 75, 32, 64 * 1024)) == 0
     assert "float64" in str(unsupported(Description("none", "none", 64, 64, dtype=torch.float64), cuda))
     assert "operands are on cpu" in str(unsupported(Description("none", "none", 64, 64), torch.device("cpu")))
+    assert unsupported(Description("rate", "none", 256, 1), cuda) is None
+    assert "K = 257 is more than their 256" in str(unsupported(Description("rate", "none", 257, 1), cuda))
+    assert "no decay 'rate' with correction 'delta'" in str(unsupported(Description("rate", "delta", 16, 1), cuda))
 
 
 def test_old_devices(monkeypatch):

@@ -111,10 +111,13 @@ def _errors(
 ) -> dict[str, tuple[float, float]]:
     """Relative error and its budget, of the output, the final state and every gradient.
 
-    ``case`` are arguments of :func:`kernel_cases.operands`. The definition runs in float64 on the same operands.
+    ``case`` are arguments of :func:`kernel_cases.operands`; ``shared`` heads have the same level weights. The
+    definition runs in float64 on the same operands.
     """
-    strong = case.pop("strong", False)
+    strong, shared = case.pop("strong", False), case.pop("shared", 1)
     x = operands(**case)  # type: ignore[arg-type]
+    if x["level_weights"] is not None:
+        x["level_weights"] = x["level_weights"][:, :, ::shared]  # type: ignore[misc]
     if strong:
         _make_decays_strong(x)
     want = _definition(x, final, lengths)
@@ -188,9 +191,10 @@ def _make_decays_strong(x: Case) -> None:
     g = x["log_decay"]
     assert g is not None
     g[:, 5::7] = -1e4
-    g[:, 40] = -torch.inf
     g[:, 70:110] = -1e4
-    g[:, -5, 0] = -torch.inf
+    if x["decay_rate"] is None:  # its gradient is -inf times 0 there
+        g[:, 3::40] = -torch.inf
+        g[:, -5, 0] = -torch.inf
 
 
 def _poison(x: Tensor | None) -> Tensor | None:
@@ -257,7 +261,7 @@ def packed_errors(
                 if ours.dim() == 5:
                     assert torch.equal(ours[:, :, 0].double(), want[:, :, 0])
                     ours, want = ours[:, :, 1:], want[:, :, 1:]
-            elif ours.dim() > 1:
+            elif ours.dim() > 2:
                 ours, want = ours[:, keep_tokens], want[:, keep_tokens]
             assert torch.isfinite(ours).all(), f"{name} is not finite"
             found[name] = (relative_error(ours, want), budget(x))
@@ -271,7 +275,7 @@ def step_differences(case: dict[str, object], steps: int) -> list[float]:
     assert state is not None
     found = []
     for t in range(steps):
-        token = {n: a if a is None or a.dim() == 1 else a[:, t] for n, a in x.items()}
+        token = {n: a if a is None or a.dim() < 3 else a[:, t] for n, a in x.items()}
         results = []
         for kernels in ("triton", "aten"):
             with choice.use(kernels):

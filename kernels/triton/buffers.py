@@ -66,7 +66,7 @@ BUFFERS = {
     "level_states": Buffer("[S, H, end_levels, K, V]", first="zero"),
     "level_gradients": Buffer("[S, H, end_levels, K, V]", first="given"),
     "carries": Buffer("[S, H, 32, K, K]"),
-    # -- token by token (decays by rates); P programs share the heads of a sequence ---------------------------------------
+    # -- token by token (decays by rates); P programs share a sequence's heads -----------------------------------------
     "begin_states": Buffer("[S, H, K, V] or [S, H, 1 + L, K, V]", first="given"),
     "begin_gradients": Buffer("[S, H, K, V] or [S, H, 1 + L, K, V]", first="zero"),
     "end_states": Buffer("[S, H, K, V] or [S, H, 1 + L, K, V]"),

@@ -22,7 +22,7 @@ _MAX_KEY_DIM: tuple[tuple[str, int, int, dict[Correction, int]], ...] = (
     ("hip", 64, 2, {"none": 128, "delta": 128}),
     ("hip", 64, 4, {"none": 128, "delta": 128}),
 )
-# Kernels for decays by rates have no use for shared memory; with 17 levels this is 32 numbers of states for a thread.
+# Decays by rates: with 17 levels, the states of one head are 32 numbers for each of 256 threads.
 _MAX_RATED_KEY_DIM = 256
 # Triton's own README: NVIDIA GPUs of compute capability 8.0 and later.
 _LEAST_CAPABILITY = (8, 0)

@@ -85,6 +85,8 @@ class Call(Layout):
         self.operand("weight", x.level_weights)
         self.operand("decay", x.log_decay)
         self.operand("beta", x.beta)
+        self.operand("erase_query", x.erase_query)
+        self.operand("erase_key", x.erase_key)
         self.arguments |= {
             **{"scale": self.scale, "heads": self.heads, "tokens": self.tokens, "chunks": sizes["N"]},
             **{"batch_heads": sizes["B"] * sizes["H"], "half": sizes["N // 2"]},

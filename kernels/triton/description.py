@@ -38,10 +38,14 @@ class Description(description.Description):
 
     @classmethod
     def of(cls, d: description.Description) -> Description:
-        """`d` for the kind of device that torch was built for; `d` itself if it names one."""
+        """`d` for the kind of device that torch was built for; `d` itself if it names one.
+
+        With an erase key of its own there are kernels for decays per channel alone (`engine.per_channel`).
+        """
         if isinstance(d, cls):
             return d
-        return cls(**{field.name: getattr(d, field.name) for field in dataclasses.fields(d)})
+        found = cls(**{field.name: getattr(d, field.name) for field in dataclasses.fields(d)})
+        return dataclasses.replace(found, decay="channel") if d.correction == "erase" else found
 
     def on(self, chip: Chip) -> Description:
         """The same for `chip`, with tiles that its matrix instructions take."""
@@ -60,6 +64,11 @@ class Description(description.Description):
     def value_tile(self) -> int:
         """V rounded up to what a matrix instruction takes."""
         return tile(self.value_dim, self.least_tile(self.dtype))
+
+    @property
+    def dense(self) -> bool:
+        """Whether what a chunk does to a state is a matrix [K, K]."""
+        return self.correction != "none"
 
     @property
     def rated(self) -> bool:
@@ -83,6 +92,8 @@ class Description(description.Description):
             "scalar": self.decay == "scalar",
             "channel": self.decay == "channel",
             "delta": self.delta,
+            "erase": self.correction == "erase",
+            "dense": self.dense,
             "weighted": self.weighted,
             "continued": self.continued,
             "old": self.weighted and self.initial_state != "none",
@@ -94,7 +105,7 @@ class Description(description.Description):
             "digits": header.has_digits(self.key_dim * self.value_dim),
             # A loop over values of one turn is unrolled into all around it, and with tiles as wide as Hopper's that
             # spills: a second turn, over nothing, keeps it a loop.
-            "twice": self.least_row > 0 and self.delta and self.key_dim > 64 >= self.value_dim,
+            "twice": self.least_row > 0 and self.dense and self.key_dim > 64 >= self.value_dim,
         }
 
 

@@ -14,7 +14,7 @@ def forward(x: Operands, scale: float, return_final_state: bool) -> tuple[Tensor
     """Output `[B, T, H, V]` and final state (an empty tensor when not asked for)."""
     if x.decay_rate is not None:
         return scan.forward(x, scale, return_final_state)
-    call = Call(x, scale, return_final_state)
+    call = Call(per_channel(x), scale, return_final_state)
     if call.empty:
         return x.v.new_zeros(x.v.shape), call.unchanged_state() if return_final_state else call.no_state()
     call.run(STATES)
@@ -30,7 +30,7 @@ def backward(x: Operands, scale: float, grad_o: Tensor, grad_state: Tensor | Non
     """Gradients of the differentiable operands; None where there is no operand, or no gradient."""
     if x.decay_rate is not None:
         return scan.backward(x, scale, grad_o, grad_state)
-    call = Call(x, scale, grad_state is not None)
+    call = Call(per_channel(x), scale, grad_state is not None)
     if call.empty:
         if grad_state is None or x.initial_state is None or x.v.shape[0] == 0:
             return [None] * DIFFERENTIABLE
@@ -42,19 +42,42 @@ def backward(x: Operands, scale: float, grad_o: Tensor, grad_state: Tensor | Non
         call.arguments["final_gradients"] = grad_state.float().contiguous()
     call.run(STATES)
     call.run(GRADIENTS)
-    return _operand_gradients(call, grad_state)
+    return _operand_gradients(call, x, grad_state)
 
 
-def _operand_gradients(call: Call, grad_state: Tensor | None) -> list[Tensor | None]:
-    """The buffers as gradients of the operands: heads of a group summed, a decay per head summed over tokens."""
+def per_channel(x: Operands) -> Operands:
+    """With a decay for each channel and a factor for each erase key, where there is one.
+
+    There are kernels for these alone: what has an erase key of its own mostly has decays per channel as well.
+    """
+    if x.erase_key is None:
+        return x
+    per_head = x.v.shape[:3]
+    g = x.v.new_zeros(1) if x.log_decay is None else x.log_decay
+    g = g if g.dim() == 4 else g.expand(per_head)[..., None].expand(*per_head, x.q.shape[3])
+    return x._replace(log_decay=g, beta=x.v.new_ones(1).expand(per_head) if x.beta is None else x.beta)
+
+
+def _operand_gradients(call: Call, x: Operands, grad_state: Tensor | None) -> list[Tensor | None]:
+    """The buffers as gradients of the operands `x`: summed over heads of a group, or over what has the same decay."""
     found = call.arguments
-    q, k = (found[name].unflatten(2, (-1, call.d.repeat)).sum(3) for name in ("query_gradients", "key_gradients"))
-    g = found.get("decay_gradients")
-    if g is not None and call.x.log_decay is not None and call.x.log_decay.dim() == 1:
-        g = g.sum((0, 1))
+    q, k = (_of_groups(call, found[name]) for name in ("query_gradients", "key_gradients"))
+    v, w, g, beta = (found.get(f"{name}_gradients") for name in ("value", "weight", "decay", "beta"))
+    erase_query = erase_key = None
+    if call.x.erase_key is not None and call.x.beta is not None:
+        erase_query, erased = _of_groups(call, found["erase_query_gradients"]), found["erase_key_gradients"]
+        beta = (erased * call.x.erase_key.repeat_interleave(call.d.repeat, 2)).sum(3)
+        erase_key = _of_groups(call, erased * call.x.beta[..., None])
+    if g is not None and x.log_decay is not None:
+        g = g.sum(3) if g.dim() == 4 and x.log_decay.dim() < 4 else g
+        g = g.sum((0, 1)) if x.log_decay.dim() == 1 else g
     state = _initial_gradient(call, grad_state)
-    v, w, beta = (found.get(f"{name}_gradients") for name in ("value", "weight", "beta"))
-    return [q, k, v, w, g, None, beta, None, None, state]
+    return [q, k, v, w, g, None, beta, erase_query, erase_key, state]
+
+
+def _of_groups(call: Call, grad: Tensor) -> Tensor:
+    """Gradients `[B, T, H, K]` summed over the heads of a group."""
+    return grad.unflatten(2, (-1, call.d.repeat)).sum(3)
 
 
 def _initial_gradient(call: Call, grad_state: Tensor | None) -> Tensor | None:

@@ -67,7 +67,7 @@ def unsupported(d: Description, device: torch.device) -> str | None:
 
 def beyond(d: Description, chip: Chip) -> str | None:
     """Why `chip` has no kernels for what `d` describes; None if it has."""
-    if d.correction == "erase" or (d.decay == "rate" and d.correction != "none"):
+    if d.decay == "rate" and d.correction != "none":
         return f"they have no decay {d.decay!r} with correction {d.correction!r}"
     if d.dtype not in _DTYPES:
         return f"dtype {d.dtype} is not one of bfloat16, float16 and float32"
@@ -87,5 +87,5 @@ def max_key_dim(d: Description, chip: Chip) -> int:
         return _MAX_RATED_KEY_DIM
     for backend, room, width, limits in _MAX_KEY_DIM:
         if backend == chip.backend and chip.shared >= room * 1024 and d.dtype.itemsize == width:
-            return limits[d.correction]
+            return limits["none" if d.correction == "none" else "delta"]
     return 0

@@ -39,9 +39,10 @@ GROUPS: dict[str, tuple[tuple[tuple[int, int], ...], tuple[dict[str, Any], ...]]
     "odd": (((96, 192), (16, 1)), (LOG_LINEAR,)),
     "wide": (((256, 256),), (LOG_LINEAR, LOG_LINEAR | {"dtype": torch.float32})),
     "rates": (((16, 1),), (LOG_LINEAR | STATES, {"levels": 16}, LINEAR)),
+    "erase": (((64, 64), (128, 128)), (LOG_LINEAR | STATES, LINEAR)),
 }
 # Groups with families of their own.
-OTHER_FAMILIES = {"rates": (("rate", "none"),)}
+OTHER_FAMILIES = {"rates": (("rate", "none"),), "erase": (("channel", "erase"),)}
 DEFAULT_CHIPS = ("sm_90", "gfx942", "sm_80", "sm_100")
 
 

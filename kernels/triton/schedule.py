@@ -31,8 +31,10 @@ class Entry(NamedTuple):
 
 # In the order in which they run: what every call computes first, then its output, or its gradients.
 STATES = {
-    "chunk_scores": Entry("chunks", (128, 4, 1), lambda d: d.decay == "channel"),
-    "chunk_inverse": Entry("chunks", (128, 4, 1), lambda d: d.delta),
+    "chunk_scores": Entry("chunks", (128, 4, 1), lambda d: d.decay == "channel" and d.correction != "erase"),
+    "erase_scores": Entry("chunks", (128, 4, 1), lambda d: d.correction == "erase"),
+    "chunk_inverse": Entry("chunks", (128, 4, 1), lambda d: d.dense),
+    "erase_chunk": Entry("chunks", (128, 8, 1), lambda d: d.correction == "erase"),
     "chunk_state": Entry("chunks", (128, 8, 1), tiles=True),
     "tree_up": Entry(
         "pairs, up", (32, 4, 1), lambda d: d.weighted, tiles=True, changes=("states", "totals", "transitions")
@@ -46,7 +48,7 @@ OUTPUT = {
 GRADIENTS = {
     "read_gradient": Entry("chunks", (64, 8, 1), changes=("weight_gradients",)),
     "state_gradient": Entry("chunks", (64, 8, 1), tiles=True),
-    "transition_gradient": Entry("chunks", (128, 8, 1), lambda d: d.weighted and d.delta),
+    "transition_gradient": Entry("chunks", (128, 8, 1), lambda d: d.weighted and d.dense),
     "old_state_gradient": Entry(
         "old levels", (64, 8, 1), lambda d: d.weighted and d.initial_state != "none", tiles=True
     ),
@@ -58,24 +60,33 @@ GRADIENTS = {
     ),
     "tree_down": Entry("pairs, down", (64, 8, 1), lambda d: d.weighted, changes=("state_gradients", "total_gradients")),
     "transition_down": Entry(
-        "pairs, down", (64, 8, 1), lambda d: d.weighted and d.delta, changes=("transition_gradients",)
+        "pairs, down", (64, 8, 1), lambda d: d.weighted and d.dense, changes=("transition_gradients",)
     ),
     "scan_gradient": Entry("heads", (16, 4, 2), lambda d: not d.weighted, tiles=True, changes=("state_gradients",)),
     "chunk_values_gradient": Entry("chunks", (64, 8, 1), changes=("weight_gradients",)),
     "final_chunk_gradient": Entry(
         "heads", (64, 8, 1), lambda d: d.weighted and d.final_state, changes=("value_gradients", "writer_gradients")
     ),
-    "chunk_transition_gradient": Entry("chunks", (64, 8, 1), lambda d: d.delta, changes=("writer_gradients",)),
+    "chunk_transition_gradient": Entry("chunks", (64, 8, 1), lambda d: d.dense, changes=("writer_gradients",)),
+    "erase_reader_gradient": Entry(
+        "chunks", (128, 8, 1), lambda d: d.correction == "erase", changes=("head_gradients",)
+    ),
+    "erase_writer_gradient": Entry(
+        "chunks", (128, 8, 1), lambda d: d.correction == "erase", changes=("seen_gradients", "tail_gradients")
+    ),
+    "erase_gradient": Entry("chunks", (128, 8, 1), lambda d: d.correction == "erase", changes=("query_gradients",)),
     "chunk_reader_gradient": Entry(
         "chunks", (128, 8, 1), lambda d: d.delta, changes=("head_gradients", "score_gradients")
     ),
     "chunk_writer_gradient": Entry("chunks", (128, 8, 1), lambda d: d.delta, changes=("writer_gradients",)),
     "chunk_delta_gradient": Entry("chunks", (128, 8, 1), lambda d: d.delta, changes=("key_squares", "score_gradients")),
-    "chunk_gradient": Entry("chunks", (128, 8, 1), changes=("decay_carries", "query_gradients")),
+    "chunk_gradient": Entry(
+        "chunks", (128, 8, 1), lambda d: d.correction != "erase", changes=("decay_carries", "query_gradients")
+    ),
     "chunk_scores_gradient": Entry(
         "chunks",
         (128, 8, 1),
-        lambda d: d.decay == "channel",
+        lambda d: d.decay == "channel" and d.correction != "erase",
         changes=("decay_gradients", "key_gradients", "query_gradients"),
     ),
 }

@@ -20,7 +20,7 @@ def step(token: Token) -> tuple[Tensor, Tensor]:
     """Absorb one token and read out, as `aten.token.step`."""
     if token.decay_rate is not None:
         return scan.step(token)
-    q, k, v, w, state, log_decay, _, beta, *_, scale = token
+    q, k, v, w, state, log_decay, _, beta, erase_query, erase_key, scale = token
     d = Description.of(describe_step(token))
     batch, heads = v.shape[:2]
     old = in_levels(state.float(), d.levels).contiguous()
@@ -28,8 +28,13 @@ def step(token: Token) -> tuple[Tensor, Tensor]:
     new = torch.empty_like(old)
     if log_decay is not None and log_decay.dim() == 1:
         log_decay = log_decay.expand(batch, heads)
+    if erase_key is not None:  # with decays and factors as `engine.per_channel` has them
+        g = v.new_zeros(1, 1) if log_decay is None else log_decay
+        log_decay = g if g.dim() == 3 else g.expand(batch, heads)[..., None].expand(*v.shape[:2], q.shape[2])
+        beta = v.new_ones(1).expand(batch, heads) if beta is None else beta
     known: dict[str, Any] = {"old_states": old, "states": new, "outputs": o, "scale": scale, "heads": heads}
     operands = {"query": q, "key": k, "value": v, "weight": w, "decay": log_decay, "beta": beta}
+    operands |= {"erase_query": erase_query, "erase_key": erase_key}
     for name, x in operands.items():
         if x is None:
             continue

@@ -27,10 +27,10 @@ def _small_products(d: Description, chip: Chip) -> bool:
 
 # What differs from `schedule.KERNELS`, and where: the first row whose condition holds.
 _EXCEPTIONS: tuple[tuple[str, Callable[[Description, Chip], bool], tuple[int, int, int]], ...] = (
-    ("tree_up", lambda d, chip: d.delta, (32, 8, 1)),
+    ("tree_up", lambda d, chip: d.dense, (32, 8, 1)),
     # The loop over values, if it had one turn only, would be unrolled into everything around it.
-    ("read_gradient", lambda d, chip: d.delta and d.key_dim > 64 >= d.value_dim, (32, 8, 1)),
-    ("read_gradient", lambda d, chip: d.facts()["old"] and d.decay == "channel" and not d.delta, (32, 8, 1)),
+    ("read_gradient", lambda d, chip: d.dense and d.key_dim > 64 >= d.value_dim, (32, 8, 1)),
+    ("read_gradient", lambda d, chip: d.facts()["old"] and d.decay == "channel" and not d.dense, (32, 8, 1)),
     ("chunk_gradient", lambda d, chip: d.decay == "channel" and not d.delta, (128, 4, 1)),
     ("chunk_values_gradient", _small_products, (16, 4, 1)),
 )
@@ -53,7 +53,7 @@ def narrowest(kernel: str, d: Description) -> int:
     """
     if d.rated:
         return 1
-    if kernel == "decode" or (kernel in _OF_STATES and not d.delta) or (kernel in _SCANS and d.key_dim > 64):
+    if kernel == "decode" or (kernel in _OF_STATES and not d.dense) or (kernel in _SCANS and d.key_dim > 64):
         return LEAST_TILE
     return d.least_tile(torch.float32 if kernel in _OF_STATES else d.dtype)
 

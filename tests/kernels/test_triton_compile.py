@@ -66,6 +66,11 @@ def test_rates(results, chip, kernel):
     assert report.spilled == 0, report.row()
 
 
+def test_erase_keys(results):
+    """The kernel that makes effective queries, keys and transitions fits and uses matrix instructions."""
+    holds(results.report(Description("channel", "erase", 16, 16, levels=16), "erase_chunk", "sm_80"))
+
+
 def test_exact_products_on_amd(results):
     """fp32 operands: three tf32 products stand for one on NVIDIA's chips; AMD's take fp32 as it is."""
     d = Description("none", "none", 16, 16, levels=16, dtype=torch.float32)
@@ -121,9 +126,9 @@ def test_hopper_in_full(results, chip, d):
 
 # What must compile, fit and use matrix instructions, spills or not: chips, and the groups that are theirs.
 FITTING = (
-    (("sm_90",), ("float32", "odd", "wide")),
+    (("sm_90",), ("float32", "odd", "wide", "erase")),
     (("sm_80", "sm_100", "gfx942"), ("large",)),
-    (("sm_80", "sm_100", "gfx942"), ("rates",)),
+    (("sm_80", "sm_100", "gfx942"), ("rates", "erase")),
     (("sm_86", "sm_89", "sm_120"), ("small",)),  # where a program may have 99 KB of shared memory
 )
 

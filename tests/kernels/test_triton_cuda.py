@@ -191,3 +191,29 @@ def test_steps_of_rates(levels):
         assert relative_error(found, want) < 1e-5
     for found in (final, state):
         assert relative_error(found, want_state) < 1e-5
+
+
+@pytest.mark.parametrize("levels", [None, 9])
+@pytest.mark.parametrize("decay", [None, "token", "channel"])
+def test_small_erase_keys(decay, levels):
+    """An erase key of its own, heads that share it, sizes that are no powers of two."""
+    sizes = {"groups": 1, "heads": 2, "key_dim": 33, "value_dim": 17}
+    compare(on_gpu(torch.float32, length=200, decay=decay, delta="erase", levels=levels, **sizes), definition)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float16, 64)])
+@pytest.mark.parametrize("levels", [None, 12])
+def test_erase_keys(levels, dtype, size):
+    """Many chunks, as RWKV-7 has them."""
+    sizes = {"batch": 2, "groups": 4, "heads": 4, "key_dim": size, "value_dim": size}
+    compare(on_gpu(dtype, length=1100, decay="channel", delta="erase", levels=levels, **sizes), lowering)
+
+
+@pytest.mark.parametrize(("levels", "state"), [(None, "linear"), (5, "linear"), (9, "level")])
+def test_erase_keys_with_states(levels, state):
+    """Gradients of the initial state; a state that is at a position of its own."""
+    sizes = {"batch": 3, "key_dim": 64, "value_dim": 64}
+    compare(
+        on_gpu(torch.float32, length=150, decay="channel", delta="erase", levels=levels, state=state, **sizes),
+        definition,
+    )

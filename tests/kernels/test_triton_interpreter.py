@@ -17,6 +17,7 @@ from tests.kernels import triton_cases
 
 CELLS = list(itertools.product((None, "token", "channel"), (False, True)))
 RATE = ("rate", False)  # kernels of its own, which take the interpreter as long for each token as others for a chunk
+ERASE = ("channel", "erase")
 Check = Callable[..., None]
 
 
@@ -170,7 +171,7 @@ def test_padding_is_read_in_place(packed):
 @pytest.mark.slow
 @pytest.mark.parametrize("levels", [None, 9, 3])
 @pytest.mark.parametrize("state", [None, "linear", "level"])
-@pytest.mark.parametrize(("decay", "delta"), CELLS)
+@pytest.mark.parametrize(("decay", "delta"), [*CELLS, ERASE])
 def test_grid_of_packed(packed, decay, delta, levels, state):
     """Every family, with states of every kind; long and short sequences in turn."""
     # What is not spoilt holds a long sequence: with one token alone decays have no gradient to be compared with.
@@ -185,6 +186,32 @@ def test_grid_of_packed(packed, decay, delta, levels, state):
 def test_strong_decays(check, decay, delta):
     """Decays of 0 and sums beyond -1e5 beside mild ones: finite, and right."""
     check(length=120, decay=decay, delta=delta, levels=9, strong=True)
+
+
+@sampled("levels", levels=[None, 9])
+def test_erase_keys(check, levels):
+    """An erase key of its own: several chunks, output and gradients."""
+    check(length=70, decay="channel", delta="erase", levels=levels, poisoned=True)
+
+
+@pytest.mark.parametrize(("decay", "levels"), [("head", 5), pytest.param(None, None, marks=pytest.mark.slow)])
+def test_erase_keys_of_groups(check, decay, levels):
+    """Decays that are made into those per channel, heads that share erase keys, states; without a factor."""
+    sizes = {"groups": 1, "heads": 2, "state": "level", "factor": decay is not None}
+    check(length=20, decay=decay, delta="erase", levels=levels, final=True, **sizes)
+
+
+def test_packed_erase_keys(packed):
+    """Sequences that do not begin where chunks do."""
+    packed([0, 4, 4, 20], spoilt=0, decay="token", delta="erase", state="level")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("decay", [None, "token", "channel"])
+def test_half_precision_with_erase_keys(check, decay, dtype):
+    """Half precision loses what its roundings lose."""
+    check(length=130, decay=decay, delta="erase", levels=9, dtype=dtype, key_dim=16, value_dim=17)
 
 
 @pytest.mark.parametrize(("levels", "state"), [(None, "linear"), (9, "level")])
@@ -231,7 +258,7 @@ def test_public_function(worker):
         assert error < 1e-5, f"{name}: {error:.2e}"
 
 
-@sampled("cell", cell=[*CELLS, ("head", False), RATE])
+@sampled("cell", cell=[*CELLS, ("head", False), RATE, ("token", "erase"), ERASE])
 def test_decode(worker, cell):
     """Token by token, with and without levels, from states of either kind: as the other implementation."""
     decay, delta = cell
@@ -266,7 +293,7 @@ def test_tuning_leaves_results_right(worker):
 @pytest.mark.slow
 @pytest.mark.parametrize("wanted", [1, 3, 5])
 @pytest.mark.parametrize("levels", [None, 9])
-@pytest.mark.parametrize(("decay", "delta"), CELLS)
+@pytest.mark.parametrize(("decay", "delta"), [*CELLS, ERASE])
 def test_grid_of_candidates(worker, decay, delta, levels, wanted):
     """Every kernel with other tiles, warps and stages: nothing but speed depends on them."""
     tuned(worker, True, wanted, length=70, decay=decay, delta=delta, levels=levels, state="level")
@@ -282,7 +309,7 @@ def test_candidates_for_rates(worker, wanted):
 @pytest.mark.slow
 @pytest.mark.parametrize("levels", [None, 9, 3])
 @pytest.mark.parametrize("state", ["linear", "level"])
-@pytest.mark.parametrize(("decay", "delta"), CELLS)
+@pytest.mark.parametrize(("decay", "delta"), [*CELLS, ERASE])
 def test_grid_of_states(check, decay, delta, levels, state):
     """States of every family."""
     check(length=150, decay=decay, delta=delta, levels=levels, state=state, batch=2, final=True, poisoned=True)
@@ -290,7 +317,7 @@ def test_grid_of_states(check, decay, delta, levels, state):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("decay", "delta"), CELLS)
+@pytest.mark.parametrize(("decay", "delta"), [*CELLS, ERASE])
 @pytest.mark.parametrize("levels", [None, 9])
 def test_grid_of_strong_decays(check, decay, delta, levels):
     """Strong decays in every family that has them."""
@@ -300,7 +327,7 @@ def test_grid_of_strong_decays(check, decay, delta, levels):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 128, 333, 520])
-@pytest.mark.parametrize(("decay", "delta"), CELLS)
+@pytest.mark.parametrize(("decay", "delta"), [*CELLS, ERASE])
 @pytest.mark.parametrize("levels", [None, 11])
 def test_grid_of_lengths(check, length, decay, delta, levels):
     """All lengths around chunks and blocks of them."""
@@ -309,7 +336,7 @@ def test_grid_of_lengths(check, length, decay, delta, levels):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("key_dim", "value_dim"), list(itertools.product((1, 16, 33, 128), repeat=2)))
-@pytest.mark.parametrize(("decay", "delta"), CELLS)
+@pytest.mark.parametrize(("decay", "delta"), [*CELLS, ERASE])
 def test_grid_of_sizes(check, key_dim, value_dim, decay, delta):
     """All head sizes, whatever their remainder."""
     check(length=130, decay=decay, delta=delta, levels=9, key_dim=key_dim, value_dim=value_dim, poisoned=True)

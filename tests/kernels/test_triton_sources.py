@@ -41,7 +41,11 @@ from tests.kernels.kernel_cases import operands
 
 OutOfResources = pytest.importorskip("triton.runtime.errors").OutOfResources
 
-FAMILIES = [*itertools.product(("none", "scalar", "channel"), ("none", "delta")), ("rate", "none")]
+FAMILIES = [
+    *itertools.product(("none", "scalar", "channel"), ("none", "delta")),
+    ("channel", "erase"),
+    ("rate", "none"),
+]
 # Every family with and without everything else; what else there is comes in all pairs.
 ALL = [
     Description(
@@ -345,6 +349,7 @@ def test_limits():
     assert "operands are on cpu" in str(unsupported(Description("none", "none", 64, 64), torch.device("cpu")))
     assert unsupported(Description("rate", "none", 256, 1), cuda) is None
     assert "K = 257 is more than their 256" in str(unsupported(Description("rate", "none", 257, 1), cuda))
+    assert "the limit is 128" in str(unsupported(Description("channel", "erase", 129, 64), cuda))
     assert "no decay 'rate' with correction 'delta'" in str(unsupported(Description("rate", "delta", 16, 1), cuda))
 
 
@@ -453,6 +458,8 @@ def test_description_of_a_call():
     assert d == Description("channel", "delta", 5, 3, 2, torch.float32, 64, 4, "level", True, padded=True)
     d = Description.of(describe(Operands(*x.values(), torch.tensor([9, 2]), torch.tensor([0, 9])), False))
     assert d == Description("channel", "delta", 5, 3, 2, torch.float32, 64, 4, "level", packed=True)
+    d = Description.of(describe(Operands(**operands(9, "token", "erase", None, dtype=torch.float32)), False))
+    assert (d.decay, d.correction) == ("channel", "erase")  # the one decay that there are kernels for
 
 
 def test_triton_is_optional():

@@ -111,13 +111,15 @@ def _errors(
 ) -> dict[str, tuple[float, float]]:
     """Relative error and its budget, of the output, the final state and every gradient.
 
-    ``case`` are arguments of :func:`kernel_cases.operands`; ``shared`` heads have the same level weights. The
-    definition runs in float64 on the same operands.
+    ``case`` are arguments of :func:`kernel_cases.operands`; ``shared`` heads have the same level weights,
+    and an erase key without ``factor`` has no beta. The definition runs in float64 on the same operands.
     """
-    strong, shared = case.pop("strong", False), case.pop("shared", 1)
+    strong, shared, factor = case.pop("strong", False), case.pop("shared", 1), case.pop("factor", True)
     x = operands(**case)  # type: ignore[arg-type]
     if x["level_weights"] is not None:
         x["level_weights"] = x["level_weights"][:, :, ::shared]  # type: ignore[misc]
+    if not factor:
+        x["beta"] = None
     if strong:
         _make_decays_strong(x)
     want = _definition(x, final, lengths)

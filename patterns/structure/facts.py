@@ -21,6 +21,7 @@ Form = Literal["timeless", "sequence", "pieces"]
 _DIFFERENCES = frozenset(["sub", "add", "rsub"])
 _JOINS = frozenset(["cat", "stack"])
 _SCANS = frozenset(["cumsum", "cumprod", "logcumsumexp"])
+_LARGEST = frozenset(["maximum", "fmax"])
 # What makes a number the same for all tokens, in training only, mixes no tokens.
 _STATISTICS = frozenset(["native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"])
 
@@ -131,7 +132,9 @@ class TimeAnalysis(Frame):
         return op.name in WEIGHTED and len(given) > 1
 
     def _falls(self, op: Op) -> bool:
-        """Whether it takes what stands for each two positions together, for each: the largest of their decays."""
+        """Whether it picks the largest of decays: of what stands for each two positions, or of several for each."""
+        if op.name in _LARGEST:
+            return not any(self.facts[v].met for v in op.inputs)
         return self.mixes_time(op) and any(self._times_of(v) > len(self.leaves) for v in op.inputs)
 
     def _times_of(self, value: Value) -> int:

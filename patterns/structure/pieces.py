@@ -25,6 +25,7 @@ from llcompile.patterns.structure.ranges import Range
 from llcompile.torch_internals.places import user_line
 
 _MARGIN = 3.0  # how far beyond a number draws are brought
+_CHANCES = 8  # draws of which one should have the larger of two numbers on the other side
 
 Compare = Callable[[Probe], float | None]
 
@@ -78,20 +79,20 @@ def expect_pieces(
     kept, draws = probe.values, 0
     try:
         for crossing in _crossings(subgraph, bounds):
-            open_numbers = set(crossing.numbers)
+            unseen = {(number, side) for number in crossing.numbers for side in (-1, 1)}
             for values in _draws(crossing, hypothesis, probe, kept):
                 probe.values = values
-                crossed = _crossed(probe, crossing, open_numbers) if _within(probe, values) else set()
-                apart = error(probe) if crossed else None
+                seen = _seen(probe, crossing, unseen) if _within(probe, values) else set()
+                apart = error(probe) if seen else None
                 if apart is None:
                     continue
                 draws += 1
                 if apart > budget:
                     raise Rejection(reasons.ACTS_INSIDE(**crossing.words), 3)
-                open_numbers -= crossed
-                if not open_numbers:
+                unseen -= seen
+                if not unseen:
                     break
-            if open_numbers:
+            if unseen:
                 raise Rejection(reasons.NOT_SHOWN_IDLE(**crossing.words), 3)
     finally:
         probe.values = kept
@@ -131,10 +132,10 @@ def _compared(probe: Probe, op: Op) -> Tensor:
     return numbers[0] if len(numbers) == 1 else numbers[0] - numbers[1]
 
 
-def _crossed(probe: Probe, crossing: Crossing, numbers: set[float]) -> set[float]:
-    """The numbers that this draw has something on both sides of."""
+def _seen(probe: Probe, crossing: Crossing, sides: set[tuple[float, int]]) -> set[tuple[float, int]]:
+    """Those of the sides of numbers that this draw has something on."""
     x = _compared(probe, crossing.op)
-    return {n for n in numbers if bool((x < n).any()) and bool((x > n).any())}
+    return {(n, side) for n, side in sides if bool((x < n if side < 0 else x > n).any())}
 
 
 def _draws(
@@ -151,6 +152,10 @@ def _draws(
             for factor in _factors(abs(number), middle, largest):
                 yield {**kept, live_in: _times(hypothesis, live_in, kept[live_in], factor)}
         yield {**kept, live_in: _turned(probe, live_in, kept[live_in])}
+    # Of two numbers that are compared with each other, which one is larger is left to chance.
+    if 0.0 in crossing.numbers:
+        for _ in range(_CHANCES):
+            yield {s: x if s is hypothesis.decay else probe.draw(s) for s, x in kept.items()}
 
 
 def _others(hypothesis: Hypothesis) -> list[LiveIn | None]:

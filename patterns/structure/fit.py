@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -217,13 +217,24 @@ def _more_heads(hypothesis: Hypothesis) -> Iterator[Hypothesis]:
 
 def output_of(probe: Probe, hypothesis: Hypothesis, changed: Mapping[LiveIn, Tensor] | None = None) -> Tensor:
     """What the hypothesis computes on the probe's draw, with some live-ins changed, as [T, everything else]."""
-    size, values = probe.sizing.of, {**probe.values, **(changed or {})}
-    m = hypothesis.mixer(values, size, probe.dtype)
-    operands = (m.query, m.key, m.value, None, *m.transition(), m.initial_state)
+    return _finished(probe, hypothesis, _mixed(probe, hypothesis, changed), changed)
+
+
+def _mixed(probe: Probe, hypothesis: Hypothesis, changed: Mapping[LiveIn, Tensor] | None = None) -> Tensor:
+    """What the operator computes, [B, T, H, V]; with a denominator as the last channel where there is one."""
+    m = hypothesis.mixer({**probe.values, **(changed or {})}, probe.sizing.of, probe.dtype)
+    operands = m.query, m.key, m.value, None, *m.transition(), m.initial_state
     # Operands that fit no call of the operator are another hypothesis'.
     with portable(), running(probe.subgraph.result):
-        output = torch.ops.llcompile.loglinear_attention(*operands, m.scale, False)[0]
-    return probe.by_time(hypothesis.finish(output, values, size))
+        output: Tensor = torch.ops.llcompile.loglinear_attention(*operands, m.scale, False)[0]
+    return output
+
+
+def _finished(
+    probe: Probe, hypothesis: Hypothesis, output: Tensor, changed: Mapping[LiveIn, Tensor] | None = None
+) -> Tensor:
+    """What the hypothesis makes of the operator's output, as [T, everything else]."""
+    return probe.by_time(hypothesis.finish(output, {**probe.values, **(changed or {})}, probe.sizing.of))
 
 
 def _scaled(hypothesis: Hypothesis, ours: Tensor, base: Tensor) -> tuple[Hypothesis, float]:
@@ -277,50 +288,53 @@ def _by_head(probe: Probe, hypothesis: Hypothesis, x: Tensor) -> Tensor:
     return arrange(x, (time, probe.rest), (time, heads, others), probe.sizing.of)
 
 
+_Ours = Callable[[tuple[str, float] | None, float], Tensor]
+
+
 def _fit_normaliser(probe: Probe, hypothesis: Hypothesis, base: Tensor) -> tuple[Hypothesis, float]:
     """The denominator inside: the operator on ones, and what the code does to it."""
+    mixed = _mixed(probe, replace(hypothesis, normaliser=("d + e", 0.0)))
+
+    def ours(normaliser: tuple[str, float] | None, factor: float) -> Tensor:
+        """With this denominator, for queries times a factor: sum and denominator are linear in them."""
+        output = factor * (mixed if normaliser else mixed[..., :-1])
+        found = replace(hypothesis, normaliser=normaliser)
+        return _finished(probe, found, output, _queries_times(probe, hypothesis, factor))
+
     best: tuple[Hypothesis, float] = (hypothesis, math.inf)
-    epsilon = _epsilon(probe, hypothesis)
+    epsilon = _epsilon(probe, hypothesis, ours)
     for form in NORMALISERS:
-        own = _slope(probe, hypothesis, base) if form == "d + e s" else epsilon
-        found = replace(hypothesis, normaliser=(form, own))
-        error = difference(base, output_of(probe, found))
-        error = max(error, _turned_error(probe, found))
-        if epsilon and error < AGREES:
-            # Where the denominator is about as large as the epsilon, a sum and a maximum differ.
-            error = max(error, _error_at(probe, found, epsilon))
-        best = min(best, (found, error), key=lambda pair: pair[1])
+        normaliser = form, _slope(ours, base) if form == "d + e s" else epsilon
+        error = difference(base, ours(normaliser, 1.0))
+        # Queries of the other sign, where there are such: |d| is not d. Where the denominator is about as large as the
+        # epsilon, a sum and a maximum differ.
+        for factor in (_turned(probe, hypothesis), epsilon):
+            if factor and error < AGREES:
+                theirs = probe.outputs(_queries_times(probe, hypothesis, factor))
+                error = max(error, difference(theirs, ours(normaliser, factor)))
+        best = min(best, (replace(hypothesis, normaliser=normaliser), error), key=lambda pair: pair[1])
     return best
 
 
-def _turned_error(probe: Probe, hypothesis: Hypothesis) -> float:
-    """How far the two are apart for queries of the other sign, where there are such: |d| is not d."""
+def _turned(probe: Probe, hypothesis: Hypothesis) -> float:
+    """What queries may be multiplied with for the other sign; 0 for queries that have one sign only."""
     low, query = probe.ranges[hypothesis.query][0], probe.values[hypothesis.query]
-    if low >= 0:
-        return 0.0
-    return _error_at(probe, hypothesis, -min(1.0, 0.9 * abs(low) / float(query.abs().max())))
+    return 0.0 if low >= 0 else -min(1.0, 0.9 * abs(low) / float(query.abs().max()))
 
 
-def _error_at(probe: Probe, hypothesis: Hypothesis, factor: float) -> float:
-    """How far the two are apart for queries times a factor."""
-    changed = _queries_times(probe, hypothesis, factor)
-    return difference(probe.outputs(changed), output_of(probe, hypothesis, changed))
-
-
-def _epsilon(probe: Probe, hypothesis: Hypothesis) -> float:
+def _epsilon(probe: Probe, hypothesis: Hypothesis, ours: _Ours) -> float:
     """What remains of the denominator when the queries are tiny."""
-    tiny = _queries_times(probe, hypothesis, 1e-30)
-    theirs = probe.outputs(tiny)
-    numerator = output_of(probe, replace(hypothesis, normaliser=None), tiny)
+    theirs = probe.outputs(_queries_times(probe, hypothesis, 1e-30))
+    numerator = ours(None, 1e-30)
     epsilon = float((numerator * numerator).sum() / (numerator * theirs).sum())
     return epsilon if math.isfinite(epsilon) and epsilon > 1e-25 else 0.0
 
 
-def _slope(probe: Probe, hypothesis: Hypothesis, base: Tensor) -> float:
+def _slope(ours: _Ours, base: Tensor) -> float:
     """What is added to the sum of the keys, from how far the denominator is off: n / base = d + e s."""
-    plain = output_of(probe, replace(hypothesis, normaliser=("d + e", 0.0)))  # n / d
+    plain = ours(("d + e", 0.0), 1.0)  # n / d
     large = 1e30
-    only = large * output_of(probe, replace(hypothesis, normaliser=("d + e s", large)))  # n / s
+    only = large * ours(("d + e s", large), 1.0)  # n / s
     slope = float((only / base - only / plain).median())
     return slope if math.isfinite(slope) and slope > 1e-12 else 0.0
 

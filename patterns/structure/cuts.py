@@ -72,7 +72,7 @@ class Cuts:
         return isinstance(live_in, Lifted) and sum(map(self._is_data, bases_of(live_in))) > 1
 
     def _squared(self, subgraph: Subgraph) -> set[LiveIn]:
-        """Outer products of a tensor with itself: features at first, a state where keys and values are one tensor."""
+        """Outer products of one tensor, with itself or with a weight: features or decays at first, then a state."""
         return {s for s in subgraph.live_ins if self._is_product(s, squares=True)}
 
     def _is_product(self, live_in: LiveIn, squares: bool = False) -> bool:
@@ -84,7 +84,8 @@ class Cuts:
             return False
         size, largest = math.prod(sample_of(live_in).shape), max(math.prod(sample_of(p).shape) for p in inner)
         if op.name not in _JOINS and size > largest and (len(op.inputs) > 1 or op.name == "diag_embed"):
-            return squares or len(inner) < 2 or len(set(map(origin, inner))) > 1
+            apart = not self._is_data(inner[0]) or len(op.inputs) < 2 or len(set(map(origin, inner))) > 1
+            return squares or apart
         return any(math.prod(sample_of(p).shape) == size and self._is_product(p, squares) for p in inner)
 
     def _is_data(self, live_in: LiveIn) -> bool:

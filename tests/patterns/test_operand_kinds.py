@@ -413,3 +413,25 @@ def of_keys(m: Layer, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @pytest.mark.parametrize("function", [of_keys, least_of_keys])
 def test_a_divisor_of_keys_is_another_mixing(function: Callable[..., Tensor]) -> None:
     stays(function, "its denominator")
+
+
+# -- a product of a sequence and a weight is an operand, though it is larger than the sequence
+
+
+def remembered(m: Layer, x: Tensor, q: Tensor, k: Tensor, v: Tensor, of_keys: bool) -> Tensor:
+    """A loop with a decay for each channel, learned, which a gate for each head makes longer."""
+    decay = (m.taps[0].sigmoid() * (1 + 0.2 * m.gate(x).sigmoid()[..., None])).clamp(max=0.99)  # [B, T, H, 4]
+    state, made = q.new_zeros(len(x), HEADS, 4, 4), []
+    for t in range(x.shape[1]):
+        kept = decay[:, t, :, :, None] if of_keys else decay[:, t, :, None]
+        state = kept * state + k[:, t, :, :, None] * v[:, t, :, None]
+        made.append((q[:, t, :, None] @ state)[..., 0, :])
+    return torch.stack(made, 1)
+
+
+def test_a_decay_of_a_gate_and_a_weight() -> None:
+    becomes(lambda *given: remembered(*given, of_keys=True), ("channel", "none"))
+
+
+def test_a_decay_of_values_is_none_of_keys() -> None:
+    stays(lambda *given: remembered(*given, of_keys=False), "value")

@@ -278,7 +278,7 @@ class _Classifier:
             yield reasons.NOT_LINEAR_IN_VALUE(), 2
         if value is not None and self.reach[value] == "window" and self._really_ends(value):
             yield reasons.SLIDING_WINDOW(output=self.measured.length - 1, input=self.measured.middle), None
-        if value in roles.strict:
+        if value is not None and value in roles.strict and self.measured.is_strict(value):
             yield reasons.STRICTLY_CAUSAL(), None
 
     def _really_ends(self, value: LiveIn) -> bool:

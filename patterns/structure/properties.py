@@ -74,10 +74,7 @@ def _is_linear_in_query(m: Observations) -> bool:
 
 
 def _sees_itself(m: Observations) -> GivenReason | None:
-    if m.value is None:
-        return None
-    reached = m.reach(m.value, m.middle)
-    return reasons.STRICTLY_CAUSAL() if reached and reached[0] > m.middle else None
+    return reasons.STRICTLY_CAUSAL() if m.value is not None and m.is_strict(m.value) else None
 
 
 def _keeps_rows_apart(m: Observations) -> GivenReason | None:

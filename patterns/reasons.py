@@ -412,12 +412,13 @@ WHOLE_NUMBERS = _unlike.add("whole-numbers", "it depends on integers or masks of
 TOO_LARGE = _unlike.add(
     "too-large", "it is computed from too many tensors or by too many operations to analyse", _AS_IT_IS
 )
-NOT_RUN = _unlike.add("not-run", "it does not run in isolation: {error}", _AS_IT_IS)
+NOT_RUN = _unlike.add("not-run", "nothing was measured: it does not run on random numbers by itself", _AS_IT_IS)
+UNKNOWN_AXES = _unlike.add("unknown-axes", "its axes are not those of a known family's operands", _AS_IT_IS)
 OPERAND_TOO_LARGE = _unlike.add(
     "operand-too-large", "an operand that mixes positions is too large to analyse", _AS_IT_IS
 )
 OPERAND_NOT_RUN = _unlike.add(
-    "operand-not-run", "an operand that mixes positions does not run in isolation: {error}", _AS_IT_IS
+    "operand-not-run", "nothing was measured of an operand that mixes positions: it does not run by itself", _AS_IT_IS
 )
 
 # ---- known functions

@@ -191,6 +191,24 @@ def test_level_weights_read_the_same_input_behind_a_break() -> None:
     assert difference(outputs[0].detach(), start(x).detach()) > 1e-3
 
 
+def test_the_part_behind_a_break_may_ask_its_input_for_its_dtype() -> None:
+    """Dynamo has that input, and takes it out of the graph again: the level weights read it under the name it had."""
+
+    def asking(m: Any, x: Tensor) -> Tensor:
+        q, k, v = m.split(m.qkv(x))
+        if q.abs().max().item() > 1e9:
+            v = 0 * v
+        return mixed(q, k, v) + torch.zeros((), dtype=x.dtype) * m.qkv.weight[0, 0]
+
+    x, model = data(), Layer(asking)
+    before = model(x)
+    report = llcompile.convert(model, x)
+    assert len(report.converted) == 1, str(report)
+    run = compiled(model)
+    assert difference(run(x), before) < 1e-5
+    assert movers(model, lambda: run(x)) == {"loglinear"}
+
+
 # Short sequences.
 @pytest.mark.parametrize("lengths", [(2, 33), (20, 2, 3, 33)])
 def test_two_tokens_have_levels(lengths: tuple[int, ...]) -> None:

@@ -6,6 +6,7 @@ import functools
 import inspect
 import os
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,9 @@ _OURS = tuple(
         Path(torch.__file__).parent,
     )
 )
+
+# Libraries that are another way to write array operations: whose line it is, is said by the line above theirs.
+_NOTATIONS = ("einops", "einx", "opt_einsum")
 
 
 def place_of(node: fx.Node) -> tuple[str, str]:
@@ -113,7 +117,16 @@ def module_of(meta: Mapping[str, Any]) -> tuple[str, str]:
 def user_frames(meta: Mapping[str, Any]) -> list[dict[str, str]]:
     """The frames (file, line, function) of the user's code that led to a node, the outermost first."""
     frames = [m.groupdict() for m in _FRAME.finditer(meta.get("stack_trace") or "")]
-    return [f for f in frames if not str(Path(f["file"]).resolve()).startswith(_OURS)]
+    return [f for f in frames if _is_users(f["file"])]
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_users(file: str) -> bool:
+    """Whether a file is the user's, or of a library whose layers the user has."""
+    path = str(Path(file).resolve())
+    loaded = (sys.modules.get(name) for name in _NOTATIONS)
+    notations = tuple(str(Path(m.__file__).resolve().parent) + os.sep for m in loaded if m and m.__file__)
+    return not path.startswith(_OURS + notations)
 
 
 def user_line(meta: Mapping[str, Any]) -> str:

@@ -177,8 +177,10 @@ def add_tensor_input(graph: fx.Graph, owner: nn.Module, path: tuple[str, ...]) -
 
 def _wrapped_again(frame: Any, variable: Any, tensor: Any) -> Any:
     """What Dynamo makes of a tensor that it has wrapped and whose input is gone from the graph."""
-    source, output = variable.source, frame.output
-    output.side_effects.id_to_variable.pop(id(tensor), None)
+    output = frame.output
+    # Under the name that it was wrapped with: Dynamo guards that tensors with a name each are not the same one.
+    source = output.side_effects.id_to_variable.pop(id(tensor), variable).source
+    output.guards.remove_guards_with_source(source)  # they are made again
     for known in (getattr(output, name, {}) for name in ("variable_tracker_cache", "input_source_to_var")):
         known.pop(source, None)
     return VariableBuilder(frame, source)(tensor)

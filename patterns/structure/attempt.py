@@ -137,7 +137,8 @@ class Attempts:
         try:
             return sees_itself(Observations(self._posed(subgraph).probe()))
         except NOT_SHOWN as error:
-            raise Rejection(reasons.OPERAND_NOT_RUN(error=first_line(error))) from error
+            log.debug("structure: %s: %s", sample_of(live_in), first_line(error))
+            raise Rejection(reasons.OPERAND_NOT_RUN()) from error
 
 
 def _expect_seen(found: Found, length: int) -> None:

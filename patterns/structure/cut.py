@@ -238,6 +238,8 @@ class Cutter:
         fact = facts[base]
         if fact.form != facts[value].form or fact.mixed or base.data is not None:
             return False
+        if value.dtype.is_floating_point and not (base.dtype.is_floating_point or base.dtype.is_complex):
+            return False  # features of zeros and ones
         return base.node is not None or self._only_moves(base)
 
 

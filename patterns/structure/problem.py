@@ -65,10 +65,10 @@ class Problem:
             except NOT_SHOWN as error:
                 failure = error
                 result = self.subgraph.result
-                log.debug("structure: %s does not run at %s: %s", result, sizing.shape(result), error)
+                log.debug("structure: %s does not run at %s: %s", result, sizing.shape(result), first_line(error))
                 continue
             return probe
-        raise Rejection(reasons.NOT_RUN(error=first_line(failure))) from failure
+        raise Rejection(reasons.NOT_RUN()) from failure
 
 
 def posed(subgraph: Subgraph, cutter: Cutter, bounds: Mapping[Value, Range]) -> Problem:

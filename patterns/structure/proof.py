@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 
 from llcompile.patterns import reasons
-from llcompile.patterns.boundary import NOT_SHOWN
+from llcompile.patterns.boundary import NOT_SHOWN, CannotRun, NotKnown
 from llcompile.patterns.records import Certificate
 from llcompile.patterns.structure.assume import learned
 from llcompile.patterns.structure.certify import certify
@@ -23,6 +24,8 @@ from llcompile.patterns.structure.probe import Probe
 from llcompile.patterns.structure.problem import Problem, first_line
 from llcompile.patterns.structure.program import Value
 from llcompile.patterns.structure.ranges import Range
+
+log = logging.getLogger("llcompile")
 
 _LARGER = 1e6
 Proved = tuple[Hypothesis, Certificate]
@@ -93,7 +96,9 @@ def _prove_within(
             probe.values[live_in] = probe.values[live_in].abs() * (4 * sign / probe.length)
         return certify(problem.subgraph, fit(probe, classify(Observations(probe)), erased), probe, bounds)
     except NOT_SHOWN as error:
-        raise Rejection(reasons.NOT_RUN(error=first_line(error))) from error
+        log.debug("structure: %s: %s", problem.subgraph.result, first_line(error))
+        strange = isinstance(error, NotKnown) and not isinstance(error, CannotRun)
+        raise Rejection(reasons.UNKNOWN_AXES() if strange else reasons.NOT_RUN()) from error
 
 
 def _grows(probe: Probe) -> bool:

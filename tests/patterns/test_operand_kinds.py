@@ -438,3 +438,23 @@ def test_a_decay_of_a_gate_and_a_weight() -> None:
 
 def test_a_decay_of_values_is_none_of_keys() -> None:
     stays(lambda *given: remembered(*given, of_keys=False), "value")
+
+
+# -- zeros and ones
+
+
+def test_features_of_zeros_and_ones() -> None:
+    def spikes(m: Layer, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return mixed((q > 0).float(), torch.where(k > 0, 1.0, 0.0) * k.tanh(), v)
+
+    becomes(spikes)
+    with torch.no_grad():
+        assert len(llcompile.inspect(Layer(spikes), example()).report.converted) == 1
+
+
+def test_scores_of_zeros_and_ones_are_none_of_a_mixer() -> None:
+    def spikes(m: Layer, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = (torch.einsum("bthk,bshk->bhts", q, k) > 0).float().tril()
+        return torch.einsum("bhts,bshv->bthv", scores, v)
+
+    stays(spikes, "not linear in the query")

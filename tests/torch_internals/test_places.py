@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -115,3 +118,16 @@ def test_frames_and_lines() -> None:
 def test_no_frames() -> None:
     assert user_frames({}) == []
     assert user_line({}) == ""
+
+
+def test_a_notation_of_arrays_is_not_the_users_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Code that einops runs stands on the line that calls it; another library's layer has lines of its own."""
+    trace = []
+    for name in ("einops", "layers"):
+        folder = tmp_path / name
+        folder.mkdir()
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(__file__=str(folder / "__init__.py")))
+        trace.append(f'File "{folder / "core.py"}", line 7, in multiply')
+    own = f'File "{__file__}", line 3, in forward'
+    assert user_line({"stack_trace": "\n".join([own, trace[0]])}) == f"{__file__}:3 in forward"
+    assert user_line({"stack_trace": "\n".join([own, trace[1]])}).endswith("core.py:7 in multiply")

@@ -50,7 +50,7 @@ def convert(
     whose level weights have no effect, is declined with what was measured.
 
     Args:
-        model: any nn.Module that Dynamo can trace; changed in place (modules named `loglinear` are added).
+        model: any nn.Module that runs; changed in place (modules named `loglinear` are added).
         example_args: inputs that the model runs on; their values do not matter.
         options: as for the backend; only `level_weights`, `levels` and `strict` are used here.
         verify: whether to run and compare the converted model; if False, the report says so.
@@ -61,11 +61,11 @@ def convert(
 
     Raises:
         ModelError: `model` is not an nn.Module.
-        CaptureError: the model does not run on the example inputs, or cannot be traced.
+        CaptureError: the model does not run on the example inputs, or its analysis failed.
         OptionError: an option is unknown or has a wrong value.
         LevelWeightsError: the model has level weights of another kind or size.
         CheckpointError: the model was loaded without the level weights that its checkpoint has.
-        StrictError: `strict=True`, and a mixer was declined or none was found.
+        StrictError: `strict=True`, and a mixer was declined, or nothing that mixes positions was found.
 
     If an error is raised, the model is unchanged.
     """
@@ -86,7 +86,7 @@ def inspect(model: nn.Module, *example_args: Any, options: dict[str, Any] | None
     Models on the device `meta` work, too: shapes are read, values are not.
 
     Args:
-        model: any nn.Module that Dynamo can trace; not changed.
+        model: any nn.Module that runs; not changed.
         example_args: inputs that the model runs on.
         options: as for `convert`.
         example_kwargs: keyword inputs of the model.
@@ -96,7 +96,7 @@ def inspect(model: nn.Module, *example_args: Any, options: dict[str, Any] | None
 
     Raises:
         ModelError: `model` is not an nn.Module.
-        CaptureError: the model does not run on the example inputs, or cannot be traced.
+        CaptureError: the model does not run on the example inputs, or its analysis failed.
         OptionError: an option is unknown or has a wrong value.
     """
     run = _inspected(model, example_args, example_kwargs, options)
@@ -226,15 +226,12 @@ class _Run:
         self.report = Report()
 
     def look(self) -> Report:
-        """The report on all graphs of a run.
-
-        Raises:
-            CaptureError: Dynamo makes no graph of the model.
-        """
+        """The report on all graphs of a run."""
         discover.refused_calls({})  # what another run has left
         self._trace()
         if not self.report.graphs:
-            failure.expect_graph(self.example)
+            self.report = self.report.merged(failure.without_graph(self.example))
+        self.report = self.report.merged(failure.recurrent(self.example))
         broken = Report(declined=tuple(discover.refused_calls(self.example.names)))  # after the last graph
         self.report = replace(self.report.merged(broken), title=type(self.example.model).__name__)
         return self.report

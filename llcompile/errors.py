@@ -99,7 +99,7 @@ class MissingLibraryError(LLCompileError, ImportError):
 
 
 class StrictError(LLCompileError, RuntimeError):
-    """With `strict=True`, a linear-time mixer was declined, or none was found."""
+    """With `strict=True`, a linear-time mixer was declined, or nothing that mixes positions was found."""
 
 
 class LLCompileWarning(UserWarning):

@@ -22,7 +22,7 @@ class Options:
         level_weights: kind of new level weights: "linear", "static", "mlp", "paper"; or "none" for the linear operator.
         levels: number of levels L of new level weights. Sequences of up to 2^(L-1) tokens have one weight per level;
             in longer ones the last weight applies to all higher levels.
-        strict: raise if a linear-time mixer is declined or none is found.
+        strict: raise if a linear-time mixer is declined, or nothing that mixes positions is found.
         on_miss: what to do if a module that owns level weights runs but the graph does not read them: "raise" (the
             default), or "warn".
         inner: the compiler of the rewritten graph: "inductor", "aot_eager" or "eager".

@@ -8,9 +8,10 @@ from llcompile.passes.candidate import GraphCandidate
 from llcompile.passes.session import Session
 from llcompile.patterns.boundary import boundary
 from llcompile.patterns.graph.regions import Region
-from llcompile.patterns.mechanisms import attention, convolutions, loops, pooling, scans, time_mixing
+from llcompile.patterns.mechanisms import attention, convolutions, loops, pooling, scans, time_mixing, unnamed
 from llcompile.patterns.mechanisms.facts import Facts
 from llcompile.patterns.mechanisms.found import Found
+from llcompile.patterns.reasons import looks_both_ways
 from llcompile.patterns.records import Untouched
 from llcompile.patterns.structure.program import Value
 from llcompile.patterns.structure.record import record
@@ -22,27 +23,36 @@ Finder = Callable[[Facts], Iterator[Found]]
 MIXERS: tuple[Finder, ...] = (attention.find, scans.find, loops.find)
 # What may also stand before a mixer and belong to it: then it is no mechanism of its own.
 HELPERS: tuple[Finder, ...] = (convolutions.find, time_mixing.find)
-# What is named only where nothing else in the module is: most mixers have such a thing inside.
-REST: tuple[Finder, ...] = (pooling.find,)
+# What is named only where nothing else in the module is, in this order: most mixers have such a thing inside.
+REST: tuple[tuple[Finder, ...], ...] = ((pooling.find,), (unnamed.find,))
+_BIDIRECTIONAL = "bidirectional linear attention"
 
 
 def identify(session: Session) -> int:
     """Fills `session.untouched`; returns how many mechanisms were named."""
     records: dict[tuple[str, str], Untouched] = {}
-    rest: list[Untouched] = []
+    rest: list[list[Untouched]] = [[] for _ in REST]
     for region in session.regions:
         with boundary("the mechanisms of a graph"):
             _name(session, region, records, rest)
+    both = [missed for missed in session.near_misses if looks_both_ways(missed.code)]
+    records.update({(m.module, _BIDIRECTIONAL): Untouched(m.module, _BIDIRECTIONAL, m.where) for m in both})
+    session.near_misses = [missed for missed in session.near_misses if missed not in both]
     said = {r.module for r in records.values()} | {m.module for m in session.near_misses}
     said |= {candidate.module for candidate in session.candidates}
-    records.update({(r.module, r.kind): r for r in reversed(rest) if r.module not in said})
+    for found in rest:
+        new = {(r.module, r.kind): r for r in reversed(found) if r.module not in said}
+        records.update(new)
+        said |= {module for module, _ in new}
     session.untouched = list(records.values())
-    named = {record.module for record in session.untouched}
+    named = {record.module for record in session.untouched if record.kind != _BIDIRECTIONAL}
     session.refused.extend(missed for missed in session.near_misses if missed.module not in named)
     return len(records)
 
 
-def _name(session: Session, region: Region, records: dict[tuple[str, str], Untouched], rest: list[Untouched]) -> None:
+def _name(
+    session: Session, region: Region, records: dict[tuple[str, str], Untouched], rest: list[list[Untouched]]
+) -> None:
     """Adds the mechanisms of one graph, and what is one only where nothing else is found."""
     facts = Facts(region, session.programs.get(region) or record(region))
     nodes = {candidate.node for candidate in session.candidates}
@@ -54,7 +64,10 @@ def _name(session: Session, region: Region, records: dict[tuple[str, str], Untou
         if not _is_candidate(session, found, said.module, said.where):
             records.setdefault((said.module, found.kind), said)
     fed = _feeding(facts, candidates)
-    rest.extend(_record(session, found) for find in REST for found in find(facts) if fed.isdisjoint(found.inside))
+    for finders, records_of in zip(REST, rest, strict=True):
+        records_of += [
+            _record(session, found) for find in finders for found in find(facts) if fed.isdisjoint(found.inside)
+        ]
 
 
 def _record(session: Session, found: Found) -> Untouched:

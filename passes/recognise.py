@@ -12,7 +12,7 @@ from llcompile.patterns.graph.regions import Region
 from llcompile.patterns.mixer import MixerShape
 from llcompile.patterns.records import Declined
 from llcompile.patterns.structure.find import find
-from llcompile.patterns.structure.found import Findings, Found, NearMiss
+from llcompile.patterns.structure.found import Findings, Found, NearMiss, anchor
 from llcompile.patterns.structure.numbers import numbers_read
 from llcompile.torch_internals import reach
 from llcompile.torch_internals.guards import guard_numbers
@@ -40,6 +40,8 @@ def recognise(session: Session) -> int:
             _add_candidate(session, region, found, findings.denominators.get(id(found), []))
         if session.settings.compiles:
             _guard(region, findings)
+        if findings.stopped is not None:
+            session.stopped.append(user_line(anchor(findings.stopped).meta))
         if findings.one is not None:
             key, name = module_of(findings.one.node.meta)
             session.unseen[session.name(key, name)] = user_line(findings.one.node.meta)

@@ -70,6 +70,8 @@ class Session:
     missed_nodes: dict[Declined, frozenset[fx.Node]] = field(default_factory=dict)
     # Module -> the line of what runs over one token only, where nothing else was found.
     unseen: dict[str, str] = field(default_factory=dict)
+    # Lines at which a search ended because it had taken too many steps.
+    stopped: list[str] = field(default_factory=list)
     # Each region's graph as it was recorded, for passes that come after the recogniser.
     programs: dict[Region, Program] = field(default_factory=dict)
     # How often each rule of the structural recogniser was used.

@@ -125,6 +125,12 @@ NOT_CAUSAL = _computes.add(
     "use a causal mask: log-linear attention only looks back",
     "a position sees later ones; bidirectional mixers stay unchanged",
 )
+BIDIRECTIONAL = _computes.add(
+    "bidirectional",
+    "bidirectional: output {output} depends on the value of input {input}",
+    "nothing: it looks in both directions on purpose, and log-linear attention only looks back",
+    "a linear mixer over all tokens, or a pair of mixers, one for each direction; the report has it with the untouched",
+)
 ROWS_MIXED = _computes.add(
     "rows-mixed",
     "rows are mixed: sequences of a batch, or heads, act on each other",
@@ -583,3 +589,8 @@ EXAMPLE_RUN = _check.add(
     "the example run of convert and inspect uses the original code",
     "nothing: it is in no report",
 )
+
+
+def looks_both_ways(code: str) -> bool:
+    """Whether it is the code of a mixer that is bidirectional on purpose."""
+    return code == BIDIRECTIONAL.code

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import llcompile
 from llcompile import backend
-from llcompile.errors import CaptureError, MissingLibraryError, OutputError
+from llcompile.errors import MissingLibraryError, OutputError, StrictError
 from llcompile.kernels.levels import level
 from llcompile.look.level_table import level_table
 from llcompile.look.look import Look
@@ -363,5 +363,29 @@ def test_a_model_that_becomes_no_graph() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x + 1
 
-    with pytest.raises(CaptureError, match=r"Dynamo could not trace Hidden.*test_look.py:\d+ in forward"):
-        llcompile.inspect(Hidden(), torch.zeros(3))
+    for seen in (llcompile.inspect(Hidden(), torch.zeros(3)), llcompile.convert(Hidden(), torch.zeros(3))):
+        assert seen.graphs == 0
+        (broken,) = seen.breaks
+        assert re.search(r"test_look.py:\d+ in forward", broken.where)
+        assert "Dynamo makes no graph of Hidden" in str(seen)
+    with pytest.raises(StrictError, match="Dynamo makes no graph of Hidden"):
+        llcompile.convert(Hidden(), torch.zeros(3), options={"strict": True})
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_a_recurrent_network_of_torch(kind: type[nn.RNNBase]) -> None:
+    """Dynamo makes no graph of it: the report says so, also beside layers that have mixers."""
+    network = kind(16, 16, batch_first=True)
+    assert [u.kind.split()[0] for u in llcompile.inspect(network, torch.zeros(2, 9, 16)).untouched] == ["recurrent"]
+
+    class Mixed(small.DeltaMixer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = nn.Sequential(kind(16, 16, batch_first=True))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.network(super().forward(x))[0]
+
+    look = llcompile.inspect(small.Model([Mixed()]), small.ids())
+    assert [c.module for c in look.converted] == ["layers.0"]
+    assert [(u.module, u.kind.split(" (")[0]) for u in look.untouched] == [("layers.0.network.0", "recurrent network")]

@@ -7,9 +7,11 @@ import warnings
 from typing import Any
 
 import torch
+from torch import nn
 
 from llcompile.checks.example import Example
 from llcompile.errors import CaptureError, LLCompileError
+from llcompile.report import GraphBreak, Report, Untouched
 from llcompile.torch_internals.breaks import why_no_graph
 
 
@@ -46,18 +48,28 @@ def own_error(error: BaseException | None) -> LLCompileError | None:
     return None
 
 
-def expect_graph(example: Example) -> None:
-    """Raises CaptureError where the model computes something, and became no graph."""
+def without_graph(example: Example) -> Report:
+    """What there is to say of a model that runs and became no graph; empty where it computes nothing."""
     with example.transaction():
         refused = why_no_graph(example.model.forward, example.args, dict(example.kwargs))
-    if refused is not None:
-        reason, where = refused
-        code = inspect.unwrap(type(example.model).forward).__code__
-        where = where or f"{code.co_filename}:{code.co_firstlineno} in {code.co_name}"
-        raise CaptureError(
-            f"Dynamo could not trace {type(example.model).__name__}, so it was not analysed: {reason} ({where}). "
-            "Set TORCH_LOGS=graph_breaks for details; nothing was changed."
-        )
+    if refused is None:
+        return Report()
+    reason, where = refused
+    code = inspect.unwrap(type(example.model).forward).__code__
+    where = where or f"{code.co_filename}:{code.co_firstlineno} in {code.co_name}"
+    remark = (
+        f"Dynamo makes no graph of {type(example.model).__name__}, so nothing in it was analysed; it runs uncompiled. "
+        "Set TORCH_LOGS=graph_breaks for details."
+    )
+    return Report(breaks=(GraphBreak(reason, where),), remarks=(remark,))
+
+
+def recurrent(example: Example) -> Report:
+    """torch's own recurrent networks, which Dynamo does not trace: no graph shows them."""
+    if torch._dynamo.config.allow_rnn:
+        return Report()
+    found = [(name, m.mode) for name, m in example.model.named_modules() if isinstance(m, nn.RNNBase)]
+    return Report(untouched=tuple(Untouched(name, f"recurrent network ({mode})") for name, mode in found))
 
 
 def _run_without_us(example: Example) -> Exception | None:

@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
         _write(look, args)
     if args.json != "-":
         print(look)
-    return int(args.strict and (bool(look.declined) or not look.converted))
+    return int(args.strict and (bool(look.declined) or not (look.converted or look.untouched)))
 
 
 def _check_outputs(args: argparse.Namespace) -> None:

@@ -8,15 +8,15 @@ from llcompile.patterns.mechanisms.facts import Facts, node_of
 from llcompile.patterns.mechanisms.found import Found
 from llcompile.patterns.structure.program import Value
 
-_KINDS = {"cumsum": "running sum or mean (prefix pooling)", "cummax": "running maximum", "cummin": "running minimum"}
+RUNNING = {"cumsum": "running sum or mean (prefix pooling)", "cummax": "running maximum", "cummin": "running minimum"}
 # Counts of tokens are no pooling: positions, places in the queues of experts.
-_COUNTS = frozenset({"argmax", "topk", "eq", "ne", "lt", "le", "gt", "ge", "scatter", "arange"})
+COUNTS = frozenset({"argmax", "topk", "eq", "ne", "lt", "le", "gt", "ge", "scatter", "arange"})
 
 
 def find(facts: Facts) -> Iterator[Found]:
     """Every running sum of features over time."""
     for value in facts.values:
-        kind = _KINDS.get(facts.names[value], "") if value in facts.activations else ""
+        kind = RUNNING.get(facts.names[value], "") if value in facts.activations else ""
         below = facts.below(value, facts.is_projection)
         if kind and _is_along_time(facts, value) and not any(map(facts.factors, below)):  # else it meets a query
             yield Found(node_of(value), kind, frozenset((value,)))
@@ -28,4 +28,4 @@ def _is_along_time(facts: Facts, value: Value) -> bool:
     summed, dim = value.op.inputs[0], value.op.args[1] if len(value.op.args) > 1 else value.op.kwargs["dim"]
     if not summed.dtype.is_floating_point or len(summed.shape) < 3 or value.index or not facts.times.along(summed, dim):
         return False
-    return not any(facts.names[v] in _COUNTS for v in facts.above(value, facts.is_projection, 24))
+    return not any(facts.names[v] in COUNTS for v in facts.above(value, facts.is_projection, 24))

@@ -53,7 +53,7 @@ class Cuts:
             if len(subgraph.live_ins) > SOURCES:
                 break
         if subgraph is not None and len(subgraph.live_ins) < 4:
-            apart = self.cutter.cut(value, views=True)
+            apart = self.cutter.cut(value, through, views=True)
             if apart is not None and len(subgraph.live_ins) < len(apart.live_ins) <= SOURCES:
                 yield apart
         taken = columns(first, self.analysis)

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from llcompile.patterns import reasons
 from llcompile.patterns.graph.regions import Region
 from llcompile.patterns.structure.axes import Axis, length
+from llcompile.patterns.structure.both_ways import set_pairs_aside
 from llcompile.patterns.structure.classify import Rejection
 from llcompile.patterns.structure.computed_twice import merge_computed_twice
 from llcompile.patterns.structure.denominators import pair_denominators
@@ -57,6 +58,7 @@ def _find(region: Region, factor: int) -> Findings:
         _search_all(findings, followed, given)
         pair_denominators(findings)
         explain_near_misses(findings, given)
+        set_pairs_aside(findings)
     if not findings.found and not findings.near_misses:
         findings.one = one_position(program)
     return findings

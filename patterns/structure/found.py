@@ -232,6 +232,11 @@ class NearMiss:
         return anchor(self.value)
 
 
+# The most that a search of one graph may take: so many steps, and so many more for each of its operations. Layers that
+# are alike are proved once.
+BOUNDS = {"cuts": (2000, 8.0), "proofs": (400, 0.5)}
+
+
 @dataclass
 class Findings:
     """What was found in one graph.
@@ -244,6 +249,7 @@ class Findings:
         failed: fingerprint of a subgraph that did not run -> its rejection in this look; another may have the memory.
         one: what runs over one position, where the example has one token and shows no mixing.
         counts: uses of each axis rule, and of each step here.
+        stopped: where the search ended because it had taken too many steps; what comes after was not looked at.
     """
 
     program: Program
@@ -253,6 +259,12 @@ class Findings:
     denominators: dict[int, list[Found]] = field(default_factory=dict)
     one: Op | None = None
     counts: Counter[str] = field(default_factory=Counter)
+    stopped: Value | None = None
+
+    def is_spent(self) -> bool:
+        """Whether the search has taken as many steps as a program of this size may cost."""
+        operations = len(self.program.ops)
+        return any(self.counts[step] >= least + each * operations for step, (least, each) in BOUNDS.items())
 
 
 def anchor(value: Value) -> fx.Node:

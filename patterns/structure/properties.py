@@ -54,12 +54,23 @@ def explain(measured: Observations, rejection: Rejection) -> tuple[Rejection, bo
 
 
 def _is_causal(m: Observations) -> GivenReason | None:
+    reached = [] if m.value is None else m.reach(m.value, m.length - 1)
+    if reached and reached[0] == 0 and _is_linear_in_query(m):  # the values of all later tokens, not of some
+        return reasons.BIDIRECTIONAL(output=0, input=m.length - 1)
     for live_in in m.timed:
         for position in (m.middle, m.length - 1):
             ahead = m.looks_ahead(live_in, position)
             if ahead is not None:
                 return ahead
     return None
+
+
+def _is_linear_in_query(m: Observations) -> bool:
+    """Whether the result is a sum over what the query is a sum of, or, with a denominator, does not grow with it."""
+    if m.query is None:
+        return False
+    twice = m.run({m.query: 2 * m.probe.values[m.query]})
+    return m.is_additive(m.query) or float((twice - m.base).abs().max()) < SEEN * float(m.base.abs().max())
 
 
 def _sees_itself(m: Observations) -> GivenReason | None:

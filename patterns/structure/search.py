@@ -61,6 +61,9 @@ class Search:
                 if value in self.taken or op.node in self.captured:
                     self.analysis.facts[value].mixed = False
                 elif self._is_candidate(op, value):
+                    if self.findings.is_spent():
+                        self.findings.stopped = self.findings.stopped or value
+                        return
                     self._try(value)
 
     def _expect_rule(self, op: Op) -> None:

@@ -13,6 +13,8 @@ from llcompile.passes.session import Session, Settings
 from llcompile.patterns.records import Untouched
 from llcompile.patterns.structure.record import record
 
+UNNAMED = "unnamed time mixing"
+
 
 def _unused(*_: Any, **__: Any) -> Any:
     raise AssertionError("identify attaches nothing")

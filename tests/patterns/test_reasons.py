@@ -219,7 +219,7 @@ class Mixer(nn.Module):
         q, k, v = self.all(x).chunk(3, -1)
         scores = q @ k.mT
         if self.kind == "not-causal":
-            return scores.triu() @ v
+            return scores.tril(1) @ v
         if self.kind == "strictly-causal":
             return scores.tril(-1) @ v
         if self.kind == "sliding-window":

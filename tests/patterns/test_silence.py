@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import llcompile
+from llcompile.patterns.structure import found
 from tests.helpers.small import difference
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -56,7 +58,7 @@ def cubed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def ahead(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return (q @ k.mT).triu() @ v
+    return (q @ k.mT).tril(1) @ v
 
 
 def softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -369,3 +371,26 @@ def test_operations_on_an_operand() -> None:
     """Axes are followed through an operation that no rule knows."""
     assert said(Layer(halves), example())[""] == "linear attention"
     assert said(Layer(shuffled), example())[""] == "linear attention"
+
+
+def test_a_search_that_ends_early_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph gets as many steps as its size allows; what was not looked at is no silent miss."""
+    monkeypatch.setattr(found, "BOUNDS", {"cuts": (1, 0.0)})
+    report = llcompile.inspect(Twice(), torch.randn(2, 20, 16))
+    assert len(report.converted) + len(report.declined) == 1
+    assert re.search(r"ended at .*test_silence.py:\d+ in forward.*was not looked at", " ".join(report.remarks))
+
+
+class Twice(nn.Module):
+    """Linear attention, and linear attention with another decay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(16, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        x = (q @ k.mT).tril() @ v
+        q, k, v = self.qkv(x).chunk(3, -1)
+        t = torch.arange(x.shape[1])
+        return (q @ k.mT * (0.9 ** (t[:, None] - t)).tril()) @ v

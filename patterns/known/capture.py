@@ -231,7 +231,9 @@ def _modules() -> Mapping[str, list[types.ModuleType]]:
     return found
 
 
-def _definitions(entry: KnownFunction | Expansion, modules: Mapping[str, list[types.ModuleType]]) -> Iterable[types.FunctionType]:
+def _definitions(
+    entry: KnownFunction | Expansion, modules: Mapping[str, list[types.ModuleType]]
+) -> Iterable[types.FunctionType]:
     """Every distinct function object that is this entry's function."""
     roots = _ALIASES.get(entry.library, (entry.library,))
     seen: dict[int, types.FunctionType] = {}

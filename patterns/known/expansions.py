@@ -1,7 +1,7 @@
 """Expansions: library functions that hold a known function and more, written out so that the known one is called.
 
 mamba_ssm's `mamba_inner_fn` fuses the convolution, the projections, the selective scan and the output projection of a
-Mamba-1 block. Under our backend Dynamo traces the same in plain torch calls around `selective_scan_fn`, which is a known
+Mamba-1 block. Under our backend Dynamo traces the same in plain torch calls around `selective_scan_fn`, a known
 function. Calls that the plain form does not cover run the library's function.
 """
 
@@ -52,13 +52,13 @@ def _mamba_inner(function: Function) -> Function:
         delta_proj_weight: Tensor,
         out_proj_weight: Tensor,
         out_proj_bias: Tensor | None,
-        A: Tensor,  # noqa: N803  (the library's names)
-        B: Tensor | None = None,  # noqa: N803
-        C: Tensor | None = None,  # noqa: N803
-        D: Tensor | None = None,  # noqa: N803
+        A: Tensor,
+        B: Tensor | None = None,
+        C: Tensor | None = None,
+        D: Tensor | None = None,
         delta_bias: Tensor | None = None,
-        B_proj_bias: Tensor | None = None,  # noqa: N803
-        C_proj_bias: Tensor | None = None,  # noqa: N803
+        B_proj_bias: Tensor | None = None,
+        C_proj_bias: Tensor | None = None,
         delta_softplus: bool = True,
         **more: Any,
     ) -> Any:

@@ -15,6 +15,7 @@ from llcompile.patterns.structure.tail import Tail, tails
 
 SOURCES = 16  # a mixer has fewer operands
 _JOINS = MOVES | {"cat", "stack", "repeat", "constant_pad_nd"}
+_SUMS = {"add", "sub", "rsub"}  # features of all pairs, or a bias for each row: no product of a key and a value
 _WIDENINGS = 12  # how often a cut is moved up
 
 
@@ -83,7 +84,7 @@ class Cuts:
         if op is None or not inner or self.analysis.is_projection(op):
             return False
         size, largest = math.prod(sample_of(live_in).shape), max(math.prod(sample_of(p).shape) for p in inner)
-        if op.name not in _JOINS and size > largest and (len(op.inputs) > 1 or op.name == "diag_embed"):
+        if op.name not in _JOINS | _SUMS and size > largest and (len(op.inputs) > 1 or op.name == "diag_embed"):
             apart = not self._is_data(inner[0]) or len(op.inputs) < 2 or len(set(map(origin, inner))) > 1
             return squares or apart
         return any(math.prod(sample_of(p).shape) == size and self._is_product(p, squares) for p in inner)

@@ -20,6 +20,7 @@ Form = Literal["timeless", "sequence", "pieces"]
 
 _DIFFERENCES = frozenset(["sub", "add", "rsub"])
 _JOINS = frozenset(["cat", "stack"])
+_FEW = 3  # features, heads and streams are put together from as many pieces
 _SCANS = frozenset(["cumsum", "cumprod", "logcumsumexp"])
 _LARGEST = frozenset(["maximum", "fmax"])
 # What makes a number the same for all tokens, in training only, mixes no tokens.
@@ -235,6 +236,9 @@ def _ordered(program: Program, followed: Followed) -> set[Dim]:
     for op in program.ops:
         if followed.live.isdisjoint(op.inputs):
             continue
+        if op.name in _JOINS and len(op.inputs) > _FEW:  # the outputs of a loop over tokens
+            dim = int(op.args[1] if len(op.args) > 1 else op.kwargs.get("dim", 0))
+            found.update(followed.dims.leaves(followed.axes[op.outputs[0]][dim]))
         if op.name in _SCANS:
             found.update(leaf for axis in followed.mixed[op] for leaf in followed.dims.leaves(axis))
         for value in op.outputs:

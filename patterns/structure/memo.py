@@ -24,7 +24,8 @@ _answers: dict[Any, tuple[Hypothesis, Certificate] | Rejection] = {}
 
 
 def fingerprint(problem: Problem) -> str:
-    """Equal for two problems that are the same program: operations, numbers, shapes, axes and ranges of live-ins."""
+    """Equal for two problems that are the same program: operations, numbers, shapes, axes and ranges of live-ins, and
+    the same axes as time."""
     subgraph, names = problem.subgraph, dict[Value, Any]()
     for i, live_in in enumerate(subgraph.live_ins):
         if isinstance(live_in, Value):
@@ -48,7 +49,8 @@ def fingerprint(problem: Problem) -> str:
         for s in subgraph.live_ins
     )
     final = tuple(tuple(dims[a] for a in axis) for axis in problem.result)
-    text = repr((steps, shapes, final, names[subgraph.result], str(subgraph.result.dtype)))
+    time = tuple((dims.get(a), a.size) for a in problem.frame.leaves)
+    text = repr((steps, shapes, final, time, names[subgraph.result], str(subgraph.result.dtype)))
     return hashlib.sha256(text.encode()).hexdigest()
 
 

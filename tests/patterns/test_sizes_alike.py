@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -121,3 +123,29 @@ def test_decays_of_two_tokens(tokens: int, channels: int, delta: bool) -> None:
         (K, True): "Kimi Delta Attention",
     }[channels, delta]
     assert [(c.family, c.heads, c.key_dim, c.value_dim) for c in report.converted] == [(family, 2, K, V)], str(report)
+
+
+class Taken(nn.Module):
+    """A token loop; `before` makes its tokens of the input, `behind` makes the output as long as the input again."""
+
+    def __init__(self, before: Callable[[Tensor], Tensor], behind: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.before, self.behind = before, behind
+        self.q, self.k, self.v, self.out = nn.Linear(8, K), nn.Linear(8, K), nn.Linear(8, V), nn.Linear(V, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.before(x)
+        q, k, v = (f(y).unbind(1) for f in (self.q, self.k, self.v))
+        state, outs = x.new_zeros(len(x), K, V), []
+        for i in range(len(q)):
+            state = state + k[i][:, :, None] * v[i][:, None]
+            outs.append((q[i][:, None] @ state).squeeze(1))
+        return x + self.behind(self.out(torch.stack(outs, 1)))
+
+
+def test_a_miss_is_not_remembered_of_another_axis_of_time() -> None:
+    """One program, and two readings of which axis is time: in the first, rows and tokens may be taken for one axis."""
+    pooled = Taken(lambda x: nn.functional.avg_pool1d(x.mT, 2).mT, lambda y: y.repeat_interleave(2, 1))
+    llcompile.inspect(pooled, torch.randn(2, 12, 8))
+    report = llcompile.inspect(Taken(lambda x: x, lambda y: y), torch.randn(2, 6, 8)).report
+    assert [(c.key_dim, c.value_dim) for c in report.converted] == [(K, V)], str(report)

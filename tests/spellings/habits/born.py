@@ -147,7 +147,7 @@ class InTurn(Layer):
 
 @positive("the second half of the sequence", length=12, twins=misses("soft"))
 class SecondHalf(Layer):
-    """The mixer works on a half of the tokens; the other half passes by."""
+    """What is predicted is the second half; the first one is context that another part reads."""
 
     def example(self, length: int, batch: int = 2, seed: int = 0) -> tuple[Tensor, ...]:
         return super().example(2 * length, batch, seed)
@@ -156,9 +156,8 @@ class SecondHalf(Layer):
         return x.chunk(2, dim=1)[1]
 
     def forward(self, x: Tensor) -> Tensor:
-        first, second = x.chunk(2, dim=1)
-        y = self.out(summed(*self.parts(second), self.miss).flatten(2))
-        return torch.cat([first, second + y], dim=1)
+        second = self.tokens(x)
+        return second + self.out(summed(*self.parts(second), self.miss).flatten(2))
 
 
 @positive("pixels in the order of reading", length=16, twins=misses("full"))
@@ -209,18 +208,3 @@ class Upsampled(Layer):
 
     def tokens(self, x: Tensor) -> Tensor:
         return self.up(x.mT).mT
-
-
-@positive("means of pairs", length=12, twins=misses("tanh"))
-class MeansOfPairs(Layer):
-    """Two tokens are averaged to one, mixed, and repeated again."""
-
-    def example(self, length: int, batch: int = 2, seed: int = 0) -> tuple[Tensor, ...]:
-        return super().example(2 * length, batch, seed)
-
-    def tokens(self, x: Tensor) -> Tensor:
-        return x.reshape(x.shape[0], x.shape[1] // 2, 2, WIDTH).mean(2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.out(stepped(*self.parts(self.tokens(x)), self.miss).flatten(2))
-        return x + y.repeat_interleave(2, dim=1)

@@ -114,15 +114,21 @@ class TimeFirst(Layer):
 
 @positive("a list of heads", length=LENGTH, twins=misses("window"))
 class ListOfHeads(Layer):
-    """Each head is a chunk of its own, mixed alone, and joined by cat."""
+    """Each head has projections of its own; what they give is stacked as [B, H, T, K]."""
+
+    def __init__(self, miss: str = "") -> None:
+        super().__init__(miss)
+        self.each = nn.ModuleList(nn.Linear(WIDTH, 6 + 6 + 7) for _ in range(2))
+
+    def parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = torch.stack([head(x) for head in self.each], dim=2).split([6, 6, 7], dim=-1)
+        return q, k, v
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        done = []
-        for a, b, c in zip(*(y.chunk(2, dim=2) for y in (q, k, v)), strict=True):
-            scores = (a[:, :, 0] @ b[:, :, 0].mT).tril()
-            scores = scores.triu(-4) if self.miss == "window" else scores
-            done.append(scores @ c[:, :, 0])
-        return torch.stack(done, dim=2)
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+        scores = (q @ k.mT).tril()
+        scores = scores.triu(-4) if self.miss == "window" else scores
+        return (scores @ v).transpose(1, 2)
 
 
 @positive("q, k and v in front of the batch", length=LENGTH, twins=misses("soft"))

@@ -19,7 +19,6 @@ SEEN = 1e-7  # a relative difference that is not rounding
 _DEPENDS = (
     1e-11  # a change, in proportion to the largest number of the result, which shows that it depends on something
 )
-_PLACES = 6  # positions at which a rule for all of them is looked at; what a number decides may come out alike at one
 
 Changes = Mapping[LiveIn, Tensor]
 
@@ -79,13 +78,6 @@ class Observations:
             least = _DEPENDS * self.base.abs().amax().clamp_min(1e-300)
             self._reaches[key] = (changed > least).nonzero().flatten().tolist()
         return self._reaches[key]
-
-    def is_strict(self, live_in: LiveIn) -> bool:
-        """Whether no position of the result depends on its own of the live-in, and later ones do: seen at several."""
-        last = self.length - 1
-        places = sorted({last * i // _PLACES for i in range(1, _PLACES)} | {self.middle} - {last})
-        reached = [self.reach(live_in, p) for p in places]
-        return any(reached) and all(not r or r[0] > p for p, r in zip(places, reached, strict=True))
 
     def looks_ahead(self, live_in: LiveIn, position: int) -> GivenReason | None:
         """The reason where an earlier position of the result depends on this position of a live-in."""

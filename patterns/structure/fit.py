@@ -105,7 +105,9 @@ def _readings(probe: Probe, roles: Roles) -> Iterator[Hypothesis]:
             if _RATES in picked and _DECAY not in picked:
                 continue
             named = list(zip(others, picked, strict=True))
-            yield from _with_transforms(probe, roles, key, named)
+            found = _with_transforms(probe, roles, key, named)
+            # A decay along the value's channels makes heads of width one, too, but is another mechanism.
+            yield from (h for h in found if not roles.narrow or h.family[0] == "channel")
 
 
 def _erase_readings(probe: Probe, roles: Roles, base: Tensor) -> Iterator[Hypothesis]:

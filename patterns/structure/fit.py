@@ -191,11 +191,11 @@ def _with_rates(probe: Probe, roles: Roles, hypothesis: Hypothesis) -> Iterator[
     decay, rates = hypothesis.decay, hypothesis.rates
     assert decay is not None
     assert rates is not None
-    if decay in roles.keyed or decay in roles.timeless or not _is_of_one_sign(probe.ranges[rates]):
+    signed = _is_of_one_sign(probe.ranges[rates]) and _is_of_one_sign(probe.ranges[decay])
+    if decay in roles.keyed or decay in roles.timeless or not signed:
         return
     for transform in TRANSFORMS:
-        signed = transform.name in ("log decay", "rate") and _is_of_one_sign(probe.ranges[decay])
-        if signed and transform.fits(probe.ranges[decay]):
+        if transform.name in ("log decay", "rate") and transform.fits(probe.ranges[decay]):
             found = replace(hypothesis, transform=transform, shifted=decay in roles.strict)
             yield found
             yield replace(found, stepped=True)

@@ -49,6 +49,7 @@ class Roles:
         first: the state that the sum starts from; the probe has zeros there.
         aside: where the result is affine in the query, live-ins that only what is left without queries depends on; the
             probe leaves that away.
+        narrow: the value is of heads of width one, each with a decay per channel of the key (Mamba-1's channels).
         linear_query: twice the query gives twice the result; else there is a denominator inside.
     """
 
@@ -62,6 +63,7 @@ class Roles:
     post: list[tuple[LiveIn, str]] = field(default_factory=list)
     linear_query: bool = True
     bonus: list[LiveIn] = field(default_factory=list)
+    narrow: bool = False
     first: LiveIn | None = None
     aside: tuple[LiveIn, ...] | None = None
 
@@ -245,8 +247,8 @@ class _Classifier:
         # The value's own dims pass through to the result; those of scores do not have them.
         own = lambda s: (self.dims[s] & self.kept) - inner  # noqa: E731
         value = max((s for s in values if own(s)), key=lambda s: len(own(s)), default=None)
-        if value is None:
-            value = self._of_width_one(query, keyed, values)
+        narrow = None if value is not None else self._of_width_one(query, keyed, values)
+        value = value or narrow
         roles = Roles(
             query,
             keyed,
@@ -258,6 +260,7 @@ class _Classifier:
             self.post,
             linear_query=self.degree[query] == 1,
             bonus=bonus,
+            narrow=narrow is not None,
         )
         near = 2 if values or roles.linear_query else 0
         for given, own_near in self._lacks(roles, bool(values)):

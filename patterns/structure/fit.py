@@ -105,7 +105,9 @@ def _readings(probe: Probe, roles: Roles) -> Iterator[Hypothesis]:
             if _RATES in picked and _DECAY not in picked:
                 continue
             named = list(zip(others, picked, strict=True))
-            yield from _with_transforms(probe, roles, key, named)
+            found = _with_transforms(probe, roles, key, named)
+            # A decay along the value's channels makes heads of width one, too, but is another mechanism.
+            yield from (h for h in found if not roles.narrow or h.family[0] == "channel")
 
 
 def _erase_readings(probe: Probe, roles: Roles, base: Tensor) -> Iterator[Hypothesis]:
@@ -189,11 +191,11 @@ def _with_rates(probe: Probe, roles: Roles, hypothesis: Hypothesis) -> Iterator[
     decay, rates = hypothesis.decay, hypothesis.rates
     assert decay is not None
     assert rates is not None
-    if decay in roles.keyed or decay in roles.timeless or not _is_of_one_sign(probe.ranges[rates]):
+    signed = _is_of_one_sign(probe.ranges[rates]) and _is_of_one_sign(probe.ranges[decay])
+    if decay in roles.keyed or decay in roles.timeless or not signed:
         return
     for transform in TRANSFORMS:
-        signed = transform.name in ("log decay", "rate") and _is_of_one_sign(probe.ranges[decay])
-        if signed and transform.fits(probe.ranges[decay]):
+        if transform.name in ("log decay", "rate") and transform.fits(probe.ranges[decay]):
             found = replace(hypothesis, transform=transform, shifted=decay in roles.strict)
             yield found
             yield replace(found, stepped=True)

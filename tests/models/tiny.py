@@ -168,13 +168,41 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 
+# Mamba-1: a file of their own tests these (test_selective_scan.py); their caches take whole prompts and single tokens.
+SELECTIVE: dict[str, dict[str, Any]] = {
+    "mamba": {"state_size": 12, "num_hidden_layers": 2},
+    "falcon_mamba": {"state_size": 12, "num_hidden_layers": 2},
+    "jamba": {
+        **_ATTENTION,
+        "num_hidden_layers": 3,
+        "attn_layer_period": 3,
+        "attn_layer_offset": 1,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "mamba_d_state": 12,
+        "mamba_dt_rank": 4,
+        "intermediate_size": 64,
+    },
+    "zamba": {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+        "mamba_d_state": 12,
+        "mamba_dt_rank": 4,
+        "intermediate_size": 64,
+        "n_mamba_heads": 2,
+    },
+}
+SELECTIVE_MIXERS = dict.fromkeys(SELECTIVE, 2) | {"zamba": 8}  # two in each of its layers
+
 # How many mixers each of them has; every one of them must convert.
 MIXERS = dict.fromkeys(CONFIGS, 2) | {"zamba2": 3}
 
 
 def build(name: str, seed: int = 0, **changes: Any) -> Any:
     """The tiny model of a type, in evaluation mode, with random weights."""
-    config = transformers.AutoConfig.for_model(name, **{**_COMMON, **CONFIGS[name], **changes})
+    config = transformers.AutoConfig.for_model(name, **{**_COMMON, **{**CONFIGS, **SELECTIVE}[name], **changes})
     torch.manual_seed(seed)
     try:
         model = transformers.AutoModelForCausalLM.from_config(config)

@@ -50,7 +50,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 ATTENTION = "softmax attention (GQA, 4 heads over 2 groups)"
 WINDOW = "softmax attention (GQA, 4 heads over 2 groups, sliding window 16)"
 EXPECTED = {
-    "mamba": dict.fromkeys(("backbone.layers.0.mixer", "backbone.layers.1.mixer"), "selective scan (Mamba-1)"),
+    "mamba": {},
     "recurrent_gemma": {
         "model.layers.0.temporal_block.rg_lru": "gated linear recurrence (RG-LRU)",
         "model.layers.1.temporal_block.rg_lru": "gated linear recurrence (RG-LRU)",

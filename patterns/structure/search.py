@@ -24,7 +24,7 @@ from llcompile.patterns.structure.screen import Screen
 from llcompile.patterns.structure.tail import Tail
 
 log = logging.getLogger("llcompile")
-_UNLIKE = (reasons.UNKNOWN_SCORES.code, reasons.NEAR_A_FAMILY.code)  # queries, keys and values are known
+_UNLIKE = ("unknown-scores", "near-a-family")  # queries, keys and values are known
 
 
 class Search:

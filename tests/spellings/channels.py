@@ -112,7 +112,7 @@ class Hgrn2(Mixer):
     decay="channel",
     fixed=True,
     length=16,
-    twins={"bonus": "the token itself has another weight than its past"},
+    twins={"rectified": "what is read is rectified"},
 )
 class Rwkv6(Mixer):
     """Token shift, w = exp(-exp(.)), state [B, H, N, N]; the last token is read like the others."""
@@ -148,10 +148,10 @@ class Rwkv6(Mixer):
         for i in range(t):
             rt, kt, vt = r[:, i].unsqueeze(2), k[:, i].unsqueeze(3), v[:, i].unsqueeze(2)
             at = kt @ vt
-            if self.miss == "bonus":
-                out[:, i] = (rt @ (self.bonus.unsqueeze(-1) * at + state)).squeeze(2)
+            if self.miss == "rectified":
+                out[:, i] = (rt @ (self.bonus.unsqueeze(-1) * at + state).relu()).squeeze(2)
             state = at + w[:, i].unsqueeze(-1) * state
-            if self.miss != "bonus":
+            if self.miss != "rectified":
                 out[:, i] = (rt @ state).squeeze(2)
         out = self.ln_x(out.flatten(0, 1).flatten(1)).view(b, t, 12)
         return x + self.output(out)

@@ -158,6 +158,7 @@ class InPlaceScores(Mixer):
     correction="delta",
     length=12,
     tolerance=1e-8,
+    also=(("none", "erase"),),
     twins={"swapped": "maps are composed in the wrong order"},
 )
 class AffineScan(Mixer):

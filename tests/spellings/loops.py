@@ -199,7 +199,7 @@ class GatedDeltaLoop(Mixer):
     correction="delta",
     fixed=True,
     length=16,
-    twins={"undecayed error": "the error is that of the state before its decay"},
+    twins={"bounded error": "the error is bounded by a tanh"},
 )
 class KimiLoop(Mixer):
     def __init__(self, miss: str = "") -> None:
@@ -219,9 +219,10 @@ class KimiLoop(Mixer):
         S = torch.zeros(x.shape[0], 2, 6, 4, dtype=x.dtype)
         o = torch.empty_like(v)
         for i in range(x.shape[1]):
-            before = S
             S = S * g[:, i, ..., None].exp()
-            error = v[:, i] - (k[:, i, ..., None] * (before if self.miss == "undecayed error" else S)).sum(-2)
+            error = v[:, i] - (k[:, i, ..., None] * S).sum(-2)
+            if self.miss == "bounded error":
+                error = torch.tanh(error)
             S = S + torch.einsum("bhk,bhv->bhkv", beta[:, i, ..., None] * k[:, i], error)
             o[:, i] = torch.einsum("bhk,bhkv->bhv", q[:, i], S)
         return x + self.out(o.flatten(2))

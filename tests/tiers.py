@@ -42,6 +42,7 @@ LONG_TESTS = {
     ),
     "kernels/test_operator.py": ("test_error_budget", "test_gradcheck", "test_strong_decays"),
     "kernels/test_torch_operators.py": ("test_compiled_once_for_all_lengths", "test_opcheck"),
+    "kernels/test_triton_compile.py": ("test_rates", "test_erase_keys"),
     "kernels/test_triton_sources.py": (
         "test_every_source_is_python_that_names_what_it_uses",
         "test_every_parameter_is_used",

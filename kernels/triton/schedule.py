@@ -96,7 +96,7 @@ DECODE = {"decode": Entry("heads", (32, 4, 1), tiles=True)}
 SCAN = {
     "rate_scan": Entry("units", (128, 4, 1), tiles=True),
     "rate_read_gradient": Entry("units", (512, 8, 1)),
-    "rate_write_gradient": Entry("units", (512, 8, 1)),
+    "rate_write_gradient": Entry("units", (512, 4, 1)),
 }
 KERNELS = {**STATES, **OUTPUT, **GRADIENTS, **DECODE, **SCAN}
 

@@ -58,7 +58,7 @@ def test_sample(results, chip, kernel, instruction):
 
 
 @pytest.mark.parametrize("kernel", ["rate_scan", "rate_write_gradient"])
-@pytest.mark.parametrize("chip", ["sm_90", "sm_80"])
+@pytest.mark.parametrize("chip", ["sm_90", pytest.param("sm_80", marks=pytest.mark.slow)])
 def test_rates(results, chip, kernel):
     """The states of 16 levels of some heads stay in registers."""
     report = results.report(Description("rate", "none", 16, 1, repeat=64, levels=16), kernel, chip)

@@ -241,7 +241,7 @@ class _Classifier:
         timed = [s for s in left if s in self.reach]
         contracted = self.dims[query] - self.kept
         keyed = [s for s in timed if self.dims[s] & contracted and self.reach[s] != "own"]
-        bonus = [s for s in left if self.dims[s] & contracted and s not in keyed]
+        bonus = [s for s in left if self.dims[s] & contracted and s not in keyed and self._acts_at_first(s)]
         values = [s for s in timed if s not in (*keyed, *bonus) and self.degree[s] == 1 and self.reach[s] != "own"]
         inner = self.dims[query].union(*(self.dims[s] for s in timed if s not in values))
         # The value's own dims pass through to the result; those of scores do not have them.
@@ -267,11 +267,17 @@ class _Classifier:
             raise Rejection(given, near if own_near is None else own_near)
         return roles
 
+    def _acts_at_first(self, live_in: LiveIn) -> bool:
+        """Whether the first token's result depends on it, as on what a token's own term is multiplied with: rates of a
+        decay act on the past alone."""
+        changed = self._run(live_in, self.probe.draw(live_in))
+        return difference(changed[:1], self.measured.base[:1]) > SAME
+
     def _of_width_one(self, query: LiveIn, keyed: list[LiveIn], values: list[LiveIn]) -> LiveIn | None:
         """The value of heads of width one (the channels of a selective scan): all of its dims are decayed apart, and
         the result has them from it. A sum of scores has no dims but those of queries and keys."""
-        known = (query, *keyed, *(s for s, _ in self.post))
-        brought = self.kept.difference(*(self.dims[s] for s in known))
+        key = min((self.dims[s] for s in keyed), key=len, default=set())  # of the others, one is the decay
+        brought = self.kept.difference(self.dims[query], key, *(self.dims[s] for s, _ in self.post))
         return next((s for s in values if brought and brought <= self.dims[s]), None)
 
     def _lacks(self, roles: Roles, summed: bool) -> Iterator[tuple[GivenReason, int | None]]:

@@ -101,6 +101,15 @@ class Found:
         """Whether it is Mamba-1's scan: heads of width one with rates per channel."""
         return self.hypothesis.rates is not None and self.sizes[3] == 1
 
+    @property
+    def spreads_rates(self) -> bool:
+        """Whether it has a decay of its own for each token, channel and state: a later cut may show steps and rates."""
+        return (
+            self.sizes[3] == 1 < self.sizes[0]
+            and self.hypothesis.rates is None
+            and self.hypothesis.family[0] == "channel"
+        )
+
     def notes(self) -> tuple[str, ...]:
         """What holds for this graph only, in words."""
         found = []

@@ -95,6 +95,7 @@ class Search:
         subgraph: Subgraph | None = None
         nearest: Subgraph | None = None
         unlike: list[tuple[Subgraph, Tail | None]] = []
+        spare: Found | None = None
         for subgraph, tail in self.cuts.of(value):
             if self.before is not None and not self.attempts.is_new(subgraph):
                 continue
@@ -111,7 +112,13 @@ class Search:
                 if best is None or rejection.near > best.near:
                     best, nearest = rejection, subgraph
                 continue
+            if found.spreads_rates:
+                spare = spare or found
+                continue
             self._take(value, found)
+            return
+        if spare is not None:
+            self._take(value, spare)
             return
         if self._is_erased(value, unlike):
             return

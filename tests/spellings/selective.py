@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tests.spellings.registry import WIDTH, Mixer, Operands, positive
 
-_TWINS = {"tanh": "a nonlinear recurrence", "before": "a token does not see itself"}
+_TWINS = {"tanh": "a nonlinear recurrence", "of the query": "the step of the decay is that of the token that reads"}
 
 
 class Selective(Mixer):
@@ -46,10 +46,9 @@ class TokenByToken(Selective):
     def scan(self, x: Tensor, dt: Tensor, b: Tensor, c: Tensor, a: Tensor) -> Tensor:
         h, out = x.new_zeros(x.shape[0], WIDTH, self.n), []
         for t in range(x.shape[1]):
-            before = h
             h = torch.exp(dt[:, t, :, None] * a) * h + (dt[:, t] * x[:, t])[:, :, None] * b[:, t, None]
             h = torch.tanh(h) if self.miss == "tanh" else h
-            read = before if self.miss == "before" else h
+            read = h * dt[:, t, :, None].mul(a).exp() if self.miss == "of the query" else h
             out.append((read @ c[:, t, :, None])[..., 0])
         return torch.stack(out, 1)
 

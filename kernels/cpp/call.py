@@ -18,21 +18,22 @@ class Operand(ctypes.Structure):
     _fields_ = [("data", _Pointer), *((name, _Integer) for name in ("type", "row", "token", "head", "channel"))]
 
 
-_OPERANDS = ("query", "key", "value", "weight", "decay", "beta", "output")
-GRADIENTS = ("query", "key", "value", "weight", "decay", "beta")
+# As in `operands.Operands`, in the same order.
+OPERANDS = ("query", "key", "value", "weight", "decay", "rate", "beta", "erase_query", "erase_key")
 
 
 class Call(ctypes.Structure):
     """One call of `forward` or `backward`."""
 
     _fields_ = [
-        *((name, Operand) for name in _OPERANDS),
-        *((f"{name}_gradient", Operand) for name in GRADIENTS),
+        *((name, Operand) for name in (*OPERANDS, "output")),
+        *((f"{name}_gradient", Operand) for name in OPERANDS),
         *((name, _Pointer) for name in ("starts", "lengths", "positions")),
         *((name, _Pointer) for name in ("initial", "final_state", "initial_gradient")),
         *((name, _Integer) for name in ("initial_row", "initial_head", "final_row", "final_head")),
         *((name, _Integer) for name in ("sequences", "tokens", "heads", "groups", "key_dim", "value_dim")),
-        *((name, _Integer) for name in ("slots", "weighted", "segments", "parts", "part_size", "kept")),
+        *((name, _Integer) for name in ("slots", "weighted", "weight_heads", "segments")),
+        *((name, _Integer) for name in ("parts", "part_size", "weight_part", "kept")),
         ("scale", ctypes.c_double),
     ]
 
@@ -41,7 +42,7 @@ class Step(ctypes.Structure):
     """One call of `step`."""
 
     _fields_ = [
-        *((name, Operand) for name in _OPERANDS),
+        *((name, Operand) for name in (*OPERANDS, "output")),
         *((name, _Pointer) for name in ("state", "next")),
         *((name, _Integer) for name in ("state_row", "state_head")),
         *((name, _Integer) for name in ("rows", "heads", "groups", "key_dim", "value_dim", "slots", "weighted")),
@@ -50,12 +51,11 @@ class Step(ctypes.Structure):
 
 
 def operand(x: Tensor | None) -> Any:
-    """`[B, T, H, D]` or `[B, T, H]` as an operand; a decay per head `[H]` has neither rows nor tokens."""
+    """`[B, T, H, D]` or `[B, T, H]` as an operand; a decay per head `[H]` and rates `[H, D]` are the same everywhere."""
     if x is None:
         return Operand()
-    if x.dim() == 1:
-        return Operand(x.data_ptr(), _TYPES[x.dtype], 0, 0, x.stride(0), 0)
-    return Operand(x.data_ptr(), _TYPES[x.dtype], *x.stride())
+    lead = () if x.dim() > 2 else (0, 0)
+    return Operand(x.data_ptr(), _TYPES[x.dtype], *lead, *x.stride())
 
 
 def token_operand(x: Tensor | None) -> Any:
@@ -63,7 +63,7 @@ def token_operand(x: Tensor | None) -> Any:
     if x is None:
         return Operand()
     if x.dim() == 1:
-        return Operand(x.data_ptr(), _TYPES[x.dtype], 0, 0, x.stride(0), 0)
+        return operand(x)
     row, head, *channel = x.stride()
     return Operand(x.data_ptr(), _TYPES[x.dtype], row, 0, head, *channel)
 

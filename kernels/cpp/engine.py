@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,10 +9,11 @@ from torch import Tensor
 
 from llcompile.errors import KernelError
 from llcompile.kernels import header
-from llcompile.kernels.cpp.call import GRADIENTS, Call, Step, operand, pointer, token_operand
+from llcompile.kernels.cpp.call import OPERANDS, Call, Step, operand, pointer, token_operand
 from llcompile.kernels.cpp.family import functions
+from llcompile.kernels.cpp.gradients import Gradients, for_tokens
 from llcompile.kernels.description import Description, describe, describe_step
-from llcompile.kernels.operands import Operands, Token
+from llcompile.kernels.operands import WITH_TOKENS, Operands, Token
 from llcompile.kernels.state import check_positions, in_levels, is_level_state, linear_state, position_of, state_dtype
 
 # Bytes of states that a thread keeps in a backward pass; beyond that, states are computed once more from checkpoints.
@@ -25,7 +25,7 @@ SEGMENT = 1024
 def forward(x: Operands, scale: float, return_final_state: bool) -> tuple[Tensor, Tensor]:
     """Output `[B, T, H, V]` and final state (an empty tensor when not asked for)."""
     run = _Run(x, scale)
-    o = run.memory(x.v.shape, x.v.dtype)
+    o = for_tokens(x, x.v.shape, x.v.dtype)
     final, states = run.final_state() if return_final_state else (run.no_state(), None)
     run.call(describe(x, return_final_state), "forward", output=operand(o), **run.final_fields(states))
     return o, final
@@ -35,26 +35,11 @@ def backward(x: Operands, scale: float, grad_o: Tensor, grad_state: Tensor | Non
     """Gradients of the differentiable operands; None where there is no operand."""
     run = _Run(x, scale)
     d = describe(x, grad_state is not None)
-    # Parts of a group's heads, enough for all threads: each sums gradients of q and k, [parts, B, T, G, K], by itself.
-    parts = min(d.repeat, -(-torch.get_num_threads() // max(run.sequences * x.q.shape[2], 1)))
-    grouped = d.repeat > 1
-    shared = [run.memory((parts, *t.shape), run.dtype if grouped else t.dtype) for t in (x.q, x.k)]
-    own = [None if t is None else run.memory(t.shape, t.dtype) for t in (x.v, x.level_weights, x.log_decay, x.beta)]
-    per_head = x.log_decay is not None and x.log_decay.dim() == 1
-    if per_head:  # one for all tokens: summed over them at the end
-        own[2] = run.memory(x.v.shape[:3], run.dtype)
-    fields = {
-        f"{name}_gradient": operand(t) for name, t in zip(GRADIENTS, (*(t[0] for t in shared), *own), strict=True)
-    }
+    gradients = Gradients(x, d, run.dtype)
     d_initial = None if run.initial is None else torch.empty(run.initial.shape, dtype=run.dtype)
-    fields |= {"output": operand(grad_o), "initial_gradient": pointer(d_initial)}
-    fields |= {"parts": parts, "part_size": shared[0][0].numel()}
+    fields = gradients.fields() | {"output": operand(grad_o), "initial_gradient": pointer(d_initial)}
     run.call(d, "backward", **fields, **run.final_fields(run.final_gradient(grad_state)))
-    d_v, d_weights, d_g, d_beta = own
-    if per_head and d_g is not None:
-        d_g = d_g.sum((0, 1))
-    d_q, d_k = (t.sum(0) if grouped else t[0] for t in shared)
-    return [d_q, d_k, d_v, d_weights, d_g, None, d_beta, None, None, run.initial_gradient(d_initial)]
+    return [*gradients.summed(), run.initial_gradient(d_initial)]
 
 
 def step(token: Token) -> tuple[Tensor, Tensor]:
@@ -62,7 +47,7 @@ def step(token: Token) -> tuple[Tensor, Tensor]:
 
     Raises `StateError` where a row's position is damaged or cannot be counted further.
     """
-    q, k, v, w, state, log_decay, _, beta, *_, scale = token
+    q, k, v, w, state, log_decay, rate, *others, scale = token
     d = describe_step(token)
     dtype = state_dtype(v.dtype)
     given = in_levels(state if state.dtype == dtype else state.to(dtype), d.levels)
@@ -70,7 +55,8 @@ def step(token: Token) -> tuple[Tensor, Tensor]:
     o, new = torch.empty(v.shape, dtype=v.dtype), torch.empty(given.shape, dtype=dtype)
     if not o.numel():
         return o, new.copy_(given)
-    operands = (token_operand(x) for x in (q, k, v, w, log_decay, beta, o))
+    rates = operand(rate)  # for all rows
+    operands = (*map(token_operand, (q, k, v, w, log_decay)), rates, *map(token_operand, (*others, o)))
     sizes = (v.shape[0], v.shape[1], q.shape[1], q.shape[2], v.shape[2], d.levels or 1, d.levels is not None)
     call = Step(*operands, given.data_ptr(), new.data_ptr(), given.stride(0), given.stride(1), *sizes, scale)
     result = functions(d).step(call)
@@ -102,10 +88,6 @@ class _Run:
             return linear_state(s.to(self.dtype))[:, :, None].contiguous(), None
         position = position_of(s) if is_level_state(s) else None
         return in_levels(s.to(self.dtype), self.slots)[:, :, 1:].contiguous(), position
-
-    def memory(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Memory for a result with tokens: zeros where some may belong to no sequence."""
-        return (torch.empty if self.x.lengths is None else torch.zeros)(tuple(shape), dtype=dtype)
 
     def final_state(self) -> tuple[Tensor, Tensor]:
         """Memory for the final state, and the part of it that C++ writes, `[S, H, slots, K, V]`."""
@@ -156,11 +138,11 @@ class _Run:
         if not x.v.shape[2] or not self.sequences:
             return
         call = Call(
-            **{"query": operand(x.q), "key": operand(x.k), "value": operand(x.v)},
-            **{"weight": operand(x.level_weights), "decay": operand(x.log_decay), "beta": operand(x.beta)},
+            **dict(zip(OPERANDS, map(operand, x[:WITH_TOKENS]), strict=True)),  # type: ignore[arg-type]
             **dict(zip(("starts", "lengths", "positions"), map(pointer, tables), strict=True)),
             **{"sequences": self.sequences, "tokens": x.v.shape[1], "heads": x.v.shape[2], "groups": x.q.shape[2]},
             **{"key_dim": x.q.shape[3], "value_dim": x.v.shape[3], "slots": self.slots, "weighted": self.weighted},
+            **{"weight_heads": 0 if x.level_weights is None else x.level_weights.shape[2]},
             **self._initial_fields(),
             **{"segments": self._segments(), "parts": 1, "kept": KEPT, "scale": self.scale} | fields,
         )

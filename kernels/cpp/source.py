@@ -48,6 +48,7 @@ def generate(family: Family) -> str:
             decayed=family.decay != "none",
             scalar=family.decay == "scalar",
             channel=family.decay == "channel",
+            rate=family.decay == "rate",
             delta=family.correction == "delta",
             chunk=CHUNK,
             digits=header.DIGITS,

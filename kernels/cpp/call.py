@@ -51,7 +51,7 @@ class Step(ctypes.Structure):
 
 
 def operand(x: Tensor | None) -> Any:
-    """`[B, T, H, D]` or `[B, T, H]` as an operand; a decay per head `[H]` and rates `[H, D]` are the same everywhere."""
+    """`[B, T, H, D]` or `[B, T, H]` as an operand; a decay per head `[H]` and rates `[H, D]` have no tokens."""
     if x is None:
         return Operand()
     lead = () if x.dim() > 2 else (0, 0)

@@ -23,7 +23,7 @@ from llcompile.kernels.state import pack_state
 from llcompile.ops import loglinear_attention, loglinear_attention_step
 from tests.kernels.kernel_cases import Operands, assert_agrees, both, operands, relative_error
 
-FAMILIES = list(itertools.product(("none", "scalar", "channel"), ("none", "delta")))
+FAMILIES = [*itertools.product(("none", "scalar", "channel"), ("none", "delta")), ("rate", "none")]
 
 
 @pytest.fixture(autouse=True)
@@ -49,9 +49,10 @@ def _results(x: Operands) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("struct", [Call, Step, Operand])
-def test_structs_have_the_same_fields(struct):
+@pytest.mark.parametrize(("decay", "correction"), FAMILIES)
+def test_structs_have_the_same_fields(struct, decay, correction):
     """Python fills them field by field, and nothing else would notice that C++ has another order."""
-    source = generate(Family("scalar", "delta", torch.float32))
+    source = generate(Family(decay, correction, torch.float32))
     body = re.search(rf"struct {struct.__name__} {{\n(.*?)\n}};", source, re.DOTALL)[1]
     lines = (line.partition("//")[0].strip().rstrip(";") for line in body.splitlines())
     names = [re.split(r"[\s*&]+", part.strip())[-1] for line in lines if line for part in line.split(",")]
@@ -189,8 +190,8 @@ def test_many_threads_call_at_once():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("decay", "correction"), FAMILIES)
 @pytest.mark.parametrize("sums", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("decay", "correction"), FAMILIES)
 def test_vectors_of_another_width(tmp_path, monkeypatch, decay, correction, sums):
     """The same source for a CPU with narrower vectors, without a warning; tests elsewhere run this CPU's own."""
     compiler = find()
@@ -205,9 +206,7 @@ def test_vectors_of_another_width(tmp_path, monkeypatch, decay, correction, sums
     library.write_bytes(content)
     loaded = ctypes.CDLL(str(library))
     narrow = family.Functions(*(family._function(loaded, name, s) for name, s in family._STRUCTS.items()))
-    x = operands(
-        150, {"none": None, "scalar": "token", "channel": "channel"}[decay], correction == "delta", 9, dtype=sums
-    )
+    x = operands(150, {"none": None, "scalar": "token"}.get(decay, decay), correction == "delta", 9, dtype=sums)
     wide = _results(x)
     monkeypatch.setattr(engine, "functions", lambda d: narrow)
     for ours, other in zip(_results(x), wide, strict=True):

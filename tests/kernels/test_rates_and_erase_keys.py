@@ -3,28 +3,48 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import pytest
 import torch
 
+from llcompile.kernels import choice
 from llcompile.kernels.state import level_states, position_of
 from llcompile.ops import loglinear_attention, loglinear_attention_step
 from tests.kernels.kernel_cases import assert_agrees, both, operands, relative_error
 
 # (decay, delta) beyond the cells of test_operator
 CELLS = [("rate", False), ("rate", True), *itertools.product((None, "token", "channel", "rate"), ("erase",))]
+# Those that C++ has, too.
+CPP = [("rate", False)]
 
 
-@pytest.mark.parametrize(("levels", "state"), [(None, "linear"), (12, "level"), (12, None), (3, "linear")])
-@pytest.mark.parametrize(("decay", "delta"), CELLS)
-def test_definition(decay, delta, levels, state):
+@pytest.fixture
+def form(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Run a test by the implementation that `on_forms` names."""
+    with choice.use(request.param):
+        yield
+
+
+def on_forms(names: str = "", *values: Iterable[Any]) -> pytest.MarkDecorator:
+    """All cells, and combinations of `values`, on ATen, and on C++ where it has the cell."""
+    cases = []
+    for cell, *case in itertools.product(CELLS, *values):
+        flat = itertools.chain(cell, *(c if isinstance(c, tuple) else (c,) for c in case))
+        cases += [(*(row := tuple(flat)), "aten"), *([(*row, "cpp")] if cell in CPP else [])]
+    return pytest.mark.parametrize(f"decay, delta, {names}{', ' if names else ''}form", cases, indirect=["form"])
+
+
+@on_forms("levels, state", [(None, "linear"), (12, "level"), (12, None), (3, "linear")])
+def test_definition(decay, delta, levels, state, form):
     """Lengths around the chunk size, all kinds of state, forward and gradients."""
     for length in (1, 3, 65):
         assert_agrees(operands(length, decay, delta, levels, state, seed=length))
 
 
-@pytest.mark.parametrize(("decay", "delta"), CELLS)
-def test_several_chunks(decay, delta):
+@on_forms()
+def test_several_chunks(decay, delta, form):
     """A tree with a partial last block."""
     for levels in (None, 9):
         assert_agrees(operands(330, decay, delta, levels, "linear", batch=1, groups=1, heads=2))
@@ -70,8 +90,8 @@ def test_heads_that_share_level_weights(decay, delta):
     assert_agrees({**y, "level_weights": y["level_weights"][:, :, :1]}, cu_seqlens=torch.tensor([0, 3, 3, 70]))
 
 
-@pytest.mark.parametrize(("decay", "delta"), CELLS)
-def test_pieces_and_steps_equal_one_pass(decay, delta):
+@on_forms()
+def test_pieces_and_steps_equal_one_pass(decay, delta, form):
     """Prefill in pieces, then decode token by token; with weights that heads share."""
     x = operands(100, decay, delta, 9)
     x["level_weights"] = x["level_weights"][:, :, :2]
@@ -90,9 +110,8 @@ def test_pieces_and_steps_equal_one_pass(decay, delta):
     torch.testing.assert_close(level_states(state).sum(2), linear, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("decay", "delta"), CELLS)
-def test_error_budget(decay, delta, dtype):
+@on_forms("dtype", [torch.float32, torch.bfloat16])
+def test_error_budget(decay, delta, dtype, form):
     """As test_operator has it for the other families."""
     x = operands(200, decay, delta, 9, "linear", dtype=dtype, key_dim=16)
     for name, (ours, definition) in both(x).items():

@@ -110,7 +110,7 @@ class Cpp(Implementation):
             return f"the operands are on {device}; C++ kernels run on a CPU"
         if d.dtype not in COMPUTE_DTYPES:
             return f"dtype {d.dtype} is not one of {', '.join(map(str, COMPUTE_DTYPES))}"
-        if d.correction == "erase" or (d.decay == "rate" and d.correction != "none"):
+        if d.decay == "rate" and d.correction != "none":
             return f"they have no decay {d.decay!r} with correction {d.correction!r}"
         return None
 

@@ -50,6 +50,8 @@ def generate(family: Family) -> str:
             channel=family.decay == "channel",
             rate=family.decay == "rate",
             delta=family.correction == "delta",
+            erase=family.correction == "erase",
+            corrected=family.correction != "none",
             chunk=CHUNK,
             digits=header.DIGITS,
             digit_bits=header.BITS,

@@ -23,7 +23,7 @@ from llcompile.kernels.state import pack_state
 from llcompile.ops import loglinear_attention, loglinear_attention_step
 from tests.kernels.kernel_cases import Operands, assert_agrees, both, operands, relative_error
 
-FAMILIES = [*itertools.product(("none", "scalar", "channel"), ("none", "delta")), ("rate", "none")]
+FAMILIES = [*itertools.product(("none", "scalar", "channel"), ("none", "delta", "erase")), ("rate", "none")]
 
 
 @pytest.fixture(autouse=True)
@@ -84,8 +84,9 @@ def test_heads_of_a_group_are_shared_among_threads(threads, heads):
         assert_agrees(x)
 
 
-@pytest.mark.parametrize("decay", [None, "token", "channel"])
-@pytest.mark.parametrize("delta", [False, True])
+@pytest.mark.parametrize(
+    ("decay", "delta"), [*itertools.product([None, "token", "channel"], [False, True]), ("channel", "erase")]
+)
 @pytest.mark.parametrize(("levels", "state"), [(None, "linear"), (9, "level"), (4, "linear"), (9, None)])
 def test_a_sequence_is_cut_where_heads_are_fewer_than_threads(threads, monkeypatch, decay, delta, levels, state):
     """Segments of any number of chunks, none in some of them, and padding: what one thread gives."""
@@ -206,7 +207,8 @@ def test_vectors_of_another_width(tmp_path, monkeypatch, decay, correction, sums
     library.write_bytes(content)
     loaded = ctypes.CDLL(str(library))
     narrow = family.Functions(*(family._function(loaded, name, s) for name, s in family._STRUCTS.items()))
-    x = operands(150, {"none": None, "scalar": "token"}.get(decay, decay), correction == "delta", 9, dtype=sums)
+    kinds = {"none": None, "scalar": "token", "delta": True}
+    x = operands(150, kinds.get(decay, decay), kinds.get(correction, correction), 9, dtype=sums)
     wide = _results(x)
     monkeypatch.setattr(engine, "functions", lambda d: narrow)
     for ours, other in zip(_results(x), wide, strict=True):

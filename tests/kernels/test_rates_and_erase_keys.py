@@ -16,8 +16,12 @@ from tests.kernels.kernel_cases import assert_agrees, both, operands, relative_e
 
 # (decay, delta) beyond the cells of test_operator
 CELLS = [("rate", False), ("rate", True), *itertools.product((None, "token", "channel", "rate"), ("erase",))]
-# Those that C++ has, too.
-CPP = [("rate", False)]
+# Those that C++ has, too. Each is a library to compile: two of them, which differ least from others, are slow.
+CPP = {
+    ("rate", False): (),
+    ("channel", "erase"): (),
+    **dict.fromkeys([(None, "erase"), ("token", "erase")], pytest.mark.slow),
+}
 
 
 @pytest.fixture
@@ -27,13 +31,16 @@ def form(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
-def on_forms(names: str = "", *values: Iterable[Any]) -> pytest.MarkDecorator:
-    """All cells, and combinations of `values`, on ATen, and on C++ where it has the cell."""
+def on_forms(
+    names: str = "", values: Iterable[tuple[Any, ...]] = ((),), cells: Iterable[tuple[Any, Any]] = CELLS
+) -> pytest.MarkDecorator:
+    """All `cells` and `values` on ATen, and on C++ where it has the cell."""
     cases = []
-    for cell, *case in itertools.product(CELLS, *values):
-        flat = itertools.chain(cell, *(c if isinstance(c, tuple) else (c,) for c in case))
-        cases += [(*(row := tuple(flat)), "aten"), *([(*row, "cpp")] if cell in CPP else [])]
-    return pytest.mark.parametrize(f"decay, delta, {names}{', ' if names else ''}form", cases, indirect=["form"])
+    for cell, value in itertools.product(cells, values):
+        cases.append(pytest.param(*cell, *value, "aten"))
+        if cell in CPP:
+            cases.append(pytest.param(*cell, *value, "cpp", marks=CPP[cell]))
+    return pytest.mark.parametrize(f"decay, delta, {names and names + ', '}form", cases, indirect=["form"])
 
 
 @on_forms("levels, state", [(None, "linear"), (12, "level"), (12, None), (3, "linear")])
@@ -59,8 +66,8 @@ def test_an_erase_key_without_a_factor():
     torch.testing.assert_close(o, without, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("decay", [None, "token", "channel"])
-def test_the_delta_rule_is_an_erase_key(decay):
+@on_forms(cells=[(None, "erase"), ("token", "erase"), ("channel", "erase")])
+def test_the_delta_rule_is_an_erase_key(decay, delta, form):
     """S = (D - (beta k) (D k)^T) S + (beta k) v^T, so the delta rule is one of these."""
     x = operands(90, decay, True, 8)
     want = loglinear_attention(**x)[0]
@@ -80,14 +87,22 @@ def test_rates_are_a_decay_per_channel():
     torch.testing.assert_close(loglinear_attention(**x)[0], want, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize(("decay", "delta"), [*CELLS, ("token", True), ("channel", False)])
-def test_heads_that_share_level_weights(decay, delta):
+@on_forms(cells=[*CELLS, ("token", True), ("channel", False)])
+def test_heads_that_share_level_weights(decay, delta, form):
     """W level weights for H heads, also in packed sequences and with a state."""
     x = operands(70, decay, delta, 5, "level")
     shared = {**x, "level_weights": x["level_weights"][:, :, :2]}
     assert_agrees(shared)
     y = operands(70, decay, delta, 5, batch=1)
     assert_agrees({**y, "level_weights": y["level_weights"][:, :, :1]}, cu_seqlens=torch.tensor([0, 3, 3, 70]))
+
+
+@pytest.mark.slow
+@on_forms("key_dim, value_dim", list(itertools.product((1, 16, 80), repeat=2)))
+def test_grid_of_sizes(decay, delta, key_dim, value_dim, form):
+    """All head sizes, with a state at another position in each row."""
+    for levels in (None, 8):
+        assert_agrees(operands(127, decay, delta, levels, "level", key_dim=key_dim, value_dim=value_dim))
 
 
 @on_forms()
@@ -110,7 +125,7 @@ def test_pieces_and_steps_equal_one_pass(decay, delta, form):
     torch.testing.assert_close(level_states(state).sum(2), linear, rtol=1e-10, atol=1e-10)
 
 
-@on_forms("dtype", [torch.float32, torch.bfloat16])
+@on_forms("dtype", [(torch.float32,), (torch.bfloat16,)])
 def test_error_budget(decay, delta, dtype, form):
     """As test_operator has it for the other families."""
     x = operands(200, decay, delta, 9, "linear", dtype=dtype, key_dim=16)

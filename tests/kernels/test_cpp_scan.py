@@ -120,7 +120,7 @@ def test_what_is_not_finite_stays_with_its_head_and_the_tokens_after_it():
 @pytest.mark.parametrize("delta", [True, "erase"])
 def test_rates_with_a_correction_are_refused(delta):
     """ATen runs them; asked for by name, the reason names both."""
-    with pytest.raises(KernelError, match="no decay 'rate' with correction '(delta|erase)'"):
+    with pytest.raises(KernelError, match=r"no decay 'rate' with correction '(delta|erase)'"):
         loglinear_attention(**operands(3, "rate", delta))
 
 

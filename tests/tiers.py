@@ -40,6 +40,7 @@ LONG_TESTS = {
         "test_a_fork_while_another_thread_compiles",
         "test_two_processes_at_once",
     ),
+    "kernels/test_cpp_scan.py": ("test_nothing_is_as_large_as_decays_per_channel",),
     "kernels/test_operator.py": ("test_error_budget", "test_gradcheck", "test_strong_decays"),
     "kernels/test_torch_operators.py": ("test_compiled_once_for_all_lengths", "test_opcheck"),
     "kernels/test_triton_compile.py": ("test_rates", "test_erase_keys"),

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from llcompile.errors import KernelError
 from llcompile.kernels import choice
 from llcompile.kernels.cpp import engine
 from llcompile.ops import loglinear_attention
@@ -114,6 +115,13 @@ def test_what_is_not_finite_stays_with_its_head_and_the_tokens_after_it():
     assert torch.equal(o[:, :20], whole[:, :20])
     assert torch.equal(o[:, :, [0, 2, 3]], whole[:, :, [0, 2, 3]])
     assert o[:, 20:, 1].isnan().all()
+
+
+@pytest.mark.parametrize("delta", [True, "erase"])
+def test_rates_with_a_correction_are_refused(delta):
+    """ATen runs them; asked for by name, the reason names both."""
+    with pytest.raises(KernelError, match=r"no decay 'rate' with correction '(delta|erase)'"):
+        loglinear_attention(**operands(3, "rate", delta))
 
 
 # Prints by how much the peak grows in a forward and backward pass, and how large decays per channel would be.

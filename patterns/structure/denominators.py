@@ -32,8 +32,8 @@ def pair_denominators(findings: Findings) -> None:
                     findings.denominators.setdefault(id(other), []).append(found)
                     break
     findings.found = [f for f in whole if not _is_divided(findings, f)]
-    inside = {value for f in findings.found for op in f.ops for value in op.outputs}
-    outputs = {f.output for mixer in findings.found for f in (mixer, *findings.denominators.get(id(mixer), []))}
+    kept = [f for mixer in findings.found for f in (mixer, *findings.denominators.get(id(mixer), []))]
+    inside, outputs = {value for f in kept for op in f.ops for value in op.outputs}, {f.output for f in kept}
     findings.near_misses = [
         m
         for m in findings.near_misses

@@ -108,5 +108,3 @@ class JoinedGates(Layer):
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return summed(q, k, v, self.miss)
-
-

@@ -101,4 +101,3 @@ FEATURES: dict[str, tuple[Map, Callable[..., Tensor], str]] = {
 for _name, (_feature, _mixed_by, _miss) in FEATURES.items():
     _twins = misses(_miss)
     positive(f"features: {_name}", length=16, twins=_twins, feature=_feature, mixed_by=_mixed_by)(Featured)
-

@@ -57,7 +57,7 @@ class Spelling:
 
     `length` is the usual one, and the only one if `fixed`. `tolerance` is how near float64 it comes to the family.
     `differentiable`: the layer itself has a backward. `also` are other families that it is as well, with other
-    operands that stand in the code.
+    operands that stand in the code. `file` is the module that it is written in.
     """
 
     name: str
@@ -69,6 +69,7 @@ class Spelling:
     tolerance: float = 1e-9
     differentiable: bool = True
     also: tuple[tuple[Decay, Correction], ...] = ()
+    file: str = ""
 
     @property
     def cells(self) -> tuple[tuple[Decay, Correction], ...]:
@@ -82,7 +83,10 @@ class Spelling:
 
 @dataclass(frozen=True)
 class NearMiss:
-    """A layer that is no such mixer because `property` fails; `twin_of` names the spelling it was made from."""
+    """A layer that is no such mixer because `property` fails; `twin_of` names the spelling it was made from.
+
+    `file` is the module that it is written in.
+    """
 
     name: str
     make: Callable[[], nn.Module]
@@ -90,6 +94,7 @@ class NearMiss:
     property: str
     twin_of: str = ""
     length: int = 24
+    file: str = ""
 
     def example(self, length: int | None = None, batch: int = 2, seed: int = 0) -> tuple[Tensor, ...]:
         """Inputs of the layer."""
@@ -121,10 +126,12 @@ def positive(
     def register(cls: M) -> M:
         assert name not in POSITIVE, name
         make = seeded(cls, **sizes)
-        POSITIVE[name] = Spelling(name, make, decay, correction, length, fixed, tolerance, differentiable, also)
+        file = cls.__module__
+        POSITIVE[name] = Spelling(name, make, decay, correction, length, fixed, tolerance, differentiable, also, file)
         for miss, failing in (twins or {}).items():
             twin = f"{name}, {miss}"
-            NEGATIVE[twin] = NearMiss(twin, seeded(cls, miss=miss, **sizes), make().example, failing, name, length)
+            other = seeded(cls, miss=miss, **sizes)
+            NEGATIVE[twin] = NearMiss(twin, other, make().example, failing, name, length, file)
         return cls
 
     return register
@@ -143,7 +150,7 @@ def either(name: str, disguise: str, length: int = 24) -> Callable[[N], N]:
 def _mechanism(table: dict[str, NearMiss], name: str, about: str, length: int) -> Callable[[N], N]:
     def register(cls: N) -> N:
         assert name not in table, name
-        table[name] = NearMiss(name, seeded(cls), _plain_input, about, length=length)
+        table[name] = NearMiss(name, seeded(cls), _plain_input, about, length=length, file=cls.__module__)
         return cls
 
     return register

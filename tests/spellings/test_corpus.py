@@ -57,8 +57,8 @@ def test_other_mechanism_runs(name: str) -> None:
 def test_corpus_is_large_enough() -> None:
     cells = {(s.decay, s.correction) for s in POSITIVE.values()}
     assert len(cells) == 9
-    assert len(POSITIVE) >= 60
-    assert len(NEGATIVE) >= 60
+    assert len(POSITIVE) >= 206
+    assert len(NEGATIVE) >= 262
 
 
 def error(recipe: Recipe) -> float:

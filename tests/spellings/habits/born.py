@@ -17,7 +17,7 @@ def normal(*sizes: int, seed: int) -> tuple[Tensor, ...]:
     return (torch.randn(sizes, generator=torch.Generator().manual_seed(seed)),)
 
 
-@positive("a class token in front", length=17, twins={"seen by all": "not causal: the class token sees all patches"})
+@positive("a class token in front", length=19, twins={"seen by all": "not causal: the class token sees all patches"})
 class ClassToken(Layer):
     """A learned row before the first token, expanded to the batch."""
 
@@ -39,7 +39,7 @@ class ClassToken(Layer):
         return torch.einsum("bhts,bshv->bthv", scores * seen, v)
 
 
-@positive("a first token that is cut off again", decay="scalar", length=17, twins=misses("linear"))
+@positive("a first token that is cut off again", decay="scalar", length=19, twins=misses("linear"))
 class FirstTokenCut(Layer):
     """A BOS row of an embedding goes in front; behind the layer it is dropped."""
 

@@ -190,6 +190,7 @@ def test_gradcheck(decay, delta):
 def test_gradients_of_a_step():
     """A step is the operator on one token, gradients included."""
     x = operands(1, "channel", True, 5, "level")
+    x = {n: t for n, t in x.items() if t is not None}
     tensors = [t.requires_grad_() for t in x.values()]
     token = {n: t[:, 0] for n, t in x.items() if n != "initial_state"}
     o, state = loglinear_attention_step(**token, state=x["initial_state"])

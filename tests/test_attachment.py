@@ -177,7 +177,7 @@ def test_a_mixer_that_grew_is_an_error() -> None:
     held = model.layers[0].loglinear
     model.layers[0] = small.DeltaMixer(heads=4, size=4)
     attachment.attach(model.layers[0], "loglinear", held)
-    with pytest.raises(LevelWeightsError, match=r"made for 2 heads .* has 4 heads"):
+    with pytest.raises(LevelWeightsError, match=r"made for 2 heads .* needs them for 4"):
         compiled(model)(ids)
 
 

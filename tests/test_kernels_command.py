@@ -47,6 +47,12 @@ def test_show_targets(capsys, tmp_path):
     assert capsys.readouterr().out == source
     (path,) = (tmp_path / "mine").glob("*.cpp")
     assert path.read_text().strip() == source.strip()
+    for flags, words in (
+        (["--decay", "rate"], "decay: rate, correction: none"),
+        (["--correction", "erase"], "correction: erase"),
+    ):
+        assert cli.main(["kernels", "show", "--target", "cpu", *flags]) == 0
+        assert words in capsys.readouterr().out
     for target in ("cuda", "hip"):
         assert cli.main(["kernels", "show", "--target", target]) == 0
         assert f"backend='{target}'" in capsys.readouterr().out
@@ -135,6 +141,7 @@ def test_chip(capsys):
         (["--target", "cpu", "--chip", "sm_90"], "of Triton kernels only"),
         (["--target", "hip", "--chip", "sm_90"], "a chip of target cuda"),
         (["--dtype", "float64"], "see --target cpu"),
+        (["--decay", "rate", "--correction", "erase"], "there are no kernels for both"),
     ],
 )
 def test_mistakes(flags, words, capsys):

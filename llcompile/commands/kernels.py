@@ -8,10 +8,11 @@ import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from llcompile.commands import kernels_matrix
 from llcompile.errors import KernelError, SpecError
+from llcompile.kernels.description import Correction, Decay
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 TARGETS = ("cpu", "cuda", "hip")
@@ -43,8 +44,9 @@ def add_parser(subparsers: Any) -> None:
 
 
 def _add_description(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--decay", choices=("none", "scalar", "channel"), default="scalar", help="default: scalar")
-    parser.add_argument("--correction", choices=("none", "delta"), default="none", help="default: none")
+    decays, corrections = get_args(Decay), get_args(Correction)
+    parser.add_argument("--decay", choices=decays, default="scalar", help="default: scalar; rate: Mamba-1's scan")
+    parser.add_argument("--correction", choices=corrections, default="none", help="default: none")
     parser.add_argument("--key-dim", metavar="K", type=_size, default=64, help="default: 64")
     parser.add_argument("--value-dim", metavar="V", type=_size, default=64, help="default: 64")
     parser.add_argument("--repeat", metavar="N", type=_size, default=1, help="heads per group, H / G (default: 1)")
@@ -131,6 +133,8 @@ def _described(args: argparse.Namespace) -> Any:
 
     from llcompile.kernels.description import Description
 
+    if args.decay == "rate" and args.correction != "none":
+        raise SpecError(f"--decay rate --correction {args.correction}: there are no kernels for both; ATen runs them")
     return Description(
         decay=args.decay,
         correction=args.correction,

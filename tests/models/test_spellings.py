@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -174,8 +175,8 @@ def check_gone(graph: fx.GraphModule, length: int, own_sizes: set[int]) -> None:
 
 def own_sizes(operands: dict[str, Any]) -> set[int]:
     """Sizes that are not lengths."""
-    k, v = operands["k"].shape[2:], operands["v"].shape[2:]
-    return {WIDTH, *k, *v, k.numel(), v.numel(), v[0] * k[1]}
+    (batch, _, *k), v = operands["k"].shape, operands["v"].shape[2:]
+    return {WIDTH, batch, *k, *v, math.prod(k), math.prod(v), v[0] * k[1]}
 
 
 @pytest.mark.parametrize(

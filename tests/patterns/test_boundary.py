@@ -98,7 +98,7 @@ def test_a_typo_ends_no_program(place: str, monkeypatch: pytest.MonkeyPatch) -> 
         find(Region(graph))
 
 
-@pytest.mark.parametrize(("broken", "diagonal"), [("reach", 1), ("is_additive", -1)])
+@pytest.mark.parametrize(("broken", "diagonal"), [("reach", 1), ("is_additive", 1)])
 def test_a_typo_in_what_is_measured_of_a_near_miss_fails_a_test(
     broken: str, diagonal: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -82,13 +82,17 @@ def _project(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Ten
 
 
 def _positive(z: Tensor) -> Tensor:
-    """1 + elu(z): positive, 1 at z = 0 with slope 1 there, and straight above 0 so that large weights stay cheap."""
+    """1 + elu(z): positive, 1 at z = 0 with slope 1 there, and straight above 0 so that large weights stay cheap.
+
+    Comes last: where the result is a view, Inductor of torch 2.13 cannot keep it for a backward pass at any length
+    ("cannot determine truth value of Relational").
+    """
     return 1.0 + F.elu(z)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor, *, sizes: Sizes, dtype: torch.dtype) -> Tensor:
     z = _project(x, weight, bias, dtype)
-    return _positive(z).unflatten(-1, (sizes.heads, sizes.levels))
+    return _positive(z.unflatten(-1, (sizes.heads, sizes.levels)))
 
 
 def _static(x: Tensor, logits: Tensor, *, sizes: Sizes, dtype: torch.dtype) -> Tensor:
@@ -101,7 +105,7 @@ def _mlp(
 ) -> Tensor:
     hidden = F.silu(_project(x, weight_in, bias_in, dtype))
     z = _project(hidden, weight, bias, dtype)
-    return _positive(z).unflatten(-1, (sizes.heads, sizes.levels))
+    return _positive(z.unflatten(-1, (sizes.heads, sizes.levels)))
 
 
 def _softplus_above_ln2(z: Tensor) -> Tensor:

@@ -383,3 +383,14 @@ def test_other_sizes(name: str, seed: int) -> None:
             ids = tiny.tokens(*shape, seed=seed)
             after = tiny.logits(run(ids))
             assert difference(after, tiny.logits(model(ids))) < 5e-5, (config, shape)
+
+
+@pytest.mark.slow
+def test_inductor_trains_at_any_length() -> None:
+    """What is kept for the backward pass has no layout that Inductor cannot tell at a symbolic length."""
+    model, ids = build("mamba2").train(), tiny.tokens()
+    convert(model, ids)
+    run = torch.compile(model, backend="loglinear", dynamic=True)
+    for length in (37, 27):
+        run(ids[:, :length], labels=ids[:, :length], use_cache=False).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in weights_of(model).values())

@@ -57,6 +57,13 @@ class Description:
         return self.weighted and self.initial_state == "level"
 
     @property
+    def without_kernels(self) -> str | None:
+        """Why no kernels are generated for it; None where they are."""
+        if self.decay == "rate" and self.correction != "none":
+            return f"there are no kernels for decay {self.decay!r} with correction {self.correction!r}"
+        return None
+
+    @property
     def family(self) -> str:
         """What the mixer is, in a word for file names."""
         return f"{self.decay}_{self.correction}_{'log_linear' if self.weighted else 'linear'}"

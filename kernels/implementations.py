@@ -110,9 +110,7 @@ class Cpp(Implementation):
             return f"the operands are on {device}; C++ kernels run on a CPU"
         if d.dtype not in COMPUTE_DTYPES:
             return f"dtype {d.dtype} is not one of {', '.join(map(str, COMPUTE_DTYPES))}"
-        if d.decay == "rate" and d.correction != "none":
-            return f"they have no decay {d.decay!r} with correction {d.correction!r}"
-        return None
+        return d.without_kernels
 
     def refusal(self, error: Exception, d: Description, device: torch.device) -> str | None:
         """No compiler, one that fails, or a platform that there are no flags for."""

@@ -47,10 +47,7 @@ class Operands(NamedTuple):
 
     def with_weights_per_head(self) -> Operands:
         """With level weights `[B, T, H, L]` where heads share some."""
-        w, heads = self.level_weights, self.v.shape[2]
-        if w is None or w.shape[2] == heads:
-            return self
-        return self._replace(level_weights=w.repeat_interleave(heads // w.shape[2], 2))
+        return self._replace(level_weights=weights_per_head(self.level_weights, self.v))
 
 
 # The operands that have gradients come first in `Operands`, and among them those that may have tokens.
@@ -76,6 +73,12 @@ class Token(NamedTuple):
     erase_query: Tensor | None = None
     erase_key: Tensor | None = None
     scale: float = 1.0
+
+
+def weights_per_head(w: Tensor | None, v: Tensor) -> Tensor | None:
+    """Level weights `[..., W, L]` as `[..., H, L]`, for values `[..., H, V]`."""
+    heads = v.shape[-2]
+    return w if w is None or w.shape[-2] == heads else w.repeat_interleave(heads // w.shape[-2], -2)
 
 
 def check_sequence(x: Operands, scale: float) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from llcompile.kernels import choice, torch_operator
-from llcompile.kernels.operands import DIFFERENTIABLE, WITH_TOKENS, Operands, Token
+from llcompile.kernels.operands import DIFFERENTIABLE, WITH_TOKENS, Operands, Token, weights_per_head
 from llcompile.kernels.state import check_positions, check_state, state_dtype
 from llcompile.kernels.varlen import flat, in_place
 
@@ -57,7 +57,8 @@ def _attention_backward(grad_o: Tensor, grad_state: Tensor, *inputs: Any) -> tup
 
 
 def _attention_step(*inputs: Any) -> tuple[Tensor, Tensor]:
-    x = _weights_per_head(Token(*inputs[:-1]))
+    x = Token(*inputs[:-1])
+    x = x._replace(level_weights=weights_per_head(x.level_weights, x.v))
     # Positions are checked by what runs the step.
     _check_state(x.state, x.v.shape[0], x.q, x.v, x.level_weights, "state")
     with torch.no_grad(), _without_autocast(x.v):
@@ -93,13 +94,6 @@ def _of_shared_weights(x: Operands, grads: list[Tensor | None]) -> list[Tensor |
     if w is None or grad is None or grad.shape[2] == w.shape[2]:
         return grads
     return [*grads[:at], grad.unflatten(2, (w.shape[2], -1)).sum(3), *grads[at + 1 :]]
-
-
-def _weights_per_head(x: Token) -> Token:
-    w, heads = x.level_weights, x.v.shape[1]
-    return (
-        x if w is None or w.shape[1] == heads else x._replace(level_weights=w.repeat_interleave(heads // w.shape[1], 1))
-    )
 
 
 def _check_state(state: Tensor, rows: int, q: Tensor, v: Tensor, w: Tensor | None, name: str) -> None:

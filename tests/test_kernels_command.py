@@ -141,7 +141,7 @@ def test_chip(capsys):
         (["--target", "cpu", "--chip", "sm_90"], "of Triton kernels only"),
         (["--target", "hip", "--chip", "sm_90"], "a chip of target cuda"),
         (["--dtype", "float64"], "see --target cpu"),
-        (["--decay", "rate", "--correction", "erase"], "there are no kernels for both"),
+        (["--decay", "rate", "--correction", "erase"], "there are no kernels for decay 'rate' with correction 'erase'"),
     ],
 )
 def test_mistakes(flags, words, capsys):

@@ -67,8 +67,8 @@ def unsupported(d: Description, device: torch.device) -> str | None:
 
 def beyond(d: Description, chip: Chip) -> str | None:
     """Why `chip` has no kernels for what `d` describes; None if it has."""
-    if d.decay == "rate" and d.correction != "none":
-        return f"they have no decay {d.decay!r} with correction {d.correction!r}"
+    if d.without_kernels:
+        return d.without_kernels
     if d.dtype not in _DTYPES:
         return f"dtype {d.dtype} is not one of bfloat16, float16 and float32"
     limit = max_key_dim(d, chip)

@@ -133,9 +133,7 @@ def _described(args: argparse.Namespace) -> Any:
 
     from llcompile.kernels.description import Description
 
-    if args.decay == "rate" and args.correction != "none":
-        raise SpecError(f"--decay rate --correction {args.correction}: there are no kernels for both; ATen runs them")
-    return Description(
+    d = Description(
         decay=args.decay,
         correction=args.correction,
         key_dim=args.key_dim,
@@ -148,6 +146,9 @@ def _described(args: argparse.Namespace) -> Any:
         padded=args.padded,
         packed=args.packed,
     )
+    if d.without_kernels:
+        raise SpecError(f"--decay {d.decay} --correction {d.correction}: {d.without_kernels}; ATen runs such calls")
+    return d
 
 
 def _reports(d: Any, chip: str, kernel: str | None) -> list[str]:

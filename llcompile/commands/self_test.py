@@ -69,19 +69,24 @@ class Loop(nn.Module):
         self.correction = correction
         self.query, self.key, self.value = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
         self.decay = {"none": None, "scalar": nn.Linear(WIDTH, 1), "channel": nn.Linear(WIDTH, WIDTH)}[decay]
-        self.beta = nn.Linear(WIDTH, 1)
+        self.beta, self.erase = nn.Linear(WIDTH, 1), nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
         """The sequence's outputs, [B, T, V]."""
         query, value = self.query(x), self.value(x)
         key = nn.functional.normalize(self.key(x), dim=-1)
         decay = None if self.decay is None else self.decay(x).sigmoid()  # [B, T, 1] or [B, T, K]
+        erase = nn.functional.normalize(self.erase(x), dim=-1)
         beta = self.beta(x).sigmoid()  # [B, T, 1]
         state = x.new_zeros(x.shape[0], WIDTH, WIDTH)
         outputs = []
         for t in range(x.shape[1]):
+            old = state
             if decay is not None:
                 state = decay[:, t, :, None] * state
+            if self.correction == "erase":
+                lost = (erase[:, t, :, None] * old).sum(1, keepdim=True)
+                state = state - (beta[:, t] * erase[:, t])[..., None] * lost
             new = value[:, t]
             if self.correction == "delta":
                 new = beta[:, t] * (new - (key[:, t, :, None] * state).sum(1))
@@ -93,8 +98,6 @@ class Loop(nn.Module):
 def families(place: Place = CPU) -> Iterator[Outcome]:
     """A row for each family, on code of ours that needs no library."""
     for (decay, correction), name in FAMILIES.items():
-        if correction == "erase":
-            continue
         yield _row(name, partial(_family, decay, correction, place))
 
 

@@ -32,14 +32,6 @@ def _cpp():
         yield
 
 
-@pytest.fixture
-def threads():
-    """A function that sets the number of threads, for this test."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def _results(x: Operands) -> list[torch.Tensor]:
     """Output, final state and all gradients."""
     leaves = {n: t if t is None else t.clone().requires_grad_() for n, t in x.items()}

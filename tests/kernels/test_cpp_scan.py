@@ -21,14 +21,6 @@ def _cpp():
         yield
 
 
-@pytest.fixture
-def threads():
-    """A function that sets the number of threads, for this test."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def _gradients(x: Operands) -> list[torch.Tensor]:
     return [ours for ours, _ in both(x).values()]
 
@@ -120,7 +112,7 @@ def test_what_is_not_finite_stays_with_its_head_and_the_tokens_after_it():
 @pytest.mark.parametrize("delta", [True, "erase"])
 def test_rates_with_a_correction_are_refused(delta):
     """ATen runs them; asked for by name, the reason names both."""
-    with pytest.raises(KernelError, match=r"no decay 'rate' with correction '(delta|erase)'"):
+    with pytest.raises(KernelError, match=r"no kernels for decay 'rate' with correction '(delta|erase)'"):
         loglinear_attention(**operands(3, "rate", delta))
 
 

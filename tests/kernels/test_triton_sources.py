@@ -350,7 +350,9 @@ def test_limits():
     assert unsupported(Description("rate", "none", 256, 1), cuda) is None
     assert "K = 257 is more than their 256" in str(unsupported(Description("rate", "none", 257, 1), cuda))
     assert "the limit is 128" in str(unsupported(Description("channel", "erase", 129, 64), cuda))
-    assert "no kernels for decay 'rate' with correction 'delta'" in str(unsupported(Description("rate", "delta", 16, 1), cuda))
+    assert "no kernels for decay 'rate' with correction 'delta'" in str(
+        unsupported(Description("rate", "delta", 16, 1), cuda)
+    )
 
 
 def test_old_devices(monkeypatch):

@@ -78,6 +78,10 @@ class DemoError(LLCompileError, RuntimeError):
     """A conversion in the demo has no effect: its level weights do not change the output, or have no gradient."""
 
 
+class TrialError(LLCompileError, ValueError):
+    """A trial cannot be made: its data, settings or model do not serve, or its folder holds another trial."""
+
+
 class ReproError(LLCompileError, ValueError):
     """No reproducer can be written: no mixer has that name, or its code cannot be written to a standalone file."""
 

@@ -1,0 +1,201 @@
+"""Two planted tasks that a trial must tell apart: one where conversion pays, and one where it cannot.
+
+    python -m benchmarks.trial_planted [--runs 5] [--workers 2] [--json FILE]
+
+`told`: associative recall of more pairs than the linear state holds, where the key tells how far back its value lies.
+`solved`: the same with so few pairs that the linear model answers all; there is nothing to gain. Each run draws its own
+model, trains it as a linear one, and then makes a trial of it with its own seeds. A trial must say "convert" of the
+first and "do not convert" of the second. Runs are processes of one thread, so many of them fill a large machine; with a
+GPU, they share it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.append(str(Path(__file__).parent.parent / "examples"))
+
+from benchmarks import record
+from demo.recall import Task
+from llcompile.trials.arms import STAY, Arm
+from llcompile.trials.batches import TRAIN, Batch
+from llcompile.trials.plan import Plan
+from llcompile.trials.result import Trial
+from llcompile.trials.running import build
+from llcompile.trials.training import train
+from llcompile.trials.trial import trial
+
+LENGTH, BATCH, HELD_OUT = 64, 16, 16
+TASKS = {"told": (15, "convert"), "solved": (2, "do not convert")}  # pairs, and what a trial must say
+BEFORE, STEPS, SEEDS = 1500, 400, 5
+RATE_BEFORE, RATE = 1e-2, 5e-3
+
+
+class Mixer(nn.Module):
+    """Linear attention with a scalar decay, one head, written as a masked product."""
+
+    def __init__(self, width: int, key: int) -> None:
+        super().__init__()
+        self.mix = nn.Conv1d(width, width, 4, padding=3, groups=width)
+        self.query, self.key = nn.Linear(width, key), nn.Linear(width, key)
+        self.value, self.out = nn.Linear(width, width), nn.Linear(width, width)
+        self.forget = nn.Linear(width, 1)
+        nn.init.constant_(self.forget.bias, 4.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, D] to [B, T, D]."""
+        length = x.shape[1]
+        x = F.silu(self.mix(x.transpose(1, 2))[..., :length].transpose(1, 2))
+        q, k = F.normalize(self.query(x), dim=-1), F.normalize(self.key(x), dim=-1)
+        decay = F.logsigmoid(self.forget(x)).squeeze(-1).cumsum(1)
+        between = decay.unsqueeze(2) - decay.unsqueeze(1)
+        later = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
+        scores = q @ k.transpose(1, 2) * between.masked_fill(later, float("-inf")).exp()
+        return self.out(scores @ self.value(x))
+
+
+class Model(nn.Module):
+    """A language model of one layer."""
+
+    def __init__(self, vocabulary: int, width: int = 32, key: int = 4) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, width)
+        self.norm, self.mixer = nn.LayerNorm(width), Mixer(width, key)
+        self.final, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits [B, T, vocabulary]."""
+        x = self.embed(tokens)
+        return self.head(self.final(x + self.mixer(self.norm(x))))
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Recall with distances that the key tells; the held-out sequences are the same for all runs."""
+
+    pairs: int
+
+    @property
+    def task(self) -> Task:
+        """The task of the demo, in a smaller size."""
+        return Task(length=LENGTH, pairs=self.pairs, keys=60, values=16)
+
+    def __call__(self, split: str, seed: int) -> Iterator[Batch]:
+        """Batches of fresh sequences, without an end."""
+        generator = torch.Generator().manual_seed(1 + seed if split == TRAIN else 2**40)
+        while True:
+            drawn = self.task.draw(BATCH, generator)
+            yield Batch(drawn.tokens, drawn.answers, 2 ** drawn.octaves.clamp(min=0))
+
+
+def main(given: list[str] | None = None) -> int:
+    """Run all trials; 0 if each says what it must."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=5, help="trials of each task (default: 5)")
+    parser.add_argument("--workers", type=int, default=2, help="trials at the same time (default: 2)")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all")
+    parser.add_argument("--before", type=int, default=BEFORE, help=f"steps of the linear model (default: {BEFORE})")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"steps of each run of a trial (default: {STEPS})")
+    parser.add_argument("--device", help="default: a GPU if there is one")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
+    args = parser.parse_args(given)
+    began = time.perf_counter()
+    jobs = [(task, run) for run in range(args.runs) for task in args.tasks]
+    found = []
+    with ProcessPoolExecutor(args.workers, get_context("spawn")) as pool:
+        running = [pool.submit(one, *job, args.before, args.steps, args.device) for job in jobs]
+        for future in as_completed(running):
+            found.append(future.result())
+            print(_line(found[-1], len(found), len(jobs), time.perf_counter() - began), flush=True)
+    right = {task: sum(row["right"] for row in found if row["task"] == task) for task in args.tasks}
+    print("; ".join(f"{task}: {number} of {args.runs} right" for task, number in right.items()))
+    if args.json is not None:
+        settings = {"before": args.before, "steps": args.steps, "seeds": SEEDS, "workers": args.workers}
+        seen = record.environment(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        record.write(args.json, {"environment": seen, "settings": settings, "results": sorted(found, key=_order)})
+    return int(any(not row["right"] for row in found))
+
+
+def one(task: str, run: int, before: int, steps: int, device: str | None) -> dict[str, Any]:
+    """Train a linear model, make a trial of it, and say what came of it."""
+    torch.set_num_threads(1)
+    began = time.perf_counter()
+    pairs, expected = TASKS[task]
+    source = Batches(pairs)
+    checkpoint = linear(source, run, before, device)
+    settings: dict[str, Any] = {"steps": steps, "rates": (RATE,), "inner": "eager", "device": device}
+    result = trial(
+        partial(restored, source.task.vocabulary, checkpoint),
+        source,
+        seeds=tuple(range(SEEDS * run, SEEDS * (run + 1))),
+        held_out=HELD_OUT,
+        progress=False,
+        **settings,
+    )
+    return {
+        "task": task,
+        "run": run,
+        "expected": expected,
+        "decision": result.verdict.decision,
+        "right": result.verdict.decision == expected,
+        "why": result.verdict.why,
+        "arms": _arms(result),
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def linear(source: Batches, run: int, steps: int, device: str | None) -> dict[str, Tensor]:
+    """The state of a linear model of its own start, trained from there."""
+    torch.manual_seed(run)
+    model = Model(source.task.vocabulary)
+    plan = Plan(steps=steps, rates=(RATE_BEFORE,), inner="eager", device=device)
+    example = next(source(TRAIN, 0))
+    runner = build(Arm(STAY, "", RATE_BEFORE), lambda: model, example, plan, 1)
+    seed = 10_000 + run  # no trial has it
+    diverged = train(runner, source, None, plan, seed)
+    if diverged is not None:
+        raise RuntimeError(f"the linear model diverged at step {diverged}")
+    return {name: x.detach().cpu().clone() for name, x in model.state_dict().items()}
+
+
+def restored(vocabulary: int, state: dict[str, Tensor]) -> nn.Module:
+    """The trained linear model."""
+    model = Model(vocabulary)
+    model.load_state_dict(state)
+    return model
+
+
+def _arms(result: Trial) -> dict[str, dict[str, Any]]:
+    return {
+        row.arm: {"loss": row.loss, "accuracy": row.accuracy, "gain": None if row.gain is None else str(row.gain)}
+        for row in result.rows
+    }
+
+
+def _line(row: dict[str, Any], done: int, total: int, seconds: float) -> str:
+    mark = "right" if row["right"] else f"WRONG, expected {row['expected']}"
+    left = seconds / done * (total - done)
+    said = f"[{done} of {total}] {row['task']}, run {row['run']}: {row['decision']} ({mark}; {row['seconds']:.0f} s"
+    return f"{said}, about {left:.0f} s left)\n    {row['why']}"
+
+
+def _order(row: dict[str, Any]) -> tuple[str, int]:
+    return row["task"], row["run"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

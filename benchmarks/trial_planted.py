@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -41,7 +40,7 @@ from llcompile.trials.trial import trial
 
 LENGTH, BATCH, HELD_OUT = 64, 16, 16
 TASKS = {"told": (15, "convert"), "solved": (2, "do not convert")}  # pairs, and what a trial must say
-BEFORE, STEPS, SEEDS = 1500, 400, 5
+BEFORE, STEPS, SEEDS = 1500, 200, 5
 RATE_BEFORE, RATE = 1e-2, 5e-3
 
 

@@ -19,6 +19,7 @@ _PUBLIC = {
     "load": "llcompile.weights.checkpoint",
     "decompositions": "llcompile.decomposition",
     "LevelWeights": "llcompile.weights.level_weights",
+    "trial": "llcompile.trials.trial",
     "Look": "llcompile.look.look",
     "Report": "llcompile.report",
     "Options": "llcompile.options",

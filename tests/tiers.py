@@ -32,6 +32,8 @@ LONG_FILES = {
     "test_processes.py",
     "test_transaction.py",
     "test_verify.py",
+    "trials/test_command.py",
+    "trials/test_trial.py",
 }
 LONG_TESTS = {
     "kernels/test_choice.py": ("test_a_machine_without_a_compiler",),
@@ -79,6 +81,7 @@ LONG_TESTS = {
     "test_readme.py": ("test_example_runs",),
     "test_repro.py": ("test_the_file_runs_by_itself",),
     "test_serving_tools.py": ("test_the_command_writes_what_it_shows",),
+    "trials/test_passing.py": ("test_models_of_transformers",),
     "test_versions.py": ("test_a_newer_release_is_named_once", "test_tested_releases_are_not_spoken_of"),
 }
 

@@ -57,6 +57,7 @@ COMMANDS = (
     Command("demo", "demo", "convert and train small transformers models and compare the results", "examples"),
     Command("bench", "benchmarks", "run a measurement on this machine", "."),
     Command("inspect", "llcompile.commands.inspect", "report which mixers would be converted (dry run)"),
+    Command("trial", "llcompile.commands.trial", "train a model as it is and converted, and say whether it pays"),
     Command("kernels", "llcompile.commands.kernels", "show the generated kernels and compile them for a chip"),
     Command("repro", "llcompile.commands.repro", "write one mixer of a model to a standalone file"),
     Command("doctor", "llcompile.commands.doctor", "check the environment and explain what is missing"),

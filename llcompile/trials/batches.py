@@ -99,7 +99,7 @@ def training(source: Source, seed: int, steps: int) -> Iterator[Batch]:
         TrialError: there are fewer than `steps`, or they differ in shape.
     """
     shape, count = None, 0
-    for count, given in enumerate(islice(source(TRAIN, seed), steps), 1):  # noqa: B007
+    for count, given in enumerate(islice(source(TRAIN, seed), steps), 1):
         batch = as_batch(given, f"training batch {count} of seed {seed}")
         shape = shape or batch.tokens.shape
         if batch.tokens.shape != shape:
@@ -125,5 +125,7 @@ def held_out(source: Source, count: int) -> list[Batch]:
     if len(lengths) > 1:
         raise TrialError(f"held-out batches have sequences of {lengths} tokens; give all one length")
     if min(batch.tokens.shape[0] for batch in batches) < 2:
-        raise TrialError("a held-out batch has one sequence; expected 2 or more: half of them choose, half of them judge")
+        raise TrialError(
+            "a held-out batch has one sequence; expected 2 or more: half of them choose, half of them judge"
+        )
     return batches

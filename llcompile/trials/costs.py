@@ -49,9 +49,7 @@ def _sizes(mixer: Converted) -> tuple[str, str, int, int, int, int]:
 
 
 @torch.no_grad()
-def _of_one(
-    sizes: tuple[str, str, int, int, int, int], levels: int | None, tokens: int, device: str
-) -> Cost:
+def _of_one(sizes: tuple[str, str, int, int, int, int], levels: int | None, tokens: int, device: str) -> Cost:
     operands = _operands(sizes, levels, tokens, device)
     _, state = loglinear_attention(**operands, return_final_state=True)
     if state is None:
@@ -70,14 +68,14 @@ def _of_one(
 
 def _operands(
     sizes: tuple[str, str, int, int, int, int], levels: int | None, tokens: int, device: str
-) -> dict[str, Tensor | None]:
+) -> dict[str, Any]:
     decay, correction, heads, key, value, sets = sizes
 
     def random(*shape: int) -> Tensor:
         return torch.randn(1, tokens, *shape, device=device)
 
     q, k = (F.normalize(random(heads, key), dim=-1) for _ in range(2))
-    found: dict[str, Tensor | None] = {"q": q, "k": k, "v": random(heads, value)}
+    found: dict[str, Any] = {"q": q, "k": k, "v": random(heads, value)}
     found["level_weights"] = None if levels is None else torch.ones(1, tokens, sets, levels, device=device)
     if decay != "none":
         found["log_decay"] = F.logsigmoid(random(heads, key) if decay == "channel" else random(heads)) * 0.1

@@ -36,7 +36,7 @@ class Sums:
 
 @dataclass(frozen=True)
 class Half:
-    """What one half of the held-out sequences gave: by position, and by octave of distance (bin n: 2^n to 2^(n+1) - 1)."""
+    """What one half of the held-out sequences gave: by position, and by octave of distance (2^n to 2^(n+1) - 1)."""
 
     position: Sums
     distance: Sums
@@ -52,7 +52,7 @@ class Half:
 
 
 def edges(trained: int, longest: int) -> tuple[int, ...]:
-    """The bounds of the bins of positions: four inside of the training length, and four beyond it where there are any."""
+    """The bounds of the bins of positions: four inside the training length, and four beyond it, if there are any."""
     inside = min(trained, longest)
     bounds = [inside * i // _PARTS for i in range(_PARTS + 1)]
     bounds += [trained + (longest - trained) * i // _PARTS for i in range(1, _PARTS + 1)] if longest > trained else []

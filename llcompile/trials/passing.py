@@ -126,7 +126,7 @@ def detached(state: Any, depth: int = _DEPTH) -> Any:
 def _numbers(state: Any, depth: int = _DEPTH) -> int:
     if isinstance(state, Tensor):
         return state.numel()
-    if depth == 0 or not isinstance(state, (list, tuple, dict)) and not hasattr(state, "__dict__"):
+    if depth == 0 or (not isinstance(state, (list, tuple, dict)) and not hasattr(state, "__dict__")):
         return 0
     inside = state if isinstance(state, (list, tuple)) else (state if isinstance(state, dict) else vars(state)).values()
     return sum(_numbers(x, depth - 1) for x in inside)

@@ -32,7 +32,7 @@ class Plan:
         seeds: a run of each arm for each of them; at least two.
         rates: peak learning rates of the model's own weights. With several, each arm that trains them is tried at each.
         level_rate: peak learning rate of level weights, for an input of up to 32 features; it falls as 32 / D.
-        weight_decay: of the model's own weights; level weights have none, as it would pull them towards the linear model.
+        weight_decay: of the model's own weights; level weights have none, as it would pull them towards 1.
         warmup: share of the steps in which the rate rises; a cosine down to 0 follows.
         clip: largest norm of the gradient.
         kinds: kinds of level weights that are trained alone.
@@ -57,7 +57,7 @@ class Plan:
     kinds: tuple[str, ...] = ()
     all_kinds: tuple[str, ...] = ()
     levels: int | None = None
-    inner: str = "eager"
+    inner: str = "inductor"
     device: str | None = None
     metric: str = "loss"
     part: str = "inside"
@@ -91,7 +91,9 @@ class Plan:
 
 def _check(plan: Plan) -> None:
     if len(set(plan.seeds)) < 2:
-        raise TrialError(f"a trial needs at least 2 different seeds for an interval, got {list(plan.seeds)}; 5 are usual")
+        raise TrialError(
+            f"a trial needs at least 2 different seeds for an interval, got {list(plan.seeds)}; 5 are usual"
+        )
     for name in ("steps", "held_out", "workers"):
         if getattr(plan, name) < 1:
             raise TrialError(f"{name} must be at least 1, got {getattr(plan, name)}")

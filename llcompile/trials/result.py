@@ -161,7 +161,7 @@ class Trial:
         return plot(self, path)
 
     def __str__(self) -> str:
-        console = Console(width=150, force_terminal=False, color_system=None)
+        console = Console(width=180, force_terminal=False, color_system=None)
         with console.capture() as captured:
             for part in self._parts():
                 console.print(part, soft_wrap=isinstance(part, str), markup=False)
@@ -181,7 +181,8 @@ class Trial:
         return Row(
             arm.name, diverged, value("loss", part), value("accuracy", part), self._gain(arm.name),
             value(metric, self.bins["inside"]), value(metric, self.bins["beyond"]), value(metric, part, "reset"),
-            runs[0].trained, cost and cost.state_bytes, cost and cost.token_ms, mean(r.step_ms for r in runs),
+            runs[0].trained, cost.state_bytes if cost else None, cost.token_ms if cost else None,
+            mean(record.step_ms for record in runs),
         )  # fmt: skip
 
     def _gain(self, name: str) -> Interval | None:

@@ -107,7 +107,7 @@ def build(arm: Arm, model_fn: ModelFn, example: Batch, plan: Plan, levels: int, 
         plain = plan.inner == "eager" or protocol is not None
         run = model if plain else torch.compile(model, backend=plan.inner, dynamic=False)
         return Runner(arm, model, run, protocol, None)
-    options = {"level_weights": arm.kind, "levels": levels}
+    options: dict[str, Any] = {"level_weights": arm.kind, "levels": levels}
     report = convert(model, example.tokens, options=options, verify=verify, **inputs(model, example))
     run = torch.compile(model, backend="loglinear", dynamic=False, options={**options, "inner": plan.inner})
     return Runner(arm, model, run, None, report)

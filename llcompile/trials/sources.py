@@ -87,7 +87,7 @@ class Table:
         rows, width = self.tokens.shape
         if rows // _HELD_OUT < 2 or self.cut.batch < 2 or self.cut.batch > rows - rows // _HELD_OUT:
             raise TrialError(
-                f"the data have {rows} sequences; batches of {self.cut.batch} need at least {self.cut.batch} for training "
+                f"the data have {rows} sequences; batches of {self.cut.batch} need as many for training "
                 f"and 2 in the tenth that is held out: give more, or another batch size (2 or more)"
             )
         if width < 2 or width < self.cut.length:
@@ -140,7 +140,9 @@ def source(given: Any, cut: Cut) -> Source:
         given = torch.from_numpy(given)
     if isinstance(given, Tensor):
         if given.is_floating_point() or given.is_complex() or given.dim() not in (1, 2):
-            raise TrialError(f"the data are a {given.dtype} tensor {list(given.shape)}; expected whole numbers [N] or [N, T]")
+            raise TrialError(
+                f"the data are a {given.dtype} tensor {list(given.shape)}; expected whole numbers [N] or [N, T]"
+            )
         return (Stream if given.dim() == 1 else Table)(given, cut)
     if callable(given):
         found: Source = given
@@ -162,7 +164,9 @@ def named(spec: str, cut: Cut) -> Source:
         _function(spec)  # fails now and not in the first batch
         return Named(spec)
     if not path.is_file():
-        raise TrialError(f"--data {spec}: no such file; expected a text, tokens (.pt, .npy, .safetensors) or module:function")
+        raise TrialError(
+            f"--data {spec}: no such file; expected a text, tokens (.pt, .npy, .safetensors) or module:function"
+        )
     reader = _READERS.get(path.suffix, _read_bytes)
     try:
         tokens = reader(path)

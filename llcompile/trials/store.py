@@ -13,6 +13,7 @@ import torch
 
 from llcompile.errors import TrialError
 from llcompile.look import files
+from llcompile.trials.arms import Arm
 from llcompile.trials.running import State
 from llcompile.trials.training import Record
 
@@ -53,21 +54,23 @@ class Store:
             raise TrialError(f"the model does not fit the checkpoint in {self.folder}: {name} differs; {_OTHER}")
         return checkpoint
 
-    def record(self, arm: str, seed: int) -> Record | None:
+    def record(self, arm: Arm, seed: int) -> Record | None:
         """The record of a finished run."""
         path = self._path(arm, seed)
         return Record.of(json.loads(path.read_text())) if path.exists() else None
 
-    def keep(self, record: Record) -> None:
+    def keep(self, arm: Arm, record: Record) -> None:
         """Write the record of a finished run."""
-        files.write_text(self._path(record.arm, record.seed), json.dumps(record.to_dict()) + "\n")
+        files.write_text(self._path(arm, record.seed), json.dumps(record.to_dict()) + "\n")
 
     def finished(self) -> int:
         """How many runs are finished."""
         return len(list((self.folder / _RUNS).glob("*.json")))
 
-    def _path(self, arm: str, seed: int) -> Path:
-        return self.folder / _RUNS / f"{re.sub('[^a-z0-9.]+', '-', arm.lower()).strip('-')}-seed-{seed}.json"
+    def _path(self, arm: Arm, seed: int) -> Path:
+        # With the rate, which a name has only where there are several.
+        name = re.sub("[^a-z0-9.]+", "-", f"{arm.what} {arm.kind} {'' if arm.rate is None else arm.rate}").strip("-")
+        return self.folder / _RUNS / f"{name}-seed-{seed}.json"
 
 
 _OTHER = "name another folder with --out (out=), or remove this one"

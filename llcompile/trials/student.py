@@ -45,7 +45,7 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
 
 @lru_cache(maxsize=64)
 def quantile(probability: float, freedom: int) -> float:
-    """The t with P(X <= t) = `probability` for Student's X with `freedom` degrees of freedom; 0.5 <= probability < 1."""
+    """The t with P(X <= t) = `probability`, from 0.5 up to 1, for Student's X with `freedom` degrees of freedom."""
     low, high = 0.0, math.pi / 2
     for _ in range(60):
         middle = (low + high) / 2

@@ -76,7 +76,8 @@ class Record:
     def of(cls, given: dict[str, Any]) -> Record:
         """From what `to_dict` gave."""
         halves = ("choose", "judge", "before", "reset")
-        return cls(**{k: Half.of(v) if k in halves and v is not None else v for k, v in given.items()})
+        values: dict[str, Any] = {k: Half.of(v) if k in halves and v else v for k, v in given.items()}
+        return cls(**values)
 
 
 Tick = Callable[[int, float], None]
@@ -173,9 +174,7 @@ def rate(step: int, plan: Plan) -> float:
 
 
 def _check_acts(runner: Runner, judge: Half, reset: Half) -> None:
-    if judge.position.loss == reset.position.loss and any(
-        not weights.is_identity() for weights in runner.levels
-    ):
+    if judge.position.loss == reset.position.loss and any(not weights.is_identity() for weights in runner.levels):
         raise TrialError(
             f"the arm {runner.arm.name!r} was trained, but with all level weights put back to 1 its loss is the same "
             "to the last bit: its level weights have no effect. Run `llcompile doctor`"

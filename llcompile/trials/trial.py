@@ -99,10 +99,12 @@ class _Preparation:
     ) -> None:
         self.model_fn, self.source, self.loss, self.plan, self.store = model_fn, source, loss, plan, store
         self.lines = lines
-        self.example = next(data.training(source, plan.seeds[0], 1))
+        self.example = _first(source)
         held = data.held_out(source, plan.held_out)
         if loss is not None and len(held) < 2:
-            raise TrialError("with your own loss, 2 or more held-out batches are needed: half of them choose, half judge")
+            raise TrialError(
+                "with your own loss, 2 or more held-out batches are needed: half of them choose, half judge"
+            )
         self.trained, self.longest = self.example.tokens.shape[1], held[0].tokens.shape[1]
         self.bounds = (0, self.longest) if loss is not None else edges(self.trained, self.longest)
         self.levels = plan.levels or level_count(max(self.trained, self.longest))
@@ -111,9 +113,9 @@ class _Preparation:
     def finish(self, kept: bool) -> Trial:
         """Look, train what is missing, and judge."""
         model = made(self.model_fn)
-        _check_runs(model, self.example, self.loss)
         state = {name: x.detach().cpu().clone() for name, x in model.state_dict().items()}
-        checkpoint = self.store.open(self._config(state), state)
+        _check_runs(model.to(self.plan.place), self.example.to(self.plan.place), self.loss)
+        checkpoint = self.store.open(self._config(model, state), state)
         first = Arm(LEVELS, self.plan.kinds[0])
         say(self.lines, "converting the model")
         with room():
@@ -125,26 +127,31 @@ class _Preparation:
             self.model_fn, self.source, self.loss, self.plan, self.levels, self.bounds, self.store.folder, checkpoint,
             self.lines,
         )  # fmt: skip
-        jobs = [(arm, [s for s in self.plan.seeds if self.store.record(arm.name, s) is None]) for arm in every]
+        jobs = [(arm, [s for s in self.plan.seeds if self.store.record(arm, s) is None]) for arm in every]
         jobs = [(arm, seeds) for arm, seeds in jobs if seeds]
         total = len(every) * len(self.plan.seeds)
         finished = total - sum(len(seeds) for _, seeds in jobs)
         say(self.lines, f"{total} runs: {len(every)} arms, {len(self.plan.seeds)} seeds; {finished} are finished")
-        run_all(setup, jobs, Count(total, self.store.finished(), time.time()))
+        run_all(setup, jobs, Count(total, finished, self.store.finished(), time.time()))
         records = self._records(every)
         verdict = judge(every, records, self.plan, self._bins())
         return self._result(every, records, report, verdict, left_out, kept)
 
-    def _config(self, state: dict[str, Tensor]) -> dict[str, Any]:
+    def _config(self, model: nn.Module, state: dict[str, Tensor]) -> dict[str, Any]:
         """What every run in a folder must agree on."""
+        values = digest(state)
+        if digest(made(self.model_fn).state_dict()) != values:
+            values = "random"
+            say(self.lines, "model_fn() gives other weights at each call: all runs start from those of the first one")
         return {
-            **self.plan.of_runs(),
-            "levels": self.levels,
             "training batch": list(self.example.tokens.shape),
             "first training batch": digest({"tokens": self.example.tokens, "labels": self.example.labels}),
+            **self.plan.of_runs(),
+            "levels": self.levels,
             "bounds": list(self.bounds),
             "own loss": self.loss is not None,
-            "model": type(made(self.model_fn)).__name__,
+            "model": type(model).__name__,
+            "checkpoint": values,
         }
 
     def _arms(self, model: nn.Module, report: Report) -> tuple[tuple[Arm, ...], dict[str, str]]:
@@ -164,7 +171,7 @@ class _Preparation:
     def _records(self, every: Sequence[Arm]) -> dict[str, dict[int, Record]]:
         found: dict[str, dict[int, Record]] = {}
         for arm in every:
-            records = {seed: self.store.record(arm.name, seed) for seed in self.plan.seeds}
+            records = {seed: self.store.record(arm, seed) for seed in self.plan.seeds}
             found[arm.name] = {seed: record for seed, record in records.items() if record is not None}
         return found
 
@@ -192,7 +199,7 @@ class _Preparation:
 
 
 def _refused(model: nn.Module, example: Batch, plan: Plan) -> str:
-    return refusal(model.to(plan.place).train(), example.to(plan.place).tokens, example.inputs)
+    return refusal(model.train(), example.to(plan.place).tokens, example.inputs)
 
 
 def _check_runs(model: nn.Module, example: Batch, loss: OwnLoss | None) -> None:
@@ -222,6 +229,16 @@ def _nothing(report: Report) -> str:
     return "no mixer of the model can be converted" + (f" ({'; '.join(reasons)})" if reasons else "")
 
 
+def _first(source: Source) -> Batch:
+    """The first training batch of seed 0, by which a folder knows its data."""
+    first, again = (next(data.training(source, 0, 1)) for _ in range(2))
+    if not (torch.equal(first.tokens, again.tokens) and torch.equal(first.labels, again.labels)):
+        raise TrialError(
+            f"batches({data.TRAIN!r}, 0) gives other batches at each call, so arms could not be compared; draw them "
+            "with a generator that the seed determines"
+        )
+    return first
+
+
 def _held(held: Sequence[Batch]) -> str:
     return f"{sum(len(batch.tokens) for batch in held)} sequences of {held[0].tokens.shape[1]} tokens"
-

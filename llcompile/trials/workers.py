@@ -5,8 +5,9 @@ from __future__ import annotations
 import pickle
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -43,19 +44,23 @@ class Setup:
 
 @dataclass(frozen=True)
 class Count:
-    """Where a trial is: runs in all, those finished before this start, and when it started (`time.time()`)."""
+    """Where a trial is: runs in all, those finished before this start, files then, and its time (`time.time()`)."""
 
     total: int
     finished: int
+    files: int
     began: float
 
-    def left(self, finished: int) -> str:
-        """How long the rest will take, judging by what this start has finished: "about 2 min left"."""
-        done = finished - self.finished
-        if done < 1 or finished >= self.total:
+    def done(self, store: Store) -> int:
+        """How many runs are finished now."""
+        return self.finished + store.finished() - self.files
+
+    def left(self, done: int) -> str:
+        """How long the rest will take, judging by what this start has finished: ", about 2 min left"."""
+        new = done - self.finished
+        if new < 1 or done >= self.total:
             return ""
-        seconds = (time.time() - self.began) / done * (self.total - finished)
-        return f", about {_duration(seconds)} left"
+        return f", about {_duration((time.time() - self.began) / new * (self.total - done))} left"
 
 
 def run_all(setup: Setup, jobs: Sequence[tuple[Arm, Sequence[int]]], count: Count) -> None:
@@ -72,8 +77,8 @@ def run_all(setup: Setup, jobs: Sequence[tuple[Arm, Sequence[int]]], count: Coun
         pickle.dumps(setup)
     except Exception as error:
         raise TrialError(
-            f"with workers={setup.plan.workers}, model_fn, batches and loss go to other processes: {error}. Define them "
-            "at the top of a module, or use workers=1"
+            f"with workers={setup.plan.workers}, model_fn, batches and loss go to other processes: {error}. "
+            "Define them at the top of a module, or use workers=1"
         ) from error
     with ProcessPoolExecutor(min(setup.plan.workers, len(jobs)), get_context("spawn"), _alone) as pool:
         running = [pool.submit(run_arm, setup, count, arm, seeds) for arm, seeds in jobs]
@@ -100,8 +105,8 @@ def run_arm(setup: Setup, count: Count, arm: Arm, seeds: Sequence[int]) -> None:
         for seed in seeds:
             ticker = partial(_Ticker(setup.lines).tick, f"{arm.name}, seed {seed}", plan.steps)
             record = run(runner, setup.checkpoint, setup.source, exam, plan, seed, ticker)
-            store.keep(record)
-            say(setup.lines, _line(record, plan, count, store.finished()))
+            store.keep(arm, record)
+            say(setup.lines, _line(record, plan, count, count.done(store)))
 
 
 class _Ticker:
@@ -117,9 +122,9 @@ class _Ticker:
             say(self.lines, f"  {what}: step {step} of {steps}, loss {loss:.4f}")
 
 
-def room() -> Callable[..., object]:
+def room() -> AbstractContextManager[None]:
     """Room in Dynamo's cache for a model of each arm."""
-    patched: Callable[..., object] = torch._dynamo.config.patch(
+    patched: AbstractContextManager[None] = torch._dynamo.config.patch(
         recompile_limit=256, accumulated_recompile_limit=4096
     )
     return patched
@@ -131,14 +136,13 @@ def say(lines: bool, line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def _line(record: Record, plan: Plan, count: Count, finished: int) -> str:
+def _line(record: Record, plan: Plan, count: Count, done: int) -> str:
     half = record.judge
     value = None if half is None else half.position.value(plan.metric)
     result = f"diverged at step {record.diverged}" if value is None else f"{plan.metric} {value:.4f}"
-    where = f"{finished} of {count.total}"
-    return f"[{where}] {record.arm}, seed {record.seed}: {result} ({record.seconds:.0f} s{count.left(finished)})"
+    where = f"{done} of {count.total}"
+    return f"[{where}] {record.arm}, seed {record.seed}: {result} ({record.seconds:.0f} s{count.left(done)})"
 
 
 def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
-

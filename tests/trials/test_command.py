@@ -1,0 +1,94 @@
+"""`llcompile trial`: from a factory and a text file to the files that it writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from llcompile.commands import cli
+from tests.trials.models import WIDTH
+
+MODULE = f"""
+import torch
+from torch import nn
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(256, {WIDTH}), nn.Linear({WIDTH}, 256)
+        self.qkv = nn.Linear({WIDTH}, 3 * {WIDTH})
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return self.head(x + (q @ k.transpose(-1, -2)).tril() @ v / 8)
+
+def model():
+    torch.manual_seed(0)
+    return Model(), torch.zeros(1, 8, dtype=torch.long)
+
+def random_model():
+    return Model(), torch.zeros(1, 8, dtype=torch.long)
+"""
+QUICK = ["--steps", "2", "--seeds", "2", "--batch", "4", "--length", "8", "--held-out", "2", "--inner", "eager"]
+QUICK += ["--kinds", "static", "--device", "cpu"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "a_trial_module.py").write_text(MODULE)
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 40)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_from_a_text_to_a_verdict(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call = ["trial", "a_trial_module:model", "--data", "text.txt", *QUICK, "--rate", "1e-3,1e-2", "--out", "here"]
+    assert cli.main(call) == 0
+    said = capsys.readouterr()
+    found = json.loads((folder / "here" / "trial.json").read_text())
+    assert said.out.startswith(found["verdict"]["decision"].split(":")[0])
+    assert [row["arm"] for row in found["arms"]] == [
+        "stay at 0.001", "stay at 0.01", "level weights (static)", "all weights (static) at 0.001",
+        "all weights (static) at 0.01",
+    ]  # fmt: skip
+    assert found["held-out length"] == 32
+    assert "[10 of 10]" in said.err
+    assert (folder / "here" / "trial.html").exists()
+    assert cli.main(call) == 0  # and again, from what is there
+    again = capsys.readouterr()
+    assert "10 are finished" in again.err
+    assert again.out.splitlines()[0] == said.out.splitlines()[0]
+    assert cli.main([*call, "--level-rate", "1"]) == 1
+    assert "holds runs of another trial: level_rate" in capsys.readouterr().err
+
+
+def test_a_random_model_is_drawn_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call = ["trial", "a_trial_module:random_model", "--data", "text.txt", *QUICK]
+    assert cli.main(call) == 0
+    assert "all runs start from those of the first one" in capsys.readouterr().err
+    torch.manual_seed(1)
+    assert cli.main(call) == 0
+    assert "6 are finished" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a_trial_module:model", "--data", "nowhere.txt"], "no such file"),
+        (["a_trial_module:nothing", "--data", "text.txt"], "has no 'nothing'"),
+        (
+            ["a_trial_module:model", "--data", "text.txt", "--checkpoint", "text.txt"],
+            "--checkpoint text.txt does not fit",
+        ),
+        (["a_trial_module:model", "--data", "text.txt", "--length", "999"], "held-out sequences of 3996 need"),
+        (["a_trial_module:model", "--data", "text.txt", "--seeds", "1"], "at least 2 different seeds"),
+        (["a_trial_module:model", "--data", "text.txt", "--rate", "0"], "is not one or more positive numbers"),
+    ],
+)
+def test_what_is_refused(arguments: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["trial", *QUICK, *arguments]) in (1, 2)
+    assert message in capsys.readouterr().err

@@ -3,10 +3,10 @@
     python -m benchmarks.trial_planted [--runs 5] [--workers 2] [--json FILE]
 
 `told`: associative recall of more pairs than the linear state holds, where the key tells how far back its value lies.
-`solved`: the same with so few pairs that the linear model answers all; there is nothing to gain. Each run draws its own
-model, trains it as a linear one, and then makes a trial of it with its own seeds. A trial must say "convert" of the
-first and "do not convert" of the second. Runs are processes of one thread, so many of them fill a large machine; with a
-GPU, they share it.
+`solved`: the same sequences for a model whose state holds all pairs, so that there is nothing to gain. Each run draws
+its own model, trains it as a linear one, and then makes a trial of it with its own seeds. A trial must say "convert" of
+the first and "do not convert" of the second. Trials are processes of one thread, so many of them fill a large machine;
+with a GPU, they share it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -39,8 +38,9 @@ from llcompile.trials.training import train
 from llcompile.trials.trial import trial
 
 LENGTH, BATCH, HELD_OUT = 64, 16, 16
-TASKS = {"told": (15, "convert"), "solved": (2, "do not convert")}  # pairs, and what a trial must say
-BEFORE, STEPS, SEEDS = 1500, 200, 5
+PAIRS = 15
+TASKS = {"told": (4, "convert"), "solved": (32, "do not convert")}  # width of a key, and what a trial must say
+BEFORE, STEPS, SEEDS = 2000, 200, 5
 RATE_BEFORE, RATE = 1e-2, 5e-3
 
 
@@ -70,7 +70,7 @@ class Mixer(nn.Module):
 class Model(nn.Module):
     """A language model of one layer."""
 
-    def __init__(self, vocabulary: int, width: int = 32, key: int = 4) -> None:
+    def __init__(self, vocabulary: int, key: int, width: int = 32) -> None:
         super().__init__()
         self.embed = nn.Embedding(vocabulary, width)
         self.norm, self.mixer = nn.LayerNorm(width), Mixer(width, key)
@@ -82,23 +82,15 @@ class Model(nn.Module):
         return self.head(self.final(x + self.mixer(self.norm(x))))
 
 
-@dataclass(frozen=True)
-class Batches:
-    """Recall with distances that the key tells; the held-out sequences are the same for all runs."""
+TASK = Task(length=LENGTH, pairs=PAIRS)  # of the demo, in a smaller size
 
-    pairs: int
 
-    @property
-    def task(self) -> Task:
-        """The task of the demo, in a smaller size."""
-        return Task(length=LENGTH, pairs=self.pairs, keys=60, values=16)
-
-    def __call__(self, split: str, seed: int) -> Iterator[Batch]:
-        """Batches of fresh sequences, without an end."""
-        generator = torch.Generator().manual_seed(1 + seed if split == TRAIN else 2**40)
-        while True:
-            drawn = self.task.draw(BATCH, generator)
-            yield Batch(drawn.tokens, drawn.answers, 2 ** drawn.octaves.clamp(min=0))
+def batches(split: str, seed: int) -> Iterator[Batch]:
+    """Batches of fresh sequences, without an end; those held out are the same for all runs."""
+    generator = torch.Generator().manual_seed(seed if split == TRAIN else 2**40)
+    while True:
+        drawn = TASK.draw(BATCH, generator)
+        yield Batch(drawn.tokens, drawn.answers, 2 ** drawn.octaves.clamp(min=0))
 
 
 def main(given: list[str] | None = None) -> int:
@@ -115,11 +107,9 @@ def main(given: list[str] | None = None) -> int:
     began = time.perf_counter()
     jobs = [(task, run) for run in range(args.runs) for task in args.tasks]
     found = []
-    with ProcessPoolExecutor(args.workers, get_context("spawn")) as pool:
-        running = [pool.submit(one, *job, args.before, args.steps, args.device) for job in jobs]
-        for future in as_completed(running):
-            found.append(future.result())
-            print(_line(found[-1], len(found), len(jobs), time.perf_counter() - began), flush=True)
+    for row in _results(jobs, args.workers, args.before, args.steps, args.device):
+        found.append(row)
+        print(_line(row, len(found), len(jobs), time.perf_counter() - began), flush=True)
     right = {task: sum(row["right"] for row in found if row["task"] == task) for task in args.tasks}
     print("; ".join(f"{task}: {number} of {args.runs} right" for task, number in right.items()))
     if args.json is not None:
@@ -129,17 +119,27 @@ def main(given: list[str] | None = None) -> int:
     return int(any(not row["right"] for row in found))
 
 
+def _results(
+    jobs: list[tuple[str, int]], workers: int, before: int, steps: int, device: str | None
+) -> Iterator[dict[str, Any]]:
+    if workers == 1:
+        yield from (one(*job, before, steps, device) for job in jobs)
+        return
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        for future in as_completed([pool.submit(one, *job, before, steps, device) for job in jobs]):
+            yield future.result()
+
+
 def one(task: str, run: int, before: int, steps: int, device: str | None) -> dict[str, Any]:
     """Train a linear model, make a trial of it, and say what came of it."""
     torch.set_num_threads(1)
     began = time.perf_counter()
-    pairs, expected = TASKS[task]
-    source = Batches(pairs)
-    checkpoint = linear(source, run, before, device)
+    key, expected = TASKS[task]
+    checkpoint = linear(key, run, before, device)
     settings: dict[str, Any] = {"steps": steps, "rates": (RATE,), "inner": "eager", "device": device}
     result = trial(
-        partial(restored, source.task.vocabulary, checkpoint),
-        source,
+        partial(restored, key, checkpoint),
+        batches,
         seeds=tuple(range(SEEDS * run, SEEDS * (run + 1))),
         held_out=HELD_OUT,
         progress=False,
@@ -157,23 +157,23 @@ def one(task: str, run: int, before: int, steps: int, device: str | None) -> dic
     }
 
 
-def linear(source: Batches, run: int, steps: int, device: str | None) -> dict[str, Tensor]:
+def linear(key: int, run: int, steps: int, device: str | None) -> dict[str, Tensor]:
     """The state of a linear model of its own start, trained from there."""
     torch.manual_seed(run)
-    model = Model(source.task.vocabulary)
+    model = Model(TASK.vocabulary, key)
     plan = Plan(steps=steps, rates=(RATE_BEFORE,), inner="eager", device=device)
-    example = next(source(TRAIN, 0))
+    example = next(batches(TRAIN, 0))
     runner = build(Arm(STAY, "", RATE_BEFORE), lambda: model, example, plan, 1)
     seed = 10_000 + run  # no trial has it
-    diverged = train(runner, source, None, plan, seed)
+    diverged = train(runner, batches, None, plan, seed)
     if diverged is not None:
         raise RuntimeError(f"the linear model diverged at step {diverged}")
     return {name: x.detach().cpu().clone() for name, x in model.state_dict().items()}
 
 
-def restored(vocabulary: int, state: dict[str, Tensor]) -> nn.Module:
+def restored(key: int, state: dict[str, Tensor]) -> nn.Module:
     """The trained linear model."""
-    model = Model(vocabulary)
+    model = Model(TASK.vocabulary, key)
     model.load_state_dict(state)
     return model
 

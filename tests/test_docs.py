@@ -296,6 +296,7 @@ def test_help_is_in_the_imperative() -> None:
         "run",
         "show",
         "time",
+        "train",
         "write",
     }
     assert len(found) > 20

@@ -83,6 +83,7 @@ LONG_TESTS = {
     "test_repro.py": ("test_the_file_runs_by_itself",),
     "test_serving_tools.py": ("test_the_command_writes_what_it_shows",),
     "trials/test_passing.py": ("test_models_of_transformers",),
+    "trials/test_verdict.py": ("test_the_best_of_equal_arms_does_not_win_by_being_the_best",),
     "test_versions.py": ("test_a_newer_release_is_named_once", "test_tested_releases_are_not_spoken_of"),
 }
 

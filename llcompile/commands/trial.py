@@ -65,6 +65,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         "--level-rate", type=float, default=3e-2, help="learning rate of level weights for 32 features (default 3e-2)"
     )
     parser.add_argument("--kinds", type=_names, default=(), help="kinds of level weights, as linear,mlp (default: all)")
+    parser.add_argument("--loss", metavar="MODULE:FUNCTION", help="loss(model, batch), in place of the cross-entropy")
     parser.add_argument("--metric", choices=("loss", "accuracy"), default="loss", help="what is judged (default: loss)")
     parser.add_argument(
         "--part", choices=("inside", "beyond", "all"), default="inside", help="positions that are judged, relative to "
@@ -97,6 +98,7 @@ def run(args: argparse.Namespace) -> int:
     result = trial(
         Model(args.spec, tuple(args.set), args.checkpoint, args.length),
         source,
+        loss=sources.function(args.loss, "--loss") if args.loss else None,
         out=args.out,
         steps=args.steps,
         seeds=tuple(range(args.first_seed, args.first_seed + args.seeds)),

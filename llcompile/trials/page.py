@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from llcompile import __version__
-from llcompile.trials.result import Gain, Trial, number
+from llcompile.trials.outcome import Gain, Outcome
 
 _WIDTH, _HEIGHT, _MARGIN = 560, 180, 28  # of a drawing, in pixels
 
 
-def page(trial: Trial) -> str:
+def page(trial: Outcome) -> str:
     """The page's text."""
     template = _environment().get_template("trial.html.j2")
     gains = (("position", "positions in the sequence", trial.by_position), ("distance", "distances", trial.by_distance))
@@ -46,6 +46,11 @@ def bars(gains: Sequence[Gain]) -> dict[str, Any]:
         for i, g in enumerate(gains)
     ]  # fmt: skip
     return {"zero": at(0.0), "boxes": boxes}
+
+
+def number(value: float | None) -> str:
+    """A number of a table, "-" where it is unknown."""
+    return "-" if value is None else f"{value:.4f}"
 
 
 @cache

@@ -7,7 +7,7 @@ from typing import Any
 
 from llcompile.errors import MissingLibraryError, OutputError
 from llcompile.look import files
-from llcompile.trials.result import Trial
+from llcompile.trials.outcome import Outcome
 
 # Wong's palette, told apart by most kinds of colour blindness: controls, converted arms.
 _CONTROL, _CONVERTED = "#666666", "#0072B2"
@@ -22,7 +22,7 @@ def available() -> bool:
     return True
 
 
-def plot(trial: Trial, path: str | Path) -> Path:
+def plot(trial: Outcome, path: str | Path) -> Path:
     """Draw a trial into a file whose suffix names the format.
 
     Raises:
@@ -47,7 +47,7 @@ def plot(trial: Trial, path: str | Path) -> Path:
     return target
 
 
-def _arms(axes: Any, trial: Trial) -> None:
+def _arms(axes: Any, trial: Outcome) -> None:
     """A dot for each seed, a line for the mean; arms that diverged have their name alone."""
     metric, part = trial.plan.metric, trial.bins[trial.plan.part]
     for place, arm in enumerate(trial.arms):
@@ -62,7 +62,7 @@ def _arms(axes: Any, trial: Trial) -> None:
     axes.grid(alpha=0.3)
 
 
-def _positions(axes: Any, trial: Trial) -> None:
+def _positions(axes: Any, trial: Outcome) -> None:
     gains = trial.by_position
     places = range(len(gains))
     low = [g.gain.mean - g.gain.low for g in gains]

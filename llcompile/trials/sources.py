@@ -120,9 +120,9 @@ class Named:
 
     def __call__(self, split: str, seed: int) -> Iterable[Any]:
         """What the function gives for a split and a seed."""
-        function = _function(self.spec)
         try:
-            return function(split, seed)
+            found: Iterable[Any] = function(self.spec)(split, seed)
+            return found
         except TypeError as error:
             raise TrialError(
                 f"{self.spec}({split!r}, {seed}) raised TypeError: {error}; expected a function of a split "
@@ -161,7 +161,7 @@ def named(spec: str, cut: Cut) -> Source:
     """
     path = Path(spec)
     if not path.exists() and ":" in spec:
-        _function(spec)  # fails now and not in the first batch
+        function(spec)  # fails now and not in the first batch
         return Named(spec)
     if not path.is_file():
         raise TrialError(
@@ -217,17 +217,22 @@ _READERS: dict[str, Callable[[Path], Tensor]] = {
 }
 
 
-def _function(spec: str) -> Callable[[str, int], Iterable[Any]]:
+def function(spec: str, option: str = "--data") -> Callable[..., Any]:
+    """The function that `module:function` names on the command line.
+
+    Raises:
+        TrialError: it cannot be imported; `option` names the argument in the message.
+    """
     module_name, _, name = spec.partition(":")
     sys.path.insert(0, os.getcwd())  # as for SPEC
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # whatever the user's file raises
-        raise TrialError(f"--data {spec}: cannot import {module_name!r}: {type(error).__name__}: {error}") from error
+        raise TrialError(f"{option} {spec}: cannot import {module_name!r}: {type(error).__name__}: {error}") from error
     finally:
         with contextlib.suppress(ValueError):
             sys.path.remove(os.getcwd())
-    found = getattr(module, name, None)
+    found: Callable[..., Any] | None = getattr(module, name, None)
     if not callable(found):
-        raise TrialError(f"--data {spec}: module {module_name!r} has no function {name!r}")
-    return found  # type: ignore[no-any-return]
+        raise TrialError(f"{option} {spec}: module {module_name!r} has no function {name!r}")
+    return found

@@ -30,6 +30,9 @@ def model():
     torch.manual_seed(0)
     return Model(), torch.zeros(1, 8, dtype=torch.long)
 
+def loss(model, batch):
+    return model(batch.tokens).square().mean()
+
 def random_model():
     return Model(), torch.zeros(1, 8, dtype=torch.long)
 """
@@ -40,7 +43,7 @@ QUICK += ["--kinds", "static", "--device", "cpu"]
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "a_trial_module.py").write_text(MODULE)
-    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 40)
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 80)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -75,6 +78,13 @@ def test_a_random_model_is_drawn_once(folder: Path, capsys: pytest.CaptureFixtur
     assert "6 are finished" in capsys.readouterr().err
 
 
+def test_a_loss_of_the_users_own(folder: Path) -> None:
+    call = ["trial", "a_trial_module:model", "--data", "text.txt", *QUICK, "--loss", "a_trial_module:loss"]
+    assert cli.main(call) == 0
+    arms = json.loads((folder / "trial-output" / "trial.json").read_text())["arms"]
+    assert [row["accuracy"] for row in arms] == [None] * 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -85,6 +95,7 @@ def test_a_random_model_is_drawn_once(folder: Path, capsys: pytest.CaptureFixtur
             "--checkpoint text.txt does not fit",
         ),
         (["a_trial_module:model", "--data", "text.txt", "--length", "999"], "held-out sequences of 3996 need"),
+        (["a_trial_module:model", "--data", "text.txt", "--loss", "a_trial_module:nothing"], "--loss a_trial_module:"),
         (["a_trial_module:model", "--data", "text.txt", "--seeds", "1"], "at least 2 different seeds"),
         (["a_trial_module:model", "--data", "text.txt", "--rate", "0"], "is not one or more positive numbers"),
     ],

@@ -45,7 +45,7 @@ class Row:
     trained: int
     state_bytes: int | None
     token_ms: float | None
-    step_ms: float
+    step_ms: float | None
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class Outcome:
             arm.name, diverged, value("loss", part), value("accuracy", part), self._gain(arm.name),
             value(metric, self.bins["inside"]), value(metric, self.bins["beyond"]), value(metric, part, "reset"),
             runs[0].trained, cost.state_bytes if cost else None, cost.token_ms if cost else None,
-            mean(record.step_ms for record in runs),
+            _mean(record.step_ms for record in runs),
         )  # fmt: skip
 
     def _gain(self, name: str) -> Interval | None:
@@ -168,6 +168,11 @@ class Outcome:
                 labels = getattr(next(iter(runs[0].values())).judge, axis).count[number]
                 found.append(Gain(low, high, mean(c for _, c in pairs), mean(a for a, _ in pairs), gain, labels))
         return tuple(found)
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return mean(known) if known else None
 
 
 def _value(half: Half | None, metric: str, bins: Sequence[int]) -> float | None:

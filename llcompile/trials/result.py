@@ -77,7 +77,8 @@ class Trial(Outcome):
             numbers = (row.inside, row.beyond, row.reset)
             table.add_row(
                 row.arm, number(row.loss), number(row.accuracy), gain, *map(number, numbers), f"{row.trained:,}",
-                "-" if row.state_bytes is None else f"{row.state_bytes:,} B", f"{row.step_ms:.1f}",
+                "-" if row.state_bytes is None else f"{row.state_bytes:,} B",
+                "-" if row.step_ms is None else f"{row.step_ms:.1f}",
                 "-" if row.token_ms is None else f"{row.token_ms:.3f}",
             )  # fmt: skip
         return table

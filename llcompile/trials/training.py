@@ -50,10 +50,10 @@ class Record:
         seed: of the batches and of new level weights.
         diverged: the step whose loss or result was not a number; None if all were.
         choose, judge: both halves of the held-out sequences after training; None where the run diverged.
-        before: the half that judges, at the checkpoint, as this arm runs it.
+        before: the half that judges, at the checkpoint, as this arm runs it; None if its loss is not a number.
         reset: as `judge`, with each level weight put back to 1; None for a control.
         trained: how many parameters were trained.
-        step_ms: median time of a step, in milliseconds; the first steps, which compile, do not count.
+        step_ms: median time of a step after the first three, which compile, in milliseconds; None without steps.
         seconds: of the whole run.
     """
 
@@ -65,7 +65,7 @@ class Record:
     before: Half | None
     reset: Half | None
     trained: int
-    step_ms: float
+    step_ms: float | None
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def run(
     """
     began = time.perf_counter()
     runner.start(checkpoint, seed)
-    before = exam.measure(runner)[JUDGE]
+    before = _finite(exam.measure(runner)[JUDGE])
     trained = sum(p.numel() for group in runner.groups(plan) for p in group["params"])
     times: list[float] = []
     began_step = time.perf_counter()
@@ -115,14 +115,14 @@ def run(
     choose = judge = reset = None
     if diverged is None:
         halves = exam.measure(runner)
-        choose, judge = halves[CHOOSE], halves[JUDGE]
-        if not math.isfinite(sum(choose.position.loss) + sum(judge.position.loss)):
+        choose, judge = _finite(halves[CHOOSE]), _finite(halves[JUDGE])
+        if choose is None or judge is None:
             diverged, choose, judge = plan.steps, None, None
     if judge is not None and runner.levels:
         with runner.without_levels():
-            reset = exam.measure(runner)[JUDGE]
+            reset = _finite(exam.measure(runner)[JUDGE])
         _check_acts(runner, judge, reset)
-    ms = 1e3 * median(times[min(3, len(times) - 1) :]) if times else math.nan
+    ms = 1e3 * median(times[min(3, len(times) - 1) :]) if times else None
     return Record(
         runner.arm.name, seed, diverged, choose, judge, before, reset, trained, ms, time.perf_counter() - began
     )
@@ -173,8 +173,13 @@ def rate(step: int, plan: Plan) -> float:
     return min(1.0, (step + 1) / rise) * 0.5 * (1 + math.cos(math.pi * step / plan.steps))
 
 
-def _check_acts(runner: Runner, judge: Half, reset: Half) -> None:
-    if judge.position.loss == reset.position.loss and any(not weights.is_identity() for weights in runner.levels):
+def _finite(half: Half) -> Half | None:
+    return half if math.isfinite(sum(half.position.loss)) else None
+
+
+def _check_acts(runner: Runner, judge: Half, reset: Half | None) -> None:
+    moved = any(not weights.is_identity() for weights in runner.levels)
+    if moved and reset is not None and judge.position.loss == reset.position.loss:
         raise TrialError(
             f"the arm {runner.arm.name!r} was trained, but with all level weights put back to 1 its loss is the same "
             "to the last bit: its level weights have no effect. Run `llcompile doctor`"

@@ -1,0 +1,203 @@
+"""Per-level readouts against their definition: lengths, levels, states, sequences, steps and gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llcompile.errors import DerivativeError, OperandError, StateError
+from llcompile.kernels import routing_state
+from llcompile.kernels.levels import level_table
+from llcompile.kernels.readout_reference import reference_readouts
+from llcompile.ops import level_readouts, level_readouts_step
+
+SETS, CHANNELS = 2, 3
+
+
+def operands(length: int, batch: int = 2, sets: int = SETS, channels: int = CHANNELS, seed: int = 0) -> list[Tensor]:
+    """A query and a key."""
+    make = torch.Generator().manual_seed(seed)
+    return list(torch.randn(2, batch, length, sets, channels, dtype=torch.float64, generator=make))
+
+
+def old_state(levels: int, *positions: int) -> Tensor:
+    """A state whose rows stand at different positions, made by the definition."""
+    rows = [reference_readouts(*operands(p, 1, seed=p), levels)[1] for p in positions]
+    return torch.cat(rows)
+
+
+def assert_agrees(query: Tensor, key: Tensor, levels: int, state: Tensor | None = None, **sequences: Tensor) -> None:
+    """Readouts, final state and gradients, of the operator and of the definition."""
+    results = []
+    for function in (level_readouts, reference_readouts):
+        leaves = [x.detach().clone().requires_grad_() for x in (query, key, state) if x is not None]
+        more: dict[str, Any] = {"return_final_state": True} if function is level_readouts else {}
+        readouts, final = function(*leaves[:2], levels, *leaves[2:], **more, **sequences)
+        make = torch.Generator().manual_seed(1)
+        grads = [torch.randn(x.shape, dtype=x.dtype, generator=make) for x in (readouts, final)]
+        found = torch.autograd.grad([readouts, final], leaves, grads, allow_unused=True, materialize_grads=True)
+        results.append([readouts, final, *found])
+    for ours, definition in zip(*results, strict=True):
+        torch.testing.assert_close(ours, definition, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("levels", [1, 2, 5, 9])
+@pytest.mark.parametrize("length", [1, 2, 3, 17, 100])
+def test_buckets(length, levels):
+    """What the words say: the keys of all tokens of a level, of each pair of tokens by itself."""
+    query, key = operands(length)
+    seen = level_table(length).clamp(max=levels - 1)[:, :, None] == torch.arange(levels)
+    seen &= torch.ones(length, length, dtype=torch.bool).tril()[:, :, None]
+    expected = torch.einsum("btwr,bswr,tsl->btwl", query, key, seen.double())
+    for found in (level_readouts(query, key, levels)[0], reference_readouts(query, key, levels)[0]):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("levels", [1, 3, 8])
+@pytest.mark.parametrize("length", [1, 2, 5, 33, 70])
+def test_definition(length, levels):
+    """With and without a state, on lengths around powers of two and beyond 2 ** (L - 1)."""
+    assert_agrees(*operands(length), levels)
+    assert_agrees(*operands(length), levels, old_state(levels, 13, 64))
+    assert_agrees(*operands(length), levels, old_state(levels, 7, 0))
+
+
+def test_packed_and_padded():
+    """Levels restart in each sequence; padding is 0 in the readouts and absent from the state."""
+    bounds = torch.tensor([0, 3, 3, 24, 40])
+    assert_agrees(*operands(40, 1), 4, cu_seqlens=bounds)
+    assert_agrees(*operands(40, 1), 4, old_state(4, 0, 5, 9, 16), cu_seqlens=bounds)
+    mask = torch.zeros(3, 21)
+    mask[0, 6:], mask[1, :13] = 1, 1  # on the left, on the right, and a row of padding alone
+    for state in (None, old_state(4, 3, 8, 5)):
+        assert_agrees(*operands(21, 3), 4, state, attention_mask=mask)
+    readouts, _ = level_readouts(*operands(21, 3), 4, attention_mask=mask)
+    assert not readouts[mask == 0].any()
+    assert readouts[mask != 0].any()
+
+
+def test_packed_rows_of_indices():
+    """`seq_idx` gives what each sequence gives by itself."""
+    query, key = operands(12)
+    indices = torch.tensor([[0] * 12, [0] * 5 + [1] * 7])
+    found, _ = torch.ops.llcompile.level_readouts(query, key, 4, None, seq_idx=indices)
+    for row, start, end in ((0, 0, 12), (1, 0, 5), (1, 5, 12)):
+        alone, _ = level_readouts(query[row : row + 1, start:end], key[row : row + 1, start:end], 4)
+        torch.testing.assert_close(found[row : row + 1, start:end], alone)
+
+
+@pytest.mark.parametrize("levels", [1, 3, 9])
+def test_pieces_and_steps_equal_one_pass(levels):
+    """Prefill in pieces of any size, then decode token by token."""
+    query, key = operands(75)
+    whole, final = level_readouts(query, key, levels, return_final_state=True)
+    state, found = None, []
+    for start, end in ((0, 1), (1, 20), (20, 67)):
+        piece, state = level_readouts(query[:, start:end], key[:, start:end], levels, state, return_final_state=True)
+        found.append(piece)
+    for t in range(67, 75):
+        token, state = level_readouts_step(query[:, t], key[:, t], state, levels)
+        found.append(token[:, None])
+    torch.testing.assert_close(torch.cat(found, 1), whole)
+    torch.testing.assert_close(state, final)
+    assert routing_state.unpack(state, levels)[1].tolist() == [75, 75]
+
+
+def test_steps_from_an_empty_state():
+    """Zeros are an empty state."""
+    query, key = operands(9)
+    state, found = routing_state.empty(2, SETS, 4, CHANNELS, torch.float64), []
+    for t in range(9):
+        token, state = level_readouts_step(query[:, t], key[:, t], state, 4)
+        found.append(token)
+    torch.testing.assert_close(torch.stack(found, 1), level_readouts(query, key, 4)[0])
+
+
+def test_gradcheck():
+    """Numerical derivatives, through readouts and state, of a sequence and of a step."""
+    query, key = (x.requires_grad_() for x in operands(6, 1, 1, 2))
+    position, sums = reference_readouts(*operands(5, 1, 1, 2), 3)[1].split([8, 6], 2)
+
+    def sequence(query: Tensor, key: Tensor, sums: Tensor) -> Any:
+        return level_readouts(query, key, 3, torch.cat([position, sums], 2), return_final_state=True)
+
+    def token(query: Tensor, key: Tensor, sums: Tensor) -> Any:
+        return level_readouts_step(query[:, 0], key[:, 0], torch.cat([position, sums], 2), 3)
+
+    for function in (sequence, token):
+        assert torch.autograd.gradcheck(function, (query, key, sums.requires_grad_()))
+
+
+def test_second_derivatives_are_refused():
+    query, key = (x.requires_grad_() for x in operands(6))
+    (grad,) = torch.autograd.grad(level_readouts(query, key, 3)[0].sum(), query, create_graph=True)
+    with pytest.raises(DerivativeError):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "eps"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-5), (torch.float16, 1e-5)], ids=str
+)
+def test_sums_are_float32(dtype, eps):
+    """What short operands lose is lost before: sums and results are float32."""
+    query, key = (x.to(dtype) for x in operands(300))
+    found, state = level_readouts(query, key, 10, return_final_state=True)
+    expected, final = reference_readouts(query, key, 10)
+    assert found.dtype == state.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=eps, atol=eps * 30)
+    torch.testing.assert_close(state.double(), final, rtol=eps, atol=eps * 30)
+    query.requires_grad_()
+    (grad,) = torch.autograd.grad(level_readouts(query, key, 10)[0].sum(), query)
+    assert (grad.dtype, grad.is_contiguous()) == (dtype, True)
+
+
+def test_empty():
+    """No batch, no tokens, no sets."""
+    for shape in ((0, 5, 2, 3), (2, 0, 2, 3), (2, 5, 0, 3)):
+        readouts, state = level_readouts(torch.zeros(shape), torch.zeros(shape), 4, return_final_state=True)
+        assert readouts.shape == (*shape[:3], 4)
+        assert state.shape == (shape[0], shape[2], 20)
+
+
+def test_nan_leaves_earlier_tokens_alone():
+    query, key = operands(40)
+    clean, _ = level_readouts(query, key, 6)
+    key[:, 21] = torch.nan
+    found, _ = level_readouts(query, key, 6)
+    assert torch.equal(found[:, :21], clean[:, :21])
+    assert found[:, 21:].isnan().any()
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_opcheck(kept):
+    """Schema, autograd registration, shape functions, and dynamic shapes under AOTAutograd."""
+    query, key = (x.requires_grad_() for x in operands(7))
+    state = old_state(4, 3, 9).requires_grad_()
+    operator = torch.ops.llcompile
+    torch.library.opcheck(operator.level_readouts.default, (query, key, 4, state), {"return_final_state": kept})
+    torch.library.opcheck(operator.level_readouts_step.default, (query[:, 0].detach(), key[:, 0].detach(), state, 4))
+    readouts, final = operator.level_readouts(query.detach(), key.detach(), 4, None, return_final_state=kept)
+    given = (torch.randn_like(readouts), torch.randn_like(final), query.detach(), key.detach(), 4, None)
+    torch.library.opcheck(operator.level_readouts_backward.default, given, {"return_final_state": kept})
+
+
+def test_errors():
+    """Each says what was expected."""
+    query, key = operands(5)
+    with pytest.raises(OperandError, match=r"query has shape \[2, 5, 2\]"):
+        level_readouts(query[..., 0], key, 4)
+    with pytest.raises(OperandError, match="levels must be a whole number"):
+        level_readouts(query, key, 0)
+    with pytest.raises(OperandError, match="of one dtype"):
+        level_readouts(query, key.float(), 4)
+    with pytest.raises(StateError, match=r"\[2, 2, 20\] with L=4, R=3"):
+        level_readouts(query, key, 4, old_state(5, 3, 4))
+    broken = old_state(4, 3, 4)
+    broken[:, :, 0] += 0.5
+    with pytest.raises(StateError, match="has lost the position of row 0"):
+        level_readouts(query, key, 4, broken)
+    with pytest.raises(StateError, match="has lost the position"):
+        level_readouts_step(query[:, 0], key[:, 0], broken, 4)

@@ -15,6 +15,8 @@ Sums are kept as precisely as the dtype of the cache allows, just as the level s
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -92,8 +94,13 @@ def read(state: Tensor, sets: int, levels: int, channels: int) -> Tensor:
     """
     if not is_level_state(state):
         return state.new_zeros(state.shape[0], sets, size(levels, channels))
+    return read_as(state, _sizes(state), sets, levels, channels)
+
+
+def read_as(state: Any, sizes: tuple[int, int, int], sets: int, levels: int, channels: int) -> Any:
+    """As `read`, of a level state whose `sizes` H, K and V are known: for `fx.Proxy` objects, which have none."""
     position = state[:, :1, 0].flatten(2)[:, :, : header.DIGITS].detach()
-    return torch.cat([position.expand(-1, sets, -1), _sums(state, sets, levels * channels)], 2)
+    return torch.cat([position.expand(-1, sets, -1), _sums(state, sizes, sets, levels * channels)], 2)
 
 
 def write(state: Tensor, routing: Tensor) -> None:
@@ -113,7 +120,7 @@ def write(state: Tensor, routing: Tensor) -> None:
             f"[B, W, 8 + L * R] with B={batch} and W sets of level weights that divide H={heads} heads"
         )
     numbers = routing.shape[2] - header.DIGITS
-    used, width = _place(state, sets, numbers)
+    used, width = _place(_sizes(state), sets, numbers)
     sums = routing[:, :, header.DIGITS :]
     if used * width != numbers:
         sums = torch.nn.functional.pad(sums, (0, used * width - numbers))
@@ -123,25 +130,30 @@ def write(state: Tensor, routing: Tensor) -> None:
 
 def gradient(grad: Tensor, sets: int, numbers: int) -> Tensor:
     """The gradient of a routing state `[B, W, numbers]` from that of the state that it was written into."""
-    return torch.nn.functional.pad(_sums(grad, sets, numbers - header.DIGITS), (header.DIGITS, 0))
+    return torch.nn.functional.pad(_sums(grad, _sizes(grad), sets, numbers - header.DIGITS), (header.DIGITS, 0))
 
 
-def _sums(state: Tensor, sets: int, numbers: int) -> Tensor:
+def _sums(state: Any, sizes: tuple[int, int, int], sets: int, numbers: int) -> Any:
     """What stands in the headers of a level state beside the position, `[B, W, numbers]`."""
-    used, width = _place(state, sets, numbers)
+    used, width = _place(sizes, sets, numbers)
     headers = state[:, :, 0].flatten(2).unflatten(1, (sets, -1))  # [B, W, H / W, K * V]
     return headers[:, :, :used, header.DIGITS : header.DIGITS + width].flatten(2)[:, :, :numbers]
 
 
-def _place(state: Tensor, sets: int, numbers: int) -> tuple[int, int]:
+def _sizes(state: Tensor) -> tuple[int, int, int]:
+    """H, K and V."""
+    return state.shape[1], state.shape[-2], state.shape[-1]
+
+
+def _place(sizes: tuple[int, int, int], sets: int, numbers: int) -> tuple[int, int]:
     """Of how many of a set's heads the headers hold its `numbers`, and how many each."""
-    heads, (key_dim, value_dim) = state.shape[1], state.shape[-2:]
+    heads, key_dim, value_dim = sizes
     available = room(heads, sets, key_dim, value_dim)
     if numbers > available:
         raise StateError(
-            f"the headers of a level state of shape {list(state.shape)} have room for {available} numbers beside the "
-            f"position in each of {sets} sets of level weights, and L * R = {numbers} of a routing state were to be kept "
-            "in them; use routing keys of fewer channels R, or fewer levels L"
+            f"the headers of a level state with H={heads}, K={key_dim} and V={value_dim} have room for {available} "
+            f"numbers beside the position in each of {sets} sets of level weights, and a routing state of L * R = "
+            f"{numbers} was to be kept in them; use routing keys of fewer channels R, or fewer levels L"
         )
     used = -(-numbers // (key_dim * value_dim - header.DIGITS))
     return used, -(-numbers // used)

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import llcompile.kernels.operators  # noqa: F401  (registers torch.ops.llcompile)
+import llcompile.kernels.readout_operators  # noqa: F401  (registers torch.ops.llcompile)
 from llcompile.errors import LevelWeightsError
 
 LevelFunction = Callable[..., Tensor]

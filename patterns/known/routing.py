@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+import llcompile.kernels.readout_operators  # noqa: F401  (registers torch.ops.llcompile)
 from llcompile.kernels import routing_state
 from llcompile.patterns.known.operator_call import OperatorCall, Sequences
 from llcompile.patterns.mixer import Mixer, MixerShape

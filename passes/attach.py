@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx, nn
 
 from llcompile.errors import LevelWeightsError
-from llcompile.passes.candidate import Candidate, GraphCandidate
+from llcompile.passes.candidate import CallCandidate, Candidate, GraphCandidate
 from llcompile.passes.one_token import remember
 from llcompile.passes.session import Session
 from llcompile.passes.weight_input import Role, given, is_projected, projection_input, role_of
@@ -84,20 +84,20 @@ def _attach(session: Session, candidate: Candidate, owner: nn.Module) -> None:
 def _made(session: Session, candidate: Candidate, owner: nn.Module, shape: MixerShape, width: int | None) -> Any:
     """New level weights: of the kind that was asked for, or of what the mixer allows."""
     settings = session.settings
-    kind, why = _possible(settings.kind, shape, settings.levels, width)
+    features = shape.features(settings.levels, in_states=isinstance(candidate, CallCandidate))
+    kind, why = _possible(settings.kind, features, width)
     if why and "kind" in settings.asked and kind != settings.kind:
         candidate.notes.append(f"its level weights are {kind} and not {settings.kind}: {why}")
-    features = shape.features(settings.levels) if kind == "routed" else None
-    return settings.make(kind, shape.level_heads, settings.levels, width, owner, features=features)
+    more = {"features": features} if kind == "routed" else {}
+    return settings.make(kind, shape.level_heads, settings.levels, width, owner, **more)
 
 
-def _possible(kind: str, shape: MixerShape, levels: int, width: int | None) -> tuple[str, str]:
+def _possible(kind: str, features: int, width: int | None) -> tuple[str, str]:
     """The kind that a mixer's level weights can have where `kind` is wanted, and what forbids more."""
     if not width:
         return "static", "its operands have no common input [B, T, D]"
-    if kind == "routed" and not shape.features(levels):
-        sizes = f"K * V = {shape.key_dim * shape.value_dim}"
-        return "linear", f"the header of a level state ({sizes}) has no room for the key sums of {levels} levels"
+    if kind == "routed" and not features:
+        return "linear", "the header of its state, K * V numbers, has no room for a key sum of each level"
     return kind, ""
 
 
@@ -112,7 +112,8 @@ def _check_asked(session: Session, candidate: Candidate, weights: Any) -> None:
     asked = {name: value for name, value in session.settings.asked.items() if getattr(weights, name) != value}
     assert candidate.shape is not None
     fed = candidate.weight_input is not None or candidate.owner_input is not None
-    possible, _ = _possible(session.settings.kind, candidate.shape, weights.levels, weights.in_features or fed)
+    features = candidate.shape.features(weights.levels, in_states=isinstance(candidate, CallCandidate))
+    possible, _ = _possible(session.settings.kind, features, weights.in_features or fed)
     if weights.kind == possible:
         asked.pop("kind", None)
     if asked:

@@ -102,8 +102,10 @@ class MixerShape:
             return self.heads
         return self.heads // CHANNELS if self.heads % CHANNELS == 0 else 1
 
-    def features(self, levels: int) -> int:
-        """R, the width of a routing query: 8, or as much as the header of a level state has room for; 0 for no room."""
+    def features(self, levels: int, in_states: bool) -> int:
+        """R, the width of a routing query: 8; `in_states`, what the header of a level state has room for, or 0."""
+        if not in_states:
+            return FEATURES
         return min(FEATURES, room(self.heads, self.level_heads, self.key_dim, self.value_dim) // levels)
 
 

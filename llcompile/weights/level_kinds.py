@@ -59,9 +59,8 @@ class LevelKind:
     """One row of the table of kinds.
 
     `function(x, *tensors, sizes=, dtype=)` returns w [B, T, H, L], and takes `readouts=` where it `reads_buckets`;
-    `is_one(*tensors, sizes=)` returns a boolean
-    0-d tensor, true only where those tensors make w exactly 1 for every finite x. `code` stands in checkpoints, so it
-    never changes its meaning.
+    `is_one(*tensors, sizes=)` returns a boolean 0-d tensor, true only where those tensors make w exactly 1 for every
+    finite x. `code` stands in checkpoints, so it never changes its meaning.
     """
 
     name: str
@@ -158,14 +157,18 @@ def _routed(
     readouts: Readouts,
 ) -> Tensor:
     by_set = (sizes.heads, -1)
+    # Until `query` has moved from 0, `key` and `gain` have no gradient.
     asked, held = (F.linear(x.to(dtype), t.to(dtype)).to(dtype).unflatten(-1, by_set) for t in (query, key))
     scores = readouts(asked, held, sizes.levels)
     z = _project(x, weight, bias, dtype).unflatten(-1, by_set)
-    return _positive(z + (gain * damping).to(dtype) * scores)
+    return _positive(z + gain.to(dtype) * damping.to(dtype) * scores)
 
 
 def _routed_damping(sizes: Sizes) -> list[float]:
-    """What a sum over the bucket of each level is multiplied by: 1 / sqrt(its tokens), as of independent summands."""
+    """What a sum over the bucket of each level is multiplied by: 1 / sqrt(its tokens), as of independent summands.
+
+    Not the start of `gain` itself: an optimizer's first steps are of one size and would swamp a high level's gain.
+    """
     return [2.0 ** (-0.5 * max(level - 1, 0)) for level in range(sizes.levels)]
 
 
@@ -260,7 +263,6 @@ KINDS: dict[str, LevelKind] = {
             (
                 _WEIGHT,
                 _BIAS,
-                # Zero, so that w is 1: until the first step has changed it, `key` and `gain` have no gradient.
                 TensorRow("query", _features_by_inputs),
                 TensorRow("key", _features_by_inputs, start=None),
                 TensorRow("gain", _heads_by_levels, start=1.0),

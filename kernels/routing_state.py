@@ -139,9 +139,9 @@ def _place(state: Tensor, sets: int, numbers: int) -> tuple[int, int]:
     available = room(heads, sets, key_dim, value_dim)
     if numbers > available:
         raise StateError(
-            f"the headers of a level state of shape {list(state.shape)} have room for {available} numbers beside the "
-            f"position in each of {sets} sets of level weights, and L * R = {numbers} of a routing state were to be kept "
-            "in them; use routing keys of fewer channels R, or fewer levels L"
+            f"the headers of a level state of shape {list(state.shape)} have room for {available} numbers beside "
+            f"the position in each of {sets} sets of level weights, and L * R = {numbers} are more; "
+            "use routing keys of fewer channels R, or fewer levels L"
         )
     used = -(-numbers // (key_dim * value_dim - header.DIGITS))
     return used, -(-numbers // used)

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llcompile.kernels import routing_state, torch_operator
-from llcompile.kernels.aten import readouts as readout_choice
+from llcompile.kernels import choice, routing_state, torch_operator
 from llcompile.kernels.operators import own, without_autocast
 from llcompile.kernels.readouts import Readouts, ReadoutToken, in_place
 from llcompile.kernels.state import state_dtype
@@ -27,7 +26,7 @@ def _readouts(*inputs: Any) -> tuple[Tensor, Tensor]:
         routing_state.check(x.initial_state, x.rows, *_sizes(x))
         routing_state.check_position(x.initial_state, query.shape[1])
     with torch.no_grad(), without_autocast(query):
-        readouts, state = readout_choice.forward(x, return_final_state)
+        readouts, state = choice.readouts(x, return_final_state)
     return readouts.reshape(*query.shape[:3], x.levels), state
 
 
@@ -36,7 +35,7 @@ def _readouts_backward(grad: Tensor, grad_state: Tensor, *inputs: Any) -> tuple[
     query, key, _, state, *_ = inputs
     grad = grad.reshape(*x.query.shape[:3], x.levels)
     with torch.no_grad(), without_autocast(query):
-        found = readout_choice.backward(x, grad, grad_state if return_final_state else None)
+        found = choice.readouts_backward(x, grad, grad_state if return_final_state else None)
     given = (query, key, query.new_empty(0) if state is None else state)
     return tuple(
         t if d is None else d.to(t.dtype).reshape(t.shape).contiguous() for t, d in zip(given, found, strict=True)
@@ -45,9 +44,8 @@ def _readouts_backward(grad: Tensor, grad_state: Tensor, *inputs: Any) -> tuple[
 
 def _step(query: Tensor, key: Tensor, state: Tensor, levels: int, _: str) -> tuple[Tensor, Tensor]:
     routing_state.check(state, query.shape[0], query.shape[1], levels, query.shape[2], "state")
-    routing_state.check_position(state, 1, "state")
     with torch.no_grad(), without_autocast(query):
-        return readout_choice.step(ReadoutToken(query, key, state, levels))
+        return choice.readouts_step(ReadoutToken(query, key, state, levels))
 
 
 def _read(inputs: tuple[Any, ...]) -> tuple[Readouts, bool]:

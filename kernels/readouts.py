@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llcompile.errors import OperandError
 from llcompile.kernels import routing_state
+from llcompile.kernels.description import ReadoutDescription
 from llcompile.kernels.operands import COMPUTE_DTYPES, check_device
 from llcompile.kernels.state import state_dtype
 from llcompile.kernels.varlen import flat, spans_of
@@ -50,6 +51,16 @@ class ReadoutToken(NamedTuple):
     key: Tensor
     state: Tensor
     levels: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As that of `Readouts`."""
+        return state_dtype(self.query.dtype)
+
+
+def describe(x: Readouts | ReadoutToken) -> ReadoutDescription:
+    """The description of one call, or of a step."""
+    return ReadoutDescription(x.levels, x.query.shape[-1], x.query.dtype)
 
 
 def in_place(x: Readouts, cu_seqlens: Tensor | None, attention_mask: Tensor | None, seq_idx: Tensor | None) -> Readouts:

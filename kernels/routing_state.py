@@ -152,8 +152,8 @@ def _place(sizes: tuple[int, int, int], sets: int, numbers: int) -> tuple[int, i
     if numbers > available:
         raise StateError(
             f"the headers of a level state with H={heads}, K={key_dim} and V={value_dim} have room for {available} "
-            f"numbers beside the position in each of {sets} sets of level weights, and a routing state of L * R = "
-            f"{numbers} was to be kept in them; use routing keys of fewer channels R, or fewer levels L"
+            f"numbers beside the position in each of {sets} sets of level weights, and L * R = {numbers} are more; "
+            "use routing keys of fewer channels R, or fewer levels L"
         )
     used = -(-numbers // (key_dim * value_dim - header.DIGITS))
     return used, -(-numbers // used)

@@ -48,8 +48,12 @@ def backward(x: Readouts, grad: Tensor, grad_state: Tensor | None) -> tuple[Tens
 
 
 def step(x: ReadoutToken) -> tuple[Tensor, Tensor]:
-    """Absorb one token and read out: `[B, W, L]` and the new state."""
-    dtype = Readouts(*x[:2], x.levels).dtype
+    """Absorb one token and read out: `[B, W, L]` and the new state.
+
+    Raises `StateError` where a row's position is damaged or cannot be counted further.
+    """
+    routing_state.check_position(x.state, 1, "state")
+    dtype = x.dtype
     sums, position = routing_state.unpack(x.state.to(dtype), x.levels)
     sums = routing_state.merge(sums, position)
     sums = torch.cat([sums[:, :, :1] + x.key.to(dtype)[:, :, None], sums[:, :, 1:]], 2)

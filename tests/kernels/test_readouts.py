@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,12 +10,19 @@ import torch
 from torch import Tensor
 
 from llcompile.errors import DerivativeError, OperandError, StateError
-from llcompile.kernels import routing_state
+from llcompile.kernels import choice, routing_state
 from llcompile.kernels.levels import level_table
 from llcompile.kernels.readout_reference import reference_readouts
 from llcompile.ops import level_readouts, level_readouts_step
 
 SETS, CHANNELS = 2, 3
+
+
+@pytest.fixture(autouse=True, params=["aten", "cpp"])
+def form(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Run each test on both."""
+    with choice.use(request.param):
+        yield
 
 
 def operands(length: int, batch: int = 2, sets: int = SETS, channels: int = CHANNELS, seed: int = 0) -> list[Tensor]:

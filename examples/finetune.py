@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if step % 10 == 0:
             print(f"step {step}: loss {loss.item():.3f}")
     after = loss_of(run, held_out).item()
-    print(f"the level weights, and nothing else, moved the held-out loss from {before:.3f} to {after:.3f}")
+    print(f"the level weights, and nothing else, moved the held-out loss from {before:.4f} to {after:.4f}")
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "levels.safetensors"
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         again = build()  # the model as it was, not converted
         llcompile.load_levels(again, file)
     rerun = torch.compile(again, backend="loglinear", options={"inner": args.inner})
-    print(f"loaded into a fresh model: held-out loss {loss_of(rerun, held_out).item():.3f}")
+    print(f"loaded into a fresh model: held-out loss {loss_of(rerun, held_out).item():.4f}")
 
 
 if __name__ == "__main__":

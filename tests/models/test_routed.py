@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -184,6 +185,53 @@ def test_inductor_trains_at_all_lengths() -> None:
         ours, theirs = (torch.autograd.grad(small.loss(f(ids), ids), [*model.parameters()]) for f in (run, plain))
         for actual, expected in zip(ours, theirs, strict=True):
             assert difference(actual, expected) < 1e-4
+
+
+@pytest.mark.slow
+def test_saved_opened_and_exported(tmp_path: Path) -> None:
+    """By transformers and by torch.export: the same logits, with the width of the routing queries."""
+    model, ids = routed(lively(tiny.build("mamba2")), tiny.tokens()), tiny.tokens()
+    with torch.no_grad():
+        expected = compiled(model)(ids, use_cache=False).logits
+        model.save_pretrained(tmp_path)
+        again: Any = type(model).from_pretrained(tmp_path).eval()
+        assert torch.equal(compiled(again)(ids, use_cache=False).logits, expected)
+        assert again.backbone.layers[0].mixer.loglinear.sizes.features == 8
+    program = torch.export.export(Logits(model), (ids,))
+    assert sum("level_readouts" in str(node.target) for node in program.graph.nodes) == 2
+    assert difference(program.module()(ids), expected) < 1e-6
+
+
+class Logits(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.model(ids, use_cache=False).logits
+
+
+@pytest.mark.slow
+def test_with_adapters(tmp_path: Path) -> None:
+    """PEFT keeps a copy of the level weights: that one is trained, saved and loaded."""
+    peft = pytest.importorskip("peft")
+    model, ids = routed(lively(tiny.build("mamba2")), tiny.tokens()), tiny.tokens()
+    llcompile.save_levels(model, tmp_path / "levels.safetensors")
+    adapted = peft.get_peft_model(lively(tiny.build("mamba2")), peft.LoraConfig(target_modules=["in_proj"]))
+    llcompile.convert(adapted, ids, options=ROUTED, verify=False, use_cache=False)
+    llcompile.load_levels(adapted, tmp_path / "levels.safetensors")
+    with torch.no_grad():
+        expected = compiled(model)(ids, use_cache=False).logits
+        assert difference(compiled(adapted)(ids, use_cache=False).logits, expected) < 1e-6
+    llcompile.freeze_except_levels(adapted)
+    trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
+    assert len(trained) == 10
+    assert all("loglinear.modules_to_save.default." in name for name in trained)
+    llcompile.save_levels(adapted, tmp_path / "again.safetensors")
+    again = lively(tiny.build("mamba2"))
+    llcompile.load_levels(again, tmp_path / "again.safetensors")
+    with torch.no_grad():
+        assert difference(compiled(again)(ids, use_cache=False).logits, expected) < 1e-6
 
 
 class Apart(nn.Module):

@@ -14,8 +14,7 @@ from llcompile.kernels import choice, routing_state
 from llcompile.kernels.levels import level_table
 from llcompile.kernels.readout_reference import reference_readouts
 from llcompile.ops import level_readouts, level_readouts_step
-
-SETS, CHANNELS = 2, 3
+from tests.kernels.readout_cases import CHANNELS, SETS, both, old_state, operands
 
 
 @pytest.fixture(autouse=True, params=["aten", "cpp"])
@@ -25,30 +24,9 @@ def form(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
-def operands(length: int, batch: int = 2, sets: int = SETS, channels: int = CHANNELS, seed: int = 0) -> list[Tensor]:
-    """A query and a key."""
-    make = torch.Generator().manual_seed(seed)
-    return list(torch.randn(2, batch, length, sets, channels, dtype=torch.float64, generator=make))
-
-
-def old_state(levels: int, *positions: int) -> Tensor:
-    """A state whose rows stand at different positions, made by the definition."""
-    rows = [reference_readouts(*operands(p, 1, seed=p), levels)[1] for p in positions]
-    return torch.cat(rows)
-
-
 def assert_agrees(query: Tensor, key: Tensor, levels: int, state: Tensor | None = None, **sequences: Tensor) -> None:
     """Readouts, final state and gradients, of the operator and of the definition."""
-    results = []
-    for function in (level_readouts, reference_readouts):
-        leaves = [x.detach().clone().requires_grad_() for x in (query, key, state) if x is not None]
-        more: dict[str, Any] = {"return_final_state": True} if function is level_readouts else {}
-        readouts, final = function(*leaves[:2], levels, *leaves[2:], **more, **sequences)
-        make = torch.Generator().manual_seed(1)
-        grads = [torch.randn(x.shape, dtype=x.dtype, generator=make) for x in (readouts, final)]
-        found = torch.autograd.grad([readouts, final], leaves, grads, allow_unused=True, materialize_grads=True)
-        results.append([readouts, final, *found])
-    for ours, definition in zip(*results, strict=True):
+    for ours, definition in both(query, key, levels, state, **sequences).values():
         torch.testing.assert_close(ours, definition, rtol=1e-10, atol=1e-10)
 
 

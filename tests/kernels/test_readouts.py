@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor
 
 from llcompile.errors import DerivativeError, OperandError, StateError
@@ -187,3 +188,30 @@ def test_errors():
         level_readouts(query, key, 4, broken)
     with pytest.raises(StateError, match="has lost the position"):
         level_readouts_step(query[:, 0], key[:, 0], broken, 4)
+
+
+def test_compiled_once_for_all_lengths():
+    """Dynamic lengths neither recompile nor break the graph, forward and backward."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def function(query: Tensor, key: Tensor) -> Any:
+        return level_readouts(query, key, 9, return_final_state=True)
+
+    compiled = torch.compile(function, backend=counter, fullgraph=True, dynamic=True)
+    for length in (20, 70, 131):
+        results = []
+        for call in (compiled, function):
+            query, key = (x.requires_grad_() for x in operands(length))
+            readouts, state = call(query, key)
+            results.append((readouts, state, *torch.autograd.grad(readouts.sum() + state.sum(), (query, key))))
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b)
+    assert counter.frame_count == 1
+
+
+def test_shapes_without_data():
+    """The meta device, where nothing is computed."""
+    query, key = (x.to("meta") for x in operands(70))
+    readouts, state = level_readouts(query, key, 9, return_final_state=True)
+    assert (readouts.shape, state.shape) == ((2, 70, SETS, 9), (2, SETS, 8 + 9 * CHANNELS))

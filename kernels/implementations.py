@@ -118,8 +118,8 @@ class Triton(Implementation):
             return kernels.step(token)
 
     def readouts(self) -> ReadoutForm:
-        """As `aten.readouts` has them."""
-        from llcompile.kernels.aten import readouts
+        """As `triton.readouts` has them."""
+        from llcompile.kernels.triton import readouts
 
         return readouts
 

@@ -6,6 +6,8 @@ there are O(T log T) products of a query and a sum, in O(log T) operations, and 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -13,34 +15,41 @@ from llcompile.kernels import header, routing_state
 from llcompile.kernels.aten.tree import siblings
 from llcompile.kernels.grid import Grid, make_grid
 from llcompile.kernels.readouts import Readouts, ReadoutToken
-from llcompile.kernels.rows import from_rows, rows_between, to_rows
+from llcompile.kernels.rows import Rows, from_rows, rows_between, to_rows
 
 
 def forward(x: Readouts, return_final_state: bool) -> tuple[Tensor, Tensor]:
     """Readouts `[B, T, W, L]` and final state (an empty tensor when not asked for)."""
-    state = x.initial_state
-    x = x._replace(
-        query=x.query.to(x.dtype), key=x.key.to(x.dtype), initial_state=state if state is None else state.to(x.dtype)
-    )
-    if x.starts is None:
-        return _of_rows(x, return_final_state)
-    assert x.lengths is not None
-    rows = rows_between(x.starts, x.lengths, x.query.shape[1])
-    x = x._replace(query=to_rows(x.query, rows), key=to_rows(x.key, rows), lengths=rows.lengths, starts=None)
-    readouts, state = _of_rows(x, return_final_state)
-    return from_rows(readouts, rows), state
+    if x.starts is not None:
+        x, rows = in_rows(x)
+        readouts, state = forward(x, return_final_state)
+        return from_rows(readouts, rows), state
+    x = _widened(x)
+    old, state = of_states(x, return_final_state)
+    readouts = _of_tokens(x)
+    return readouts if old is None else readouts + old, state
 
 
 def backward(x: Readouts, grad: Tensor, grad_state: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients of query, key and initial state; None where there is no operand."""
+    return gradients(forward, x, grad, grad_state)
+
+
+def gradients(
+    function: Callable[[Readouts, bool], tuple[Tensor | None, Tensor]],
+    x: Readouts,
+    grad: Tensor,
+    grad_state: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """Those of a function of the operands, by autograd."""
     with torch.inference_mode(False), torch.enable_grad():  # an operator runs below autograd; this lifts it above
         given = (x.query, x.key, x.initial_state)
         inputs = [t if t is None else t.detach().to(x.dtype).requires_grad_() for t in given]
         query, key, state = inputs
         assert query is not None
         assert key is not None
-        results = forward(x._replace(query=query, key=key, initial_state=state), grad_state is not None)
-        asked = [pair for pair in zip(results, (grad, grad_state), strict=True) if pair[1] is not None]
+        results = function(x._replace(query=query, key=key, initial_state=state), grad_state is not None)
+        asked = [(t, d) for t, d in zip(results, (grad, grad_state), strict=True) if t is not None and d is not None]
         wanted = [t for t in inputs if t is not None]
         outputs, grads = zip(*asked, strict=True)
         found = iter(torch.autograd.grad(outputs, wanted, grads, allow_unused=True, materialize_grads=True))
@@ -60,28 +69,71 @@ def step(x: ReadoutToken) -> tuple[Tensor, Tensor]:
     return (x.query.to(dtype)[:, :, None] * sums).sum(-1), routing_state.pack(sums, position + 1)
 
 
-def _of_rows(x: Readouts, return_final_state: bool) -> tuple[Tensor, Tensor]:
-    batch, tokens, _, _ = x.query.shape
-    if not tokens or not x.query.numel():
-        return x.query.new_zeros(*x.query.shape[:3], x.levels), _unchanged(x, return_final_state)
-    grid = make_grid(tokens, x.position, x.lengths, chunk=1)
+def in_rows(x: Readouts) -> tuple[Readouts, Rows]:
+    """Each sequence at the start of a row of its own, and where the rows' tokens are."""
+    assert x.starts is not None
+    assert x.lengths is not None
+    rows = rows_between(x.starts, x.lengths, x.query.shape[1])
+    query, key = to_rows(x.query, rows), to_rows(x.key, rows)
+    return x._replace(query=query, key=key, lengths=rows.lengths, starts=None), rows
+
+
+def grid_of(x: Readouts) -> Grid:
+    """The grid of the tokens of rows, a chunk for each."""
+    return make_grid(x.query.shape[1], x.position, x.lengths, chunk=1)
+
+
+def of_states(x: Readouts, return_final_state: bool) -> tuple[Tensor | None, Tensor]:
+    """What the tokens of rows read of the initial state (None without one), and the final state."""
+    x = _widened(x)
+    if not x.query.numel():
+        return None, _unchanged(x) if return_final_state else _no_state(x)
+    grid = grid_of(x)
+    old = None if x.initial_state is None else _old(x, grid)
+    if not return_final_state:
+        return old, _no_state(x)
+    return old, _final(x, _ends(x, grid))
+
+
+def _widened(x: Readouts) -> Readouts:
+    """In the dtype of sums."""
+    state = None if x.initial_state is None else x.initial_state.to(x.dtype)
+    return x._replace(query=x.query.to(x.dtype), key=x.key.to(x.dtype), initial_state=state)
+
+
+def _of_tokens(x: Readouts) -> Tensor:
+    """What the tokens of rows read of one another."""
+    if not x.query.numel():
+        return x.query.new_zeros(*x.query.shape[:3], x.levels)
+    grid = grid_of(x)
     query, key = grid.place(x.query), grid.place(x.key)  # [B, W, N, R]
-    last = grid.last(batch, key.device)
-    columns, ends = [(query * key).sum(-1)], [_at(key, last)]
+    columns = [(query * key).sum(-1)]
     for level in range(grid.levels - 1):  # blocks of 2 ** level tokens
         right, left = siblings(grid.chunks, level, key.device)
         read = (query[:, :, right] * key[:, :, left]).sum(-1)
         columns.append(torch.zeros_like(columns[0]).index_copy(2, right, read))
+        key = _joined(key)
+    return _summed(grid.take(torch.stack(columns, -1)), _levels(x, grid)[:, None, None], x.levels)
+
+
+def _ends(x: Readouts, grid: Grid) -> Tensor:
+    """The sums `[B, R, W, L]` of each level at the rows' last tokens."""
+    key, last = grid.place(x.key), grid.last(x.key.shape[0], x.key.device)
+    ends = [_at(key, last)]
+    for level in range(grid.levels - 1):
         block = last >> level
         ends.append(_at(key, (block - 1).clamp(min=0)) * (block & 1)[:, None, None])
         key = _joined(key)
-    levels = grid.true_levels(batch, key.device).clamp(max=x.levels - 1)  # [B, levels of the grid]
-    readouts = _summed(grid.take(torch.stack(columns, -1)), levels[:, None, None], x.levels)
-    sums = _summed(torch.stack(ends, -1).transpose(1, 2), levels[:, None, None], x.levels)  # [B, R, W, L]
-    if x.initial_state is not None:
-        old, final = _old(x, grid)
-        readouts, sums = readouts + old, sums + final
-    return readouts, _final(x, sums.permute(0, 2, 3, 1)) if return_final_state else _no_state(x)
+    sums = _summed(torch.stack(ends, -1).transpose(1, 2), _levels(x, grid)[:, None, None], x.levels)
+    if x.initial_state is None:
+        return sums
+    end = grid.old_levels(x.query.shape[0], sums.device, x.levels)[1]
+    return sums + _summed(_old_sums(x).permute(0, 3, 1, 2), end[:, None, None], x.levels)
+
+
+def _levels(x: Readouts, grid: Grid) -> Tensor:
+    """The level `[B, levels of the grid]` that each of the grid's levels is."""
+    return grid.true_levels(x.query.shape[0], x.query.device).clamp(max=x.levels - 1)
 
 
 def _joined(key: Tensor) -> Tensor:
@@ -100,33 +152,35 @@ def _summed(x: Tensor, levels: Tensor, count: int) -> Tensor:
     return x.new_zeros(*x.shape[:-1], count).scatter_add(-1, levels.expand(x.shape), x)
 
 
-def _old(x: Readouts, grid: Grid) -> tuple[Tensor, Tensor]:
-    """What queries read of the initial state `[B, T, W, L]`, and where its sums are in the end `[B, R, W, L]`."""
+def _old_sums(x: Readouts) -> Tensor:
+    """The sums of the initial state `[B, W, L, R]`, merged for the first token."""
     assert x.initial_state is not None
     assert x.position is not None
-    sums = routing_state.merge(routing_state.unpack(x.initial_state, x.levels)[0], x.position)
-    seen, end = grid.old_levels(x.query.shape[0], sums.device, x.levels)
-    read = torch.einsum("btwr,bwlr->btwl", x.query, sums)
+    return routing_state.merge(routing_state.unpack(x.initial_state, x.levels)[0], x.position)
+
+
+def _old(x: Readouts, grid: Grid) -> Tensor:
+    """What queries read of the initial state, `[B, T, W, L]`."""
+    seen, _ = grid.old_levels(x.query.shape[0], x.query.device, x.levels)
+    read = torch.einsum("btwr,bwlr->btwl", x.query, _old_sums(x))
     if x.lengths is not None:
-        real = torch.arange(grid.tokens, device=sums.device) < x.lengths[:, None]
+        real = torch.arange(grid.tokens, device=read.device) < x.lengths[:, None]
         read = torch.where(real[:, :, None, None], read, 0)
-    return _summed(read, seen[:, :, None], x.levels), _summed(sums.permute(0, 3, 1, 2), end[:, None, None], x.levels)
+    return _summed(read, seen[:, :, None], x.levels)
 
 
 def _final(x: Readouts, sums: Tensor) -> Tensor:
-    """The state after the last token, from sums `[B, W, L, R]`; rows without tokens keep theirs."""
+    """The state after the last token, from sums `[B, R, W, L]`; rows without tokens keep theirs."""
     batch, tokens = x.query.shape[:2]
     position = torch.full((batch,), tokens, device=sums.device) if x.lengths is None else x.lengths
-    state = routing_state.pack(sums, position if x.position is None else position + x.position)
+    state = routing_state.pack(sums.permute(0, 2, 3, 1), position if x.position is None else position + x.position)
     if x.lengths is None:
         return state
-    return torch.where((x.lengths == 0)[:, None, None], _unchanged(x, True), state)
+    return torch.where((x.lengths == 0)[:, None, None], _unchanged(x), state)
 
 
-def _unchanged(x: Readouts, return_final_state: bool) -> Tensor:
+def _unchanged(x: Readouts) -> Tensor:
     """The state of rows without tokens."""
-    if not return_final_state:
-        return _no_state(x)
     if x.initial_state is None:
         shape = (x.query.shape[0], x.query.shape[2], routing_state.size(x.levels, x.query.shape[3]))
         return x.query.new_zeros(shape)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor
 
 from llcompile.errors import DerivativeError, OperandError, StateError
@@ -14,8 +15,7 @@ from llcompile.kernels import choice, routing_state
 from llcompile.kernels.levels import level_table
 from llcompile.kernels.readout_reference import reference_readouts
 from llcompile.ops import level_readouts, level_readouts_step
-
-SETS, CHANNELS = 2, 3
+from tests.kernels.readout_cases import CHANNELS, SETS, both, old_state, operands
 
 
 @pytest.fixture(autouse=True, params=["aten", "cpp"])
@@ -25,30 +25,9 @@ def form(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
-def operands(length: int, batch: int = 2, sets: int = SETS, channels: int = CHANNELS, seed: int = 0) -> list[Tensor]:
-    """A query and a key."""
-    make = torch.Generator().manual_seed(seed)
-    return list(torch.randn(2, batch, length, sets, channels, dtype=torch.float64, generator=make))
-
-
-def old_state(levels: int, *positions: int) -> Tensor:
-    """A state whose rows stand at different positions, made by the definition."""
-    rows = [reference_readouts(*operands(p, 1, seed=p), levels)[1] for p in positions]
-    return torch.cat(rows)
-
-
 def assert_agrees(query: Tensor, key: Tensor, levels: int, state: Tensor | None = None, **sequences: Tensor) -> None:
     """Readouts, final state and gradients, of the operator and of the definition."""
-    results = []
-    for function in (level_readouts, reference_readouts):
-        leaves = [x.detach().clone().requires_grad_() for x in (query, key, state) if x is not None]
-        more: dict[str, Any] = {"return_final_state": True} if function is level_readouts else {}
-        readouts, final = function(*leaves[:2], levels, *leaves[2:], **more, **sequences)
-        make = torch.Generator().manual_seed(1)
-        grads = [torch.randn(x.shape, dtype=x.dtype, generator=make) for x in (readouts, final)]
-        found = torch.autograd.grad([readouts, final], leaves, grads, allow_unused=True, materialize_grads=True)
-        results.append([readouts, final, *found])
-    for ours, definition in zip(*results, strict=True):
+    for ours, definition in both(query, key, levels, state, **sequences).values():
         torch.testing.assert_close(ours, definition, rtol=1e-10, atol=1e-10)
 
 
@@ -209,3 +188,30 @@ def test_errors():
         level_readouts(query, key, 4, broken)
     with pytest.raises(StateError, match="has lost the position"):
         level_readouts_step(query[:, 0], key[:, 0], broken, 4)
+
+
+def test_compiled_once_for_all_lengths():
+    """Dynamic lengths neither recompile nor break the graph, forward and backward."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def function(query: Tensor, key: Tensor) -> Any:
+        return level_readouts(query, key, 9, return_final_state=True)
+
+    compiled = torch.compile(function, backend=counter, fullgraph=True, dynamic=True)
+    for length in (20, 70, 131):
+        results = []
+        for call in (compiled, function):
+            query, key = (x.requires_grad_() for x in operands(length))
+            readouts, state = call(query, key)
+            results.append((readouts, state, *torch.autograd.grad(readouts.sum() + state.sum(), (query, key))))
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b)
+    assert counter.frame_count == 1
+
+
+def test_shapes_without_data():
+    """The meta device, where nothing is computed."""
+    query, key = (x.to("meta") for x in operands(70))
+    readouts, state = level_readouts(query, key, 9, return_final_state=True)
+    assert (readouts.shape, state.shape) == ((2, 70, SETS, 9), (2, SETS, 8 + 9 * CHANNELS))

@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(llcompile.convert(model, data.rows[:2]))
     if not args.all:
         print(llcompile.freeze_except_levels(model))
-    # The Trainer's own option torch_compile_backend takes only the names that accelerate knows.
+    # Without options of the backend, TrainingArguments(torch_compile_backend="loglinear") does the same.
     model.compile(backend="loglinear", options={"inner": args.inner})
     optimizer = torch.optim.AdamW(llcompile.parameter_groups(model, lr=args.lr, weight_decay=0.1))
     start = [p.detach().clone() for p in model.parameters()]

@@ -22,6 +22,7 @@ _PUBLIC = {
     "level_parameters": "llcompile.weights.training",
     "freeze_except_levels": "llcompile.weights.training",
     "parameter_groups": "llcompile.weights.training",
+    "decompositions": "llcompile.decomposition",
     "LevelWeights": "llcompile.weights.level_weights",
     "Look": "llcompile.look.look",
     "Report": "llcompile.report",

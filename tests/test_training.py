@@ -239,7 +239,6 @@ def test_the_example_in_plain_torch(kind: str, capsys: pytest.CaptureFixture[str
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("everything", [False, True])
 def test_the_example_with_the_trainer(everything: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("accelerate")
     said = example("finetune_trainer.py", capsys, *["--all"] * everything)
     assert ("and nothing else, moved: 4 of 4 of their tensors, 0 others" in said) != everything
     assert "4 of 4 of their tensors" in said

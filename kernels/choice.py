@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 
 from llcompile.errors import KernelCacheError, KernelError, OptionError
-from llcompile.kernels.description import Description, describe, describe_step
-from llcompile.kernels.implementations import ATEN, IMPLEMENTATIONS, Implementation, preferred
+from llcompile.kernels.description import describe, describe_step
+from llcompile.kernels.implementations import ATEN, IMPLEMENTATIONS, Described, Implementation, preferred
 from llcompile.kernels.operands import Operands, Token
+from llcompile.kernels.readouts import Readouts, ReadoutToken
+from llcompile.kernels.readouts import describe as describe_readouts
 
 VARIABLE = "LLCOMPILE_KERNELS"
 CHOICES = ("auto", *IMPLEMENTATIONS)
@@ -30,7 +32,7 @@ _log = logging.getLogger("llcompile.kernels")
 _chosen: ContextVar[str | None] = ContextVar("llcompile_kernels", default=None)
 
 # Why an implementation could not be made for a description and a device, where that showed only when it was to run.
-_refused: dict[tuple[str, Description, torch.device], str] = {}
+_refused: dict[tuple[str, Described, torch.device], str] = {}
 
 
 @contextlib.contextmanager
@@ -74,7 +76,22 @@ def step(token: Token) -> tuple[Tensor, Tensor]:
     return _run(lambda: describe_step(token), token.v.device, lambda one: one.step(token))
 
 
-def _run(describe: Callable[[], Description], device: torch.device, call: Callable[[Implementation], Result]) -> Result:
+def readouts(x: Readouts, return_final_state: bool) -> tuple[Tensor, Tensor]:
+    """As `aten.readouts.forward`, by the implementation that is chosen."""
+    return _run(lambda: describe_readouts(x), x.query.device, lambda one: one.readouts().forward(x, return_final_state))
+
+
+def readouts_backward(x: Readouts, grad: Tensor, grad_state: Tensor | None) -> tuple[Tensor | None, ...]:
+    """As `aten.readouts.backward`, by the implementation that is chosen."""
+    return _run(lambda: describe_readouts(x), x.query.device, lambda one: one.readouts().backward(x, grad, grad_state))
+
+
+def readouts_step(x: ReadoutToken) -> tuple[Tensor, Tensor]:
+    """As `aten.readouts.step`, by the implementation that is chosen."""
+    return _run(lambda: describe_readouts(x), x.query.device, lambda one: one.readouts().step(x))
+
+
+def _run(describe: Callable[[], Described], device: torch.device, call: Callable[[Implementation], Result]) -> Result:
     """Call one of them; raises `KernelError` if what was asked for by name cannot run here."""
     chosen = choice()
     wanted = preferred(device) if chosen == "auto" else IMPLEMENTATIONS[chosen]

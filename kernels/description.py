@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -72,6 +72,16 @@ class Description:
     def dtype_name(self) -> str:
         """The operands' dtype in a word, as torch and Triton have it."""
         return str(self.dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class ReadoutDescription:
+    """One call of per-level readouts: L levels of keys of R channels."""
+
+    levels: int
+    channels: int
+    dtype: torch.dtype
+    without_kernels: ClassVar[None] = None  # as of `Description`
 
 
 def describe(x: Operands, final_state: bool) -> Description:

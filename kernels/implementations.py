@@ -8,16 +8,32 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from functools import lru_cache
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from llcompile.errors import CompilerError
 from llcompile.kernels import finite
-from llcompile.kernels.description import Description
+from llcompile.kernels.description import Description, ReadoutDescription
 from llcompile.kernels.operands import COMPUTE_DTYPES, Operands, Token
+from llcompile.kernels.readouts import Readouts, ReadoutToken
 from llcompile.kernels.state import check_positions
+
+Described = Description | ReadoutDescription
+
+
+class ReadoutForm(Protocol):
+    """One way to run per-level readouts: what `aten.readouts` has, in a module of its own."""
+
+    def forward(self, x: Readouts, return_final_state: bool, /) -> tuple[Tensor, Tensor]:
+        """As `aten.readouts.forward`."""
+
+    def backward(self, x: Readouts, grad: Tensor, grad_state: Tensor | None, /) -> tuple[Tensor | None, ...]:
+        """As `aten.readouts.backward`."""
+
+    def step(self, x: ReadoutToken, /) -> tuple[Tensor, Tensor]:
+        """As `aten.readouts.step`."""
 
 
 class Implementation(ABC):
@@ -31,11 +47,11 @@ class Implementation(ABC):
     title: ClassVar[str]
     devices: ClassVar[tuple[str, ...]] = ()
 
-    def reason(self, d: Description, device: torch.device) -> str | None:
+    def reason(self, d: Described, device: torch.device) -> str | None:
         """Why it cannot run what `d` describes on `device`; None if it can, as far as is known before it is tried."""
         return None
 
-    def refusal(self, error: Exception, d: Description, device: torch.device) -> str | None:
+    def refusal(self, error: Exception, d: Described, device: torch.device) -> str | None:
         """What an error says if it means that this cannot be made for `d` on `device`; None if it means anything else.
 
         Holds for the whole process: it is not tried again.
@@ -54,6 +70,10 @@ class Implementation(ABC):
     def step(self, token: Token) -> tuple[Tensor, Tensor]:
         """As `aten.token.step`; raises `StateError` where a state has lost its position or counts no further."""
 
+    @abstractmethod
+    def readouts(self) -> ReadoutForm:
+        """How it runs per-level readouts."""
+
 
 class Triton(Implementation):
     """Triton kernels (`kernels/triton/`)."""
@@ -61,13 +81,13 @@ class Triton(Implementation):
     name, title = "triton", "Triton kernels"
     devices = ("cuda",)  # and ROCm's, which torch calls by that name
 
-    def reason(self, d: Description, device: torch.device) -> str | None:
+    def reason(self, d: Described, device: torch.device) -> str | None:
         """As `limits.unsupported`."""
         from llcompile.kernels.triton.limits import unsupported
 
         return unsupported(d, device)
 
-    def refusal(self, error: Exception, d: Description, device: torch.device) -> str | None:
+    def refusal(self, error: Exception, d: Described, device: torch.device) -> str | None:
         """Of what Triton raises for kernels that it cannot make."""
         from llcompile.kernels.triton.limits import refusals
 
@@ -97,6 +117,12 @@ class Triton(Implementation):
         with _current(token.v):
             return kernels.step(token)
 
+    def readouts(self) -> ReadoutForm:
+        """As `triton.readouts` has them."""
+        from llcompile.kernels.triton import readouts
+
+        return readouts
+
 
 class Cpp(Implementation):
     """C++ kernels (`kernels/cpp/`)."""
@@ -104,7 +130,7 @@ class Cpp(Implementation):
     name, title = "cpp", "C++ kernels"
     devices = ("cpu",)
 
-    def reason(self, d: Description, device: torch.device) -> str | None:
+    def reason(self, d: Described, device: torch.device) -> str | None:
         """They run on a CPU, in the dtypes that PyTorch computes in."""
         if device.type != "cpu":
             return f"the operands are on {device}; C++ kernels run on a CPU"
@@ -112,7 +138,7 @@ class Cpp(Implementation):
             return f"dtype {d.dtype} is not one of {', '.join(map(str, COMPUTE_DTYPES))}"
         return d.without_kernels
 
-    def refusal(self, error: Exception, d: Description, device: torch.device) -> str | None:
+    def refusal(self, error: Exception, d: Described, device: torch.device) -> str | None:
         """No compiler, one that fails, or a platform that there are no flags for."""
         return str(error) if isinstance(error, CompilerError) else None
 
@@ -133,6 +159,12 @@ class Cpp(Implementation):
         from llcompile.kernels.cpp import engine
 
         return engine.step(token)
+
+    def readouts(self) -> ReadoutForm:
+        """As `cpp.readouts` has them."""
+        from llcompile.kernels.cpp import readouts
+
+        return readouts
 
 
 class Aten(Implementation):
@@ -158,6 +190,12 @@ class Aten(Implementation):
 
         check_positions(token.state, 1, "state")
         return step(token)
+
+    def readouts(self) -> ReadoutForm:
+        """As `aten.readouts` has them."""
+        from llcompile.kernels.aten import readouts
+
+        return readouts
 
 
 ATEN = Aten()

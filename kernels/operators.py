@@ -15,12 +15,13 @@ reads it.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llcompile.kernels import choice, flops, torch_operator
+from llcompile.kernels import choice, flops, routing_state, torch_operator
 from llcompile.kernels.operands import DIFFERENTIABLE, WITH_TOKENS, Operands, Token, weights_per_head
 from llcompile.kernels.state import check_positions, check_state, state_dtype
 from llcompile.kernels.varlen import flat, in_place
@@ -30,6 +31,7 @@ _INPUTS = (
     "Tensor? erase_query, Tensor? erase_key, Tensor? initial_state, float scale, bool return_final_state, "
     'Tensor? cu_seqlens=None, Tensor? attention_mask=None, Tensor? seq_idx=None, str revision=""'
 )
+_ROUTING = "Tensor? routing_state=None"  # goes into the header of the state that comes out
 _TOKEN_INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? level_weights, Tensor state, Tensor? log_decay, Tensor? decay_rate, "
     "Tensor? beta, Tensor? erase_query, Tensor? erase_key, float scale, "
@@ -37,41 +39,48 @@ _TOKEN_INPUTS = (
 )
 
 
-def _attention(*inputs: Any) -> tuple[Tensor, Tensor]:
+def _attention(*given: Any) -> tuple[Tensor, Tensor]:
+    *inputs, routing = given
     x, scale, return_final_state, v = *_read(inputs), inputs[2]
     if x.initial_state is not None:
         _check_state(x.initial_state, x.rows, x.q, x.v, x.level_weights, "initial_state")
         check_positions(x.initial_state, x.v.shape[1])
-    with torch.no_grad(), _without_autocast(v):
+    with torch.no_grad(), without_autocast(v):
         o, state = choice.forward(_widened(x), scale, return_final_state)
+        if return_final_state and routing is not None:
+            routing_state.write(state, routing)
     return o.reshape(v.shape), state
 
 
 def _attention_backward(grad_o: Tensor, grad_state: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     x, scale, return_final_state = _read(inputs)
     grad_o = grad_o if x.starts is None else flat(grad_o)
-    with torch.no_grad(), _without_autocast(grad_o):
+    with torch.no_grad(), without_autocast(grad_o):
         found = choice.backward(_widened(x), scale, grad_o, grad_state if return_final_state else None)
     given, grads = inputs[:DIFFERENTIABLE], _of_shared_weights(x, found)
     return tuple(_as_input(x, grad, inputs[0]) for x, grad in zip(given, grads, strict=True))
 
 
 def _attention_step(*inputs: Any) -> tuple[Tensor, Tensor]:
-    x = Token(*inputs[:-1])
+    *operands, _, routing = inputs
+    x = Token(*operands)
     x = x._replace(level_weights=weights_per_head(x.level_weights, x.v))
     # Positions are checked by what runs the step.
     _check_state(x.state, x.v.shape[0], x.q, x.v, x.level_weights, "state")
-    with torch.no_grad(), _without_autocast(x.v):
-        return choice.step(x)
+    with torch.no_grad(), without_autocast(x.v):
+        o, state = choice.step(x)
+        if routing is not None:
+            routing_state.write(state, routing)
+    return o, state
 
 
-def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Operators choose their own dtypes; entering a context that changes nothing takes a tenth of a step's time."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
 
-def _read(inputs: tuple[Any, ...]) -> tuple[Operands, float, bool]:
+def _read(inputs: Sequence[Any]) -> tuple[Operands, float, bool]:
     """The operands, with the sequences where they are; scale; whether a final state is asked for."""
     *tensors, scale, return_final_state, cu_seqlens, attention_mask, seq_idx, _ = inputs
     return in_place(Operands(*tensors), cu_seqlens, attention_mask, seq_idx), scale, return_final_state
@@ -118,7 +127,7 @@ def _state_shape(rows: Any, q: Tensor, v: Tensor, w: Tensor | None) -> tuple[Any
 
 
 def _attention_shapes(*inputs: Any) -> tuple[Tensor, Tensor]:
-    q, _, v, level_weights, *_, return_final_state, cu_seqlens, _, _, _ = inputs
+    q, _, v, level_weights, *_, return_final_state, cu_seqlens, _, _, _, _ = inputs
     rows = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     shape = _state_shape(rows, q, v, level_weights) if return_final_state else (0,)
     return v.new_empty(v.shape), v.new_empty(shape, dtype=state_dtype(v.dtype))
@@ -134,15 +143,16 @@ def _attention_step_shapes(*inputs: Any) -> tuple[Tensor, Tensor]:
     return v.new_empty(v.shape), new_state
 
 
-def _own(state: Tensor | None) -> Tensor | None:
+def own(state: Tensor | None) -> Tensor | None:
     """A copy of a state for the backward pass: before it, a cache writes the next state into the memory of this one."""
     return None if state is None else state.clone()
 
 
 def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, state, scale, return_final_state, cu_seqlens, attention_mask, seq_idx, revision = inputs
-    ctx.save_for_backward(*tensors, _own(state), cu_seqlens, attention_mask, seq_idx)
+    *tensors, state, scale, return_final_state, cu_seqlens, attention_mask, seq_idx, revision, routing = inputs
+    ctx.save_for_backward(*tensors, own(state), cu_seqlens, attention_mask, seq_idx)
     ctx.scale, ctx.return_final_state, ctx.revision = scale, return_final_state, revision
+    ctx.routing = None if routing is None or not return_final_state else routing.shape
 
 
 def _attention_gradient(ctx: Any, grad_o: Tensor, grad_state: Tensor) -> tuple[Any, ...]:
@@ -151,13 +161,14 @@ def _attention_gradient(ctx: Any, grad_o: Tensor, grad_state: Tensor) -> tuple[A
     grads = torch.ops.llcompile.loglinear_attention_backward(
         grad_o, grad_state, *tensors, ctx.scale, ctx.return_final_state, *sequences, revision=ctx.revision
     )
-    return (*_present(tensors, grads), None, None, None, None, None, None)
+    return (*_present(tensors, grads), None, None, None, None, None, None, _routing_gradient(ctx, grad_state))
 
 
 def _save_step(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, ctx.scale, ctx.revision = inputs
+    *tensors, ctx.scale, ctx.revision, routing = inputs
+    ctx.routing = None if routing is None else routing.shape
     at = Token._fields.index("state")
-    ctx.save_for_backward(*tensors[:at], _own(tensors[at]), *tensors[at + 1 :])
+    ctx.save_for_backward(*tensors[:at], own(tensors[at]), *tensors[at + 1 :])
 
 
 def _step_gradient(ctx: Any, grad_o: Tensor, grad_state: Tensor) -> tuple[Any, ...]:
@@ -173,7 +184,12 @@ def _step_gradient(ctx: Any, grad_o: Tensor, grad_state: Tensor) -> tuple[Any, .
     found = [x.squeeze(1) if i in moved else x for i, x in enumerate(_present(longer, grads))]  # type: ignore[union-attr]
     by_name = dict(zip(Operands._fields, found, strict=False))
     by_name["state"] = by_name["initial_state"]
-    return (*(by_name[name] for name in Token._fields[:-1]), None, None)
+    return (*(by_name[name] for name in Token._fields[:-1]), None, None, _routing_gradient(ctx, grad_state))
+
+
+def _routing_gradient(ctx: Any, grad_state: Tensor) -> Tensor | None:
+    """A routing state stands in the header of the state that came out, and nowhere else."""
+    return None if ctx.routing is None else routing_state.gradient(grad_state, *ctx.routing[1:])
 
 
 def _present(inputs: Any, grads: Any) -> list[Tensor | None]:
@@ -189,14 +205,14 @@ torch_operator.define(
     _attention_backward_shapes,
 )
 torch_operator.define(
-    f"loglinear_attention({_INPUTS}) -> (Tensor, Tensor)",
+    f"loglinear_attention({_INPUTS}, {_ROUTING}) -> (Tensor, Tensor)",
     _attention,
     _attention_shapes,
     _save_attention,
     _attention_gradient,
 )
 torch_operator.define(
-    f"loglinear_attention_step({_TOKEN_INPUTS}) -> (Tensor, Tensor)",
+    f"loglinear_attention_step({_TOKEN_INPUTS}, {_ROUTING}) -> (Tensor, Tensor)",
     _attention_step,
     _attention_step_shapes,
     _save_step,

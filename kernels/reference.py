@@ -55,7 +55,7 @@ def reference_attention(
     state = None if initial_state is None else initial_state.to(dtype)
     out = torch.zeros_like(v, dtype=dtype)
     finals = []
-    for number, (row, tokens) in enumerate(_sequences(v, cu_seqlens, attention_mask)):
+    for number, (row, tokens) in enumerate(sequences(v, cu_seqlens, attention_mask)):
         q_row, k_row, v_row, *others = [x if x is None else x[row, tokens] for x in operands]
         assert q_row is not None
         assert k_row is not None
@@ -72,7 +72,7 @@ def reference_attention(
     return out, out.new_zeros(0, v.shape[2], *levels, q.shape[-1], v.shape[-1])
 
 
-def _sequences(v: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None) -> list[tuple[int, Tensor]]:
+def sequences(v: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None) -> list[tuple[int, Tensor]]:
     """`(row, token indices)` of every sequence in the batch."""
     if cu_seqlens is not None:
         bounds = cu_seqlens.tolist()

@@ -22,9 +22,13 @@ class Rows(NamedTuple):
 
 def rows_of(x: Operands) -> Rows:
     """The rows of packed operands."""
-    starts, lengths, tokens = x.starts, x.lengths, x.v.shape[1]
-    assert starts is not None
-    assert lengths is not None
+    assert x.starts is not None
+    assert x.lengths is not None
+    return rows_between(x.starts, x.lengths, x.v.shape[1])
+
+
+def rows_between(starts: Tensor, lengths: Tensor, tokens: int) -> Rows:
+    """The rows of sequences that lie one after another among `tokens`: `lengths [N]` of each from `starts [N]` on."""
     width = int(lengths.max()) if lengths.numel() else 0  # the one value that has to be known to make the rows
     place = torch.arange(width, device=starts.device)
     gather = (starts[:, None] + place).clamp(max=max(tokens - 1, 0))

@@ -56,14 +56,14 @@ def in_place(x: Operands, cu_seqlens: Tensor | None, attention_mask: Tensor | No
     Raises:
         OperandError: one of them has a wrong shape, dtype or value.
     """
-    spans = _spans(x.v, cu_seqlens, attention_mask, seq_idx)
+    spans = spans_of(x.v, cu_seqlens, attention_mask, seq_idx)
     if spans is None:
         return x
     return x.map_tokens(flat)._replace(lengths=spans.lengths, starts=spans.starts)
 
 
-def _spans(v: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None, seq_idx: Tensor | None) -> Spans | None:
-    """Where the sequences are, after a check; None where each fills its row."""
+def spans_of(v: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None, seq_idx: Tensor | None) -> Spans | None:
+    """Where the sequences of operands `v [B, T, ...]` are, after a check; None where each fills its row."""
     if cu_seqlens is not None:
         check_bounds(cu_seqlens, v)
         return spans_of_bounds(cu_seqlens)

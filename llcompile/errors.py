@@ -39,7 +39,7 @@ class OptionError(LLCompileError, ValueError):
 
 
 class ModelError(LLCompileError, TypeError):
-    """The argument of convert, inspect or revert is not an nn.Module."""
+    """The model argument of convert, inspect, revert or another function is not an nn.Module."""
 
 
 class CaptureError(LLCompileError, RuntimeError):

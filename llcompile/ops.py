@@ -1,4 +1,4 @@
-"""Log-linear attention as functions on tensors (arXiv 2506.04761), for a sequence and for one decoded token."""
+"""Log-linear attention (arXiv 2506.04761) and per-level readouts as functions, on a sequence and on one token."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from torch import Tensor
 from llcompile.errors import OperandError
 from llcompile.kernels import operands as _operands
 from llcompile.kernels import operators as _operators  # noqa: F401  (registers the torch operators)
+from llcompile.kernels import readout_operators as _readout_operators  # noqa: F401  (likewise)
+from llcompile.kernels import readouts as _readouts
+from llcompile.kernels import routing_state as _routing_state
 from llcompile.kernels.state import check_state
 from llcompile.torch_internals.sources import source_tag
 
-__all__ = ["loglinear_attention", "loglinear_attention_step"]
+__all__ = ["level_readouts", "level_readouts_step", "loglinear_attention", "loglinear_attention_step"]
 
 _REVISION = source_tag()
 
@@ -32,6 +35,7 @@ def loglinear_attention(
     decay_rate: Tensor | None = None,
     erase_query: Tensor | None = None,
     erase_key: Tensor | None = None,
+    routing_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Mix a sequence with (log-)linear attention.
 
@@ -62,13 +66,15 @@ def loglinear_attention(
             tensor `[B, T, H, K]` is needed for it.
         erase_query, erase_key: `[B, T, G, K]`, both or none, in the dtype of q: what is read from the old state, and
             where that is removed (a diagonal plus a matrix of rank one, as in RWKV-7, arXiv 2503.14456).
+        routing_state: `[B, W, 8 + L * R]`, the final state of `level_readouts`, to be kept in the final state of this
+            call (see `llcompile.kernels.routing_state`); needs `level_weights`.
 
     Returns:
         `o [B, T, H, V]` in the dtype of `v`, and the final state or None.
 
     Raises:
         OperandError: an operand's shape, dtype, device or value is wrong.
-        StateError: `initial_state` belongs to an operator of another size.
+        StateError: `initial_state` or `routing_state` belongs to an operator of another size.
     """
     x = _operands.Operands(q, k, v, level_weights, log_decay, decay_rate, beta, erase_query, erase_key, initial_state)
     _operands.check_sequence(x, scale)
@@ -85,7 +91,10 @@ def loglinear_attention(
         check_state(initial_state, batch, v.shape[2], q.shape[3], v.shape[3], levels)
         _operands.check_device(v, initial_state=initial_state)
     given = (*x[: _operands.DIFFERENTIABLE], float(scale), return_final_state)
-    o, state = torch.ops.llcompile.loglinear_attention(*given, cu_seqlens, attention_mask, revision=_REVISION)
+    sequences = (cu_seqlens, attention_mask)
+    o, state = torch.ops.llcompile.loglinear_attention(
+        *given, *sequences, revision=_REVISION, routing_state=routing_state
+    )
     return o, state if return_final_state else None
 
 
@@ -102,6 +111,7 @@ def loglinear_attention_step(
     decay_rate: Tensor | None = None,
     erase_query: Tensor | None = None,
     erase_key: Tensor | None = None,
+    routing_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Process one token: `loglinear_attention` for `T = 1`, without the axis T.
 
@@ -116,13 +126,14 @@ def loglinear_attention_step(
         scale: a plain number.
         decay_rate: `[H, K]`.
         erase_query, erase_key: `[B, G, K]`.
+        routing_state: `[B, W, 8 + L * R]`, the new state of `level_readouts_step`, to be kept in the new state.
 
     Returns:
         `o [B, H, V]` in the dtype of `v`, and the new state, with levels if and only if `level_weights` is given.
 
     Raises:
         OperandError: an operand's shape, dtype, device or value is wrong.
-        StateError: `state` belongs to an operator of another size.
+        StateError: `state` or `routing_state` belongs to an operator of another size.
     """
     x = _operands.Token(q, k, v, level_weights, state, log_decay, decay_rate, beta, erase_query, erase_key, scale)
     _operands.check_token(x)
@@ -131,5 +142,83 @@ def loglinear_attention_step(
         raise OperandError(f"state must be a tensor, got {type(state).__name__}; zeros are an empty state")
     check_state(state, v.shape[0], v.shape[1], q.shape[2], v.shape[2], levels, "state")
     _operands.check_device(v, state=state)
-    o, new_state = torch.ops.llcompile.loglinear_attention_step(*x[:-1], float(scale), revision=_REVISION)
+    o, new_state = torch.ops.llcompile.loglinear_attention_step(
+        *x[:-1], float(scale), revision=_REVISION, routing_state=routing_state
+    )
     return o, new_state
+
+
+def level_readouts(
+    query: Tensor,
+    key: Tensor,
+    levels: int,
+    initial_state: Tensor | None = None,
+    return_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Score what each level holds: `readouts[t, l] = <query_t, sum of key_s>`, over the tokens `s` of level `l` at `t`.
+
+    The buckets are those of log-linear attention (arXiv 2506.04761), so that a level weight can depend on the content
+    of its bucket, as a segment's weight does in Memory Caching (arXiv 2602.24281). O(T log T) work, and no memory per
+    pair of tokens.
+
+    Args:
+        query: `[B, T, W, R]`, for W sets of level weights and a small R.
+        key: `[B, T, W, R]`, in the dtype of `query`.
+        levels: L; the last level also holds everything that belongs higher.
+        initial_state: `[B, W, 8 + L * R]`, the position and the sums of each level (see
+            `llcompile.kernels.routing_state`); one row per sequence with `cu_seqlens`.
+        return_final_state: also return the state after the last token.
+        cu_seqlens: `[N + 1]` bounds of N sequences packed in a batch of one.
+        attention_mask: `[B, T]`, as for `loglinear_attention`. Readouts at padding are 0.
+
+    Returns:
+        readouts `[B, T, W, L]` and the final state or None, both float32, or float64 with float64 operands.
+
+    Raises:
+        OperandError: an operand's shape, dtype, device or value is wrong.
+        StateError: `initial_state` belongs to an operator of another size.
+    """
+    _readouts.check_operands(query, key, levels, "BTWR")
+    if cu_seqlens is not None and attention_mask is not None:
+        raise OperandError("cu_seqlens and attention_mask both define the sequences; pass only one of them")
+    batch = query.shape[0]
+    if cu_seqlens is not None:
+        _operands.check_bounds(cu_seqlens, query)
+        batch = cu_seqlens.shape[0] - 1
+    if attention_mask is not None:
+        _operands.check_mask(attention_mask, query)
+    if initial_state is not None:
+        _routing_state.check(initial_state, batch, query.shape[2], levels, query.shape[3])
+        _operands.check_device(query, initial_state=initial_state)
+    given = (query, key, levels, initial_state, cu_seqlens, attention_mask)
+    readouts, state = torch.ops.llcompile.level_readouts(
+        *given, return_final_state=return_final_state, revision=_REVISION
+    )
+    return readouts, state if return_final_state else None
+
+
+def level_readouts_step(query: Tensor, key: Tensor, state: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """Process one token: `level_readouts` for `T = 1`, without the axis T.
+
+    Args:
+        query: `[B, W, R]`.
+        key: `[B, W, R]`, in the dtype of `query`.
+        state: `[B, W, 8 + L * R]`; zeros are an empty state. Not changed in place.
+        levels: L.
+
+    Returns:
+        readouts `[B, W, L]` and the new state, both float32, or float64 with float64 operands.
+
+    Raises:
+        OperandError: an operand's shape, dtype, device or value is wrong.
+        StateError: `state` belongs to an operator of another size.
+    """
+    _readouts.check_operands(query, key, levels, "BWR")
+    if not isinstance(state, Tensor):
+        raise OperandError(f"state must be a tensor, got {type(state).__name__}; zeros are an empty state")
+    _routing_state.check(state, query.shape[0], query.shape[1], levels, query.shape[2], "state")
+    _operands.check_device(query, state=state)
+    readouts, new_state = torch.ops.llcompile.level_readouts_step(query, key, state, levels, revision=_REVISION)
+    return readouts, new_state

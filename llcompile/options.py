@@ -19,7 +19,8 @@ class Options:
     """Options of the backend, as in `torch.compile(options={...})`.
 
     Args:
-        level_weights: kind of new level weights: "linear", "static", "mlp", "paper"; or "none" for the linear operator.
+        level_weights: kind of new level weights: "linear", "static", "mlp", "paper", "routed"; or "none" for the linear
+            operator.
         levels: number of levels L of new level weights. Sequences of up to 2^(L-1) tokens have one weight per level;
             in longer ones the last weight applies to all higher levels.
         strict: raise if a linear-time mixer is declined, or nothing that mixes positions is found.

@@ -7,12 +7,13 @@ from typing import Any
 from torch import fx, nn
 
 from llcompile.errors import LevelWeightsError
-from llcompile.passes.candidate import Candidate, GraphCandidate
+from llcompile.passes.candidate import CallCandidate, Candidate, GraphCandidate
 from llcompile.passes.one_token import remember
 from llcompile.passes.session import Session
 from llcompile.passes.weight_input import Role, given, is_projected, projection_input, role_of
 from llcompile.patterns import reasons
 from llcompile.patterns.boundary import boundary
+from llcompile.patterns.mixer import MixerShape
 from llcompile.torch_internals.inputs import input_value, is_handed_in_twice
 from llcompile.torch_internals.owner_input import ModuleCall, call_under_way
 from llcompile.torch_internals.sizes import size_hint
@@ -61,7 +62,7 @@ def _attach(session: Session, candidate: Candidate, owner: nn.Module) -> None:
     if not candidate.open:
         return
     if weights is None:
-        weights = settings.make(settings.kind if width else "static", shape.level_heads, settings.levels, width, owner)
+        weights = _made(session, candidate, owner, shape, width)
         if not settings.dry_run:
             settings.attach(owner, candidate.attribute, weights)
             session.attached.append((owner, candidate.attribute))
@@ -80,6 +81,26 @@ def _attach(session: Session, candidate: Candidate, owner: nn.Module) -> None:
     candidate.level_weights = weights
 
 
+def _made(session: Session, candidate: Candidate, owner: nn.Module, shape: MixerShape, width: int | None) -> Any:
+    """New level weights: of the kind that was asked for, or of what the mixer allows."""
+    settings = session.settings
+    features = shape.features(settings.levels, in_states=isinstance(candidate, CallCandidate))
+    kind, why = _possible(settings.kind, features, width)
+    if why and "kind" in settings.asked and kind != settings.kind:
+        candidate.notes.append(f"its level weights are {kind} and not {settings.kind}: {why}")
+    more = {"features": features} if kind == "routed" else {}
+    return settings.make(kind, shape.level_heads, settings.levels, width, owner, **more)
+
+
+def _possible(kind: str, features: int, width: int | None) -> tuple[str, str]:
+    """The kind that a mixer's level weights can have where `kind` is wanted, and what forbids more."""
+    if not width:
+        return "static", "its operands have no common input [B, T, D]"
+    if kind == "routed" and not features:
+        return "linear", "the header of its state, K * V numbers, has no room for a key sum of each level"
+    return kind, ""
+
+
 def _serves_all(weights: Any, candidate: Candidate) -> bool:
     """Whether level weights of one head are those of all: heads that share queries and keys are one where the code
     reads them so, and several where it copies them (a chunk loop at a length of one chunk)."""
@@ -87,9 +108,13 @@ def _serves_all(weights: Any, candidate: Candidate) -> bool:
 
 
 def _check_asked(session: Session, candidate: Candidate, weights: Any) -> None:
-    """What was asked for must not contradict level weights that are there; "static" is what an absent input gives."""
+    """What was asked for must not contradict level weights that are there, unless the mixer allows no other kind."""
     asked = {name: value for name, value in session.settings.asked.items() if getattr(weights, name) != value}
-    if candidate.weight_input is None and candidate.owner_input is None and weights.kind == "static":
+    assert candidate.shape is not None
+    fed = candidate.weight_input is not None or candidate.owner_input is not None
+    features = candidate.shape.features(weights.levels, in_states=isinstance(candidate, CallCandidate))
+    possible, _ = _possible(session.settings.kind, features, weights.in_features or fed)
+    if weights.kind == possible:
         asked.pop("kind", None)
     if asked:
         said = " and ".join(f"{_OPTIONS[name]}={value!r}" for name, value in asked.items())

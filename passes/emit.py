@@ -16,6 +16,9 @@ from llcompile.passes.marks import marked_tensors
 from llcompile.passes.placing import copy_behind, is_changed
 from llcompile.passes.session import Session
 from llcompile.patterns.graph.run import run
+from llcompile.patterns.known.operator_call import OperatorCall, Sequences
+from llcompile.patterns.known.routing import Routing
+from llcompile.patterns.mixer import Mixer
 from llcompile.torch_internals import reach
 from llcompile.torch_internals.inputs import fake_mode_of, hold_tensor
 from llcompile.torch_internals.owner_input import HELD
@@ -92,6 +95,7 @@ def level_weights(
     as_proxy: AsProxy,
     like: Callable[[], Any],
     dtype: torch.dtype,
+    routing: Routing | None = None,
 ) -> Any:
     """Writes w [B, T, W, L]; None for the linear operator.
 
@@ -101,6 +105,7 @@ def level_weights(
         as_proxy: what a node is read as.
         like: makes a tensor [B, T, ...], for level weights that read nothing.
         dtype: its dtype.
+        routing: what level weights read that read buckets (see `routing`); None where there is a single token.
     """
     if candidate.level_weights is None:
         return None
@@ -108,7 +113,17 @@ def level_weights(
     if read is not None:
         dtype = read.meta["example_value"].dtype
     x = like() if read is None else _batch_first(candidate, read, as_proxy(read))
-    return session.settings.function(candidate.level_weights, dtype)(x, *map(as_proxy, tensors))
+    readouts = () if routing is None else (routing.readouts,)
+    return session.settings.function(candidate.level_weights, dtype, *readouts)(x, *map(as_proxy, tensors))
+
+
+def routing(candidate: Candidate, mixer: Mixer, call: OperatorCall, sequences: Sequences | None) -> Routing | None:
+    """What level weights that read buckets read in one call of a mixer; None for those of other kinds."""
+    sizes = None if candidate.level_weights is None else candidate.level_weights.sizes
+    if sizes is None or not sizes.features:
+        return None
+    assert candidate.shape is not None
+    return Routing(mixer, call, sequences, candidate.shape, sizes.heads, sizes.features)
 
 
 def _batch_first(candidate: Candidate, node: fx.Node, x: fx.Proxy) -> fx.Proxy:

@@ -10,13 +10,15 @@ import torch
 from torch import fx
 
 from llcompile.passes.candidate import CallCandidate
-from llcompile.passes.emit import kept, level_weights, padding_mask, weight_inputs, writing
+from llcompile.passes.emit import kept, level_weights, padding_mask, routing, weight_inputs, writing
 from llcompile.passes.placing import is_changed
 from llcompile.passes.session import Session
 from llcompile.patterns.graph.regions import Region
 from llcompile.patterns.known import KnownFunction
 from llcompile.patterns.known.capture import positions_of
-from llcompile.patterns.known.lower import lower, lower_call
+from llcompile.patterns.known.lower import lower_call, lower_weighed
+from llcompile.patterns.known.operator_call import OperatorCall, Sequences
+from llcompile.patterns.mixer import Mixer
 
 
 def restore(candidate: CallCandidate) -> None:
@@ -61,17 +63,23 @@ def write_call(session: Session, candidate: CallCandidate, inputs: dict[tuple[in
         given = fx.map_arg(dict(node.kwargs), lambda x: as_proxy(copies.get(x, x)))  # type: ignore[arg-type,return-value]
         values = {**call.values, **given}  # type: ignore[dict-item]
         read = kept(candidate)
-        weights = level_weights(
-            session,
-            candidate,
-            tensors,
-            lambda x: as_proxy(read.get(x, x)),
-            lambda: _by_token(entry, as_proxy(value), value.meta["example_value"].dim()),
-            value.meta["example_value"].dtype,
-        )
-        if weights is not None and not candidate.has_time:
-            weights = weights.squeeze(1)
-        result = lower(entry, call.with_values(values), call, weights, padding_mask(candidate, as_proxy))
+
+        def weigh(mixer: Mixer, how: OperatorCall, sequences: Sequences | None) -> tuple[Any, Any]:
+            route = routing(candidate, mixer, how, sequences)
+            weights = level_weights(
+                session,
+                candidate,
+                tensors,
+                lambda x: as_proxy(read.get(x, x)),
+                lambda: _by_token(entry, as_proxy(value), value.meta["example_value"].dim()),
+                value.meta["example_value"].dtype,
+                route,
+            )
+            if weights is not None and not candidate.has_time:
+                weights = weights.squeeze(1)
+            return weights, None if route is None else route.final
+
+        result = lower_weighed(entry, call.with_values(values), call, weigh, padding_mask(candidate, as_proxy))
     _replace(candidate.region, node, result)
 
 

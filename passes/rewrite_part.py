@@ -12,7 +12,7 @@ from torch import fx
 
 from llcompile.passes.candidate import Candidate, GraphCandidate
 from llcompile.passes.dead import erase_dead, live
-from llcompile.passes.emit import level_weights, padding_mask, weighed, weight_inputs, writing
+from llcompile.passes.emit import level_weights, padding_mask, routing, weighed, weight_inputs, writing
 from llcompile.passes.placing import Place, copy_behind
 from llcompile.passes.placing import place as placed
 from llcompile.passes.session import Session
@@ -52,11 +52,9 @@ def _write(session: Session, candidate: GraphCandidate, found: Found, tensors: l
         _guard(candidate, found, values)
         size = _sizes(found, values)
         mixer = _as_precise(found, found.hypothesis.mixer(values, size))
-        weights = level_weights(session, candidate, tensors, as_proxy, lambda: mixer.value, found.subgraph.result.dtype)
-        if weights is not None:
-            weights = _fitted(candidate, found, weights)
         mask = padding_mask(candidate, as_proxy)
         sequences = None if mask is None else Sequences(attention_mask=mask)
+        weights = _weights(session, candidate, found, mixer, sequences, tensors, as_proxy)
         output, _ = call_operator(mixer, weights, OperatorCall(), sequences)
         result = found.hypothesis.finish(output, values, size)
         if found.subgraph.result.dtype != _dtype(found):
@@ -144,14 +142,26 @@ def _sizes(found: Found, values: Mapping[LiveIn, fx.Proxy]) -> Callable[[Dim], A
     return lambda dim: symbolic.get(id(dim), dim.size)
 
 
-def _fitted(candidate: Candidate, found: Found, weights: Any) -> Any:
+def _weights(
+    session: Session,
+    candidate: GraphCandidate,
+    found: Found,
+    mixer: Mixer,
+    sequences: Sequences | None,
+    tensors: list[fx.Node],
+    as_proxy: Callable[[fx.Node], fx.Proxy],
+) -> Any:
     """The weights [B, T, H, L] for all heads that share them, and for positions that are cut off again."""
-    if candidate.level_weights.heads == 1 < found.sizes[0]:
-        weights = weights.expand(-1, -1, found.sizes[0], -1)
     read, missing = weighed(candidate), _count(found.analysis.leaves) - _count(found.analysis.shorter)
-    if read is None or not missing or (candidate.owner_input is None and not found.is_shorter(read)):
-        return weights
-    return torch.nn.functional.pad(weights, (0, 0, 0, 0, 0, missing), value=1.0)
+    shorter = read is not None and missing and (candidate.owner_input is not None or found.is_shorter(read))
+    if shorter and sequences is not None:
+        sequences = Sequences(attention_mask=sequences.attention_mask[:, :-missing])
+    route = routing(candidate, mixer, OperatorCall(), sequences)
+    like, dtype = lambda: mixer.value, found.subgraph.result.dtype
+    weights = level_weights(session, candidate, tensors, as_proxy, like, dtype, route)
+    if weights is not None and candidate.level_weights.heads == 1 < found.sizes[0]:
+        weights = weights.expand(-1, -1, found.sizes[0], -1)
+    return torch.nn.functional.pad(weights, (0, 0, 0, 0, 0, missing), value=1.0) if shorter else weights
 
 
 def _count(axis: Axis) -> int:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from llcompile.passes.candidate import Candidate
@@ -32,7 +31,8 @@ class Settings:
         held: (name, level weights) for all that a module owns already.
         attach: registers level weights on a module under a name.
         path: the names that lead from what a module has under a name to the level weights, where a wrapper holds them.
-        function: (level weights, dtype of their input) -> the pure function (input, *tensors) that they compute.
+        function: (level weights, dtype of their input, what their buckets are read with, where they read any) -> the
+            pure function (input, *tensors) that they compute.
         withheld: why the mixer with a module's level weights of a name stays as it is, or None.
         names: id of a module -> its dotted name in the user's model, where the whole model is known; frames after a
             graph break only know a part of it.
@@ -47,7 +47,7 @@ class Settings:
     held: Callable[[nn.Module], list[tuple[str, Any]]]
     attach: Callable[[nn.Module, str, nn.Module], None]
     path: Callable[[nn.Module, str], tuple[str, ...]]
-    function: Callable[[nn.Module, torch.dtype], Callable[..., Any]]
+    function: Callable[..., Callable[..., Any]]
     withheld: Callable[[nn.Module, str], GivenReason | None] = lambda owner, name: None
     names: Mapping[int, str] = field(default_factory=dict)
     dry_run: bool = False

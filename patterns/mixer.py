@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 
 from llcompile.errors import MixerError
+from llcompile.kernels.routing_state import room
 from llcompile.patterns.families import FAMILIES, Correction, Decay
 
 Value = TypeVar("Value")
@@ -76,6 +77,9 @@ def _given(operand: Any) -> str:
 # a usual head is wide share their level weights.
 CHANNELS = 64
 
+# The width R of a routing query, where the header of a state has room for a key sum of that width for each level.
+FEATURES = 8
+
 
 @dataclass(frozen=True)
 class MixerShape:
@@ -97,6 +101,12 @@ class MixerShape:
         if self.value_dim > 1 or self.groups == self.heads:
             return self.heads
         return self.heads // CHANNELS if self.heads % CHANNELS == 0 else 1
+
+    def features(self, levels: int, in_states: bool) -> int:
+        """R, the width of a routing query: 8; `in_states`, what the header of a level state has room for, or 0."""
+        if not in_states:
+            return FEATURES
+        return min(FEATURES, room(self.heads, self.level_heads, self.key_dim, self.value_dim) // levels)
 
 
 def validate(mixer: Mixer) -> MixerShape:

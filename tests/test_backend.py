@@ -462,7 +462,7 @@ def test_equal_options_do_not_recompile() -> None:
     assert graphs() == start
 
 
-@pytest.mark.parametrize("kind", ["linear", "static", "mlp", "paper"])
+@pytest.mark.parametrize("kind", ["linear", "static", "mlp", "paper", "routed"])
 def test_kinds(kind: str) -> None:
     model, ids = small.model(), small.ids()
     before = model(ids).detach()

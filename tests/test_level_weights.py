@@ -23,7 +23,7 @@ from llcompile.weights.level_weights import LevelWeights
 HEADS, LEVELS, WIDTH = 3, 5, 8
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # What training changes first, by kind.
-LAST = {"linear": "bias", "static": "logits", "mlp": "bias", "paper": "bias"}
+LAST = {"linear": "bias", "static": "logits", "mlp": "bias", "paper": "bias", "routed": "bias"}
 
 
 def build(kind: str, heads: int = HEADS, levels: int = LEVELS, **more: Any) -> LevelWeights:
@@ -41,6 +41,17 @@ def randomised(kind: str) -> LevelWeights:
 def wide_input(dtype: torch.dtype = torch.float32) -> Tensor:
     """[2, 7, WIDTH], with entries from tiny to large."""
     return (torch.randn(2, 7, WIDTH) * torch.logspace(-4, 3, WIDTH)).to(dtype)
+
+
+def bucket_products(query: Tensor, key: Tensor) -> Tensor:
+    """<query_t, sum of the keys in bucket l of t> / sqrt(size of the bucket), one pair of tokens after the other."""
+    query, key = (t.unflatten(-1, (HEADS, -1)) for t in (query, key))
+    scores = torch.zeros(*query.shape[:3], LEVELS)
+    for t in range(query.shape[1]):
+        for s in range(t + 1):
+            level = (t ^ s).bit_length()
+            scores[:, t, :, level] += (query[:, t] * key[:, s]).sum(-1) / math.sqrt(2 ** max(level - 1, 0))
+    return scores
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -104,6 +115,8 @@ class TestFunction:
         else:
             hidden = F.silu(x @ own["weight_in"].T + own["bias_in"]) if kind == "mlp" else x
             z = (hidden @ own["weight"].T + own["bias"]).view(2, 7, HEADS, LEVELS)
+        if kind == "routed":
+            z = z + own["gain"] * bucket_products(x @ own["query"].T, x @ own["key"].T)
         expected = F.softplus(own["level_scale"] * z) / math.log(2) if kind == "paper" else 1 + F.elu(z)
         torch.testing.assert_close(weights(x), expected, rtol=2e-6, atol=2e-6)
         assert (expected >= 0).all()

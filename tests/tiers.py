@@ -138,7 +138,7 @@ SECOND_CASES = {
         "test_it_is_the_first_token_of_a_longer_call[fading]",
         "test_it_is_the_first_token_of_a_longer_call[steps]",
     ),
-    "models/test_packed.py": ("test_forward_and_backward[seq_idx]",),
+    "models/test_packed.py": ("test_forward_and_backward[seq_idx-linear]",),
     "models/test_spellings.py": (
         "test_recognised[loop over 128 tokens]",
         "test_left_alone[associative scan of affine maps, swapped]",

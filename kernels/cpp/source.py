@@ -59,6 +59,13 @@ def generate(family: Family) -> str:
     )
 
 
+def generate_readouts(sums: torch.dtype) -> tuple[str, str]:
+    """The source of per-level readouts with sums in float32 or float64, and a word for the names of its files."""
+    numbers = {"chunk": CHUNK, "digits": header.DIGITS, "digit_bits": header.BITS}
+    template = _templates().get_template("readouts.jinja")
+    return template.render(real=_REAL[sums], wide=sums == torch.float64, **numbers), f"readouts_{_REAL[sums]}"
+
+
 @cache
 def _templates() -> jinja2.Environment:
     """The folder `templates`: a line that begins with `#%` is a statement of Jinja."""

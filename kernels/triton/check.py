@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from llcompile.kernels import description
+from llcompile.kernels.description import ReadoutDescription
+from llcompile.kernels.triton import readout_source
 from llcompile.kernels.triton.buffers import BUFFERS
 from llcompile.kernels.triton.chips import CHIPS, Chip
 from llcompile.kernels.triton.description import Description
@@ -101,6 +103,28 @@ def compile_kernel(d: Description, name: str, chip: Chip, launch: Tuning | None 
     columns = getattr(compiled.metadata, "tmem_size", None) or 0
     found = " ".join(sorted(set(_MATRIX[chip.backend].findall(text))))
     return Report(chip.name, d, name, launch, registers, compiled.metadata.shared, columns, spilled, found)
+
+
+def compile_readouts(d: ReadoutDescription, chip: Chip) -> dict[str, tuple[int, int, int]]:
+    """Registers per thread, spilled bytes, and bytes of shared memory of each kernel of per-level readouts."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    operand, module, found = _POINTERS[str(d.dtype).removeprefix("torch.")], readout_source.module_of(d), {}
+    for name in readout_source.KERNELS:
+        kernel = getattr(module, name)
+        kinds = {"served": "*i32", "offsets": "*i32", "lengths": "*i32"}
+        kinds |= dict.fromkeys(("query_ptr", "key_ptr", "query_gradients", "key_gradients"), operand)
+        kinds |= dict.fromkeys(("nodes", "node_gradients", "gradients", "readers", "outputs"), "*fp32")
+        kinds |= dict.fromkeys(("old_states", "states"), "*fp32")
+        source = ASTSource(fn=kernel, signature={n: kinds.get(n, "i32") for n in kernel.arg_names}, constexprs={})
+        warps = readout_source.warps(name)
+        compiled = triton.compile(
+            source, target=GPUTarget(chip.backend, chip.arch, chip.warp), options={"num_warps": warps}
+        )
+        found[name] = (*_usage(compiled, chip.backend), compiled.metadata.shared)
+    return found
 
 
 def key_of(d: Description, name: str, chip: Chip) -> str:

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import torch
 
-from llcompile.kernels.description import Correction, Description
+from llcompile.kernels.description import Correction, Description, ReadoutDescription
 from llcompile.kernels.triton.chips import Chip, chip_of
 
 # Largest K that fits, by the KB of shared memory that a program may have and the bytes of an operand's number: the rows
@@ -52,7 +52,7 @@ def refusals() -> tuple[type[BaseException], ...]:
     return (ImportError, CompilationError, TritonError)
 
 
-def unsupported(d: Description, device: torch.device) -> str | None:
+def unsupported(d: Description | ReadoutDescription, device: torch.device) -> str | None:
     """Why these kernels cannot run what `d` describes on `device`; None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
@@ -62,6 +62,8 @@ def unsupported(d: Description, device: torch.device) -> str | None:
     if found is not None and found < _LEAST_CAPABILITY:
         least = ".".join(map(str, _LEAST_CAPABILITY))
         return f"{device} has compute capability {found[0]}.{found[1]}; Triton needs {least} or later"
+    if isinstance(d, ReadoutDescription):
+        return _beyond_dtypes(d.dtype)
     return beyond(d, chip_of(device))
 
 
@@ -69,8 +71,8 @@ def beyond(d: Description, chip: Chip) -> str | None:
     """Why `chip` has no kernels for what `d` describes; None if it has."""
     if d.without_kernels:
         return d.without_kernels
-    if d.dtype not in _DTYPES:
-        return f"dtype {d.dtype} is not one of bfloat16, float16 and float32"
+    if reason := _beyond_dtypes(d.dtype):
+        return reason
     limit = max_key_dim(d, chip)
     if d.decay == "rate" and d.key_dim > limit:
         return f"K = {d.key_dim} is more than their {limit} for decays by rates, whose states stay in registers"
@@ -79,6 +81,10 @@ def beyond(d: Description, chip: Chip) -> str | None:
         kind = f"correction {d.correction!r} and {d.dtype_name} operands"
         return f"K = {d.key_dim} does not fit on the chip ({chip.name}, {room}); with {kind} the limit is {limit}"
     return None
+
+
+def _beyond_dtypes(dtype: torch.dtype) -> str | None:
+    return None if dtype in _DTYPES else f"dtype {dtype} is not one of bfloat16, float16 and float32"
 
 
 def max_key_dim(d: Description, chip: Chip) -> int:

@@ -118,9 +118,14 @@ def _templates() -> jinja2.Environment:
     )
 
 
+def template(name: str) -> jinja2.Template:
+    """A template of the folder."""
+    return _templates().get_template(f"{name}.jinja")
+
+
 def _render(name: str, d: Description) -> str:
     """A template's text for `d`, without the blank lines that statements leave."""
-    text = _templates().get_template(f"{name}.jinja").render(_context(d))
+    text = template(name).render(_context(d))
     return "".join(f"{line}\n" for line in text.splitlines() if line.strip())
 
 

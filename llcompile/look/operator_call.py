@@ -50,7 +50,7 @@ def _call(node: fx.Node, name: str) -> OperatorCall:
     else:
         tensors = [_fixed(x) for x in given[:DIFFERENTIABLE]]
         # Sequences that do not fill their rows run packed: a start and a length each.
-        packed = any(x is not None for x in given[DIFFERENTIABLE + 2 :])
+        packed = any(x is not None for x in given[DIFFERENTIABLE + 2 : DIFFERENTIABLE + 5])
         spans = (torch.empty(v.shape[0], device="meta"),) * 2 if packed else ()
         description = describe(Operands(*tensors, *spans), bool(given[DIFFERENTIABLE + 1]))
     sizes = OperandSizes(v.shape[0], v.shape[1], v.shape[2], q.shape[2], q.shape[3], v.shape[3])

@@ -18,7 +18,7 @@ from llcompile.torch_internals.trace import leave_out
 from llcompile.weights import eager_states, made_before
 from llcompile.weights.held import held, inside, values
 from llcompile.weights.ignored import runs_levels, warn_ignored
-from llcompile.weights.level_kinds import compute_dtype, level_weights_function
+from llcompile.weights.level_kinds import Readouts, compute_dtype, level_weights_function, whole_rows
 from llcompile.weights.level_weights import LevelWeights
 from llcompile.weights.optimizer_watch import watch
 from llcompile.weights.ours import is_ours
@@ -27,7 +27,13 @@ from llcompile.weights.withheld import forget_withheld
 
 
 def make(
-    kind: str, heads: int, levels: int, in_features: int | None, owner: nn.Module, hidden: int | None = None
+    kind: str,
+    heads: int,
+    levels: int,
+    in_features: int | None,
+    owner: nn.Module,
+    hidden: int | None = None,
+    features: int | None = None,
 ) -> LevelWeights:
     """New level weights on the device of the owner's parameters, in their dtype if it is one to train in."""
     floating = [p for p in owner.parameters() if p.is_floating_point()]
@@ -38,6 +44,7 @@ def make(
         levels,
         None if kind == "static" else in_features,
         hidden=hidden,
+        features=features,
         device=None if tensor is None else tensor.device,
         dtype=tensor.dtype if tensor is not None and tensor.dtype in COMPUTE_DTYPES else None,
     ).train(owner.training)
@@ -113,10 +120,10 @@ def detach_one(owner: nn.Module, name: str) -> None:
                     owner._forward_hooks_always_called.pop(key, None)
 
 
-def function(weights: LevelWeights, dtype: torch.dtype) -> Callable[..., Any]:
+def function(weights: LevelWeights, dtype: torch.dtype, readouts: Readouts = whole_rows) -> Callable[..., Any]:
     """The pure function (x, *tensors) -> w [B, T, H, L] of these level weights for inputs of `dtype`."""
-    dtypes = (tensor.dtype for _, tensor in weights.tensors())
-    return level_weights_function(weights.kind, weights.heads, weights.levels, compute_dtype(dtype, *dtypes))
+    computed = compute_dtype(dtype, *(tensor.dtype for _, tensor in weights.tensors()))
+    return level_weights_function(weights.kind, weights.heads, weights.levels, computed, readouts)
 
 
 def expect_use(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -18,10 +18,10 @@ from llcompile.errors import CheckpointError, MissingLibraryError, ModelError
 from llcompile.passes.names import CodePlace
 from llcompile.weights import SECTION, attachment
 from llcompile.weights.held import held
+from llcompile.weights.level_kinds import Sizes
 from llcompile.weights.level_weights import LevelWeights
 
 VERSION = 1
-_SIZES = ("heads", "levels", "in_features", "hidden")
 
 
 def section(model: nn.Module) -> dict[str, Any] | None:
@@ -48,7 +48,7 @@ def restore(model: nn.Module, section: Mapping[str, Any], prefix: str = "") -> l
         CheckpointError: the section is of a later layout, or damaged.
     """
     places = [p for p in _places(model, section, prefix) if attachment.find(p[0], p[1]) is None]
-    made = [(owner, name, _made(owner, name, entry)) for owner, name, entry in places]
+    made = [(owner, name, new_weights(owner, name, entry)) for owner, name, entry in places]
     for owner, name, weights in made:
         attachment.attach(owner, name, weights)
     return [weights for _, _, weights in made]
@@ -65,9 +65,9 @@ def save(model: nn.Module, path: str | PathLike[str]) -> None:
         ModelError: `model` is not an nn.Module.
         MissingLibraryError: safetensors is not installed.
     """
-    _expect_module(model)
+    expect_module(model)
     found = section(model)
-    _safetensors().save_model(model, str(path), metadata={} if found is None else {SECTION: json.dumps(found)})
+    safetensors_library().save_model(model, str(path), metadata={} if found is None else {SECTION: json.dumps(found)})
 
 
 def load(model: nn.Module, path: str | PathLike[str]) -> int:
@@ -86,8 +86,8 @@ def load(model: nn.Module, path: str | PathLike[str]) -> int:
         CheckpointError: the file does not fit the model; the model's level weights are unchanged.
         MissingLibraryError: safetensors is not installed.
     """
-    _expect_module(model)
-    library = _safetensors()
+    expect_module(model)
+    library = safetensors_library()
     from safetensors import safe_open
 
     with safe_open(str(path), framework="pt") as file:
@@ -140,7 +140,7 @@ def _config(module: nn.Module) -> dict[str, Any]:
 
 
 def _entry(weights: LevelWeights, several: bool) -> dict[str, Any]:
-    entry = {"kind": weights.kind, **{n: size for n in _SIZES if (size := getattr(weights.sizes, n))}}
+    entry = {"kind": weights.kind, **{n: size for n in Sizes._fields if (size := getattr(weights.sizes, n))}}
     if several and weights.place is not None:
         place = weights.place
         entry["place"] = {"lines": place.lines, "operands": sorted(place.operands), "number": place.number}
@@ -165,10 +165,12 @@ def _places(
             yield owner, name, entry
 
 
-def _made(owner: nn.Module, name: str, entry: Mapping[str, Any]) -> LevelWeights:
+def new_weights(owner: nn.Module, name: str, entry: Mapping[str, Any]) -> LevelWeights:
+    """New level weights as an entry of a section tells of them, not attached yet; CheckpointError if it cannot."""
     try:
+        widths = (entry.get(width) for width in ("hidden", "features"))
         weights = attachment.make(
-            entry["kind"], entry["heads"], entry["levels"], entry.get("in_features"), owner, entry.get("hidden")
+            entry["kind"], entry["heads"], entry["levels"], entry.get("in_features"), owner, *widths
         )
         place = entry.get("place")
         if place is not None:
@@ -182,16 +184,16 @@ def _made(owner: nn.Module, name: str, entry: Mapping[str, Any]) -> LevelWeights
     return weights
 
 
-def _expect_module(model: Any) -> None:
+def expect_module(model: Any) -> None:
+    """Raises ModelError for what is no module."""
     if not isinstance(model, nn.Module):
         raise ModelError(f"expected an nn.Module, got {type(model).__name__}")
 
 
-def _safetensors() -> Any:
+def safetensors_library() -> Any:
+    """The torch part of safetensors, or MissingLibraryError."""
     try:
         import safetensors.torch as library
     except ImportError as error:
-        raise MissingLibraryError("llcompile.save and llcompile.load need safetensors: pip install safetensors") from (
-            error
-        )
+        raise MissingLibraryError("checkpoints of llcompile need safetensors: pip install safetensors") from (error)
     return library

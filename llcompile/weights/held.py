@@ -54,6 +54,20 @@ def path(owner: nn.Module, name: str) -> tuple[str, ...]:
     return chosen[0]
 
 
+def active(owner: nn.Module, name: str) -> nn.Module:
+    """What counts of the level weights under a name: of several copies that a wrapper keeps, the one in use.
+
+    That is the wrapper itself where it computes them from all that it has.
+    """
+    module: Any = owner._modules[name]
+    try:
+        for step in path(owner, name):
+            module = getattr(module, step)
+    except LookupError:
+        pass
+    return module  # type: ignore[no-any-return]
+
+
 def values(child: Any) -> list[Tensor]:
     """The tensors of level weights as a call of them would use, for `LevelWeights.tensors()`; for traced code."""
     if isinstance(child, LevelWeights):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,9 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import llcompile.kernels.readout_operators  # noqa: F401  (registers torch.ops.llcompile)
 from llcompile.errors import LevelWeightsError
 
 LevelFunction = Callable[..., Tensor]
+# (query [B, T, W, R], key [B, T, W, R], levels L) -> [B, T, W, L]: each query times the sum of the keys in each bucket.
+Readouts = Callable[[Tensor, Tensor, int], Tensor]
 
 
 class Sizes(NamedTuple):
@@ -33,6 +36,7 @@ class Sizes(NamedTuple):
     levels: int
     in_features: int = 0
     hidden: int = 0
+    features: int = 0
 
     @property
     def outputs(self) -> int:
@@ -46,7 +50,7 @@ class TensorRow:
 
     name: str
     shape: Callable[[Sizes], tuple[int, ...]]
-    start: float | None = 0.0
+    start: float | Callable[[Sizes], Sequence[float]] | None = 0.0
     learned: bool = True
 
 
@@ -54,9 +58,9 @@ class TensorRow:
 class LevelKind:
     """One row of the table of kinds.
 
-    `function(x, *tensors, sizes=, dtype=)` returns w [B, T, H, L]; `is_one(*tensors, sizes=)` returns a boolean
-    0-d tensor, true only where those tensors make w exactly 1 for every finite x. `code` stands in checkpoints, so it
-    never changes its meaning.
+    `function(x, *tensors, sizes=, dtype=)` returns w [B, T, H, L], and takes `readouts=` where it `reads_buckets`;
+    `is_one(*tensors, sizes=)` returns a boolean 0-d tensor, true only where those tensors make w exactly 1 for every
+    finite x. `code` stands in checkpoints, so it never changes its meaning.
     """
 
     name: str
@@ -66,6 +70,7 @@ class LevelKind:
     function: LevelFunction
     is_one: Callable[..., Tensor]
     needs_hidden: bool = False
+    reads_buckets: bool = False
 
 
 def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
@@ -133,6 +138,40 @@ def paper_gain(key_dim: int | None = None) -> float:
     return math.log(2.0) * (1.0 if key_dim is None else math.sqrt(key_dim))
 
 
+def whole_rows(query: Tensor, key: Tensor, levels: int) -> Tensor:
+    """The readouts of rows that start at position 0 and have no padding."""
+    return torch.ops.llcompile.level_readouts(query, key, levels, None, None, None, None, False)[0]  # type: ignore[no-any-return]
+
+
+def _routed(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    query: Tensor,
+    key: Tensor,
+    gain: Tensor,
+    damping: Tensor,
+    *,
+    sizes: Sizes,
+    dtype: torch.dtype,
+    readouts: Readouts,
+) -> Tensor:
+    by_set = (sizes.heads, -1)
+    # Until `query` has moved from 0, `key` and `gain` have no gradient.
+    asked, held = (F.linear(x.to(dtype), t.to(dtype)).to(dtype).unflatten(-1, by_set) for t in (query, key))
+    scores = readouts(asked, held, sizes.levels)
+    z = _project(x, weight, bias, dtype).unflatten(-1, by_set)
+    return _positive(z + gain.to(dtype) * damping.to(dtype) * scores)
+
+
+def _routed_damping(sizes: Sizes) -> list[float]:
+    """What a sum over the bucket of each level is multiplied by: 1 / sqrt(its tokens), as of independent summands.
+
+    Not the start of `gain` itself: an optimizer's first steps are of one size and would swamp a high level's gain.
+    """
+    return [2.0 ** (-0.5 * max(level - 1, 0)) for level in range(sizes.levels)]
+
+
 def _all_zero(*tensors: Tensor) -> Tensor:
     return ~torch.stack([tensor.any() for tensor in tensors]).any()
 
@@ -156,12 +195,26 @@ def _paper_is_one(weight: Tensor, bias: Tensor, level_scale: Tensor, gain: Tenso
     return silent & (gain == 1)
 
 
+def _routed_is_one(
+    weight: Tensor, bias: Tensor, query: Tensor, key: Tensor, gain: Tensor, damping: Tensor, *, sizes: Sizes
+) -> Tensor:
+    # A product of the three is 0 where one of them is, unless another is not finite.
+    factors = (query, key, gain, damping)
+    silent = ~torch.stack([factor.any() for factor in factors]).all()
+    finite = torch.stack([torch.isfinite(factor).all() for factor in factors]).all()
+    return _all_zero(weight, bias) & silent & finite
+
+
 def _outputs_by_inputs(sizes: Sizes) -> tuple[int, ...]:
     return sizes.outputs, sizes.in_features
 
 
 def _outputs(sizes: Sizes) -> tuple[int, ...]:
     return (sizes.outputs,)
+
+
+def _features_by_inputs(sizes: Sizes) -> tuple[int, ...]:
+    return sizes.heads * sizes.features, sizes.in_features
 
 
 def _heads_by_levels(sizes: Sizes) -> tuple[int, ...]:
@@ -203,6 +256,22 @@ KINDS: dict[str, LevelKind] = {
             _paper,
             _paper_is_one,
         ),
+        LevelKind(
+            "routed",
+            5,
+            True,
+            (
+                _WEIGHT,
+                _BIAS,
+                TensorRow("query", _features_by_inputs),
+                TensorRow("key", _features_by_inputs, start=None),
+                TensorRow("gain", _heads_by_levels, start=1.0),
+                TensorRow("damping", lambda sizes: (sizes.levels,), start=_routed_damping, learned=False),
+            ),
+            _routed,
+            _routed_is_one,
+            reads_buckets=True,
+        ),
     )
 }
 
@@ -214,12 +283,21 @@ def find_kind(name: str) -> LevelKind:
     return KINDS[name]
 
 
-def level_weights_function(kind: str, heads: int, levels: int, dtype: torch.dtype = torch.float32) -> LevelFunction:
+def level_weights_function(
+    kind: str,
+    heads: int,
+    levels: int,
+    dtype: torch.dtype = torch.float32,
+    readouts: Readouts = whole_rows,
+) -> LevelFunction:
     """The pure function `f(x, *tensors) -> w` of a kind, the tensors in the order of `LevelWeights.tensors()`.
 
     x is [B, T, D] (kind "static": any tensor that starts with [B, T]), w is [B, T, heads, levels] in `dtype`, which
-    should be `compute_dtype(x.dtype, *(t.dtype for t in tensors))`. Runs on tensors as on `fx.Proxy` objects.
+    should be `compute_dtype(x.dtype, *(t.dtype for t in tensors))`. Kind "routed" calls `readouts` for what its queries
+    read in each bucket. Runs on tensors as on `fx.Proxy` objects.
 
     Raises LevelWeightsError for an unknown kind.
     """
-    return functools.partial(find_kind(kind).function, sizes=Sizes(heads, levels), dtype=dtype)
+    found = find_kind(kind)
+    more = {"readouts": readouts} if found.reads_buckets else {}
+    return functools.partial(found.function, sizes=Sizes(heads, levels), dtype=dtype, **more)

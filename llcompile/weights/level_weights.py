@@ -13,6 +13,7 @@ from torch._subclasses import FakeTensor
 
 from llcompile.errors import CheckpointError, LevelWeightsError
 from llcompile.kernels.operands import COMPUTE_DTYPES
+from llcompile.patterns.mixer import FEATURES
 from llcompile.weights.level_kinds import (
     KINDS,
     Sizes,
@@ -31,6 +32,7 @@ __all__ = ["KINDS", "LevelWeights", "compute_dtype", "level_weights_function", "
 
 _LAYOUT_VERSION = 1
 _DEFAULT_HIDDEN = 64
+_OPTIONAL_SIZES = ("in_features", "hidden", "features")
 
 
 class LevelWeights(nn.Module):
@@ -45,6 +47,9 @@ class LevelWeights(nn.Module):
       the last layer is 0 at the start.
     * `paper`: w = `gain` * softplus(`level_scale` * (x W^T + b)) / ln 2, `level_scale` [H, L] = 1, W = b = 0
       and a buffer `gain` = 1, so that w is 1 at the start. `from_paper` loads published weights.
+    * `routed`: w = 1 + elu(x W^T + b + `gain` [H, L] * `damping` [L] * c), where c[t, l] is the product of token t's
+      `query` x_t^T [R] with the sum of x_s `key`^T over the tokens s of bucket l. `query` [H*R, D] is 0 at the start,
+      `key` [H*R, D] is random, `gain` 1; the buffer `damping` is 1 / sqrt(tokens of the bucket).
 
     The rows of `weight` and `bias` are ordered head by head: row h * L + l is level l of head h.
 
@@ -54,6 +59,7 @@ class LevelWeights(nn.Module):
         levels: L, at least 1.
         in_features: D; required by every kind except static, which does not take it.
         hidden: width of the hidden layer; kind mlp only (default 64).
+        features: R, the width of a routing query; kind routed only (default 8).
         device: device of the parameters.
         dtype: dtype of the parameters (default float32); w is always computed in float32 or float64.
 
@@ -71,12 +77,13 @@ class LevelWeights(nn.Module):
         in_features: int | None = None,
         *,
         hidden: int | None = None,
+        features: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.kind = kind
-        self.sizes = _checked_sizes(kind, heads, levels, in_features, hidden)
+        self.sizes = _checked_sizes(kind, heads, levels, in_features, hidden, features)
         # Raw parameters and not nn.Linear, so that nothing which walks a model and re-initialises, quantises or
         # adapts its Linear modules finds these.
         for entry in find_kind(kind).tensors:
@@ -125,7 +132,9 @@ class LevelWeights(nn.Module):
     def set_to_one(self) -> None:
         """Set w to exactly 1, without drawing random numbers."""
         for entry, tensor in zip(find_kind(self.kind).tensors, self._values(), strict=True):
-            if entry.start is not None:
+            if callable(entry.start):
+                tensor.copy_(torch.tensor(entry.start(self.sizes)))
+            elif entry.start is not None:
                 tensor.fill_(entry.start)
 
     def tensors(self) -> list[tuple[str, Tensor]]:
@@ -211,14 +220,14 @@ class LevelWeights(nn.Module):
     def extra_repr(self) -> str:
         """Kind and sizes, for print(model)."""
         parts = [f"kind={self.kind!r}", f"heads={self.heads}", f"levels={self.levels}"]
-        parts += [f"{name}={size}" for name in ("in_features", "hidden") if (size := getattr(self.sizes, name))]
+        parts += [f"{name}={size}" for name in _OPTIONAL_SIZES if (size := getattr(self.sizes, name))]
         return ", ".join(parts)
 
     def _values(self) -> list[Tensor]:
         return [tensor for _, tensor in self.tensors()]
 
     def _descriptor(self, device: torch.device | str | None) -> Tensor:
-        return torch.tensor([_LAYOUT_VERSION, find_kind(self.kind).code, *self.sizes], device=device)
+        return torch.tensor(_description(find_kind(self.kind).code, self.sizes), device=device)
 
     def _renew_descriptor(self) -> None:
         # A new tensor and not a copy into the old one, which may be an inference tensor.
@@ -333,7 +342,14 @@ def _capturing(tensors: list[Tensor]) -> bool:
     return any(tensor.is_cuda for tensor in tensors) and torch.cuda.is_current_stream_capturing()
 
 
-def _checked_sizes(kind: str, heads: int, levels: int, in_features: int | None, hidden: int | None) -> Sizes:
+def _description(code: int, sizes: Sizes) -> list[int]:
+    """What a checkpoint says of level weights. Those that read no buckets have no features, and had none before."""
+    return [_LAYOUT_VERSION, code, *(sizes if sizes.features else sizes[:-1])]
+
+
+def _checked_sizes(
+    kind: str, heads: int, levels: int, in_features: int | None, hidden: int | None, features: int | None
+) -> Sizes:
     entry = find_kind(kind)
     if heads < 1 or levels < 1:
         raise LevelWeightsError(f"level weights need at least one head and one level, got {heads=} and {levels=}")
@@ -343,7 +359,15 @@ def _checked_sizes(kind: str, heads: int, levels: int, in_features: int | None, 
         raise LevelWeightsError(f"level weights of kind {kind!r} do not use the input: leave in_features out")
     if hidden is not None and (not entry.needs_hidden or hidden < 1):
         raise LevelWeightsError(f"hidden={hidden} is not an argument of level weights of kind {kind!r}")
-    return Sizes(heads, levels, in_features or 0, (hidden or _DEFAULT_HIDDEN) if entry.needs_hidden else 0)
+    if features is not None and (not entry.reads_buckets or features < 1):
+        raise LevelWeightsError(f"features={features} is not an argument of level weights of kind {kind!r}")
+    return Sizes(
+        heads,
+        levels,
+        in_features or 0,
+        (hidden or _DEFAULT_HIDDEN) if entry.needs_hidden else 0,
+        (features or FEATURES) if entry.reads_buckets else 0,
+    )
 
 
 def _fill_uniform(tensor: Tensor) -> None:
@@ -358,7 +382,7 @@ def _fill_uniform(tensor: Tensor) -> None:
 
 def _in_words(descriptor: Tensor) -> str:
     numbers = [int(number) for number in descriptor.flatten().tolist()]
-    if len(numbers) != 2 + len(Sizes._fields) or numbers[0] != _LAYOUT_VERSION:
+    if len(numbers) not in (1 + len(Sizes._fields), 2 + len(Sizes._fields)) or numbers[0] != _LAYOUT_VERSION:
         return f"of a layout unknown to this version ({numbers})"
     names = {kind.code: kind.name for kind in KINDS.values()}
     sizes = Sizes(*numbers[2:])

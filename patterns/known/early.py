@@ -30,13 +30,30 @@ def call(
         return _of_a_token(mixer, level_weights, call, output), final
     moved = None if level_weights is None else level_weights.roll(-1, 1)
     output, final = operator(replace(plain, query=mixer.query.roll(-1, 1)), moved, call, sequences)
+
+    def first(rows: Rows) -> Any:
+        return _read(mixer, None if level_weights is None else rows(level_weights), call, rows(mixer.query))
+
+    return moved_back(output, sequences, None if mixer.initial_state is None else first), final
+
+
+Rows = Callable[[Any], Any]  # [B, T, ...] -> [N, ...], at the first token of each sequence
+
+
+def moved_back(output: Any, sequences: Sequences | None, first: Callable[[Rows], Any] | None) -> Any:
+    """What queries that were moved by one token read [B, T, ...], at the tokens that they belong to.
+
+    Args:
+        output: at the tokens before these.
+        sequences: where they are.
+        first: what the first token of each sequence reads [N, ...]; None: zeros.
+    """
     if sequences is not None and sequences.cu_seqlens is not None:
-        return _at_starts(mixer, level_weights, call, sequences.cu_seqlens, output), final
-    first = torch.zeros_like(output[:, :1])
-    if mixer.initial_state is not None:
-        weights = None if level_weights is None else level_weights[:, 0]
-        first = _read(mixer, weights, call, mixer.query[:, 0]).type_as(output).unsqueeze(1)
-    return torch.cat([first, output[:, :-1]], dim=1), final
+        return _at_starts(output, sequences.cu_seqlens, first)
+    start = torch.zeros_like(output[:, :1])
+    if first is not None:
+        start = first(lambda x: x[:, 0]).type_as(output).unsqueeze(1)
+    return torch.cat([start, output[:, :-1]], dim=1)
 
 
 def _of_a_token(mixer: Mixer, level_weights: Any, call: OperatorCall, output: Any) -> Any:
@@ -49,19 +66,18 @@ def _of_a_token(mixer: Mixer, level_weights: Any, call: OperatorCall, output: An
     return _read(mixer, weights, call, mixer.query[:, 0]).type_as(output).unsqueeze(1)
 
 
-def _at_starts(mixer: Mixer, level_weights: Any, call: OperatorCall, cu_seqlens: Any, output: Any) -> Any:
-    """The output [1, T, H, V] of packed sequences moved to its tokens, with what the first token of each reads."""
+def _at_starts(output: Any, cu_seqlens: Any, first: Callable[[Rows], Any] | None) -> Any:
+    """As `moved_back`, of packed sequences [1, T, N, M]."""
     output = output.roll(1, 1)
     starts, positions = cu_seqlens[:-1].long(), torch.ones_like(output[0, :, 0, 0]).long().cumsum(0) - 1
     # Of sequences without tokens, which start where the next one does or behind the end, none is the last to start.
     row = (starts.unsqueeze(0) <= positions.unsqueeze(1)).sum(1) - 1  # [T]
     here = starts[row] == positions
-    first = torch.zeros_like(output)
-    if mixer.initial_state is not None:
+    begun = torch.zeros_like(output)
+    if first is not None:
         at = torch.minimum(starts, positions[-1:])  # [N]
-        weights = None if level_weights is None else level_weights[0][at]
-        first = _read(mixer, weights, call, mixer.query[0][at]).type_as(output)[row].unsqueeze(0)
-    return torch.where(here[None, :, None, None], first, output)
+        begun = first(lambda x: x[0][at]).type_as(output)[row].unsqueeze(0)
+    return torch.where(here[None, :, None, None], begun, output)
 
 
 def _read(mixer: Mixer, weights: Any, call: OperatorCall, query: Any) -> Any:

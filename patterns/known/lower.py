@@ -15,6 +15,10 @@ from llcompile.patterns.known.operator_call import OperatorCall, Sequences
 from llcompile.patterns.known.state_layout import OPERATOR, from_operator, to_operator
 from llcompile.patterns.mixer import Mixer
 
+# (mixer, call, sequences) -> its level weights [B, T, W, L] (or [B, W, L] for a step), or None for the linear operator;
+# and the routing state that they leave, or None.
+Weigh = Callable[[Mixer, OperatorCall, Sequences | None], tuple[Any, Any]]
+
 
 def lower_call(entry: KnownFunction, function: Callable[..., Any], given: Mapping[str, Any], levels: int | None) -> Any:
     """What the call computes through our operator, with every level weight 1 (or none, for `levels` None)."""
@@ -34,14 +38,21 @@ def ones_like_weights(entry: KnownFunction, arguments: Arguments, levels: int) -
     return arguments[entry.value.name].new_ones(*sizes, levels, dtype=torch.float32)
 
 
-def lower(entry: KnownFunction, arguments: Arguments, example: Arguments, level_weights: Any, mask: Any = None) -> Any:
-    """Emits the operator and what the function does around it.
+def lower(entry: KnownFunction, arguments: Arguments, example: Arguments, level_weights: Any) -> Any:
+    """As `lower_weighed`, for level weights that are known: [B, T, W, L] ([B, W, L] for a step), or None."""
+    return lower_weighed(entry, arguments, example, lambda mixer, call, sequences: (level_weights, None))
+
+
+def lower_weighed(
+    entry: KnownFunction, arguments: Arguments, example: Arguments, weigh: Weigh, mask: Any = None
+) -> Any:
+    """Emits level weights, the operator and what the function does around it.
 
     Args:
         entry: the function's entry.
         arguments: the values to compute on: tensors, or proxies.
         example: the same call on tensors (real or fake), for everything that depends on shapes.
-        level_weights: [B, T, W, L] (or [B, W, L] for a step), or None for the linear operator.
+        weigh: emits the level weights.
         mask: [B, T], non-zero at tokens that are no padding, or None.
     """
     sequences = sequences_of(entry, arguments, mask)
@@ -51,7 +62,9 @@ def lower(entry: KnownFunction, arguments: Arguments, example: Arguments, level_
         wants_state=entry.wants_state(example),
         state_axes=entry.state_axes(example.values) or OPERATOR,
     )
-    output, state = call_operator(entry.bind(arguments), level_weights, call, sequences)
+    mixer = entry.bind(arguments)
+    level_weights, routing_state = weigh(mixer, call, sequences)
+    output, state = call_operator(mixer, level_weights, replace(call, routing_state=routing_state), sequences)
     if entry.writes_state is not None:
         arguments[entry.writes_state].copy_(state)
     return entry.result(arguments, output, state)
@@ -92,18 +105,23 @@ def apply(mixer: Mixer, level_weights: Any, call: OperatorCall, sequences: Seque
         return early.call(mixer, level_weights, call, sequences, apply)
     state = mixer.initial_state
     if state is not None and call.single:
-        return _call_step(mixer, level_weights, state)
+        return _call_step(mixer, level_weights, state, call.routing_state)
     operands = (mixer.query, mixer.key, mixer.value, level_weights, *mixer.transition())
     s = sequences
     where = () if s is None else (s.cu_seqlens, s.attention_mask, s.seq_idx)
-    result = torch.ops.llcompile.loglinear_attention(*operands, state, mixer.scale, call.wants_state, *where)
+    more = _routing(call.routing_state)
+    result = torch.ops.llcompile.loglinear_attention(*operands, state, mixer.scale, call.wants_state, *where, **more)
     return result[0], result[1]
 
 
-def _call_step(mixer: Mixer, level_weights: Any, state: Any) -> tuple[Any, Any]:
+def _call_step(mixer: Mixer, level_weights: Any, state: Any, routing_state: Any) -> tuple[Any, Any]:
     step = torch.ops.llcompile.loglinear_attention_step
     operands = [mixer.query, mixer.key, mixer.value, level_weights, *mixer.transition()]
     if not mixer.step:  # rates have no axis of time
         operands = [x if x is None or x is mixer.decay_rate else x.squeeze(1) for x in operands]
-    result = step(*operands[:4], state, *operands[4:], mixer.scale)
+    result = step(*operands[:4], state, *operands[4:], mixer.scale, **_routing(routing_state))
     return result[0] if mixer.step else result[0].unsqueeze(1), result[1]
+
+
+def _routing(state: Any) -> dict[str, Any]:
+    return {} if state is None else {"routing_state": state}

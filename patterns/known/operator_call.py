@@ -26,9 +26,11 @@ class OperatorCall:
         single: it is one token.
         wants_state: a state goes out.
         state_axes: the axes of the code's own linear states (see state_layout.py).
+        routing_state: what routed level weights leave in the state that goes out (see routing.py), or None.
     """
 
     own_state: bool = False
     single: bool = False
     wants_state: bool = False
     state_axes: tuple[str, ...] = OPERATOR
+    routing_state: Any = None

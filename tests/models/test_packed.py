@@ -45,16 +45,17 @@ class Scan(small.DeltaMixer):
 
 
 CASES = {"cu_seqlens": (Delta, BOUNDS, 1), "seq_idx": (Scan, INDICES, 1), "seq_idx, two rows": (Scan, INDICES, 2)}
+ROUTED = [pytest.param(case, "routed", marks=[] if case == "seq_idx, two rows" else pytest.mark.slow) for case in CASES]
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_forward_and_backward(case: str) -> None:
+@pytest.mark.parametrize(("case", "weights"), [*((case, "linear") for case in CASES), *ROUTED])
+def test_forward_and_backward(case: str, weights: str) -> None:
     kind, where, rows = CASES[case]
     mixer = kind()
     x = torch.randn(rows, sum(LENGTHS), 16, requires_grad=True)
     where = where.expand(rows, -1) if where.dim() == 2 else where
-    report = llcompile.convert(mixer, x, where, verify=False)
-    assert len(report.converted) == 1
+    report = llcompile.convert(mixer, x, where, options={"level_weights": weights, "levels": 6}, verify=False)
+    assert [c.level_weights for c in report.converted] == [weights]
     small.perturb(mixer)
     packed = compiled(mixer, "aot_eager")(x, where)
     one = compiled(mixer, "aot_eager", dynamic=True)

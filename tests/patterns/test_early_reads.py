@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from llcompile.kernels import routing_state
 from llcompile.kernels.reference import recurrence_step
 from llcompile.patterns.known.lower import call_operator
 from llcompile.patterns.known.operator_call import OperatorCall, Sequences
-from llcompile.patterns.mixer import Mixer
+from llcompile.patterns.known.routing import Routing
+from llcompile.patterns.mixer import Mixer, MixerShape
 from tests.helpers.small import difference
 
 HEADS, WIDTH, LEVELS = 2, 4, 6
@@ -124,3 +126,38 @@ def test_gradients_reach_every_operand() -> None:
     output, _ = call_operator(m, w, OperatorCall())
     ours = torch.autograd.grad(output.square().sum(), [*given, w])
     assert all(difference(a.double(), b.double()) < 1e-4 for a, b in zip(theirs, ours, strict=True))
+
+
+def routing(m: Mixer, call: OperatorCall, sequences: Sequences | None = None) -> Routing:
+    return Routing(m, call, sequences, MixerShape(HEADS, HEADS, 8, 8), sets=HEADS, features=3)
+
+
+def read_early(query: Tensor, key: Tensor) -> Tensor:
+    """[T, W, L]: what each query reads of the keys before it, in the buckets of the token before it."""
+    out = torch.zeros(*query.shape[:2], LEVELS)
+    for t in range(1, query.shape[0]):
+        for s in range(t):
+            out[t, :, ((t - 1) ^ s).bit_length()] += (query[t] * key[s]).sum(-1)
+    return out
+
+
+def test_routed_level_weights_read_what_the_mixer_reads() -> None:
+    """At once, packed, and token by token through the header of a level state; in a later prefill, too."""
+    query, key = (torch.randn(2, 21, HEADS, 3) for _ in range(2))
+    expected = torch.stack([read_early(q, k) for q, k in zip(query, key, strict=True)])
+    m, goes_on = mixer(21, batch=2), OperatorCall(own_state=True, single=True, wants_state=True)
+    assert difference(routing(m, OperatorCall()).readouts(query, key, LEVELS), expected) < 1e-5
+    for sizes in ((9, *[1] * 5, 7), (1, 1, 19)):
+        state, outputs = None, []
+        for q, k in zip(query.split(sizes, 1), key.split(sizes, 1), strict=True):
+            call = replace(goes_on, own_state=state is not None, single=q.shape[1] == 1)
+            one = routing(replace(m, initial_state=state), call)
+            outputs.append(one.readouts(q, k, LEVELS))
+            state = torch.zeros(2, HEADS, 1 + LEVELS, 8, 8)
+            state[:, :, 0, 0] = one.final[:, :, :8]  # the mixer's own position
+            routing_state.write(state, one.final)
+        assert difference(torch.cat(outputs, 1), expected) < 1e-5
+    bounds = torch.tensor([0, 5, 5, 21])
+    packed = routing(m, OperatorCall(), Sequences(cu_seqlens=bounds)).readouts(query[:1], key[:1], LEVELS)
+    alone = [read_early(query[0, a:b], key[0, a:b]) for a, b in ((0, 5), (5, 21))]
+    assert difference(packed[0], torch.cat(alone)) < 1e-5

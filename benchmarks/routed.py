@@ -1,0 +1,124 @@
+"""What routed level weights cost: the operator with level weights, beside the same with per-level readouts before it.
+
+    python -m benchmarks.routed [--device cuda] [--lengths 1024 4096] [--channels 16] [--json FILE]
+
+Readouts come in turns with the operator that they are for, forward, both passes, and one decoded token with its state.
+The ratio is of each turn's pair, its median and quartiles over the turns; the budget is 1.3. On a CPU one thread and
+float32, on a GPU bfloat16. The level weights themselves (a projection of the token, and one more of the readouts) are
+left out on both sides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import record
+from benchmarks.selective import timed
+from llcompile.kernels import routing_state
+from llcompile.ops import level_readouts, level_readouts_step, loglinear_attention, loglinear_attention_step
+
+LEVELS = 16
+BUDGET = 1.3
+# Heads, K, V of a mixer, and the sets of its level weights.
+SIZES = {"Mamba-2": (8, 64, 64, 8), "gated delta": (4, 64, 64, 4)}
+Call = Callable[[], Any]
+
+
+def main(given: list[str] | None = None) -> int:
+    """Measure, print and write; 1 where a ratio is over the budget."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", help="default: cpu")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096], help="tokens (default: 1024 4096)")
+    parser.add_argument("--channels", type=int, default=16, help="R of a routing query and key (default: 16)")
+    parser.add_argument("--turns", type=int, default=9, help="how often each runs (default: 9)")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
+    args = parser.parse_args(given)
+    if args.device == "cpu":
+        torch.set_num_threads(1)
+    rows = []
+    for mixer in SIZES:
+        for length in args.lengths:
+            for what, (plain, extra) in calls(mixer, length, args.channels, args.device).items():
+                found = {"mixer": mixer, "tokens": length, "what": what, **ratio(plain, extra, args.device, args.turns)}
+                rows.append(found)
+                print(line(found), flush=True)
+    seen = record.environment(args.device)
+    print(f"{seen['machine']}, {seen['threads']} threads, {seen['versions']}")
+    if args.json is not None:
+        record.write(args.json, {"environment": seen, "channels": args.channels, "results": rows})
+    return int(any(row["ratio"] > BUDGET for row in rows))
+
+
+def ratio(plain: Call, extra: Call, device: str, turns: int) -> dict[str, float]:
+    """Seconds of `plain`, and the paired ratio of both to `plain`: the median, and the quartiles."""
+    pairs = [(timed(plain, device), timed(extra, device)) for _ in range(2 + turns)][2:]  # the first ones compile
+    found = [(a + b) / a for a, b in pairs]
+    low, middle, high = statistics.quantiles(found, n=4)
+    return {"seconds": statistics.median(a for a, _ in pairs), "ratio": middle, "low": low, "high": high}
+
+
+def line(row: dict[str, Any]) -> str:
+    """A result for a person."""
+    verdict = "within" if row["ratio"] <= BUDGET else "over"
+    return (
+        f"{row['mixer']:<12}{row['tokens']:>7} tokens {row['what']:<9}{1e3 * row['seconds']:>9.3f} ms   with readouts "
+        f"x{row['ratio']:.3f} ({row['low']:.3f} to {row['high']:.3f}), {verdict} the budget of {BUDGET}"
+    )
+
+
+def calls(mixer: str, length: int, channels: int, device: str) -> dict[str, tuple[Call, Call]]:
+    """The operator, and the readouts for it: forward, both passes, and a token."""
+    torch.manual_seed(0)
+    heads, key_dim, value_dim, sets = SIZES[mixer]
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    make: dict[str, Any] = {"device": device, "dtype": dtype}
+    q, k = (torch.nn.functional.normalize(torch.randn(1, length, heads, key_dim, **make), dim=-1) for _ in range(2))
+    x: dict[str, Any] = {"q": q, "k": k, "v": torch.randn(1, length, heads, value_dim, **make)}
+    x["log_decay"] = -0.1 * torch.rand(1, length, heads, device=device)
+    x["level_weights"] = torch.rand(1, length, sets, LEVELS, device=device)
+    if mixer == "gated delta":
+        x["beta"] = torch.rand(1, length, heads, device=device)
+    routing: dict[str, Any] = {name: torch.randn(1, length, sets, channels, **make) for name in ("query", "key")}
+    return {
+        "forward": (lambda: loglinear_attention(**x), lambda: level_readouts(**routing, levels=LEVELS)),
+        "both": (
+            gradients(lambda **x: loglinear_attention(**x)[0], x),
+            gradients(lambda **x: level_readouts(**x, levels=LEVELS)[0], routing),
+        ),
+        "token": tokens(x, routing),
+    }
+
+
+def gradients(run: Callable[..., Tensor], x: dict[str, Any]) -> Call:
+    """Both passes of a function of operands."""
+    leaves = {name: t.detach().clone().requires_grad_() for name, t in x.items()}
+    grad = torch.randn_like(run(**x))
+    return lambda: torch.autograd.grad(run(**leaves), list(leaves.values()), grad)
+
+
+def tokens(x: dict[str, Any], routing: dict[str, Any]) -> tuple[Call, Call]:
+    """A decoded token, and its readouts with the reading of their state."""
+    token = {name: t[:, -1] for name, t in x.items()}
+    one = {name: t[:, -1] for name, t in routing.items()}
+    _, state = loglinear_attention(**x, return_final_state=True)
+    assert state is not None
+    sets, channels = one["query"].shape[1:]
+
+    def readouts() -> Any:
+        old = routing_state.read(state, sets, LEVELS, channels)
+        found, new = level_readouts_step(**one, state=old, levels=LEVELS)
+        routing_state.write(state, new)
+        return found
+
+    return torch.no_grad()(lambda: loglinear_attention_step(**token, state=state)), torch.no_grad()(readouts)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,87 @@
+"""Per-level readouts on Triton kernels: in the interpreter, compiled for chips that are not there, and on a GPU."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from llcompile.kernels.description import ReadoutDescription
+from llcompile.kernels.triton.check import compile_readouts
+from llcompile.kernels.triton.chips import CHIPS
+from tests.kernels import readout_cases
+
+LEFT, RIGHT, NONE = [0] * 6 + [1] * 34, [1] * 33 + [0] * 7, [0] * 40
+
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessPoolExecutor]:
+    """A process where the interpreter is on from the start."""
+    settings = {"TRITON_INTERPRET": "1", "LLCOMPILE_KERNEL_DIR": str(tmp_path_factory.mktemp("kernels"))}
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        pool.submit(readout_cases.operands, 1).result()  # the process has started: it has the settings
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+        yield pool
+
+
+@pytest.mark.parametrize(
+    ("length", "levels", "positions", "final"),
+    [(5, 4, (), False), (100, 9, (), False), (130, 3, (), True), (40, 1, (), False), (70, 9, (13, 64), True)],
+)
+def test_definition(worker, length, levels, positions, final):
+    """Inside a chunk and across chunks, fewer levels than needed, and rows that continue inside a chunk."""
+    found = worker.submit(readout_cases.errors, length, levels, *positions, final=final).result()
+    assert {"readouts", "query", "key"} <= found.keys()
+    assert max(found.values()) < 1e-5, found
+
+
+@pytest.mark.parametrize("positions", [(), (3, 8, 5)])
+def test_padded(worker, positions):
+    mask = torch.tensor([LEFT, RIGHT, NONE])
+    found = worker.submit(readout_cases.errors, 40, 5, *positions, batch=3, attention_mask=mask).result()
+    assert max(found.values()) < 1e-5, found
+
+
+def test_packed(worker):
+    bounds = torch.tensor([0, 3, 3, 44, 80])
+    found = worker.submit(readout_cases.errors, 80, 6, batch=1, cu_seqlens=bounds).result()
+    assert max(found.values()) < 1e-5, found
+
+
+@pytest.mark.parametrize("levels", [1, 5])
+def test_step(worker, levels):
+    assert worker.submit(readout_cases.step_error, levels, 13, 63, 0, 8).result() < 1e-5
+
+
+@pytest.mark.parametrize("chip", ["sm_90", pytest.param("sm_80", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)])
+def test_compiled(chip, dtype, tmp_path, monkeypatch):
+    """Every kernel fits and spills nothing."""
+    monkeypatch.setenv("LLCOMPILE_KERNEL_DIR", str(tmp_path))
+    found = compile_readouts(ReadoutDescription(16, 16, dtype), CHIPS[chip])
+    for name, (registers, spilled, shared) in found.items():
+        print(chip, name, registers, spilled, shared)
+        assert spilled == 0, name
+        assert shared <= CHIPS[chip].shared, name
+    assert found.keys() == {"chunk_sums", "readouts", "node_readers", "readouts_gradient", "readouts_step"}
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("length", [5, 100, 1000])
+@pytest.mark.parametrize("positions", [(), (13, 64)])
+def test_on_gpu(length, positions):
+    state = readout_cases.old_state(12, *positions).float().cuda() if positions else None
+    query, key = (x.float().cuda() for x in readout_cases.operands(length))
+    for name, (ours, definition) in readout_cases.both(query, key, 12, state).items():
+        error = (ours.double() - definition).abs().max() / definition.abs().max()
+        assert error < 1e-4, name

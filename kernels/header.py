@@ -39,14 +39,14 @@ def largest(dtype: torch.dtype, entries: int) -> int:
 
 def write(position: Tensor, key_dim: int, value_dim: int, dtype: torch.dtype) -> Tensor:
     """The headers `[B, K, V]` of rows at `position [B]`."""
-    position = position.to(torch.int64)
-    header = torch.zeros(position.shape[0], key_dim * value_dim, dtype=dtype, device=position.device)
-    if has_digits(header.shape[1]):
-        rest = position[:, None] >> _shifts(position.device)
-        header[:, : DIGITS - 1] = rest[:, :-1] & ((1 << BITS) - 1)
-        header[:, DIGITS - 1] = rest[:, -1]
+    position, entries = position.to(torch.int64)[:, None], key_dim * value_dim
+    if has_digits(entries):
+        rest = position >> _shifts(position.device)
+        written = torch.cat([rest[:, :-1] & ((1 << BITS) - 1), rest[:, -1:]], 1)
     else:
-        header[:, :1] = -(2 * position[:, None] + 1)
+        written = -(2 * position + 1)[:, :entries]
+    # Padded, not written into zeros: a decomposition of the operators must change no view.
+    header = torch.nn.functional.pad(written.to(dtype), (0, entries - written.shape[1]))
     return header.unflatten(1, (key_dim, value_dim))
 
 

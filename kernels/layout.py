@@ -87,7 +87,7 @@ class Layout:
         """States `[M, levels, K, V]` at the end of rows -> a level state `[B, H, 1 + L, K, V]`."""
         assert self.levels is not None
         s = self._unfold_state(states).transpose(1, 2).flatten(0, 1)  # [B * levels, H, K, V]
-        out = s.new_zeros(self.batch * self.levels, *s.shape[1:]).index_add_(0, self._slots(), s)
+        out = s.new_zeros(self.batch * self.levels, *s.shape[1:]).index_add(0, self._slots(), s)
         position = torch.full((self.batch,), self.tokens, device=s.device)
         position = position if self.x.lengths is None else self.x.lengths
         position = position if self.grid.position is None else position + self.grid.position

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llcompile.kernels import choice, routing_state, torch_operator
+from llcompile.kernels import choice, flops, routing_state, torch_operator
 from llcompile.kernels.operands import DIFFERENTIABLE, WITH_TOKENS, Operands, Token, weights_per_head
 from llcompile.kernels.state import check_positions, check_state, state_dtype
 from llcompile.kernels.varlen import flat, in_place
@@ -218,3 +218,4 @@ torch_operator.define(
     _save_step,
     _step_gradient,
 )
+flops.register()

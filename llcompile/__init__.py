@@ -17,6 +17,7 @@ _PUBLIC = {
     "revert": "llcompile.conversion",
     "save": "llcompile.weights.checkpoint",
     "load": "llcompile.weights.checkpoint",
+    "decompositions": "llcompile.decomposition",
     "LevelWeights": "llcompile.weights.level_weights",
     "Look": "llcompile.look.look",
     "Report": "llcompile.report",

@@ -86,6 +86,10 @@ class MlirError(LLCompileError, RuntimeError):
     """No MLIR can be made: no such mixer, no values, a state, or a graph that torch-mlir does not support."""
 
 
+class DecompositionError(LLCompileError, RuntimeError):
+    """An operator cannot be written in ATen operations: a symbolic length, or packed or padded sequences."""
+
+
 class SpecError(LLCompileError, ValueError):
     """The command line names something unknown: a model that cannot be found or built, or an unknown peer."""
 

@@ -1,7 +1,7 @@
 """What `import torch` runs when llcompile is installed: log names, the operators' namespace, checkpoints, exports.
 
 `TORCH_LOGS=loglinear` works, an exported program that calls `torch.ops.llcompile.*` is loaded, `from_pretrained` of
-transformers loads level weights, and torch.export records converted models rewritten.
+transformers loads level weights, torch.export records converted models rewritten, and accelerate knows the backend.
 
 Tiny on purpose, for every program of the environment runs it: no import beyond what torch has already loaded, and
 nothing that may fail. Torch reads TORCH_LOGS after this, so the name must exist by then.
@@ -52,8 +52,8 @@ def _operators() -> None:
 
 
 def _other_modules() -> None:
-    from llcompile.autoload import pretrained, torch_export
+    from llcompile.autoload import accelerate_backends, pretrained, torch_export, trainer_evaluation
     from llcompile.integrations.after_import import after_import
 
-    after_import(pretrained.MODULE, pretrained.install)
-    after_import(torch_export.MODULE, torch_export.install)
+    for hook in (pretrained, torch_export, accelerate_backends, trainer_evaluation):
+        after_import(hook.MODULE, hook.install)

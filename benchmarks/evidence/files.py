@@ -53,7 +53,11 @@ class Files:
 def roots() -> list[Path]:
     """Where files are looked for: this Python's packages and its library, and what the system has to share."""
     paths = sysconfig.get_paths()
-    places = [paths[name] for name in ("purelib", "platlib", "stdlib")] + ["/usr/share", "/usr/include", "/usr/lib/python3"]
+    places = [paths[name] for name in ("purelib", "platlib", "stdlib")] + [
+        "/usr/share",
+        "/usr/include",
+        "/usr/lib/python3",
+    ]
     return [Path(place) for place in dict.fromkeys(places) if Path(place).is_dir()]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ class Plan:
     batch: int = 8
     tests: int = 64
     bins: int = 8
-    rates: Rates = Rates(levels=1e-2, others=3e-4)
+    rates: Rates = field(default_factory=lambda: Rates(levels=1e-2, others=3e-4))
 
 
 LARGE = Plan()
@@ -128,7 +128,9 @@ class Bench:
         if AS_IT_IS not in store:
             store.put(AS_IT_IS, {**self._score(start), "types": self.names})
         ms = fit(self.job, self._loss(student), student.groups(arm, self.plan.rates), self.plan.steps)
-        store.put(arm.name, {**self._score(self._outputs(student)), "at_conversion": self._score(start), "ms_per_step": ms})
+        store.put(
+            arm.name, {**self._score(self._outputs(student)), "at_conversion": self._score(start), "ms_per_step": ms}
+        )
 
     def _loss(self, student: Student) -> Any:
         generator = torch.Generator().manual_seed(self.seed)

@@ -42,23 +42,15 @@ class Plan:
 
 
 LARGE = Plan(
-    Task(length=256, pairs=48, vocabulary=1024),
-    models.Sizes(hidden=64, layers=1, heads=1, key_dim=16, value_dim=64, vocabulary=1024, step=(0.02, 0.2), slow=True),
+    Task(length=64, pairs=14, vocabulary=256),
+    models.Sizes(hidden=64, layers=1, heads=1, key_dim=4, value_dim=64, vocabulary=256, step=(0.02, 0.2), slow=True),
     steps=3000,
-    more=1000,
+    more=1500,
     batch=64,
     rate=5e-3,
     after=Rates(levels=2e-2, others=3e-3),
 )
-SMALL = replace(
-    LARGE,
-    task=Task(length=64, pairs=12, vocabulary=192),
-    sizes=replace(LARGE.sizes, hidden=32, value_dim=32, key_dim=8, vocabulary=192),
-    steps=30,
-    more=10,
-    batch=8,
-    tests=32,
-)
+SMALL = replace(LARGE, steps=30, more=10, batch=8, tests=32)
 # In the order of their importance.
 TASKS = (("stream", False), ("first", False), ("stream", True), ("first", True))
 

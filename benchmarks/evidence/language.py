@@ -133,6 +133,7 @@ class Bench:
             for held_out, limit in ((False, plan.files), (True, plan.files // 4))
         )
         self.file = job.folder / f"{job.share}.safetensors"
+        self.students: dict[str | None, Student] = {}
 
     def pretrain(self, store: Store) -> None:
         """Train the model that plays the pretrained one, unless its file is there."""
@@ -140,8 +141,7 @@ class Bench:
 
         if self.file.exists() and TRAINED in store:
             return
-        model = models.make(self.family, self.plan.sizes[self.family], seed=0).to(self.job.device)
-        student = self._student(model, None)
+        student = self._student(None)
         groups = student.groups(STAYING, Rates(0.0, self.plan.rate))
         loss = self._loss(student, self.plan.length, seed=1)
         steps = self._fitting(loss, groups)
@@ -152,28 +152,33 @@ class Bench:
         found = {
             "steps": steps,
             "ms_per_step": ms,
-            "parameters": models.count(model),
+            "parameters": models.count(student.module),
             "bytes": self.file.stat().st_size,
         }
         store.put(TRAINED, {**found, **self._measured(student)})
 
     def run(self, store: Store, way: Way) -> None:
         """Convert if the way does, uptrain and measure."""
-        model = models.make(self.family, self.plan.sizes[self.family], seed=0).to(self.job.device)
-        student = self._student(model, way.arm.levels)
+        student = self._student(way.arm.levels)
         student.load(self._checkpoint())
         moved = self._losses(student, 4)[:, ::_KEPT].sub(torch.tensor(store[TRAINED]["first"])).abs().max()
         length = self.plan.long if way.long else self.plan.length
-        loss = self._passed(model) if way.passing else self._loss(student, length, seed=2)
+        loss = self._passed(student.module) if way.passing else self._loss(student, length, seed=2)
         # A cache is written in place, and autograd has saved what it held.
         with torch.autograd.graph.allow_mutation_on_saved_tensors() if way.passing else nullcontext():
             ms = fit(self.job, loss, student.groups(way.arm, self.plan.after), self.plan.more)
         found = {"ms_per_step": ms, "tokens": self.plan.more * self.plan.tokens, "length": length}
         store.put(way.arm.name, {**found, "moved_at_conversion": float(moved), **self._measured(student)})
 
-    def _student(self, model: torch.nn.Module, levels: str | None) -> Student:
-        example = torch.randint(BYTES, (2, self.plan.length), device=self.job.device)
-        return Student(model, (example,), levels, self.plan.longest, "eager", use_cache=False)
+    def _student(self, levels: str | None) -> Student:
+        """The model with level weights of this kind, converted and compiled when it is asked for first."""
+        if levels not in self.students:
+            model = models.make(self.family, self.plan.sizes[self.family], seed=0).to(self.job.device)
+            example = torch.randint(BYTES, (2, 64), device=self.job.device)
+            self.students[levels] = Student(
+                model, (example,), levels, self.plan.longest, "eager", dynamic=True, use_cache=False
+            )
+        return self.students[levels]
 
     def _checkpoint(self) -> dict[str, Tensor]:
         from safetensors.torch import load_file
@@ -231,23 +236,21 @@ class Bench:
             "needles": answers,
         }
 
-    @torch.no_grad()
     def _losses(self, student: Student, count: int) -> Tensor:
         """The loss at each position of the first held-out texts [count, T - 1]."""
         texts = self.exam.inside(self.plan.texts, self.plan.longest, torch.Generator().manual_seed(3))[:count]
         found = []
         for tokens in texts.split(4):
-            logits = student(tokens).logits[:, :-1]
+            logits = student(tokens).logits.detach()[:, :-1]  # not under no_grad, which would be another graph
             found.append(F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none").cpu())
         return torch.cat(found)
 
-    @torch.no_grad()
     def _answered(self, student: Student, name: str, length: int) -> dict[str, float]:
         """The share of answers whose bytes are all right, and the share of bytes, each given the ones before."""
         exam = asked(self.exam, TASKS[name], self.plan.texts, length, torch.Generator().manual_seed(4))
         right = []
         for tokens, values in zip(exam.tokens.split(16), exam.values.split(16), strict=True):
-            hit = student(tokens).logits[:, :-1].argmax(-1) == tokens[:, 1:]
+            hit = student(tokens).logits.detach()[:, :-1].argmax(-1) == tokens[:, 1:]
             right.append(hit[values[:, 1:]].unflatten(0, (len(tokens), -1)).cpu())
         whole = torch.cat(right).double()
         return {"answers": float(whole.prod(1).mean()), "bytes": float(whole.mean())}

@@ -45,7 +45,8 @@ class Order:
 def run(order: Order, shares: list[str]) -> int:
     """Work off the shares, the first ones first; returns how many processes failed."""
     deadline = time.time() + 60 * order.minutes
-    waiting, running, failed = list(shares), {}, 0
+    waiting, failed = list(shares), 0
+    running: dict[str, subprocess.Popen[bytes]] = {}
     order.folder.mkdir(parents=True, exist_ok=True)
     while waiting or running:
         while waiting and len(running) < order.workers and time.time() < deadline:

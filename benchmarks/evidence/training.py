@@ -55,6 +55,8 @@ class Student:
         levels: kind of level weights, or None for the linear operator of the same backend.
         longest: tokens; there is a level weight for each level of such a sequence.
         inner: the backend's inner compiler.
+        dynamic: whether one graph serves all lengths.
+        keywords: further inputs of its forward.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Student:
         levels: str | None,
         longest: int,
         inner: str,
+        dynamic: bool = False,
         **keywords: Any,
     ) -> None:
         self.module, self.keywords = module, keywords
@@ -74,7 +77,7 @@ class Student:
             report = llcompile.convert(module, *example, options=options, verify=False, **keywords)
             if not report.converted or report.declined:
                 raise BenchError(f"not every mixer of {type(module).__name__} converts:\n{report}")
-        self._run = torch.compile(module, backend="loglinear", options={**options, "inner": inner})
+        self._run = torch.compile(module, backend="loglinear", dynamic=dynamic, options={**options, "inner": inner})
         self._at_start = {name: tensor for name, tensor in self.state().items() if is_level_weight(name)}
 
     def __call__(self, *arguments: Any) -> Any:

@@ -111,7 +111,8 @@ class Bench:
     """The documents, and what each arm is tried with."""
 
     def __init__(self, job: Job, plan: Plan, checkpoint: dict[str, Tensor], labels: list[str], seed: int) -> None:
-        self.job, self.plan, self.checkpoint, self.labels, self.seed = job, plan, checkpoint, labels, seed
+        self.job, self.plan, self.checkpoint, self.seed = job, plan, checkpoint, seed
+        self.students: dict[str | None, Student] = {}
         self.documents = Documents(plan, labels, held_out=False)
         exam = Documents(plan, labels, held_out=True)
         self.names = [labels[label] for label in exam.types]
@@ -119,11 +120,8 @@ class Bench:
 
     def run(self, store: Store, arm: Arm) -> None:
         """Convert if the arm does, measure, train, measure again."""
-        from typeseg_torch.model import pretrained
-
-        model = pretrained()[0].to(self.job.device)
-        example = self.exam[0][:2].to(self.job.device)
-        student = Student(model, (example,), arm.levels, self.plan.length, "eager")
+        student = self._student(arm.levels)
+        student.load(self.checkpoint)
         start = self._outputs(student)
         if AS_IT_IS not in store:
             store.put(AS_IT_IS, {**self._score(start), "types": self.names})
@@ -131,6 +129,16 @@ class Bench:
         store.put(
             arm.name, {**self._score(self._outputs(student)), "at_conversion": self._score(start), "ms_per_step": ms}
         )
+
+    def _student(self, levels: str | None) -> Student:
+        """The model with level weights of this kind, converted and compiled when it is asked for first."""
+        from typeseg_torch.model import pretrained
+
+        if levels not in self.students:
+            model = pretrained()[0].to(self.job.device)
+            example = self.exam[0][:2, :64].to(self.job.device)  # short: typeseg's own scan is a loop over tokens
+            self.students[levels] = Student(model, (example,), levels, self.plan.length, "eager")
+        return self.students[levels]
 
     def _loss(self, student: Student) -> Any:
         generator = torch.Generator().manual_seed(self.seed)

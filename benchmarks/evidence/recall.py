@@ -108,8 +108,8 @@ class Bench:
     def _trained(self, task: Task, seed: int) -> dict[str, Any]:
         """The linear model, trained; returns its weights and its head's."""
         student = self.student(None)
-        fresh = models.make(self.family, self.plan.sizes, seed).to(self.job.device)
-        self._load(None, {"base": fresh.base_model.state_dict(), "head": fresh.lm_head.state_dict()})  # type: ignore[operator]
+        fresh: Any = models.make(self.family, self.plan.sizes, seed).to(self.job.device)
+        self._load(None, {"base": fresh.base_model.state_dict(), "head": fresh.lm_head.state_dict()})
         rates = Rates(levels=0.0, others=self.plan.rate)
         groups = student.groups(STAYING, rates, self.heads[None].parameters())
         fit(self.job, self._loss(None, task, 2 * seed), groups, self.plan.steps)

@@ -65,7 +65,8 @@ class Documents:
         return torch.stack([tokens for tokens, _ in drawn]), torch.stack([labels for _, labels in drawn])
 
     def _one(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        tokens, labels = [], []
+        tokens: list[Tensor] = []
+        labels: list[Tensor] = []
         while sum(map(len, tokens)) < self.plan.length:
             label, excerpt = self._excerpt(generator)
             tokens.append(excerpt)

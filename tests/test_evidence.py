@@ -13,6 +13,7 @@ import torch
 
 from benchmarks.evidence import __main__ as command
 from benchmarks.evidence import files, language, mqar, needles, pool, recall, show, store, tables, training, typeseg
+from benchmarks.evidence.worker import Job
 from llcompile.errors import BenchError
 from typeseg_torch import weights
 
@@ -241,3 +242,26 @@ def test_the_command_starts_the_shares_of_an_experiment(monkeypatch: pytest.Monk
     assert given[0][1] == ["mamba2", "gdn"]
     assert recall.shares(small=False)[:3] == ["mamba2-0", "gdn-0", "mamba2-1"]
     assert json.dumps(typeseg.shares(small=False)) == '["seed-0", "seed-1", "seed-2", "seed-3", "seed-4"]'
+
+
+@pytest.mark.slow
+def test_recall_converts_trains_and_measures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_dynamo: None
+) -> None:
+    """The outputs do not move at conversion, level weights change them after it, and a second run finds its results."""
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(recall, "TASKS", (("stream", False),))
+    monkeypatch.setattr(recall, "ARMS", training.ARMS[:2])
+    losses: list[list[float]] = []
+    score = recall.score
+    monkeypatch.setattr(recall, "score", lambda x, *rest: losses.append(x.flatten().tolist()) or score(x, *rest))
+    job = Job("recall", "mamba2-0", tmp_path, "cpu", True, time.time() + 600)
+    recall.work(job)
+    found = json.loads((tmp_path / "mamba2-0.json").read_text())["results"]
+    assert list(found) == ["stream, untold: trained", "stream, untold: staying", "stream, untold: linear alone"]
+    assert found["stream, untold: linear alone"]["moved_at_conversion"] < 1e-4
+    trained, put_back = losses[-2:]
+    assert max(abs(a - b) for a, b in zip(trained, put_back, strict=True)) > 1e-3
+    before = len(losses)
+    recall.work(job)
+    assert len(losses) == before

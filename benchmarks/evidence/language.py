@@ -168,7 +168,9 @@ class Bench:
         with torch.autograd.graph.allow_mutation_on_saved_tensors() if way.passing else nullcontext():
             ms = fit(self.job, loss, student.groups(way.arm, self.plan.after), self.plan.more)
         found = {"ms_per_step": ms, "tokens": self.plan.more * self.plan.tokens, "length": length}
-        store.put(way.arm.name, {**found, "moved_at_conversion": float(moved), **self._measured(student)})
+        found |= {"moved_at_conversion": float(moved), **self._measured(student)}
+        student.reset_levels()
+        store.put(way.arm.name, {**found, "levels_put_back": float(self._losses(student, self.plan.texts).mean())})
 
     def _student(self, levels: str | None) -> Student:
         """The model with level weights of this kind, converted and compiled when it is asked for first."""

@@ -124,7 +124,9 @@ class Bench:
         groups = student.groups(arm, self.plan.after, self.heads[arm.levels].parameters())
         ms = fit(self.job, self._loss(arm.levels, task, 2 * seed + 1), groups, self.plan.more)
         result = score(self._outputs(arm.levels, exam), exam, task)
-        return {**result, "moved_at_conversion": moved, "ms_per_step": ms}
+        student.reset_levels()
+        without = score(self._outputs(arm.levels, exam), exam, task)["accuracy"]
+        return {**result, "moved_at_conversion": moved, "levels_put_back": without, "ms_per_step": ms}
 
     def _load(self, levels: str | None, checkpoint: Any) -> None:
         self.student(levels).load(checkpoint["base"])

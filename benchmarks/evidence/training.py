@@ -92,6 +92,10 @@ class Student:
         """Take over a linear checkpoint; level weights go back to where each is 1."""
         self.module.load_state_dict({**self._at_start, **checkpoint})
 
+    def reset_levels(self) -> None:
+        """Put level weights back to where each is 1, and leave all others as they are."""
+        self.module.load_state_dict(self._at_start, strict=False)
+
     def groups(self, arm: Arm, rates: Rates, others: Iterable[nn.Parameter] = ()) -> list[dict[str, Any]]:
         """The optimizer's groups; `others` are parameters outside the module, trained where all weights are."""
         named = list(self.module.named_parameters())

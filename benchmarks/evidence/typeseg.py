@@ -127,9 +127,9 @@ class Bench:
         if AS_IT_IS not in store:
             store.put(AS_IT_IS, {**self._score(start), "types": self.names})
         ms = fit(self.job, self._loss(student), student.groups(arm, self.plan.rates), self.plan.steps)
-        store.put(
-            arm.name, {**self._score(self._outputs(student)), "at_conversion": self._score(start), "ms_per_step": ms}
-        )
+        found = {**self._score(self._outputs(student)), "at_conversion": self._score(start), "ms_per_step": ms}
+        student.reset_levels()
+        store.put(arm.name, {**found, "levels_put_back": self._score(self._outputs(student))["accuracy"]})
 
     def _student(self, levels: str | None) -> Student:
         """The model with level weights of this kind, converted and compiled when it is asked for first."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ class Sizes:
     key_dim: int
     value_dim: int
     vocabulary: int
-    # Mamba-2 only: the smallest and largest dt at the start, and whether decay rates start at 1, not at 1, 2, 3, …
+    # The smallest and largest dt at the start, and whether decay rates start at 1, not larger.
     step: tuple[float, float] = (0.001, 0.1)
     slow: bool = False
 
@@ -33,12 +34,19 @@ def make(family: str, sizes: Sizes, seed: int) -> nn.Module:
     transformers.logging.set_verbosity_error()  # it says for each layer that kernels are not installed
     torch.manual_seed(seed)
     model: nn.Module = _MAKERS[family](transformers, sizes).train()
-    if family == "mamba2" and sizes.slow:
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name.endswith("A_log"):
-                    parameter.zero_()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("dt_bias"):
+                parameter.copy_(_steps(sizes, parameter.shape))
+            if name.endswith("A_log") and sizes.slow:
+                parameter.zero_()
     return model
+
+
+def _steps(sizes: Sizes, shape: torch.Size) -> torch.Tensor:
+    """Biases of step sizes drawn as Mamba-2 draws them; Qwen3.5 starts with a constant that forgets everything."""
+    low, high = (math.log(step) for step in sizes.step)
+    return torch.rand(shape).mul(high - low).add(low).exp().expm1().log()
 
 
 def count(model: nn.Module) -> int:
@@ -60,8 +68,6 @@ def _mamba2(transformers: Any, sizes: Sizes) -> nn.Module:
         state_size=sizes.key_dim,
         n_groups=1,
         chunk_size=64,
-        time_step_min=sizes.step[0],
-        time_step_max=sizes.step[1],
         pad_token_id=0,
         bos_token_id=0,
         eos_token_id=0,

@@ -76,6 +76,11 @@ LONG_TESTS = {
         "test_a_model_of_the_tour_that_does_not_act_stops_the_demo",
     ),
     "test_docs.py": ("test_the_code_of_a_page_prints_what_the_page_shows",),
+    "test_evidence.py": (
+        "test_processes_end_when_time_is_up",
+        "test_show_fills_the_page",
+        "test_the_module_is_typesegs",
+    ),
     "test_kernels_command.py": ("test_who_reads_may_stop",),
     "test_level_weights.py": ("test_lives_in_a_transformers_model", "test_start_is_exactly_one_through_inductor"),
     "test_look.py": ("test_the_decisions_are_those_of_the_real_run", "test_what_the_compiler_of_this_machine_makes"),

@@ -63,6 +63,8 @@ def _write(session: Session, candidate: GraphCandidate, found: Found, tensors: l
             result = result.to(found.subgraph.result.dtype)
         if found.tail is not None:
             result = _with_tail(graph, found.tail, result, as_proxy)
+        if found.subgraph.is_detached:
+            result = result.detach()
         result = _laid_out(result, place.result.meta.get("example_value"))
         # The operator keeps what it returns for its backward.
         result = result.clone() if place.written else result

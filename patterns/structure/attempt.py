@@ -78,7 +78,8 @@ class Attempts:
             self.before.expect_causal(hypothesis)
         if hypothesis.assumed and hypothesis.decay is not None:
             expect_decay(hypothesis.decay)
-        expect_no_barrier(subgraph, tail, self.analysis, self.findings.program)
+        divides = hypothesis.value is None
+        expect_no_barrier(subgraph, tail, self.analysis, self.findings.program, divides)
         mixer = Found(subgraph, hypothesis, certificate, problem.frame, self.analysis, self.findings.program, tail)
         _expect_seen(mixer, self.cutter.length)
         return mixer

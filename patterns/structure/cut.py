@@ -48,6 +48,13 @@ class Subgraph:
         """The first operation that draws numbers; nothing can be measured of a mixer with one."""
         return next((op for op in self.ops if op.is_random), None)
 
+    @functools.cached_property
+    def is_detached(self) -> bool:
+        """Whether no gradient reaches any live-in: a `detach` stands on every way to each of them."""
+        ends = {v for s in self.live_ins for v in (self.taps[s] if isinstance(s, Lifted) else (s,))}
+        above = lambda v: () if v in ends or v.op is None or v.op.name == "detach" else v.op.inputs  # noqa: E731
+        return ends.isdisjoint(walk([self.result], above))
+
 
 class Cutter:
     """Cuts subgraphs out of a program, as close to where times are mixed as it is allowed to.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from llcompile.patterns import reasons
 from llcompile.patterns.boundary import NOT_SHOWN, boundary
@@ -38,7 +38,7 @@ class Attempts:
         cuts: where the subgraphs come from.
         bounds: the range of every value of the program.
         screen: the checks without numbers.
-        before: the attempts of the first search, where this is the second (see `Search`).
+        before: the attempts of the searches so far (see `Search`).
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Attempts:
         cuts: Cuts,
         bounds: Mapping[Value, Range],
         screen: Screen,
-        before: Attempts | None = None,
+        before: Sequence[Attempts] = (),
     ) -> None:
         self.findings, self.cuts, self.bounds, self.screen, self.before = findings, cuts, bounds, screen, before
         self.analysis, self.cutter = cuts.analysis, cuts.cutter
@@ -74,8 +74,8 @@ class Attempts:
             many = reasons.TOO_MANY_OPERANDS(most=SOURCES, count=len(subgraph.live_ins))
             raise Rejection(many, int(problem.meets))
         hypothesis, certificate = proved(problem, self.analysis, self.bounds, self.findings, erased)
-        if self.before is not None:
-            self.before.expect_causal(hypothesis)
+        if self.before:
+            self.before[0].expect_causal(hypothesis)
         if hypothesis.assumed and hypothesis.decay is not None:
             expect_decay(hypothesis.decay)
         divides = hypothesis.value is None
@@ -112,9 +112,14 @@ class Attempts:
     # -- operands that mix positions themselves
 
     def is_new(self, subgraph: Subgraph) -> bool:
-        """Whether it has a live-in that the first search took for mixed."""
-        assert self.before is not None
-        return any(map(self.before.mixes, subgraph.live_ins))
+        """Whether it has a live-in that no search so far could have: the last one took it for mixed, say."""
+        if not self.before:
+            return True
+        last = self.before[-1]
+        return any(last.mixes(s) or self._is_row_factor(s) > last._is_row_factor(s) for s in subgraph.live_ins)
+
+    def _is_row_factor(self, live_in: LiveIn) -> bool:
+        return isinstance(live_in, Value) and self.analysis.is_row_factor(live_in)
 
     def mixes(self, live_in: LiveIn) -> bool:
         """Whether a live-in joins positions; a row of pieces that a tail put together does."""

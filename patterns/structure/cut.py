@@ -205,6 +205,8 @@ class Cutter:
 
     def _source(self, value: Value, through: set[LiveIn], taps: dict[Lifted, dict[Value, int]]) -> LiveIn | None:
         fact = self.analysis.facts[value]
+        if self.analysis.is_row_factor(value):
+            return None if value in through else value
         if value.data is not None or fact.mixed or (value in self.zeros and not self._is_numbered(value)):
             return None
         if fact.form == "pieces":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import operator
+from collections.abc import Sequence
 
 from torch import fx
 
@@ -31,26 +32,24 @@ class Search:
     """The search with one choice of the time axis.
 
     Where operands mix positions themselves (keys with the keys before), the values that look like a mixer's output
-    are searched once more, with such operands as live-ins; `before` is the first search.
+    are searched again, with such operands as live-ins; `before` are the searches so far, the first one first.
 
     Args:
         findings: what is found is added here.
         analysis: the facts of the program, which the search computes on its way.
         taken: outputs of mixers that were found before.
-        before: the first search.
+        before: the searches so far.
     """
 
     def __init__(
-        self, findings: Findings, analysis: TimeAnalysis, taken: set[Value], before: Search | None = None
+        self, findings: Findings, analysis: TimeAnalysis, taken: set[Value], before: Sequence[Search] = ()
     ) -> None:
         self.findings, self.analysis, self.taken, self.before = findings, analysis, taken, before
         self.open, self.tried = set[Value](), set[Value]()
         bounds = ranges(findings.program)
         zeros = {v for v, found in bounds.items() if v.op is not None and found == (0.0, 0.0)}
         self.cuts, self.screen = Cuts(Cutter(analysis, zeros)), Screen(analysis)
-        self.attempts: Attempts = Attempts(
-            findings, self.cuts, bounds, self.screen, before.attempts if before else None
-        )
+        self.attempts = Attempts(findings, self.cuts, bounds, self.screen, [search.attempts for search in before])
         ops = findings.program.ops
         self.captured = {op.node for op in ops if captured_function(_called(op.node).target) is not None}
 
@@ -72,13 +71,13 @@ class Search:
         """Notes an operation that takes scores and that no axis can be followed through."""
         if rule_for(op) is not None or op.node in self.captured or not op.outputs:
             return
-        if self.before is None and any(map(self.screen.stands_across, op.inputs)):
+        if not self.before and any(map(self.screen.stands_across, op.inputs)):
             rejection = Rejection(reasons.UNKNOWN_ON_SCORES(operation=called_by(op)), 1)
             self.findings.near_misses.append(NearMiss(op.outputs[0], rejection, analysis=self.analysis))
 
     def _is_candidate(self, op: Op, value: Value) -> bool:
         """Whether a value is to be tried: not one that was, or that only views one."""
-        if self.before is not None and value not in self.before.open:
+        if self.before and not any(value in search.open for search in self.before):
             return False
         if not self.screen.may_be_output(op, value):
             return False
@@ -97,7 +96,7 @@ class Search:
         unlike: list[tuple[Subgraph, Tail | None]] = []
         spare: Found | None = None
         for subgraph, tail in self.cuts.of(value):
-            if self.before is not None and not self.attempts.is_new(subgraph):
+            if not self.attempts.is_new(subgraph):
                 continue
             self.findings.counts["cuts"] += 1
             try:
@@ -122,7 +121,7 @@ class Search:
             return
         if self._is_erased(value, unlike):
             return
-        if self.before is None and best is not None and nearest is not None and best.near > 0:
+        if not self.before and best is not None and nearest is not None and best.near > 0:
             why = functools.partial(self.attempts.why, nearest, best)
             self.findings.near_misses.append(NearMiss(value, best, subgraph, why, self.analysis))
 

@@ -7,19 +7,20 @@ from collections.abc import Mapping, Sequence
 
 from llcompile.patterns import reasons
 from llcompile.patterns.boundary import NOT_SHOWN, boundary
+from llcompile.patterns.graph.walk import walk
 from llcompile.patterns.structure.assume import expect_decay
 from llcompile.patterns.structure.barriers import expect_no_barrier
 from llcompile.patterns.structure.classify import Rejection, sees_itself
 from llcompile.patterns.structure.cut import Subgraph
 from llcompile.patterns.structure.cuts import SOURCES, Cuts
-from llcompile.patterns.structure.found import Findings, Found
+from llcompile.patterns.structure.found import Findings, Found, values_of
 from llcompile.patterns.structure.hypothesis import Hypothesis
-from llcompile.patterns.structure.lifted import LiveIn, sample_of
+from llcompile.patterns.structure.lifted import LiveIn, is_of_rows, sample_of
 from llcompile.patterns.structure.memo import fingerprint, recall, remember
 from llcompile.patterns.structure.observations import Observations
 from llcompile.patterns.structure.positions import Positions
 from llcompile.patterns.structure.problem import Problem, first_line, posed
-from llcompile.patterns.structure.program import Op, Value
+from llcompile.patterns.structure.program import Op, Row, Value
 from llcompile.patterns.structure.proof import proved
 from llcompile.patterns.structure.properties import explain
 from llcompile.patterns.structure.ranges import Range
@@ -111,9 +112,9 @@ class Attempts:
 
     # -- operands that mix positions themselves
 
-    def is_new(self, subgraph: Subgraph) -> bool:
+    def is_new(self, subgraph: Subgraph, tail: Tail | None) -> bool:
         """Whether it has a live-in that no search so far could have: the last one took it for mixed, say."""
-        if not self.before:
+        if not self.before or (tail is not None and tail.is_wide):
             return True
         last = self.before[-1]
         return any(last.mixes(s) or self._is_row_factor(s) > last._is_row_factor(s) for s in subgraph.live_ins)
@@ -132,9 +133,17 @@ class Attempts:
         Raises:
             Rejection: one does not, or it could not be seen.
         """
-        late = {live_in for live_in in filter(self.mixes, hypothesis.layouts) if not self._sees_itself(live_in)}
+        late = {s for s in hypothesis.layouts if not all(map(self._sees_itself, filter(self.mixes, self._read_by(s))))}
         if hypothesis.key in late and (hypothesis.value is None or hypothesis.value in late):
             raise Rejection(reasons.STRICTLY_CAUSAL(), 3)
+
+    def _read_by(self, live_in: LiveIn) -> list[LiveIn]:
+        """The live-in; of a row of what a loop carries, the sequences that it is made from, token by token."""
+        if not is_of_rows(live_in):
+            return [live_in]
+        is_whole = lambda v: self.analysis.facts[v].form == "sequence"  # noqa: E731
+        onward = lambda v: () if v.op is None or (not isinstance(v, Row) and is_whole(v)) else v.op.inputs  # noqa: E731
+        return [v for v in walk(values_of(live_in), onward) if not isinstance(v, Row) and is_whole(v)]
 
     def _sees_itself(self, live_in: LiveIn) -> bool:
         subgraph = self.cutter.cut(sample_of(live_in))

@@ -138,8 +138,8 @@ class TimeAnalysis(Frame):
         return not summed and not self._meet(op) and not any(self.facts[v].met for v in op.inputs)
 
     def is_row_factor(self, value: Value) -> bool:
-        """Whether it has a number for each position, from the code and parameters alone, that others are multiplied with
-        or divided by: the root of a row's sum of decays, how many tokens there are so far."""
+        """Whether it has a number for each position, from the code and parameters alone, and is a factor or a divisor:
+        the root of a row's sum of decays, how many tokens there are so far."""
         fact = self.facts[value]
         if not self.wide or fact.data or fact.form != "sequence" or value.node is None:
             return False

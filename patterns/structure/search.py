@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import operator
 from collections.abc import Sequence
+from typing import Literal
 
 from torch import fx
 
@@ -19,12 +21,13 @@ from llcompile.patterns.structure.cuts import Cuts
 from llcompile.patterns.structure.facts import TimeAnalysis
 from llcompile.patterns.structure.found import Findings, Found, NearMiss
 from llcompile.patterns.structure.moves import SHAPES
-from llcompile.patterns.structure.program import Op, Value
+from llcompile.patterns.structure.program import Op, Row, Value
 from llcompile.patterns.structure.ranges import ranges
 from llcompile.patterns.structure.screen import Screen
 from llcompile.patterns.structure.tail import Tail
 
 log = logging.getLogger("llcompile")
+_ROW_CUTS = 3  # of a row
 _UNLIKE = ("unknown-scores", "near-a-family")  # queries, keys and values are known
 
 
@@ -45,10 +48,10 @@ class Search:
         self, findings: Findings, analysis: TimeAnalysis, taken: set[Value], before: Sequence[Search] = ()
     ) -> None:
         self.findings, self.analysis, self.taken, self.before = findings, analysis, taken, before
-        self.open, self.tried = set[Value](), set[Value]()
+        self.open, self.tried, self.rows = set[Value](), set[Value](), dict[Value, Found]()
         bounds = ranges(findings.program)
         zeros = {v for v, found in bounds.items() if v.op is not None and found == (0.0, 0.0)}
-        self.cuts, self.screen = Cuts(Cutter(analysis, zeros)), Screen(analysis)
+        self.cuts, self.screen = Cuts(Cutter(analysis, zeros), self._kind if before else None), Screen(analysis)
         self.attempts = Attempts(findings, self.cuts, bounds, self.screen, [search.attempts for search in before])
         ops = findings.program.ops
         self.captured = {op.node for op in ops if captured_function(_called(op.node).target) is not None}
@@ -96,7 +99,7 @@ class Search:
         unlike: list[tuple[Subgraph, Tail | None]] = []
         spare: Found | None = None
         for subgraph, tail in self.cuts.of(value):
-            if not self.attempts.is_new(subgraph):
+            if not self.attempts.is_new(subgraph, tail):
                 continue
             self.findings.counts["cuts"] += 1
             try:
@@ -125,6 +128,18 @@ class Search:
             why = functools.partial(self.attempts.why, nearest, best)
             self.findings.near_misses.append(NearMiss(value, best, subgraph, why, self.analysis))
 
+    def _kind(self, row: Row) -> Literal["mixer", "sum"] | None:
+        """What a row of pieces is, one of several that a value is computed from."""
+        for subgraph in itertools.islice(self.cuts.parts(row), _ROW_CUTS):
+            self.findings.counts["cuts"] += 1
+            try:
+                self.rows[row] = found = self.attempts.found(subgraph, None)
+            except Rejection as rejection:
+                log.debug("structure: row %s from %s: %s", row, subgraph.live_ins, rejection)
+                continue
+            return "sum" if found.hypothesis.value is None else "mixer"
+        return None
+
     def _is_erased(self, value: Value, unlike: list[tuple[Subgraph, Tail | None]]) -> bool:
         """Whether it is a mixer that erases along a key of its own: tried last, as beta k beside k is like two keys."""
         for subgraph, tail in unlike:
@@ -137,7 +152,8 @@ class Search:
         return False
 
     def _take(self, value: Value, found: Found) -> None:
-        self.findings.found.append(found)
+        sides = () if found.tail is None else found.tail.sides
+        self.findings.found += [*(self.rows[side] for side in sides), found]
         self.taken.add(value)
         self.analysis.facts[value].mixed = False
 

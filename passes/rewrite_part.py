@@ -141,8 +141,9 @@ def _read(value: Value, as_proxy: AsProxy, rows: Mapping[Value, fx.Proxy] | None
     if rows is not None and value in rows:
         return rows[value]
     if isinstance(value, Row) and value.op is not None:
-        join = torch.stack if value.op.name == "stack" else torch.cat
-        return join([as_proxy(_node(piece)) for piece in value.op.inputs], value.op.args[1])  # type: ignore[return-value]
+        join: Callable[..., Any] = torch.stack if value.op.name == "stack" else torch.cat
+        joined: fx.Proxy = join([as_proxy(_node(piece)) for piece in value.op.inputs], value.op.args[1])
+        return joined
     return as_proxy(_node(value))
 
 

@@ -52,7 +52,8 @@ class Search:
         bounds = ranges(findings.program)
         zeros = {v for v, found in bounds.items() if v.op is not None and found == (0.0, 0.0)}
         self.cuts, self.screen = Cuts(Cutter(analysis, zeros), self._kind if before else None), Screen(analysis)
-        self.attempts = Attempts(findings, self.cuts, bounds, self.screen, [search.attempts for search in before])
+        earlier = [search.attempts for search in before]
+        self.attempts: Attempts = Attempts(findings, self.cuts, bounds, self.screen, earlier)
         ops = findings.program.ops
         self.captured = {op.node for op in ops if captured_function(_called(op.node).target) is not None}
 

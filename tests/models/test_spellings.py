@@ -32,12 +32,6 @@ MISSED = {
     "angles of the step": "makes a tensor of numbers for each token in its loop",
     "a rate for each step": "reads a learned decay at each token in its loop",
     "one channel of the value at a time": "is a mixer for each channel of the value",
-    "keys less the mean of the past": "has keys with a cumulative sum in them",
-    "divided by a sum without a gradient": "is divided by the sum of detached scores",
-    "divided by the root of the sum of decays": "has a divisor made of a learned decay and positions in its scores",
-    "means over the past": "has a divisor for each position in its scores",
-    "an mLSTM with its stabiliser": "divides scores by a sum with an epsilon that the stabiliser scales",
-    "a loop with a sum of gates": "has a second recurrence, of its gates, as a divisor",
     "query, key and value are one tensor": "names one tensor three times in one operation",
     "the key is the value": "writes outer products of one tensor with itself, which may be features",
 }

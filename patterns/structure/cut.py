@@ -194,7 +194,7 @@ class Cutter:
                     renewed.extend(_divided(dims, time, self.length // leaf.size)[1])
                 else:
                     new = dims.new(leaf.size)[0]
-                    new.weight = leaf.weight
+                    new.weight, new.feature = leaf.weight, leaf.feature
                     renewed.append(new)
             made.append(tuple(renewed))
         return tuple(made)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tests.spellings.habits.layer import Layer
 from tests.spellings.registry import WIDTH, Operands, negative, positive
 
-LENGTH = 12
+LENGTH = 14
 EPSILON = 0.02
 
 

@@ -13,7 +13,7 @@ from llcompile.patterns.structure.classify import Rejection
 from llcompile.patterns.structure.found import Findings, Found, NearMiss, values_of
 from llcompile.patterns.structure.hypothesis import Hypothesis
 from llcompile.patterns.structure.lift import bases_of
-from llcompile.patterns.structure.lifted import Lifted, LiveIn, made_of, origin
+from llcompile.patterns.structure.lifted import Lifted, LiveIn, made_of, origin, sample_of
 from llcompile.patterns.structure.moves import MOVES, SHAPES
 from llcompile.patterns.structure.program import Op, Row, Value
 
@@ -86,7 +86,9 @@ def _is_divided(findings: Findings, found: Found) -> bool:
     in both. What is made of decays and gates alone is a factor for each token, and stays."""
     moved = walk([found.output], lambda v: (o for user in v.users if user.name in MOVES for o in user.outputs))
     divisors = [d for value in islice(moved, _NEAR_BY) for user in value.users for d in _divisors(user, value)]
-    divisors += [s for s, how in found.hypothesis.post if how == "over" and isinstance(s, Value)]
+    # What the mixer itself divides by; a factor that a loop carries may be one over a sum as well.
+    posts = [(v, how) for s, how in found.hypothesis.post for v in values_of(s)]
+    divisors += [v for v, how in posts if how == "over" or isinstance(v, Row)]
     divisors += [] if found.tail is None else [v for v in bases_of(found.tail.root) if v is not found.tail.joined]
     if not any(_joins_others(findings, found, divisor) for divisor in divisors):
         return False
@@ -108,9 +110,19 @@ def _divisors(user: Op, value: Value) -> list[Value]:
 def _meets(found: Found, value: Value) -> bool:
     """Whether a value that joins positions is made of the queries, keys or values: not of decays and gates alone."""
     hypothesis = found.hypothesis
-    own = _made_from([s for s in (hypothesis.query, hypothesis.key, hypothesis.value) if s is not None], found)
+    given = [s for s in (hypothesis.query, hypothesis.key, hypothesis.value) if s is not None]
+    own = _made_from([one for s in given for one in _without_gates(s)], found)
     other = _made_from([value], found)
     return any(a == b or (a[:1] == b[:1] and None in (a[1], b[1])) for a in own for b in other)
+
+
+def _without_gates(live_in: LiveIn) -> list[LiveIn]:
+    """What is multiplied in a live-in, but for what it is multiplied with as a whole: keys times a gate are keys."""
+    inner = made_of(live_in)
+    if live_in.op is None or live_in.op.name != "mul" or len(inner) < 2:
+        return [live_in]
+    size = lambda s: math.prod(sample_of(s).shape)  # noqa: E731
+    return [one for s in inner if size(s) == max(map(size, inner)) for one in _without_gates(s)]
 
 
 def _made_from(live_ins: Sequence[LiveIn], found: Found) -> set[_Part]:

@@ -118,7 +118,7 @@ class ByHand(Recurrent):
             state = state * kept[..., None, None] + torch.einsum("bhv,bhk->bhvk", v[:, t], fresh)
             total = total * kept[..., None] + fresh
             asks = k[:, t] if self.miss == "other queries" else q[:, t]
-            size = (total * asks).sum(-1, keepdim=True).abs().clamp(min=0) + 0.0
+            size = (total * asks).sum(-1, keepdim=True).abs()
             size = torch.maximum(size, (-tops[:, t]).exp()[..., None]) + EPSILON
             outs[:, t] = torch.einsum("bhvk,bhk->bhv", state, q[:, t]) / size
         return x + self.out(self.read(outs).flatten(2))

@@ -17,6 +17,7 @@ from llcompile.patterns.mixer import MixerShape
 from llcompile.patterns.reasons import GivenReason
 from llcompile.patterns.records import Certificate
 from llcompile.patterns.structure.found import Found
+from llcompile.patterns.structure.program import Row
 
 
 @dataclass
@@ -212,6 +213,13 @@ class GraphCandidate(Candidate):
     def group(self) -> tuple[Found, ...]:
         """The denominators and the mixer."""
         return (*self.denominators, self.found)
+
+    @property
+    def placed(self) -> list[tuple[Found, tuple[Found, ...]]]:
+        """The parts of the group that have a place in the graph, each with those that are computed at the same place:
+        a divisor inside of a loop that is the mixer's."""
+        inside = tuple(d for d in self.denominators if isinstance(d.output, Row))
+        return [*((d, ()) for d in self.denominators if d not in inside), (self.found, inside)]
 
     @property
     def all_notes(self) -> tuple[str, ...]:

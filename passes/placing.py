@@ -9,7 +9,7 @@ without changing what the program means, the part is declined.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import fx
@@ -22,7 +22,7 @@ from llcompile.patterns.reasons import GivenReason
 from llcompile.patterns.structure.found import Found
 from llcompile.patterns.structure.lift import bases_of
 from llcompile.patterns.structure.lifted import Lifted, LiveIn
-from llcompile.patterns.structure.program import Value
+from llcompile.patterns.structure.program import Row, Value
 from llcompile.torch_internals.places import user_line
 
 
@@ -75,10 +75,11 @@ def placing(session: Session) -> int:
     """Declines each hand-written mixer whose rewrite would change the program; returns how many."""
     before = sum(candidate.open for candidate in session.candidates)
     for candidate in session.candidates:
-        for found in candidate.group if candidate.open and isinstance(candidate, GraphCandidate) else ():
+        for found, sides in candidate.placed if candidate.open and isinstance(candidate, GraphCandidate) else ():
             if found is not None:
                 try:
-                    place(candidate.region.graph, candidate.region.effects, found)
+                    reads = [node for side in sides for node in operand_nodes(side)]
+                    place(candidate.region.graph, candidate.region.effects, found, reads)
                 except CannotPlace as problem:
                     candidate.decline(problem.given)
     return before - sum(candidate.open for candidate in session.candidates)
@@ -92,8 +93,7 @@ def operand_nodes(found: Found) -> list[fx.Node]:
     """
     values = dict.fromkeys(v for live_in in found.hypothesis.layouts for v in _values(live_in))
     if found.tail is not None:
-        joined = found.tail.joined
-        values.update(dict.fromkeys(v for v in _values(found.tail.root) if v is not joined))
+        values.update(dict.fromkeys(_values(found.tail.root, {found.tail.joined, *found.tail.sides})))
     nodes = []
     for value in values:
         if value.node is None:
@@ -200,5 +200,8 @@ def _line(node: fx.Node) -> str:
     return user_line(node.meta) or node.name
 
 
-def _values(live_in: LiveIn) -> list[Value]:
-    return bases_of(live_in) if isinstance(live_in, Lifted) else [live_in]
+def _values(live_in: LiveIn, computed: Container[Value] = ()) -> list[Value]:
+    """The values that a live-in is read from, but for those that the rewrite computes: of a row, its pieces."""
+    bases = bases_of(live_in) if isinstance(live_in, Lifted) else [live_in]
+    given = [base for base in bases if base not in computed]
+    return [v for base in given for v in (base.op.inputs if isinstance(base, Row) and base.op else [base])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -12,8 +13,8 @@ from torch import fx
 
 from llcompile.passes.candidate import Candidate, GraphCandidate
 from llcompile.passes.dead import erase_dead, live
-from llcompile.passes.emit import level_weights, padding_mask, routing, weighed, weight_inputs, writing
-from llcompile.passes.placing import Place, copy_behind
+from llcompile.passes.emit import AsProxy, level_weights, padding_mask, routing, weighed, weight_inputs, writing
+from llcompile.passes.placing import Place, copy_behind, operand_nodes
 from llcompile.passes.placing import place as placed
 from llcompile.passes.session import Session
 from llcompile.patterns.graph.effects import Effects
@@ -24,7 +25,7 @@ from llcompile.patterns.structure.axes import Axis, Dim
 from llcompile.patterns.structure.found import Found
 from llcompile.patterns.structure.lift import lifted_function
 from llcompile.patterns.structure.lifted import Lifted, LiveIn, sample_of
-from llcompile.patterns.structure.program import Value
+from llcompile.patterns.structure.program import Row, Value
 from llcompile.patterns.structure.tail import Tail
 from llcompile.torch_internals.sizes import dims_by_stride
 
@@ -32,14 +33,18 @@ from llcompile.torch_internals.sizes import dims_by_stride
 def write_part(session: Session, candidate: GraphCandidate, inputs: dict[tuple[int, str], fx.Node]) -> None:
     """Writes one mixer, with the denominators that share its level weights."""
     tensors = weight_inputs(session, candidate, inputs)
-    for found in candidate.group:
-        _write(session, candidate, found, tensors)
+    for found, inside in candidate.placed:
+        _write(session, candidate, found, inside, tensors)
 
 
-def _write(session: Session, candidate: GraphCandidate, found: Found, tensors: list[fx.Node]) -> None:
+def _write(
+    session: Session, candidate: GraphCandidate, found: Found, inside: tuple[Found, ...], tensors: list[fx.Node]
+) -> None:
+    """Writes one part in its place, with those that only its own tail reads."""
     graph, effects = candidate.region.graph, candidate.region.effects
     lived = live(graph, effects)
     reads = [node for node in (weighed(candidate), candidate.mask) if node is not None]
+    reads += [node for part in inside for node in operand_nodes(part)]
     place = placed(graph, effects, found, reads, trains=torch.is_grad_enabled())
     with writing(candidate, place.anchor.next, like=place.anchor) as proxy_of:
         copies = {node: copy_behind(node) for node in place.copied}
@@ -48,25 +53,37 @@ def _write(session: Session, candidate: GraphCandidate, found: Found, tensors: l
             node = place.reads.get(node, node)
             return proxy_of(copies.get(node, node))
 
-        values = {live_in: _as_operand(graph, live_in, as_proxy) for live_in in found.hypothesis.layouts}
-        _guard(candidate, found, values)
-        size = _sizes(found, values)
-        mixer = _as_precise(found, found.hypothesis.mixer(values, size))
-        mask = padding_mask(candidate, as_proxy)
-        sequences = None if mask is None else Sequences(attention_mask=mask)
-        weights = _weights(session, candidate, found, mixer, sequences, tensors, as_proxy)
-        output, _ = call_operator(mixer, weights, OperatorCall(), sequences)
-        result = found.hypothesis.finish(output, values, size)
-        if found.subgraph.result.dtype != _dtype(found):
-            result = result.to(found.subgraph.result.dtype)
+        compute = functools.partial(_computed, session, candidate, tensors=tensors, as_proxy=as_proxy)
+        results = {part.output: compute(part) for part in (*inside, found)}
+        result = results[found.output]
         if found.tail is not None:
-            result = _with_tail(graph, found.tail, result, as_proxy)
+            rows = {**results, found.tail.joined: result}
+            result = _with_tail(graph, found.tail, lambda value: _read(value, as_proxy, rows))
         result = _laid_out(result, place.result.meta.get("example_value"))
         # The operator keeps what it returns for its backward.
         result = result.clone() if place.written else result
     _put(graph, effects, place, result.node)
     found.program.results[result.node] = found.output  # parts behind it read it there
     erase_dead(graph, effects, lived)
+
+
+def _computed(
+    session: Session, candidate: GraphCandidate, found: Found, tensors: list[fx.Node], as_proxy: AsProxy
+) -> fx.Proxy:
+    """What a part computes, before its tail."""
+    values = {live_in: _as_operand(candidate.region.graph, live_in, as_proxy) for live_in in found.hypothesis.layouts}
+    _guard(candidate, found, values)
+    size = _sizes(found, values)
+    mixer = _as_precise(found, found.hypothesis.mixer(values, size))
+    mask = padding_mask(candidate, as_proxy)
+    sequences = None if mask is None else Sequences(attention_mask=mask)
+    weights = _weights(session, candidate, found, mixer, sequences, tensors, as_proxy)
+    output, _ = call_operator(mixer, weights, OperatorCall(), sequences)
+    result = found.hypothesis.finish(output, values, size)
+    if found.subgraph.result.dtype != _dtype(found):
+        result = result.to(found.subgraph.result.dtype)
+    # A divisor without a gradient.
+    return result.detach() if found.subgraph.is_detached else result
 
 
 def _guard(candidate: Candidate, found: Found, values: Mapping[LiveIn, Any]) -> None:
@@ -110,11 +127,22 @@ def _as_precise(found: Found, mixer: Mixer) -> Mixer:
     return replace(mixer, **{name: operand.to(wide) for name, operand in present.items()})
 
 
-def _as_operand(graph: fx.Graph, live_in: LiveIn, as_proxy: Callable[[fx.Node], fx.Proxy]) -> fx.Proxy:
+def _as_operand(graph: fx.Graph, live_in: LiveIn, as_proxy: AsProxy) -> fx.Proxy:
     if isinstance(live_in, Value):
-        return as_proxy(_node(live_in))
+        return _read(live_in, as_proxy)
     function, bases = lifted_function(live_in)
-    return as_proxy(graph.call_function(function, tuple(as_proxy(_node(base)).node for base in bases)))
+    return as_proxy(graph.call_function(function, tuple(_read(base, as_proxy).node for base in bases)))
+
+
+def _read(value: Value, as_proxy: AsProxy, rows: Mapping[Value, fx.Proxy] | None = None) -> fx.Proxy:
+    """A value in the graph: one that was computed here, the pieces of a loop put together, or that of its node."""
+    if rows is not None and value in rows:
+        return rows[value]
+    if isinstance(value, Row) and value.op is not None:
+        join: Callable[..., Any] = torch.stack if value.op.name == "stack" else torch.cat
+        joined: fx.Proxy = join([as_proxy(_node(piece)) for piece in value.op.inputs], value.op.args[1])
+        return joined
+    return as_proxy(_node(value))
 
 
 def _node(value: Value) -> fx.Node:
@@ -122,11 +150,11 @@ def _node(value: Value) -> fx.Node:
     return value.node
 
 
-def _with_tail(graph: fx.Graph, tail: Tail, joined: fx.Proxy, as_proxy: Callable[[fx.Node], fx.Proxy]) -> fx.Proxy:
+def _with_tail(graph: fx.Graph, tail: Tail, read: Callable[[Value], fx.Proxy]) -> fx.Proxy:
     """What the code does with each piece of the mixer's output, done to all of them."""
     function, bases = lifted_function(tail.root, tail.assembled)
-    nodes = (joined.node if base is tail.joined else as_proxy(_node(base)).node for base in bases)
-    return as_proxy(graph.call_function(function, tuple(nodes)))
+    nodes = [read(base) for base in bases]
+    return fx.Proxy(graph.call_function(function, tuple(proxy.node for proxy in nodes)), nodes[0].tracer)
 
 
 def _sizes(found: Found, values: Mapping[LiveIn, fx.Proxy]) -> Callable[[Dim], Any]:

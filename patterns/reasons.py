@@ -244,6 +244,12 @@ UNKNOWN_SCORES = _computes.add(
     _FAMILIES,
     "queries, keys and values were found, but the operator gives another result on them",
 )
+UNKNOWN_RESULT = _computes.add(
+    "unknown-result",
+    "its result is that of no known family, with or without a denominator",
+    _FAMILIES,
+    "the same, where the result does not grow with the query",
+)
 NEAR_A_FAMILY = _computes.add(
     "near-a-family",
     "agrees only to {error:.0e} at w = 1",

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from llcompile.patterns import reasons
 from llcompile.patterns.boundary import NOT_SHOWN, boundary
+from llcompile.patterns.graph.walk import walk
 from llcompile.patterns.structure.assume import expect_decay
 from llcompile.patterns.structure.barriers import expect_no_barrier
 from llcompile.patterns.structure.classify import Rejection, sees_itself
 from llcompile.patterns.structure.cut import Subgraph
 from llcompile.patterns.structure.cuts import SOURCES, Cuts
-from llcompile.patterns.structure.found import Findings, Found
+from llcompile.patterns.structure.found import Findings, Found, values_of
 from llcompile.patterns.structure.hypothesis import Hypothesis
-from llcompile.patterns.structure.lifted import LiveIn, sample_of
+from llcompile.patterns.structure.lifted import LiveIn, is_of_rows, sample_of
 from llcompile.patterns.structure.memo import fingerprint, recall, remember
 from llcompile.patterns.structure.observations import Observations
 from llcompile.patterns.structure.positions import Positions
 from llcompile.patterns.structure.problem import Problem, first_line, posed
-from llcompile.patterns.structure.program import Op, Value
+from llcompile.patterns.structure.program import Op, Row, Value
 from llcompile.patterns.structure.proof import proved
 from llcompile.patterns.structure.properties import explain
 from llcompile.patterns.structure.ranges import Range
@@ -38,7 +39,7 @@ class Attempts:
         cuts: where the subgraphs come from.
         bounds: the range of every value of the program.
         screen: the checks without numbers.
-        before: the attempts of the first search, where this is the second (see `Search`).
+        before: the attempts of the searches so far (see `Search`).
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class Attempts:
         cuts: Cuts,
         bounds: Mapping[Value, Range],
         screen: Screen,
-        before: Attempts | None = None,
+        before: Sequence[Attempts] = (),
     ) -> None:
         self.findings, self.cuts, self.bounds, self.screen, self.before = findings, cuts, bounds, screen, before
         self.analysis, self.cutter = cuts.analysis, cuts.cutter
@@ -74,11 +75,12 @@ class Attempts:
             many = reasons.TOO_MANY_OPERANDS(most=SOURCES, count=len(subgraph.live_ins))
             raise Rejection(many, int(problem.meets))
         hypothesis, certificate = proved(problem, self.analysis, self.bounds, self.findings, erased)
-        if self.before is not None:
-            self.before.expect_causal(hypothesis)
+        if self.before:
+            self.before[0].expect_causal(hypothesis)
         if hypothesis.assumed and hypothesis.decay is not None:
             expect_decay(hypothesis.decay)
-        expect_no_barrier(subgraph, tail, self.analysis, self.findings.program)
+        divides = hypothesis.value is None
+        expect_no_barrier(subgraph, tail, self.analysis, self.findings.program, divides)
         mixer = Found(subgraph, hypothesis, certificate, problem.frame, self.analysis, self.findings.program, tail)
         _expect_seen(mixer, self.cutter.length)
         return mixer
@@ -110,10 +112,15 @@ class Attempts:
 
     # -- operands that mix positions themselves
 
-    def is_new(self, subgraph: Subgraph) -> bool:
-        """Whether it has a live-in that the first search took for mixed."""
-        assert self.before is not None
-        return any(map(self.before.mixes, subgraph.live_ins))
+    def is_new(self, subgraph: Subgraph, tail: Tail | None) -> bool:
+        """Whether it has a live-in that no search so far could have: the last one took it for mixed, say."""
+        if not self.before or (tail is not None and tail.is_wide):
+            return True
+        last = self.before[-1]
+        return any(last.mixes(s) or self._is_row_factor(s) > last._is_row_factor(s) for s in subgraph.live_ins)
+
+    def _is_row_factor(self, live_in: LiveIn) -> bool:
+        return isinstance(live_in, Value) and self.analysis.is_row_factor(live_in)
 
     def mixes(self, live_in: LiveIn) -> bool:
         """Whether a live-in joins positions; a row of pieces that a tail put together does."""
@@ -126,9 +133,17 @@ class Attempts:
         Raises:
             Rejection: one does not, or it could not be seen.
         """
-        late = {live_in for live_in in filter(self.mixes, hypothesis.layouts) if not self._sees_itself(live_in)}
+        late = {s for s in hypothesis.layouts if not all(map(self._sees_itself, filter(self.mixes, self._read_by(s))))}
         if hypothesis.key in late and (hypothesis.value is None or hypothesis.value in late):
             raise Rejection(reasons.STRICTLY_CAUSAL(), 3)
+
+    def _read_by(self, live_in: LiveIn) -> list[LiveIn]:
+        """The live-in; of a row of what a loop carries, the sequences that it is made from, token by token."""
+        if not is_of_rows(live_in):
+            return [live_in]
+        is_whole = lambda v: self.analysis.facts[v].form == "sequence"  # noqa: E731
+        onward = lambda v: () if v.op is None or (not isinstance(v, Row) and is_whole(v)) else v.op.inputs  # noqa: E731
+        return [v for v in walk(values_of(live_in), onward) if not isinstance(v, Row) and is_whole(v)]
 
     def _sees_itself(self, live_in: LiveIn) -> bool:
         subgraph = self.cutter.cut(sample_of(live_in))

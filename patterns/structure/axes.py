@@ -23,6 +23,7 @@ class Dim:
         weight: a parameter of the model has it: a feature, a head, or a table of positions.
         feature: a weight is summed over it, or makes it.
         assembled: it was put together from pieces.
+        gathered: these are features, laid side by side.
         repeated: a tensor was repeated along it, and nothing has it that differs along it.
     """
 
@@ -34,6 +35,7 @@ class Dim:
     weight: bool = False
     feature: bool = False
     assembled: bool = False
+    gathered: bool = False
     repeated: bool = False
     number: int = 0
 
@@ -203,7 +205,7 @@ class Dims:
     def is_piece(self, axis: Axis, whole: Axis) -> bool:
         """Whether an axis may be a piece of another: it is no feature, and has never stood beside it in one tensor."""
         leaves, all_leaves = self.leaves(axis), self.leaves(whole)
-        if any(leaf.feature for leaf in leaves):
+        if any(leaf.feature or leaf.gathered for leaf in leaves):
             return False
         others = (o for cut, beside in self.beside.items() if self.leaves(cut) == all_leaves for o in beside)
         return set(leaves).isdisjoint(leaf for other in others for leaf in self.leaves(other))

@@ -25,8 +25,15 @@ from llcompile.torch_internals.places import user_line
 _NEAR = 3  # it is a mixer but for this
 
 
-def expect_no_barrier(subgraph: Subgraph, tail: Tail | None, analysis: TimeAnalysis, program: Program) -> None:
+def expect_no_barrier(
+    subgraph: Subgraph, tail: Tail | None, analysis: TimeAnalysis, program: Program, divides: bool = False
+) -> None:
     """Nothing inside of the subgraph stops or changes a gradient or a dtype.
+
+    Args:
+        subgraph, tail: the mixer.
+        analysis, program: of the graph.
+        divides: it sums scores alone. All of a divisor may be without a gradient: the rewrite detaches its result.
 
     Raises:
         Rejection: something does.
@@ -36,8 +43,9 @@ def expect_no_barrier(subgraph: Subgraph, tail: Tail | None, analysis: TimeAnaly
     mode = output.op.mode
     if program.grad and not mode.grad:
         raise Rejection(reasons.NO_GRAD(), _NEAR)
+    stopped = divides and subgraph.is_detached
     for op in subgraph.ops:
-        if _is_followed(op, analysis):
+        if _is_followed(op, analysis) and not (stopped and op.name == "detach"):
             _expect_passes(op)
             _expect_mode(op, mode)
     for op in around(subgraph, tail):

@@ -61,7 +61,7 @@ def certify(
             hypothesis, error = _rescaled(hypothesis, theirs, ours)
         worst, draws = max(worst, error), draws + 1
         if worst > budget:
-            raise Rejection(reasons.PROOF_FAILED(error=worst, length=probe.length), 3)
+            raise Rejection(reasons.PROOF_FAILED(error=worst, length=probe.length), 3, open=True)
     probe, _ = _drawn(subgraph, hypothesis, (sizings[-1], sizings[0]), tried.ranges, seed=200)
     draws += expect_pieces(subgraph, hypothesis, probe, bounds, lambda p: _apart(p, hypothesis), budget)
     probe, _ = _drawn(subgraph, hypothesis, (sizings[-1], sizings[0]), tried.ranges, seed=300)

@@ -48,6 +48,13 @@ class Subgraph:
         """The first operation that draws numbers; nothing can be measured of a mixer with one."""
         return next((op for op in self.ops if op.is_random), None)
 
+    @functools.cached_property
+    def is_detached(self) -> bool:
+        """Whether no gradient reaches any live-in: a `detach` stands on every way to each of them."""
+        ends = {v for s in self.live_ins for v in (self.taps[s] if isinstance(s, Lifted) else (s,))}
+        above = lambda v: () if v in ends or v.op is None or v.op.name == "detach" else v.op.inputs  # noqa: E731
+        return ends.isdisjoint(walk([self.result], above))
+
 
 class Cutter:
     """Cuts subgraphs out of a program, as close to where times are mixed as it is allowed to.
@@ -187,7 +194,7 @@ class Cutter:
                     renewed.extend(_divided(dims, time, self.length // leaf.size)[1])
                 else:
                     new = dims.new(leaf.size)[0]
-                    new.weight = leaf.weight
+                    new.weight, new.feature = leaf.weight, leaf.feature
                     renewed.append(new)
             made.append(tuple(renewed))
         return tuple(made)
@@ -198,6 +205,8 @@ class Cutter:
 
     def _source(self, value: Value, through: set[LiveIn], taps: dict[Lifted, dict[Value, int]]) -> LiveIn | None:
         fact = self.analysis.facts[value]
+        if self.analysis.is_row_factor(value):
+            return None if value in through else value
         if value.data is not None or fact.mixed or (value in self.zeros and not self._is_numbered(value)):
             return None
         if fact.form == "pieces":

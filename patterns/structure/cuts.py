@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from llcompile.patterns.structure.columns import columns
 from llcompile.patterns.structure.cut import Cutter, Subgraph
 from llcompile.patterns.structure.lift import bases_of
-from llcompile.patterns.structure.lifted import Lifted, LiveIn, made_of, origin, sample_of
+from llcompile.patterns.structure.lifted import Lifted, Lifter, LiveIn, made_of, origin, sample_of
 from llcompile.patterns.structure.moves import MOVES
 from llcompile.patterns.structure.program import Value
-from llcompile.patterns.structure.tail import Tail, tails
+from llcompile.patterns.structure.tail import Kind, Tail, tails
 
 SOURCES = 16  # a mixer has fewer operands
 _JOINS = MOVES | {"cat", "stack", "repeat", "constant_pad_nd"}
@@ -20,20 +20,26 @@ _WIDENINGS = 12  # how often a cut is moved up
 
 
 class Cuts:
-    """The subgraphs that may be a mixer, of one cutter."""
+    """The subgraphs that may be a mixer, of one cutter.
 
-    def __init__(self, cutter: Cutter) -> None:
-        self.cutter, self.analysis = cutter, cutter.analysis
+    Args:
+        cutter: the cutter.
+        kind: what a row of pieces is (see `tails`), where operands may mix tokens.
+    """
+
+    def __init__(self, cutter: Cutter, kind: Kind | None = None) -> None:
+        self.cutter, self.analysis, self.kind = cutter, cutter.analysis, kind
+        self._lifter = Lifter(self.analysis, sums=True)
 
     def of(self, value: Value) -> Iterator[tuple[Subgraph, Tail | None]]:
         """The subgraphs to try: of the value, then of what it may be computed from piece by piece."""
-        for subgraph in self._parts(value):
+        for subgraph in self.parts(value):
             yield subgraph, None
-        for tail in tails(value, self.analysis, self.cutter.lifter):
-            for subgraph in self._parts(tail.joined):
+        for tail in tails(value, self.analysis, self._lifter, self.kind):
+            for subgraph in self.parts(tail.joined):
                 yield subgraph, tail
 
-    def _parts(self, value: Value) -> Iterator[Subgraph]:
+    def parts(self, value: Value) -> Iterator[Subgraph]:
         """The cuts to try: the latest that is not inside of a product, then the one behind shared factors."""
         passed: set[LiveIn] = set()
         subgraph: Subgraph | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import islice
 
@@ -11,9 +12,10 @@ from llcompile.patterns.graph.walk import walk
 from llcompile.patterns.structure.classify import Rejection
 from llcompile.patterns.structure.found import Findings, Found, NearMiss, values_of
 from llcompile.patterns.structure.hypothesis import Hypothesis
-from llcompile.patterns.structure.lifted import LiveIn, origin
+from llcompile.patterns.structure.lift import bases_of
+from llcompile.patterns.structure.lifted import Lifted, LiveIn, made_of, origin, sample_of
 from llcompile.patterns.structure.moves import MOVES, SHAPES
-from llcompile.patterns.structure.program import Op, Value
+from llcompile.patterns.structure.program import Op, Row, Value
 
 _ROUNDING = 1e-9
 _NEAR_BY = 20  # values around a division that are looked at
@@ -44,24 +46,50 @@ def pair_denominators(findings: Findings) -> None:
 
 
 def _are_same(one: Hypothesis, other: Hypothesis) -> bool:
-    """Whether two hypotheses have the same scores; a constant decay was read off each by itself."""
+    """Whether a mixer has the scores that another sums; a constant decay was read off each by itself."""
     if _scores(one) != _scores(other) or (one.constant is None) != (other.constant is None):
+        return False
+    if _factors([one.key]) - _factors([other.key]) or not _factors([other.key]) <= _factors(_written(one)):
         return False
     decays = zip(one.constant or (), other.constant or (), strict=False)
     return all(math.isclose(a, b, rel_tol=_ROUNDING, abs_tol=_ROUNDING) for a, b in decays)
 
 
 def _scores(hypothesis: Hypothesis) -> tuple[object, ...]:
-    """What the scores are made of, but for a constant decay."""
+    """What the scores are made of, but for the keys and a constant decay."""
     decay = None if hypothesis.decay is None else origin(hypothesis.decay)
-    return origin(hypothesis.query), origin(hypothesis.key), decay, hypothesis.transform, len(hypothesis.constant or ())
+    return origin(hypothesis.query), decay, hypothesis.transform, len(hypothesis.constant or ())
+
+
+def _written(hypothesis: Hypothesis) -> list[LiveIn]:
+    """What a token writes is a product of these."""
+    return [hypothesis.key, *(s for s, _ in hypothesis.factors), *([hypothesis.value] if hypothesis.value else [])]
+
+
+def _factors(live_ins: Sequence[LiveIn]) -> Counter[object]:
+    """What is multiplied in live-ins: a key times its gate is both, also where code makes it a live-in."""
+    found: Counter[object] = Counter()
+    pending = list(live_ins)
+    while pending:
+        live_in = pending.pop()
+        inner = made_of(live_in)
+        is_product = live_in.op is not None and live_in.op.name == "mul" and len(inner) > 1
+        if is_product or (live_in.op is not None and live_in.op.name in MOVES and isinstance(live_in, Lifted)):
+            pending += inner
+        else:
+            found[origin(live_in)] += 1
+    return found
 
 
 def _is_divided(findings: Findings, found: Found) -> bool:
     """Whether the code divides the result by something else that joins queries and keys: the level weights would not be
     in both. What is made of decays and gates alone is a factor for each token, and stays."""
     moved = walk([found.output], lambda v: (o for user in v.users if user.name in MOVES for o in user.outputs))
-    divisors = (d for value in islice(moved, _NEAR_BY) for user in value.users for d in _divisors(user, value))
+    divisors = [d for value in islice(moved, _NEAR_BY) for user in value.users for d in _divisors(user, value)]
+    # What the mixer itself divides by; a factor that a loop carries may be one over a sum as well.
+    posts = [(v, how) for s, how in found.hypothesis.post for v in values_of(s)]
+    divisors += [v for v, how in posts if how == "over" or isinstance(v, Row)]
+    divisors += [] if found.tail is None else [v for v in bases_of(found.tail.root) if v is not found.tail.joined]
     if not any(_joins_others(findings, found, divisor) for divisor in divisors):
         return False
     rejection = Rejection(reasons.OTHER_DENOMINATOR(), 3)
@@ -82,9 +110,19 @@ def _divisors(user: Op, value: Value) -> list[Value]:
 def _meets(found: Found, value: Value) -> bool:
     """Whether a value that joins positions is made of the queries, keys or values: not of decays and gates alone."""
     hypothesis = found.hypothesis
-    own = _made_from([s for s in (hypothesis.query, hypothesis.key, hypothesis.value) if s is not None], found)
+    given = [s for s in (hypothesis.query, hypothesis.key, hypothesis.value) if s is not None]
+    own = _made_from([one for s in given for one in _without_gates(s)], found)
     other = _made_from([value], found)
     return any(a == b or (a[:1] == b[:1] and None in (a[1], b[1])) for a in own for b in other)
+
+
+def _without_gates(live_in: LiveIn) -> list[LiveIn]:
+    """What is multiplied in a live-in, but for what it is multiplied with as a whole: keys times a gate are keys."""
+    inner = made_of(live_in)
+    if live_in.op is None or live_in.op.name != "mul" or len(inner) < 2:
+        return [live_in]
+    size = lambda s: math.prod(sample_of(s).shape)  # noqa: E731
+    return [one for s in inner if size(s) == max(map(size, inner)) for one in _without_gates(s)]
 
 
 def _made_from(live_ins: Sequence[LiveIn], found: Found) -> set[_Part]:
@@ -107,7 +145,9 @@ def _joins_others(findings: Findings, found: Found, divisor: Value) -> bool:
     """Whether a denominator joins positions in another way than the mixer's own does."""
     sums = {f.output: f for f in findings.found if f.hypothesis.value is None}
     own = findings.denominators.get(id(found), [])
-    is_mixed = lambda v: v in found.analysis.facts and found.analysis.facts[v].mixed  # noqa: E731
+
+    def is_mixed(value: Value) -> bool:
+        return isinstance(value, Row) or (value in found.analysis.facts and found.analysis.facts[value].mixed)
 
     def above(value: Value) -> Iterable[Value]:
         plain = value.op is not None and value.op.name in _AROUND

@@ -23,6 +23,7 @@ _JOINS = frozenset(["cat", "stack"])
 _FEW = 3  # features, heads and streams are put together from as many pieces
 _SCANS = frozenset(["cumsum", "cumprod", "logcumsumexp"])
 _LARGEST = frozenset(["maximum", "fmax"])
+_FACTORS = frozenset(["mul", "div"])
 # What makes a number the same for all tokens, in training only, mixes no tokens.
 _STATISTICS = frozenset(["native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"])
 
@@ -57,13 +58,21 @@ class TimeAnalysis(Frame):
         time: the axis.
         shorter: that axis before it was padded.
         lone: what one sequence does with its own positions (a shift, a short convolution) is not seen as mixing.
+        wide: nor are its sums over the past (keys less their mean so far), and numbers for each position that the input
+            has no part in may be operands.
     """
 
     def __init__(
-        self, program: Program, followed: Followed, time: Axis, shorter: Axis | None = None, lone: bool = False
+        self,
+        program: Program,
+        followed: Followed,
+        time: Axis,
+        shorter: Axis | None = None,
+        lone: bool = False,
+        wide: bool = False,
     ) -> None:
         super().__init__(followed, time)
-        self.program, self.lone = program, lone
+        self.program, self.lone, self.wide = program, lone, wide
         self.shorter = self.leaves if shorter is None else followed.dims.leaves(shorter)
         self.chunks = self._chunks()
         self.facts: dict[Value, Fact] = {
@@ -125,7 +134,16 @@ class TimeAnalysis(Frame):
 
     def _is_lone(self, op: Op) -> bool:
         """Whether it does something with the positions of sequences that have not met: no states, sums or scores."""
-        return op.name not in _SCANS and not self._meet(op) and not any(self.facts[v].met for v in op.inputs)
+        summed = op.name in _SCANS and not self.wide
+        return not summed and not self._meet(op) and not any(self.facts[v].met for v in op.inputs)
+
+    def is_row_factor(self, value: Value) -> bool:
+        """Whether it has a number for each position, from the code and parameters alone, and is a factor or a divisor:
+        the root of a row's sum of decays, how many tokens there are so far."""
+        fact = self.facts[value]
+        if not self.wide or fact.data or fact.form != "sequence" or value.node is None:
+            return False
+        return value.dtype.is_floating_point and any(u.name in _FACTORS and len(u.inputs) > 1 for u in value.users)
 
     def _meet(self, op: Op) -> bool:
         """Whether two sequences are contracted."""

@@ -32,6 +32,8 @@ log = logging.getLogger("llcompile")
 
 _TIMES = 3  # axes that are tried as time
 _BORN = 8  # axes that the model makes which are tried as well
+# What operands may be, in the searches one after another: each token's own, then what mixes tokens of one sequence.
+_OPERANDS: tuple[dict[str, bool], ...] = ({}, {"lone": True}, {"lone": True, "wide": True})
 
 
 def find(region: Region) -> Findings:
@@ -83,11 +85,13 @@ def _search_all(findings: Findings, followed: Followed, given: list[Axis]) -> No
 
 def _search(findings: Findings, followed: Followed, axis: Axis, taken: set[Value]) -> None:
     for time in (axis, *lengthened(followed, axis)):
-        first = Search(findings, TimeAnalysis(findings.program, followed, time, shorter=axis), taken)
-        first.run()
-        if first.open:
-            again = TimeAnalysis(findings.program, followed, time, shorter=axis, lone=True)
-            Search(findings, again, taken, first).run()
+        searches: list[Search] = []
+        for given in _OPERANDS:
+            if searches and not any(search.open - taken for search in searches):
+                break
+            analysis = TimeAnalysis(findings.program, followed, time, shorter=axis, **given)
+            searches.append(Search(findings, analysis, taken, tuple(searches)))
+            searches[-1].run()
 
 
 def _search_pieces(findings: Findings, followed: Followed, pieces: list[Axis]) -> None:

@@ -51,7 +51,7 @@ def fit(probe: Probe, roles: Roles, erased: bool = False) -> Hypothesis:
             return _with_rest(probe, found, roles)
         closest = min(closest, error)
     if not roles.linear_query:
-        raise Rejection(reasons.NOT_LINEAR_IN_QUERY(), 2, open=True)
+        raise Rejection(reasons.UNKNOWN_RESULT(), 2, open=True)
     raise Rejection(reasons.NEAR_A_FAMILY(error=closest) if closest < 0.3 else reasons.UNKNOWN_SCORES(), 2, open=True)
 
 

@@ -12,7 +12,8 @@ from llcompile.patterns.structure.axes import length
 from llcompile.patterns.structure.facts import TimeAnalysis
 from llcompile.patterns.structure.moves import CUTS, MOVES, PICKS, SHAPES
 from llcompile.patterns.structure.nested import leaves, mapped
-from llcompile.patterns.structure.program import Op, Value
+from llcompile.patterns.structure.program import Op, Row, Value
+from llcompile.patterns.structure.rows import Rows
 
 _ARITHMETIC = ("mul", "div", "add", "sub", "rsub", "pow")
 _FEW = 4  # pieces; of more, one may go without what the others have
@@ -81,7 +82,7 @@ class Lifted:
     def is_plain(self) -> bool:
         """Whether it only moves the numbers of a sequence."""
         if self.op is None:
-            return True
+            return self.base is None or not isinstance(self.base.value, Row)
         parents = [a for a in self.args if isinstance(a, Lifted)]
         return self.op.name in SHAPES and all(p.is_plain for p in parents)
 
@@ -106,6 +107,13 @@ def made_of(live_in: LiveIn) -> list[LiveIn]:
     if isinstance(live_in, Lifted):
         return [a for a in live_in.args if isinstance(a, (Lifted, Value))]
     return list(live_in.op.inputs) if live_in.op is not None else []
+
+
+def is_of_rows(live_in: LiveIn) -> bool:
+    """Whether a row of what a loop carries has a part in it: it has seen the tokens up to its own."""
+    if not isinstance(live_in, Lifted):
+        return False
+    return isinstance(live_in.base.value, Row) if live_in.base else any(map(is_of_rows, made_of(live_in)))
 
 
 def origin(live_in: LiveIn) -> object:
@@ -138,10 +146,16 @@ def _written(argument: Any) -> Any:
 
 
 class Lifter:
-    """Tells of the values of pieces what they are pieces of."""
+    """Tells of the values of pieces what they are pieces of.
 
-    def __init__(self, analysis: TimeAnalysis) -> None:
-        self.analysis = analysis
+    Args:
+        analysis: the facts.
+        sums: whether a row of what a loop carries may be one that sums up (see `rows`).
+    """
+
+    def __init__(self, analysis: TimeAnalysis, sums: bool = False) -> None:
+        self.analysis, self.sums = analysis, sums
+        self.rows = Rows(analysis, self._position)
         self._lifted: dict[Any, Lifted] = {}
         self._places: dict[Value, tuple[Lifted, int] | None] = {}
         self._rows: dict[Any, set[tuple[int | None, int]]] = {}
@@ -158,6 +172,9 @@ class Lifter:
             return None
         if op.name in CUTS and facts[op.inputs[0]].form == "sequence":
             return self._taken(value, op)
+        row = self._of_row(value) if self.analysis.lone and facts[value].form == "pieces" else None
+        if row is not None:
+            return row
         places = {}
         for parent in op.inputs:
             if facts[parent].form == "timeless" and not facts[parent].data:
@@ -177,6 +194,28 @@ class Lifter:
                 given[parent] = table
         made = self._of_pieces(value, op, given, count)
         return None if made is None or not self._note(made, op, position) else (made, position)
+
+    def _of_row(self, value: Value) -> tuple[Lifted, int] | None:
+        """As `place`, for what a loop carries."""
+        found = self.rows.of(value)
+        if found is None or (self.rows.is_sum(found[0]) and not self.sums):
+            return None
+        return self.row(found[0]), found[1]
+
+    def row(self, row: Row) -> Lifted:
+        """A row of pieces [N, ...], one for each token."""
+        key = Taken(row, 0, 0)
+        if key not in self._lifted:
+            assert row.op is not None
+            pieces = row.op.inputs
+            self._lifted[key] = Lifted(None, base=key, sample=pieces[-1], count=len(pieces))
+        return self._lifted[key]
+
+    def _position(self, value: Value) -> int | None:
+        """The token that was taken out of a sequence."""
+        assert value.op is not None
+        found = self._taken(value, value.op)
+        return None if found is None or found[0].count != self.rows.length else found[1]
 
     def _of_pieces(self, value: Value, op: Op, given: Mapping[Value, Lifted], count: int) -> Lifted | None:
         """What an operation makes of pieces, for all pieces."""

@@ -46,6 +46,10 @@ class Value:
         return f"%{self.number}{list(self.shape)}"
 
 
+class Row(Value):
+    """The pieces of a loop as one value, which no operation of the program makes: its `op` says how it would be."""
+
+
 @dataclass(eq=False)
 class Op:
     """One ATen call.

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import operator
+from collections.abc import Sequence
+from typing import Literal
 
 from torch import fx
 
@@ -18,12 +21,13 @@ from llcompile.patterns.structure.cuts import Cuts
 from llcompile.patterns.structure.facts import TimeAnalysis
 from llcompile.patterns.structure.found import Findings, Found, NearMiss
 from llcompile.patterns.structure.moves import SHAPES
-from llcompile.patterns.structure.program import Op, Value
+from llcompile.patterns.structure.program import Op, Row, Value
 from llcompile.patterns.structure.ranges import ranges
 from llcompile.patterns.structure.screen import Screen
 from llcompile.patterns.structure.tail import Tail
 
 log = logging.getLogger("llcompile")
+_ROW_CUTS = 3  # of a row
 _UNLIKE = ("unknown-scores", "near-a-family")  # queries, keys and values are known
 
 
@@ -31,26 +35,25 @@ class Search:
     """The search with one choice of the time axis.
 
     Where operands mix positions themselves (keys with the keys before), the values that look like a mixer's output
-    are searched once more, with such operands as live-ins; `before` is the first search.
+    are searched again, with such operands as live-ins; `before` are the searches so far, the first one first.
 
     Args:
         findings: what is found is added here.
         analysis: the facts of the program, which the search computes on its way.
         taken: outputs of mixers that were found before.
-        before: the first search.
+        before: the searches so far.
     """
 
     def __init__(
-        self, findings: Findings, analysis: TimeAnalysis, taken: set[Value], before: Search | None = None
+        self, findings: Findings, analysis: TimeAnalysis, taken: set[Value], before: Sequence[Search] = ()
     ) -> None:
         self.findings, self.analysis, self.taken, self.before = findings, analysis, taken, before
-        self.open, self.tried = set[Value](), set[Value]()
+        self.open, self.tried, self.rows = set[Value](), set[Value](), dict[Value, Found]()
         bounds = ranges(findings.program)
         zeros = {v for v, found in bounds.items() if v.op is not None and found == (0.0, 0.0)}
-        self.cuts, self.screen = Cuts(Cutter(analysis, zeros)), Screen(analysis)
-        self.attempts: Attempts = Attempts(
-            findings, self.cuts, bounds, self.screen, before.attempts if before else None
-        )
+        self.cuts, self.screen = Cuts(Cutter(analysis, zeros), self._kind if before else None), Screen(analysis)
+        earlier = [search.attempts for search in before]
+        self.attempts: Attempts = Attempts(findings, self.cuts, bounds, self.screen, earlier)
         ops = findings.program.ops
         self.captured = {op.node for op in ops if captured_function(_called(op.node).target) is not None}
 
@@ -72,13 +75,13 @@ class Search:
         """Notes an operation that takes scores and that no axis can be followed through."""
         if rule_for(op) is not None or op.node in self.captured or not op.outputs:
             return
-        if self.before is None and any(map(self.screen.stands_across, op.inputs)):
+        if not self.before and any(map(self.screen.stands_across, op.inputs)):
             rejection = Rejection(reasons.UNKNOWN_ON_SCORES(operation=called_by(op)), 1)
             self.findings.near_misses.append(NearMiss(op.outputs[0], rejection, analysis=self.analysis))
 
     def _is_candidate(self, op: Op, value: Value) -> bool:
         """Whether a value is to be tried: not one that was, or that only views one."""
-        if self.before is not None and value not in self.before.open:
+        if self.before and not any(value in search.open for search in self.before):
             return False
         if not self.screen.may_be_output(op, value):
             return False
@@ -97,7 +100,7 @@ class Search:
         unlike: list[tuple[Subgraph, Tail | None]] = []
         spare: Found | None = None
         for subgraph, tail in self.cuts.of(value):
-            if self.before is not None and not self.attempts.is_new(subgraph):
+            if not self.attempts.is_new(subgraph, tail):
                 continue
             self.findings.counts["cuts"] += 1
             try:
@@ -122,9 +125,21 @@ class Search:
             return
         if self._is_erased(value, unlike):
             return
-        if self.before is None and best is not None and nearest is not None and best.near > 0:
+        if not self.before and best is not None and nearest is not None and best.near > 0:
             why = functools.partial(self.attempts.why, nearest, best)
             self.findings.near_misses.append(NearMiss(value, best, subgraph, why, self.analysis))
+
+    def _kind(self, row: Row) -> Literal["mixer", "sum"] | None:
+        """What a row of pieces is, one of several that a value is computed from."""
+        for subgraph in itertools.islice(self.cuts.parts(row), _ROW_CUTS):
+            self.findings.counts["cuts"] += 1
+            try:
+                self.rows[row] = found = self.attempts.found(subgraph, None)
+            except Rejection as rejection:
+                log.debug("structure: row %s from %s: %s", row, subgraph.live_ins, rejection)
+                continue
+            return "sum" if found.hypothesis.value is None else "mixer"
+        return None
 
     def _is_erased(self, value: Value, unlike: list[tuple[Subgraph, Tail | None]]) -> bool:
         """Whether it is a mixer that erases along a key of its own: tried last, as beta k beside k is like two keys."""
@@ -138,7 +153,8 @@ class Search:
         return False
 
     def _take(self, value: Value, found: Found) -> None:
-        self.findings.found.append(found)
+        sides = () if found.tail is None else found.tail.sides
+        self.findings.found += [*(self.rows[side] for side in sides), found]
         self.taken.add(value)
         self.analysis.facts[value].mixed = False
 

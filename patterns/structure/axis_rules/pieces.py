@@ -104,14 +104,16 @@ def _write_along(c: Call, axis: Axis, piece: Value, along: Axis) -> None:
     """The axis that a piece is written along is the one that it was cut from, where their sizes agree.
 
     A piece that was cut from this very axis tells of no other. Where nothing of that size was cut, chunks may be
-    written side by side.
+    written side by side. Features written side by side are no tokens, whatever size they have together: the states
+    of all chunks may have as many rows as there are tokens.
     """
     whole = c.wholes(piece, size_of(c.dims, axis), along)
     if axis and whole and all(c.dims.leaves(a) != c.dims.leaves(axis) for a in whole):
         c.dims.same(axis, whole[0])
     elif not whole:
+        feature = any(leaf.feature for leaf in c.dims.leaves(along))
         for leaf in c.dims.leaves(axis):
-            leaf.assembled = True
+            leaf.assembled, leaf.gathered = True, leaf.gathered or feature
 
 
 def _embedding(c: Call) -> list[Axes]:

@@ -10,6 +10,8 @@ from tests.spellings.habits import (
     born,
     chunk_cuts,
     constants,
+    divided_loops,
+    divisors,
     equal_sizes,
     features,
     key_features,

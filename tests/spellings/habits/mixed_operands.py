@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.spellings.habits.layer import Layer, faded, masked, misses, stepped, summed
-from tests.spellings.registry import WIDTH, Operands, positive
+from tests.spellings.registry import WIDTH, Operands, negative, positive
 
 LENGTH = 16
 
@@ -117,3 +117,51 @@ class Centred(Layer):
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return masked(q, k, v, self.miss)
+
+
+@positive("keys less a weighed mean of the past", length=LENGTH, twins=misses("full", "softmax"))
+class Weighed(Layer):
+    """The mean is of keys times a gate, over the sum of gates; values are centred, too."""
+
+    def __init__(self, miss: str = "") -> None:
+        super().__init__(miss)
+        self.gate = nn.Linear(WIDTH, 2)
+
+    def parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super().parts(x)
+        gate = torch.sigmoid(self.gate(x)).unsqueeze(-1)
+        sums = gate.cumsum(1)
+        return q, k - (gate * k).cumsum(1) / sums, v - (gate * v).cumsum(1) / sums
+
+
+@positive("keys less the mean of the past, in a loop", length=LENGTH, fixed=True, twins=misses("tanh"))
+class CentredLoop(Layer):
+    """Keys centred by a cumulative mean; the state is a loop's."""
+
+    def parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super().parts(x)
+        count = torch.arange(1, x.shape[1] + 1, device=x.device).view(-1, 1, 1)
+        return q, k - torch.cumsum(k, dim=1) / count, v
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return stepped(q, k, v, self.miss)
+
+
+@negative("keys less a mean that looks ahead", "not causal: a key depends on the token after it", length=LENGTH)
+class Ahead(Layer):
+    """Keys less a mean that takes in the token after."""
+
+    def parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super().parts(x)
+        count = torch.arange(1, x.shape[1] + 1, device=x.device).view(-1, 1, 1)
+        ahead = torch.cat([k[:, 1:], torch.zeros_like(k[:, :1])], 1)
+        return q, k - ahead.cumsum(1) / count, v
+
+
+@negative("keys less the mean of all tokens", "not causal: a key depends on all tokens", length=LENGTH)
+class OfAll(Layer):
+    """Another control."""
+
+    def parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super().parts(x)
+        return q, k - k.mean(1, keepdim=True), v

@@ -15,12 +15,18 @@ from llcompile.kernels.operands import Operands
 
 
 class Spread(Protocol):
-    """Runs a call of which this process holds a part of the tokens; as `choice.forward` and `choice.backward`."""
+    """Runs a call of which this process holds a part of the tokens; as `choice.forward` and `choice.backward`.
+
+    `from_before` gives what the process before this one passed, `from_after` what the one after it did; zeros at the
+    ends of the sequence.
+    """
 
     def forward(self, x: Operands, scale: float, return_final_state: bool) -> tuple[Tensor, Tensor]: ...  # noqa: D102
     def backward(  # noqa: D102
         self, x: Operands, scale: float, grad_o: Tensor, grad_state: Tensor | None
     ) -> list[Tensor | None]: ...
+    def from_before(self, x: Tensor) -> Tensor: ...  # noqa: D102
+    def from_after(self, x: Tensor) -> Tensor: ...  # noqa: D102
 
 
 _current: Spread | None = None

@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from llcompile.distributed.context import context_parallel, loglinear_attention
-from llcompile.distributed.messages import Traffic
+import importlib
+from typing import Any
+
+# They load on first use: the backend is loaded in each process, torch.distributed's parts need not be.
+_PUBLIC = {
+    "context_parallel": "llcompile.distributed.context",
+    "loglinear_attention": "llcompile.distributed.context",
+    "Traffic": "llcompile.distributed.messages",
+}
 
 __all__ = ["Traffic", "context_parallel", "loglinear_attention"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'llcompile.distributed' has no attribute {name!r}")

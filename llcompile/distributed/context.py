@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -56,15 +55,6 @@ def loglinear_attention(
         return ops.loglinear_attention(*operands, **named)
 
 
-def remember(over: spread.Spread | None, *results: Any) -> None:
-    """Have the backward pass of what made `results` run by `over`, in whatever context it is."""
-    nodes = {x.grad_fn for x in results if isinstance(x, Tensor) and x.grad_fn is not None}
-    for node in nodes:
-        around = contextlib.ExitStack()
-        node.register_prehook(lambda _, around=around: around.enter_context(spread.run_by(over)))
-        node.register_hook(lambda *_, around=around: around.close())
-
-
 def _group(group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup:
     if not dist.is_available() or not dist.is_initialized():
         raise DistributedError(
@@ -79,5 +69,5 @@ def _group(group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup:
             )
         return group.get_group()
     if group is None:
-        return torch.distributed.group.WORLD  # type: ignore[return-value]
+        return dist.group.WORLD  # type: ignore[return-value]
     return group

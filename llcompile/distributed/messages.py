@@ -17,12 +17,14 @@ class Traffic:
     """What this process has put into collectives, in bytes, and how many of them it took part in.
 
     `summaries` are gathered on the way forward, `gradients` of them are sent back to those they came from, `states`
-    are final states and their gradients. Agreeing on the cut takes 14 numbers a call besides.
+    are final states and their gradients, `halos` the last tokens of shards, which the convolution of the next one
+    reads, and their gradients. Agreeing on the cut takes 14 numbers a call besides.
     """
 
     summaries: int = 0
     gradients: int = 0
     states: int = 0
+    halos: int = 0
     collectives: int = 0
 
     def add(self, kind: str, x: Tensor) -> None:

@@ -54,6 +54,28 @@ class OverProcesses:
                 dist.all_reduce(grad_state, group=self.group)
             return one.backward(scale, grad_o, grad_state if one.cut.last else None)
 
+    def from_before(self, x: Tensor) -> Tensor:
+        """What the process before this one passed here, of the same shape; zeros for the first."""
+        return self._shifted(x, 1)
+
+    def from_after(self, x: Tensor) -> Tensor:
+        """What the process after this one passed here, of the same shape; zeros for the last."""
+        return self._shifted(x, -1)
+
+    def _shifted(self, x: Tensor, by: int) -> Tensor:
+        x, received = x.contiguous(), torch.zeros_like(x, memory_format=torch.contiguous_format)
+        rank, ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
+        steps = []
+        if 0 <= rank + by < ranks:
+            to = dist.get_global_rank(self.group, rank + by)
+            steps.append(dist.P2POp(dist.isend, x, to, self.group))
+            self.traffic.add("halos", x)
+        if 0 <= rank - by < ranks:
+            steps.append(dist.P2POp(dist.irecv, received, dist.get_global_rank(self.group, rank - by), self.group))
+        for work in dist.batch_isend_irecv(steps) if steps else ():
+            work.wait()
+        return received
+
     def _send_from_last(self, state: Tensor) -> None:
         last = dist.get_world_size(self.group) - 1
         self.traffic.add("states", state if dist.get_rank(self.group) == last else state[:0])

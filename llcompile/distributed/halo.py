@@ -60,9 +60,10 @@ def add_halos(module: fx.GraphModule) -> int:
     """
     found = [(node, reach) for node in module.graph.nodes if (reach := _reach(node))]
     for node, reach in found:
-        x, weight, *_ = node.args
+        given = _arguments(node)
+        inputs = (node, given["input"], given["weight"], reach, _number(given["dilation"]), given["groups"])
         with module.graph.inserting_after(node):
-            added = module.graph.call_function(_add_halo, (node, x, weight, reach, *_steps(node)))
+            added = module.graph.call_function(_add_halo, inputs)
         added.meta.update(node.meta)
         node.replace_all_uses_with(added, lambda user, added=added: user is not added)
     module.graph.lint()
@@ -84,14 +85,9 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
     return {**_DEFAULTS, **dict(zip(_NAMES, node.args, strict=False)), **node.kwargs}
 
 
-def _steps(node: fx.Node) -> tuple[int, int]:
-    given = _arguments(node)
-    return _number(given["dilation"]), given["groups"]
-
-
 def _reach(node: fx.Node) -> int:
     """How many tokens before its own an output reads, if it is a convolution padded for it; else 0."""
-    if node.op != "call_function" or node.target is not torch.conv1d or len(node.args) < 2:
+    if node.op != "call_function" or node.target is not torch.conv1d:
         return 0
     given = _arguments(node)
     value = given["weight"].meta.get("example_value")

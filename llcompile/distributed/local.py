@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from llcompile.errors import DistributedError
 from llcompile.torch_internals.inputs import input_value, is_parameter, module_tensors
 from llcompile.torch_internals.places import module_of, user_line
+from llcompile.torch_internals.sizes import size_hint
 
 _SHORTEST = 8  # tokens: half of them hold the longest usual convolution
 _OPERATORS = ("loglinear_attention", "loglinear_attention_step")
@@ -112,13 +113,13 @@ def _tokens(module: fx.GraphModule) -> tuple[int, int] | None:
             "llcompile.loglinear_attention"
         ):
             shape = node.args[2].meta["example_value"].shape
-            return int(shape[0]), int(shape[1])
+            return int(size_hint(shape[0])), int(size_hint(shape[1]))
     return None
 
 
 def _example(node: fx.Node) -> Any:
     held = input_value(node)
-    return held if held is not None else node.meta["grapharg"].example
+    return size_hint(held if held is not None else node.meta["grapharg"].example)
 
 
 def _moved(module: fx.GraphModule, inputs: list[Any], batch: int, length: int) -> list[Any]:

@@ -44,9 +44,7 @@ class Messages:
         traffic: where to count.
     """
 
-    def __init__(
-        self, group: dist.ProcessGroup, cut: Cut, p: torch.Size, states: torch.Size, traffic: Traffic
-    ) -> None:
+    def __init__(self, group: dist.ProcessGroup, cut: Cut, p: torch.Size, states: torch.Size, traffic: Traffic) -> None:
         self.group, self.cut, self.traffic, self.p = group, cut, traffic, p
         most = max(len(cut.slots(rank)) for rank in range(cut.ranks))
         self.states = (*states[:2], most, *states[3:])

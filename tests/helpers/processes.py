@@ -26,7 +26,7 @@ def together(work: Callable[..., None], *args: Any, ranks: int = 2) -> None:
 def _begin(rank: int, port: int, ranks: int, work: Callable[..., None], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    address, limit = f"tcp://127.0.0.1:{port}", timedelta(seconds=60)
+    address, limit = f"tcp://127.0.0.1:{port}", timedelta(seconds=120)
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=ranks, timeout=limit)
     work(rank, *args)
     dist.destroy_process_group()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from llcompile.errors import DistributedError
+from llcompile.kernels import spread
 from llcompile.torch_internals.inputs import input_value, is_parameter, module_tensors
 from llcompile.torch_internals.places import module_of, user_line
 from llcompile.torch_internals.sizes import size_hint
@@ -36,7 +37,7 @@ def check(module: fx.GraphModule) -> None:
         )
     inputs = [_example(node) for node in module.graph.find_nodes(op="placeholder")]
     half = length // 2
-    with torch.no_grad():
+    with torch.no_grad(), spread.run_by(None):  # nothing is sent
         whole = _Run(module, half)
         whole.run(*_copied(inputs))
         moved = _Run(module, half, whole.values)

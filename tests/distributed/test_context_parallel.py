@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -111,7 +115,7 @@ def bytes_do_not_grow(rank: int) -> None:
             o, _ = ops.loglinear_attention(**{**dict.fromkeys(x), **leaves})
         o.sum().backward()
         sent.append((traffic.summaries, traffic.gradients, traffic.collectives))
-    one = 4 * 8 * (5 * 5 + 5 * 3)  # heads, bytes, a transition and one state
+    one = 4 * 8 * (5 * 5 + 5 * 3)  # heads, bytes, a transition and one state; see the model of cost
     assert sent == [(2 * one, ranks * one, 3)] * 3, sent  # the backward pass gathers once more
 
 
@@ -292,3 +296,24 @@ def library(rank: int) -> None:
 @pytest.mark.parametrize("work", [single_precision, library])
 def test_more(work: Any) -> None:
     together(work)
+
+
+def test_the_model_of_cost_counts_what_is_sent() -> None:
+    """The message of docs/scale.md's table is that of `bytes_do_not_grow`, but for its dtype, which is float64 there."""
+    from benchmarks.context_parallel import Mixer, row
+
+    for tokens in (16, 128, 512):
+        found = row(tokens, 2, Mixer(4, 5, 3, corrected=True, levels=12))
+        assert found.states == 1
+        assert 2 * found.message == 4 * 8 * (5 * 5 + 5 * 3)
+    assert row(11 * 2, 2, Mixer(4, 5, 3, corrected=True)).states > 1
+
+
+def test_the_example_runs() -> None:
+    """As its first lines say, on two processes."""
+    example = Path(__file__).parents[2] / "examples" / "distributed" / "context_parallel.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(example)]
+    environment = {**os.environ, "LLCOMPILE_KERNELS": "aten", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "largest difference" in done.stdout

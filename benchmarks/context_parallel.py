@@ -16,6 +16,10 @@ from llcompile.distributed.cut import Cut
 
 RANKS = (8, 64, 1024)
 TOKENS = (1 << 20, 10_000_000, 100_000_000)
+COLUMNS = (
+    *("processes", "tokens", "states in a message", "message", "received, forward", "training step", "time"),
+    "ring attention",
+)
 STATE = 4  # bytes of a number of a state
 
 
@@ -72,8 +76,8 @@ def row(tokens: int, ranks: int, mixer: Mixer) -> Row:
 
 def table(mixer: Mixer, bandwidth: float) -> Iterator[str]:
     """The lines of the table, as the page has them."""
-    yield "| processes | tokens | states in a message | message | received, forward | training step | time | ring attention |"
-    yield "|---|---|---|---|---|---|---|---|"
+    yield f"| {' | '.join(COLUMNS)} |"
+    yield "|---" * len(COLUMNS) + "|"
     for ranks in RANKS:
         for tokens in TOKENS:
             x = row(tokens, ranks, mixer)

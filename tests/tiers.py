@@ -34,6 +34,7 @@ LONG_FILES = {
     "test_verify.py",
 }
 LONG_TESTS = {
+    "distributed/test_context_parallel.py": ("test_is_the_whole_sequence", "test_the_example_runs"),
     "kernels/test_choice.py": ("test_a_machine_without_a_compiler",),
     "kernels/test_cpp_build.py": (
         "test_what_the_sources_include_is_found",

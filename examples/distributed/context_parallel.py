@@ -38,7 +38,8 @@ def main() -> None:
     dist.all_reduce(worst, dist.ReduceOp.MAX)
     assert worst < 1e-4, f"the processes' outputs differ from those of one process by {worst:.1e}"
     if rank == 0:
-        print(f"largest difference {worst:.1e}; sent {traffic.summaries} bytes forward and again backward")
+        print(f"largest difference {worst:.1e}; sent {traffic.summaries} bytes of summaries, in the forward and the")
+        print(f"backward pass together, and {traffic.gradients} bytes of their gradients")
     dist.destroy_process_group()
 
 

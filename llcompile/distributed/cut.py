@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from llcompile.distributed.collectives import gather
 from llcompile.errors import DistributedError
 from llcompile.kernels.levels import bucket_start, level
 from llcompile.kernels.operands import Operands
@@ -111,9 +112,7 @@ def _tell(x: Operands, group: dist.ProcessGroup) -> list[list[int]]:
         position, trouble = (positions or [0])[0], 2 * (len(set(positions)) > 1)
     numbers = [x.v.shape[1], position, int(x.initial_state is not None), trouble, *_sizes(x)]
     mine = torch.tensor(numbers, dtype=torch.int64, device=x.v.device)
-    all_of_them = mine.new_empty(dist.get_world_size(group) * len(numbers))
-    dist.all_gather_into_tensor(all_of_them, mine, group=group)
-    return all_of_them.unflatten(0, (-1, len(numbers))).tolist()
+    return gather(mine, group).tolist()
 
 
 def _sizes(x: Operands) -> list[int]:

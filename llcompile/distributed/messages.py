@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from llcompile.distributed.collectives import gather
 from llcompile.distributed.cut import Cut
 from llcompile.distributed.shard import Summary
 
@@ -53,9 +54,7 @@ class Messages:
         """The messages of all processes, `[ranks, n]`."""
         message = self.written(own)
         self.traffic.add("summaries", message)
-        gathered = message.new_empty(self.cut.ranks * message.numel())
-        dist.all_gather_into_tensor(gathered, message, group=self.group)
-        return gathered.unflatten(0, (self.cut.ranks, -1))
+        return gather(message, self.group)
 
     def give_back(self, grad: Tensor) -> Tensor:
         """The gradient of this process's message from that of `gather`'s result: the sum over all readers, in order."""

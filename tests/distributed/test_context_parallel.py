@@ -299,7 +299,7 @@ def test_more(work: Any) -> None:
 
 
 def test_the_model_of_cost_counts_what_is_sent() -> None:
-    """The message of docs/scale.md's table is that of `bytes_do_not_grow`, but for its dtype, which is float64 there."""
+    """The messages of docs/scale.md are those of `bytes_do_not_grow`, which is in float64."""
     from benchmarks.context_parallel import Mixer, row
 
     for tokens in (16, 128, 512):
@@ -309,6 +309,7 @@ def test_the_model_of_cost_counts_what_is_sent() -> None:
     assert row(11 * 2, 2, Mixer(4, 5, 3, corrected=True)).states > 1
 
 
+@pytest.mark.slow
 def test_the_example_runs() -> None:
     """As its first lines say, on two processes."""
     example = Path(__file__).parents[2] / "examples" / "distributed" / "context_parallel.py"

@@ -1,8 +1,8 @@
-"""Where a sequence is cut, which the processes tell one another before each call, and what it means for levels.
+"""Where a sequence is cut, agreed on before each call, and what this means for levels.
 
 A process holds the tokens `[start, end)` of the sequence. Queries behind `end` see its tokens in the buckets that the
-Fenwick partition of `[0, end)` has, never in smaller ones: one for each set bit of `end`. So the states of these
-buckets are all that anybody needs to know of a shard, besides the transition over the whole of it.
+Fenwick partition of `[0, end)` has, never in smaller ones: one for each set bit of `end`. So a shard's
+summary is the states of these buckets, and the transition over the whole of it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from llcompile.kernels.levels import bucket_start, level
 from llcompile.kernels.operands import Operands
 from llcompile.kernels.state import is_level_state, position_of
 
-# Why a process cannot take part; the others learn of it by the number, so that none of them waits for it.
+# Why a process cannot take part. The number is exchanged, so that all processes raise and none waits.
 _TROUBLES = (
     "",
     "it was given sequences of different lengths (cu_seqlens, seq_idx, or an attention_mask with padding); give whole "
@@ -77,12 +77,12 @@ class Cut:
 
 
 def agree(x: Operands, group: dist.ProcessGroup) -> Cut:
-    """The cut of a call, from what each process tells the others: a dozen numbers.
+    """The cut of a call, from 14 numbers of each process.
 
     Raises:
         DistributedError: on all processes, where one of them cannot take part or has operands of other sizes.
     """
-    rank, told = dist.get_rank(group), _tell(x, group)
+    rank, told = dist.get_rank(group), _exchanged(x, group)
     for other, (_, _, _, trouble, *_) in enumerate(told):
         if trouble:
             raise DistributedError(f"process {other} of {len(told)} cannot share a sequence: {_TROUBLES[trouble]}")
@@ -100,8 +100,8 @@ def agree(x: Operands, group: dist.ProcessGroup) -> Cut:
     return Cut(rank, tuple(bounds[:-1]), tuple(bounds[1:]), bool(told[0][2]), levels)
 
 
-def _tell(x: Operands, group: dist.ProcessGroup) -> list[list[int]]:
-    """What each process says: tokens, position, whether it has a state, its trouble, and sizes."""
+def _exchanged(x: Operands, group: dist.ProcessGroup) -> list[list[int]]:
+    """The numbers of each process: tokens, position, whether it has a state, its trouble, and sizes."""
     position, trouble = 0, 0
     if x.lengths is not None:
         trouble = 1

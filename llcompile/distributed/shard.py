@@ -1,4 +1,4 @@
-"""What the others need to know of a shard: one transition, and a state for each bucket that it ends with.
+"""The summary of a shard: one transition, and a state for each bucket that it ends with.
 
 Both come out of one call of the operator, so that every implementation of it serves. For a transition that is a matrix
 the values have K more columns: zeros, and an identity for their initial state, which the transition then carries to

@@ -120,7 +120,7 @@ def bytes_do_not_grow(rank: int) -> None:
 
 
 def errors(rank: int) -> None:
-    """Every process learns why, and the next call works."""
+    """Every process raises the reason, and the next call works."""
     x = operands(16, "token", levels=6, batch=1)
     mine = {n: t if t is None else t[:, 8 * rank :][:, :8] for n, t in x.items()}
     state = torch.zeros(1, 4, 7, 5, 3, dtype=torch.float64)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from llcompile.errors import KernelCacheError, KernelError, OptionError
+from llcompile.kernels import spread
 from llcompile.kernels.description import describe, describe_step
 from llcompile.kernels.implementations import ATEN, IMPLEMENTATIONS, Described, Implementation, preferred
 from llcompile.kernels.operands import Operands, Token
@@ -56,14 +57,20 @@ def choice() -> str:
 
 
 def forward(x: Operands, scale: float, return_final_state: bool) -> tuple[Tensor, Tensor]:
-    """As `aten.sequence.forward`, by the implementation that is chosen."""
+    """As `aten.sequence.forward`, by the implementation that is chosen, over processes where the sequence is."""
+    over = spread.current()
+    if over is not None:
+        return over.forward(x, scale, return_final_state)
     return _run(
         lambda: describe(x, return_final_state), x.v.device, lambda one: one.forward(x, scale, return_final_state)
     )
 
 
 def backward(x: Operands, scale: float, grad_o: Tensor, grad_state: Tensor | None) -> list[Tensor | None]:
-    """As `aten.sequence.backward`, by the implementation that is chosen."""
+    """As `aten.sequence.backward`, likewise."""
+    over = spread.current()
+    if over is not None:
+        return over.backward(x, scale, grad_o, grad_state)
     return _run(
         lambda: describe(x, grad_state is not None), x.v.device, lambda one: one.backward(x, scale, grad_o, grad_state)
     )

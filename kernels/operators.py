@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llcompile.kernels import choice, flops, routing_state, torch_operator
+from llcompile.kernels import choice, flops, routing_state, spread, torch_operator
 from llcompile.kernels.operands import DIFFERENTIABLE, WITH_TOKENS, Operands, Token, weights_per_head
 from llcompile.kernels.state import check_positions, check_state, state_dtype
 from llcompile.kernels.varlen import flat, in_place
@@ -153,14 +153,16 @@ def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*tensors, own(state), cu_seqlens, attention_mask, seq_idx)
     ctx.scale, ctx.return_final_state, ctx.revision = scale, return_final_state, revision
     ctx.routing = None if routing is None or not return_final_state else routing.shape
+    ctx.spread = spread.current()
 
 
 def _attention_gradient(ctx: Any, grad_o: Tensor, grad_state: Tensor) -> tuple[Any, ...]:
     *tensors, cu_seqlens, attention_mask, seq_idx = ctx.saved_tensors
     sequences = (cu_seqlens, attention_mask, seq_idx)
-    grads = torch.ops.llcompile.loglinear_attention_backward(
-        grad_o, grad_state, *tensors, ctx.scale, ctx.return_final_state, *sequences, revision=ctx.revision
-    )
+    with spread.run_by(ctx.spread):
+        grads = torch.ops.llcompile.loglinear_attention_backward(
+            grad_o, grad_state, *tensors, ctx.scale, ctx.return_final_state, *sequences, revision=ctx.revision
+        )
     return (*_present(tensors, grads), None, None, None, None, None, None, _routing_gradient(ctx, grad_state))
 
 

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from torch import fx
 
 from llcompile import driver
+from llcompile.distributed import compiled as shards
 from llcompile.errors import LLCompileError, WrappedBackendError
 from llcompile.integrations import versions
 from llcompile.options import Options
@@ -100,9 +101,11 @@ def _rewrite(module: fx.GraphModule, parsed: Options) -> Callable[[Callable[...,
     adapters.warn_if_frozen(read_by(session), graph_inputs(module.graph))
     _settle(session)
     pipeline.change(session)
+    ready = shards.prepare(module)
     _tell(report, module)
     note_trace("rewritten", True)
-    return noting_use(session)
+    noting = noting_use(session)
+    return lambda compiled: shards.guarded(noting(compiled), ready)
 
 
 def _settle(session: Session) -> None:

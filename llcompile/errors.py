@@ -34,6 +34,10 @@ class DerivativeError(LLCompileError, NotImplementedError):
     """An unsupported derivative of the operators was requested: forward mode, or a second derivative."""
 
 
+class DistributedError(LLCompileError, RuntimeError):
+    """A call cannot be spread over processes as requested: they disagree, or a part needs tokens of other processes."""
+
+
 class OptionError(LLCompileError, ValueError):
     """An option of the backend is unknown or has a wrong type or value."""
 

@@ -38,6 +38,7 @@ LONG_FILES = {
     "trials/test_trial.py",
 }
 LONG_TESTS = {
+    "distributed/test_context_parallel.py": ("test_is_the_whole_sequence", "test_the_example_runs"),
     "kernels/test_choice.py": ("test_a_machine_without_a_compiler",),
     "kernels/test_cpp_build.py": (
         "test_what_the_sources_include_is_found",

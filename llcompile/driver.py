@@ -33,6 +33,7 @@ def new_session(
     settings = Settings(
         kind=options.level_weights,
         levels=options.levels,
+        features=options.routing_features,
         make=attachment.make,
         find=attachment.find,
         held=lambda owner: list(held.held(owner)),

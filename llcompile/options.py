@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from llcompile.errors import OptionError
+from llcompile.patterns.mixer import FEATURES
 from llcompile.weights.level_kinds import KINDS
 
 ON_MISS = ("raise", "warn")
@@ -23,6 +24,7 @@ class Options:
             operator.
         levels: number of levels L of new level weights. Sequences of up to 2^(L-1) tokens have one weight per level;
             in longer ones the last weight applies to all higher levels.
+        routing_features: width R of a routing query, for level weights of kind "routed".
         strict: raise if a linear-time mixer is declined, or nothing that mixes positions is found.
         on_miss: what to do if a module that owns level weights runs but the graph does not read them: "raise" (the
             default), or "warn".
@@ -32,6 +34,7 @@ class Options:
 
     level_weights: str = "linear"
     levels: int = 17
+    routing_features: int = FEATURES
     strict: bool = False
     on_miss: str = "raise"
     inner: str = "inductor"
@@ -55,6 +58,8 @@ class Options:
                 )
         if not 1 <= self.levels <= 64:
             raise OptionError(f"option 'levels' must be between 1 and 64 (2^(levels-1) tokens), got {self.levels}.")
+        if not 1 <= self.routing_features <= 256:
+            raise OptionError(f"option 'routing_features' must be between 1 and 256, got {self.routing_features}.")
 
     @classmethod
     def parse(cls, given: Mapping[str, Any] | None) -> Options:
@@ -82,19 +87,20 @@ class Options:
 
     @property
     def asked(self) -> Mapping[str, Any]:
-        """What was said about level weights, by the names that `LevelWeights` has for it: its kind and levels."""
+        """What was said about level weights, by the names that `LevelWeights` has for it: its kind and sizes."""
         return {name: getattr(self, option) for option, name in _ASKED.items() if option in self.given}
 
 
 _TYPES: dict[str, Any] = {
     "level_weights": str,
     "levels": int,
+    "routing_features": int,
     "strict": bool,
     "on_miss": str,
     "inner": str,
     "inductor": Mapping,
 }
-_ASKED = {"level_weights": "kind", "levels": "levels"}
+_ASKED = {"level_weights": "kind", "levels": "levels", "routing_features": "features"}
 _CHOICES: dict[str, tuple[str, ...]] = {"level_weights": (*KINDS, "none"), "inner": INNER, "on_miss": ON_MISS}
 
 

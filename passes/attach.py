@@ -20,7 +20,8 @@ from llcompile.torch_internals.sizes import size_hint
 from llcompile.torch_internals.trace import is_resumed
 
 # The options that say what level weights are like, by what they are about.
-_OPTIONS = {"kind": "level_weights", "levels": "levels"}
+_OPTIONS = {"kind": "level_weights", "levels": "levels", "features": "routing_features"}
+_NO_ROOM = "the header of its state, K * V numbers, has no room for a wider key sum of each level"
 
 
 def attach(session: Session) -> int:
@@ -84,10 +85,12 @@ def _attach(session: Session, candidate: Candidate, owner: nn.Module) -> None:
 def _made(session: Session, candidate: Candidate, owner: nn.Module, shape: MixerShape, width: int | None) -> Any:
     """New level weights: of the kind that was asked for, or of what the mixer allows."""
     settings = session.settings
-    features = shape.features(settings.levels, in_states=isinstance(candidate, CallCandidate))
+    features = shape.features(settings.features, settings.levels, in_states=isinstance(candidate, CallCandidate))
     kind, why = _possible(settings.kind, features, width)
     if why and "kind" in settings.asked and kind != settings.kind:
         candidate.notes.append(f"its level weights are {kind} and not {settings.kind}: {why}")
+    if kind == "routed" and "features" in settings.asked and features != settings.features:
+        candidate.notes.append(f"it has {features} routing features and not {settings.features}: {_NO_ROOM}")
     more = {"features": features} if kind == "routed" else {}
     return settings.make(kind, shape.level_heads, settings.levels, width, owner, **more)
 
@@ -97,7 +100,7 @@ def _possible(kind: str, features: int, width: int | None) -> tuple[str, str]:
     if not width:
         return "static", "its operands have no common input [B, T, D]"
     if kind == "routed" and not features:
-        return "linear", "the header of its state, K * V numbers, has no room for a key sum of each level"
+        return "linear", _NO_ROOM
     return kind, ""
 
 
@@ -112,10 +115,13 @@ def _check_asked(session: Session, candidate: Candidate, weights: Any) -> None:
     asked = {name: value for name, value in session.settings.asked.items() if getattr(weights, name) != value}
     assert candidate.shape is not None
     fed = candidate.weight_input is not None or candidate.owner_input is not None
-    features = candidate.shape.features(weights.levels, in_states=isinstance(candidate, CallCandidate))
+    wanted, in_states = session.settings.features, isinstance(candidate, CallCandidate)
+    features = candidate.shape.features(wanted, weights.levels, in_states)
     possible, _ = _possible(session.settings.kind, features, weights.in_features or fed)
     if weights.kind == possible:
         asked.pop("kind", None)
+    if weights.kind != "routed" or weights.features == features:
+        asked.pop("features", None)
     if asked:
         said = " and ".join(f"{_OPTIONS[name]}={value!r}" for name, value in asked.items())
         raise LevelWeightsError(

@@ -25,7 +25,8 @@ class Settings:
     Args:
         kind: kind of the level weights, or "none" for the linear operator.
         levels: number of levels that new level weights get.
-        asked: what of these (kind, levels) was asked for in so many words, and no default.
+        features: width of a routing query that new level weights of kind "routed" get.
+        asked: what of these (kind, levels, features) was asked for in so many words, and no default.
         make: makes new level weights: (kind, heads, levels, in_features, like) -> module.
         find: the level weights that a module owns under a name already, or None.
         held: (name, level weights) for all that a module owns already.
@@ -42,6 +43,7 @@ class Settings:
 
     kind: str
     levels: int
+    features: int
     make: Callable[..., nn.Module]
     find: Callable[[nn.Module, str], Any]
     held: Callable[[nn.Module], list[tuple[str, Any]]]

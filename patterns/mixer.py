@@ -78,7 +78,7 @@ def _given(operand: Any) -> str:
 CHANNELS = 64
 
 # The width R of a routing query, where the header of a state has room for a key sum of that width for each level.
-FEATURES = 8
+FEATURES = 16
 
 
 @dataclass(frozen=True)
@@ -102,11 +102,11 @@ class MixerShape:
             return self.heads
         return self.heads // CHANNELS if self.heads % CHANNELS == 0 else 1
 
-    def features(self, levels: int, in_states: bool) -> int:
-        """R, the width of a routing query: 8; `in_states`, what the header of a level state has room for, or 0."""
+    def features(self, wanted: int, levels: int, in_states: bool) -> int:
+        """R, the width of a routing query: as wanted; `in_states`, what the header of a level state has room for."""
         if not in_states:
-            return FEATURES
-        return min(FEATURES, room(self.heads, self.level_heads, self.key_dim, self.value_dim) // levels)
+            return wanted
+        return min(wanted, room(self.heads, self.level_heads, self.key_dim, self.value_dim) // levels)
 
 
 def validate(mixer: Mixer) -> MixerShape:

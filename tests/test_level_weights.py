@@ -44,13 +44,13 @@ def wide_input(dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def bucket_products(query: Tensor, key: Tensor) -> Tensor:
-    """<query_t, sum of the keys in bucket l of t> / sqrt(size of the bucket), one pair of tokens after the other."""
+    """<query_t, sum of the keys in bucket l of t>, one pair of tokens after the other."""
     query, key = (t.unflatten(-1, (HEADS, -1)) for t in (query, key))
     scores = torch.zeros(*query.shape[:3], LEVELS)
     for t in range(query.shape[1]):
         for s in range(t + 1):
             level = (t ^ s).bit_length()
-            scores[:, t, :, level] += (query[:, t] * key[:, s]).sum(-1) / math.sqrt(2 ** max(level - 1, 0))
+            scores[:, t, :, level] += (query[:, t] * key[:, s]).sum(-1)
     return scores
 
 
@@ -116,7 +116,7 @@ class TestFunction:
             hidden = F.silu(x @ own["weight_in"].T + own["bias_in"]) if kind == "mlp" else x
             z = (hidden @ own["weight"].T + own["bias"]).view(2, 7, HEADS, LEVELS)
         if kind == "routed":
-            z = z + own["gain"] * bucket_products(x @ own["query"].T, x @ own["key"].T)
+            z = z + own["gain"] * own["damping"] * bucket_products((x @ own["query"].T).relu(), (x @ own["key"].T).relu())
         expected = F.softplus(own["level_scale"] * z) / math.log(2) if kind == "paper" else 1 + F.elu(z)
         torch.testing.assert_close(weights(x), expected, rtol=2e-6, atol=2e-6)
         assert (expected >= 0).all()

@@ -17,6 +17,7 @@ from llcompile.errors import BenchError
 
 State = dict[str, Tensor]
 _WARMUP = 50  # steps
+ROUTING = 32  # width of a routing query
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ class Student:
         options: dict[str, Any] = {"level_weights": levels or "none"}
         if levels is not None:
             options["levels"] = (longest - 1).bit_length() + 1
+        if levels == "routed":
+            options["routing_features"] = ROUTING
             # The outputs at conversion are compared by the experiments themselves, on trained weights.
             report = llcompile.convert(module, *example, options=options, verify=False, **keywords)
             if not report.converted or report.declined:

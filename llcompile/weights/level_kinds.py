@@ -143,6 +143,10 @@ def whole_rows(query: Tensor, key: Tensor, levels: int) -> Tensor:
     return torch.ops.llcompile.level_readouts(query, key, levels, None, None, None, None, False)[0]  # type: ignore[no-any-return]
 
 
+# Of a routing feature: products of two, summed over all tokens there can be, stay finite, and so 0 times them is 0.
+_LARGEST = 1e12
+
+
 def _routed(
     x: Tensor,
     weight: Tensor,
@@ -157,19 +161,17 @@ def _routed(
     readouts: Readouts,
 ) -> Tensor:
     by_set = (sizes.heads, -1)
-    # Until `query` has moved from 0, `key` and `gain` have no gradient.
-    asked, held = (F.linear(x.to(dtype), t.to(dtype)).to(dtype).unflatten(-1, by_set) for t in (query, key))
+    # Never negative, so that a bucket's sum only grows by what it holds (a count, as in a sketch).
+    asked, held = (F.linear(x.to(dtype), t.to(dtype)).to(dtype).clamp(0.0, _LARGEST) for t in (query, key))
+    asked, held = asked.unflatten(-1, by_set), held.unflatten(-1, by_set)
     scores = readouts(asked, held, sizes.levels)
     z = _project(x, weight, bias, dtype).unflatten(-1, by_set)
     return _positive(z + gain.to(dtype) * damping.to(dtype) * scores)
 
 
 def _routed_damping(sizes: Sizes) -> list[float]:
-    """What a sum over the bucket of each level is multiplied by: 1 / sqrt(its tokens), as of independent summands.
-
-    Not the start of `gain` itself: an optimizer's first steps are of one size and would swamp a high level's gain.
-    """
-    return [2.0 ** (-0.5 * max(level - 1, 0)) for level in range(sizes.levels)]
+    """What the scores of each level are multiplied by: 1 / sqrt(R), as in attention."""
+    return [sizes.features**-0.5] * sizes.levels
 
 
 def _all_zero(*tensors: Tensor) -> Tensor:
@@ -263,9 +265,12 @@ KINDS: dict[str, LevelKind] = {
             (
                 _WEIGHT,
                 _BIAS,
-                TensorRow("query", _features_by_inputs),
+                # Drawn from one stream, and so equal at the start: a score is then large where the bucket holds what
+                # looks like the token, from the first step on. w is 1 because `gain` is 0; until the first step has
+                # changed that, these two have no gradient.
+                TensorRow("query", _features_by_inputs, start=None),
                 TensorRow("key", _features_by_inputs, start=None),
-                TensorRow("gain", _heads_by_levels, start=1.0),
+                TensorRow("gain", _heads_by_levels),
                 TensorRow("damping", lambda sizes: (sizes.levels,), start=_routed_damping, learned=False),
             ),
             _routed,

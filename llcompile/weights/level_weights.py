@@ -48,8 +48,8 @@ class LevelWeights(nn.Module):
     * `paper`: w = `gain` * softplus(`level_scale` * (x W^T + b)) / ln 2, `level_scale` [H, L] = 1, W = b = 0
       and a buffer `gain` = 1, so that w is 1 at the start. `from_paper` loads published weights.
     * `routed`: w = 1 + elu(x W^T + b + `gain` [H, L] * `damping` [L] * c), where c[t, l] is the product of token t's
-      `query` x_t^T [R] with the sum of x_s `key`^T over the tokens s of bucket l. `query` [H*R, D] is 0 at the start,
-      `key` [H*R, D] is random, `gain` 1; the buffer `damping` is 1 / sqrt(tokens of the bucket).
+      relu(x_t `query`^T) [R] with the sum of relu(x_s `key`^T) over the tokens s of bucket l. `query` and `key`
+      [H*R, D] start with the same random numbers, `gain` with 0; the buffer `damping` is 1 / sqrt(R).
 
     The rows of `weight` and `bias` are ordered head by head: row h * L + l is level l of head h.
 
@@ -59,7 +59,7 @@ class LevelWeights(nn.Module):
         levels: L, at least 1.
         in_features: D; required by every kind except static, which does not take it.
         hidden: width of the hidden layer; kind mlp only (default 64).
-        features: R, the width of a routing query; kind routed only (default 8).
+        features: R, the width of a routing query; kind routed only (default 16).
         device: device of the parameters.
         dtype: dtype of the parameters (default float32); w is always computed in float32 or float64.
 
@@ -118,6 +118,11 @@ class LevelWeights(nn.Module):
     def in_features(self) -> int | None:
         """D, the last size of x; None for kind static."""
         return self.sizes.in_features or None
+
+    @property
+    def features(self) -> int | None:
+        """R, the width of a routing query; None for other kinds than routed."""
+        return self.sizes.features or None
 
     def reset_parameters(self) -> None:
         """Reset the parameters so that w is exactly 1. Call it after `to_empty`, as for torch's own modules."""

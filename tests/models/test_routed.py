@@ -57,13 +57,13 @@ def by_pairs(model: Quadratic, x: Tensor) -> Tensor:
     own = {name: value.detach() for name, value in levels.tensors()}
     heads, length = levels.heads, x.shape[1]
     split = lambda t: t.unflatten(-1, (heads, -1))  # noqa: E731
-    asked, held = split(x @ own["query"].T), split(x @ own["key"].T)
+    asked, held = split((x @ own["query"].T).relu()), split((x @ own["key"].T).relu())
     level = torch.tensor([[(t ^ s).bit_length() if s <= t else 0 for s in range(length)] for t in range(length)])
     before = torch.ones(length, length, dtype=torch.bool).tril()
     products = torch.einsum("bthr,bshr->bhts", asked, held)
     z = split(x @ own["weight"].T + own["bias"]).transpose(1, 2).clone()  # [B, H, T, L]
     for number in range(levels.levels):
-        scores = (products * (before & (level == number))).sum(-1) / math.sqrt(2 ** max(number - 1, 0))
+        scores = (products * (before & (level == number))).sum(-1) / math.sqrt(levels.features)
         z[..., number] += own["gain"][:, number, None] * scores
     weights = 1 + torch.nn.functional.elu(z)
     q, k, v = model.operands(x)
@@ -96,7 +96,7 @@ def test_gradients_are_those_of_the_definition(length: int) -> None:
 
 
 def test_the_first_steps_reach_every_parameter() -> None:
-    """At the start the query alone has a gradient, of the three that make a score; after one step they all have."""
+    """At the start the gain alone has a gradient, of the three that make a score; after one step they all have."""
     model, ids = routed(small.model(), small.ids(), perturbed=False), small.ids()
     run = compiled(model, "aot_eager")
     before = run(ids).detach()
@@ -106,7 +106,7 @@ def test_the_first_steps_reach_every_parameter() -> None:
         optimizer.zero_grad()
         small.loss(run(ids), ids).backward()
         still = {name.rpartition(".")[2] for name, p in own.items() if p.grad is None or not p.grad.any()}
-        assert still == ({"key", "gain"} if step == 0 else set())
+        assert still == ({"query", "key"} if step == 0 else set())
         optimizer.step()
     assert difference(run(ids), before) > 1e-3
     with torch.no_grad():  # the query by itself
@@ -196,7 +196,7 @@ def test_saved_opened_and_exported(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path)
         again: Any = type(model).from_pretrained(tmp_path).eval()
         assert torch.equal(compiled(again)(ids, use_cache=False).logits, expected)
-        assert again.backbone.layers[0].mixer.loglinear.sizes.features == 8
+        assert again.backbone.layers[0].mixer.loglinear.sizes.features == 16
     program = torch.export.export(Logits(model), (ids,))
     assert sum("level_readouts" in str(node.target) for node in program.graph.nodes) == 2
     assert difference(program.module()(ids), expected) < 1e-6

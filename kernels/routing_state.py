@@ -108,6 +108,23 @@ def write(state: Tensor, routing: Tensor) -> None:
 
     Raises `StateError` where the state is linear, or its headers have no room.
     """
+    used, width, sums = _parts(state, routing)
+    headers = state[:, :, 0].view(state.shape[0], routing.shape[1], -1, state.shape[3] * state.shape[4])
+    headers[:, :, :used, header.DIGITS : header.DIGITS + width].copy_(sums)
+
+
+def written(state: Tensor, routing: Tensor) -> Tensor:
+    """As `write`, into a copy; in operations that change nothing in place."""
+    used, width, sums = _parts(state, routing)
+    headers = state[:, :, 0].flatten(2).unflatten(1, (routing.shape[1], -1))  # [B, W, H / W, K * V]
+    first, rest = headers[:, :, :used], headers[:, :, used:]
+    first = torch.cat([first[..., : header.DIGITS], sums.to(first), first[..., header.DIGITS + width :]], 3)
+    whole = torch.cat([first, rest], 2).flatten(1, 2).unflatten(2, state.shape[3:])
+    return torch.cat([whole[:, :, None], state[:, :, 1:]], 2)
+
+
+def _parts(state: Tensor, routing: Tensor) -> tuple[int, int, Tensor]:
+    """Of how many of a set's heads the headers take sums, how many each, and those, `[B, W, used, width]`."""
     if not is_level_state(state):
         raise StateError(
             f"routing_state has shape {list(routing.shape)}, but the state {list(state.shape)} is linear and has no "
@@ -124,8 +141,7 @@ def write(state: Tensor, routing: Tensor) -> None:
     sums = routing[:, :, header.DIGITS :]
     if used * width != numbers:
         sums = torch.nn.functional.pad(sums, (0, used * width - numbers))
-    headers = state[:, :, 0].view(batch, sets, heads // sets, -1)
-    headers[:, :, :used, header.DIGITS : header.DIGITS + width].copy_(sums.unflatten(2, (used, width)))
+    return used, width, sums.unflatten(2, (used, width))
 
 
 def gradient(grad: Tensor, sets: int, numbers: int) -> Tensor:

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from llcompile import ops as _ops  # noqa: F401  (registers the operators)
 from llcompile.errors import DecompositionError
-from llcompile.kernels.aten import sequence, token
+from llcompile.kernels import routing_state
+from llcompile.kernels.aten import readouts, sequence, token
 from llcompile.kernels.operands import DIFFERENTIABLE, Operands, Token, weights_per_head
+from llcompile.kernels.readouts import Readouts, ReadoutToken
 from llcompile.kernels.state import is_level_state, state_dtype
 
 _SEQUENCES = ("cu_seqlens", "attention_mask", "seq_idx")
@@ -31,22 +33,43 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     table: dict[Any, Callable[..., Any]] = dict(torch.export.default_decompositions())
     table[torch.ops.llcompile.loglinear_attention.default] = _attention
     table[torch.ops.llcompile.loglinear_attention_step.default] = _step
+    table[torch.ops.llcompile.level_readouts.default] = _readouts
+    table[torch.ops.llcompile.level_readouts_step.default] = _readouts_step
     return table
 
 
 def _attention(*given: Any, **named: Any) -> tuple[Tensor, Tensor]:
     arguments = _arguments(torch.ops.llcompile.loglinear_attention.default, given, named)
     x = Operands(*list(arguments.values())[:DIFFERENTIABLE])
-    _expect_one_length(x, [name for name in _SEQUENCES if arguments[name] is not None])
+    continues = x.initial_state is not None and is_level_state(x.initial_state) and x.level_weights is not None
+    _expect_one_length(f"an operator on values {list(x.v.shape)}", x.v.shape[1], arguments, continues)
     state = x.initial_state
     x = x if state is None else x._replace(initial_state=state.to(state_dtype(x.v.dtype)))
-    return sequence.forward(x, arguments["scale"], arguments["return_final_state"])
+    o, final = sequence.forward(x, arguments["scale"], arguments["return_final_state"])
+    return o, _with_routing(final, arguments["routing_state"] if arguments["return_final_state"] else None)
 
 
 def _step(*given: Any, **named: Any) -> tuple[Tensor, Tensor]:
     arguments = _arguments(torch.ops.llcompile.loglinear_attention_step.default, given, named)
     x = Token(*(arguments[name] for name in Token._fields))
-    return token.step(x._replace(level_weights=weights_per_head(x.level_weights, x.v)))
+    o, state = token.step(x._replace(level_weights=weights_per_head(x.level_weights, x.v)))
+    return o, _with_routing(state, arguments["routing_state"])
+
+
+def _with_routing(state: Tensor, routing: Tensor | None) -> Tensor:
+    return state if routing is None else routing_state.written(state, routing)
+
+
+def _readouts(*given: Any, **named: Any) -> tuple[Tensor, Tensor]:
+    arguments = _arguments(torch.ops.llcompile.level_readouts.default, given, named)
+    x = Readouts(*(arguments[name] for name in ("query", "key", "levels", "initial_state")))
+    call = f"per-level readouts of queries {list(x.query.shape)}"
+    _expect_one_length(call, x.query.shape[1], arguments, x.initial_state is not None)
+    return readouts.forward(x, arguments["return_final_state"])
+
+
+def _readouts_step(query: Tensor, key: Tensor, state: Tensor, levels: int, *_: Any, **named: Any) -> Any:
+    return readouts.absorb(ReadoutToken(query, key, state, levels))
 
 
 def _arguments(operator: Any, given: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
@@ -56,20 +79,19 @@ def _arguments(operator: Any, given: tuple[Any, ...], named: dict[str, Any]) -> 
     return values | dict(zip(values, given, strict=False)) | named
 
 
-def _expect_one_length(x: Operands, sequences: list[str]) -> None:
-    call = f"an operator on values {list(x.v.shape)}"
+def _expect_one_length(call: str, length: Any, arguments: dict[str, Any], continues: bool) -> None:
+    sequences = [name for name in _SEQUENCES if arguments[name] is not None]
     if sequences:
         raise DecompositionError(
             f"{call} has {' and '.join(sequences)}, which only llcompile's own operator reads. Export the model for "
             f"whole rows (without a mask or packed sequences), {_ELSE}"
         )
-    length: Any = x.v.shape[1]
     if isinstance(length, torch.SymInt):
         raise DecompositionError(
             f"{call} has a symbolic length, and the number of its levels depends on the length. Export the model for "
             f"one length (no dynamic_shapes for tokens), {_ELSE}"
         )
-    if x.initial_state is not None and is_level_state(x.initial_state) and x.level_weights is not None:
+    if continues:
         raise DecompositionError(
             f"{call} continues a level state, and where its tokens lie in the tree depends on the state's position. "
             f"Export a program that starts without a state, or one for a single token, {_ELSE}"

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 import llcompile
 from llcompile.errors import DecompositionError
+from llcompile.kernels import routing_state
 from llcompile.kernels.state import empty_state
-from llcompile.ops import loglinear_attention, loglinear_attention_step
+from llcompile.ops import level_readouts, level_readouts_step, loglinear_attention, loglinear_attention_step
 from tests.helpers import small
 from tests.kernels.kernel_cases import operands
 
@@ -48,6 +49,32 @@ def decomposed(module: nn.Module, x: Any) -> torch.export.ExportedProgram:
     program = program.run_decompositions(llcompile.decompositions())
     assert "llcompile" not in program.graph_module.code
     return program
+
+
+class Routed(nn.Module):
+    """Readouts and the operator, whose state holds theirs."""
+
+    def forward(self, x: dict[str, Tensor], query: Tensor, key: Tensor) -> Any:
+        found, sums = level_readouts(query, key, 9, return_final_state=True)
+        _, state = loglinear_attention(**x, return_final_state=True, routing_state=sums)
+        old = routing_state.read(state, 2, 9, 4)
+        again, sums = level_readouts_step(query[:, 0], key[:, 0], old, 9)
+        token = {name: t[:, 0] for name, t in x.items()}
+        return found, again, loglinear_attention_step(**token, state=state, routing_state=sums)[1]
+
+
+def test_readouts() -> None:
+    """Their state stays in the header of the level state."""
+    cases = operands(70, "token", False, 9, key_dim=8, value_dim=8)
+    x = {n: t for n, t in cases.items() if t is not None}
+    query, key = torch.randn(2, 2, 70, 2, 4, dtype=torch.float64)
+    program = torch.export.export(Routed(), (x, query, key))
+    program = program.run_decompositions(llcompile.decompositions())
+    assert "llcompile" not in program.graph_module.code
+    found = program.module()(x, query, key)
+    for a, b in zip(found, Routed()(x, query, key), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    assert not torch.equal(found[2], program.module()(x, query, key.flip(1))[2])
 
 
 @pytest.mark.parametrize(("decay", "delta", "levels", "state"), CASES)

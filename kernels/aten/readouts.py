@@ -62,6 +62,11 @@ def step(x: ReadoutToken) -> tuple[Tensor, Tensor]:
     Raises `StateError` where a row's position is damaged or cannot be counted further.
     """
     routing_state.check_position(x.state, 1, "state")
+    return absorb(x)
+
+
+def absorb(x: ReadoutToken) -> tuple[Tensor, Tensor]:
+    """As `step`, without a look at the position: what may be traced."""
     dtype = x.dtype
     sums, position = routing_state.unpack(x.state.to(dtype), x.levels)
     sums = routing_state.merge(sums, position)

@@ -48,14 +48,17 @@ class Layer(nn.Module):
         self.inputs = nn.Linear(width, 2 * channels)
         self.margins = (kernel - 1) // 2, kernel - 1 - (kernel - 1) // 2
         self.convolution = nn.Conv1d(channels, channels, kernel, groups=channels)
-        self.scan = Scan(channels, states, rank)
+        # Two modules with the same weights, so that each direction has level weights of its own.
+        self.scan, self.backwards = Scan(channels, states, rank), Scan(channels, states, rank)
+        self.backwards.project, self.backwards.step = self.scan.project, self.scan.step
+        self.backwards.log_rate, self.backwards.skip = self.scan.log_rate, self.scan.skip
         self.outputs = nn.Linear(channels, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """x and what the layer adds to it."""
         u, gate = self.inputs(self.norm(x)).chunk(2, dim=-1)
         u = F.silu(self.convolution(F.pad(u.transpose(1, 2), self.margins))).transpose(1, 2)
-        y = self.scan(u) + self.scan(u.flip(1)).flip(1)
+        y = self.scan(u) + self.backwards(u.flip(1)).flip(1)
         return x + self.outputs(y * F.silu(gate))
 
 
@@ -97,7 +100,9 @@ def pretrained() -> tuple[Segmenter, list[str]]:
         rank=arrays["CheckpointMambaBlock1D_0__Dense_2__kernel"].shape[0],
         kernel=arrays["CheckpointMambaBlock1D_0__Conv_0__kernel"].shape[0],
     )
-    model.load_state_dict({name: tensor(arrays) for name, tensor in _sources(len(model.layers)).items()})
+    tensors = {name: tensor(arrays) for name, tensor in _sources(len(model.layers)).items()}
+    shared = {name.replace(".scan.", ".backwards."): tensor for name, tensor in tensors.items() if ".scan." in name}
+    model.load_state_dict(tensors | shared)
     return model.eval(), labels
 
 

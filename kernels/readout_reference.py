@@ -28,7 +28,7 @@ def reference_readouts(
     out = query.new_zeros(*query.shape[:3], levels)
     finals = [query.new_zeros(0, sets, routing_state.size(levels, channels))]
     for number, (row, tokens) in enumerate(sequences(query, cu_seqlens, attention_mask)):
-        sums, start = query.new_zeros(1, sets, levels, channels), torch.tensor([0])
+        sums, start = query.new_zeros(1, sets, levels, channels), torch.zeros(1, dtype=torch.int64, device=query.device)
         if initial_state is not None:
             sums, start = routing_state.unpack(initial_state[number : number + 1].to(dtype), levels)
         for t in tokens.tolist():

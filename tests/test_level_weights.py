@@ -116,7 +116,9 @@ class TestFunction:
             hidden = F.silu(x @ own["weight_in"].T + own["bias_in"]) if kind == "mlp" else x
             z = (hidden @ own["weight"].T + own["bias"]).view(2, 7, HEADS, LEVELS)
         if kind == "routed":
-            z = z + own["gain"] * own["damping"] * bucket_products((x @ own["query"].T).relu(), (x @ own["key"].T).relu())
+            z = z + own["gain"] * own["damping"] * bucket_products(
+                (x @ own["query"].T).relu(), (x @ own["key"].T).relu()
+            )
         expected = F.softplus(own["level_scale"] * z) / math.log(2) if kind == "paper" else 1 + F.elu(z)
         torch.testing.assert_close(weights(x), expected, rtol=2e-6, atol=2e-6)
         assert (expected >= 0).all()

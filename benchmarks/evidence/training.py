@@ -74,8 +74,8 @@ class Student:
         options: dict[str, Any] = {"level_weights": levels or "none"}
         if levels is not None:
             options["levels"] = (longest - 1).bit_length() + 1
-        if levels == "routed":
-            options["routing_features"] = ROUTING
+            if levels == "routed":
+                options["routing_features"] = ROUTING
             # The outputs at conversion are compared by the experiments themselves, on trained weights.
             report = llcompile.convert(module, *example, options=options, verify=False, **keywords)
             if not report.converted or report.declined:

@@ -76,6 +76,10 @@ class Student:
             options["levels"] = (longest - 1).bit_length() + 1
             if levels == "routed":
                 options["routing_features"] = ROUTING
+            # At its first call transformers looks for kernels; converted before that, typeseg's scan got level weights
+            # at another place, and new ones at its first compiled call.
+            with torch.no_grad():
+                module(*example, **keywords)
             # The outputs at conversion are compared by the experiments themselves, on trained weights.
             report = llcompile.convert(module, *example, options=options, verify=False, **keywords)
             if not report.converted or report.declined:
@@ -102,6 +106,8 @@ class Student:
     def groups(self, arm: Arm, rates: Rates, others: Iterable[nn.Parameter] = ()) -> list[dict[str, Any]]:
         """The optimizer's groups; `others` are parameters outside the module, trained where all weights are."""
         named = list(self.module.named_parameters())
+        if any("loglinear" in name and name not in self._at_start for name, _ in named):
+            raise BenchError("the first compiled call attached level weights that the conversion had not attached")
         levels = [p for name, p in named if is_level_weight(name)]
         rest = [*(p for name, p in named if not is_level_weight(name)), *others]
         # Weight decay would pull level weights back to 1, that is, to the linear model.

@@ -88,7 +88,9 @@ def _is_divided(findings: Findings, found: Found) -> bool:
     divisors = [d for value in islice(moved, _NEAR_BY) for user in value.users for d in _divisors(user, value)]
     # What the mixer itself divides by; a factor that a loop carries may be one over a sum as well.
     posts = [(v, how) for s, how in found.hypothesis.post for v in values_of(s)]
-    divisors += [v for v, how in posts if how == "over" or isinstance(v, Row)]
+    divisors += [v for v, how in posts if how == "over"]
+    read = [v for v in values_of(found.hypothesis.query) if isinstance(v, Row)]
+    divisors += [*read, *(v for v, _ in posts if isinstance(v, Row))]
     divisors += [] if found.tail is None else [v for v in bases_of(found.tail.root) if v is not found.tail.joined]
     if not any(_joins_others(findings, found, divisor) for divisor in divisors):
         return False

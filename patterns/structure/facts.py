@@ -38,6 +38,7 @@ class Fact:
         form: see `Form`.
         mixed: it joins several positions, and no projection came after.
         met: two sequences have met in a state or in scores, and no projection came after.
+        summed: a sum over the past, not seen as mixing, has a part in it.
         place: the position that pieces were taken from; None for no single one.
     """
 
@@ -47,6 +48,7 @@ class Fact:
     mixed: bool = False
     met: bool = False
     place: tuple[int, ...] | None = None
+    summed: bool = False
 
 
 class TimeAnalysis(Frame):
@@ -117,6 +119,11 @@ class TimeAnalysis(Frame):
         timeless = not mixes and all(f.form == "timeless" for f in given)
         lone = self.lone and self._is_lone(op)
         data, weight, cuts = any(f.data for f in given), any(f.weight for f in given), op.name in CUTS
+        summed = any(f.summed for f in given)
+        # What contracts a sum of keys may be a divisor: no operand.
+        lone = lone and not (summed and self.followed.mixed[op])
+        contracts = summed and data and bool(self.followed.mixed[op])
+        summed = summed or (lone and op.name in _SCANS)
         for value in op.outputs:
             form = self._form(value, timeless)
             place, joins = self._place(op, given, value.index)
@@ -124,13 +131,14 @@ class TimeAnalysis(Frame):
             shift = form == "sequence" and not cuts and any(f.data and f.form == "pieces" for f in given)
             mixed = (
                 (data and any(f.mixed for f in given))
+                or contracts
                 or (not lone and (shift or (data and (joins or (mixes and not cuts)))))
                 or (form == "pieces" and self._crosses(op, value))
             ) and not (lone and form == "sequence" and self._falls(op))
             met = any(f.met for f in given) or self._meet(op) or self._is_outer(op, value)
             if (mixed or met) and self.is_projection(op):
                 mixed, met = mixed and form != "sequence" and op.name != "convolution", False
-            self.facts[value] = Fact(data, weight, form, mixed, met, place if form == "pieces" else None)
+            self.facts[value] = Fact(data, weight, form, mixed, met, place if form == "pieces" else None, summed=summed)
 
     def _is_lone(self, op: Op) -> bool:
         """Whether it does something with the positions of sequences that have not met: no states, sums or scores."""

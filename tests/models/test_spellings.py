@@ -45,6 +45,7 @@ STAYS = {
     "a loop with a sum of gates": "a loop over the sum of gates",
     "divided by the root of the sum of decays": "decays between all tokens, summed for each row",
     "means over the past": "a triangle of ones, summed for each row",
+    "running means as keys": "a loop over the mean of the keys",
     "an mLSTM with its stabiliser": "gates between all tokens, of which the largest is taken for each row",
     "scores over the sum of their gates": "gates between all tokens, summed for each row",
 }

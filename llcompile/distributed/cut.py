@@ -82,22 +82,22 @@ def agree(x: Operands, group: dist.ProcessGroup) -> Cut:
     Raises:
         DistributedError: on all processes, where one of them cannot take part or has operands of other sizes.
     """
-    rank, told = dist.get_rank(group), _exchanged(x, group)
-    for other, (_, _, _, trouble, *_) in enumerate(told):
+    rank, given = dist.get_rank(group), _exchanged(x, group)
+    for other, (_, _, _, trouble, *_) in enumerate(given):
         if trouble:
-            raise DistributedError(f"process {other} of {len(told)} cannot share a sequence: {_TROUBLES[trouble]}")
-    first = told[0]
-    for other, numbers in enumerate(told):
+            raise DistributedError(f"process {other} of {len(given)} cannot share a sequence: {_TROUBLES[trouble]}")
+    first = given[0]
+    for other, numbers in enumerate(given):
         differing = [n for n, a, b in zip(_SIZES, first[4:], numbers[4:], strict=True) if a != b]
         if differing:
             raise DistributedError(
                 f"processes 0 and {other} differ in {', '.join(differing)}: {_named(first)} and {_named(numbers)}; "
                 "each process must pass its part of the same sequences, cut along T alone"
             )
-    ends = torch.tensor([tokens for tokens, *_ in told]).cumsum(0) + told[0][1]
-    bounds = [told[0][1], *ends.tolist()]
+    ends = torch.tensor([tokens for tokens, *_ in given]).cumsum(0) + given[0][1]
+    bounds = [given[0][1], *ends.tolist()]
     levels = 1 if x.level_weights is None else x.level_weights.shape[-1]
-    return Cut(rank, tuple(bounds[:-1]), tuple(bounds[1:]), bool(told[0][2]), levels)
+    return Cut(rank, tuple(bounds[:-1]), tuple(bounds[1:]), bool(given[0][2]), levels)
 
 
 def _exchanged(x: Operands, group: dist.ProcessGroup) -> list[list[int]]:

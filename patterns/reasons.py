@@ -183,6 +183,12 @@ NO_KEY = _computes.add(
     "no key: the query is not multiplied with any other sequence",
     "a query is multiplied with keys in the state: compute decays and errors from other inputs",
 )
+NO_VALUE = _computes.add(
+    "no-value",
+    "no value: a query is multiplied with a sum of keys alone",
+    _AS_IT_IS,
+    "such a sum is the denominator of a mixer, and none was found that it belongs to",
+)
 DECAY_OF_QUERY = _computes.add(
     "decay-of-query",
     "the weights of the past depend on another sequence at the query's position (a decay of the query)",

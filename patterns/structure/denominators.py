@@ -31,7 +31,11 @@ def pair_denominators(findings: Findings) -> None:
                 if _are_same(other.hypothesis, found.hypothesis):
                     findings.denominators.setdefault(id(other), []).append(found)
                     break
+    sums = [f for f in findings.found if f.hypothesis.value is None]
     findings.found = [f for f in whole if not _is_divided(findings, f)]
+    if sums and not whole and not findings.near_misses:
+        alone = Rejection(reasons.NO_VALUE(), 2)
+        findings.near_misses += [NearMiss(f.output, alone, f.subgraph, analysis=f.analysis) for f in sums]
     written = [f for mixer in findings.found for f in (mixer, *findings.denominators.get(id(mixer), []))]
     inside = {value for f in written for op in f.ops for value in op.outputs}
     outputs = {f.output for f in written}

@@ -112,7 +112,7 @@ class Search:
                 if best is None or rejection.near > best.near:
                     best, nearest = rejection, subgraph
                 continue
-            if found.spreads_rates:
+            if found.spreads_rates or self._may_hold_value(found):
                 spare = spare or found
                 continue
             self._take(value, found)
@@ -125,6 +125,10 @@ class Search:
         if self.before is None and best is not None and nearest is not None and best.near > 0:
             why = functools.partial(self.attempts.why, nearest, best)
             self.findings.near_misses.append(NearMiss(value, best, subgraph, why, self.analysis))
+
+    def _may_hold_value(self, found: Found) -> bool:
+        """Whether a sum of keys alone may be one of keys and values: each key is a product of one tensor with itself."""
+        return found.hypothesis.value is None and self.cuts.is_product(found.hypothesis.key, squares=True)
 
     def _is_erased(self, value: Value, unlike: list[tuple[Subgraph, Tail | None]]) -> bool:
         """Whether it is a mixer that erases along a key of its own: tried last, as beta k beside k is like two keys."""

@@ -38,8 +38,6 @@ MISSED = {
     "means over the past": "has a divisor for each position in its scores",
     "an mLSTM with its stabiliser": "divides scores by a sum with an epsilon that the stabiliser scales",
     "a loop with a sum of gates": "has a second recurrence, of its gates, as a divisor",
-    "query, key and value are one tensor": "names one tensor three times in one operation",
-    "the key is the value": "writes outer products of one tensor with itself, which may be features",
 }
 FOUND = [name for name in POSITIVE if name not in MISSED]
 

@@ -561,7 +561,9 @@ GRADIENTS_CHANGE = _check.add(
     _KEPT,
 )
 REWRITE_NOT_RUN = _check.add(
-    "rewrite-not-run", "the rewritten program does not run on the example inputs: {error}", _KEPT
+    "rewrite-not-run",
+    "the rewritten program does not run on the example inputs: it stops at {where}",
+    f"{_KEPT}; TORCH_LOGS=loglinear shows the error",
 )
 WEIGHTS_IDLE = _check.add(
     "weights-idle",

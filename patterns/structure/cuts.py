@@ -104,6 +104,13 @@ class Cuts:
             return squares or apart
         return any(math.prod(sample_of(p).shape) == size and self.is_product(p, squares) for p in inner)
 
+    def is_scaled(self, live_in: LiveIn) -> bool:
+        """Whether it is a product with a factor that depends on the input and is smaller than it."""
+        if live_in.op is None or live_in.op.name != "mul":
+            return False
+        size = math.prod(sample_of(live_in).shape)
+        return any(math.prod(sample_of(p).shape) < size for p in made_of(live_in) if self._is_data(p))
+
     def _is_data(self, live_in: LiveIn) -> bool:
         if isinstance(live_in, Lifted):
             return True

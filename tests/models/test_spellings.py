@@ -37,6 +37,7 @@ MISSED = {
     "divided by the root of the sum of decays": "has a divisor made of a learned decay and positions in its scores",
     "means over the past": "has a divisor for each position in its scores",
     "an mLSTM with its stabiliser": "divides scores by a sum with an epsilon that the stabiliser scales",
+    "one C for all tokens": "reads its state by a parameter, so that no sequence is a query",
     "a loop with a sum of gates": "has a second recurrence, of its gates, as a divisor",
 }
 FOUND = [name for name in POSITIVE if name not in MISSED]

@@ -10,6 +10,7 @@ from tests.spellings.habits import (
     born,
     chunk_cuts,
     constants,
+    discretised,
     equal_sizes,
     features,
     key_features,

@@ -144,6 +144,12 @@ NOT_LINEAR_IN_VALUE = _computes.add(
     "the output must be a weighted sum of values: apply nonlinear functions after the mixer",
     "the output is not a sum of values",
 )
+VALUE_NOT_FOUND = _computes.add(
+    "value-not-found",
+    "queries and keys were found, but no input that its result is a weighted sum of",
+    "compute values apart from queries and keys; apply nonlinear functions after the mixer",
+    "the search ended there: nothing is known of a value, and so nothing of how it is weighed",
+)
 STRICTLY_CAUSAL = _computes.add(
     "strictly-causal",
     "keys and values are those of earlier tokens: a token does not see itself",

@@ -29,9 +29,9 @@ def as_ours(example: Example, error: BaseException) -> BaseException:
     broken = _device_error(error) or _device_error(without)
     if broken is not None:
         return CaptureError(
-            f"a device failed while {name} ran on the example inputs ({given}): {_first_line(broken)}. Whether the model "
-            "runs cannot be told, because no call on that device succeeds in this process any more; the model's tensors "
-            "there may be lost. Start a new process, with CUDA_LAUNCH_BLOCKING=1 to find the call, and run "
+            f"a device failed while {name} ran on the example inputs ({given}): {_first_line(broken)}. Whether the "
+            "model runs cannot be told, because no call on that device succeeds in this process any more; the model's "
+            "tensors there may be lost. Start a new process, with CUDA_LAUNCH_BLOCKING=1 to find the call, and run "
             "model(*inputs) alone first."
         )
     if without is not None:

@@ -61,7 +61,9 @@ def _is_whole(found: Found) -> bool:
         users = (user for user in value.users if not found.analysis.is_projection(user))
         return (made for user in users for made in user.outputs)
 
-    return not any(_inverts(user, value) for value in islice(walk([found.output], onward), _BEHIND) for user in value.users)
+    return not any(
+        _inverts(user, value) for value in islice(walk([found.output], onward), _BEHIND) for user in value.users
+    )
 
 
 def _inverts(user: Op, value: Value) -> bool:

@@ -128,10 +128,9 @@ class Search:
             self.findings.near_misses.append(NearMiss(value, best, subgraph, why, self.analysis))
 
     def _may_hold_value(self, found: Found) -> bool:
-        """Whether a sum of keys alone may be one of keys and values: each key is a product, of one tensor with itself say.
-        """
-        key = found.hypothesis.key
-        return found.hypothesis.value is None and (self.cuts.is_product(key, squares=True) or self.cuts.is_scaled(key))
+        """Whether a sum of keys alone may be one of keys and values: each key is a product, of one tensor say."""
+        key, cuts = found.hypothesis.key, self.cuts
+        return found.hypothesis.value is None and (cuts.is_product(key, squares=True) or cuts.is_scaled(key))
 
     def _is_erased(self, value: Value, unlike: list[tuple[Subgraph, Tail | None]]) -> bool:
         """Whether it is a mixer that erases along a key of its own: tried last, as beta k beside k is like two keys."""

@@ -118,7 +118,6 @@ class Search:
             self._take(value, found)
             return
         if spare is not None:
-            spare.full = spare.hypothesis.value is None and self.cuts.is_scaled(spare.hypothesis.key)
             self._take(value, spare)
             return
         if self._is_erased(value, unlike):
@@ -128,9 +127,8 @@ class Search:
             self.findings.near_misses.append(NearMiss(value, best, subgraph, why, self.analysis))
 
     def _may_hold_value(self, found: Found) -> bool:
-        """Whether a sum of keys alone may be one of keys and values: each key is a product, of one tensor say."""
-        key, cuts = found.hypothesis.key, self.cuts
-        return found.hypothesis.value is None and (cuts.is_product(key, squares=True) or cuts.is_scaled(key))
+        """Whether a sum of keys alone may be one of keys and values: each key is a product of one tensor with itself."""
+        return found.hypothesis.value is None and self.cuts.is_product(found.hypothesis.key, squares=True)
 
     def _is_erased(self, value: Value, unlike: list[tuple[Subgraph, Tail | None]]) -> bool:
         """Whether it is a mixer that erases along a key of its own: tried last, as beta k beside k is like two keys."""
@@ -144,6 +142,7 @@ class Search:
         return False
 
     def _take(self, value: Value, found: Found) -> None:
+        found.full = found.hypothesis.value is None and self.cuts.is_scaled(found.hypothesis.key)
         self.findings.found.append(found)
         self.taken.add(value)
         self.analysis.facts[value].mixed = False

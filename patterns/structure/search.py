@@ -127,7 +127,7 @@ class Search:
             self.findings.near_misses.append(NearMiss(value, best, subgraph, why, self.analysis))
 
     def _may_hold_value(self, found: Found) -> bool:
-        """Whether a sum of keys alone may be one of keys and values: each key is a product of one tensor with itself."""
+        """Whether a sum of keys alone may be one of keys and values: each is a product of one tensor with itself."""
         return found.hypothesis.value is None and self.cuts.is_product(found.hypothesis.key, squares=True)
 
     def _is_erased(self, value: Value, unlike: list[tuple[Subgraph, Tail | None]]) -> bool:

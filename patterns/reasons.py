@@ -193,7 +193,7 @@ NO_VALUE = _computes.add(
     "no-value",
     "no value: a query is multiplied with a sum of keys alone",
     _AS_IT_IS,
-    "such a sum is the denominator of a mixer, and none was found that it belongs to",
+    "nothing is divided by such a sum, so that it is no denominator",
 )
 DECAY_OF_QUERY = _computes.add(
     "decay-of-query",

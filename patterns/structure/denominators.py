@@ -36,7 +36,7 @@ def pair_denominators(findings: Findings) -> None:
                 if _are_same(other.hypothesis, found.hypothesis):
                     findings.denominators.setdefault(id(other), []).append(found)
                     break
-    sums = [f for f in findings.found if f.hypothesis.value is None and f not in whole]
+    sums = [f for f in findings.found if f.hypothesis.value is None and f not in whole and not _divides(f)]
     findings.found = [f for f in whole if not _is_divided(findings, f)]
     if sums and not whole and not findings.near_misses:
         alone = Rejection(reasons.NO_VALUE(), 2)
@@ -54,16 +54,17 @@ def pair_denominators(findings: Findings) -> None:
 
 def _is_whole(found: Found) -> bool:
     """Whether keys that decay hold values, and nothing is divided by what is read."""
-    if not found.full or found.hypothesis.decay is None:
-        return False
+    return found.full and found.hypothesis.decay is not None and not _divides(found)
+
+
+def _divides(found: Found) -> bool:
+    """Whether something may be divided by what is read."""
 
     def onward(value: Value) -> Iterable[Value]:
         users = (user for user in value.users if not found.analysis.is_projection(user))
         return (made for user in users for made in user.outputs)
 
-    return not any(
-        _inverts(user, value) for value in islice(walk([found.output], onward), _BEHIND) for user in value.users
-    )
+    return any(_inverts(user, value) for value in islice(walk([found.output], onward), _BEHIND) for user in value.users)
 
 
 def _inverts(user: Op, value: Value) -> bool:

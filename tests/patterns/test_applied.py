@@ -136,7 +136,9 @@ def compiled(model: nn.Module) -> Any:
 def test_converted(library: Callable[..., Any], form: Callable[..., nn.Module]) -> None:
     model, given = form(library(causal_product())), x()
     expected = model(given).detach()
-    found = llcompile.convert(model, given).converted
+    report = llcompile.convert(model, given)
+    assert report.declined == ()
+    found = report.converted
     assert [(c.origin, c.family, c.heads, c.key_dim, c.value_dim) for c in found] == [
         ("function", "linear attention", HEADS, WIDTH, WIDTH)
     ]

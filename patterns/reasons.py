@@ -144,6 +144,12 @@ NOT_LINEAR_IN_VALUE = _computes.add(
     "the output must be a weighted sum of values: apply nonlinear functions after the mixer",
     "the output is not a sum of values",
 )
+VALUE_NOT_FOUND = _computes.add(
+    "value-not-found",
+    "queries and keys were found, but no input that its result is a weighted sum of",
+    "compute values apart from queries and keys; apply nonlinear functions after the mixer",
+    "the search ended there: nothing is known of a value, and so nothing of how it is weighed",
+)
 STRICTLY_CAUSAL = _computes.add(
     "strictly-causal",
     "keys and values are those of earlier tokens: a token does not see itself",
@@ -182,6 +188,12 @@ NO_KEY = _computes.add(
     "no-key",
     "no key: the query is not multiplied with any other sequence",
     "a query is multiplied with keys in the state: compute decays and errors from other inputs",
+)
+NO_VALUE = _computes.add(
+    "no-value",
+    "no value: a query is multiplied with a sum of keys alone",
+    _AS_IT_IS,
+    "nothing is divided by such a sum, so that it is no denominator",
 )
 DECAY_OF_QUERY = _computes.add(
     "decay-of-query",
@@ -561,7 +573,9 @@ GRADIENTS_CHANGE = _check.add(
     _KEPT,
 )
 REWRITE_NOT_RUN = _check.add(
-    "rewrite-not-run", "the rewritten program does not run on the example inputs: {error}", _KEPT
+    "rewrite-not-run",
+    "the rewritten program does not run on the example inputs: it stops at {where}",
+    f"{_KEPT}; TORCH_LOGS=loglinear shows the error",
 )
 WEIGHTS_IDLE = _check.add(
     "weights-idle",

@@ -602,6 +602,22 @@ def test_inputs_that_do_not_run(call: Callable[..., Any], args: Any, kwargs: Any
     assert_same(snapshot(model), before)
 
 
+class FailingDevice(Counting):
+    """Its device fails, and from then on at every call."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nmore")
+
+
+def test_a_device_that_fails_is_quoted() -> None:
+    """Nothing can be said of the model then."""
+    with pytest.raises(CaptureError) as caught:
+        llcompile.convert(FailingDevice(), small.ids())
+    assert "a device failed while FailingDevice ran" in str(caught.value)
+    assert "CUDA error: an illegal memory access was encountered. Whether" in str(caught.value)
+    assert "does not run on the example inputs" not in str(caught.value)
+
+
 def test_failing_after_the_mixers() -> None:
     """The level weights that were attached before the model failed are taken off again."""
     model = Counting().train()

@@ -26,6 +26,14 @@ def as_ours(example: Example, error: BaseException) -> BaseException:
     shown = (*map(_shown, example.args), *(f"{k}={_shown(v)}" for k, v in example.kwargs.items()))
     name, given = type(example.model).__name__, ", ".join(shown) or "none given"
     without = _run_without_us(example)
+    broken = _device_error(error) or _device_error(without)
+    if broken is not None:
+        return CaptureError(
+            f"a device failed while {name} ran on the example inputs ({given}): {_first_line(broken)}. Whether the "
+            "model runs cannot be told, because no call on that device succeeds in this process any more; the model's "
+            "tensors there may be lost. Start a new process, with CUDA_LAUNCH_BLOCKING=1 to find the call, and run "
+            "model(*inputs) alone first."
+        )
     if without is not None:
         return CaptureError(
             f"{name} does not run on the example inputs ({given}): {type(without).__name__}: {without}. Pass inputs "
@@ -37,6 +45,17 @@ def as_ours(example: Example, error: BaseException) -> BaseException:
         "This is a bug in llcompile or in Dynamo, not in the inputs; nothing was changed. Please report it with the "
         "traceback above; torch.compile(model, backend='eager') shows whether Dynamo can trace the model."
     )
+
+
+def _device_error(error: BaseException | None) -> BaseException | None:
+    """The error of a device (an illegal access, a failed assertion) that led to this one, if one did."""
+    while error is not None and not isinstance(error, torch.AcceleratorError):
+        error = getattr(error, "inner_exception", None) or error.__cause__ or error.__context__
+    return error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]
 
 
 def own_error(error: BaseException | None) -> LLCompileError | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import logging
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,9 +21,12 @@ from llcompile.checks.transaction import Snapshot, put_back
 from llcompile.options import Options
 from llcompile.patterns import reasons
 from llcompile.patterns.reasons import GivenReason
+from llcompile.torch_internals.places import user_line
 from llcompile.torch_internals.trace import traced_once
 from llcompile.weights import attachment, withheld
 from llcompile.weights.level_weights import LevelWeights
+
+log = logging.getLogger("llcompile")
 
 # (precision, largest difference), relative to the largest value; beyond, the model's own sensitivity decides.
 MODEL_BUDGETS = {torch.float64: 1e-8, torch.float32: 2e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -94,7 +99,8 @@ class Runs:
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise Unverified(first_line(error)) from error
         except Exception as error:
-            return float("inf"), None, reasons.REWRITE_NOT_RUN(error=first_line(error))
+            log.info("verify: the rewritten program does not run", exc_info=error)
+            return float("inf"), None, reasons.REWRITE_NOT_RUN(where=_user_line(error))
         off, gradient_off = difference(got, self.want), gradient_difference(got, self.want)
         if max(off, gradient_off or 0.0) <= MODEL_BUDGETS[self.dtype]:
             return off, gradient_off, None
@@ -232,6 +238,12 @@ def kept_values(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
         with torch.no_grad():
             for tensor, value in zip(tensors, before, strict=True):
                 tensor.copy_(value)
+
+
+def _user_line(error: Exception) -> str:
+    """The line of the user's code at which a run stopped; code that was generated has none."""
+    frames = [frame for frame in traceback.format_tb(error.__traceback__) if 'File "<' not in frame]
+    return user_line({"stack_trace": "".join(frames)}) or "a generated line"
 
 
 def first_line(error: BaseException) -> str:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from llcompile.patterns.known import fla, fla_more, mamba_ssm, transformers
+from llcompile.patterns.known import fast_transformers, fla, fla_more, mamba_ssm, transformers
 from llcompile.patterns.known.entry import Arguments, KnownFunction, Tensor
 
-ENTRIES: tuple[KnownFunction, ...] = (*transformers.ENTRIES, *fla.ENTRIES, *fla_more.ENTRIES, *mamba_ssm.ENTRIES)
+ENTRIES: tuple[KnownFunction, ...] = (
+    *transformers.ENTRIES,
+    *fla.ENTRIES,
+    *fla_more.ENTRIES,
+    *mamba_ssm.ENTRIES,
+    *fast_transformers.ENTRIES,
+)
 
 _registered: list[KnownFunction] = []
 

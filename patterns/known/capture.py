@@ -21,6 +21,7 @@ from torch import nn
 
 from llcompile.patterns import reasons
 from llcompile.patterns.known import KnownFunction, entries
+from llcompile.patterns.known.applied import as_function, is_applied
 from llcompile.patterns.known.arguments import CallRejection, axis_size, sizes_of
 from llcompile.patterns.known.entry import Reference
 from llcompile.patterns.known.expansions import EXPANSIONS, Expansion
@@ -28,7 +29,7 @@ from llcompile.patterns.known.lower import lower_call
 from llcompile.patterns.known.state_check import rows_of, state_problem
 from llcompile.patterns.reasons import GivenReason
 from llcompile.torch_internals import reach
-from llcompile.torch_internals.substitution import substitute, unsubstituted
+from llcompile.torch_internals.substitution import substitute, substitute_applied, unsubstituted
 from llcompile.torch_internals.trace import trace_position
 
 # Modules that re-export or copy a library's functions under another root.
@@ -169,8 +170,8 @@ def plain_form(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def positional_names(function: Callable[..., Any]) -> tuple[str, ...]:
     """The names that positional arguments bind to."""
-    code = plain_form(function).__code__  # type: ignore[attr-defined]
-    return code.co_varnames[: code.co_argcount]
+    parameters = inspect.signature(plain_form(function)).parameters.values()
+    return tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
 
 
 def _as_function(reference: Reference, found: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
@@ -201,10 +202,14 @@ def install(is_ours: Callable[[], bool], levels_of_trace: Callable[[], int | Non
     modules = _modules()
     new = [(entry, f) for entry in entries() for f in _definitions(entry, modules) if id(f) not in _captured]
     for entry, function in new:
-        captured = CapturedFunction(entry, unsubstituted(function))
+        applied = is_applied(function)
+        captured = CapturedFunction(entry, as_function(function) if applied else unsubstituted(function))
         _captured[id(function)] = captured
         _targets.update(dict.fromkeys(captured.calls, captured))
-        substitute(function, _stand_in(captured, is_ours))
+        if applied:
+            substitute_applied(function, _stand_in(captured, is_ours), is_ours)
+        else:
+            substitute(function, _stand_in(captured, is_ours))
     for expansion in EXPANSIONS:
         for function in [f for f in _definitions(expansion, modules) if id(f) not in _expanded]:
             _expanded[id(function)] = function
@@ -231,15 +236,14 @@ def _modules() -> Mapping[str, list[types.ModuleType]]:
     return found
 
 
-def _definitions(
-    entry: KnownFunction | Expansion, modules: Mapping[str, list[types.ModuleType]]
-) -> Iterable[types.FunctionType]:
-    """Every distinct function object that is this entry's function."""
+def _definitions(entry: KnownFunction | Expansion, modules: Mapping[str, list[types.ModuleType]]) -> Iterable[Any]:
+    """Every distinct function object, or autograd.Function, that is this entry's function."""
     roots = _ALIASES.get(entry.library, (entry.library,))
-    seen: dict[int, types.FunctionType] = {}
+    seen: dict[int, Any] = {}
     for module in (m for root in roots for m in modules.get(root, ())):
         value = vars(module).get(entry.function)
-        if isinstance(value, types.FunctionType) and value.__module__.split(".")[0] in roots:
+        known = isinstance(value, types.FunctionType) or is_applied(value)
+        if known and value.__module__.split(".")[0] in roots:
             seen[id(value)] = value
     return seen.values()
 

@@ -89,7 +89,7 @@ class KnownFunction:
 
     Args:
         library: package that defines it; the function's `__module__` must be in it.
-        function: its name there.
+        function: its name there; of an autograd.Function, the name of the class (its `apply` is what is called).
         family: its usual name in the literature.
         tensors: its tensor arguments.
         constants: its other arguments that `bind` reads.

@@ -75,10 +75,12 @@ def prove_call(captured: CapturedFunction, call: Arguments, weighted: bool) -> C
 
 
 def _originals(captured: CapturedFunction) -> Iterator[Original]:
-    """What to compare with, in turn until one runs: the function, the library's references, the function on a GPU."""
+    """What to compare with, in turn until one runs: the function, the library's references, the function's kernels."""
     yield Original(captured.plain)
     for name, reference in captured.references():
         yield Original(reference, against=name)
+    if captured.entry.opaque:  # a kernel for CPUs that takes no float64
+        yield Original(captured.function, dtype=torch.float32, precisions=("float32",))
     if captured.entry.opaque and torch.cuda.is_available():
         # Triton's products of float32 are TF32 by default, and some of these functions take no float32 at all.
         yield Original(captured.function, device="cuda", dtype=torch.float32, precisions=("tf32",))

@@ -299,7 +299,7 @@ class _Classifier:
             yield reasons.NO_KEY(), 0
         # The result has dims that neither queries nor keys have, and no other live-in brings linearly.
         if value is None and self.kept.difference(*(self.dims[s] for s in known)):
-            yield reasons.NOT_LINEAR_IN_VALUE(), 2
+            yield reasons.VALUE_NOT_FOUND(), 2
         if value is not None and self.reach[value] == "window" and self._really_ends(value):
             yield reasons.SLIDING_WINDOW(output=self.measured.length - 1, input=self.measured.middle), None
 

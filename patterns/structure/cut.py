@@ -211,7 +211,7 @@ class Cutter:
             return None
         if fact.form == "pieces":
             lifted = self.lifter.place(value) if fact.data else None
-            if lifted is None or lifted[0].is_plain or lifted[0] in through:
+            if lifted is None or (lifted[0].is_plain and not self._is_view(lifted[0])) or lifted[0] in through:
                 return None
             if not self.views and lifted[0].op is not None and lifted[0].op.name in MOVES:
                 return None
@@ -222,6 +222,10 @@ class Cutter:
         if fact.data:
             return value
         return value if fact.weight and fact.form == "timeless" and not self._is_repeated(value) else None
+
+    def _is_view(self, lifted: Lifted) -> bool:
+        """Whether pieces are views of what was taken, and views are told apart: keys that are the values as well."""
+        return self.views and lifted.op is not None and lifted.op.name in MOVES
 
     def _is_numbered(self, value: Value) -> bool:
         """Whether it is zero for the number of its piece alone: `k * t` of the first token."""

@@ -41,7 +41,7 @@ class Cuts:
 
     def parts(self, value: Value) -> Iterator[Subgraph]:
         """The cuts to try: the latest that is not inside of a product, then the one behind shared factors."""
-        passed: set[LiveIn] = set()
+        passed, squares = set[LiveIn](), set[LiveIn]()
         subgraph: Subgraph | None = None
         for rule in (self._inside, self._squared, self._combined, self._derived):
             subgraph, moved = self.cutter.cut(value, passed), rule == self._inside
@@ -55,24 +55,39 @@ class Cuts:
                 return
             if rule == self._inside:
                 first, through = subgraph, passed
+            elif rule == self._squared:
+                squares = passed
             if moved:
                 yield subgraph
             if len(subgraph.live_ins) > SOURCES:
                 break
         if subgraph is not None and len(subgraph.live_ins) < 4:
-            apart = self.cutter.cut(value, through, views=True)
-            if apart is not None and len(subgraph.live_ins) < len(apart.live_ins) <= SOURCES:
-                yield apart
+            for beyond in (through, squares) if squares > through else (through,):
+                apart = self._by_views(value, beyond)
+                if apart is not None and len(subgraph.live_ins) < len(apart.live_ins) <= SOURCES:
+                    yield apart
         taken = columns(first, self.analysis)
         whole = self.cutter.cut(value, through.union(*taken.values())) if taken else None
         if whole is not None:
             whole.columns = list(taken)
             yield whole
 
+    def _by_views(self, value: Value, passed: set[LiveIn]) -> Subgraph | None:
+        """The cut at views of tensors."""
+        for _ in range(_WIDENINGS):
+            subgraph = self.cutter.cut(value, passed, views=True)
+            further = set() if subgraph is None else self._rare(subgraph)
+            if not further:
+                break
+            passed = passed | further
+        return subgraph
+
     def _inside(self, subgraph: Subgraph) -> set[LiveIn]:
         """Live-ins that belong to the mixer: outer products of its operands, and what few tokens have."""
-        rare = {s for s, taps in subgraph.taps.items() if 2 * len(taps) < s.count + self._is_joined(s)}
-        return rare | {s for s in subgraph.live_ins if self._is_product(s)}
+        return self._rare(subgraph) | {s for s in subgraph.live_ins if self.is_product(s)}
+
+    def _rare(self, subgraph: Subgraph) -> set[LiveIn]:
+        return {s for s, taps in subgraph.taps.items() if 2 * len(taps) < s.count + self._is_joined(s)}
 
     def _is_joined(self, live_in: LiveIn) -> bool:
         """Whether it is made of several that depend on data: the first token's output, where there are two tokens."""
@@ -80,9 +95,9 @@ class Cuts:
 
     def _squared(self, subgraph: Subgraph) -> set[LiveIn]:
         """Outer products of one tensor, with itself or with a weight: features or decays at first, then a state."""
-        return {s for s in subgraph.live_ins if self._is_product(s, squares=True)}
+        return {s for s in subgraph.live_ins if self.is_product(s, squares=True)}
 
-    def _is_product(self, live_in: LiveIn, squares: bool = False) -> bool:
+    def is_product(self, live_in: LiveIn, squares: bool = False) -> bool:
         """Whether it is larger than all it is made of (k v^T), or computed from such a thing element by element."""
         op, inner = live_in.op, [p for p in made_of(live_in) if self._is_data(p)]
         if not inner:  # powers of a learned decay for the positions of a chunk
@@ -93,7 +108,14 @@ class Cuts:
         if op.name not in _JOINS | _SUMS and size > largest and (len(op.inputs) > 1 or op.name == "diag_embed"):
             apart = not self._is_data(inner[0]) or len(op.inputs) < 2 or len(set(map(origin, inner))) > 1
             return squares or apart
-        return any(math.prod(sample_of(p).shape) == size and self._is_product(p, squares) for p in inner)
+        return any(math.prod(sample_of(p).shape) == size and self.is_product(p, squares) for p in inner)
+
+    def is_scaled(self, live_in: LiveIn) -> bool:
+        """Whether it is a product with a factor that depends on the input and is smaller than it."""
+        if live_in.op is None or live_in.op.name != "mul":
+            return False
+        size = math.prod(sample_of(live_in).shape)
+        return any(math.prod(sample_of(p).shape) < size for p in made_of(live_in) if self._is_data(p))
 
     def _is_data(self, live_in: LiveIn) -> bool:
         if isinstance(live_in, Lifted):

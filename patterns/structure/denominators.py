@@ -21,19 +21,28 @@ _ROUNDING = 1e-9
 _NEAR_BY = 20  # values around a division that are looked at
 _Part = tuple[Value, Value | None]  # a projection, and the piece of it that was taken; None for all of it
 # What code does to a denominator before it divides.
+_INVERSES = {"reciprocal", "rsqrt", "pow", "log", "log1p"}
+_BEHIND = 60  # values behind a sum of scores among which it may be a divisor
 _AROUND = MOVES | {"detach", "add", "abs", "clamp", "clamp_min", "maximum", "mul"}
 
 
 def pair_denominators(findings: Findings) -> None:
-    """Sums of scores alone are mixers only as the denominators of others, whose level weights they share."""
-    whole = [f for f in findings.found if f.hypothesis.value is not None]
+    """Sums of scores alone are mixers only as the denominators of others, whose level weights they share.
+
+    One whose keys hold the values (the discretised inputs of a selective scan) is a mixer by itself.
+    """
+    whole = [f for f in findings.found if f.hypothesis.value is not None or _is_whole(f)]
     for found in findings.found:
-        if found.hypothesis.value is None:
+        if found.hypothesis.value is None and found not in whole:
             for other in whole:
                 if _are_same(other.hypothesis, found.hypothesis):
                     findings.denominators.setdefault(id(other), []).append(found)
                     break
+    sums = [f for f in findings.found if f.hypothesis.value is None and f not in whole and not _divides(f)]
     findings.found = [f for f in whole if not _is_divided(findings, f)]
+    if sums and not whole and not findings.near_misses:
+        alone = Rejection(reasons.NO_VALUE(), 2)
+        findings.near_misses += [NearMiss(f.output, alone, f.subgraph, analysis=f.analysis) for f in sums]
     written = [f for mixer in findings.found for f in (mixer, *findings.denominators.get(id(mixer), []))]
     inside = {value for f in written for op in f.ops for value in op.outputs}
     outputs = {f.output for f in written}
@@ -43,6 +52,26 @@ def pair_denominators(findings: Findings) -> None:
         if m.value not in inside
         and not (m.subgraph is not None and outputs & {v for op in m.subgraph.ops for v in op.outputs})
     ]
+
+
+def _is_whole(found: Found) -> bool:
+    """Whether keys that decay hold values, and nothing is divided by what is read."""
+    return found.full and found.hypothesis.decay is not None and not _divides(found)
+
+
+def _divides(found: Found) -> bool:
+    """Whether something may be divided by what is read."""
+
+    def onward(value: Value) -> Iterable[Value]:
+        users = (user for user in value.users if not found.analysis.is_projection(user))
+        return (made for user in users for made in user.outputs)
+
+    return any(_inverts(user, value) for value in islice(walk([found.output], onward), _BEHIND) for user in value.users)
+
+
+def _inverts(user: Op, value: Value) -> bool:
+    """Whether an operation divides by a value, or makes something of it that stands for a division."""
+    return user.name in _INVERSES or (user.name == "div" and value in user.inputs[1:])
 
 
 def _are_same(one: Hypothesis, other: Hypothesis) -> bool:

@@ -41,6 +41,7 @@ class Found:
     tail: Tail | None = None
     fixed: GivenReason | None = None  # why it is known at the graph's own length only
     held: bool = True  # whether that length could be made the only one of the graph
+    full: bool = False  # its keys are products that hold values: the inputs of a state, as of a selective scan
 
     @property
     def output(self) -> Value:

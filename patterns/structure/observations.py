@@ -113,8 +113,13 @@ class Observations:
     @functools.cached_property
     def value(self) -> LiveIn | None:
         """What is summed up: the result is a sum of it, over positions, and it meets no other live-in."""
-        found = [s for s in self.timed if s not in self.readers and not self.is_paired(s) and self.is_additive(s)]
+        found = filter(self.is_additive, self.summable)
         return max(found, key=lambda s: len(self.dims(s)), default=None)
+
+    @functools.cached_property
+    def summable(self) -> list[LiveIn]:
+        """What acts on later positions and meets no other live-in: values and gates."""
+        return [s for s in self.timed if s not in self.readers and not self.is_paired(s)]
 
     @functools.cached_property
     def keys(self) -> list[LiveIn]:

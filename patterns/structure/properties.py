@@ -93,7 +93,8 @@ def _keeps_rows_apart(m: Observations) -> GivenReason | None:
 
 
 def _sums_values(m: Observations) -> GivenReason | None:
-    if m.value is not None or all(s in m.readers for s in m.timed):
+    """No input that may be a value is one. Where all that later outputs depend on is contracted, nothing is known."""
+    if m.value is not None or not m.summable:
         return None
     return reasons.NOT_LINEAR_IN_VALUE()
 

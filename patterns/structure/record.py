@@ -17,6 +17,7 @@ from llcompile.patterns.known.capture import captured_function
 from llcompile.patterns.structure.modes import Mode, Modes, is_function
 from llcompile.patterns.structure.nested import leaves, mapped
 from llcompile.patterns.structure.program import Op, Program, Value
+from llcompile.patterns.structure.squared import squared
 from llcompile.torch_internals.inputs import input_value, is_parameter, module_tensors
 from llcompile.torch_internals.nested_gradients import is_about, is_around
 from llcompile.torch_internals.sizes import size_hint
@@ -95,6 +96,7 @@ class _Recorder:
         self.folds = False  # numbers of counters are computed, not recorded
         self.twins: dict[Any, Op] = {}
         self.alive: list[Tensor] = []  # an id must not come up twice
+        self.squared = squared(region.graph)
 
     def run(self) -> tuple[()]:
         """Runs the graph node by node."""
@@ -151,8 +153,31 @@ class _Recorder:
         if not any(isinstance(a, _Unknown) for a in leaves((args, kwargs))):
             for run in self._ways(node):
                 with boundary(str(node.target), NotKnown):
-                    return run(node, args, kwargs)
+                    return run(node, self._apart(node, results, args), kwargs)
         return self._opaque(node, args, kwargs)
+
+    def _apart(self, node: fx.Node, results: Mapping[fx.Node, Any], args: Any) -> Any:
+        """The arguments of a product; each use of a tensor that is multiplied with itself is a value of its own.
+
+        Queries, keys and values may be one tensor; the mixer is proved for any three.
+        """
+        again = {n for n in self.squared.get(node, ()) if self._is_whole(n, results.get(n))}
+        if not again:
+            return args
+        return fx.map_arg(node.args, lambda n: self._alias(n, results[n]) if n in again else results[n])
+
+    def _is_whole(self, node: fx.Node, result: Any) -> bool:
+        """Whether a tensor that depends on the input is what its node returned."""
+        value = self._value(result)
+        return value is not None and value.op is not None and value.node is node
+
+    def _alias(self, node: fx.Node, result: Any) -> Tensor:
+        value = self._value(result)
+        assert value is not None
+        op = self._add(aten.alias.default, ((value,), {}))
+        made = Value(value.shape, value.dtype, op=op, node=node, number=op.number)
+        op.outputs.append(made)
+        return self._make(made, result)
 
     def _ways(self, node: fx.Node) -> Iterable[Callable[[fx.Node, Any, Any], Any]]:
         """How a node may be run, the first choice first; none for what is opaque as a whole."""

@@ -115,7 +115,7 @@ class Search:
                 if best is None or rejection.near > best.near:
                     best, nearest = rejection, subgraph
                 continue
-            if found.spreads_rates:
+            if found.spreads_rates or self._may_hold_value(found):
                 spare = spare or found
                 continue
             self._take(value, found)
@@ -141,6 +141,10 @@ class Search:
             return "sum" if found.hypothesis.value is None else "mixer"
         return None
 
+    def _may_hold_value(self, found: Found) -> bool:
+        """Whether a sum of keys alone may be one of keys and values: each is a product of one tensor with itself."""
+        return found.hypothesis.value is None and self.cuts.is_product(found.hypothesis.key, squares=True)
+
     def _is_erased(self, value: Value, unlike: list[tuple[Subgraph, Tail | None]]) -> bool:
         """Whether it is a mixer that erases along a key of its own: tried last, as beta k beside k is like two keys."""
         for subgraph, tail in unlike:
@@ -153,6 +157,7 @@ class Search:
         return False
 
     def _take(self, value: Value, found: Found) -> None:
+        found.full = found.hypothesis.value is None and self.cuts.is_scaled(found.hypothesis.key)
         sides = () if found.tail is None else found.tail.sides
         self.findings.found += [*(self.rows[side] for side in sides), found]
         self.taken.add(value)

@@ -33,8 +33,7 @@ MISSED = {
     "a rate for each step": "reads a learned decay at each token in its loop",
     "one channel of the value at a time": "is a mixer for each channel of the value",
     "an mLSTM loop that sums its keys by hand": "multiplies and sums queries and keys by hand, and divides in its loop",
-    "query, key and value are one tensor": "names one tensor three times in one operation",
-    "the key is the value": "writes outer products of one tensor with itself, which may be features",
+    "one C for all tokens": "reads its state by a parameter, so that no sequence is a query",
 }
 FOUND = [name for name in POSITIVE if name not in MISSED]
 

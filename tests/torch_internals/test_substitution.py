@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from llcompile.torch_internals.substitution import substitute, unsubstituted
+from llcompile.torch_internals.substitution import substitute, substitute_applied, unsubstituted
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
@@ -23,6 +25,34 @@ def test_substitution_is_for_the_trace_only() -> None:
     assert torch.compile(lambda x: square(x), backend="eager", fullgraph=True)(x).item() == 8.0
     assert torch.compile(lambda x: original(x), backend="eager", fullgraph=True)(x).item() == 4.0
     assert square(x).item() == 4.0
+
+
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Tensor:  # type: ignore[override]
+        return 2 * slope
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_substitution_of_what_an_autograd_function_applies() -> None:
+    wanted = [True]
+    substitute_applied(Square, lambda x: x * x * x, lambda: wanted[0])
+    x, alias = torch.tensor([2.0], requires_grad=True), Square.apply
+
+    def traced() -> float:
+        torch._dynamo.reset()
+        direct = torch.compile(lambda x: Square.apply(x), backend="eager", fullgraph=True)(x).item()
+        assert torch.compile(lambda x: alias(x), backend="eager", fullgraph=True)(x).item() == direct
+        return float(direct)
+
+    assert traced() == 8.0
+    wanted[0] = False
+    assert traced() == 4.0
+    assert Square.apply(x).item() == 4.0
 
 
 def test_a_copy_is_the_same_function() -> None:

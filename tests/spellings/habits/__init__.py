@@ -10,6 +10,7 @@ from tests.spellings.habits import (
     born,
     chunk_cuts,
     constants,
+    discretised,
     divided_loops,
     divisors,
     equal_sizes,

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.spellings.habits.layer import Layer, faded, masked, misses, stepped, summed
-from tests.spellings.registry import WIDTH, Mixer, Operands, positive
+from tests.spellings.registry import WIDTH, Mixer, Operands, negative, positive
 
 LENGTH = 15
 
@@ -29,9 +29,38 @@ class AllOne(Layer):
         return masked(q, k, v, self.miss) / 10
 
 
+@positive("a tensor times itself, twice", length=LENGTH, twins=misses("abs", "window"))
+class ProductOfItself(AllOne):
+    """tril(x x^T) x by matmul, with a transpose of the tokens and nothing else in between."""
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        z = q.transpose(1, 2)
+        scores = (z @ z.mT).tril()
+        if self.miss:
+            scores = scores.abs() if self.miss == "abs" else scores.triu(-4)
+        return (scores @ z / 10).transpose(1, 2)
+
+
+@positive("the value is the query", decay="scalar", length=LENGTH, twins=misses("one ahead"))
+class ValueIsQuery(Layer):
+    """What is read is what others read by."""
+
+    value = 6
+
+    def parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        z = self.q(x).unflatten(-1, (2, 6))
+        return z, self.k(x).unflatten(-1, (2, 6)), z
+
+    def operands(self, x: Tensor) -> Operands:
+        return {**super().operands(x), "log_decay": torch.tensor([-0.1, -0.3])}
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return faded(q, k, v, torch.tensor([-0.1, -0.3]), self.miss)
+
+
 @positive("the key is the value", length=LENGTH, fixed=True, twins=misses("tanh"))
 class KeyIsValue(Layer):
-    """One projection for both; a loop."""
+    """One projection for both, outer products of which are summed up: no features of keys."""
 
     value = 6
 
@@ -181,3 +210,16 @@ class TwoSequences(Mixer):
     def forward(self, x: Tensor, past: Tensor) -> Tensor:
         given = self.operands(x, past)
         return x + self.out(masked(given["q"], given["k"], given["v"], self.miss).flatten(2))
+
+
+@negative("a query over a running sum of keys", "nothing acts as a value", length=LENGTH)
+class NoValue(nn.Module):
+    """A denominator that divides nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.out = nn.Linear(WIDTH, 12), nn.Linear(WIDTH, 12), nn.Linear(2, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = (f(x).unflatten(-1, (2, 6)).exp() for f in (self.q, self.k))
+        return x + self.out((q * k.cumsum(1)).sum(-1))

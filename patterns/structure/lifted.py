@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from llcompile.patterns.boundary import NotKnown
 from llcompile.patterns.structure.axes import length
+from llcompile.patterns.structure.constants import Made, Makers, line_of, numbers_of
 from llcompile.patterns.structure.facts import TimeAnalysis
 from llcompile.patterns.structure.moves import CUTS, MOVES, PICKS, SHAPES
 from llcompile.patterns.structure.nested import leaves, mapped
@@ -61,6 +63,7 @@ class Lifted:
     Args:
         op: the operation of the first piece; `args` are its arguments, pieces' values as what they were lifted to.
         base: instead of an operation, where the pieces were taken from.
+        made: instead of both, tensors that the code makes anew for each piece.
         index: which of the operation's results it is.
         sample: the value of the first piece seen.
         count: N, the number of pieces.
@@ -70,6 +73,7 @@ class Lifted:
     args: Any = ()
     kwargs: Any = None
     base: Taken | None = None
+    made: Made | None = None
     index: int = 0
     sample: Value | None = None
     count: int = 0
@@ -88,7 +92,7 @@ class Lifted:
     @functools.cached_property
     def has_numbers(self) -> bool:
         """Whether a number of each piece has a part in it."""
-        return any(isinstance(a, Numbers) or (isinstance(a, Lifted) and a.has_numbers) for a in leaves(self.args))
+        return self.made is not None or any(isinstance(a, Numbers) or (isinstance(a, Lifted) and a.has_numbers) for a in leaves(self.args))
 
 
 LiveIn = Value | Lifted
@@ -104,7 +108,7 @@ def sample_of(live_in: LiveIn) -> Value:
 def made_of(live_in: LiveIn) -> list[LiveIn]:
     """What the operation that makes it takes."""
     if isinstance(live_in, Lifted):
-        return [a for a in live_in.args if isinstance(a, (Lifted, Value))]
+        return [a for a in leaves(live_in.args) if isinstance(a, (Lifted, Value))]
     return list(live_in.op.inputs) if live_in.op is not None else []
 
 
@@ -145,6 +149,8 @@ class Lifter:
         self._lifted: dict[Any, Lifted] = {}
         self._places: dict[Value, tuple[Lifted, int] | None] = {}
         self._rows: dict[Any, set[tuple[int | None, int]]] = {}
+        self._constants: dict[tuple[Value, int, int], Lifted | None] = {}
+        self._makers = Makers(analysis.program)
 
     def place(self, value: Value) -> tuple[Lifted, int] | None:
         """A piece's value as what it was lifted to and its position; None where it is more than one piece's."""
@@ -163,18 +169,21 @@ class Lifter:
             if facts[parent].form == "timeless" and not facts[parent].data:
                 continue
             found = self.place(parent)
-            if found is None:
+            if found is not None:
+                places[parent] = found
+            elif facts[parent].data:
                 return None
-            places[parent] = found
         found_at = {(lifted.count, position) for lifted, position in places.values()}
         if len(found_at) != 1:
             return None
         count, position = next(iter(found_at))
         given = {parent: lifted for parent, (lifted, _) in places.items()}
         for parent in op.inputs:
-            table = self.table(parent, count, position) if parent not in given else None
-            if table is not None:
-                given[parent] = table
+            constant = self.constant(parent, count, position) if parent not in given else None
+            if constant is not None:
+                given[parent] = constant
+            elif parent not in given and facts[parent].form != "timeless":
+                return None
         made = self._of_pieces(value, op, given, count)
         return None if made is None or not self._note(made, op, position) else (made, position)
 
@@ -237,6 +246,48 @@ class Lifter:
         if key not in self._lifted:
             self._lifted[key] = Lifted(None, base=key[1], sample=value, count=count)
         return self._lifted[key]
+
+    def constant(self, value: Value, count: int, position: int) -> Lifted | None:
+        """What has other numbers for each piece and nothing of the input in it; None for what is the same for all."""
+        key = value, count, position
+        if key not in self._constants:
+            self._constants[key] = self.table(value, count, position) or self._constant(value, count, position)
+        return self._constants[key]
+
+    def _constant(self, value: Value, count: int, position: int) -> Lifted | None:
+        op, fact = value.op, self.analysis.facts.get(value)
+        if (fact is None and value.data is None) or (fact is not None and fact.data):
+            return None
+        if op is None or not op.inputs:
+            return self._made_anew(value, count, position)
+        if len(op.outputs) > 1 or op.is_random:
+            return None
+        found = {parent: self.constant(parent, count, position) for parent in dict.fromkeys(op.inputs)}
+        given = {parent: lifted for parent, lifted in found.items() if lifted is not None}
+        if given:
+            made: Lifted | None = self._of_pieces(value, op, given, count)
+        elif self._has_own_number(op, count):
+            args = (op.args[0], Numbers({}), *op.args[2:])
+            key = op.target, op.mode, self.name(op.args[0]), repr(op.args[2:]), op.node.meta.get("stack_trace")
+            made = self._lifted.setdefault(key, Lifted(op, args, dict(op.kwargs), sample=value, count=count))
+        else:
+            return None
+        return made if made is not None and self._note(made, op, position) else None
+
+    def _made_anew(self, value: Value, count: int, position: int) -> Lifted | None:
+        """A tensor that is made of nothing, as those of all pieces."""
+        if not self._makers.is_anew(value, count):
+            return None
+        try:
+            numbers = numbers_of(value)
+        except NotKnown:
+            return None
+        key = "made", line_of(value), count
+        if key not in self._lifted:
+            self._lifted[key] = Lifted(None, made=Made(value, {}), sample=value, count=count)
+        made = self._lifted[key].made
+        assert made is not None
+        return self._lifted[key] if made.known.setdefault(position, numbers) == numbers else None
 
     def _is_read_in_turn(self, base: Value, op: Op, count: int) -> bool:
         """Whether rows of a table are read one after another, as many as there are pieces."""

@@ -8,6 +8,7 @@ A file for each kind of habit; `layer.py` has the plain layer around which they 
 from tests.spellings.habits import (
     affine,
     born,
+    captured,
     chunk_cuts,
     constants,
     equal_sizes,

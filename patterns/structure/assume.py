@@ -14,7 +14,7 @@ from llcompile.patterns import reasons
 from llcompile.patterns.structure.classify import Rejection
 from llcompile.patterns.structure.cut import Subgraph
 from llcompile.patterns.structure.facts import TimeAnalysis
-from llcompile.patterns.structure.lifted import LiveIn
+from llcompile.patterns.structure.lifted import Lifted, LiveIn, sample_of
 from llcompile.patterns.structure.program import Value
 from llcompile.patterns.structure.ranges import REALS, Range
 
@@ -27,14 +27,14 @@ def learned(subgraph: Subgraph, bounds: Mapping[LiveIn, Range], analysis: TimeAn
     return {
         s: DECAYS
         for s in subgraph.live_ins
-        if isinstance(s, Value) and (_is_learned(s, analysis) or _is_given(s, analysis))
-        if bounds[s] == REALS and math.prod(s.shape) <= _LARGEST
+        if _is_learned(sample_of(s), analysis) or (isinstance(s, Value) and _is_given(s, analysis))
+        if bounds[s] == REALS and math.prod(sample_of(s).shape) <= _LARGEST
     }
 
 
 def _is_learned(value: Value, analysis: TimeAnalysis) -> bool:
-    fact = analysis.facts[value]
-    return fact.weight and not fact.data
+    fact = analysis.facts.get(value)
+    return fact is not None and fact.weight and not fact.data
 
 
 def _is_given(value: Value, analysis: TimeAnalysis) -> bool:
@@ -49,7 +49,8 @@ def expect_decay(live_in: LiveIn) -> None:
     Raises:
         Rejection: they do not lie in (0, 1].
     """
-    held = live_in.held if isinstance(live_in, Value) else None
+    value = live_in.base.value if isinstance(live_in, Lifted) and live_in.base is not None else live_in
+    held = value.held if isinstance(value, Value) else None
     if held is None or held.is_meta or isinstance(held, FakeTensor) or held.numel() == 0:
         return
     low, high = (float(x) for x in held.detach().aminmax())

@@ -32,19 +32,32 @@ class Cuts:
         for tail in tails(value, self.analysis, self.cutter.lifter):
             for subgraph in self._parts(tail.joined):
                 yield subgraph, tail
+        if not self.cutter.lifter.reads_tables(self.cutter.length):
+            return
+        for subgraph in self._of_rows(value):
+            yield subgraph, None
+        for tail in tails(value, self.analysis, self.cutter.lifter):
+            for subgraph in self._of_rows(tail.joined):
+                yield subgraph, tail
 
-    def _parts(self, value: Value) -> Iterator[Subgraph]:
+    def _of_rows(self, value: Value) -> Iterator[Subgraph]:
+        """The cuts at which a table that is read row by row is a sequence: tried where all others failed."""
+        first = self.cutter.cut(value, rows=True)
+        if first is not None and not all(map(self._is_data, first.taps)):
+            yield from self._parts(value, rows=True)
+
+    def _parts(self, value: Value, rows: bool = False) -> Iterator[Subgraph]:
         """The cuts to try: the latest that is not inside of a product, then the one behind shared factors."""
         passed: set[LiveIn] = set()
         subgraph: Subgraph | None = None
         for rule in (self._inside, self._squared, self._combined, self._derived):
-            subgraph, moved = self.cutter.cut(value, passed), rule == self._inside
+            subgraph, moved = self.cutter.cut(value, passed, rows=rows), rule == self._inside
             for _ in range(_WIDENINGS):
                 further = set() if subgraph is None else rule(subgraph) | self._inside(subgraph)
                 if not further:
                     break
                 passed, moved = passed | further, True
-                subgraph = self.cutter.cut(value, passed)
+                subgraph = self.cutter.cut(value, passed, rows=rows)
             if subgraph is None:
                 return
             if rule == self._inside:
@@ -54,11 +67,11 @@ class Cuts:
             if len(subgraph.live_ins) > SOURCES:
                 break
         if subgraph is not None and len(subgraph.live_ins) < 4:
-            apart = self.cutter.cut(value, through, views=True)
+            apart = self.cutter.cut(value, through, views=True, rows=rows)
             if apart is not None and len(subgraph.live_ins) < len(apart.live_ins) <= SOURCES:
                 yield apart
         taken = columns(first, self.analysis)
-        whole = self.cutter.cut(value, through.union(*taken.values())) if taken else None
+        whole = self.cutter.cut(value, through.union(*taken.values()), rows=rows) if taken else None
         if whole is not None:
             whole.columns = list(taken)
             yield whole
@@ -91,7 +104,7 @@ class Cuts:
 
     def _is_data(self, live_in: LiveIn) -> bool:
         if isinstance(live_in, Lifted):
-            return True
+            return self.cutter.lifter.is_data(live_in)
         fact = self.analysis.facts[live_in]
         return fact.data and not fact.mixed
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -288,6 +288,50 @@ class Lifter:
         made = self._lifted[key].made
         assert made is not None
         return self._lifted[key] if made.known.setdefault(position, numbers) == numbers else None
+
+    def is_data(self, lifted: Lifted) -> bool:
+        """Whether the model's input has a part in it; a table that is read row by row is without."""
+        fact = self.analysis.facts.get(sample_of(lifted))
+        return fact is None or fact.data
+
+    def reads_tables(self, length: int) -> bool:
+        """Whether something without the input is read in pieces, all over as many positions."""
+        return any(
+            read >= length and (fact := self.analysis.facts.get(base)) is not None and not fact.data
+            for base, read in self._read_in_pieces.items()
+        )
+
+    @functools.cached_property
+    def _read_in_pieces(self) -> Counter[Value]:
+        """How many rows are read of what is cut."""
+        rows: Counter[Value] = Counter()
+        for op in self.analysis.program.ops:
+            if op.name in CUTS:
+                rows[op.inputs[0]] += sum(max(1, piece(value, op).width) for value in op.outputs)
+        return rows
+
+    def row(self, value: Value, length: int) -> tuple[Lifted, int] | None:
+        """What is read off a table with a row for each of `length` tokens, and its position; None for anything else."""
+        places = set(self._cuts_above(value))
+        if len(places) != 1:
+            return None
+        start, width = places.pop()
+        if start % width or length % width:
+            return None
+        lifted = self.constant(value, length // width, start // width)
+        return None if lifted is None else (lifted, start // width)
+
+    def _cuts_above(self, value: Value, depth: int = 8) -> Iterator[tuple[int, int]]:
+        """Where rows begin that a value without the input is computed from, and how many they are."""
+        op, fact = value.op, self.analysis.facts.get(value)
+        if op is None or fact is None or fact.data or depth == 0:
+            return
+        if op.name in CUTS:
+            _, _, width, start = piece(value, op)
+            yield -1 if start is None else start, max(1, width)
+            return
+        for parent in op.inputs:
+            yield from self._cuts_above(parent, depth - 1)
 
     def _is_read_in_turn(self, base: Value, op: Op, count: int) -> bool:
         """Whether rows of a table are read one after another, as many as there are pieces."""

@@ -14,6 +14,7 @@ from tests.spellings.habits import (
     equal_sizes,
     features,
     key_features,
+    made_anew,
     mixed_operands,
     normalisers,
     positions,

@@ -61,5 +61,7 @@ def _is_kept(source: Any) -> bool:
     """Whether what is reached from here outlives a call."""
     if isinstance(source, LocalSource):
         frame = outermost_frame()
-        return not source.is_input or (frame is not None and isinstance(frame.f_locals.get(source.local_name), nn.Module))
+        return not source.is_input or (
+            frame is not None and isinstance(frame.f_locals.get(source.local_name), nn.Module)
+        )
     return isinstance(source, (GlobalSource, CellContentsSource))

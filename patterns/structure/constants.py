@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from llcompile.patterns.boundary import NotKnown, running
+from llcompile.patterns.boundary import running
 from llcompile.patterns.structure.program import Program, Value
 
 _MOST = 1 << 16  # numbers in the rows of all pieces

@@ -92,7 +92,9 @@ class Lifted:
     @functools.cached_property
     def has_numbers(self) -> bool:
         """Whether a number of each piece has a part in it."""
-        return self.made is not None or any(isinstance(a, Numbers) or (isinstance(a, Lifted) and a.has_numbers) for a in leaves(self.args))
+        return self.made is not None or any(
+            isinstance(a, Numbers) or (isinstance(a, Lifted) and a.has_numbers) for a in leaves(self.args)
+        )
 
 
 LiveIn = Value | Lifted

@@ -336,9 +336,9 @@ NOT_SHOWN_IDLE = _inside.add(
 )
 DECAY_OUT_OF_RANGE = _inside.add(
     "decay-out-of-range",
-    "its decay is a parameter with values from {low:.3g} to {high:.3g}",
+    "its decay has values from {low:.3g} to {high:.3g}, and nothing in the code bounds it",
     "keep it in (0, 1], for example with a sigmoid",
-    "a plain parameter with values outside (0, 1]",
+    "a plain parameter or an argument with values outside (0, 1]",
 )
 SHORT_EXAMPLE = _inside.add(
     "short-example",

@@ -66,7 +66,7 @@ class Cutter:
 
     def __init__(self, analysis: TimeAnalysis, zeros: Container[Value] = ()) -> None:
         self.analysis, self.zeros = analysis, zeros
-        self.views = False
+        self.views = self.rows = False
         self.lifter = Lifter(analysis)
 
     @property
@@ -75,14 +75,20 @@ class Cutter:
         return length(self.analysis.leaves)
 
     def cut(
-        self, result: Value, passed: Iterable[LiveIn] = (), views: bool = False, limit: int = 200_000
+        self,
+        result: Value,
+        passed: Iterable[LiveIn] = (),
+        views: bool = False,
+        limit: int = 200_000,
+        rows: bool = False,
     ) -> Subgraph | None:
         """The subgraph that makes `result`; None for more operations than `limit`.
 
         Values in `passed` are not cut at, but what they are made of. With `views`, two views of one tensor are two
-        live_ins: queries that are the keys as well.
+        live_ins: queries that are the keys as well. With `rows`, the rows of a table that are read token by token are
+        one live-in with time.
         """
-        self.views = views
+        self.views, self.rows = views, rows
         earlier: frozenset[Value] = frozenset()
         while True:
             subgraph = self._cut(result, set(passed), earlier, limit)
@@ -217,6 +223,10 @@ class Cutter:
                 return None
             taps.setdefault(lifted[0], {})[value] = lifted[1]
             return lifted[0]
+        row = self._row(value) if self.rows else None
+        if row is not None and row[0] not in through:
+            taps.setdefault(row[0], {})[value] = row[1]
+            return row[0]
         if value.node is None or value in through or (not self.views and self._only_moves(value)):
             return None
         if fact.data:
@@ -226,6 +236,12 @@ class Cutter:
     def _is_view(self, lifted: Lifted) -> bool:
         """Whether pieces are views of what was taken, and views are told apart: keys that are the values as well."""
         return self.views and lifted.op is not None and lifted.op.name in MOVES
+
+    def _row(self, value: Value) -> tuple[Lifted, int] | None:
+        """A row of a table that belongs to one piece, and its position: a decay that was learned for each step."""
+        if self.analysis.facts[value].data or (value.op is not None and value.op.name in MOVES):
+            return None
+        return self.lifter.table_row(value, self.length)
 
     def _is_numbered(self, value: Value) -> bool:
         """Whether it is zero for the number of its piece alone: `k * t` of the first token."""

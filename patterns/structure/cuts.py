@@ -38,19 +38,32 @@ class Cuts:
         for tail in tails(value, self.analysis, self._lifter, self.kind):
             for subgraph in self.parts(tail.joined):
                 yield subgraph, tail
+        if not self.cutter.lifter.reads_tables(self.cutter.length):
+            return
+        for subgraph in self._of_rows(value):
+            yield subgraph, None
+        for tail in tails(value, self.analysis, self._lifter, self.kind):
+            for subgraph in self._of_rows(tail.joined):
+                yield subgraph, tail
 
-    def parts(self, value: Value) -> Iterator[Subgraph]:
+    def _of_rows(self, value: Value) -> Iterator[Subgraph]:
+        """The cuts at which a table that is read row by row is a sequence: tried where all others failed."""
+        first = self.cutter.cut(value, rows=True)
+        if first is not None and not all(map(self._is_data, first.taps)):
+            yield from self.parts(value, rows=True)
+
+    def parts(self, value: Value, rows: bool = False) -> Iterator[Subgraph]:
         """The cuts to try: the latest that is not inside of a product, then the one behind shared factors."""
         passed, squares = set[LiveIn](), set[LiveIn]()
         subgraph: Subgraph | None = None
         for rule in (self._inside, self._squared, self._combined, self._derived):
-            subgraph, moved = self.cutter.cut(value, passed), rule == self._inside
+            subgraph, moved = self.cutter.cut(value, passed, rows=rows), rule == self._inside
             for _ in range(_WIDENINGS):
                 further = set() if subgraph is None else rule(subgraph) | self._inside(subgraph)
                 if not further:
                     break
                 passed, moved = passed | further, True
-                subgraph = self.cutter.cut(value, passed)
+                subgraph = self.cutter.cut(value, passed, rows=rows)
             if subgraph is None:
                 return
             if rule == self._inside:
@@ -63,19 +76,19 @@ class Cuts:
                 break
         if subgraph is not None and len(subgraph.live_ins) < 4:
             for beyond in (through, squares) if squares > through else (through,):
-                apart = self._by_views(value, beyond)
+                apart = self._by_views(value, beyond, rows)
                 if apart is not None and len(subgraph.live_ins) < len(apart.live_ins) <= SOURCES:
                     yield apart
         taken = columns(first, self.analysis)
-        whole = self.cutter.cut(value, through.union(*taken.values())) if taken else None
+        whole = self.cutter.cut(value, through.union(*taken.values()), rows=rows) if taken else None
         if whole is not None:
             whole.columns = list(taken)
             yield whole
 
-    def _by_views(self, value: Value, passed: set[LiveIn]) -> Subgraph | None:
+    def _by_views(self, value: Value, passed: set[LiveIn], rows: bool) -> Subgraph | None:
         """The cut at views of tensors."""
         for _ in range(_WIDENINGS):
-            subgraph = self.cutter.cut(value, passed, views=True)
+            subgraph = self.cutter.cut(value, passed, views=True, rows=rows)
             further = set() if subgraph is None else self._rare(subgraph)
             if not further:
                 break
@@ -119,7 +132,7 @@ class Cuts:
 
     def _is_data(self, live_in: LiveIn) -> bool:
         if isinstance(live_in, Lifted):
-            return True
+            return self.cutter.lifter.is_data(live_in)
         fact = self.analysis.facts[live_in]
         return fact.data and not fact.mixed
 

@@ -20,7 +20,7 @@ from llcompile.patterns.structure.cut import Subgraph
 from llcompile.patterns.structure.facts import TimeAnalysis
 from llcompile.patterns.structure.frame import Frame
 from llcompile.patterns.structure.hypothesis import Hypothesis
-from llcompile.patterns.structure.lifted import Lifted, LiveIn, made_of, origin
+from llcompile.patterns.structure.lifted import Lifted, LiveIn, made_of, origin, sample_of
 from llcompile.patterns.structure.program import Op, Program, Value
 from llcompile.patterns.structure.tail import Tail
 
@@ -121,10 +121,14 @@ class Found:
         if self.hypothesis.step is not None:
             found.append(f"its step (beta) is a constant, {self.hypothesis.step:.6g}")
         if self.hypothesis.assumed:
-            found.append("its decay is a plain parameter: every call checks that it is in (0, 1]")
+            what = "an argument" if self._is_given(self.hypothesis.decay) else "a plain parameter"
+            found.append(f"its decay is {what}: every call checks that it is in (0, 1]")
         if self.hands_on():
             found.append("it returns the sum of its levels as its state; a call that receives such a state is refused")
         return tuple(found)
+
+    def _is_given(self, live_in: LiveIn | None) -> bool:
+        return live_in is not None and self.analysis.facts[sample_of(live_in)].data
 
     def hands_on(self) -> bool:
         """Whether the graph returns a state, or writes one away: what else the operands become, summed over time.

@@ -78,8 +78,13 @@ def _evaluate(live_in: Lifted, env: dict[Value, Tensor], done: dict[Lifted, Tens
             made = made.narrow(dim, 0, length)
         made = made.unflatten(dim, (live_in.count, width)) if width else made
         made = made.movedim(dim, 0)
+    elif live_in.made is not None:
+        made = live_in.made.listed(live_in.count, live_in.made.device)
     elif (numbers := _own_numbers(live_in)) is not None:
-        made = _with_numbers(live_in, numbers, _evaluate(live_in.args[0], env, done))
+        first = live_in.args[0]
+        alike = isinstance(first, Value)
+        x = _number_of(first, env).expand(live_in.count, *first.shape) if alike else _evaluate(first, env, done)
+        made = _with_numbers(live_in, numbers, x)
     else:
         made = _of_call(live_in, env, done)
     done[live_in] = made

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from llcompile.patterns.boundary import NotKnown
 from llcompile.patterns.structure.axes import length
+from llcompile.patterns.structure.constants import Made, Makers, line_of, numbers_of
 from llcompile.patterns.structure.facts import TimeAnalysis
 from llcompile.patterns.structure.moves import CUTS, MOVES, PICKS, SHAPES
 from llcompile.patterns.structure.nested import leaves, mapped
@@ -62,6 +64,7 @@ class Lifted:
     Args:
         op: the operation of the first piece; `args` are its arguments, pieces' values as what they were lifted to.
         base: instead of an operation, where the pieces were taken from.
+        made: instead of both, tensors that the code makes anew for each piece.
         index: which of the operation's results it is.
         sample: the value of the first piece seen.
         count: N, the number of pieces.
@@ -71,6 +74,7 @@ class Lifted:
     args: Any = ()
     kwargs: Any = None
     base: Taken | None = None
+    made: Made | None = None
     index: int = 0
     sample: Value | None = None
     count: int = 0
@@ -89,7 +93,9 @@ class Lifted:
     @functools.cached_property
     def has_numbers(self) -> bool:
         """Whether a number of each piece has a part in it."""
-        return any(isinstance(a, Numbers) or (isinstance(a, Lifted) and a.has_numbers) for a in leaves(self.args))
+        return self.made is not None or any(
+            isinstance(a, Numbers) or (isinstance(a, Lifted) and a.has_numbers) for a in leaves(self.args)
+        )
 
 
 LiveIn = Value | Lifted
@@ -105,7 +111,7 @@ def sample_of(live_in: LiveIn) -> Value:
 def made_of(live_in: LiveIn) -> list[LiveIn]:
     """What the operation that makes it takes."""
     if isinstance(live_in, Lifted):
-        return [a for a in live_in.args if isinstance(a, (Lifted, Value))]
+        return [a for a in leaves(live_in.args) if isinstance(a, (Lifted, Value))]
     return list(live_in.op.inputs) if live_in.op is not None else []
 
 
@@ -159,6 +165,8 @@ class Lifter:
         self._lifted: dict[Any, Lifted] = {}
         self._places: dict[Value, tuple[Lifted, int] | None] = {}
         self._rows: dict[Any, set[tuple[int | None, int]]] = {}
+        self._constants: dict[tuple[Value, int, int], Lifted | None] = {}
+        self._makers = Makers(analysis.program)
 
     def place(self, value: Value) -> tuple[Lifted, int] | None:
         """A piece's value as what it was lifted to and its position; None where it is more than one piece's."""
@@ -180,18 +188,21 @@ class Lifter:
             if facts[parent].form == "timeless" and not facts[parent].data:
                 continue
             found = self.place(parent)
-            if found is None:
+            if found is not None:
+                places[parent] = found
+            elif facts[parent].data:
                 return None
-            places[parent] = found
         found_at = {(lifted.count, position) for lifted, position in places.values()}
         if len(found_at) != 1:
             return None
         count, position = next(iter(found_at))
         given = {parent: lifted for parent, (lifted, _) in places.items()}
         for parent in op.inputs:
-            table = self.table(parent, count, position) if parent not in given else None
-            if table is not None:
-                given[parent] = table
+            constant = self.constant(parent, count, position) if parent not in given else None
+            if constant is not None:
+                given[parent] = constant
+            elif parent not in given and facts[parent].form != "timeless":
+                return None
         made = self._of_pieces(value, op, given, count)
         return None if made is None or not self._note(made, op, position) else (made, position)
 
@@ -276,6 +287,92 @@ class Lifter:
         if key not in self._lifted:
             self._lifted[key] = Lifted(None, base=key[1], sample=value, count=count)
         return self._lifted[key]
+
+    def constant(self, value: Value, count: int, position: int) -> Lifted | None:
+        """What has other numbers for each piece and nothing of the input in it; None for what is the same for all."""
+        key = value, count, position
+        if key not in self._constants:
+            self._constants[key] = self.table(value, count, position) or self._constant(value, count, position)
+        return self._constants[key]
+
+    def _constant(self, value: Value, count: int, position: int) -> Lifted | None:
+        op, fact = value.op, self.analysis.facts.get(value)
+        if (fact is None and value.data is None) or (fact is not None and fact.data):
+            return None
+        if op is None or not op.inputs:
+            return self._made_anew(value, count, position)
+        if len(op.outputs) > 1 or op.is_random:
+            return None
+        found = {parent: self.constant(parent, count, position) for parent in dict.fromkeys(op.inputs)}
+        given = {parent: lifted for parent, lifted in found.items() if lifted is not None}
+        if given:
+            made: Lifted | None = self._of_pieces(value, op, given, count)
+        elif self._has_own_number(op, count):
+            args = (op.args[0], Numbers({}), *op.args[2:])
+            key = op.target, op.mode, self.name(op.args[0]), repr(op.args[2:]), op.node.meta.get("stack_trace")
+            made = self._lifted.setdefault(key, Lifted(op, args, dict(op.kwargs), sample=value, count=count))
+        else:
+            return None
+        return made if made is not None and self._note(made, op, position) else None
+
+    def _made_anew(self, value: Value, count: int, position: int) -> Lifted | None:
+        """A tensor that is made of nothing, as those of all pieces."""
+        if not self._makers.is_anew(value, count):
+            return None
+        try:
+            numbers = numbers_of(value)
+        except NotKnown:
+            return None
+        key = "made", line_of(value), count
+        if key not in self._lifted:
+            self._lifted[key] = Lifted(None, made=Made(value, {}), sample=value, count=count)
+        made = self._lifted[key].made
+        assert made is not None
+        return self._lifted[key] if made.known.setdefault(position, numbers) == numbers else None
+
+    def is_data(self, lifted: Lifted) -> bool:
+        """Whether the model's input has a part in it; a table that is read row by row is without."""
+        fact = self.analysis.facts.get(sample_of(lifted))
+        return fact is None or fact.data
+
+    def reads_tables(self, length: int) -> bool:
+        """Whether something without the input is read in pieces, all over as many positions."""
+        return any(
+            read >= length and (fact := self.analysis.facts.get(base)) is not None and not fact.data
+            for base, read in self._read_in_pieces.items()
+        )
+
+    @functools.cached_property
+    def _read_in_pieces(self) -> Counter[Value]:
+        """How many rows are read of what is cut."""
+        rows: Counter[Value] = Counter()
+        for op in self.analysis.program.ops:
+            if op.name in CUTS:
+                rows[op.inputs[0]] += sum(max(1, piece(value, op).width) for value in op.outputs)
+        return rows
+
+    def table_row(self, value: Value, length: int) -> tuple[Lifted, int] | None:
+        """What is read off a table with a row for each of `length` tokens, and its position; None for anything else."""
+        places = set(self._cuts_above(value))
+        if len(places) != 1:
+            return None
+        start, width = places.pop()
+        if start % width or length % width:
+            return None
+        lifted = self.constant(value, length // width, start // width)
+        return None if lifted is None else (lifted, start // width)
+
+    def _cuts_above(self, value: Value, depth: int = 8) -> Iterator[tuple[int, int]]:
+        """Where rows begin that a value without the input is computed from, and how many they are."""
+        op, fact = value.op, self.analysis.facts.get(value)
+        if op is None or fact is None or fact.data or depth == 0:
+            return
+        if op.name in CUTS:
+            _, _, width, start = piece(value, op)
+            yield -1 if start is None else start, max(1, width)
+            return
+        for parent in op.inputs:
+            yield from self._cuts_above(parent, depth - 1)
 
     def _is_read_in_turn(self, base: Value, op: Op, count: int) -> bool:
         """Whether rows of a table are read one after another, as many as there are pieces."""

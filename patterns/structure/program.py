@@ -23,7 +23,8 @@ class Value:
         index: its place among the results of `op`.
         node: the graph's node that it is the result of, where there is one.
         data: its numbers, where they are known: constants, and buffers of the model.
-        parameter, held: whether it is a parameter of the model, and that.
+        parameter: whether it is a parameter of the model.
+        held: the tensor of the user's program, for a parameter or an argument of few numbers.
     """
 
     shape: tuple[int, ...]

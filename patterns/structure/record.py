@@ -18,6 +18,7 @@ from llcompile.patterns.structure.modes import Mode, Modes, is_function
 from llcompile.patterns.structure.nested import leaves, mapped
 from llcompile.patterns.structure.program import Op, Program, Value
 from llcompile.patterns.structure.squared import squared
+from llcompile.torch_internals.captured import is_captured
 from llcompile.torch_internals.inputs import input_value, is_parameter, module_tensors
 from llcompile.torch_internals.nested_gradients import is_about, is_around
 from llcompile.torch_internals.sizes import size_hint
@@ -44,6 +45,7 @@ _FILLS = {
 
 # Tensors of one number; two of one shape are two, as what is written to one of them says nothing of the other's axes.
 _FILLED = {aten.full.default, aten.zeros.default, aten.ones.default, aten.empty.memory_format}
+_FEW_NUMBERS = 1 << 16  # of an argument, which may be a decay
 _TURNS = 1 << 14  # a longer loop is left alone
 _DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout}
 _SOME_RATE = 0.5  # no subgraph has dropout in it, so any rate stands for all
@@ -194,8 +196,10 @@ class _Recorder:
         example = node.meta.get("example_value")
         if not isinstance(example, Tensor):
             return self._concrete(example)
-        held = input_value(self.region.outer(node))
-        return self._stands_for(node, example, held, isinstance(held, Tensor) and id(held) in module_tensors)
+        outer = self.region.outer(node)
+        held = input_value(outer)
+        known = isinstance(held, Tensor) and (id(held) in module_tensors or is_captured(outer, held))
+        return self._stands_for(node, example, held, known)
 
     def _attribute(self, node: fx.Node) -> Any:
         held: Any = self.region.module
@@ -208,7 +212,8 @@ class _Recorder:
     def _stands_for(self, node: fx.Node, like: Tensor, held: Any, known: bool) -> Tensor:
         """A meta tensor for an input or a constant; its numbers are `held`'s where they are known."""
         value = Value(self._sizes(like.shape), like.dtype, node=node, parameter=is_parameter(held))
-        value.held = held if value.parameter else None
+        if value.parameter or (isinstance(held, Tensor) and held.numel() <= _FEW_NUMBERS):
+            value.held = held
         value.data = held if known and not held.is_meta and (node.op == "get_attr" or not value.parameter) else None
         return self._make(value, like)
 

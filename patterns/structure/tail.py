@@ -201,7 +201,7 @@ class _Unrolled:
             return first if self.analysis.facts[first].form == "timeless" else None
         if _is_mixed(column, self.analysis):
             return known.get(column) or Lifted(None, sample=first, count=len(column))
-        tables = {lifter.table(c, len(column), i) for i, c in enumerate(column)}
+        tables = {lifter.constant(c, len(column), i) for i, c in enumerate(column)}
         if len(tables) == 1 and None not in tables:
             return tables.pop()
         places = [lifter.place(c) for c in column]

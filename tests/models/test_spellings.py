@@ -29,8 +29,6 @@ pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 MISSED = {
     "gated delta, chunk loop with an uneven end": "projects chunks of two widths in its loop",
     "a sum over lags": "shifts the sequence once for each lag",
-    "angles of the step": "makes a tensor of numbers for each token in its loop",
-    "a rate for each step": "reads a learned decay at each token in its loop",
     "one channel of the value at a time": "is a mixer for each channel of the value",
     "an mLSTM loop that sums its keys by hand": "multiplies and sums queries and keys by hand, and divides in its loop",
     "one C for all tokens": "reads its state by a parameter, so that no sequence is a query",

@@ -8,6 +8,7 @@ A file for each kind of habit; `layer.py` has the plain layer around which they 
 from tests.spellings.habits import (
     affine,
     born,
+    captured,
     chunk_cuts,
     constants,
     discretised,
@@ -16,6 +17,7 @@ from tests.spellings.habits import (
     equal_sizes,
     features,
     key_features,
+    made_anew,
     mixed_operands,
     normalisers,
     positions,

@@ -18,7 +18,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from llcompile.errors import KernelCacheError, KernelError, OptionError
+from llcompile.errors import DistributedError, KernelCacheError, KernelError, OptionError
 from llcompile.kernels import spread
 from llcompile.kernels.description import describe, describe_step
 from llcompile.kernels.implementations import ATEN, IMPLEMENTATIONS, Described, Implementation, preferred
@@ -84,7 +84,17 @@ def step(token: Token) -> tuple[Tensor, Tensor]:
 
 
 def readouts(x: Readouts, return_final_state: bool) -> tuple[Tensor, Tensor]:
-    """As `aten.readouts.forward`, by the implementation that is chosen."""
+    """As `aten.readouts.forward`, by the implementation that is chosen.
+
+    Raises:
+        DistributedError: the sequence is spread over processes.
+    """
+    if spread.current() is not None:
+        raise DistributedError(
+            f"routed level weights read the buckets of a whole sequence (queries {list(x.query.shape)} here), and this "
+            "one is spread over processes; convert with level_weights='linear' for context parallel, or leave the "
+            "context"
+        )
     return _run(lambda: describe_readouts(x), x.query.device, lambda one: one.readouts().forward(x, return_final_state))
 
 

@@ -28,6 +28,8 @@ from llcompile.patterns.records import Certificate
 LENGTHS = (3, 70, 133)  # shorter than a chunk, across one chunk, and across two with a remainder
 LEVELS = 9  # enough for the longest of them
 _IDLE = 1e-6  # a result that changes by less does not depend on what was changed
+_AMPLIFIED = 30  # times what rounding the inputs alone does to a gradient
+_STEEPEST = 1e-3  # where rounding does more, no gradient is compared with it
 
 
 class DoesNotRun(Exception):
@@ -102,7 +104,7 @@ class _Proof:
         slopes, idle = self.gradient_error(), self.idle_operand()
         if idle:
             return reasons.IDLE_OPERAND(operand=idle)
-        if worst <= budget < slopes:
+        if worst <= budget < slopes and slopes > self.gradient_bound(worst):
             return reasons.GRADIENTS_DIFFER(error=slopes)
         if worst <= budget:
             return Certificate(worst, precision(worst, original.precisions), len(LENGTHS), original.against)
@@ -119,6 +121,37 @@ class _Proof:
 
         0 where the function has no backward: there is nothing that a rewrite could change.
         """
+        leaves, theirs = self._leaves()
+        with torch.inference_mode(False), torch.enable_grad():
+            expected, actual = self._both(len(LENGTHS), theirs)
+            try:
+                slopes = gradients(expected[:1], leaves)
+            except (RuntimeError, NotImplementedError):
+                return 0.0
+            return apart(slopes, gradients(actual[:1], leaves))
+
+    def gradient_bound(self, error: float) -> float:
+        """How far gradients may be apart where the outputs are by `error`.
+
+        A function that casts to float32 inside rounds, and a gradient that is a sum over all tokens (a decay of one
+        head) may be far smaller than what it sums: it is as exact as the function itself can be.
+        """
+        budget = BUDGETS[self.original.precisions[-1]]
+        if precision(error, self.original.precisions) != "float32":
+            return budget
+        noise, found = torch.Generator().manual_seed(0), []
+        for rounded in (False, True):
+            leaves, theirs = self._leaves()
+            with torch.inference_mode(False), torch.no_grad():
+                for leaf in leaves if rounded else ():
+                    unit = torch.randn(leaf.shape, generator=noise).to(leaf.device, leaf.dtype)
+                    leaf.mul_(1 + torch.finfo(torch.float32).eps * unit)
+            with torch.inference_mode(False), torch.enable_grad():
+                found.append(gradients(self._results(self.original.run(**theirs), theirs)[:1], leaves))
+        return max(budget, min(_STEEPEST, _AMPLIFIED * apart(*found)))
+
+    def _leaves(self) -> tuple[list[torch.Tensor], dict[str, Any]]:
+        """What gradients are taken of, and the arguments that are made of it: always the same draw."""
         drawn = self._draw(len(LENGTHS), LENGTHS[1])
         written = self.entry.writes_state
         names = [n for n, x in drawn.items() if isinstance(x, torch.Tensor) and x.is_floating_point() and n != written]
@@ -128,12 +161,7 @@ class _Proof:
             theirs = {name: x.clone() if name == written else x for name, x in drawn.items()}
             for name, leaf in zip(names, leaves, strict=True):
                 theirs[name] = leaf.requires_grad_().expand(drawn[name].shape)
-            expected, actual = self._both(len(LENGTHS), theirs)
-            try:
-                slopes = gradients(expected[:1], leaves)
-            except (RuntimeError, NotImplementedError):
-                return 0.0
-            return apart(slopes, gradients(actual[:1], leaves))
+        return leaves, theirs
 
     def idle_operand(self) -> str:
         """The first operand that can be drawn anew without changing the output, or ""."""

@@ -133,6 +133,8 @@ def errors(rank: int) -> None:
     other = {"level_weights": x["level_weights"][:, :8, :, :4]} if rank else {}  # type: ignore[index]
     with pytest.raises(DistributedError, match=r"processes 0 and 1 differ in levels: .*levels=6.*levels=4"):
         loglinear_attention(**{**mine, **other})
+    with context_parallel(), pytest.raises(DistributedError, match=r"routed level weights .* whole sequence"):
+        ops.level_readouts(*torch.randn(2, 1, 8, 2, 4), levels=4)
     check(rank, x, (8, 8), 1e-11)
 
 

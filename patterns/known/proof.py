@@ -139,7 +139,7 @@ class _Proof:
         budget = BUDGETS[self.original.precisions[-1]]
         if precision(error, self.original.precisions) != "float32":
             return budget
-        noise, found = torch.Generator().manual_seed(0), []
+        noise, found = torch.Generator().manual_seed(0), list[list[torch.Tensor]]()
         for rounded in (False, True):
             leaves, theirs = self._leaves()
             with torch.inference_mode(False), torch.no_grad():
@@ -148,7 +148,7 @@ class _Proof:
                     leaf.mul_(1 + torch.finfo(torch.float32).eps * unit)
             with torch.inference_mode(False), torch.enable_grad():
                 found.append(gradients(self._results(self.original.run(**theirs), theirs)[:1], leaves))
-        return max(budget, min(_STEEPEST, _AMPLIFIED * apart(*found)))
+        return max(budget, min(_STEEPEST, _AMPLIFIED * apart(found[0], found[1])))
 
     def _leaves(self) -> tuple[list[torch.Tensor], dict[str, Any]]:
         """What gradients are taken of, and the arguments that are made of it: always the same draw."""

@@ -23,6 +23,7 @@ def _unused(*_: Any, **__: Any) -> Any:
 SETTINGS = Settings(
     kind="linear",
     levels=8,
+    features=8,
     make=_unused,
     find=_unused,
     held=_unused,

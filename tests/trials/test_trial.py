@@ -215,7 +215,7 @@ def test_a_loss_of_the_users_own() -> None:
         ({"data": 3}, "batches is a int"),
         ({"data": unsteady}, "gives other batches at each call"),
     ],
-    ids=str,
+    ids=lambda x: x if isinstance(x, str) else "-".join(x),
 )
 def test_what_is_refused(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(TrialError, match=message):

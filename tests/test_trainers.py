@@ -71,7 +71,7 @@ def test_accelerator_trains_level_weights() -> None:
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("bf16", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_trainer_trains_saves_resumes_and_evaluates(tmp_path: Path, bf16: bool) -> None:
     from transformers import Trainer, TrainingArguments
 

@@ -26,6 +26,11 @@ from llcompile.patterns.structure.tail import Tail
 
 # Operations that may put tokens in another order.
 _REORDERS = frozenset(["flip", "index", "index_select", "gather", "take", "take_along_dim", "sort"])
+# By whether the call is given the decay.
+_ASSUMED = {
+    False: "its decay is a plain parameter: every call checks that it is in (0, 1]",
+    True: "its decay is an argument: every call checks that it is in (0, 1]",
+}
 
 
 @dataclass(eq=False)
@@ -121,8 +126,7 @@ class Found:
         if self.hypothesis.step is not None:
             found.append(f"its step (beta) is a constant, {self.hypothesis.step:.6g}")
         if self.hypothesis.assumed:
-            what = "an argument" if self._is_given(self.hypothesis.decay) else "a plain parameter"
-            found.append(f"its decay is {what}: every call checks that it is in (0, 1]")
+            found.append(_ASSUMED[self._is_given(self.hypothesis.decay)])
         if self.hands_on():
             found.append("it returns the sum of its levels as its state; a call that receives such a state is refused")
         return tuple(found)

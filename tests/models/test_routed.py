@@ -175,6 +175,7 @@ def test_padded_rows(name: str) -> None:
                 assert difference(logits[row][mask[row] == 1], expected) < 1e-5, (side, row)
 
 
+@pytest.mark.slow
 def test_inductor_trains_at_all_lengths() -> None:
     """One graph for all lengths, with the gradients of the same graph without Inductor."""
     model = routed(small.model(), small.ids())

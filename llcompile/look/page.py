@@ -6,7 +6,6 @@ import importlib.util
 import textwrap
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ import torch
 from llcompile import __version__
 from llcompile.errors import MissingLibraryError
 from llcompile.look.cost import SYMBOLS, cost_of
+from llcompile.look.environment import environment
 from llcompile.look.findings import Findings
 from llcompile.look.mask import blocks
 from llcompile.look.mixer_look import Excerpt, MixerLook
@@ -102,19 +102,7 @@ def _pictures(mixer: MixerLook) -> dict[str, Picture]:
 
 @cache
 def _environment() -> Any:
-    import jinja2
-
-    folder = resources.files("llcompile.look") / "templates"
-    environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(lambda name: (folder / name).read_text(encoding="utf-8")),
-        autoescape=lambda name: bool(name and ".html" in name),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters.update(_FILTERS)
-    environment.globals.update(code_styles=_code_styles)
-    return environment
+    return environment(_FILTERS, code_styles=_code_styles)
 
 
 def _highlighted(text: str, lexer: Any, **options: Any) -> Any:

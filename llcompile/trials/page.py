@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from importlib import resources
 from typing import Any
 
 import torch
 
 from llcompile import __version__
+from llcompile.look.environment import environment
 from llcompile.trials.outcome import Gain, Outcome
 
 _WIDTH, _HEIGHT, _MARGIN = 560, 180, 28  # of a drawing, in pixels
@@ -55,15 +55,4 @@ def number(value: float | None) -> str:
 
 @cache
 def _environment() -> Any:
-    import jinja2
-
-    folder = resources.files("llcompile.look") / "templates"
-    environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(lambda name: (folder / name).read_text(encoding="utf-8")),
-        autoescape=lambda name: bool(name and ".html" in name),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters["number"] = number
-    return environment
+    return environment({"number": number})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -12,20 +11,20 @@ from benchmarks.evidence.language import TRAINED, WAYS
 from benchmarks.evidence.needles import TASKS
 from benchmarks.evidence.training import ARMS, STAYING
 from benchmarks.evidence.typeseg import AS_IT_IS, ORDER
+from llcompile.trials.student import interval
 
 Found = list[dict[str, Any]]
 WANTED = 5.0  # points that routed level weights are to gain where distances are untold
-_T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, two-sided 95 %, by the number of pairs
 
 
 def gain(pairs: Sequence[tuple[float, float]]) -> str:
     """The mean of differences with its paired 95 % interval, in points, and in how many pairs it is above 0."""
     differences = [100 * (after - before) for before, after in pairs]
-    mean, above = statistics.mean(differences), sum(difference > 0 for difference in differences)
-    if len(differences) not in _T95:
-        return f"{mean:+.1f} ({above} of {len(differences)})"
-    half = _T95[len(differences)] * statistics.stdev(differences) / math.sqrt(len(differences))
-    return f"{mean:+.1f} ± {half:.1f} ({above} of {len(differences)})"
+    above = f"({sum(difference > 0 for difference in differences)} of {len(differences)})"
+    if len(differences) < 2:
+        return f"{differences[0]:+.1f} {above}"
+    found = interval(differences)
+    return f"{found.mean:+.1f} ± {found.high - found.mean:.1f} {above}"
 
 
 def recall_tables(found: Found) -> str:

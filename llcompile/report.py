@@ -114,7 +114,7 @@ def _verified(c: ModelCertificate) -> str:
 def _converted_table(records: tuple[Converted, ...]) -> Table:
     table = Table(title="converted", title_justify="left", box=None, pad_edge=False)
     for name in ("module", "family", "heads x K x V", "found as", "proof error", "level weights", "parameters"):
-        table.add_column(name, justify="right" if name in ("proof error", "parameters") else "left")
+        table.add_column(name, justify="right" if name in ("proof error", "parameters") else "left", overflow="fold")
     for r in records:
         sizes = f"{r.heads} x {r.key_dim} x {r.value_dim}"
         proof = f"{r.certificate.max_error:.1e} {r.certificate.dtype}"
@@ -127,7 +127,7 @@ def _converted_table(records: tuple[Converted, ...]) -> Table:
 def _declined_table(records: tuple[Declined, ...]) -> Table:
     table = Table(title="declined", title_justify="left", box=None, pad_edge=False)
     for name in ("module", "reason", "where", "what to do"):
-        table.add_column(name)
+        table.add_column(name, overflow="fold")  # a line that is cut cannot be opened
     for r in records:
         table.add_row(r.module or "(root)", escape(f"{r.reason} [{r.code}]"), r.where, escape(r.hint))
     return table

@@ -198,6 +198,14 @@ def test_a_record_has_a_code() -> None:
         Declined("layer", "it is odd", "model.py:3")  # type: ignore[call-arg]
 
 
+def test_a_line_of_the_users_is_shown_whole() -> None:
+    where = f"/home/{'deep/' * 40}model.py:3 in forward"
+    report = llcompile.Report(declined=(Declined("layer", "it is odd", where, code="odd"),))
+    assert "…" not in str(report)
+    shown = "".join(line[str(report).splitlines()[2].index("where") :] for line in str(report).splitlines()[3:])
+    assert "".join(where.split()) in "".join(shown.split())
+
+
 def test_what_is_saved_with_a_module_has_no_class_of_ours() -> None:
     layer, given = nn.Linear(2, 2), reasons.OUTPUT_CHANGES(error=0.5, dtype="float32")
     withhold(layer, "loglinear", given)

@@ -33,6 +33,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     table: dict[Any, Callable[..., Any]] = dict(torch.export.default_decompositions())
     table[torch.ops.llcompile.loglinear_attention.default] = _attention
     table[torch.ops.llcompile.loglinear_attention_step.default] = _step
+    table[torch.ops.aten.linalg_solve_triangular.default] = _solve
     table[torch.ops.llcompile.level_readouts.default] = _readouts
     table[torch.ops.llcompile.level_readouts_step.default] = _readouts_step
     return table
@@ -70,6 +71,29 @@ def _readouts(*given: Any, **named: Any) -> tuple[Tensor, Tensor]:
 
 def _readouts_step(query: Tensor, key: Tensor, state: Tensor, levels: int, *_: Any, **named: Any) -> Any:
     return readouts.absorb(ReadoutToken(query, key, state, levels))
+
+
+def _solve(a: Tensor, b: Tensor, *, upper: bool, left: bool = True, unitriangular: bool = False) -> Any:
+    """The solves of the delta rule's chunks as products, for ONNX, which has no solve; others stay as they are."""
+    size: Any = a.shape[-1]
+    if not (left and unitriangular and isinstance(size, int) and size.bit_count() == 1):
+        return NotImplemented
+    return _inverse(a.mT).mT @ b if upper else _inverse(a) @ b
+
+
+def _inverse(lower: Tensor) -> Tensor:
+    """Of unit lower triangles [..., N, N], N a power of two: by halves, as stable as substitution is."""
+    *batch, size, _ = lower.shape
+    made = lower.new_ones(*batch, size, 1, 1)  # of the blocks [..., N / s, s, s] on the diagonal
+    for s in (1 << i for i in range(size.bit_length() - 1)):
+        pairs = (
+            lower.unflatten(-1, (-1, 2 * s)).unflatten(-3, (-1, 2 * s)).diagonal(0, -4, -2)
+        )  # [..., 2 s, 2 s, N / 2 s]
+        corner = pairs.movedim(-1, -3)[..., s:, :s]
+        first, last = made.unflatten(-3, (-1, 2)).unbind(-3)
+        below = torch.cat([-last @ corner @ first, last], -1)
+        made = torch.cat([torch.nn.functional.pad(first, (0, s)), below], -2)
+    return made[..., 0, :, :]
 
 
 def _arguments(operator: Any, given: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:

@@ -115,6 +115,23 @@ def test_what_it_cannot_do_is_said() -> None:
         program.run_decompositions(llcompile.decompositions())
 
 
+@pytest.mark.parametrize("upper", [False, True])
+@pytest.mark.parametrize("size", [1, 8, 64])
+def test_solves_are_products(size: int, upper: bool) -> None:
+    """Also where keys are all alike, so that powers of the triangle would overflow what their sum is."""
+    solve = llcompile.decompositions()[torch.ops.aten.linalg_solve_triangular.default]
+    make = torch.Generator().manual_seed(0)
+    for triangle in (2 * torch.ones(size, size), torch.randn(3, size, size, generator=make)):
+        a = (triangle.triu(1) if upper else triangle.tril(-1)) + torch.eye(size) * 7  # the diagonal is not read
+        b = torch.randn(size, 5, generator=make).double()
+        exact = torch.linalg.solve_triangular(a.double(), b, upper=upper, unitriangular=True)
+        own = torch.linalg.solve_triangular(a, b.float(), upper=upper, unitriangular=True)
+        found = solve(a, b.float(), upper=upper, unitriangular=True)
+        limit = 4 * (own - exact).abs().max() + 1e-6 * exact.abs().max()
+        assert (found - exact).abs().max() <= limit
+    assert solve(a, b, upper=upper) is NotImplemented
+
+
 RUN = """
 import sys, torch
 path = sys.argv[1]
@@ -158,3 +175,22 @@ def test_a_process_without_llcompile(tmp_path: Path, package: str) -> None:
     error, modules = done.stdout.strip().splitlines()[-2:]
     assert float(error) < 1e-5
     assert modules == "[]"
+
+
+@pytest.mark.slow
+def test_onnx(tmp_path: Path) -> None:
+    """A converted model whose level weights are not 1, in onnxruntime."""
+    for name in ("onnx", "onnxscript"):
+        pytest.importorskip(name)
+    runtime = pytest.importorskip("onnxruntime")
+    model, ids = small.model().eval(), small.ids()
+    llcompile.convert(model, ids, verify=False)
+    small.perturb(model)
+    with torch.no_grad():
+        expected, linear = torch.compile(model, backend="loglinear", options={"inner": "eager"})(ids), model(ids)
+        program: Any = torch.onnx.export(decomposed(model, ids), verbose=False)
+    program.save(str(tmp_path / "model.onnx"))
+    session = runtime.InferenceSession(str(tmp_path / "model.onnx"))
+    (found,) = session.run(None, {session.get_inputs()[0].name: ids.numpy()})
+    assert small.difference(torch.from_numpy(found), expected) < 1e-5
+    assert small.difference(expected, linear) > 1e-2

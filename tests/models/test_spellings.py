@@ -177,6 +177,26 @@ def check_gone(graph: fx.GraphModule, length: int, own_sizes: set[int]) -> None:
             assert [int(size) for size in value.shape].count(length) < 2, node.format_node()
 
 
+PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum", "mm", "dot", "mv"}
+
+
+def check_left(graph: fx.GraphModule, length: int, operands: dict[str, Any]) -> None:
+    """Of a mixer whose divisor stays: no states [K, V], and nothing [T, T] that is multiplied with values."""
+    key, value = operands["k"].shape[-1], operands["v"].shape[-1]
+    shapes = {
+        node: tuple(int(size) for size in example.shape)
+        for node in graph.graph.nodes
+        if isinstance(example := node.meta.get("example_value"), torch.Tensor)
+    }
+    assert any("loglinear_attention" in str(node.target) for node in graph.graph.nodes)
+    for node, shape in shapes.items():
+        if key != value:
+            assert shape[-2:] not in ((key, value), (value, key)), node.format_node()
+        if getattr(node.target, "__name__", node.target) in PRODUCTS and length not in own_sizes(operands):
+            for read in node.all_input_nodes:
+                assert shapes.get(read, ())[-2:] != (length, length), node.format_node()
+
+
 def own_sizes(operands: dict[str, Any]) -> set[int]:
     """Sizes that are not lengths."""
     (batch, _, *k), v = operands["k"].shape, operands["v"].shape[2:]
@@ -200,8 +220,11 @@ def test_rewritten(name: str, recorded: Recorded) -> None:
         worst = float((after[1][parameter] - gradient).abs().max())
         assert worst <= 1e-4 * float(gradient.abs().max()) + 1e-5 * scale, parameter
     with torch.no_grad():
-        if name not in STAYS:
-            check_gone(recorded.graphs[-1], spelling.length, own_sizes(model.operands(*inputs)))
+        operands = model.operands(*inputs)
+        if name in STAYS:
+            check_left(recorded.graphs[-1], spelling.length, operands)
+        else:
+            check_gone(recorded.graphs[-1], spelling.length, own_sizes(operands))
         small.perturb(model)
         assert difference(run(*inputs), before[0]) > 1e-4
 

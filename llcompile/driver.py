@@ -19,6 +19,7 @@ from llcompile.patterns.known import capture
 from llcompile.patterns.records import Converted, Declined, GraphBreak
 from llcompile.report import Report
 from llcompile.torch_internals.breaks import graph_break
+from llcompile.torch_internals.trace import restart_trace
 from llcompile.weights import attachment, fresh, held, withheld
 
 
@@ -29,7 +30,12 @@ def new_session(
     dry_run: bool = False,
     compiles: bool = False,
 ) -> Session:
-    """A session on the graph with the front door's wishes; `names` are the modules' names in the whole model."""
+    """A session on the graph with the front door's wishes; `names` are the modules' names in the whole model.
+
+    Dynamo traces once more where the traced code has imported a library whose functions are known.
+    """
+    if capture.imported_since():
+        restart_trace("a library was imported on the way, and its functions are known")
     settings = Settings(
         kind=options.level_weights,
         levels=options.levels,

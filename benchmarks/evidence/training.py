@@ -76,10 +76,6 @@ class Student:
             options["levels"] = (longest - 1).bit_length() + 1
             if levels == "routed":
                 options["routing_features"] = ROUTING
-            # At its first call transformers looks for kernels; converted before that, typeseg's scan got level weights
-            # at another place, and new ones at its first compiled call.
-            with torch.no_grad():
-                module(*example, **keywords)
             # The outputs at conversion are compared by the experiments themselves, on trained weights.
             report = llcompile.convert(module, *example, options=options, verify=False, **keywords)
             if not report.converted or report.declined:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 
 from typeseg_torch import weights
 
@@ -30,8 +31,6 @@ class Scan(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         """The scan of u [B, T, C]."""
-        from transformers.models.mamba.modeling_mamba import mamba_selective_scan
-
         step, key, query = self.project(u).split(self.sizes, dim=-1)
         step = F.softplus(self.step(step)) + LEAST_STEP
         u, step, key, query = (x.transpose(1, 2) for x in (u, step, key, query))  # [B, C, T], [B, N, T]

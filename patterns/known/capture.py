@@ -124,7 +124,10 @@ _given_up: dict[Any, GivenReason] = {}
 _captured: dict[int, CapturedFunction] = {}
 _expanded: dict[int, types.FunctionType] = {}
 _targets: dict[Callable[..., Any], CapturedFunction] = {}
-_levels_of_trace: Callable[[], int | None] = lambda: None  # noqa: E731  (set by `install`)
+# Set by `install`.
+_is_ours: Callable[[], bool] = lambda: False  # noqa: E731
+_levels_of_trace: Callable[[], int | None] = lambda: None  # noqa: E731
+_modules_seen = 0
 
 
 def call_key(captured: CapturedFunction, arguments: Mapping[str, Any], module: nn.Module | None = None) -> Any:
@@ -197,8 +200,8 @@ def install(is_ours: Callable[[], bool], levels_of_trace: Callable[[], int | Non
         levels_of_trace: the number of levels that the mixer being traced will have, or None for the linear operator;
             it decides the shape of the final state.
     """
-    global _levels_of_trace
-    _levels_of_trace = levels_of_trace
+    global _is_ours, _levels_of_trace, _modules_seen
+    _is_ours, _levels_of_trace, _modules_seen = is_ours, levels_of_trace, len(sys.modules)
     modules = _modules()
     new = [(entry, f) for entry in entries() for f in _definitions(entry, modules) if id(f) not in _captured]
     for entry, function in new:
@@ -216,6 +219,14 @@ def install(is_ours: Callable[[], bool], levels_of_trace: Callable[[], int | Non
             plain = unsubstituted(function)
             substitute(function, _choice(is_ours, expansion.expand(plain), plain))
     return len(new)
+
+
+def imported_since() -> bool:
+    """Registers known functions of libraries that traced code has imported itself; whether there were any.
+
+    A trace that met them before has taken their code for the user's.
+    """
+    return len(sys.modules) != _modules_seen and install(_is_ours, _levels_of_trace) > 0
 
 
 def _choice(is_ours: Callable[[], bool], expanded: Callable[..., Any], plain: Any) -> Callable[..., Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import time
@@ -240,7 +241,7 @@ def test_the_command_starts_the_shares_of_an_experiment(monkeypatch: pytest.Monk
     assert given[0][0].small
     assert given[0][0].folder.name == "language"
     assert given[0][1] == ["mamba2", "gdn"]
-    assert recall.shares(small=False)[:3] == ["mamba2-0", "gdn-0", "mamba2-1"]
+    assert recall.shares(small=False)[:4] == ["mamba2-0", "gdn-0", "gdn_longer-0", "mamba2-1"]
     assert json.dumps(typeseg.shares(small=False)) == '["seed-0", "seed-1", "seed-2", "seed-3", "seed-4"]'
 
 
@@ -250,8 +251,8 @@ def test_recall_converts_trains_and_measures(
 ) -> None:
     """The outputs do not move at conversion, level weights change them after it, and a second run finds its results."""
     pytest.importorskip("transformers")
-    monkeypatch.setattr(recall, "TASKS", (("stream", False),))
-    monkeypatch.setattr(recall, "ARMS", training.ARMS[:2])
+    short = dataclasses.replace(recall.SERIES["mamba2"], tasks=(("stream", False),), arms=training.ARMS[:2])
+    monkeypatch.setattr(recall, "SERIES", {"mamba2": short})
     losses: list[list[float]] = []
     score = recall.score
     monkeypatch.setattr(recall, "score", lambda x, *rest: losses.append(x.flatten().tolist()) or score(x, *rest))

@@ -15,26 +15,26 @@ from benchmarks.evidence.typeseg import AS_IT_IS, ORDER
 def recall_plot(found: Found, out: Path) -> bool:
     """A point for each seed: the gain of each arm against staying, in points; returns whether there is anything."""
     tasks = [f"{layout}, {'told' if told else 'untold'}" for layout, told in recall.TASKS]
-    panels = [(task, family) for task in tasks for family in models.FAMILIES]
+    panels = [(task, series) for task in tasks for series in recall.SERIES]
     shown = [(panel, points) for panel in panels if (points := _points(found, *panel))]
     if not shown:
         return False
     figure, axes = _subplots(len(shown))
-    for axis, ((task, family), points) in zip(axes, shown, strict=True):
+    for axis, ((task, series), points) in zip(axes, shown, strict=True):
         axis.axhline(0, color="0.6", linewidth=0.8)
         axis.plot([x for x, _ in points], [y for _, y in points], "o", alpha=0.7)
         axis.set_xticks(range(len(ARMS) - 1), [arm.name for arm in ARMS[1:]], rotation=30)
-        axis.set_title(f"{task}, {family}", fontsize=9)
+        axis.set_title(f"{task}, {series}", fontsize=9)
         axis.set_ylabel("points over staying")
     _save(figure, out)
     return True
 
 
-def _points(found: Found, task: str, family: str) -> list[tuple[int, float]]:
+def _points(found: Found, task: str, series: str) -> list[tuple[int, float]]:
     points = []
     for file in found:
         results, base = file["results"], f"{task}: {STAYING.name}"
-        if file["plan"]["family"] != family or base not in results:
+        if recall.series_of(file["plan"]) != series or base not in results:
             continue
         for number, arm in enumerate(ARMS[1:]):
             if (key := f"{task}: {arm.name}") in results:

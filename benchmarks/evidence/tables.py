@@ -31,12 +31,12 @@ def recall_tables(found: Found) -> str:
     """Accuracies before and after, gains against staying, and the verdict on the goal."""
     rows, verdicts = [], []
     for layout, told in recall.TASKS:
-        for family, name in models.FAMILIES.items():
+        for series, name in ((key, one.title) for key, one in recall.SERIES.items()):
             task = f"{layout}, {'told' if told else 'untold'}"
             files = [
                 f["results"]
                 for f in found
-                if f["plan"]["family"] == family and f"{task}: {STAYING.name}" in f["results"]
+                if recall.series_of(f["plan"]) == series and f"{task}: {STAYING.name}" in f["results"]
             ]
             if not files:
                 continue
@@ -67,13 +67,15 @@ def by_distance(found: Found) -> str:
     rows = []
     for layout, told in recall.TASKS:
         task = f"{layout}, {'told' if told else 'untold'}"
-        for family in models.FAMILIES if not told else ():
+        for series in recall.SERIES if not told else ():
             for arm in ("trained", STAYING.name, ARMS[-1].name):
                 key = f"{task}: {arm}"
-                files = [f["results"][key] for f in found if f["plan"]["family"] == family and key in f["results"]]
+                files = [
+                    f["results"][key] for f in found if recall.series_of(f["plan"]) == series and key in f["results"]
+                ]
                 if files:
                     columns = zip(*(file["by_octave"] for file in files), strict=True)
-                    rows.append([task, family, arm, *(_or_none(column) for column in columns)])
+                    rows.append([task, series, arm, *(_or_none(column) for column in columns)])
     octaves = max((len(row) - 3 for row in rows), default=0)
     return table(["task", "model", "arm", *(_range(octave) for octave in range(octaves))], rows)
 

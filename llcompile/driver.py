@@ -11,6 +11,7 @@ from typing import Any
 from torch import fx
 
 from llcompile.errors import StrictError
+from llcompile.folding import folded, grouped
 from llcompile.options import Options
 from llcompile.passes import pipeline
 from llcompile.passes.candidate import CallCandidate, Candidate
@@ -119,7 +120,11 @@ def check_strict(report: Report, options: Options) -> None:
     if not options.strict:
         return
     if report.declined:
-        lines = "\n".join(f"  {d.module or '(root)'}: {d.reason} ({d.where}) [{d.code}]" for d in report.declined)
+        alike = grouped(report.declined, lambda d: (d.reason, d.where, d.code))
+        lines = "\n".join(
+            f"  {', '.join(folded(d.module for d in group))}: {group[0].reason} ({group[0].where}) [{group[0].code}]"
+            for group in alike
+        )
         raise StrictError(f"strict=True, and {len(report.declined)} linear-time mixers were not converted:\n{lines}")
     if not report.converted and not report.untouched:
         said = " ".join(report.remarks) or "Check that the example runs the layers that you mean."

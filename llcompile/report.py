@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from llcompile.folding import folded, grouped
 from llcompile.patterns.records import Certificate, Converted, Declined, GraphBreak, ModelCertificate, Untouched
 
 __all__ = ["Certificate", "Converted", "Declined", "GraphBreak", "ModelCertificate", "Report", "Untouched"]
@@ -62,7 +63,7 @@ class Report:
             _merge(self.untouched, other.untouched),
             self.graphs + other.graphs,
             self.title or other.title,
-            tuple(dict.fromkeys((*self.breaks, *other.breaks))),
+            _counted((*self.breaks, *other.breaks)),
             self.certificate or other.certificate,
             self.unverified or other.unverified,
             tuple(dict.fromkeys((*self.remarks, *other.remarks))),
@@ -87,20 +88,18 @@ class Report:
         yield from (f"  {remark}" for remark in self.remarks)
         if self.converted:
             yield _converted_table(self.converted)
-            yield from (f"  {r.module or '(root)'}: {note}" for r in self.converted for note in r.notes)
+            noted = [(note, r.module) for r in self.converted for note in r.notes]
+            yield from (f"  {_names(m for _, m in group)}: {group[0][0]}" for group in grouped(noted, lambda n: n[0]))
         if self.declined:
             yield _declined_table(self.declined)
         if self.untouched:
-            kinds: dict[str, list[str]] = {}
-            for record in self.untouched:
-                kinds.setdefault(record.kind, []).append(record.module)
-            for kind, modules in kinds.items():
-                yield f"left untouched, {kind}: {', '.join(m or '(root)' for m in modules)}"
+            for alike in grouped(self.untouched, lambda r: r.kind):
+                yield f"left untouched, {alike[0].kind}: {_names(r.module for r in alike)}"
         if self.certificate is not None:
             yield _verified(self.certificate)
         elif self.unverified:
             yield f"not verified: {self.unverified}"
-        yield from (f"the graph breaks at {broken.where}: {broken.reason}" for broken in self.breaks)
+        yield from (f"the graph breaks at {b.where}{_times(b.count)}: {b.reason}" for b in self.breaks)
 
 
 def _verified(c: ModelCertificate) -> str:
@@ -111,25 +110,46 @@ def _verified(c: ModelCertificate) -> str:
     )
 
 
+def _times(count: int) -> str:
+    return f" ({count} times)" if count > 1 else ""
+
+
+def _names(modules: Iterable[str]) -> str:
+    return ", ".join(folded(modules))
+
+
 def _converted_table(records: tuple[Converted, ...]) -> Table:
     table = Table(title="converted", title_justify="left", box=None, pad_edge=False)
-    for name in ("module", "family", "heads x K x V", "found as", "proof error", "level weights", "parameters"):
-        table.add_column(name, justify="right" if name in ("proof error", "parameters") else "left", overflow="fold")
-    for r in records:
+    right = ("mixers", "proof error", "parameters")
+    columns = ("module", "mixers", "family", "heads x K x V", "found as", "proof error", "level weights", "parameters")
+    for name in columns:
+        table.add_column(name, justify="right" if name in right else "left", overflow="fold")
+    for alike in grouped(records, _shown_alike):
+        r = alike[0]
         sizes = f"{r.heads} x {r.key_dim} x {r.value_dim}"
-        proof = f"{r.certificate.max_error:.1e} {r.certificate.dtype}"
+        proof = f"{max(c.certificate.max_error for c in alike):.1e} {r.certificate.dtype}"
         shared = "" if r.weight_sets in (0, r.heads) else f", {r.heads // r.weight_sets} heads share each"
-        weights = r.level_weights + shared
-        table.add_row(r.module or "(root)", r.family, sizes, r.origin, proof, weights, f"{r.parameters:,}")
+        parameters = f"{sum(c.parameters for c in alike):,}"
+        modules = _names(c.module for c in alike)
+        row = modules, str(len(alike)), r.family, sizes, r.origin, proof, r.level_weights + shared, parameters
+        table.add_row(*row)
     return table
+
+
+def _shown_alike(r: Converted) -> Any:
+    """Equal for mixers that make one row: what is not summed, and of the proof not its error."""
+    sizes = r.heads, r.key_dim, r.value_dim, r.weight_sets, r.parameters
+    return r.family, *sizes, r.origin, r.certificate.dtype, r.level_weights
 
 
 def _declined_table(records: tuple[Declined, ...]) -> Table:
     table = Table(title="declined", title_justify="left", box=None, pad_edge=False)
     for name in ("module", "reason", "where", "what to do"):
         table.add_column(name, overflow="fold")  # a line that is cut cannot be opened
-    for r in records:
-        table.add_row(r.module or "(root)", escape(f"{r.reason} [{r.code}]"), r.where, escape(r.hint))
+    for alike in grouped(records, lambda r: (r.given, r.where)):
+        r = alike[0]
+        modules = _names(d.module for d in alike)
+        table.add_row(modules, escape(f"{r.reason} [{r.code}]"), r.where, escape(r.hint))
     return table
 
 
@@ -138,6 +158,13 @@ def _merge(first: tuple[Any, ...], second: tuple[Any, ...]) -> tuple[Any, ...]:
     two mixers."""
     again = {_identity(record) for record in second}
     return (*(record for record in first if _identity(record) not in again), *second)
+
+
+def _counted(breaks: Iterable[GraphBreak]) -> tuple[GraphBreak, ...]:
+    """The same line for the same reason stands once."""
+    return tuple(
+        replace(alike[0], count=sum(b.count for b in alike)) for alike in grouped(breaks, lambda b: (b.reason, b.where))
+    )
 
 
 def _identity(record: Any) -> tuple[str, str]:

@@ -100,10 +100,17 @@ class Declined:
 
 @dataclass(frozen=True)
 class GraphBreak:
-    """A line of the user's code at which Dynamo ends one graph and starts another; a mixer across it is not found."""
+    """A line of the user's code at which Dynamo ends one graph and starts another; a mixer across it is not found.
+
+    Args:
+        reason: why, as Dynamo says it.
+        where: the user's file and line.
+        count: how many graphs end there: a line in a layer ends one for each layer.
+    """
 
     reason: str
     where: str
+    count: int = 1
 
 
 @dataclass(frozen=True)

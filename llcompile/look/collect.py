@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx
@@ -31,6 +31,7 @@ class _Draft:
     look: MixerLook
     candidate: Candidate | None
     position: int
+    titles: Mapping[fx.Node, str] = field(default_factory=dict)
 
 
 def collect(session: Session) -> tuple[list[MixerLook], Callable[..., Any]]:
@@ -70,7 +71,7 @@ def _of_candidate(session: Session, candidate: Candidate, order: dict[fx.Node, i
     inside = region_nodes(candidate)
     nodes = sorted((n for n in inside if n in order), key=order.__getitem__)
     before = code.steps(nodes, candidate.module)
-    lines = [operand.text for operand in mixer_operands.operands(candidate)]
+    operands = mixer_operands.operands(candidate)
     weights = candidate.level_weights
     fresh = candidate.owner is None or session.settings.find(candidate.owner, candidate.attribute) is None
     look = MixerLook(
@@ -87,13 +88,23 @@ def _of_candidate(session: Session, candidate: Candidate, order: dict[fx.Node, i
         certificate=candidate.certificate,
         level_weights="none" if weights is None else weights.kind,
         parameters=0 if weights is None else sum(p.numel() for p in weights.parameters()),
-        before="\n".join([*lines, code.text(before)]),
+        operands=tuple(operand for operand, _ in operands),
+        before="\n".join([*(operand.text for operand, _ in operands), code.text(before)]),
         source=excerpt(candidate.where, (step.where for step in before)),
         notes=candidate.all_notes,
-        drawing_before=draw(nodes, candidate.module),
+        drawing_before=draw(nodes, candidate.module, titles=_titles(operands)),
         table=None if weights is None else level_table(weights, fresh),
     )
-    return _Draft(look, candidate, order.get(candidate.node, 0))
+    return _Draft(look, candidate, order.get(candidate.node, 0), _titles(operands))
+
+
+def _titles(operands: list[mixer_operands.Read]) -> dict[fx.Node, str]:
+    """What the boxes of operands are called. One tensor may be several: queries and keys, say."""
+    titles: dict[fx.Node, list[str]] = {}
+    for operand, node in operands:
+        if node is not None:
+            titles.setdefault(node, []).append(operand.title)
+    return {node: ", ".join(dict.fromkeys(names)) for node, names in titles.items()}
 
 
 def _of_near_miss(session: Session, record: Declined, order: dict[fx.Node, int]) -> _Draft:
@@ -120,7 +131,8 @@ def _after(draft: _Draft) -> MixerLook:
     nodes = [n for n in candidate.region.graph.nodes if n in written and (n.users or n.is_impure())]
     after = code.text(code.steps(nodes, candidate.module))
     folded = dict.fromkeys(weight_nodes(nodes), "level weights")
-    return replace(draft.look, after=after, call=call_in(nodes), drawing_after=draw(nodes, candidate.module, folded))
+    drawing = draw(nodes, candidate.module, folded, draft.titles)
+    return replace(draft.look, after=after, call=call_in(nodes), drawing_after=drawing)
 
 
 def region_nodes(candidate: Candidate) -> set[fx.Node]:

@@ -15,13 +15,19 @@ _FEW = 32  # operations that are drawn one by one; more are drawn line by line
 _UP, _DOWN = 1, 1  # how far around the mixer the drawing goes
 
 
-def draw(nodes: Sequence[fx.Node], module: str, folded: Mapping[fx.Node, str] | None = None) -> Drawing:
+def draw(
+    nodes: Sequence[fx.Node],
+    module: str,
+    folded: Mapping[fx.Node, str] | None = None,
+    titles: Mapping[fx.Node, str] | None = None,
+) -> Drawing:
     """The nodes of one graph and their surroundings.
 
     Args:
         nodes: the mixer's, in the order of the graph.
         module: the mixer's module, whose parameters are called `self.…`.
         folded: nodes that share a box, with its title. Without it, more than a few nodes are drawn line by line.
+        titles: what nodes outside the mixer are called, instead of their own names.
     """
     inside = set(nodes)
     around = _above(inside) | _below(inside)
@@ -34,7 +40,8 @@ def draw(nodes: Sequence[fx.Node], module: str, folded: Mapping[fx.Node, str] | 
     for node, step in made.items():
         kind: Kind = "inside" if node in inside else "parameter" if _is_held(node) else "outside"
         # Outside, what a thing is called says more than how it was made.
-        title = folded.get(node) or (step.operation if kind == "inside" else re.sub(r"_\d+$", "", step.name))
+        own = step.operation if kind == "inside" else (titles or {}).get(node) or re.sub(r"_\d+$", "", step.name)
+        title = folded.get(node) or own
         name = f"folded {title}" if node in folded else step.name
         count = boxes[name].count + 1 if name in boxes else 1
         box_of[node] = name

@@ -33,6 +33,45 @@ class Excerpt:
 
 
 @dataclass(frozen=True)
+class Operand:
+    """One tensor that comes into a mixer.
+
+    Args:
+        roles: what it becomes: "query", "key", "value", "decay", "beta", "state", or "output" for what acts on the
+            result alone; a step size is part of both value and decay. Empty if the call was declined before it was read.
+        argument: the known function's own name for it; "" in hand-written code.
+        name: the value in the code that it is.
+        axes: letters for its axes, B, T, H, G, K, V.
+        shape: its sizes.
+        dtype: "f32", "bf16".
+    """
+
+    roles: tuple[str, ...]
+    argument: str
+    name: str
+    axes: tuple[str, ...]
+    shape: tuple[str, ...]
+    dtype: str
+
+    @property
+    def role(self) -> str:
+        """Its roles in words."""
+        return " and ".join(self.roles)
+
+    @property
+    def title(self) -> str:
+        """What it is and what it is called: "key B", "query"."""
+        return " ".join(dict.fromkeys(filter(None, (self.role, self.argument))))
+
+    @property
+    def text(self) -> str:
+        """One line of a comment."""
+        axes = f"[{', '.join(self.axes)}] = " if self.axes else ""
+        name = f", {self.name}" if self.name and self.name != self.title else ""
+        return f"# {self.title}: {axes}[{', '.join(self.shape)}] {self.dtype}{name}"
+
+
+@dataclass(frozen=True)
 class OperandSizes:
     """Sizes of the operator's operands: q, k [B, T, G, K], v [B, T, H, V]; T is 1 for a decode step."""
 
@@ -120,6 +159,7 @@ class MixerLook:
         certificate: the result of its proof, or None.
         level_weights: their kind, or "none".
         parameters: number of parameters that the level weights add.
+        operands: the tensors that come into it.
         before: the region as code, one operation per line, with shapes.
         after: the code that replaces it; "" if it was declined.
         call: the operator's call in `after`.
@@ -142,6 +182,7 @@ class MixerLook:
     certificate: Certificate | None = None
     level_weights: str = "none"
     parameters: int = 0
+    operands: tuple[Operand, ...] = ()
     before: str = ""
     after: str = ""
     call: OperatorCall | None = None

@@ -3,52 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import fx
 
 from llcompile.look.code import dtype_name, name_of
+from llcompile.look.mixer_look import Operand
+from llcompile.look.roles import roles_of
 from llcompile.passes.candidate import CallCandidate, Candidate, GraphCandidate
 from llcompile.patterns.structure.found import Found
 from llcompile.patterns.structure.lifted import Lifted, LiveIn
 from llcompile.patterns.structure.program import Value
 
 
-@dataclass(frozen=True)
-class Operand:
-    """One tensor that comes into a mixer.
-
-    Args:
-        role: what it is: the function's own name for the argument, or "query", "key", "value", "decay", "beta".
-        name: the value in the code that it is.
-        axes: letters for its axes, B, T, H, G, K, V.
-        shape: its sizes.
-    """
-
-    role: str
-    name: str
-    axes: tuple[str, ...]
-    shape: tuple[str, ...]
-    dtype: str
-
-    @property
-    def text(self) -> str:
-        """One line of a comment."""
-        axes = f"[{', '.join(self.axes)}] = " if self.axes else ""
-        return f"# {self.role}: {axes}[{', '.join(self.shape)}] {self.dtype}" + (
-            f", {self.name}" if self.name and self.name != self.role else ""
-        )
+# An operand, and the node that it is if it is one node.
+Read = tuple[Operand, fx.Node | None]
 
 
-def operands(candidate: Candidate) -> list[Operand]:
+def operands(candidate: Candidate) -> list[Read]:
     """What comes into a mixer, in the order of the function's arguments or of the operator's."""
     if isinstance(candidate, GraphCandidate):
         return list(_of_part(candidate.found, candidate.module))
     return list(_of_call(candidate)) if isinstance(candidate, CallCandidate) else []
 
 
-def _of_call(candidate: CallCandidate) -> Iterator[Operand]:
+def _of_call(candidate: CallCandidate) -> Iterator[Read]:
+    roles = {} if candidate.bound is None else roles_of(candidate.captured.entry, candidate.bound)
     for tensor in candidate.captured.entry.tensors:
         node = candidate.node.kwargs.get(tensor.name)
         value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
@@ -57,10 +37,10 @@ def _of_call(candidate: CallCandidate) -> Iterator[Operand]:
         values = {} if candidate.bound is None else candidate.bound.values
         axes = candidate.captured.entry.axes(tensor, value.dim(), values) or ()
         shape, name = tuple(map(str, value.shape)), name_of(node, candidate.module)
-        yield Operand(tensor.name, name, tuple(axes), shape, dtype_name(value.dtype))
+        yield Operand(roles.get(tensor.name, ()), tensor.name, name, tuple(axes), shape, dtype_name(value.dtype)), node
 
 
-def _of_part(found: Found, module: str) -> Iterator[Operand]:
+def _of_part(found: Found, module: str) -> Iterator[Read]:
     hypothesis = found.hypothesis
     named = [("query", hypothesis.query), ("key", hypothesis.key), ("value", hypothesis.value)]
     named += [("decay", hypothesis.decay), ("beta", hypothesis.beta)]
@@ -81,7 +61,8 @@ def _of_part(found: Found, module: str) -> Iterator[Operand]:
         layout = hypothesis.layouts[live_in]
         read = tuple("*".join(_letter(letters.get(id(a), "·"), shared) for a in axis) or "1" for axis in layout)
         shape = tuple(str(_product(a.size for a in axis)) for axis in layout)
-        yield Operand(role, _name(live_in, module), read, shape, dtype_name(_dtype(live_in)))
+        node = None if isinstance(live_in, Lifted) else live_in.node
+        yield Operand((role,), "", _name(live_in, module), read, shape, dtype_name(_dtype(live_in))), node
 
 
 def _letter(letter: str, shared: bool) -> str:

@@ -285,9 +285,11 @@ def _stand_in(captured: CapturedFunction, is_ours: Callable[[], bool]) -> Callab
     def stand_in(*args: Any, **kwargs: Any) -> Any:
         if not ours():
             return function(*args, **kwargs)
-        arguments = dict(zip(names, args, strict=False))
-        arguments.update(kwargs)
-        target = targets[min(len(args), len(names))]
-        return target(**{name: value for name, value in arguments.items() if keeps_all or name in kept})
+        count = min(len(args), len(names))
+        # A result without a name is called after the variable that first holds it. None here, or every operand would
+        # be called after that one: `dict(zip(...))` has a `value` in Dynamo's own code.
+        arguments = {**{names[i]: args[i] for i in range(count)}, **kwargs}
+        target = targets[count]
+        return target(**{name: arguments[name] for name in arguments if keeps_all or name in kept})
 
     return stand_in

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,6 +24,8 @@ from llcompile.look.collect import collect, without_graph
 from llcompile.look.findings import Subject
 from llcompile.look.look import Look
 from llcompile.look.mixer_look import MixerLook
+from llcompile.look.model_cost import Elsewhere, elsewhere
+from llcompile.look.timings import Stopwatch
 from llcompile.options import Options
 from llcompile.passes import discover
 from llcompile.passes.candidate import Candidate
@@ -105,7 +108,8 @@ def inspect(model: nn.Module, *example_args: Any, options: dict[str, Any] | None
     subject = Subject(model, example_args, example_kwargs, converted)
     seen = {(mixer.module, mixer.where) for mixer in run.mixers}
     unseen = [without_graph(record) for record in run.report.declined if (record.module, record.where) not in seen]
-    return Look(**vars(run.report), mixers=(*run.mixers, *unseen), subject=subject)
+    mixers, timings = (*run.mixers, *unseen), run.watch.timings()
+    return Look(**vars(run.report), mixers=mixers, elsewhere=run.elsewhere, timings=timings, subject=subject)
 
 
 def revert(model: nn.Module) -> int:
@@ -290,11 +294,16 @@ class _Inspection(_Run):
         super().__init__(example, options)
         self.visit = visit
         self.mixers: list[MixerLook] = []
+        self.elsewhere = Elsewhere()
+        self.watch = Stopwatch()
 
     def _note(self, session: Session, found: Report) -> Callable[..., Any]:
         super()._note(session, found)
         self.visit(session)
+        since = time.perf_counter()
+        self.elsewhere += elsewhere(session)
         mixers, original = collect(session)
+        self.watch.add(session, since)
         # A frame that was traced twice is looked at twice; the later look holds.
         again = {(mixer.module, mixer.where) for mixer in mixers}
         self.mixers = [m for m in self.mixers if (m.module, m.where) not in again] + mixers

@@ -22,6 +22,7 @@ from llcompile.passes.rewrite import rewrite
 from llcompile.passes.session import Session
 from llcompile.passes.states import states
 from llcompile.passes.withhold import withhold
+from llcompile.patterns.records import Timing
 from llcompile.torch_internals import nested_gradients
 from llcompile.torch_internals.inputs import tracing_fake_mode
 from llcompile.torch_internals.tape import own_tape
@@ -69,4 +70,6 @@ def _run(session: Session, passes: tuple[Pass, ...]) -> None:
         with own_tape():
             count = step(session)
         check(session, step.__name__)
-        log.debug("pass %s: %d in %.1f ms", step.__name__, count, 1e3 * (time.perf_counter() - start))
+        seconds = time.perf_counter() - start
+        session.timings.append(Timing(step.__name__, seconds))
+        log.debug("pass %s: %d in %.1f ms", step.__name__, count, 1e3 * seconds)

@@ -5,6 +5,7 @@ One proof serves every call with the same function, constants and set of operand
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from llcompile.patterns.known.behaviour import behaviour
 from llcompile.patterns.known.draws import small_sizes
 from llcompile.patterns.known.proof import DoesNotRun, prove_call
 from llcompile.patterns.reasons import GivenReason
-from llcompile.patterns.records import Certificate
+from llcompile.patterns.records import Certificate, Timing
 
 _proofs: dict[Any, Certificate | GivenReason] = {}
 
@@ -30,22 +31,25 @@ def prove(session: Session) -> int:
     for candidate in session.candidates:
         if candidate.open and isinstance(candidate, CallCandidate):
             with boundary(candidate.where) as outcome:
-                _prove(candidate, session.settings.kind != "none", failed)
+                _prove(session, candidate, failed)
             if outcome.failed:
                 candidate.decline(outcome.given)
     return sum(candidate.open for candidate in session.candidates)
 
 
-def _prove(candidate: CallCandidate, weighted: bool, failed: dict[Any, GivenReason]) -> None:
+def _prove(session: Session, candidate: CallCandidate, failed: dict[Any, GivenReason]) -> None:
     """`failed` are proofs that did not run in this look: want of memory, say, which need not last."""
-    captured = candidate.captured
+    captured, weighted = candidate.captured, session.settings.kind != "none"
     key = (captured.function, behaviour(captured.plain), weighted, _fingerprint(candidate))
     if key not in _proofs and key not in failed:
+        start = time.perf_counter()
         try:
             with undisturbed():
                 _proofs[key] = torch._dynamo.disable(prove_call)(captured, candidate.call, weighted)
         except DoesNotRun as error:
             failed[key] = reasons.NOT_PROVABLE_HERE(problem=error)
+        seconds, function = time.perf_counter() - start, captured.entry.function
+        session.timings.append(Timing(f"proof of {function}", seconds, within="prove", what=f"for {candidate.where}"))
     result = _proofs[key] if key in _proofs else failed[key]
     if isinstance(result, Certificate):
         candidate.certificate = result

@@ -10,7 +10,7 @@ from llcompile.passes.session import Session
 from llcompile.patterns.boundary import Outcome, boundary
 from llcompile.patterns.graph.regions import Region
 from llcompile.patterns.mixer import MixerShape
-from llcompile.patterns.records import Declined
+from llcompile.patterns.records import Declined, Timing
 from llcompile.patterns.structure.find import find
 from llcompile.patterns.structure.found import Findings, Found, NearMiss, anchor
 from llcompile.patterns.structure.numbers import numbers_read
@@ -34,6 +34,9 @@ def recognise(session: Session) -> int:
             continue
         session.programs[region] = findings.program
         session.structure_counts.update(findings.counts)
+        if findings.counts["proofs"]:
+            proofs = Timing("proofs of hand-written code", findings.proving, findings.counts["proofs"], "recognise")
+            session.timings.append(proofs)
         log.debug("recognise: %s", ", ".join(f"{rule} {n}" for rule, n in sorted(findings.counts.items())))
         for found in findings.found:
             lengths.hold(found, findings.denominators.get(id(found), []))

@@ -13,7 +13,7 @@ from llcompile.passes.candidate import Candidate
 from llcompile.passes.marks import Mark, take
 from llcompile.patterns.graph.regions import Region, regions
 from llcompile.patterns.reasons import GivenReason
-from llcompile.patterns.records import Declined, Untouched
+from llcompile.patterns.records import Declined, Timing, Untouched
 from llcompile.patterns.structure.program import Program
 from llcompile.torch_internals import nested_gradients
 
@@ -78,6 +78,8 @@ class Session:
     programs: dict[Region, Program] = field(default_factory=dict)
     # How often each rule of the structural recogniser was used.
     structure_counts: Counter[str] = field(default_factory=Counter)
+    # How long each pass and proof took.
+    timings: list[Timing] = field(default_factory=list)
     # (owner, attribute) of the level weights that this look made.
     attached: list[tuple[nn.Module, str]] = field(default_factory=list)
 

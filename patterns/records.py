@@ -114,6 +114,25 @@ class GraphBreak:
 
 
 @dataclass(frozen=True)
+class Timing:
+    """How long a step of a look took, measured in that run.
+
+    Args:
+        step: its name: a pass, a proof, or what is done beside the passes.
+        seconds: of all times together.
+        count: how often it was done.
+        within: the step that its time is part of, or "".
+        what: what it does.
+    """
+
+    step: str
+    seconds: float
+    count: int = 1
+    within: str = ""
+    what: str = ""
+
+
+@dataclass(frozen=True)
 class Untouched:
     """Another mechanism, left unchanged.
 

@@ -13,6 +13,8 @@ from torch import nn
 from llcompile.look.cost import MixerCost, cost_of
 from llcompile.look.generated import GeneratedKernels, kernels_of
 from llcompile.look.mixer_look import MixerLook
+from llcompile.look.model_cost import Elsewhere, ModelCost
+from llcompile.patterns.records import Timing
 from llcompile.report import Report
 
 
@@ -35,10 +37,14 @@ class Findings(Report):
 
     Args:
         mixers: one record for each mixer that was converted or declined, in the order in which the model calls them.
+        elsewhere: the matrix products outside of the converted mixers.
+        timings: how long each step of this run took.
         subject: the model and its inputs.
     """
 
     mixers: tuple[MixerLook, ...] = ()
+    elsewhere: Elsewhere = field(default_factory=Elsewhere)
+    timings: tuple[Timing, ...] = field(default=(), compare=False)
     subject: Subject | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -66,9 +72,19 @@ class Findings(Report):
         """The cost of each converted mixer."""
         return tuple(cost for mixer in self.mixers if (cost := cost_of(mixer)) is not None)
 
+    @property
+    def cost(self) -> ModelCost:
+        """The cost of the whole model: all converted mixers, and the matrix products elsewhere."""
+        return ModelCost(self.elsewhere, self.costs)
+
     def to_dict(self) -> dict[str, Any]:
-        """The report and the mixers as plain dicts, lists and numbers, ready for JSON."""
-        return {**self.report.to_dict(), "mixers": [_mixer(mixer) for mixer in self.mixers]}
+        """The report, the mixers, the cost and the timings as plain dicts, lists and numbers, ready for JSON."""
+        return {
+            **self.report.to_dict(),
+            "mixers": [_mixer(mixer) for mixer in self.mixers],
+            "cost": {"at": self.cost.at(), "elsewhere": asdict(self.elsewhere)},
+            "timings": [asdict(timing) for timing in self.timings],
+        }
 
     @property
     def report(self) -> Report:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +32,7 @@ class GeneratedKernels:
     modules: tuple[str, ...]
     problem: str = ""
     _taken: dict[str, list[Any]] = field(default_factory=dict, compare=False, repr=False)
+    _seconds: dict[str, float] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -60,20 +62,30 @@ class GeneratedKernels:
         The kernels are compiled for it, which takes seconds each and needs Triton, but no such chip. Kept once done.
         For "cpu": the library that the C++ compiler makes for this machine, its size, and the compiler's flags.
         """
-        if chip == CPU and chip not in self._taken:
+        if chip not in self._taken and (chip == CPU or not self.problem):
+            start = time.perf_counter()
+            self._taken[chip] = self._compile(chip)
+            self._seconds[chip] = time.perf_counter() - start
+        return self._taken.get(chip, [])
+
+    def _compile(self, chip: str) -> list[Any]:
+        if chip == CPU:
             from llcompile.kernels.cpp import show
 
-            self._taken[chip] = list(show.resources(self.description))
-        elif chip not in self._taken and not self.problem:
-            from llcompile.kernels.triton.check import reports
+            return list(show.resources(self.description))
+        from llcompile.kernels.triton.check import reports
 
-            self._taken[chip] = list(reports(self.description, chip))
-        return self._taken.get(chip, [])
+        return list(reports(self.description, chip))
 
     @property
     def compiled(self) -> dict[str, list[Any]]:
         """Chip -> what `resources` has found out so far."""
         return dict(self._taken)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Chip -> how long `resources` took for it, with what it found compiled already."""
+        return dict(self._seconds)
 
 
 def kernels_of(mixers: Iterable[MixerLook]) -> tuple[GeneratedKernels, ...]:

@@ -38,7 +38,7 @@ class Operand:
 
     Args:
         roles: what it becomes: "query", "key", "value", "decay", "beta", "state", or "output" for what acts on the
-            result alone; a step size is part of both value and decay. Empty if the call was declined before it was read.
+            result alone; a step size is part of both value and decay. Empty if the call was declined unread.
         argument: the known function's own name for it; "" in hand-written code.
         name: the value in the code that it is.
         axes: letters for its axes, B, T, H, G, K, V.

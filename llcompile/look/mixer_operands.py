@@ -15,7 +15,6 @@ from llcompile.patterns.structure.found import Found
 from llcompile.patterns.structure.lifted import Lifted, LiveIn
 from llcompile.patterns.structure.program import Value
 
-
 # An operand, and the node that it is if it is one node.
 Read = tuple[Operand, fx.Node | None]
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import textwrap
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -12,36 +10,23 @@ import torch
 
 from llcompile import __version__
 from llcompile.errors import MissingLibraryError
+from llcompile.folding import folded, grouped
+from llcompile.look import highlight
 from llcompile.look.cost import SYMBOLS, cost_of
 from llcompile.look.environment import environment
 from llcompile.look.findings import Findings
+from llcompile.look.generated import GeneratedKernels
+from llcompile.look.groups import Group, groups, kernels_anchor
 from llcompile.look.mask import blocks
-from llcompile.look.mixer_look import Excerpt, MixerLook
+from llcompile.look.mixer_look import MixerLook
 from llcompile.look.module_tree import Branch, tree
 from llcompile.look.picture import Picture, lay_out
+from llcompile.patterns.records import Timing
 
 MASK_TOKENS = 32
 _LIBRARIES = ("jinja2", "pygments", "grandalf")
 _LENGTHS = (4_096, 65_536, 1_048_576)
-_LONG = 400  # lines of code that a page shows of one region
-
-
-@dataclass(frozen=True)
-class Group:
-    """Mixers of equal code, shown once.
-
-    Args:
-        anchor: the fragment of the page.
-        mixers: the first one stands for all.
-    """
-
-    anchor: str
-    mixers: tuple[MixerLook, ...]
-
-    @property
-    def first(self) -> MixerLook:
-        """The one that is shown."""
-        return self.mixers[0]
+_SHORT = 0.01  # seconds; shorter steps are one row
 
 
 def page(look: Findings) -> str:
@@ -51,15 +36,18 @@ def page(look: Findings) -> str:
         MissingLibraryError: a library of the extra `html` is not installed.
     """
     check_libraries()
-    groups = _groups(look)
+    found = groups(look.mixers, look.kernels)
     template = _environment().get_template("page.html.j2")
     return template.render(
         look=look,
-        groups=groups,
-        tree=_tree(look, groups),
-        pictures={g.anchor: _pictures(g.first) for g in groups},
-        kernels=[(f"kernels-{i}", k) for i, k in enumerate(look.kernels)],
-        costs={group.anchor: cost_of(group.first) for group in groups},
+        groups=found,
+        families=grouped(found, lambda group: group.family),
+        tree=_tree(look, found),
+        pictures={g.anchor: _pictures(g.first) for g in found},
+        kernels=[(kernels_anchor(i), file) for i, file in enumerate(look.kernels)],
+        costs={group.anchor: cost_of(group.first) for group in found},
+        untouched=grouped(look.untouched, lambda record: record.kind),
+        timings=_timings(look.timings, look.kernels),
         lengths=_LENGTHS,
         symbols=SYMBOLS,
         mask=list(blocks(MASK_TOKENS)),
@@ -73,15 +61,6 @@ def check_libraries() -> None:
     missing = [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]
     if missing:
         raise MissingLibraryError(f"the page needs {' and '.join(missing)}: pip install 'llcompile[html]'")
-
-
-def _groups(look: Findings) -> list[Group]:
-    found: dict[Any, list[MixerLook]] = {}
-    for m in look.mixers:
-        # The same line of code with the same sizes is the same code; level weights that were trained are their own.
-        key = m.where, m.fate, m.family, m.reason, m.call, m.notes, m.level_weights
-        found.setdefault(key, []).append(m)
-    return [Group(f"mixer-{i}", tuple(mixers)) for i, mixers in enumerate(found.values())]
 
 
 def _tree(look: Findings, groups: list[Group]) -> Branch | None:
@@ -100,63 +79,24 @@ def _pictures(mixer: MixerLook) -> dict[str, Picture]:
     return {name: lay_out(drawing) for name, drawing in drawings.items() if drawing.boxes}
 
 
+def _timings(timings: tuple[Timing, ...], kernels: tuple[GeneratedKernels, ...]) -> list[Timing]:
+    """The steps that took long, the short ones together, and what compiled kernels took."""
+    long = [t for t in timings if t.seconds >= _SHORT]
+    short = [t for t in timings if t.seconds < _SHORT and not t.within]
+    if short:
+        names = ", ".join(t.step for t in short)
+        long.append(Timing("other passes", sum(t.seconds for t in short), len(short), what=names))
+    compiled = (
+        Timing(f"compile for {chip}", seconds, what=file.name)
+        for file in kernels
+        for chip, seconds in file.seconds.items()
+    )
+    return [*long, *compiled]
+
+
 @cache
 def _environment() -> Any:
-    return environment(_FILTERS, code_styles=_code_styles)
-
-
-def _highlighted(text: str, lexer: Any, **options: Any) -> Any:
-    import pygments
-    from markupsafe import Markup
-    from pygments.formatters import HtmlFormatter
-
-    return Markup(pygments.highlight(text, lexer, HtmlFormatter(cssclass="code", **options)))
-
-
-def _code(text: str) -> Any:
-    """Python with syntax colours; what is longer than a page shows is left out, and the page says so."""
-    lines = text.splitlines()
-    if len(lines) > _LONG:
-        text = "\n".join(
-            [*lines[:_LONG], f"# … {len(lines) - _LONG:,} more lines; see look.graph_before for all of them"]
-        )
-    return _whole(text)
-
-
-def _whole(text: str) -> Any:
-    from pygments.lexers import PythonLexer
-
-    return _highlighted(text, PythonLexer(stripnl=False))
-
-
-def _cpp(text: str) -> Any:
-    from pygments.lexers import CppLexer
-
-    return _highlighted(text, CppLexer(stripnl=False))
-
-
-def _excerpt(source: Excerpt) -> Any:
-    from pygments.lexers import PythonLexer
-
-    text = textwrap.dedent("\n".join(source.lines))
-    marked = [line - source.first + 1 for line in source.marked]
-    numbers = {"linenos": "inline", "linenostart": source.first, "hl_lines": marked}
-    return _highlighted(text, PythonLexer(stripnl=False), **numbers)
-
-
-def _diff(text: str) -> Any:
-    from pygments.lexers import DiffLexer
-
-    return _highlighted(text, DiffLexer())
-
-
-def _code_styles() -> Any:
-    from markupsafe import Markup
-    from pygments.formatters import HtmlFormatter
-
-    light, dark = (HtmlFormatter(style=style, cssclass="code") for style in ("friendly", "github-dark"))
-    rules = light.get_style_defs(".code")
-    return Markup(f"{rules}\n@media (prefers-color-scheme: dark) {{\n{dark.get_style_defs('.code')}\n}}")
+    return environment(_FILTERS)
 
 
 def _engineering(number: float, unit: str = "") -> str:
@@ -181,12 +121,17 @@ def _lines(text: str) -> int:
     return len(text.splitlines())
 
 
+def _folded(records: Any) -> str:
+    return ", ".join(folded(record.module for record in records))
+
+
 _FILTERS = {
-    "code": _code,
-    "whole": _whole,
-    "cpp": _cpp,
-    "excerpt": _excerpt,
-    "diff": _diff,
+    "code": highlight.code,
+    "whole": highlight.whole,
+    "cpp": highlight.cpp,
+    "excerpt": highlight.excerpt,
+    "diff": highlight.diff,
+    "folded": _folded,
     "engineering": _engineering,
     "shade": _shade,
     "weight": _weight,

@@ -1,7 +1,7 @@
 """Roles: what each argument of a known function becomes, query, key, value or another operand of the operator.
 
-Read off the entry's own binding, which is run on symbols: an argument's name says little. Mamba-2's `C` is the query and
-its `B` the key.
+Read off the entry's own binding, which is run on symbols: an argument's name says little. Mamba-2's `C` is the query,
+and its `B` is the key.
 """
 
 from __future__ import annotations

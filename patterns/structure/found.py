@@ -272,6 +272,7 @@ class Findings:
         failed: fingerprint of a subgraph that did not run -> its rejection in this look; another may have the memory.
         one: what runs over one position, where the example has one token and shows no mixing.
         counts: uses of each axis rule, and of each step here.
+        proving: seconds that the proofs took.
         stopped: where the search ended because it had taken too many steps; what comes after was not looked at.
     """
 
@@ -282,6 +283,7 @@ class Findings:
     denominators: dict[int, list[Found]] = field(default_factory=dict)
     one: Op | None = None
     counts: Counter[str] = field(default_factory=Counter)
+    proving: float = 0.0
     stopped: Value | None = None
 
     def is_spent(self) -> bool:

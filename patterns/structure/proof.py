@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -52,6 +53,7 @@ def proved(
     known = recall(key, problem)
     if known is None:
         findings.counts["proofs"] += 1
+        start = time.perf_counter()
         try:
             known = _prove(problem, analysis, bounds, erased)
         except Rejection as first:
@@ -63,6 +65,8 @@ def proved(
             else:
                 findings.failed[key] = rejection
             raise rejection from first.__cause__
+        finally:
+            findings.proving += time.perf_counter() - start
         remember(key, problem, known)
     return known
 

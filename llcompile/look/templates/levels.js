@@ -1,4 +1,4 @@
-"use strict";
+// The level mask: says what a block is, and shows the weights of a chosen head. Without it, the titles of blocks say so.
 for (const levels of document.querySelectorAll("[data-levels]")) {
   const mask = levels.querySelector(".mask");
   const readout = levels.querySelector(".readout");
@@ -53,12 +53,4 @@ for (const levels of document.querySelectorAll("[data-levels]")) {
       if (current) say(current);
     });
   }
-}
-
-// A wide drawing opens at the mixer.
-for (const scroll of document.querySelectorAll("figure > .scroll")) {
-  const inside = scroll.querySelector(".operator") ?? scroll.querySelector(".inside");
-  if (!inside) continue;
-  const box = inside.getBoundingClientRect(), room = scroll.getBoundingClientRect();
-  scroll.scrollLeft += box.left + box.width / 2 - room.left - room.width / 2;
 }

@@ -108,7 +108,7 @@ def test_by_keyboard_alone(browser: Any, pages: dict[str, Path]) -> None:
     page.keyboard.press("Enter")
     assert page.evaluate("document.activeElement.id") == "main"
 
-    for _ in range(60):
+    for _ in range(120):
         page.keyboard.press("Tab")
         if focused() == "mask":
             break
@@ -152,3 +152,95 @@ def test_a_module_leads_to_its_mixer(browser: Any, pages: dict[str, Path]) -> No
     article = page.locator("article:target")
     assert article.locator("h2").text_content() == "A near miss"
     assert "not causal: output" in article.locator(".reason").text_content()
+
+
+def test_a_graph_zooms_and_pans(browser: Any, pages: dict[str, Path]) -> None:
+    page, wrong = opened(browser, pages["fresh"])
+    graph = page.locator("#mixer-0 .graph").nth(1)
+    width = lambda: graph.locator("svg").evaluate("e => e.getBoundingClientRect().width")  # noqa: E731
+    shown = page.locator("#mixer-0 figure").nth(1).locator("output")
+    graph.focus()
+    before = width()
+    page.keyboard.press("+")
+    assert width() == pytest.approx(1.25 * before, rel=0.01)
+    page.keyboard.press("-")
+    assert width() == pytest.approx(before, rel=0.01)
+    page.keyboard.press("1")
+    assert shown.text_content() == "100 %"
+    page.keyboard.press("0")
+    fits = "e => e.scrollWidth <= e.clientWidth + 1 && e.scrollHeight <= e.clientHeight + 1"
+    assert graph.evaluate(fits)
+
+    for _ in range(6):
+        page.keyboard.press("+")
+    assert not graph.evaluate(fits)
+    box = graph.bounding_box()
+    x, y = box["x"] + 200, box["y"] + 100
+    at = graph.evaluate("e => [e.scrollLeft, e.scrollTop]")
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(x - 40, y - 30)
+    page.mouse.up()
+    assert graph.evaluate("e => [e.scrollLeft, e.scrollTop]") == pytest.approx([at[0] + 40, at[1] + 30], abs=1)
+    page.mouse.move(x, y)
+    assert graph.evaluate("e => [e.scrollLeft, e.scrollTop]") == pytest.approx([at[0] + 40, at[1] + 30], abs=1)
+
+    place = f"""() => {{
+      const box = document.querySelectorAll("#mixer-0 .graph svg")[1].getBoundingClientRect();
+      return [({x} - box.left) / box.width, ({y} - box.top) / box.height];
+    }}"""
+    wider = "w => document.querySelectorAll('#mixer-0 .graph svg')[1].getBoundingClientRect().width > w"
+    fixed, before = page.evaluate(place), width()
+    page.keyboard.down("Control")
+    page.mouse.wheel(0, -60)
+    page.keyboard.up("Control")
+    page.wait_for_function(wider, arg=before, timeout=5000)
+    assert page.evaluate(place) == pytest.approx(fixed, abs=0.01), "what is below the pointer stays there"
+
+    large = page.locator("#mixer-0 figure").nth(1).locator("[data-do=enlarge]")
+    narrow = graph.bounding_box()["width"]
+    large.click()
+    assert graph.bounding_box()["width"] > 1.5 * narrow
+    assert large.get_attribute("aria-pressed") == "true"
+    assert wrong == []
+
+
+def test_search(browser: Any, pages: dict[str, Path]) -> None:
+    page, wrong = opened(browser, pages["fresh"])
+    hits, status = page.locator(".search li"), page.locator(".search [role=status]")
+    page.keyboard.press("/")
+    page.keyboard.type("layers.3")
+    assert "layers.3" in hits.first.text_content()
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.textContent") == "layers.3"
+    assert page.evaluate("document.activeElement.closest('details').open"), "what was folded is open"
+
+    page.keyboard.press("/")
+    page.keyboard.type("masked_fill(")
+    assert hits.count() > 0
+    hits.last.locator("a").click()
+    assert page.evaluate("getSelection().toString()") == "masked_fill("
+
+    page.locator("#search").fill("loglinear_attention")
+    operation = page.locator(".search li", has_text="operation").first
+    assert "Gated DeltaNet, After" in operation.text_content()
+    operation.locator("a").click()
+    assert page.locator("g.found").count() == 1
+
+    page.locator("#search").fill("no such thing")
+    assert status.text_content() == "Nothing found."
+    assert hits.count() == 0
+    page.keyboard.press("Escape")
+    assert page.locator("#search").input_value() == status.text_content() == ""
+    assert wrong == []
+
+
+def test_without_scripts_it_can_be_read(browser: Any, pages: dict[str, Path]) -> None:
+    context = browser.new_context(java_script_enabled=False, viewport={"width": 1440, "height": 1000})
+    page = context.new_page()
+    page.goto(pages["fresh"].as_uri())
+    assert not page.locator(".search").is_visible()
+    assert not page.locator(".tools").first.is_visible()
+    page.locator("summary", has_text="Code of the region").first.click()
+    assert page.locator("section .code").first.is_visible()
+    assert page.locator(".graph svg").first.is_visible()

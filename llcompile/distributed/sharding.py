@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from llcompile.errors import DistributedError
+from llcompile.torch_internals.dtensors import joined, part
 
 Plan = Literal["batch", "heads", "whole"]
 
@@ -181,12 +182,11 @@ def _check_sizes(call: _Call) -> None:
 def _local(call: _Call, name: str, x: Tensor) -> Tensor:
     """This process's part."""
     if not isinstance(x, DTensor):  # the gradient of an output that nobody read
-        whole = [Replicate()] * call.mesh.ndim
-        x = DTensor.from_local(x, call.mesh, whole, run_check=False)
-    return x.redistribute(placements=call.placements(call.axes[name])).to_local()
+        x = joined(x, call.mesh, [Replicate()] * call.mesh.ndim, x.shape)
+    return part(x, call.placements(call.axes[name]))
 
 
-def _joined(call: _Call, name: str, local: Tensor) -> DTensor:
+def _joined(call: _Call, name: str, local: Tensor) -> Tensor:
     """An output of all processes, out of this one's. Outputs have the axes of the operand that they are named after."""
     step, table = call.name.endswith("_step"), OPERATORS[call.name][0]
     axes = _axes(table[name].replace("T", "") if step else table[name], name, local)
@@ -196,7 +196,4 @@ def _joined(call: _Call, name: str, local: Tensor) -> DTensor:
     for placement in placements:
         if isinstance(placement, Shard):
             shape[placement.dim] = call.size(axes[placement.dim])
-    stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
-    return DTensor.from_local(
-        local.contiguous(), call.mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
-    )
+    return joined(local, call.mesh, placements, shape)

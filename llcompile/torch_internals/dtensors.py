@@ -1,4 +1,4 @@
-"""DTensors: below autograd, as values that tensors get, and in Dynamo's graphs.
+"""DTensors: below autograd, as the values of tensors, and in Dynamo's graphs.
 
 `torch.distributed.tensor` is imported only where a DTensor is at hand, so that its package has been loaded.
 """
@@ -69,3 +69,49 @@ def is_move(node: fx.Node) -> bool:
     """Whether a node of a graph only says where a tensor lies: its own part, all of it, or a DTensor's placements."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     return name.removeprefix("prim_") in _MOVES and node.op in ("call_function", "call_method")
+
+
+def sharded_ways(x: Tensor) -> int:
+    """Over how many processes a tensor is sharded; 1 for one that each process has whole."""
+    if not is_dtensor(x):
+        return 1
+    at: Any = x
+    return math.prod(at.device_mesh.size(i) for i, p in enumerate(at.placements) if p.is_shard())
+
+
+def read_on_all(x: Tensor, like: Tensor, dims: Sequence[int]) -> Tensor:
+    """A tensor that all processes have, read by what each of them does with its own part: gradients are summed.
+
+    Args:
+        x: plain, or a DTensor on the mesh of `like`.
+        like: a DTensor.
+        dims: the dimensions of its mesh over which the parts are spread.
+    """
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    mesh: Any = like.device_mesh  # type: ignore[attr-defined]
+    everywhere = [Replicate()] * mesh.ndim
+    spread: Any = x if is_dtensor(x) else DTensor.from_local(x, mesh, everywhere, run_check=False)
+    spread = spread.redistribute(placements=everywhere)
+    return spread.to_local(grad_placements=[Partial() if i in dims else Replicate() for i in range(mesh.ndim)])  # type: ignore[no-any-return]
+
+
+def own_part(x: Tensor, like: Tensor, dims: Sequence[int]) -> Tensor:
+    """This process's part of a sharded tensor; one that all have is `read_on_all`; a plain one is all of it."""
+    if not is_dtensor(x):
+        return x
+    at: Any = x
+    if any(p.is_shard() for p in at.placements):
+        return at.to_local()  # type: ignore[no-any-return]
+    return read_on_all(at.to_local(), like, dims)
+
+
+def as_dtensor(x: Tensor, like: Tensor, rows: Sequence[int]) -> Tensor:
+    """A plain tensor as a DTensor on the mesh of `like`: its first axis is sharded over the dimensions `rows`."""
+    if is_dtensor(x):
+        return x
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    mesh: Any = like.device_mesh  # type: ignore[attr-defined]
+    placements = [Shard(0) if i in rows else Replicate() for i in range(mesh.ndim)]
+    return DTensor.from_local(x, mesh, placements, run_check=False)

@@ -35,7 +35,8 @@ class DerivativeError(LLCompileError, NotImplementedError):
 
 
 class DistributedError(LLCompileError, RuntimeError):
-    """A call cannot be spread over processes as requested: they disagree, or a part needs tokens of other processes."""
+    """A call cannot be spread over processes as requested: they disagree, a part needs tokens of others, or an axis that
+    must be whole is sharded."""
 
 
 class OptionError(LLCompileError, ValueError):

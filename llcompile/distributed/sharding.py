@@ -170,7 +170,7 @@ def _check_sizes(call: _Call) -> None:
         return
     there = "".join(call.axes.values())
     for axis, what in (("H", "heads"), ("G", "query groups"), ("W", "sets of level weights")):
-        size = call.size(axis) if axis in there else 1
+        size = call.size(axis) if axis in there else call.ways
         if size % call.ways and (axis == "H" or size > 1):
             shapes = ", ".join(f"{n} {list(x.shape)}" for n, x in call.tensors.items() if axis in call.axes[n])
             raise DistributedError(

@@ -15,8 +15,8 @@ class LevelWeightsParallel(ParallelStyle):
     """Split level weights by heads, for a mixer whose projections are split by heads.
 
     For models that are converted before `parallelize_module`; later, `convert` does it by itself. Each tensor
-    `[H * L, ...]` is sharded over its rows, head by head, as `ColwiseParallel` shards the projections `[H * K, D]`; what
-    has no heads is replicated. One set of level weights that serves all heads is kept by all processes.
+    `[H * L, ...]` is sharded over its rows, head by head, as `ColwiseParallel` shards the projections `[H * K, D]`;
+    what has no heads is replicated. One set of level weights that serves all heads is kept by all processes.
 
         plan = {"layers.*.q": ColwiseParallel(), ..., "layers.*.loglinear": LevelWeightsParallel()}
         parallelize_module(model, mesh, plan)

@@ -56,7 +56,7 @@ def _attach(session: Session, candidate: Candidate, owner: nn.Module) -> None:
     weights = settings.find(owner, candidate.attribute)
     split = candidate.split = head_split(candidate.values())
     if weights is not None:
-        expect_fitting(candidate, weights, split)
+        expect_fitting(f"{candidate.module or 'the model'}.{candidate.attribute}", candidate.where, weights, split)
     if weights is not None and _heads_seen(weights, split) != shape.level_heads and not _serves_all(weights, candidate):
         raise LevelWeightsError(
             f"{candidate.module}.{candidate.attribute} was made for {weights.heads} heads and an input of width "

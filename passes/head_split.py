@@ -9,16 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import fx
 
 from llcompile.errors import LevelWeightsError
 from llcompile.patterns.graph.walk import walk
 from llcompile.torch_internals.dtensors import as_dtensor, is_dtensor, is_move, own_part, read_on_all
-
-if TYPE_CHECKING:
-    from llcompile.passes.candidate import Candidate
 
 
 @dataclass(frozen=True)
@@ -92,28 +89,27 @@ def _split(x: Any, inside: bool) -> HeadSplit:
     return HeadSplit(x.device_mesh, heads, tuple(i for i, dim in dims.items() if dim == 0), inside)
 
 
-def expect_fitting(candidate: Candidate, weights: Any, split: HeadSplit | None) -> None:
-    """Level weights must be split as the heads are.
+def expect_fitting(name: str, where: str, weights: Any, split: HeadSplit | None) -> None:
+    """Level weights, by their name, must be split as the heads of the mixer at `where` are.
 
     Raises:
         LevelWeightsError: they are not.
     """
-    name = f"{candidate.module or 'the model'}.{candidate.attribute}"
     first = weights.tensors()[0][1]
     style = "llcompile.distributed.LevelWeightsParallel()"
     if split is not None and not is_dtensor(first):
         raise LevelWeightsError(
-            f"{name}: the heads of the mixer at {candidate.where} are split over {split.ways} processes, and its level "
+            f"{name}: the heads of the mixer at {where} are split over {split.ways} processes, and its level "
             f"weights, {weights.extra_repr()}, are not; put {name!r}: {style} into the plan of parallelize_module"
         )
     if split is None and weights.own_heads != weights.heads:
         raise LevelWeightsError(
             f"{name}: its level weights, {weights.extra_repr()}, are split over {weights.heads // weights.own_heads} "
-            f"processes, and each of them has all heads of the mixer at {candidate.where}; leave {style} for {name!r} "
+            f"processes, and each of them has all heads of the mixer at {where}; leave {style} for {name!r} "
             "out of the plan, or split the projections of the mixer, too"
         )
     if split is not None and first.device_mesh != split.mesh:
         raise LevelWeightsError(
-            f"{name}: its level weights are on {first.device_mesh}, and the heads of the mixer at {candidate.where} on "
+            f"{name}: its level weights are on {first.device_mesh}, and the heads of the mixer at {where} on "
             f"{split.mesh}; give both the same mesh"
         )

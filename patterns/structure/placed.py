@@ -18,7 +18,8 @@ def cuts_of(node: fx.Node) -> list[Cut] | None:
     """What a move cuts out of its input, [] where nothing; None where it is no move, or more than a cut."""
     if not is_move(node) or not node.all_input_nodes:
         return None
-    given, made = (n.meta.get("example_value") for n in (node.all_input_nodes[0], node))
+    given: Any = node.all_input_nodes[0].meta.get("example_value")
+    made: Any = node.meta.get("example_value")
     if not is_dtensor(given):
         alike = is_dtensor(made) and all(placement.is_replicate() for placement in made.placements)
         return [] if alike else None

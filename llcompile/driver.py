@@ -21,7 +21,7 @@ from llcompile.patterns.records import Converted, Declined, GraphBreak
 from llcompile.report import Report
 from llcompile.torch_internals.breaks import graph_break
 from llcompile.torch_internals.trace import restart_trace
-from llcompile.weights import attachment, fresh, held, withheld
+from llcompile.weights import attachment, fresh, head_shards, held, withheld
 
 
 def new_session(
@@ -42,6 +42,7 @@ def new_session(
         levels=options.levels,
         features=options.routing_features,
         make=attachment.make,
+        shard=head_shards.shard,  # type: ignore[arg-type]
         find=attachment.find,
         held=lambda owner: list(held.held(owner)),
         attach=fresh.attach if compiles else attachment.attach,
@@ -144,7 +145,7 @@ def _converted(candidate: Candidate) -> Converted:
         origin=candidate.origin,
         certificate=candidate.certificate,
         parameters=0 if weights is None else sum(p.numel() for p in weights.parameters()),
-        heads=candidate.shape.heads,
+        heads=candidate.shape.heads * (1 if candidate.split is None else candidate.split.seen),
         key_dim=candidate.shape.key_dim,
         value_dim=candidate.shape.value_dim,
         level_weights="none" if weights is None else weights.kind,

@@ -35,7 +35,7 @@ class DerivativeError(LLCompileError, NotImplementedError):
 
 
 class DistributedError(LLCompileError, RuntimeError):
-    """A call cannot be spread over processes as requested: they disagree, or a part needs tokens of other processes."""
+    """A call cannot be spread over processes: they disagree, or a part or an axis must be whole."""
 
 
 class OptionError(LLCompileError, ValueError):

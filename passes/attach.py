@@ -8,6 +8,7 @@ from torch import fx, nn
 
 from llcompile.errors import LevelWeightsError
 from llcompile.passes.candidate import CallCandidate, Candidate, GraphCandidate
+from llcompile.passes.head_split import HeadSplit, expect_fitting, head_split
 from llcompile.passes.one_token import remember
 from llcompile.passes.session import Session
 from llcompile.passes.weight_input import Role, given, is_projected, projection_input, role_of
@@ -53,7 +54,10 @@ def _attach(session: Session, candidate: Candidate, owner: nn.Module) -> None:
     settings, shape = session.settings, candidate.shape
     assert shape is not None
     weights = settings.find(owner, candidate.attribute)
-    if weights is not None and weights.heads != shape.level_heads and not _serves_all(weights, candidate):
+    split = candidate.split = head_split(candidate.values())
+    if weights is not None:
+        expect_fitting(f"{candidate.module or 'the model'}.{candidate.attribute}", candidate.where, weights, split)
+    if weights is not None and _heads_seen(weights, split) != shape.level_heads and not _serves_all(weights, candidate):
         raise LevelWeightsError(
             f"{candidate.module}.{candidate.attribute} was made for {weights.heads} heads and an input of width "
             f"{weights.in_features}, but the mixer at {candidate.where} needs them for {shape.level_heads}. "
@@ -82,6 +86,11 @@ def _attach(session: Session, candidate: Candidate, owner: nn.Module) -> None:
     candidate.level_weights = weights
 
 
+def _heads_seen(weights: Any, split: HeadSplit | None) -> int:
+    """For how many heads of a graph's level weights are."""
+    return int(weights.heads if split is not None and split.inside else weights.own_heads)
+
+
 def _made(session: Session, candidate: Candidate, owner: nn.Module, shape: MixerShape, width: int | None) -> Any:
     """New level weights: of the kind that was asked for, or of what the mixer allows."""
     settings = session.settings
@@ -92,7 +101,11 @@ def _made(session: Session, candidate: Candidate, owner: nn.Module, shape: Mixer
     if kind == "routed" and "features" in settings.asked and features != settings.features:
         candidate.notes.append(f"it has {features} routing features and not {settings.features}: {_NO_ROOM}")
     more = {"features": features} if kind == "routed" else {}
-    return settings.make(kind, shape.level_heads, settings.levels, width, owner, **more)
+    heads = shape.level_heads if candidate.split is None else shape.level_heads * candidate.split.seen
+    weights = settings.make(kind, heads, settings.levels, width, owner, **more)
+    if candidate.split is not None:
+        settings.shard(weights, candidate.split.mesh, candidate.split.heads)
+    return weights
 
 
 def _possible(kind: str, features: int, width: int | None) -> tuple[str, str]:
@@ -107,7 +120,7 @@ def _possible(kind: str, features: int, width: int | None) -> tuple[str, str]:
 def _serves_all(weights: Any, candidate: Candidate) -> bool:
     """Whether level weights of one head are those of all: heads that share queries and keys are one where the code
     reads them so, and several where it copies them (a chunk loop at a length of one chunk)."""
-    return isinstance(candidate, GraphCandidate) and weights.heads == 1
+    return isinstance(candidate, GraphCandidate) and weights.own_heads == 1
 
 
 def _check_asked(session: Session, candidate: Candidate, weights: Any) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from llcompile.passes.head_split import HeadSplit
 from llcompile.patterns.families import FAMILIES, SELECTIVE_SCAN, Correction, Decay
 from llcompile.patterns.graph.regions import Region
 from llcompile.patterns.known import Arguments
@@ -37,6 +38,7 @@ class Candidate:
         weight_input: what its level weights are computed from.
         owner_input: what the owner was called with, where level weights read that and this graph does not hold it.
         level_weights: the module.
+        split: how its heads are split over processes.
         mask: [B, T] in the graph, non-zero at tokens that are no padding (`mask_inverted`: at padding).
         masks: every padding mask above its operands, whether or not it covers them all.
         notes: for the report.
@@ -57,6 +59,7 @@ class Candidate:
     weight_input: fx.Node | None = None
     owner_input: torch.Tensor | None = None
     level_weights: Any = None
+    split: HeadSplit | None = None
     mask: fx.Node | None = None
     masks: frozenset[fx.Node] = frozenset()
     mask_inverted: bool = False

@@ -113,8 +113,17 @@ def level_weights(
     if read is not None:
         dtype = read.meta["example_value"].dtype
     x = like() if read is None else _batch_first(candidate, read, as_proxy(read))
+    given = [as_proxy(tensor) for tensor in tensors]
+    if candidate.split is not None:
+        x, given = candidate.split.inputs(x, given)
     readouts = () if routing is None else (routing.readouts,)
-    return session.settings.function(candidate.level_weights, dtype, *readouts)(x, *map(as_proxy, tensors))
+    return session.settings.function(candidate.level_weights, sets(candidate), dtype, *readouts)(x, *given)
+
+
+def sets(candidate: Candidate) -> int:
+    """How many sets of level weights the graph sees: those of this process's heads, where it has no others."""
+    weights, split = candidate.level_weights, candidate.split
+    return int(weights.heads if split is not None and split.inside else weights.own_heads)
 
 
 def routing(candidate: Candidate, mixer: Mixer, call: OperatorCall, sequences: Sequences | None) -> Routing | None:
@@ -123,7 +132,7 @@ def routing(candidate: Candidate, mixer: Mixer, call: OperatorCall, sequences: S
     if sizes is None or not sizes.features:
         return None
     assert candidate.shape is not None
-    return Routing(mixer, call, sequences, candidate.shape, sizes.heads, sizes.features)
+    return Routing(mixer, call, sequences, candidate.shape, sets(candidate), sizes.features)
 
 
 def _batch_first(candidate: Candidate, node: fx.Node, x: fx.Proxy) -> fx.Proxy:

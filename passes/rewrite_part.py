@@ -13,7 +13,7 @@ from torch import fx
 
 from llcompile.passes.candidate import Candidate, GraphCandidate
 from llcompile.passes.dead import erase_dead, live
-from llcompile.passes.emit import AsProxy, level_weights, padding_mask, routing, weighed, weight_inputs, writing
+from llcompile.passes.emit import AsProxy, level_weights, padding_mask, routing, sets, weighed, weight_inputs, writing
 from llcompile.passes.placing import Place, copy_behind, operand_nodes
 from llcompile.passes.placing import place as placed
 from llcompile.passes.session import Session
@@ -187,7 +187,7 @@ def _weights(
     route = routing(candidate, mixer, OperatorCall(), sequences)
     like, dtype = lambda: mixer.value, found.subgraph.result.dtype
     weights = level_weights(session, candidate, tensors, as_proxy, like, dtype, route)
-    if weights is not None and candidate.level_weights.heads == 1 < found.sizes[0]:
+    if weights is not None and sets(candidate) == 1 < found.sizes[0]:
         weights = weights.expand(-1, -1, found.sizes[0], -1)
     return torch.nn.functional.pad(weights, (0, 0, 0, 0, 0, missing), value=1.0) if shorter else weights
 

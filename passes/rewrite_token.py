@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from llcompile.passes.emit import kept, level_weights, weight_inputs, writing
+from llcompile.passes.emit import kept, level_weights, sets, weight_inputs, writing
 from llcompile.passes.one_token import TokenCandidate, TokenPart
 from llcompile.passes.session import Session
 from llcompile.patterns.structure.axes import Axis, Dim
@@ -33,7 +33,7 @@ def write_token(session: Session, candidate: TokenCandidate, inputs: dict[tuple[
                 lambda: _empty(part, as_proxy(output)),  # noqa: B023
                 dtype,
             )
-            result = _weigh(part, as_proxy(output), weights, candidate.level_weights.heads)
+            result = _weigh(part, as_proxy(output), weights, sets(candidate))
         nodes = list(output.graph.nodes)
         for user in [user for user in output.users if user not in candidate.written]:
             user.replace_input_with(output, result.node)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,12 +28,13 @@ class Settings:
         features: width of a routing query that new level weights of kind "routed" get.
         asked: what of these (kind, levels, features) was asked for in so many words, and no default.
         make: makes new level weights: (kind, heads, levels, in_features, like) -> module.
+        shard: (level weights, mesh, its dimensions) -> None; splits them by heads over the processes of a mesh.
         find: the level weights that a module owns under a name already, or None.
         held: (name, level weights) for all that a module owns already.
         attach: registers level weights on a module under a name.
         path: the names that lead from what a module has under a name to the level weights, where a wrapper holds them.
-        function: (level weights, dtype of their input, what their buckets are read with, where they read any) -> the
-            pure function (input, *tensors) that they compute.
+        function: (level weights, for how many heads, dtype of their input, what their buckets are read with, where they
+            read any) -> the pure function (input, *tensors) that they compute.
         withheld: why the mixer with a module's level weights of a name stays as it is, or None.
         names: id of a module -> its dotted name in the user's model, where the whole model is known; frames after a
             graph break only know a part of it.
@@ -45,6 +46,7 @@ class Settings:
     levels: int
     features: int
     make: Callable[..., nn.Module]
+    shard: Callable[[nn.Module, Any, Sequence[int]], None]
     find: Callable[[nn.Module, str], Any]
     held: Callable[[nn.Module], list[tuple[str, Any]]]
     attach: Callable[[nn.Module, str, nn.Module], None]

@@ -17,6 +17,7 @@ from torch import fx, nn
 from llcompile.passes.candidate import Candidate
 from llcompile.patterns.graph.walk import walk
 from llcompile.torch_internals import reach
+from llcompile.torch_internals.dtensors import is_move
 from llcompile.torch_internals.inputs import input_value, is_number, is_parameter, module_tensors
 
 # Calls that project features: the level weights read what these read.
@@ -131,5 +132,5 @@ def _readers(node: fx.Node) -> Iterator[fx.Node]:
     for user in node.users:
         if user.op == "call_function" and user.target in _PROJECTIONS and user.args and user.args[0] is node:
             yield user
-        if user.op == "call_method" and user.target in _TRANSPARENT:
+        if (user.op == "call_method" and user.target in _TRANSPARENT) or is_move(user):
             yield from _readers(user)

@@ -39,6 +39,7 @@ LONG_FILES = {
 }
 LONG_TESTS = {
     "distributed/test_context_parallel.py": ("test_is_the_whole_sequence", "test_the_example_runs"),
+    "distributed/test_tensor_parallel.py": ("test_dtensors_over_batch_and_heads",),
     "kernels/test_choice.py": ("test_a_machine_without_a_compiler",),
     "kernels/test_cpp_build.py": (
         "test_what_the_sources_include_is_found",

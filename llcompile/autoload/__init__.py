@@ -1,7 +1,8 @@
 """What `import torch` runs when llcompile is installed: log names, the operators' namespace, checkpoints, exports.
 
 `TORCH_LOGS=loglinear` works, an exported program that calls `torch.ops.llcompile.*` is loaded, `from_pretrained` of
-transformers loads level weights, torch.export records converted models rewritten, and accelerate knows the backend.
+transformers loads level weights, torch.export records converted models rewritten, accelerate knows the backend, and
+DTensors know the operators.
 
 Tiny on purpose, for every program of the environment runs it: no import beyond what torch has already loaded, and
 nothing that may fail. Torch reads TORCH_LOGS after this, so the name must exist by then.
@@ -52,8 +53,8 @@ def _operators() -> None:
 
 
 def _other_modules() -> None:
-    from llcompile.autoload import accelerate_backends, pretrained, torch_export, trainer_evaluation
+    from llcompile.autoload import accelerate_backends, dtensor_rules, pretrained, torch_export, trainer_evaluation
     from llcompile.integrations.after_import import after_import
 
-    for hook in (pretrained, torch_export, accelerate_backends, trainer_evaluation):
+    for hook in (pretrained, torch_export, accelerate_backends, trainer_evaluation, dtensor_rules):
         after_import(hook.MODULE, hook.install)

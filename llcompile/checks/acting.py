@@ -13,6 +13,7 @@ from llcompile.checks.compare import Result, difference, leaves
 from llcompile.checks.runs import MODEL_BUDGETS, Mixer, Runs, hooked, kept_values
 from llcompile.patterns import reasons
 from llcompile.patterns.reasons import GivenReason
+from llcompile.torch_internals.dtensors import like
 from llcompile.weights.level_weights import LevelWeights
 
 _NOISE = 0.3
@@ -82,5 +83,5 @@ def _noise(held: Iterable[LevelWeights | None], model: nn.Module | None, seed: i
         for i, tensor in enumerate(tensors):
             drawn = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(seed * 7919 + i))
             with torch.no_grad():
-                tensor.add_(_NOISE * drawn.to(tensor.device, tensor.dtype))
+                tensor.add_(like(_NOISE * drawn.to(tensor.device, tensor.dtype), tensor))
         yield

@@ -12,6 +12,8 @@ from torch.utils import _pytree
 from llcompile.kernels.state import linear_state
 from llcompile.patterns.agreement import apart
 from llcompile.patterns.known.arguments import is_level_state
+from llcompile.torch_internals.dtensors import like as placed_like
+from llcompile.torch_internals.dtensors import whole
 from llcompile.weights.level_weights import LevelWeights
 
 _FLOOR = 1e-3  # of the largest value of all: what is smaller is compared with that
@@ -54,7 +56,7 @@ class Result:
         signs = [_direction(i, out) for i, out in differentiable]
         grads = torch.autograd.grad([out for _, out in differentiable], inputs, signs, allow_unused=True)
         zeros = [torch.zeros_like(p) if g is None else g.detach() for p, g in zip(inputs, grads, strict=True)]
-        dense = [g.to_dense() if g.layout != torch.strided else g for g in zeros]
+        dense = [g.to_dense() if g.layout != torch.strided else whole(g) for g in zeros]
         self.gradients = dict(zip(own, dense, strict=False))
         self.levels = {id(p): bool(g.any()) for p, g in zip(levels, dense[len(own) :], strict=True)}
         self.graded = True
@@ -95,7 +97,7 @@ def gradient_difference(got: Result, want: Result) -> float | None:
 def _direction(i: int, out: torch.Tensor) -> torch.Tensor:
     """Fixed weights for the sum that is differentiated: the same in both runs, positive and negative."""
     drawn = torch.randn(out.shape, generator=torch.Generator().manual_seed(i), dtype=torch.float32)
-    return drawn.to(out.device, out.dtype)
+    return placed_like(drawn.to(out.device, out.dtype), out)
 
 
 def _as_linear(got: torch.Tensor, want: torch.Tensor) -> torch.Tensor:

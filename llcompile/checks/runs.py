@@ -21,6 +21,7 @@ from llcompile.checks.transaction import Snapshot, put_back
 from llcompile.options import Options
 from llcompile.patterns import reasons
 from llcompile.patterns.reasons import GivenReason
+from llcompile.torch_internals.dtensors import like, whole
 from llcompile.torch_internals.places import user_line
 from llcompile.torch_internals.trace import traced_once
 from llcompile.weights import attachment, withheld
@@ -151,7 +152,7 @@ class Runs:
         def disturb(owner: nn.Module, inputs: Any, output: Any) -> Any:
             for out in leaves(output):
                 if out.numel() and not out.is_inference():
-                    drawn = torch.randn(out.shape, generator=generator).to(out.device, out.dtype)
+                    drawn = like(torch.randn(out.shape, generator=generator).to(out.device, out.dtype), out)
                     out.data.add_(drawn * epsilon * out.detach().abs().max())
 
         try:
@@ -190,7 +191,7 @@ class Runs:
         try:
             with _away([m for m in self.mixers if m not in mixers]):
                 outputs = leaves(call(*self.example.args, **self.example.kwargs))
-                result = Result([out.detach().clone() for out in outputs])
+                result = Result([whole(out.detach()).clone() for out in outputs])
                 if gradients:
                     held = [weights for m in mixers if (weights := m.weights) is not None]
                     result.take_gradients(outputs, self.own, held, self.want)

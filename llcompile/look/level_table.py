@@ -6,6 +6,8 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from llcompile.look.mixer_look import LevelTable
+from llcompile.torch_internals.dtensors import whole
+from llcompile.weights.level_kinds import level_weights_function
 from llcompile.weights.level_weights import LevelWeights
 
 _DRAWS = 256
@@ -27,7 +29,9 @@ def level_table(weights: LevelWeights, fresh: bool) -> LevelTable:
             return LevelTable()
         generator = torch.Generator().manual_seed(0)
         inputs = torch.randn(1, _DRAWS, weights.in_features or 1, generator=generator)
-        w = weights(inputs.to(tensors[0].device))[0].double().cpu()  # [draws, H, L]
+        # Of all heads, wherever they are.
+        function = level_weights_function(weights.kind, weights.heads, weights.levels, torch.float32)
+        w = function(inputs.to(tensors[0].device), *map(whole, tensors))[0].double().cpu()  # [draws, H, L]
     return LevelTable(_rows(w.mean(0)), _rows(w.std(0)))
 
 

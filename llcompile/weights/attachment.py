@@ -120,10 +120,12 @@ def detach_one(owner: nn.Module, name: str) -> None:
                     owner._forward_hooks_always_called.pop(key, None)
 
 
-def function(weights: LevelWeights, dtype: torch.dtype, readouts: Readouts = whole_rows) -> Callable[..., Any]:
-    """The pure function (x, *tensors) -> w [B, T, H, L] of these level weights for inputs of `dtype`."""
+def function(
+    weights: LevelWeights, heads: int, dtype: torch.dtype, readouts: Readouts = whole_rows
+) -> Callable[..., Any]:
+    """The pure function (x, *tensors) -> w [B, T, heads, L] of these level weights for inputs of `dtype`."""
     computed = compute_dtype(dtype, *(tensor.dtype for _, tensor in weights.tensors()))
-    return level_weights_function(weights.kind, weights.heads, weights.levels, computed, readouts)
+    return level_weights_function(weights.kind, heads, weights.levels, computed, readouts)
 
 
 def expect_use(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

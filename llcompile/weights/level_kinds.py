@@ -46,12 +46,16 @@ class Sizes(NamedTuple):
 
 @dataclass(frozen=True)
 class TensorRow:
-    """One tensor of a kind: its shape, and the value it starts from (None: random, as in `nn.Linear`)."""
+    """One tensor of a kind: its shape, and the value it starts from (None: random, as in `nn.Linear`).
+
+    Its first axis goes over heads, each with all of its rows, if it is one `by_heads`.
+    """
 
     name: str
     shape: Callable[[Sizes], tuple[int, ...]]
     start: float | Callable[[Sizes], Sequence[float]] | None = 0.0
     learned: bool = True
+    by_heads: bool = True
 
 
 @dataclass(frozen=True)
@@ -236,8 +240,8 @@ KINDS: dict[str, LevelKind] = {
             3,
             True,
             (
-                TensorRow("weight_in", lambda sizes: (sizes.hidden, sizes.in_features), start=None),
-                TensorRow("bias_in", lambda sizes: (sizes.hidden,)),
+                TensorRow("weight_in", lambda sizes: (sizes.hidden, sizes.in_features), start=None, by_heads=False),
+                TensorRow("bias_in", lambda sizes: (sizes.hidden,), by_heads=False),
                 TensorRow("weight", lambda sizes: (sizes.outputs, sizes.hidden)),
                 _BIAS,
             ),
@@ -253,7 +257,7 @@ KINDS: dict[str, LevelKind] = {
                 _WEIGHT,
                 _BIAS,
                 TensorRow("level_scale", _heads_by_levels, start=1.0),
-                TensorRow("gain", lambda sizes: (), start=1.0, learned=False),
+                TensorRow("gain", lambda sizes: (), start=1.0, learned=False, by_heads=False),
             ),
             _paper,
             _paper_is_one,
@@ -271,7 +275,7 @@ KINDS: dict[str, LevelKind] = {
                 TensorRow("query", _features_by_inputs, start=None),
                 TensorRow("key", _features_by_inputs, start=None),
                 TensorRow("gain", _heads_by_levels),
-                TensorRow("damping", lambda sizes: (sizes.levels,), start=_routed_damping, learned=False),
+                TensorRow("damping", lambda sizes: (sizes.levels,), _routed_damping, learned=False, by_heads=False),
             ),
             _routed,
             _routed_is_one,

@@ -14,6 +14,7 @@ from torch._subclasses import FakeTensor
 from llcompile.errors import CheckpointError, LevelWeightsError
 from llcompile.kernels.operands import COMPUTE_DTYPES
 from llcompile.patterns.mixer import FEATURES
+from llcompile.torch_internals.dtensors import like, sharded_ways
 from llcompile.weights.level_kinds import (
     KINDS,
     Sizes,
@@ -110,6 +111,12 @@ class LevelWeights(nn.Module):
         return self.sizes.heads
 
     @property
+    def own_heads(self) -> int:
+        """The heads that this process has weights for: all, unless tensor parallel has split them."""
+        by_heads = next(entry.name for entry in find_kind(self.kind).tensors if entry.by_heads)
+        return self.heads // sharded_ways(getattr(self, by_heads))
+
+    @property
     def levels(self) -> int:
         """L, the number of levels of w."""
         return self.sizes.levels
@@ -138,7 +145,7 @@ class LevelWeights(nn.Module):
         """Set w to exactly 1, without drawing random numbers."""
         for entry, tensor in zip(find_kind(self.kind).tensors, self._values(), strict=True):
             if callable(entry.start):
-                tensor.copy_(torch.tensor(entry.start(self.sizes)))
+                tensor.copy_(like(torch.tensor(entry.start(self.sizes)), tensor))
             elif entry.start is not None:
                 tensor.fill_(entry.start)
 
@@ -382,7 +389,7 @@ def _fill_uniform(tensor: Tensor) -> None:
         return
     bound = 1.0 / math.sqrt(tensor.shape[-1])
     drawn = torch.rand(tensor.shape, generator=torch.Generator().manual_seed(0))
-    tensor.copy_(drawn * (2.0 * bound) - bound)
+    tensor.copy_(like(drawn * (2.0 * bound) - bound, tensor))
 
 
 def _in_words(descriptor: Tensor) -> str:

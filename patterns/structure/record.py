@@ -16,9 +16,11 @@ from llcompile.patterns.graph.regions import Region
 from llcompile.patterns.known.capture import captured_function
 from llcompile.patterns.structure.modes import Mode, Modes, is_function
 from llcompile.patterns.structure.nested import leaves, mapped
+from llcompile.patterns.structure.placed import cuts_of, own_numbers
 from llcompile.patterns.structure.program import Op, Program, Value
 from llcompile.patterns.structure.squared import squared
 from llcompile.torch_internals.captured import is_captured
+from llcompile.torch_internals.dtensors import is_move
 from llcompile.torch_internals.inputs import input_value, is_parameter, module_tensors
 from llcompile.torch_internals.nested_gradients import is_about, is_around
 from llcompile.torch_internals.sizes import size_hint
@@ -149,6 +151,8 @@ class _Recorder:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: results[n])  # type: ignore[misc]
         if is_about(node) or is_around(node):
             return self._opaque(node, args, kwargs)
+        if is_move(node):
+            return self._moved(node, results, args, kwargs)
         if node.target in _DROPOUTS:  # with dynamic=True its rate is a number that Dynamo reads from an input
             rate = lambda n: isinstance(n.meta.get("example_value"), torch.SymFloat)  # noqa: E731
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _SOME_RATE if rate(n) else results[n])  # type: ignore[misc]
@@ -157,6 +161,15 @@ class _Recorder:
                 with boundary(str(node.target), NotKnown):
                     return run(node, self._apart(node, results, args), kwargs)
         return self._opaque(node, args, kwargs)
+
+    def _moved(self, node: fx.Node, results: Mapping[fx.Node, Any], args: Any, kwargs: Any) -> Any:
+        """What a DTensor is made of or taken apart to; see `placed`."""
+        cuts, x = cuts_of(node), results.get(node.all_input_nodes[0])
+        if cuts is None or self._value(x) is None:
+            return self._opaque(node, args, kwargs)
+        for dim, start, length in cuts:
+            x = x.narrow(dim, int(self._concrete(start)), int(self._concrete(length)))  # type: ignore[union-attr]
+        return x if cuts else self._alias(node, x)
 
     def _apart(self, node: fx.Node, results: Mapping[fx.Node, Any], args: Any) -> Any:
         """The arguments of a product; each use of a tensor that is multiplied with itself is a value of its own.
@@ -212,6 +225,9 @@ class _Recorder:
     def _stands_for(self, node: fx.Node, like: Tensor, held: Any, known: bool) -> Tensor:
         """A meta tensor for an input or a constant; its numbers are `held`'s where they are known."""
         value = Value(self._sizes(like.shape), like.dtype, node=node, parameter=is_parameter(held))
+        own = own_numbers(held)
+        known = known and (own is held or tuple(own.shape) == value.shape)
+        held = own
         if value.parameter or (isinstance(held, Tensor) and held.numel() <= _FEW_NUMBERS):
             value.held = held
         value.data = held if known and not held.is_meta and (node.op == "get_attr" or not value.parameter) else None

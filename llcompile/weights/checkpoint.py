@@ -16,7 +16,7 @@ from torch import nn
 from llcompile import __version__
 from llcompile.errors import CheckpointError, MissingLibraryError, ModelError
 from llcompile.passes.names import CodePlace
-from llcompile.weights import SECTION, attachment
+from llcompile.weights import SECTION, attachment, wrapped
 from llcompile.weights.held import held
 from llcompile.weights.level_kinds import Sizes
 from llcompile.weights.level_weights import LevelWeights
@@ -46,8 +46,10 @@ def restore(model: nn.Module, section: Mapping[str, Any], prefix: str = "") -> l
 
     Raises:
         CheckpointError: the section is of a later layout, or damaged.
+        DistributedError: DDP or FSDP was applied before.
     """
     places = [p for p in _places(model, section, prefix) if attachment.find(p[0], p[1]) is None]
+    wrapped.expect_none(owner for owner, _, _ in places)
     made = [(owner, name, new_weights(owner, name, entry)) for owner, name, entry in places]
     for owner, name, weights in made:
         attachment.attach(owner, name, weights)
@@ -84,6 +86,7 @@ def load(model: nn.Module, path: str | PathLike[str]) -> int:
     Raises:
         ModelError: `model` is not an nn.Module.
         CheckpointError: the file does not fit the model; the model's level weights are unchanged.
+        DistributedError: level weights would be attached, and DDP or FSDP was applied before.
         MissingLibraryError: safetensors is not installed.
     """
     expect_module(model)

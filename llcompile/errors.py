@@ -35,7 +35,7 @@ class DerivativeError(LLCompileError, NotImplementedError):
 
 
 class DistributedError(LLCompileError, RuntimeError):
-    """A call cannot be spread over processes as requested: they disagree, or a part needs tokens of other processes."""
+    """A call cannot be spread over processes as requested, or level weights come too late for DDP or FSDP."""
 
 
 class OptionError(LLCompileError, ValueError):

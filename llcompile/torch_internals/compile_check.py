@@ -1,4 +1,4 @@
-"""Checks `options` and the model, and prepares capture, at the moment torch.compile is called, not at the first run of the model.
+"""Checks options and the model, and prepares capture, when torch.compile is called, not at the model's first run.
 
 torch.compile has no hook for that: it stores a backend's options in `torch._TorchCompileWrapper` unseen, and applies
 the backend to the model afterwards. This file is the only one that touches that class.

@@ -52,7 +52,8 @@ def load_levels(model: nn.Module, path: str | PathLike[str]) -> int:
 
     Args:
         model: changed in place. Level weights are attached where it has none, without example inputs, and checked
-            against the mixers at the first compiled call. Its other weights are not touched.
+            against the mixers at the first compiled call. Its other weights are not touched. Those of a model on
+            device `meta` get their values, on the CPU.
         path: the file. It may have been written from a model that wraps this one, or that this one wraps.
 
     Returns:
@@ -74,7 +75,7 @@ def load_levels(model: nn.Module, path: str | PathLike[str]) -> int:
     for (owner, attribute), (weights, values) in filled:
         if getattr(owner, attribute, None) is None:
             attachment.attach(owner, attribute, weights)
-        weights.load_state_dict(values)
+        weights.load_state_dict(values, assign=any(tensor.is_meta for tensor in weights.state_dict().values()))
     return len(filled)
 
 

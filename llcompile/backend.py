@@ -32,7 +32,7 @@ from llcompile.torch_internals.trace import (
     trace_note,
     without_traces_of_transforms,
 )
-from llcompile.weights import adapters, checkpoint, first_call, fresh, missed, ours
+from llcompile.weights import adapters, checkpoint, first_call, fresh, missed, ours, wrapped
 from llcompile.weights.ignored import runs_levels, warn_if_switched_off
 from llcompile.weights.ours import Late
 from llcompile.weights.use import noting_use, read_by
@@ -69,6 +69,7 @@ def loglinear(
         StrictError: `strict=True`, and a linear-time mixer stays unconverted or nothing was found.
         LevelWeightsError: the module owns level weights of another size.
         CheckpointError: the model was loaded without the level weights that its checkpoint has.
+        DistributedError: level weights were attached, and DDP or FSDP was applied before.
         MissedLevelWeightsError: `on_miss="raise"`, and level weights of a module that ran have no part in the graph.
     """
     versions.announce()
@@ -112,6 +113,7 @@ def _settle(session: Session) -> None:
     """Has Dynamo trace once more where it must see for itself what is new: modules with their guards and hooks, states,
     or a call that runs by itself."""
     broken, adopted = driver.give_up_opaque(session), states.adopt(session)
+    wrapped.expect_none(owner for owner, _ in session.attached)
     first_call.warn_attached(session)
     first_call.warn_adopted(adopted)
     if session.attached:
@@ -180,5 +182,5 @@ def prepare() -> None:
     capture.install(ours.is_ours, ours.levels_of_trace)
 
 
-compile_check.install(loglinear, Options.parse, prepare)
+compile_check.install(loglinear, Options.parse, prepare, wrapped.expect_traceable)
 splitters.install(_rewrite_whole)

@@ -33,7 +33,7 @@ from llcompile.passes.session import Session
 from llcompile.report import Report
 from llcompile.torch_internals import reach
 from llcompile.torch_internals.forget import forget_compiled
-from llcompile.weights import adapters, attachment, checkpoint, withheld
+from llcompile.weights import adapters, attachment, checkpoint, withheld, wrapped
 
 _NOT_ASKED = "convert was called with verify=False"
 
@@ -68,6 +68,7 @@ def convert(
         OptionError: an option is unknown or has a wrong value.
         LevelWeightsError: the model has level weights of another kind or size.
         CheckpointError: the model was loaded without the level weights that its checkpoint has.
+        DistributedError: DDP or FSDP was applied before.
         StrictError: `strict=True`, and a mixer was declined, or nothing that mixes positions was found.
 
     If an error is raised, the model is unchanged.
@@ -76,7 +77,9 @@ def convert(
     checkpoint.expect_whole([model])
     with _undone_on_error(example) as before:
         run = _Conversion(example, parsed, before)
-        report = _verified(run, run.look()) if verify else replace(run.look(), unverified=_NOT_ASKED)
+        found = run.look()
+        wrapped.expect_none(owner for owner, _ in attachment.attached_new(model, before))
+        report = _verified(run, found) if verify else replace(found, unverified=_NOT_ASKED)
         driver.check_strict(report, parsed)
         adapters.enlist(model, attachment.attached_new(model, before))
         _keep_declined(model, report)
@@ -163,6 +166,7 @@ def _checked(
     """What a call was given, once it is known to be fit."""
     parsed = Options.parse(options)
     _check_model(model, call)
+    wrapped.expect_traceable(model)
     backend.prepare()
     versions.announce()
     return Example(model, args, kwargs), parsed

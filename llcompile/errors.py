@@ -35,7 +35,7 @@ class DerivativeError(LLCompileError, NotImplementedError):
 
 
 class DistributedError(LLCompileError, RuntimeError):
-    """A call cannot be spread over processes: they disagree, or a part or an axis must be whole."""
+    """A call cannot be spread over processes: they disagree, a part or an axis must be whole, or level weights come late."""
 
 
 class OptionError(LLCompileError, ValueError):

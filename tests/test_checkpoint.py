@@ -64,6 +64,53 @@ def test_a_file_that_does_not_fit(tmp_path: Path) -> None:
         llcompile.save("model", tmp_path / "model.safetensors")  # type: ignore[arg-type]
 
 
+def test_a_model_on_meta(tmp_path: Path) -> None:
+    """Level weights get their values; a file of the whole model is refused, for copies to meta are lost."""
+    model = converted(Model())
+    llcompile.save(model, tmp_path / "model.safetensors")
+    with torch.device("meta"):
+        empty = Model()
+    with pytest.raises(CheckpointError, match=r"embed\.weight and 14 more of its tensors are on device meta"):
+        llcompile.load(empty, tmp_path / "model.safetensors")
+    assert not levels(empty)
+    assert llcompile.load_levels(empty, tmp_path / "model.safetensors") == 2
+    torch.testing.assert_close(levels(empty), levels(model), rtol=0, atol=0)
+    assert all(isinstance(p, nn.Parameter) and p.requires_grad for p in llcompile.level_parameters(empty))
+    empty.load_state_dict(model.state_dict(), assign=True)
+    torch.testing.assert_close(compiled(empty), compiled(model), rtol=0, atol=0)
+
+
+def test_converted_on_meta() -> None:
+    with torch.device("meta"):
+        empty = Model()
+    llcompile.convert(empty, IDS.to("meta"), verify=False)
+    empty.to_empty(device="cpu")
+    model = converted(Model())
+    empty.load_state_dict(model.state_dict())
+    torch.testing.assert_close(compiled(empty), compiled(model), rtol=0, atol=0)
+    assert (compiled(model) - model(IDS)).abs().max() > 1e-2
+
+
+def test_torch_distributed_checkpoint(tmp_path: Path) -> None:
+    """In one process, as a user would without a group; the optimizer's state too."""
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    model, other = converted(Model()), converted(Model())
+    optimizer, fresh = (torch.optim.AdamW(m.parameters(), 1e-2) for m in (model, other))
+    compiled(model).square().mean().backward()
+    optimizer.step()
+    state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    checkpoint.save(state, checkpoint_id=tmp_path)
+    read = dict(zip(("model", "optimizer"), get_state_dict(other, fresh), strict=True))
+    checkpoint.load(read, checkpoint_id=tmp_path)
+    set_state_dict(other, fresh, model_state_dict=read["model"], optim_state_dict=read["optimizer"])
+    torch.testing.assert_close(compiled(other), compiled(model), rtol=0, atol=0)
+    assert (compiled(model) - model(IDS)).abs().max() > 1e-2
+    moments = [[o.state[p]["exp_avg"] for p in o.param_groups[0]["params"]] for o in (optimizer, fresh)]
+    torch.testing.assert_close(moments[1], moments[0], rtol=0, atol=0)
+
+
 def test_a_checkpoint_from_before() -> None:
     model, before = Model(), Model().state_dict()
     llcompile.convert(model, IDS, verify=False)

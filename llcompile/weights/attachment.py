@@ -15,7 +15,7 @@ from llcompile.passes.marks import PARAMETER, mark
 from llcompile.torch_internals.backends import backend_below
 from llcompile.torch_internals.owner_input import ModuleCall
 from llcompile.torch_internals.trace import leave_out
-from llcompile.weights import eager_states, made_before
+from llcompile.weights import eager_states, made_before, wrapped
 from llcompile.weights.held import held, inside, values
 from llcompile.weights.ignored import runs_levels, warn_ignored
 from llcompile.weights.level_kinds import Readouts, compute_dtype, level_weights_function, whole_rows
@@ -147,6 +147,8 @@ def expect_use(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 @torch.compiler.disable
 def _call_begins(owner: nn.Module, call: ModuleCall) -> None:
+    if not getattr(owner, "_fsdp_use_orig_params", True) and _is_compiled_by_us():
+        wrapped.expect_traceable(owner)
     forget_use(owner)
     _keep_input(owner, call)
 

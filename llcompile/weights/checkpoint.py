@@ -16,7 +16,7 @@ from torch import nn
 from llcompile import __version__
 from llcompile.errors import CheckpointError, MissingLibraryError, ModelError
 from llcompile.passes.names import CodePlace
-from llcompile.weights import SECTION, attachment
+from llcompile.weights import SECTION, attachment, wrapped
 from llcompile.weights.held import held
 from llcompile.weights.level_kinds import Sizes
 from llcompile.weights.level_weights import LevelWeights
@@ -46,8 +46,10 @@ def restore(model: nn.Module, section: Mapping[str, Any], prefix: str = "") -> l
 
     Raises:
         CheckpointError: the section is of a later layout, or damaged.
+        DistributedError: DDP or FSDP was applied before.
     """
     places = [p for p in _places(model, section, prefix) if attachment.find(p[0], p[1]) is None]
+    wrapped.expect_none(owner for owner, _, _ in places)
     made = [(owner, name, new_weights(owner, name, entry)) for owner, name, entry in places]
     for owner, name, weights in made:
         attachment.attach(owner, name, weights)
@@ -83,7 +85,9 @@ def load(model: nn.Module, path: str | PathLike[str]) -> int:
 
     Raises:
         ModelError: `model` is not an nn.Module.
-        CheckpointError: the file does not fit the model; the model's level weights are unchanged.
+        CheckpointError: the file does not fit the model, or the model is on device `meta`; its level weights are
+            unchanged.
+        DistributedError: level weights would be attached, and DDP or FSDP was applied before.
         MissingLibraryError: safetensors is not installed.
     """
     expect_module(model)
@@ -92,6 +96,7 @@ def load(model: nn.Module, path: str | PathLike[str]) -> int:
 
     with safe_open(str(path), framework="pt") as file:
         text = (file.metadata() or {}).get(SECTION)
+    _expect_memory(model, path)
     before = attachment.ids_attached(model)
     made = [] if text is None else restore(model, json.loads(text))
     try:
@@ -100,6 +105,17 @@ def load(model: nn.Module, path: str | PathLike[str]) -> int:
         attachment.detach_new(model, before)
         raise CheckpointError(f"{path} does not fit {type(model).__name__}: {error}") from error
     return len(made)
+
+
+def _expect_memory(model: nn.Module, path: str | PathLike[str]) -> None:
+    """Values that are copied to device `meta` are lost."""
+    names = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+    if names:
+        raise CheckpointError(
+            f"{path} cannot be loaded into {type(model).__name__}: {names[0]} and {len(names) - 1} more of its tensors "
+            "are on device meta and hold no values. Call model.to_empty(device='cpu'), or create the model outside of "
+            "torch.device('meta')."
+        )
 
 
 def expect_whole(models: Iterable[nn.Module | None]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from llcompile.errors import CheckpointError, LevelWeightsError
-from llcompile.weights import SECTION, attachment, checkpoint
+from llcompile.weights import SECTION, attachment, checkpoint, wrapped
 from llcompile.weights.held import active
 from llcompile.weights.level_weights import LevelWeights
 
@@ -52,7 +52,8 @@ def load_levels(model: nn.Module, path: str | PathLike[str]) -> int:
 
     Args:
         model: changed in place. Level weights are attached where it has none, without example inputs, and checked
-            against the mixers at the first compiled call. Its other weights are not touched.
+            against the mixers at the first compiled call. Its other weights are not touched. Those of a model on
+            device `meta` get their values, on the CPU.
         path: the file. It may have been written from a model that wraps this one, or that this one wraps.
 
     Returns:
@@ -62,6 +63,7 @@ def load_levels(model: nn.Module, path: str | PathLike[str]) -> int:
         ModelError: `model` is not an nn.Module.
         CheckpointError: the file has no level weights, the model lacks a module that they belong to, or has level
             weights of another kind or size, or of mixers that the file does not know. The model is unchanged.
+        DistributedError: level weights would be attached, and DDP or FSDP was applied before.
         MissingLibraryError: safetensors is not installed.
     """
     checkpoint.expect_module(model)
@@ -69,10 +71,11 @@ def load_levels(model: nn.Module, path: str | PathLike[str]) -> int:
     owners = _owners(model, section, path)
     _expect_all(model, owners, path)
     filled = [(place, _filled(model, place, section["mixers"][name], name, tensors)) for name, place in owners.items()]
+    wrapped.expect_none(owner for (owner, name), _ in filled if getattr(owner, name, None) is None)
     for (owner, attribute), (weights, values) in filled:
         if getattr(owner, attribute, None) is None:
             attachment.attach(owner, attribute, weights)
-        weights.load_state_dict(values)
+        weights.load_state_dict(values, assign=any(tensor.is_meta for tensor in weights.state_dict().values()))
     return len(filled)
 
 

@@ -24,13 +24,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return []
 
 
-def checking(calls: list[Any]) -> tuple[Callable[[Any], None], Callable[[], None]]:
+def checking(calls: list[Any]) -> tuple[Callable[[Any], None], Callable[[], None], Callable[[Any], None]]:
     def parse(options: Any) -> None:
         calls.append(options)
         if options and "typo" in options:
             raise ValueError("no such option")
 
-    return parse, lambda: calls.append("prepare")
+    return parse, lambda: calls.append("prepare"), calls.append
 
 
 def test_options_are_parsed_at_the_call(calls: list[Any]) -> None:
@@ -38,9 +38,9 @@ def test_options_are_parsed_at_the_call(calls: list[Any]) -> None:
     install(ours, *checking(calls))
     assert calls == ["prepare"]
     run = torch.compile(torch.sin, backend=ours, options={"a": 1})
-    assert calls == ["prepare", {"a": 1}, "prepare"]
-    torch.compile(torch.sin, backend=ours)
-    assert calls[3:] == [None, "prepare"]
+    assert calls == ["prepare", {"a": 1}, torch.sin, "prepare"]
+    torch.compile(torch.cos, backend=ours)
+    assert calls[4:] == [None, torch.cos, "prepare"]
     with pytest.raises(ValueError, match="no such option"):
         torch.compile(torch.sin, backend=ours, options={"typo": 1})
     del calls[:]
@@ -67,3 +67,6 @@ def test_the_call_that_imports_us_is_checked(calls: list[Any], monkeypatch: pyte
     with pytest.raises(ValueError, match="no such option"):
         torch.compile(torch.sin, backend="of_a_test", options={"typo": 1})
     assert calls == [{"typo": 1}]
+    del calls[:]
+    torch.compile(torch.sin, backend="of_a_test")
+    assert calls[:2] == [None, torch.sin]

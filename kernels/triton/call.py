@@ -88,7 +88,7 @@ class Call(Layout):
         self.operand("erase_query", x.erase_query)
         self.operand("erase_key", x.erase_key)
         self.arguments |= {
-            **{"scale": self.scale, "heads": self.heads, "tokens": self.tokens, "chunks": sizes["N"]},
+            **{"scale": float(self.scale), "heads": self.heads, "tokens": self.tokens, "chunks": sizes["N"]},
             **{"batch_heads": sizes["B"] * sizes["H"], "half": sizes["N // 2"]},
             **{"old_levels": sizes["old_levels"], "end_levels": sizes["end_levels"]},
         }

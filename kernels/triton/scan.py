@@ -114,7 +114,7 @@ class Scan:
                 self.arguments |= operand_arguments(name, operand, x.v.shape)
         assert x.decay_rate is not None
         rate = x.decay_rate if x.decay_rate.stride(1) == 1 else x.decay_rate.contiguous()
-        self.arguments |= {"rate_ptr": rate, "rate_head": rate.stride(0), "scale": scale}
+        self.arguments |= {"rate_ptr": rate, "rate_head": rate.stride(0), "scale": float(scale)}
 
     def _add_geometry(self) -> None:
         x, sizes = self.x, self.arguments.sizes

@@ -102,7 +102,9 @@ def compile_kernel(d: Description, name: str, chip: Chip, launch: Tuning | None 
     return Report(chip.name, d, name, launch, registers, compiled.metadata.shared, columns, spilled, found)
 
 
-def signature_of(d: Description, name: str, chip: Chip, launch: Tuning) -> tuple[dict[str, str], dict[str, int], set[str]]:
+def signature_of(
+    d: Description, name: str, chip: Chip, launch: Tuning
+) -> tuple[dict[str, str], dict[str, int], set[str]]:
     """What Triton knows of a kernel's arguments in any launch: types, constants, and which are multiples of 16."""
     kernel = getattr(module_of(d.on(chip)), name)
     constants = {"VALUE_TILE": launch.value_tile} if "VALUE_TILE" in kernel.arg_names else {}

@@ -100,7 +100,7 @@ def test_with_states(state):
 
 
 def test_without_it_there_are_many(monkeypatch):
-    """The count sees what it is for: with all arguments specialised the same lengths take many times as many kernels."""
+    """The count sees what it is for: with all arguments specialised, the same lengths take many more kernels."""
     from llcompile.kernels.triton import launch, source
 
     for cached in (source.generate, launch.module_of, launch.kernels_of):
@@ -141,7 +141,7 @@ def test_aligned_rows_are_known_to_be():
     ],
 )
 def test_what_is_compiled_for_the_table_is_what_is_launched(d):
-    """The types and multiples of `kernels matrix` and `kernels show` are those of real launches, argument by argument."""
+    """The types and multiples of `kernels matrix` are those of real launches, argument by argument."""
     decay = {"none": None, "scalar": "token"}.get(d.decay, d.decay)
     sizes = {"key_dim": d.key_dim, "value_dim": d.value_dim, "groups": 2, "heads": 2 * d.repeat}
     x = given(200, decay=decay, delta=d.delta, levels=d.levels, **sizes)

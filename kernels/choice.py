@@ -142,7 +142,8 @@ def _run(
     d = describe()
     kind = (wanted.name, d, device)
     reason = _refused.get(kind) or wanted.reason(d, device)
-    kind_of_error, cause = KernelError, None
+    kind_of_error: type[KernelError] = KernelError
+    cause: Exception | None = None
     if reason is None:
         try:
             reason = wanted.rejection(d, device, sweep)

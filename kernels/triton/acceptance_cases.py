@@ -112,6 +112,11 @@ def in_double(x: Operands) -> Operands:
     return Operands(*(t.double() if t is not None and t.is_floating_point() else t for t in x))  # type: ignore[arg-type]
 
 
+def of_token(x: Token, function: Callable[[Tensor], Tensor]) -> Token:
+    """`function` of each of its tensors."""
+    return Token(*(function(t) if isinstance(t, Tensor) else t for t in x))  # type: ignore[arg-type]
+
+
 def moved(x: Operands, device: torch.device) -> Operands:
     """On `device`."""
     return Operands(*(t if t is None else t.to(device) for t in x))  # type: ignore[arg-type]

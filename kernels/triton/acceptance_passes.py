@@ -94,8 +94,8 @@ def _steps(trusted: Passes, d: Description, device: torch.device) -> Iterator[Ca
     tokens = acceptance_cases.tokens(d, trusted.forward)
     state = tokens[0].state.to(device)
     for token in tokens:
-        here = Token(*(t.to(device) if isinstance(t, Tensor) else t for t in token))._replace(state=state)
-        exact = Token(*(t.double() if isinstance(t, Tensor) else t for t in here))
+        here = acceptance_cases.of_token(token, lambda t: t.to(device))._replace(state=state)
+        exact = acceptance_cases.of_token(here, Tensor.double)
         yield Case(step, here, exact)
         state = trusted.step(exact)[1].float()
 

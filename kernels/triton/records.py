@@ -62,7 +62,8 @@ class Record:
         self.question = asked
         name = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
         self.path = folder() / f"{asked['pass']}_{name}.json"
-        self.settled, self.failure, self.attempts = False, None, 0
+        self.settled, self.attempts = False, 0
+        self.failure: str | None = None
         found = read(self.path)
         if found is not None and found.get("question") == asked:
             self._take(found)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from llcompile.kernels.triton import engine
 from llcompile.kernels.triton.check import signature_of
 from llcompile.kernels.triton.chips import CHIPS
 from llcompile.kernels.triton.description import Description
+from llcompile.kernels.triton.launch import kernels_of
 from llcompile.kernels.triton.schedule import kernel_names
 from tests.kernels.kernel_cases import operands
 from tests.kernels.launches import key_of, recorded, variants
@@ -153,3 +156,18 @@ def test_what_is_compiled_for_the_table_is_what_is_launched(d):
             name: (kind, "D" if name in aligned else None) for name, kind in signature.items() if name not in constants
         }
         assert found == dict(zip(kernel.parameters, key_of(launch), strict=False)), kernel.name
+
+
+def test_threads_with_new_descriptions():
+    """Eight threads that need the same new kernels at once all get them whole."""
+    sets = itertools.product(("none", "scalar", "channel"), ("none", "delta"), (24, 40), (None, 3, 5))
+    wanted = [Description(*row[:2], row[2], 8, levels=row[3]) for row in sets]
+    start = threading.Barrier(8)
+
+    def load(number: int) -> list[str]:
+        start.wait()
+        return [kernels_of(d, CHIPS["sm_90"])[name].name for d in wanted for name in kernel_names(d)]
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(load, range(8)))
+    assert found == [[name for d in wanted for name in kernel_names(d)]] * 8

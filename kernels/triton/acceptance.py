@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llcompile.errors import KernelCacheError, KernelTestError
-from llcompile.kernels.triton import faults, records
+from llcompile.kernels.triton import autotune, faults, records
 from llcompile.kernels.triton.acceptance_passes import POSITION, Described, Passes, Sweep, cases
 from llcompile.kernels.triton.limits import interpreted
 from llcompile.kernels.triton.toolchain import toolchain_of
@@ -44,7 +44,7 @@ def rejection(ours: Passes, trusted: Passes, d: Described, device: torch.device,
         question = records.question(d, device, sweep)
         with records.kept(question) as record:
             if not record.settled:
-                with torch.inference_mode(False), torch.no_grad():
+                with torch.inference_mode(False), torch.no_grad(), autotune.only_defaults():
                     try:
                         record.settle(test(ours, trusted, d, device, sweep))
                     except torch.OutOfMemoryError as error:

@@ -15,7 +15,7 @@ from llcompile.errors import KernelTestError
 from llcompile.kernels import choice
 from llcompile.kernels.description import Description, ReadoutDescription, describe, describe_step
 from llcompile.kernels.implementations import ATEN
-from llcompile.kernels.triton import acceptance, acceptance_cases, records
+from llcompile.kernels.triton import acceptance, acceptance_cases, autotune, records
 from llcompile.kernels.triton.toolchain import toolchain_of
 from tests.kernels.stand_in import StandIn, calls, one_number
 
@@ -167,3 +167,20 @@ def test_nothing_is_tested_in_the_interpreter(monkeypatch):
     one = StandIn("forward", one_number)
     assert acceptance.rejection(one, ATEN, Description("none", "none", 8, 8), CPU, "forward") is None
     assert one.calls == 0
+
+
+def test_nothing_is_tuned_for_a_test(monkeypatch):
+    """With autotuning on, a test runs the defaults; what comes after it is tuned."""
+    seen = []
+
+    class Asks(StandIn):
+        def forward(self, x, scale, final):
+            seen.append(autotune._only_defaults.get())
+            return super().forward(x, scale, final)
+
+    monkeypatch.setenv(autotune.VARIABLE, "1")
+    d = Description("none", "none", 8, 8, dtype=torch.float32)
+    assert acceptance.rejection(Asks(), ATEN, d, CPU, "forward") is None
+    assert seen
+    assert all(seen)
+    assert not autotune._only_defaults.get()

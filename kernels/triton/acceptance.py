@@ -33,29 +33,39 @@ def rejection(ours: Passes, trusted: Passes, d: Described, device: torch.device,
         KernelCacheError: the folder for generated files cannot be used.
         KernelTestError: the test left the device unusable for this process.
     """
+    kind = (d, device, sweep)
+    if kind in _known:  # every call of an operator comes here
+        return _known[kind]
     if interpreted():  # nothing is compiled
         return None
-    kind = (d, device, sweep)
     with _testing:
-        if kind in _known:
+        if kind in _known:  # another thread was faster
             return _known[kind]
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return "they have not been tested here, and cannot be while a CUDA graph is captured; call once before"
-        question = records.question(d, device, sweep)
-        with records.kept(question) as record:
-            if not record.settled:
-                with torch.inference_mode(False), torch.no_grad(), autotune.only_defaults():
-                    try:
-                        record.settle(test(ours, trusted, d, device, sweep))
-                    except torch.OutOfMemoryError as error:
-                        return f"there is no memory to test them ({_line(error)})"
-                    except Exception as error:
-                        if isinstance(error, KernelCacheError) or ours.refusal(error, d, device) is not None:
-                            raise
-                        record.settle(f"{type(error).__name__}: {_line(error)}")
-                        _check_device(device, record, error)
+        with records.kept(records.question(d, device, sweep)) as record:
+            passing = None if record.settled else _settle(record, ours, trusted, d, device, sweep)
+            if passing is not None:
+                return passing
             _known[kind] = record.failure
         return _known[kind]
+
+
+def _settle(
+    record: records.Record, ours: Passes, trusted: Passes, d: Described, device: torch.device, sweep: Sweep
+) -> str | None:
+    """Run the test and keep what it finds; a reason of this moment alone is returned instead."""
+    with torch.inference_mode(False), torch.no_grad(), autotune.only_defaults():
+        try:
+            record.settle(test(ours, trusted, d, device, sweep))
+        except torch.OutOfMemoryError as error:
+            return f"there is no memory to test them ({_line(error)})"
+        except Exception as error:
+            if isinstance(error, KernelCacheError) or ours.refusal(error, d, device) is not None:
+                raise
+            record.settle(f"{type(error).__name__}: {_line(error)}")
+            _check_device(device, record, error)
+    return None
 
 
 def test(ours: Passes, trusted: Passes, d: Described, device: torch.device, sweep: Sweep) -> str | None:

@@ -18,10 +18,17 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from llcompile.errors import DistributedError, KernelCacheError, KernelError, OptionError
+from llcompile.errors import (
+    DistributedError,
+    KernelCacheError,
+    KernelError,
+    KernelMemoryError,
+    KernelTestError,
+    OptionError,
+)
 from llcompile.kernels import spread
 from llcompile.kernels.description import describe, describe_step
-from llcompile.kernels.implementations import ATEN, IMPLEMENTATIONS, Described, Implementation, preferred
+from llcompile.kernels.implementations import ATEN, IMPLEMENTATIONS, Described, Implementation, Sweep, preferred
 from llcompile.kernels.operands import Operands, Token
 from llcompile.kernels.readouts import Readouts, ReadoutToken
 from llcompile.kernels.readouts import describe as describe_readouts
@@ -62,7 +69,10 @@ def forward(x: Operands, scale: float, return_final_state: bool) -> tuple[Tensor
     if over is not None:
         return over.forward(x, scale, return_final_state)
     return _run(
-        lambda: describe(x, return_final_state), x.v.device, lambda one: one.forward(x, scale, return_final_state)
+        "forward",
+        lambda: describe(x, return_final_state),
+        x.v.device,
+        lambda one: one.forward(x, scale, return_final_state),
     )
 
 
@@ -72,7 +82,10 @@ def backward(x: Operands, scale: float, grad_o: Tensor, grad_state: Tensor | Non
     if over is not None:
         return over.backward(x, scale, grad_o, grad_state)
     return _run(
-        lambda: describe(x, grad_state is not None), x.v.device, lambda one: one.backward(x, scale, grad_o, grad_state)
+        "backward",
+        lambda: describe(x, grad_state is not None),
+        x.v.device,
+        lambda one: one.backward(x, scale, grad_o, grad_state),
     )
 
 
@@ -80,7 +93,7 @@ def step(token: Token) -> tuple[Tensor, Tensor]:
     """As `aten.token.step`, by the implementation that is chosen; raises `StateError` for a damaged position."""
     if not token.q.shape[1]:  # no heads: nothing to describe
         return ATEN.step(token)
-    return _run(lambda: describe_step(token), token.v.device, lambda one: one.step(token))
+    return _run("step", lambda: describe_step(token), token.v.device, lambda one: one.step(token))
 
 
 def readouts(x: Readouts, return_final_state: bool) -> tuple[Tensor, Tensor]:
@@ -95,20 +108,32 @@ def readouts(x: Readouts, return_final_state: bool) -> tuple[Tensor, Tensor]:
             "one is spread over processes; convert with level_weights='linear' for context parallel, or leave the "
             "context"
         )
-    return _run(lambda: describe_readouts(x), x.query.device, lambda one: one.readouts().forward(x, return_final_state))
+    return _run(
+        "forward",
+        lambda: describe_readouts(x),
+        x.query.device,
+        lambda one: one.readouts().forward(x, return_final_state),
+    )
 
 
 def readouts_backward(x: Readouts, grad: Tensor, grad_state: Tensor | None) -> tuple[Tensor | None, ...]:
     """As `aten.readouts.backward`, by the implementation that is chosen."""
-    return _run(lambda: describe_readouts(x), x.query.device, lambda one: one.readouts().backward(x, grad, grad_state))
+    return _run(
+        "backward",
+        lambda: describe_readouts(x),
+        x.query.device,
+        lambda one: one.readouts().backward(x, grad, grad_state),
+    )
 
 
 def readouts_step(x: ReadoutToken) -> tuple[Tensor, Tensor]:
     """As `aten.readouts.step`, by the implementation that is chosen."""
-    return _run(lambda: describe_readouts(x), x.query.device, lambda one: one.readouts().step(x))
+    return _run("step", lambda: describe_readouts(x), x.query.device, lambda one: one.readouts().step(x))
 
 
-def _run(describe: Callable[[], Described], device: torch.device, call: Callable[[Implementation], Result]) -> Result:
+def _run(
+    sweep: Sweep, describe: Callable[[], Described], device: torch.device, call: Callable[[Implementation], Result]
+) -> Result:
     """Call one of them; raises `KernelError` if what was asked for by name cannot run here."""
     chosen = choice()
     wanted = preferred(device) if chosen == "auto" else IMPLEMENTATIONS[chosen]
@@ -117,21 +142,25 @@ def _run(describe: Callable[[], Described], device: torch.device, call: Callable
     d = describe()
     kind = (wanted.name, d, device)
     reason = _refused.get(kind) or wanted.reason(d, device)
+    kind_of_error: type[KernelError] = KernelError
     cause: Exception | None = None
     if reason is None:
         try:
-            return call(wanted)
-        except KernelCacheError as error:  # of this moment: the folder may be mended
-            reason, cause = str(error), error
+            reason = wanted.rejection(d, device, sweep)
+            if reason is None:
+                return call(wanted)
+            kind_of_error = KernelTestError
+        except KernelTestError:  # the device is lost: nothing else runs there
+            raise
+        except (KernelCacheError, KernelMemoryError) as error:  # of this moment: a folder may be mended, memory freed
+            reason, cause, kind_of_error = str(error), error, type(error)
         except Exception as error:
             reason, cause = wanted.refusal(error, d, device), error
             if reason is None:
                 raise
             _refused[kind] = reason
     if chosen != "auto":
-        if isinstance(cause, KernelCacheError):
-            raise cause
-        raise KernelError(
+        raise kind_of_error(
             f"{wanted.title} were requested ({VARIABLE}={chosen}), but {reason}; use 'auto' or 'aten'"
         ) from cause
     _tell(wanted.title, reason)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from functools import lru_cache
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from llcompile.kernels.readouts import Readouts, ReadoutToken
 from llcompile.kernels.state import check_positions
 
 Described = Description | ReadoutDescription
+Sweep = Literal["forward", "backward", "step"]
 
 
 class ReadoutForm(Protocol):
@@ -49,6 +50,13 @@ class Implementation(ABC):
 
     def reason(self, d: Described, device: torch.device) -> str | None:
         """Why it cannot run what `d` describes on `device`; None if it can, as far as is known before it is tried."""
+        return None
+
+    def rejection(self, d: Described, device: torch.device, sweep: Sweep) -> str | None:
+        """Why a pass must not run by it, though it could: a test on this device found wrong numbers. None if it may.
+
+        Raises `KernelTestError` where the test left the device unusable.
+        """
         return None
 
     def refusal(self, error: Exception, d: Described, device: torch.device) -> str | None:
@@ -86,6 +94,12 @@ class Triton(Implementation):
         from llcompile.kernels.triton.limits import unsupported
 
         return unsupported(d, device)
+
+    def rejection(self, d: Described, device: torch.device, sweep: Sweep) -> str | None:
+        """As `acceptance` finds it."""
+        from llcompile.kernels.triton.acceptance import rejection
+
+        return rejection(self, ATEN, d, device, sweep)
 
     def refusal(self, error: Exception, d: Described, device: torch.device) -> str | None:
         """Of what Triton raises for kernels that it cannot make."""

@@ -87,7 +87,7 @@ class Layout:
         """States `[M, levels, K, V]` at the end of rows -> a level state `[B, H, 1 + L, K, V]`."""
         assert self.levels is not None
         s = self._unfold_state(states).transpose(1, 2).flatten(0, 1)  # [B * levels, H, K, V]
-        out = s.new_zeros(self.batch * self.levels, *s.shape[1:]).index_add(0, self._slots(), s)
+        out = summed(s, self._slots(), self.batch * self.levels)
         position = torch.full((self.batch,), self.tokens, device=s.device)
         position = position if self.x.lengths is None else self.x.lengths
         position = position if self.grid.position is None else position + self.grid.position
@@ -134,3 +134,14 @@ class Layout:
             other = copy.copy(self)
             other.x = self.x._replace(initial_state=state)
             return torch.autograd.grad(function(other), state, d)[0]
+
+
+def summed(x: Tensor, index: Tensor, rows: int) -> Tensor:
+    """`[rows, ...]`: the sum of the `x[i]` with `index[i] == row`, the same bits whenever it is computed.
+
+    On a GPU `index_add` is a sum by atomics, in whatever order they come; `index_put` sorts the index first.
+    """
+    out = x.new_zeros(rows, *x.shape[1:])
+    if x.device.type == "cpu":  # and there it is `index_add` whose order is fixed
+        return out.index_add(0, index, x)
+    return out.index_put((index,), x, accumulate=True)

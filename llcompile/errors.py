@@ -26,6 +26,14 @@ class KernelCacheError(KernelError):
     """The folder for generated kernels cannot be written."""
 
 
+class KernelTestError(KernelError):
+    """Generated kernels gave wrong numbers in a test on this device, or the test left the device unusable."""
+
+
+class KernelMemoryError(KernelError):
+    """The buffers of a call of generated kernels do not fit into the device's memory."""
+
+
 class CompilerError(KernelError):
     """No C++ compiler was found, or it cannot make a library of generated kernels that can be loaded."""
 

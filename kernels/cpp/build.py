@@ -7,7 +7,6 @@ the second one waits and takes what the first has made.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import shlex
@@ -15,7 +14,6 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from llcompile.errors import CompilerError
@@ -87,7 +85,7 @@ def _on_disk(key: str) -> Path | None:
 def _made(key: str, source: str, name: str, compiler: Compiler) -> Path:
     """The library, compiled by this process, or by another one while this one waited for it."""
     text = cache.file_of(source, name, suffix=".cpp")
-    with _turn(text.parent / f".{key}.lock"):
+    with cache.turn(text.parent / f".{key}.lock"):
         found = _on_disk(key)
         if found is not None:
             return found
@@ -131,16 +129,3 @@ def _opened(path: Path) -> ctypes.CDLL:
             f"the compiled library cannot be loaded ({error}); if programs must not run from {path.parent}, set the "
             f"environment variable {cache.FOLDER_VARIABLE} to another folder"
         ) from error
-
-
-@contextlib.contextmanager
-def _turn(path: Path) -> Iterator[None]:
-    """Only one process at a time; all at once where there are no locks, which wastes time and nothing else."""
-    with cache.writing_to(path.parent):
-        file = path.open("w")
-    with file:
-        with contextlib.suppress(ImportError, OSError):
-            import fcntl
-
-            fcntl.lockf(file, fcntl.LOCK_EX)  # this process's alone: a child that is forked meanwhile waits for it
-        yield

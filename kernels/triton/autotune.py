@@ -15,6 +15,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,11 +41,24 @@ _log = logging.getLogger("llcompile.kernels")
 _chosen: dict[tuple[Kernel, int, Meter], Tuning] = {}
 
 
+_only_defaults: ContextVar[bool] = ContextVar("llcompile_only_defaults", default=False)
+
+
+@contextlib.contextmanager
+def only_defaults() -> Iterator[None]:
+    """Run launches inside with their defaults, and tune none: a test of kernels is too small to tune for."""
+    token = _only_defaults.set(True)
+    try:
+        yield
+    finally:
+        _only_defaults.reset(token)
+
+
 def run(launch: Launch) -> None:
     """Run `launch`: with what was measured to be best where tuning is on, else with the defaults."""
     if not launch.programs:
         return
-    meter = current_meter()
+    meter = None if _only_defaults.get() else current_meter()
     launch(launch.kernel.default if meter is None else best(launch, meter))
 
 

@@ -131,15 +131,32 @@ class Arguments(dict[str, Any]):
         return x
 
 
+# Of how many numbers the places of rows are multiples, wherever rows of K or V are: what Triton asks for in arguments
+# before it loads several numbers at a time.
+ALIGNED = 16
+
+
 def operand_arguments(name: str, x: Tensor, v_shape: torch.Size) -> dict[str, Any]:
-    """Arguments of an operand `[B, T, H, ...]` (`[H]` counts as the same for all tokens)."""
+    """Arguments of an operand `[B, T, H, ...]` (`[H]` counts as the same for all tokens).
+
+    It is copied if its rows are not dense, or are multiples of `ALIGNED` long but do not lie at such multiples.
+    """
     if x.dim() == 1:
         x = x.expand(v_shape[:3])
-    elif x.dim() == 4 and x.stride(3) != 1 and x.shape[3] > 1:
-        x = x.contiguous()
-    return {
-        f"{name}_ptr": x,
-        f"{name}_row": x.stride(0),
-        f"{name}_token": x.stride(1),
-        f"{name}_head": x.stride(2),
-    }
+    elif x.dim() == 4 and not _has_rows(x):
+        x = x.clone(memory_format=torch.contiguous_format)
+    row, token, head = _strides(x)
+    return {f"{name}_ptr": x, f"{name}_row": row, f"{name}_token": token, f"{name}_head": head}
+
+
+def _strides(x: Tensor) -> list[int]:
+    """The strides of `[B, T, H, ...]`; 0, a multiple of everything, where an axis has one entry."""
+    return [stride if size > 1 else 0 for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)]
+
+
+def _has_rows(x: Tensor) -> bool:
+    if x.shape[3] > 1 and x.stride(3) != 1:
+        return False
+    if x.shape[3] % ALIGNED:
+        return True
+    return x.data_ptr() % ALIGNED == 0 and all(stride % ALIGNED == 0 for stride in _strides(x))

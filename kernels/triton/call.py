@@ -13,7 +13,7 @@ from llcompile.kernels.grid import Grid, depth, make_grid
 from llcompile.kernels.layout import Layout
 from llcompile.kernels.operands import Operands
 from llcompile.kernels.state import linear_state, position_of
-from llcompile.kernels.triton import autotune
+from llcompile.kernels.triton import autotune, memory
 from llcompile.kernels.triton.buffers import Arguments, operand_arguments
 from llcompile.kernels.triton.chips import chip_of
 from llcompile.kernels.triton.description import Description
@@ -88,7 +88,7 @@ class Call(Layout):
         self.operand("erase_query", x.erase_query)
         self.operand("erase_key", x.erase_key)
         self.arguments |= {
-            **{"scale": self.scale, "heads": self.heads, "tokens": self.tokens, "chunks": sizes["N"]},
+            **{"scale": float(self.scale), "heads": self.heads, "tokens": self.tokens, "chunks": sizes["N"]},
             **{"batch_heads": sizes["B"] * sizes["H"], "half": sizes["N // 2"]},
             **{"old_levels": sizes["old_levels"], "end_levels": sizes["end_levels"]},
         }
@@ -134,10 +134,10 @@ class Call(Layout):
     # -- launches -----------------------------------------------------------------------------------------------------
 
     def run(self, kernels: Mapping[str, Entry]) -> None:
-        """Launch those of `kernels` that this call needs, in their order."""
-        for name, entry in kernels.items():
-            if not entry.when(self.d):
-                continue
+        """Launch those of `kernels` that this call needs, in order; raises `KernelMemoryError` before that."""
+        needed = {name: entry for name, entry in kernels.items() if entry.when(self.d)}
+        memory.check(self.x, self.arguments, self.kernels, needed)
+        for name, entry in needed.items():
             for programs, changing in self._grids(entry):
                 self.arguments |= changing
                 launch = Launch(self.kernels[name], self.arguments, programs, self.value_dim if entry.tiles else 0)

@@ -30,8 +30,8 @@ _MATRIX = {
     "hip": re.compile(r"\bv_(mfma|smfmac)_\w+"),
 }
 _POINTERS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32", "int32": "*i32"}
-# Operands that have the description's dtype, and K or V as their last axis.
-_OPERANDS = ("query_", "key_", "value_", "output_gradient_")
+# Operands that are fp32 whatever the others' dtype is, as models have them.
+_FINE = ("decay_ptr", "rate_ptr")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,13 +88,10 @@ def compile_kernel(d: Description, name: str, chip: Chip, launch: Tuning | None 
     d = d.on(chip)
     launch = launch or tuning(name, d, chip)
     kernel = getattr(module_of(d), name)
-    signature = {n: _type(n, d) for n in kernel.arg_names}
-    constants = {"VALUE_TILE": launch.value_tile}
-    signature |= dict.fromkeys(constants.keys() & signature.keys(), "constexpr")
-    constants = {n: value for n, value in constants.items() if n in signature}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if _divisible(n, signature[n])}
+    signature, constants, aligned = signature_of(d, name, chip, launch)
+    attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n in aligned}
     compiled = triton.compile(
-        ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned),
+        ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes),
         target=GPUTarget(chip.backend, chip.arch, chip.warp),
         options={"num_warps": launch.warps, "num_stages": launch.stages},
     )
@@ -103,6 +100,16 @@ def compile_kernel(d: Description, name: str, chip: Chip, launch: Tuning | None 
     columns = getattr(compiled.metadata, "tmem_size", None) or 0
     found = " ".join(sorted(set(_MATRIX[chip.backend].findall(text))))
     return Report(chip.name, d, name, launch, registers, compiled.metadata.shared, columns, spilled, found)
+
+
+def signature_of(
+    d: Description, name: str, chip: Chip, launch: Tuning
+) -> tuple[dict[str, str], dict[str, int], set[str]]:
+    """What Triton knows of a kernel's arguments in any launch: types, constants, and which are multiples of 16."""
+    kernel = getattr(module_of(d.on(chip)), name)
+    constants = {"VALUE_TILE": launch.value_tile} if "VALUE_TILE" in kernel.arg_names else {}
+    signature = {n: "constexpr" if n in constants else _type(n, d) for n in kernel.arg_names}
+    return signature, constants, {*kernel.arg_names} - {"scale", *kernel.do_not_specialize, *constants}
 
 
 def compile_readouts(d: ReadoutDescription, chip: Chip) -> dict[str, tuple[int, int, int]]:
@@ -135,18 +142,13 @@ def key_of(d: Description, name: str, chip: Chip) -> str:
 
 
 def _type(name: str, d: Description) -> str:
-    """The type of a parameter in Triton's words; operands that are not in the description's dtype count as fp32."""
+    """The type of a parameter in Triton's words."""
     if name in BUFFERS:
         dtype = BUFFERS[name].dtype
         return _POINTERS[d.dtype_name if dtype == "operand" else dtype]
     if name.endswith("_ptr"):
-        return _POINTERS[d.dtype_name if name.startswith(_OPERANDS) else "float32"]
+        return _POINTERS["float32" if name in _FINE else d.dtype_name]
     return "fp32" if name == "scale" else "i32"
-
-
-def _divisible(name: str, kind: str) -> bool:
-    """Pointers, and strides of operands whose last axis is K or V, as they are in practice."""
-    return kind.startswith("*") or name.startswith(_OPERANDS)
 
 
 def _usage(compiled: Any, backend: str) -> tuple[int, int]:

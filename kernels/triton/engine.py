@@ -17,8 +17,7 @@ def forward(x: Operands, scale: float, return_final_state: bool) -> tuple[Tensor
     call = Call(per_channel(x), scale, return_final_state)
     if call.empty:
         return x.v.new_zeros(x.v.shape), call.unchanged_state() if return_final_state else call.no_state()
-    call.run(STATES)
-    call.run(OUTPUT)
+    call.run(STATES | OUTPUT)
     if not return_final_state:
         return call.arguments["outputs"], call.no_state()
     if call.d.weighted:
@@ -40,8 +39,7 @@ def backward(x: Operands, scale: float, grad_o: Tensor, grad_state: Tensor | Non
         call.arguments["level_gradients"] = call._final_grad(call.with_tokens(grad_state)).contiguous()
     elif grad_state is not None:
         call.arguments["final_gradients"] = grad_state.float().contiguous()
-    call.run(STATES)
-    call.run(GRADIENTS)
+    call.run(STATES | GRADIENTS)
     return _operand_gradients(call, x, grad_state)
 
 

@@ -9,7 +9,9 @@ from functools import lru_cache
 import torch
 
 from llcompile.kernels.description import Correction, Description, ReadoutDescription
+from llcompile.kernels.triton import faults
 from llcompile.kernels.triton.chips import Chip, chip_of
+from llcompile.kernels.triton.toolchain import toolchain_of
 
 # Largest K that fits, by the KB of shared memory that a program may have and the bytes of an operand's number: the rows
 # of a chunk, and for the delta rule a K x K matrix, must stay on the chip. The first entry that applies holds.
@@ -62,6 +64,8 @@ def unsupported(d: Description | ReadoutDescription, device: torch.device) -> st
     if found is not None and found < _LEAST_CAPABILITY:
         least = ".".join(map(str, _LEAST_CAPABILITY))
         return f"{device} has compute capability {found[0]}.{found[1]}; Triton needs {least} or later"
+    if not interpreted() and (fault := faults.refusal(toolchain_of(device))):
+        return fault
     if isinstance(d, ReadoutDescription):
         return _beyond_dtypes(d.dtype)
     return beyond(d, chip_of(device))

@@ -12,7 +12,7 @@ takes part in is what later queries take of the states less what later keys gave
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch import Tensor
 from llcompile.kernels.description import describe
 from llcompile.kernels.operands import Operands, Token
 from llcompile.kernels.state import in_levels, is_level_state
-from llcompile.kernels.triton import autotune
+from llcompile.kernels.triton import autotune, memory
 from llcompile.kernels.triton.buffers import Arguments, operand_arguments
 from llcompile.kernels.triton.chips import chip_of
 from llcompile.kernels.triton.description import Description
@@ -89,8 +89,9 @@ class Scan:
         if old is not None:
             self.arguments["begin_states"] = old
 
-    def run(self, kernels: Iterable[str]) -> None:
-        """Launch `kernels`: a program has a tile of the values of a unit."""
+    def run(self, kernels: Sequence[str]) -> None:
+        """Launch `kernels`, a program for each tile of the values of a unit; raises `KernelMemoryError` before that."""
+        memory.check(self.x, self.arguments, self.kernels, kernels)
         programs = self.x.rows * self._units()
         for name in kernels:
             autotune.run(Launch(self.kernels[name], self.arguments, programs, self.lanes))
@@ -114,7 +115,7 @@ class Scan:
                 self.arguments |= operand_arguments(name, operand, x.v.shape)
         assert x.decay_rate is not None
         rate = x.decay_rate if x.decay_rate.stride(1) == 1 else x.decay_rate.contiguous()
-        self.arguments |= {"rate_ptr": rate, "rate_head": rate.stride(0), "scale": scale}
+        self.arguments |= {"rate_ptr": rate, "rate_head": rate.stride(0), "scale": float(scale)}
 
     def _add_geometry(self) -> None:
         x, sizes = self.x, self.arguments.sizes

@@ -39,7 +39,7 @@ STATES = {
     "tree_up": Entry(
         "pairs, up", (32, 4, 1), lambda d: d.weighted, tiles=True, changes=("states", "totals", "transitions")
     ),
-    "state_scan": Entry("heads", (16, 4, 2), lambda d: not d.weighted, tiles=True, changes=("states",)),
+    "state_scan": Entry("heads", (16, 4, 1), lambda d: not d.weighted, tiles=True, changes=("states",)),
 }
 OUTPUT = {
     "output": Entry("chunks", (64, 8, 1), tiles=True),
@@ -62,7 +62,7 @@ GRADIENTS = {
     "transition_down": Entry(
         "pairs, down", (64, 8, 1), lambda d: d.weighted and d.dense, changes=("transition_gradients",)
     ),
-    "scan_gradient": Entry("heads", (16, 4, 2), lambda d: not d.weighted, tiles=True, changes=("state_gradients",)),
+    "scan_gradient": Entry("heads", (16, 4, 1), lambda d: not d.weighted, tiles=True, changes=("state_gradients",)),
     "chunk_values_gradient": Entry("chunks", (64, 8, 1), changes=("weight_gradients",)),
     "final_chunk_gradient": Entry(
         "heads", (64, 8, 1), lambda d: d.weighted and d.final_state, changes=("value_gradients", "writer_gradients")

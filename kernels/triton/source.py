@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import jinja2
 from jinja2.ext import Extension
 
 from llcompile.kernels import header
+from llcompile.kernels.triton.buffers import ALIGNED, BUFFERS
 from llcompile.kernels.triton.description import BLOCK, SLICE, Description
 from llcompile.kernels.triton.schedule import kernel_names
 
@@ -126,7 +128,40 @@ def template(name: str) -> jinja2.Template:
 def _render(name: str, d: Description) -> str:
     """A template's text for `d`, without the blank lines that statements leave."""
     text = template(name).render(_context(d))
-    return "".join(f"{line}\n" for line in text.splitlines() if line.strip())
+    text = "".join(f"{line}\n" for line in text.splitlines() if line.strip())
+    return text if name == "functions" else _without_specialisations(text, name, d)
+
+
+def _without_specialisations(text: str, name: str, d: Description) -> str:
+    """A kernel's text, decorated with the names of the arguments that it is not compiled anew for.
+
+    Triton compiles a kernel again for a number that is 1 or a multiple of 16. Counts change with every length, and none
+    of these kernels gains from what is known of them.
+    """
+    signature = re.search(rf"^def {name}\((.*?)\):$", text, re.MULTILINE | re.DOTALL)
+    assert signature is not None, name
+    parameters = re.findall(r"(\w+)(?:: tl\.constexpr)?,", re.sub(r"#.*", "", signature[1]))
+    plain = [f'"{n}",' for n in parameters if n not in BUFFERS and n != "VALUE_TILE" and not _in_rows(n, d)]
+    if not plain:
+        return text
+    lines = textwrap.wrap(" ".join(plain), 112, initial_indent="    ", subsequent_indent="    ")
+    decorator = "\n".join(["@triton.jit(do_not_specialize=[", *lines, "])\n"])
+    return text.replace("@triton.jit\n", decorator, 1)
+
+
+def _in_rows(parameter: str, d: Description) -> bool:
+    """Whether it is the pointer or a stride of an operand with rows of K or V numbers that lie at multiples of 16.
+
+    What a kernel knows of these lets it load 16 bytes at a time; `buffers.operand_arguments` sees to it that they are
+    such multiples at every length.
+    """
+    name, _, part = parameter.rpartition("_")
+    if part not in ("ptr", "row", "token", "head") or d.rated:
+        return False
+    size = {"value": d.value_dim, "output_gradient": d.value_dim, "weight": 1, "beta": 1}.get(name, d.key_dim)
+    if name == "decay" and d.decay != "channel":
+        size = 1
+    return size % ALIGNED == 0
 
 
 @lru_cache(maxsize=64)

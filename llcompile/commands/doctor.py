@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
     findings = environment()
     if not args.no_self_test:
         findings += self_test(args.inner, args.device)
+    findings += kernel_tests()
     if args.json:
         print(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:
@@ -78,6 +79,43 @@ def self_test(inner: str = "eager", device: str | None = None) -> list[Finding]:
         Finding(f"{topic}: {entry.name}", entry.detail, entry.acts, advice if entry.acts is False else "")
         for entry in self_test.every(place)
     ]
+
+
+def kernel_tests() -> list[Finding]:
+    """What is known of the Triton kernels on each GPU: faults of its Triton, and what tests of kernels found so far."""
+    import torch
+
+    if importlib.util.find_spec("triton") is None:
+        return []
+    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return [finding for device in devices for finding in tests_of(device)]
+
+
+def tests_of(device: Any) -> Iterator[Finding]:
+    """The findings for one device."""
+    from llcompile.kernels.triton import faults, records
+    from llcompile.kernels.triton.toolchain import toolchain_of
+
+    found, topic = toolchain_of(device), f"kernels on {device}"
+    refused = faults.refusal(found)
+    if refused is not None:
+        yield Finding(topic, f"not used: {refused}", None, "until then the operator runs on ATen there")
+    else:
+        known = [str(fault) for fault in faults.known(found)]
+        suspects = f"; known faults, looked for in each test: {'; '.join(known)}" if known else ""
+        yield Finding(topic, f"{found}{suspects}")
+    done = list(records.every(device))
+    failed = [record for record in done if record.get("result") == "failed"]
+    for record in failed:
+        asked = record["question"]
+        advice = f"ATen runs instead; please report it. To test again, remove {record['path']}"
+        yield Finding(
+            topic, f"{asked['pass']} of {asked['description']} failed its test: {record['found']}", None, advice
+        )
+    passed = sum(record.get("result") == "passed" for record in done)
+    yield Finding(
+        f"{topic}: tests", f"{passed} passed, {len(failed)} failed; kernels are tested before their first use"
+    )
 
 
 def _python() -> Iterator[Finding]:

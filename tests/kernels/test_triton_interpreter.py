@@ -13,6 +13,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from llcompile.kernels.description import Description
 from tests.kernels import triton_cases
 
 CELLS = list(itertools.product((None, "token", "channel"), (False, True)))
@@ -340,3 +341,18 @@ def test_grid_of_lengths(check, length, decay, delta, levels):
 def test_grid_of_sizes(check, key_dim, value_dim, decay, delta):
     """All head sizes, whatever their remainder."""
     check(length=130, decay=decay, delta=delta, levels=9, key_dim=key_dim, value_dim=value_dim, poisoned=True)
+
+
+@pytest.mark.parametrize("sweep", ["forward", "backward", "step"])
+@pytest.mark.parametrize(
+    ("decay", "correction", "levels"),
+    [
+        ("none", "none", None),
+        *(pytest.param(*row, marks=pytest.mark.slow) for row in (("scalar", "delta", 9), ("channel", "erase", 9))),
+        *(pytest.param(*row, marks=pytest.mark.slow) for row in (("channel", "delta", None), ("rate", "none", 9))),
+    ],
+)
+def test_right_kernels_are_accepted(worker, decay, correction, levels, sweep):
+    """The test before their first use (`acceptance`) passes for the kernels themselves, as the interpreter has them."""
+    d = Description(decay, correction, 16, 16, dtype=torch.float32, levels=levels)
+    assert worker.submit(triton_cases.accepted, d, sweep).result() is None

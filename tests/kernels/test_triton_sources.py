@@ -176,7 +176,7 @@ def test_buffers_are_as_signatures_say():
         for name, text in kernels_in(generate(d)).items():
             if name == "decode":
                 continue
-            for line in text[: text.index("):\n")].splitlines()[2:]:
+            for line in text[text.index("def ") : text.index("):\n")].splitlines()[1:]:
                 parameters, _, comment = line.strip().partition("  # ")
                 if parameters.rstrip(",") in BUFFERS:
                     assert comment.startswith(BUFFERS[parameters.rstrip(",")].axes), (name, line)

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from llcompile.kernels import choice
+from llcompile.kernels.description import Description
+from llcompile.kernels.implementations import ATEN, IMPLEMENTATIONS, Sweep
 from llcompile.kernels.operands import Operands
 from llcompile.kernels.reference import reference_attention
-from llcompile.kernels.triton import autotune, engine, launch
+from llcompile.kernels.triton import acceptance, autotune, engine, launch
 from llcompile.kernels.triton.launch import Launch
 from llcompile.kernels.triton.limits import interpreted
 from llcompile.kernels.triton.tuning import Tuning
@@ -232,6 +234,11 @@ def through_the_operator() -> dict[str, float]:
             grads = torch.autograd.grad(o.square().sum() + state[:, :, 1:].square().sum(), list(wanted.values()))
         results.append({"o": o.detach(), "state": state.detach(), **dict(zip(wanted, grads, strict=True))})
     return {n: relative_error(t, results[1][n]) for n, t in results[0].items()}
+
+
+def accepted(d: Description, sweep: Sweep) -> str | None:
+    """What the test before their first use finds wrong with the kernels of ``d``."""
+    return acceptance.test(IMPLEMENTATIONS["triton"], ATEN, d, torch.device("cpu"), sweep)
 
 
 def packed_errors(

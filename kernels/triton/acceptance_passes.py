@@ -1,0 +1,132 @@
+"""The passes of a test of kernels (`acceptance`): each with small operands, and with the same numbers in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from llcompile.kernels.description import Description, ReadoutDescription
+from llcompile.kernels.operands import DIFFERENTIABLE, Operands, Token
+from llcompile.kernels.readouts import Readouts, ReadoutToken
+from llcompile.kernels.state import state_dtype
+from llcompile.kernels.triton import acceptance_cases
+
+Sweep = Literal["forward", "backward", "step"]
+Described = Description | ReadoutDescription
+Results = dict[str, Tensor | None]
+POSITION = "the position"
+_SCALE = 0.7
+_NAMES = Operands._fields[:DIFFERENTIABLE]
+
+
+class Passes(Protocol):
+    """What is tested, and what it is compared with: a row of `implementations`."""
+
+    def forward(self, x: Operands, scale: float, return_final_state: bool, /) -> tuple[Tensor, Tensor]:
+        """Output and final state."""
+
+    def backward(self, x: Operands, scale: float, grad_o: Tensor, grad_state: Tensor | None, /) -> list[Tensor | None]:
+        """Gradients."""
+
+    def step(self, token: Token, /) -> tuple[Tensor, Tensor]:
+        """Output and state."""
+
+    def readouts(self) -> Any:
+        """The same for readouts."""
+
+    def refusal(self, error: Exception, d: Described, device: torch.device, /) -> str | None:
+        """What an error says if it means that kernels cannot be made."""
+
+
+class Case(NamedTuple):
+    """One call: what runs it, its operands, and these in float64."""
+
+    run: Callable[[Passes, Any], Results]
+    given: Any
+    exact: Any
+
+    def __call__(self, who: Passes, operands: Any) -> Results:
+        """The results by name; None where there is none."""
+        return self.run(who, operands)
+
+
+def cases(trusted: Passes, d: Described, device: torch.device, sweep: Sweep) -> Iterator[Case]:
+    """The calls of one pass; `trusted` makes the states and the shapes of gradients."""
+    if isinstance(d, ReadoutDescription):
+        return _readouts(trusted, d, device, sweep)
+    return _steps(trusted, d, device) if sweep == "step" else _sequence(trusted, d, device, sweep)
+
+
+def _sequence(trusted: Passes, d: Description, device: torch.device, sweep: Sweep) -> Iterator[Case]:
+    x = acceptance_cases.moved(acceptance_cases.sequence(d, trusted.forward), device)
+    exact = acceptance_cases.in_double(x)
+
+    def forward(who: Passes, x: Operands) -> Results:
+        o, state = who.forward(x, _SCALE, d.final_state)
+        return {"the output": o, **(_of_state(state) if d.final_state else {})}
+
+    if sweep == "forward":
+        yield Case(forward, x, exact)
+        return
+    make = torch.Generator().manual_seed(1)
+    shapes = (t.shape for t in trusted.forward(exact, _SCALE, d.final_state))
+    grad_o, grad_state = (torch.randn(shape, generator=make).to(device) for shape in shapes)
+    grad_o = grad_o.to(d.dtype)
+
+    def backward(who: Passes, x: Operands) -> Results:
+        of_state = grad_state.to(state_dtype(x.v.dtype)) if d.final_state else None
+        found = who.backward(x, _SCALE, grad_o.to(x.v.dtype), of_state)
+        return {f"the gradient of {n}": t for n, t, given in zip(_NAMES, found, x, strict=False) if given is not None}
+
+    yield Case(backward, x, exact)
+
+
+def _steps(trusted: Passes, d: Description, device: torch.device) -> Iterator[Case]:
+    """One token after another, each with the state that the one before leaves in float64."""
+
+    def step(who: Passes, token: Token) -> Results:
+        o, state = who.step(token._replace(state=token.state.clone()))
+        return {"the output": o, **_of_state(state)}
+
+    tokens = acceptance_cases.tokens(d, trusted.forward)
+    state = tokens[0].state.to(device)
+    for token in tokens:
+        here = acceptance_cases.of_token(token, lambda t: t.to(device))._replace(state=state)
+        exact = acceptance_cases.of_token(here, Tensor.double)
+        yield Case(step, here, exact)
+        state = trusted.step(exact)[1].float()
+
+
+def _of_state(state: Tensor) -> Results:
+    """Levels and headers apart: positions are large, and must be exact."""
+    if state.dim() < 5:
+        return {"the state": state}
+    return {"the state": state[:, :, 1:], POSITION: state[:, :, 0]}
+
+
+def _readouts(trusted: Passes, d: ReadoutDescription, device: torch.device, sweep: Sweep) -> Iterator[Case]:
+    x = acceptance_cases.readouts(d)
+    x = x._replace(query=x.query.to(device), key=x.key.to(device))
+    exact = x._replace(query=x.query.double(), key=x.key.double())
+    readouts, state = trusted.readouts().forward(exact, True)
+    grad = torch.randn(readouts.shape, generator=torch.Generator().manual_seed(1)).to(device)
+
+    def forward(who: Passes, x: Readouts) -> Results:
+        return dict(zip(("the readouts", "their state"), who.readouts().forward(x, True), strict=True))
+
+    def backward(who: Passes, x: Readouts) -> Results:
+        found = who.readouts().backward(x, grad.to(x.dtype), None)
+        return {f"the gradient of {n}": t for n, t in zip(("query", "key"), found, strict=False)}
+
+    def step(who: Passes, token: ReadoutToken) -> Results:
+        found = who.readouts().step(token._replace(state=token.state.clone()))
+        return dict(zip(("the readouts", "their state"), found, strict=True))
+
+    if sweep != "step":
+        yield Case(forward if sweep == "forward" else backward, x, exact)
+        return
+    for token in acceptance_cases.readout_tokens(x, state.float()):
+        yield Case(step, token, ReadoutToken(token.query.double(), token.key.double(), token.state.double(), d.levels))

@@ -1,0 +1,49 @@
+"""Whether a call's buffers fit into the device's memory, said before the first launch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+
+from llcompile.errors import KernelMemoryError
+from llcompile.kernels.operands import Operands
+from llcompile.kernels.triton.buffers import BUFFERS, Arguments, axes
+from llcompile.kernels.triton.launch import Kernels
+
+# What is less is not compared with what is free: asking the driver takes longer than a small call.
+_SMALL = 1 << 30
+
+
+def check(x: Operands, arguments: Arguments, kernels: Kernels, names: Iterable[str]) -> None:
+    """Raise `KernelMemoryError` if the buffers that the kernels `names` will allocate do not fit."""
+    wanted = workspace(arguments, kernels, names)
+    if wanted <= _SMALL:
+        return
+    free = free_bytes(arguments.device)
+    if free is None or wanted <= free:
+        return
+    raise KernelMemoryError(
+        f"the buffers for values {list(x.v.shape)}, queries and keys {list(x.q.shape)} take {wanted / 1e9:.1f} GB, and "
+        f"{free / 1e9:.1f} GB are free on {arguments.device}; they grow with rows * tokens * heads: use fewer rows or "
+        "shorter sequences in a call, or continue a long sequence from the state of its first part"
+    )
+
+
+def workspace(arguments: Arguments, kernels: Kernels, names: Iterable[str]) -> int:
+    """Bytes of the buffers that the kernels `names` take and that are not there yet."""
+    taken = dict.fromkeys(p for name in names for p in kernels[name].parameters if p in BUFFERS and p not in arguments)
+    d, found = arguments.d, 0
+    for name in taken:
+        numbers = math.prod(arguments.sizes[axis] for axis in axes(name, d.weighted, d.decay == "channel"))
+        found += numbers * (d.dtype.itemsize if BUFFERS[name].dtype == "operand" else torch.float32.itemsize)
+    return found
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """What can be allocated on `device` now, counting what torch holds and does not use; None where nobody can say."""
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -28,7 +28,7 @@ class Call(Layout):
     def __init__(self, x: Operands, scale: float, final_state: bool) -> None:
         # Operands are not copied onto the grid: the kernels read them from where they are.
         self.x, self.scale = x, scale
-        self.d = Description.of(describe(x, final_state))
+        self.d = self._description(final_state)
         self.dtype = torch.float32
         self.batch, (_, self.tokens, self.heads, self.value_dim) = x.rows, x.v.shape
         self.key_dim = x.q.shape[3]
@@ -42,6 +42,9 @@ class Call(Layout):
         self._add_operands()
         self._add_geometry()
         self._add_old()
+
+    def _description(self, final_state: bool) -> Description:
+        return Description.of(describe(self.x, final_state))
 
     # -- arguments ----------------------------------------------------------------------------------------------------
 

@@ -30,11 +30,13 @@ _HOPPER, _HOPPER_ROW = 90, 128
 class Description(description.Description):
     """A call's description with what Triton's compiler is told besides.
 
-    `backend` is Triton's, `least_row` the fewest bytes that a row of a tile has (`on`).
+    `backend` is Triton's, `least_row` the fewest bytes that a row of a tile has (`on`). A program of the forward pass
+    walks over `walk` chunks (`blocks`); 1: each chunk has a program of its own.
     """
 
     backend: Backend = BACKEND
     least_row: int = 0
+    walk: int = 1
 
     @classmethod
     def of(cls, d: description.Description) -> Description:
@@ -69,6 +71,11 @@ class Description(description.Description):
     def dense(self) -> bool:
         """Whether what a chunk does to a state is a matrix [K, K]."""
         return self.correction != "none"
+
+    @property
+    def low_levels(self) -> int:
+        """Levels of chunks that are inside a block of `walk` chunks."""
+        return self.walk.bit_length() - 1
 
     @property
     def rated(self) -> bool:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from llcompile.kernels.description import describe
 from llcompile.kernels.operands import DIFFERENTIABLE, Operands
-from llcompile.kernels.triton import scan
+from llcompile.kernels.triton import blocks, scan
 from llcompile.kernels.triton.call import Call
+from llcompile.kernels.triton.description import Description
 from llcompile.kernels.triton.schedule import GRADIENTS, OUTPUT, STATES
 
 
@@ -14,6 +17,8 @@ def forward(x: Operands, scale: float, return_final_state: bool) -> tuple[Tensor
     """Output `[B, T, H, V]` and final state (an empty tensor when not asked for)."""
     if x.decay_rate is not None:
         return scan.forward(x, scale, return_final_state)
+    if blocks.serves(Description.of(describe(x, return_final_state)), *x.v.shape[:3]):
+        return blocks.forward(x, scale), x.v.new_empty(0, dtype=torch.float32)
     call = Call(per_channel(x), scale, return_final_state)
     if call.empty:
         return x.v.new_zeros(x.v.shape), call.unchanged_state() if return_final_state else call.no_state()

@@ -38,11 +38,16 @@ GROUPS: dict[str, tuple[tuple[tuple[int, int], ...], tuple[dict[str, Any], ...]]
     "float16": (((128, 128),), (LOG_LINEAR | {"dtype": torch.float16},)),
     "odd": (((96, 192), (16, 1)), (LOG_LINEAR,)),
     "wide": (((256, 256),), (LOG_LINEAR, LOG_LINEAR | {"dtype": torch.float32})),
+    "blocks": (((128, 128), (128, 64), (64, 64)), (LOG_LINEAR | {"walk": 16},)),
     "rates": (((16, 1),), (LOG_LINEAR | STATES, {"levels": 16}, LINEAR)),
     "erase": (((64, 64), (128, 128)), (LOG_LINEAR | STATES, LINEAR)),
 }
 # Groups with families of their own.
-OTHER_FAMILIES = {"rates": (("rate", "none"),), "erase": (("channel", "erase"),)}
+OTHER_FAMILIES = {
+    "blocks": (("scalar", "none"), ("none", "none")),
+    "rates": (("rate", "none"),),
+    "erase": (("channel", "erase"),),
+}
 DEFAULT_CHIPS = ("sm_90", "gfx942", "sm_80", "sm_100")
 
 

@@ -91,6 +91,12 @@ GRADIENTS = {
     ),
 }
 DECODE = {"decode": Entry("heads", (32, 4, 1), tiles=True)}
+# Instead of `STATES` and `OUTPUT`, where a program walks over a block of chunks (`blocks`): the tree is over blocks.
+BLOCKS = {
+    "block_state": Entry("chunks", (64, 4, 1), tiles=True),
+    "tree_up": STATES["tree_up"],
+    "block_output": Entry("chunks", (64, 4, 1), tiles=True),
+}
 # Decays by rates, token by token: these kernels alone serve whole sequences and single tokens. The first of `launch` is
 # the most numbers of a tile [lanes, K]; kernels that sum over lanes have tiles of `Description.lanes`.
 SCAN = {
@@ -98,9 +104,13 @@ SCAN = {
     "rate_read_gradient": Entry("units", (512, 8, 1)),
     "rate_write_gradient": Entry("units", (512, 4, 1)),
 }
-KERNELS = {**STATES, **OUTPUT, **GRADIENTS, **DECODE, **SCAN}
+KERNELS = {**STATES, **OUTPUT, **GRADIENTS, **DECODE, **BLOCKS, **SCAN}
 
 
 def kernel_names(d: Description) -> tuple[str, ...]:
     """The kernels that `d` needs, in the order in which they run."""
-    return tuple(name for name, entry in KERNELS.items() if (name in SCAN) == d.rated and entry.when(d))
+    if d.walk > 1:
+        return tuple(name for name, entry in BLOCKS.items() if entry.when(d))
+    alone = {*BLOCKS} - {*STATES}
+    kernels = {name: entry for name, entry in KERNELS.items() if name not in alone}
+    return tuple(name for name, entry in kernels.items() if (name in SCAN) == d.rated and entry.when(d))

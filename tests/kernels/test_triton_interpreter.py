@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import multiprocessing
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 
@@ -15,6 +13,7 @@ pytest.importorskip("triton")
 
 from llcompile.kernels.description import Description
 from tests.kernels import triton_cases
+from tests.kernels.interpreting import interpreter
 
 CELLS = list(itertools.product((None, "token", "channel"), (False, True)))
 RATE = ("rate", False)  # kernels of its own, which take the interpreter as long for each token as others for a chunk
@@ -34,13 +33,7 @@ def sampled(*names: str, **values: list[object]) -> pytest.MarkDecorator:
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessPoolExecutor]:
     """A process where the interpreter is on from the start."""
-    settings = {"TRITON_INTERPRET": "1", "LLCOMPILE_KERNEL_DIR": str(tmp_path_factory.mktemp("kernels"))}
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        pool.submit(triton_cases.settled).result()  # the process has started: it has the settings
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+    with interpreter(tmp_path_factory.mktemp("kernels")) as pool:
         yield pool
 
 

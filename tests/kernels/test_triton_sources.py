@@ -62,6 +62,9 @@ ALL = [
         *(("none", True, "padded", 2), ("linear", False, "full", 2), ("level", False, "padded", 1)),
         *(("none", False, "packed", 1), ("level", True, "packed", 2)),
     )
+] + [
+    Description(decay, "none", 48, 80, repeat, levels=9, padded=padded, walk=16)
+    for decay, (repeat, padded) in itertools.product(("none", "scalar"), ((1, False), (2, True)))
 ]
 
 

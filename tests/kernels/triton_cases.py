@@ -19,7 +19,7 @@ from llcompile.kernels.description import Description
 from llcompile.kernels.implementations import ATEN, IMPLEMENTATIONS, Sweep
 from llcompile.kernels.operands import Operands
 from llcompile.kernels.reference import reference_attention
-from llcompile.kernels.triton import acceptance, autotune, engine, launch
+from llcompile.kernels.triton import acceptance, autotune, blocks, engine, launch
 from llcompile.kernels.triton.launch import Launch
 from llcompile.kernels.triton.limits import interpreted
 from llcompile.kernels.triton.tuning import Tuning
@@ -329,3 +329,16 @@ def tuned_errors(
     with mock.patch.object(autotune, "current_meter", return_value=meter):
         found = errors(case, final)
     return found, meter.runs, sorted(meter.seen)
+
+
+def errors_in_blocks(case: dict[str, object], lengths: list[int] | None, walk: int) -> tuple[float, float, float]:
+    """The output by blocks of `walk` chunks: its error, the budget, and how far it is from that by chunks alone."""
+    x = operands(**case)  # type: ignore[arg-type]
+    want = _definition(x, False, lengths)["o"]
+    call = Operands(*(_poison(t) for t in x.values()), None if lengths is None else torch.tensor(lengths))
+    with mock.patch.object(blocks, "WALK", walk):
+        found = blocks.forward(call, SCALE)
+    by_chunks, _ = engine.forward(call, SCALE, False)
+    assert found.shape == want.shape
+    assert torch.isfinite(found).all()
+    return relative_error(found, want), budget(x), relative_error(found, by_chunks.double())

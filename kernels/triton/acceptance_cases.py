@@ -13,6 +13,7 @@ from torch import Tensor
 from llcompile.kernels.description import Description, ReadoutDescription
 from llcompile.kernels.operands import Operands, Token
 from llcompile.kernels.readouts import Readouts, ReadoutToken
+from llcompile.kernels.triton import blocks
 
 # Six whole chunks of 64 and a part of one: pairs at two levels of the tree, and a block without a partner.
 TOKENS = 393
@@ -79,6 +80,13 @@ def sequence(d: Description, forward: Forward) -> Operands:
     if d.packed:
         x = x._replace(starts=torch.tensor([0, *_PACKED[:-1]]).cumsum(0))
     return x._replace(initial_state=source.state(x.rows, d.initial_state, forward))
+
+
+def in_blocks(d: Description) -> Operands:
+    """Operands for the forward pass in blocks: two whole ones, which make a pair, and a part of one."""
+    chunks = 2 * blocks.WALK + 2
+    x = Source(d).operands(1, chunks * d.chunk - 30)
+    return x._replace(lengths=torch.tensor([x.v.shape[1] - 7])) if d.padded else x
 
 
 def tokens(d: Description, forward: Forward) -> list[Token]:

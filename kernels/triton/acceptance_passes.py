@@ -12,7 +12,8 @@ from llcompile.kernels.description import Description, ReadoutDescription
 from llcompile.kernels.operands import DIFFERENTIABLE, Operands, Token
 from llcompile.kernels.readouts import Readouts, ReadoutToken
 from llcompile.kernels.state import state_dtype
-from llcompile.kernels.triton import acceptance_cases
+from llcompile.kernels.triton import acceptance_cases, blocks
+from llcompile.kernels.triton import description as triton
 
 Sweep = Literal["forward", "backward", "step"]
 Described = Description | ReadoutDescription
@@ -68,8 +69,15 @@ def _sequence(trusted: Passes, d: Description, device: torch.device, sweep: Swee
         o, state = who.forward(x, _SCALE, d.final_state)
         return {"the output": o, **(_of_state(state) if d.final_state else {})}
 
+    def in_blocks(who: Passes, x: Operands) -> Results:
+        with blocks.always():
+            return forward(who, x)
+
     if sweep == "forward":
         yield Case(forward, x, exact)
+        if blocks.may(triton.Description.of(d)):
+            x = acceptance_cases.moved(acceptance_cases.in_blocks(d), device)
+            yield Case(in_blocks, x, acceptance_cases.in_double(x))
         return
     make = torch.Generator().manual_seed(1)
     shapes = (t.shape for t in trusted.forward(exact, _SCALE, d.final_state))

@@ -8,6 +8,9 @@ by the number of chunks in a block, and fewer programs: short calls have a progr
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 from torch import Tensor
 
@@ -22,18 +25,39 @@ WALK = 16
 LEAST_PROGRAMS = 256
 
 
-def serves(d: Description, rows: int, tokens: int, heads: int) -> bool:
-    """Whether a call's forward pass should go in blocks.
+_least_programs = ContextVar("least_programs", default=LEAST_PROGRAMS)
+
+
+def may(d: Description) -> bool:
+    """Whether the forward pass of long calls goes in blocks.
 
     The delta rule has a matrix for each chunk to keep, and what continues, ends in a state or is packed has tables for
     its chunks.
     """
     if not d.weighted or d.correction != "none" or d.decay not in ("none", "scalar"):
         return False
-    if d.initial_state != "none" or d.final_state or d.packed:
-        return False
+    return d.initial_state == "none" and not d.final_state and not d.packed
+
+
+def serves(d: Description, rows: int, tokens: int, heads: int) -> bool:
+    """Whether a call's forward pass goes in blocks."""
     blocks = tokens // (WALK * d.chunk)  # whole ones
-    return rows * heads * blocks >= LEAST_PROGRAMS
+    return may(d) and rows * heads * blocks >= _least_programs.get()
+
+
+@contextmanager
+def always() -> Iterator[None]:
+    """Whatever `may` go in blocks does so inside, from one block on: what tests of these kernels need."""
+    before = _least_programs.set(1)
+    try:
+        yield
+    finally:
+        _least_programs.reset(before)
+
+
+def in_blocks(d: Description) -> Description:
+    """What the kernels are made for."""
+    return dataclasses.replace(d, walk=WALK)
 
 
 def forward(x: Operands, scale: float) -> Tensor:
@@ -48,7 +72,7 @@ class BlockCall(Call):
     """A call whose buffers have an entry for each block where others have one for each chunk."""
 
     def _description(self, final_state: bool) -> Description:
-        return dataclasses.replace(super()._description(final_state), walk=WALK)
+        return in_blocks(super()._description(final_state))
 
     def _sizes(self) -> dict[str, int]:
         blocks = -(-self.grid.chunks // WALK)

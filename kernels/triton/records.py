@@ -15,7 +15,7 @@ import torch
 from llcompile import errors
 from llcompile.kernels import cache
 from llcompile.kernels.description import Description, ReadoutDescription
-from llcompile.kernels.triton import description, readout_source, source
+from llcompile.kernels.triton import blocks, description, readout_source, source
 from llcompile.kernels.triton.chips import chip_of
 from llcompile.kernels.triton.schedule import kernel_names
 from llcompile.kernels.triton.toolchain import text, toolchain_of
@@ -51,7 +51,8 @@ def _revision(d: Description | ReadoutDescription, device: torch.device) -> str:
     else:
         chip = chip_of(device)
         here = description.Description.of(d).on(chip)
-        found = [source.generate(here), [tuning(name, here, chip) for name in kernel_names(here)]]
+        every = [here, blocks.in_blocks(here)] if blocks.may(here) else [here]
+        found = [part for d in every for part in (source.generate(d), [tuning(n, d, chip) for n in kernel_names(d)])]
     return hashlib.sha256(repr(found).encode()).hexdigest()[:16]
 
 

@@ -15,7 +15,7 @@ from llcompile.errors import KernelTestError
 from llcompile.kernels import choice
 from llcompile.kernels.description import Description, ReadoutDescription, describe, describe_step
 from llcompile.kernels.implementations import ATEN
-from llcompile.kernels.triton import acceptance, acceptance_cases, autotune, records
+from llcompile.kernels.triton import acceptance, acceptance_cases, autotune, blocks, records
 from llcompile.kernels.triton.toolchain import toolchain_of
 from tests.kernels.stand_in import StandIn, calls, one_number
 
@@ -83,6 +83,17 @@ def test_what_is_wrong(change, words):
     found = acceptance.test(StandIn("forward", change), ATEN, d, CPU, "forward")
     assert found is not None
     assert words in found
+
+
+def test_a_long_call_is_tested_in_blocks():
+    """Its kernels are others (`blocks`): one number that only they get wrong is found."""
+    d = Description("scalar", "none", 8, 8, dtype=torch.float32, levels=6)
+
+    def wrong_when_long(found):
+        return one_number(found) if found[0].shape[1] > blocks.WALK * d.chunk else found
+
+    assert acceptance.test(StandIn(), ATEN, d, CPU, "forward") is None
+    assert "is allowed" in acceptance.test(StandIn("forward", wrong_when_long), ATEN, d, CPU, "forward")
 
 
 def test_a_wrong_position():

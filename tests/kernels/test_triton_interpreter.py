@@ -342,6 +342,7 @@ def test_grid_of_sizes(check, key_dim, value_dim, decay, delta):
     [
         ("none", "none", None),
         *(pytest.param(*row, marks=pytest.mark.slow) for row in (("scalar", "delta", 9), ("channel", "erase", 9))),
+        pytest.param("scalar", "none", 9, marks=pytest.mark.slow),
         *(pytest.param(*row, marks=pytest.mark.slow) for row in (("channel", "delta", None), ("rate", "none", 9))),
     ],
 )

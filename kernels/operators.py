@@ -58,7 +58,7 @@ def _attention_backward(grad_o: Tensor, grad_state: Tensor, *inputs: Any) -> tup
     with torch.no_grad(), without_autocast(grad_o):
         found = choice.backward(_widened(x), scale, grad_o, grad_state if return_final_state else None)
     given, grads = inputs[:DIFFERENTIABLE], _of_shared_weights(x, found)
-    return tuple(_as_input(x, grad, inputs[0]) for x, grad in zip(given, grads, strict=True))
+    return tuple(as_input(x, grad, inputs[0]) for x, grad in zip(given, grads, strict=True))
 
 
 def _attention_step(*inputs: Any) -> tuple[Tensor, Tensor]:
@@ -111,7 +111,7 @@ def _check_state(state: Tensor, rows: int, q: Tensor, v: Tensor, w: Tensor | Non
     check_state(state, rows, v.shape[-2], q.shape[-1], v.shape[-1], levels, name)
 
 
-def _as_input(x: Tensor | None, grad: Tensor | None, like: Tensor) -> Tensor:
+def as_input(x: Tensor | None, grad: Tensor | None, like: Tensor) -> Tensor:
     """A gradient in shape and dtype of its input, contiguous; an empty tensor where there is no input."""
     if x is None:
         return like.new_empty(0)

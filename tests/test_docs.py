@@ -288,6 +288,7 @@ def test_help_is_in_the_imperative() -> None:
         "check",
         "compile",
         "convert",
+        "count",
         "draw",
         "list",
         "measure",

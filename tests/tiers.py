@@ -18,6 +18,7 @@ FOLDER = Path(__file__).parent
 COMPILING = {"fresh_dynamo", "warm_dynamo"}
 LONG_FOLDERS = {"models", "fuzz"}
 LONG_FILES = {
+    "kernels/test_cost.py",
     "kernels/test_triton_interpreter.py",
     "patterns/test_identify_attention.py",
     "patterns/test_identify_recurrences.py",

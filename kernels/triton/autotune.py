@@ -14,7 +14,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,7 @@ _TILE_REGISTERS = 128
 _WARP = 32
 _log = logging.getLogger("llcompile.kernels")
 _chosen: dict[tuple[Kernel, int, Meter], Tuning] = {}
+_instead: ContextVar[Callable[[Launch], None] | None] = ContextVar("instead", default=None)
 
 
 _only_defaults: ContextVar[bool] = ContextVar("llcompile_only_defaults", default=False)
@@ -58,8 +59,21 @@ def run(launch: Launch) -> None:
     """Run `launch`: with what was measured to be best where tuning is on, else with the defaults."""
     if not launch.programs:
         return
+    if (instead := _instead.get()) is not None:
+        instead(launch)
+        return
     meter = None if _only_defaults.get() else current_meter()
     launch(launch.kernel.default if meter is None else best(launch, meter))
+
+
+@contextlib.contextmanager
+def handed_to(act: Callable[[Launch], None]) -> Iterator[None]:
+    """Hand launches to `act` instead of the device, for `cost`."""
+    token = _instead.set(act)
+    try:
+        yield
+    finally:
+        _instead.reset(token)
 
 
 def current_meter() -> Meter | None:

@@ -79,8 +79,8 @@ def _operand_gradients(call: Call, x: Operands, grad_state: Tensor | None) -> li
 
 
 def _of_groups(call: Call, grad: Tensor) -> Tensor:
-    """Gradients `[B, T, H, K]` summed over the heads of a group."""
-    return grad.unflatten(2, (-1, call.d.repeat)).sum(3)
+    """Gradients `[B, T, H, K]` summed over the heads of a group; those of one head as they are, without a copy."""
+    return grad if call.d.repeat == 1 else grad.unflatten(2, (-1, call.d.repeat)).sum(3)
 
 
 def _initial_gradient(call: Call, grad_state: Tensor | None) -> Tensor | None:

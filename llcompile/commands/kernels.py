@@ -1,4 +1,4 @@
-"""`llcompile kernels show|list|matrix`: the generated kernels as text, the files on disk, what chips give."""
+"""`llcompile kernels show|list|matrix|cost`: the generated kernels as text, the files on disk, what they take."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_args
 
-from llcompile.commands import kernels_matrix
+from llcompile.commands import kernels_cost, kernels_matrix
 from llcompile.errors import KernelError, SpecError
 from llcompile.kernels.description import Correction, Decay
 
@@ -30,6 +30,7 @@ def add_parser(subparsers: Any) -> None:
     listing = kinds.add_parser("list", help="list the generated files on disk with their descriptions")
     listing.set_defaults(act=_list)
     kernels_matrix.add_parser(kinds)
+    kernels_cost.add_parser(kinds)
     show = kinds.add_parser("show", help="print the source of the kernels for one operator")
     show.set_defaults(act=_show)
     _add_description(show)

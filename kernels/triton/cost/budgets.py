@@ -1,0 +1,69 @@
+"""What passes may cost: ceilings, which are what was counted last and fail a test when exceeded, and goals beside them.
+
+To lower a ceiling, count again (`llcompile kernels cost --budgets`) and write down what came out, rounded up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+from llcompile.kernels.levels import level_count
+from llcompile.kernels.triton.cost.case import Case
+from llcompile.kernels.triton.cost.compilations import compilations
+from llcompile.kernels.triton.cost.count import Cost, costs
+
+
+class Budget(NamedTuple):
+    """One number of one pass, its unit, its ceiling, and the goal where there is one (issue 17)."""
+
+    measure: str
+    case: Case
+    ceiling: float
+    goal: float | None = None
+
+
+MEASURES: dict[str, Callable[[Cost], float]] = {
+    "moved, KB a chunk": lambda c: c.moved / c.chunks / 1e3,
+    "moved, MB a step": lambda c: c.moved / 1e6,
+    "workspace, GB": lambda c: c.around.workspace / 1e9,
+    "launches": lambda c: len(c.around.launches),
+    "compilations": lambda c: sum(compilations(c.case).values()),
+}
+
+_L = level_count(65_536)
+_SCALAR, _SCALAR_BACK = (Case("scalar/none", p, 128, 64, groups=1, levels=_L) for p in ("forward", "backward"))
+_DELTA, _DELTA_BACK = (Case("scalar/delta", p, levels=_L) for p in ("forward", "backward"))
+_STEPS = {f: Case(f, "step", length=131_072, levels=level_count(131_073)) for f in ("scalar/none", "scalar/delta")}
+BUDGETS = (
+    Budget("moved, KB a chunk", _SCALAR, 240, 100),
+    Budget("moved, KB a chunk", _SCALAR_BACK, 878),
+    Budget("moved, KB a chunk", _DELTA, 1135, 300),
+    Budget("moved, KB a chunk", _DELTA_BACK, 4005),
+    Budget("workspace, GB", _SCALAR_BACK, 6.29, 2),
+    Budget("workspace, GB", _DELTA_BACK, 25.4, 8),
+    Budget("moved, MB a step", _STEPS["scalar/none"], 82, 25),
+    Budget("moved, MB a step", _STEPS["scalar/delta"], 82, 25),
+    Budget("compilations", _DELTA_BACK, 117, 15),
+)
+
+
+def measured(budgets: Iterable[Budget]) -> list[float]:
+    """What each of `budgets` is now."""
+    budgets = list(budgets)
+    cases = list(dict.fromkeys(b.case for b in budgets))
+    found = dict(zip(cases, costs(cases), strict=True))
+    return [MEASURES[b.measure](found[b.case]) for b in budgets]
+
+
+def lines(budgets: Iterable[Budget] = BUDGETS) -> Iterator[str]:
+    """A Markdown table of `budgets` with what was counted now."""
+    yield "| family | pass | sizes | what | counted | ceiling | goal | goal is |"
+    yield "|---|---|---|---|---|---|---|---|"
+    budgets = list(budgets)
+    for b, now in zip(budgets, measured(budgets), strict=True):
+        case = b.case
+        sizes = f"K={case.key_dim} V={case.value_dim} H={case.heads} G={case.groups} T={case.length}"
+        goal = ("-", "-") if b.goal is None else (f"{b.goal:g}", "met" if now <= b.goal else "not met")
+        cells = (case.family, case.operation, sizes, b.measure, f"{now:.1f}", f"{b.ceiling:g}", *goal)
+        yield f"| {' | '.join(cells)} |"

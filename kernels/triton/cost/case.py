@@ -1,0 +1,100 @@
+"""What is counted: one pass of one member of the family, of given sizes, with operands on any device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llcompile.kernels.description import CHUNK, Decay
+from llcompile.kernels.operands import DIFFERENTIABLE, Operands, Token
+from llcompile.kernels.operators import as_input
+from llcompile.kernels.state import pack_state
+from llcompile.kernels.triton import engine, step
+from llcompile.kernels.triton.cost.families import FAMILIES, Pass
+
+SCALE = 0.5
+
+
+@dataclass(frozen=True)
+class Case:
+    """One pass. `groups` share query and key; `levels` is the level weights per token, None for the linear operator.
+
+    For a step, `length` tokens were absorbed before it.
+    """
+
+    family: str
+    operation: Pass
+    key_dim: int = 128
+    value_dim: int = 128
+    heads: int = 32
+    groups: int = 32
+    batch: int = 1
+    length: int = 65_536
+    dtype: str = "bfloat16"
+    levels: int | None = None
+
+    @property
+    def decay(self) -> Decay:
+        """The family's decay."""
+        return FAMILIES[self.family].decay
+
+    @property
+    def unit(self) -> int:
+        """Tokens that programs take at a time."""
+        return 1 if self.decay == "rate" else CHUNK
+
+    def runner(self, device: str) -> Callable[[], object]:
+        """The pass on operands that exist before it is called."""
+        if self.operation == "step":
+            token = _token(self, device)
+            return lambda: step.step(token)
+        x, grad = _operands(self, device), self._tensor(device, self.length, self.heads, self.value_dim)
+        if self.operation == "forward":
+            return lambda: engine.forward(x, SCALE, False)
+
+        def backward() -> list[Tensor]:
+            found = engine.backward(x, SCALE, grad, None)
+            return [as_input(y, g, x.q) for y, g in zip(x[:DIFFERENTIABLE], found, strict=True)]
+
+        return backward
+
+    def _tensor(self, device: str, *shape: int) -> Tensor:
+        return torch.full((self.batch, *shape), 0.01, dtype=getattr(torch, self.dtype), device=device)
+
+
+def _operands(case: Case, device: str, tokens: int | None = None) -> Operands:
+    """Operands of a sequence; decays and factors are fp32, as models have them."""
+    time = (case.length if tokens is None else tokens,)
+    shared, per_head = (*time, case.groups), (*time, case.heads)
+    weighted = shared if case.decay == "rate" else per_head  # as `operators` hands them on
+
+    def fine(*shape: int) -> Tensor:
+        return torch.full((case.batch, *shape), -0.1, device=device)
+
+    q, k = (case._tensor(device, *shared, case.key_dim) for _ in range(2))
+    erase = tuple(case._tensor(device, *shared, case.key_dim) for _ in range(2))
+    erases, dense = FAMILIES[case.family].correction == "erase", FAMILIES[case.family].correction != "none"
+    channel = (case.key_dim,) if case.decay == "channel" else ()
+    return Operands(
+        q,
+        k,
+        case._tensor(device, *per_head, case.value_dim),
+        None if case.levels is None else case._tensor(device, *weighted, case.levels),
+        None if case.decay == "none" else fine(*per_head, *channel),
+        torch.ones(case.heads, case.key_dim, device=device) if case.decay == "rate" else None,
+        -fine(*per_head) if dense else None,
+        *(erase if erases else (None, None)),
+    )
+
+
+def _token(case: Case, device: str) -> Token:
+    x = _operands(case, device, 1)
+    shape = (case.batch, case.heads, *(() if case.levels is None else (case.levels,)), case.key_dim, case.value_dim)
+    state = torch.zeros(shape, device=device)
+    if case.levels is not None:
+        state = pack_state(state, torch.full((case.batch,), case.length, device=device))
+    one = x.map_tokens(lambda t: t[:, 0])
+    return Token(*one[:4], state, *one[4:9], SCALE)

@@ -146,8 +146,8 @@ def write(state: Tensor, routing: Tensor) -> None:
     Raises `StateError` where the state is linear, or its headers have no room.
     """
     used, width, sums = _parts(state, routing)
-    headers = state[:, :, 0].view(state.shape[0], routing.shape[1], -1, state.shape[3] * state.shape[4])
-    headers[:, :, :used, header.DIGITS : header.DIGITS + width].copy_(sums)
+    heads = state.view(state.shape[0], routing.shape[1], -1, state.stride(1))  # each begins with its header
+    heads.narrow(2, 0, used).narrow(3, header.DIGITS, width).copy_(sums)
 
 
 def written(state: Tensor, routing: Tensor) -> Tensor:
@@ -181,10 +181,10 @@ def _parts(state: Tensor, routing: Tensor) -> tuple[int, int, Tensor]:
     sets = routing.shape[1]
     numbers = routing.shape[2] - header.DIGITS
     used, width = _place(_sizes(state), sets, numbers)
-    sums = routing[:, :, header.DIGITS :]
+    sums = routing.narrow(2, header.DIGITS, numbers)
     if used * width != numbers:
         sums = torch.nn.functional.pad(sums, (0, used * width - numbers))
-    return used, width, sums.unflatten(2, (used, width))
+    return used, width, sums.reshape(*routing.shape[:2], used, width)
 
 
 def gradient(grad: Tensor, sets: int, numbers: int) -> Tensor:

@@ -1,11 +1,11 @@
-"""How many launches per-level readouts take on Triton, counted without a GPU: a kernel each, and an ATen operation each.
+"""How many launches per-level readouts take on Triton, counted without a GPU: kernels, and ATen operations.
 
 Kernels are recorded in place of being run. ATen operations that only allocate, or only view what there is, take none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,8 +40,8 @@ class Operations(TorchDispatchMode):
 
 
 @pytest.fixture
-def count(monkeypatch: pytest.MonkeyPatch) -> Iterator[Count]:
-    """Runs a call below the dispatcher, where an operator's values are made, and returns its launches in their order."""
+def count(monkeypatch: pytest.MonkeyPatch) -> Count:
+    """Runs a call below the dispatcher, where an operator's values are made; returns its launches in their order."""
     found: list[str] = []
 
     def recorded(name: str) -> Any:
@@ -64,7 +64,7 @@ def count(monkeypatch: pytest.MonkeyPatch) -> Iterator[Count]:
             call()
         return list(found)
 
-    yield launches
+    return launches
 
 
 def operands(length: int) -> tuple[Tensor, Tensor]:
@@ -91,10 +91,12 @@ def test_passes(count, length):
 
 
 def test_states(count):
-    """A prefill, and one that continues."""
+    """A prefill, and one that continues; and what is kept of it in the mixer's state."""
     assert count(forward(1000, final=True)) == ["key_nodes", "readouts", "final_state"]
     state = routing_state.empty(1, 8, LEVELS, 16)
     assert count(forward(1000, state, final=True)) == ["key_nodes", "readouts", "final_state"]
+    mixer = empty_state(1, 8, 64, 64, LEVELS)
+    assert count(lambda: routing_state.write(mixer, state)) == ["copy_"]
 
 
 def test_packed(count):

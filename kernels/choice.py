@@ -89,11 +89,11 @@ def backward(x: Operands, scale: float, grad_o: Tensor, grad_state: Tensor | Non
     )
 
 
-def step(token: Token) -> tuple[Tensor, Tensor]:
-    """As `aten.token.step`, by the implementation that is chosen; raises `StateError` for a damaged position."""
+def step(token: Token, routing: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """As `Implementation.step`, by the one that is chosen; raises `StateError` for a damaged position."""
     if not token.q.shape[1]:  # no heads: nothing to describe
-        return ATEN.step(token)
-    return _run("step", lambda: describe_step(token), token.v.device, lambda one: one.step(token))
+        return ATEN.step(token, routing)
+    return _run("step", lambda: describe_step(token), token.v.device, lambda one: one.step(token, routing))
 
 
 def readouts(x: Readouts, return_final_state: bool) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llcompile.errors import CompilerError
-from llcompile.kernels import finite
+from llcompile.kernels import finite, routing_state
 from llcompile.kernels.description import Description, ReadoutDescription
 from llcompile.kernels.operands import COMPUTE_DTYPES, Operands, Token
 from llcompile.kernels.readouts import Readouts, ReadoutToken
@@ -75,8 +75,12 @@ class Implementation(ABC):
         """As `aten.sequence.backward`."""
 
     @abstractmethod
-    def step(self, token: Token) -> tuple[Tensor, Tensor]:
-        """As `aten.token.step`; raises `StateError` where a state has lost its position or counts no further."""
+    def step(self, token: Token, routing: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As `aten.token.step`, with a routing state in the headers of the new state if there is one.
+
+        Raises:
+            StateError: a state has lost its position or counts no further, or it has no room for `routing`.
+        """
 
     @abstractmethod
     def readouts(self) -> ReadoutForm:
@@ -123,13 +127,13 @@ class Triton(Implementation):
         with _current(x.v):
             return engine.backward(x, scale, grad_o, grad_state)
 
-    def step(self, token: Token) -> tuple[Tensor, Tensor]:
+    def step(self, token: Token, routing: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Likewise."""
         from llcompile.kernels.triton import step as kernels
 
         check_positions(token.state, 1, "state")
         with _current(token.v):
-            return kernels.step(token)
+            return kernels.step(token, routing)
 
     def readouts(self) -> ReadoutForm:
         """As `triton.readouts` has them."""
@@ -168,11 +172,11 @@ class Cpp(Implementation):
 
         return engine.backward(x, scale, grad_o, grad_state)
 
-    def step(self, token: Token) -> tuple[Tensor, Tensor]:
+    def step(self, token: Token, routing: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The engine checks positions, in the same pass over the state."""
         from llcompile.kernels.cpp import engine
 
-        return engine.step(token)
+        return _with_routing(engine.step(token), routing)
 
     def readouts(self) -> ReadoutForm:
         """As `cpp.readouts` has them."""
@@ -198,12 +202,12 @@ class Aten(Implementation):
 
         return sequence.backward(x, scale, grad_o, grad_state)
 
-    def step(self, token: Token) -> tuple[Tensor, Tensor]:
+    def step(self, token: Token, routing: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Positions are checked first."""
         from llcompile.kernels.aten.token import step
 
         check_positions(token.state, 1, "state")
-        return step(token)
+        return _with_routing(step(token), routing)
 
     def readouts(self) -> ReadoutForm:
         """As `aten.readouts` has them."""
@@ -221,6 +225,13 @@ IMPLEMENTATIONS: dict[str, Implementation] = {row.name: row for row in (Cpp(), T
 def preferred(device: torch.device) -> Implementation:
     """What `auto` takes on a device, if it can run there."""
     return next((row for row in IMPLEMENTATIONS.values() if device.type in row.devices), ATEN)
+
+
+def _with_routing(found: tuple[Tensor, Tensor], routing: Tensor | None) -> tuple[Tensor, Tensor]:
+    """An output and a state of a step, with a routing state in the headers of the latter."""
+    if routing is not None:
+        routing_state.write(found[1], routing)
+    return found
 
 
 def _line(error: Exception) -> str:

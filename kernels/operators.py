@@ -68,10 +68,7 @@ def _attention_step(*inputs: Any) -> tuple[Tensor, Tensor]:
     # Positions are checked by what runs the step.
     _check_state(x.state, x.v.shape[0], x.q, x.v, x.level_weights, "state")
     with torch.no_grad(), without_autocast(x.v):
-        o, state = choice.step(x)
-        if routing is not None:
-            routing_state.write(state, routing)
-    return o, state
+        return choice.step(x, routing)
 
 
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:

@@ -43,7 +43,7 @@ def _readouts_backward(grad: Tensor, grad_state: Tensor, *inputs: Any) -> tuple[
 
 
 def _step(query: Tensor, key: Tensor, state: Tensor, levels: int, _: str) -> tuple[Tensor, Tensor]:
-    routing_state.check(state, query.shape[0], query.shape[1], levels, query.shape[2], "state")
+    routing_state.check_either(state, query.shape[0], query.shape[1], levels, query.shape[2], "state")
     with torch.no_grad(), without_autocast(query):
         return choice.readouts_step(ReadoutToken(query, key, state, levels))
 
@@ -95,7 +95,9 @@ def _gradient(ctx: Any, grad: Tensor, grad_state: Tensor) -> tuple[Any, ...]:
 
 def _save_step(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     query, key, state, ctx.levels, ctx.revision = inputs
-    ctx.save_for_backward(query, key, own(state))
+    _, sets, channels = query.shape
+    ctx.state_shape = state.shape
+    ctx.save_for_backward(query, key, routing_state.own(state, sets, ctx.levels, channels))
 
 
 def _step_gradient(ctx: Any, grad: Tensor, grad_state: Tensor) -> tuple[Any, ...]:
@@ -105,6 +107,7 @@ def _step_gradient(ctx: Any, grad: Tensor, grad_state: Tensor) -> tuple[Any, ...
         grad.unsqueeze(1), grad_state, query.unsqueeze(1), key.unsqueeze(1), ctx.levels, state,
         return_final_state=True, revision=ctx.revision,
     )  # fmt: skip
+    d_state = routing_state.gradient_of(d_state, ctx.state_shape)
     return d_query.squeeze(1), d_key.squeeze(1), d_state, None, None
 
 

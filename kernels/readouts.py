@@ -45,7 +45,10 @@ class Readouts(NamedTuple):
 
 
 class ReadoutToken(NamedTuple):
-    """One token of each row: `query` and `key` `[B, W, R]`, and the routing state before it."""
+    """One token of each row: `query` and `key` `[B, W, R]`, and the state before it.
+
+    That is a routing state, or a mixer's level state `[B, H, 1 + L, K, V]` that holds one.
+    """
 
     query: Tensor
     key: Tensor

@@ -60,7 +60,7 @@ def merge(sums: Tensor, position: Tensor) -> Tensor:
 
 
 def check(state: Tensor, batch: int, sets: int, levels: int, channels: int, name: str = "initial_state") -> None:
-    """Raise `StateError` unless `state` can start readouts of these sizes."""
+    """Raise `StateError` unless the routing state `state` can start readouts of these sizes."""
     want = (batch, sets, size(levels, channels))
     if tuple(state.shape) != want:
         raise StateError(
@@ -73,7 +73,7 @@ def check(state: Tensor, batch: int, sets: int, levels: int, channels: int, name
 
 def check_position(state: Tensor, tokens: int, name: str = "initial_state") -> None:
     """Raise `StateError` where a position cannot be counted `tokens` further, as `state.check_positions`."""
-    check_positions(state[:, :, None, : header.DIGITS, None], tokens, name)
+    check_positions(state if is_level_state(state) else state[:, :, None, : header.DIGITS, None], tokens, name)
 
 
 # -- in the header of a level state -----------------------------------------------------------------------------------
@@ -85,6 +85,43 @@ def room(heads: int, sets: int, key_dim: int, value_dim: int) -> int:
     `H = heads` are those of the mixer, `W = sets` those of the level weights.
     """
     return heads // sets * max(key_dim * value_dim - header.DIGITS, 0)
+
+
+def check_either(state: Tensor, batch: int, sets: int, levels: int, channels: int, name: str) -> None:
+    """As `check`, where `state` may be a mixer's level state, whose headers hold the routing state."""
+    if not is_level_state(state):
+        return check(state, batch, sets, levels, channels, name)
+    heads, entries = state.shape[1], state.shape[-2] * state.shape[-1]
+    if state.shape[0] != batch or not sets or heads % sets:
+        raise StateError(
+            f"{name} has shape {list(state.shape)}; readouts of {sets} sets for a batch of {batch} need a level state "
+            f"[B, H, 1 + L, K, V] with B={batch} and H a multiple of {sets}, or a routing state "
+            f"[B, W, 8 + L * R] = {[batch, sets, size(levels, channels)]}; it belongs to another operator or batch"
+        )
+    _place(_sizes(state), sets, levels * channels)
+    if not state.dtype.is_floating_point or not header.keeps(state.dtype, entries):
+        raise StateError(f"{name} has dtype {state.dtype}, which cannot hold a position; keep this state in float32")
+    return None
+
+
+def layout(state: Tensor, sets: int, numbers: int) -> tuple[int, int]:
+    """Where the sums of a set are, in a routing state or in a mixer's level state.
+
+    Returns the rows of axis 1 that a set has, and how many of its `numbers` each has behind the position's digits.
+    """
+    if not is_level_state(state):
+        return 1, numbers
+    return state.shape[1] // sets, _place(_sizes(state), sets, numbers)[1]
+
+
+def own(state: Tensor, sets: int, levels: int, channels: int) -> Tensor:
+    """A copy of the routing state in either kind of state; nothing else of it."""
+    return read(state, sets, levels, channels) if is_level_state(state) else state.clone()
+
+
+def gradient_of(grad: Tensor, shape: torch.Size) -> Tensor:
+    """The gradient of a state of `shape`, of either kind, from that of the routing state that was read of it."""
+    return grad if grad.shape == shape else written(grad.new_zeros(shape), grad)
 
 
 def read(state: Tensor, sets: int, levels: int, channels: int) -> Tensor:
@@ -109,8 +146,8 @@ def write(state: Tensor, routing: Tensor) -> None:
     Raises `StateError` where the state is linear, or its headers have no room.
     """
     used, width, sums = _parts(state, routing)
-    headers = state[:, :, 0].view(state.shape[0], routing.shape[1], -1, state.shape[3] * state.shape[4])
-    headers[:, :, :used, header.DIGITS : header.DIGITS + width].copy_(sums)
+    heads = state.view(state.shape[0], routing.shape[1], -1, state.stride(1))  # each begins with its header
+    heads.narrow(2, 0, used).narrow(3, header.DIGITS, width).copy_(sums)
 
 
 def written(state: Tensor, routing: Tensor) -> Tensor:
@@ -123,8 +160,8 @@ def written(state: Tensor, routing: Tensor) -> Tensor:
     return torch.cat([whole[:, :, None], state[:, :, 1:]], 2)
 
 
-def _parts(state: Tensor, routing: Tensor) -> tuple[int, int, Tensor]:
-    """Of how many of a set's heads the headers take sums, how many each, and those, `[B, W, used, width]`."""
+def check_written(state: Tensor, routing: Tensor) -> None:
+    """Raise `StateError` unless a level state has room for the routing state, as `write` does."""
     if not is_level_state(state):
         raise StateError(
             f"routing_state has shape {list(routing.shape)}, but the state {list(state.shape)} is linear and has no "
@@ -136,12 +173,18 @@ def _parts(state: Tensor, routing: Tensor) -> tuple[int, int, Tensor]:
             f"routing_state has shape {list(routing.shape)} and the state {list(state.shape)}; expected "
             f"[B, W, 8 + L * R] with B={batch} and W sets of level weights that divide H={heads} heads"
         )
+
+
+def _parts(state: Tensor, routing: Tensor) -> tuple[int, int, Tensor]:
+    """Of how many of a set's heads the headers take sums, how many each, and those, `[B, W, used, width]`."""
+    check_written(state, routing)
+    sets = routing.shape[1]
     numbers = routing.shape[2] - header.DIGITS
     used, width = _place(_sizes(state), sets, numbers)
-    sums = routing[:, :, header.DIGITS :]
+    sums = routing.narrow(2, header.DIGITS, numbers)
     if used * width != numbers:
         sums = torch.nn.functional.pad(sums, (0, used * width - numbers))
-    return used, width, sums.unflatten(2, (used, width))
+    return used, width, sums.reshape(*routing.shape[:2], used, width)
 
 
 def gradient(grad: Tensor, sets: int, numbers: int) -> Tensor:

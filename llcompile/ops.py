@@ -205,11 +205,13 @@ def level_readouts_step(query: Tensor, key: Tensor, state: Tensor, levels: int) 
     Args:
         query: `[B, W, R]`.
         key: `[B, W, R]`, in the dtype of `query`.
-        state: `[B, W, 8 + L * R]`; zeros are an empty state. Not changed in place.
+        state: `[B, W, 8 + L * R]`, or a mixer's level state `[B, H, 1 + L, K, V]` in whose headers it is kept; zeros
+            are an empty state. Not changed in place.
         levels: L.
 
     Returns:
-        readouts `[B, W, L]` and the new state, both float32, or float64 with float64 operands.
+        readouts `[B, W, L]` and the new state `[B, W, 8 + L * R]`, both float32, or float64 with float64 operands. The
+        latter is `routing_state` of `loglinear_attention_step`, which keeps it in the mixer's new state.
 
     Raises:
         OperandError: an operand's shape, dtype, device or value is wrong.
@@ -218,7 +220,7 @@ def level_readouts_step(query: Tensor, key: Tensor, state: Tensor, levels: int) 
     _readouts.check_operands(query, key, levels, "BWR")
     if not isinstance(state, Tensor):
         raise OperandError(f"state must be a tensor, got {type(state).__name__}; zeros are an empty state")
-    _routing_state.check(state, query.shape[0], query.shape[1], levels, query.shape[2], "state")
+    _routing_state.check_either(state, query.shape[0], query.shape[1], levels, query.shape[2], "state")
     _operands.check_device(query, state=state)
     readouts, new_state = torch.ops.llcompile.level_readouts_step(query, key, state, levels, revision=_REVISION)
     return readouts, new_state

@@ -16,6 +16,7 @@ from llcompile.kernels.aten.tree import siblings
 from llcompile.kernels.grid import Grid, make_grid
 from llcompile.kernels.readouts import Readouts, ReadoutToken
 from llcompile.kernels.rows import Rows, from_rows, rows_between, to_rows
+from llcompile.kernels.state import is_level_state
 
 
 def forward(x: Readouts, return_final_state: bool) -> tuple[Tensor, Tensor]:
@@ -67,8 +68,10 @@ def step(x: ReadoutToken) -> tuple[Tensor, Tensor]:
 
 def absorb(x: ReadoutToken) -> tuple[Tensor, Tensor]:
     """As `step`, without a look at the position: what may be traced."""
-    dtype = x.dtype
-    sums, position = routing_state.unpack(x.state.to(dtype), x.levels)
+    dtype, state = x.dtype, x.state
+    if is_level_state(state):
+        state = routing_state.read(state, x.query.shape[1], x.levels, x.query.shape[2])
+    sums, position = routing_state.unpack(state.to(dtype), x.levels)
     sums = routing_state.merge(sums, position)
     sums = torch.cat([sums[:, :, :1] + x.key.to(dtype)[:, :, None], sums[:, :, 1:]], 2)
     return (x.query.to(dtype)[:, :, None] * sums).sum(-1), routing_state.pack(sums, position + 1)

@@ -26,5 +26,6 @@ class Step(ctypes.Structure):
     _fields_ = [
         *((name, Operand) for name in ("query", "key")),
         *((name, _Pointer) for name in ("state", "next", "output")),
+        *((name, _Integer) for name in ("state_row", "state_head", "heads", "width")),
         *((name, _Integer) for name in ("rows", "sets", "levels", "channels")),
     ]

@@ -44,11 +44,13 @@ def step(x: ReadoutToken) -> tuple[Tensor, Tensor]:
     """As `aten.readouts.step`."""
     (batch, sets, channels), dtype = x.query.shape, x.dtype
     state = x.state.to(dtype).contiguous()
-    readouts, new = torch.empty(batch, sets, x.levels, dtype=dtype), torch.empty(state.shape, dtype=dtype)
+    readouts = torch.empty(batch, sets, x.levels, dtype=dtype)
+    new = torch.empty(batch, sets, routing_state.size(x.levels, channels), dtype=dtype)
     if not batch or not sets:
         return readouts, new
-    operands, sizes = map(token_operand, (x.query, x.key)), (batch, sets, x.levels, channels)
-    call = Step(*operands, pointer(state), pointer(new), pointer(readouts), *sizes)
+    where = (state.stride(0), state.stride(1), *routing_state.layout(state, sets, x.levels * channels))
+    pointers = map(pointer, (state, new, readouts))
+    call = Step(*map(token_operand, (x.query, x.key)), *pointers, *where, batch, sets, x.levels, channels)
     result = readout_functions(dtype).step(call)
     if result < 0:
         routing_state.check_position(state, 1, "state")

@@ -112,8 +112,11 @@ def signature_of(
     return signature, constants, {*kernel.arg_names} - {"scale", *kernel.do_not_specialize, *constants}
 
 
-def compile_readouts(d: ReadoutDescription, chip: Chip) -> dict[str, tuple[int, int, int]]:
-    """Registers per thread, spilled bytes, and bytes of shared memory of each kernel of per-level readouts."""
+def compile_readouts(d: ReadoutDescription, chip: Chip, rows: bool = False) -> dict[str, tuple[int, int, int]]:
+    """Registers per thread, spilled bytes, and bytes of shared memory of each kernel of per-level readouts.
+
+    With `rows` for rows of one length that start at position 0, else for packed sequences that continue.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -121,11 +124,14 @@ def compile_readouts(d: ReadoutDescription, chip: Chip) -> dict[str, tuple[int, 
     operand, module, found = _POINTERS[str(d.dtype).removeprefix("torch.")], readout_source.module_of(d), {}
     for name in readout_source.KERNELS:
         kernel = getattr(module, name)
-        kinds = {"served": "*i32", "offsets": "*i32", "lengths": "*i32"}
+        kinds = {"starts": "*i64", "lengths": "*i64"}
         kinds |= dict.fromkeys(("query_ptr", "key_ptr", "query_gradients", "key_gradients"), operand)
-        kinds |= dict.fromkeys(("nodes", "node_gradients", "gradients", "readers", "outputs"), "*fp32")
-        kinds |= dict.fromkeys(("old_states", "states"), "*fp32")
-        source = ASTSource(fn=kernel, signature={n: kinds.get(n, "i32") for n in kernel.arg_names}, constexprs={})
+        kinds |= dict.fromkeys(("nodes", "node_gradients", "gradients", "outputs", "old_states", "states"), "*fp32")
+        absent = {n: None for n in kernel.arg_names if rows and n in ("starts", "lengths", "old_states")}
+        absent = {} if name == "readouts_step" else absent
+        kinds |= dict.fromkeys(absent, "constexpr")
+        signature = {n: kinds.get(n, "i32") for n in kernel.arg_names}
+        source = ASTSource(fn=kernel, signature=signature, constexprs=absent)
         warps = readout_source.warps(name)
         compiled = triton.compile(
             source, target=GPUTarget(chip.backend, chip.arch, chip.warp), options={"num_warps": warps}

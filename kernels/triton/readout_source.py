@@ -12,7 +12,11 @@ from llcompile.kernels.triton.source import template
 
 # Tokens of a chunk: inside, a product of matrices makes a score for each pair of them.
 CHUNK = 32
-KERNELS = ("chunk_sums", "readouts", "node_readers", "readouts_gradient", "readouts_step")
+# Chunks whose nodes a program makes, and the most channels of them: Triton 3.9 crashes on 128. At once it reads 16
+# numbers for each thread of 4 warps, and 64 for the one node that may be large, where it has nothing else to wait for.
+TILE, BLOCK = 32, 64
+_NUMBERS, _SPAN_NUMBERS = 2048, 8192
+KERNELS = ("key_nodes", "readouts", "final_state", "both_nodes", "readouts_gradient", "readouts_step")
 
 
 def warps(kernel: str) -> int:
@@ -22,14 +26,20 @@ def warps(kernel: str) -> int:
 
 def generate(d: ReadoutDescription) -> str:
     """The source of the kernels for `d`."""
-    dtype = str(d.dtype).removeprefix("torch.")
+    dtype, channel_tile = str(d.dtype).removeprefix("torch."), tile(d.channels)
+    block = min(channel_tile, BLOCK)
     return template("readouts").render(
         levels=d.levels,
         level_tile=tile(d.levels, 1),
         channels=d.channels,
-        channel_tile=tile(d.channels),
+        channel_tile=channel_tile,
         chunk=CHUNK,
         edge=CHUNK.bit_length() - 1,
+        tile=TILE,
+        tile_bits=TILE.bit_length() - 1,
+        block=block,
+        group=_NUMBERS // (TILE * block),
+        span=_SPAN_NUMBERS // block,
         digits=header.DIGITS,
         digit_bits=header.BITS,
         dtype=dtype,

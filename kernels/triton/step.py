@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llcompile.kernels import routing_state
 from llcompile.kernels.description import describe_step
+from llcompile.kernels.header import DIGITS
 from llcompile.kernels.operands import Token
 from llcompile.kernels.state import in_levels
 from llcompile.kernels.triton import autotune, scan
@@ -16,10 +18,13 @@ from llcompile.kernels.triton.description import Description
 from llcompile.kernels.triton.launch import Launch, kernels_of
 
 
-def step(token: Token) -> tuple[Tensor, Tensor]:
-    """Absorb one token and read out, as `aten.token.step`."""
+def step(token: Token, routing: Tensor | None) -> tuple[Tensor, Tensor]:
+    """As `Implementation.step`: the kernel that writes the new state's header writes `routing` there."""
     if token.decay_rate is not None:
-        return scan.step(token)
+        o, state = scan.step(token)
+        if routing is not None:
+            routing_state.write(state, routing)
+        return o, state
     q, k, v, w, state, log_decay, _, beta, erase_query, erase_key, scale = token
     d = Description.of(describe_step(token))
     batch, heads = v.shape[:2]
@@ -33,6 +38,8 @@ def step(token: Token) -> tuple[Tensor, Tensor]:
         log_decay = g if g.dim() == 3 else g.expand(batch, heads)[..., None].expand(*v.shape[:2], q.shape[2])
         beta = v.new_ones(1).expand(batch, heads) if beta is None else beta
     known: dict[str, Any] = {"old_states": old, "states": new, "outputs": o, "scale": scale, "heads": heads}
+    if d.weighted:
+        known |= _routing_arguments(new, routing)
     operands = {"query": q, "key": k, "value": v, "weight": w, "decay": log_decay, "beta": beta}
     operands |= {"erase_query": erase_query, "erase_key": erase_key}
     for name, x in operands.items():
@@ -43,3 +50,15 @@ def step(token: Token) -> tuple[Tensor, Tensor]:
     if o.numel():
         autotune.run(Launch(kernels_of(d, chip_of(v.device))["decode"], known, batch * heads, d.value_dim))
     return o, new
+
+
+def _routing_arguments(state: Tensor, routing: Tensor | None) -> dict[str, Any]:
+    """Arguments of what goes into the headers of the new state `[B, H, 1 + L, K, V]`; without it they are not read."""
+    if routing is None:
+        return {"routing_ptr": None, "set_heads": 1, "routing_width": 1, "routing_numbers": 1}
+    routing_state.check_written(state, routing)
+    _, sets, size = routing.shape
+    numbers = size - DIGITS
+    set_heads, width = routing_state.layout(state, sets, numbers)
+    parts = {"set_heads": set_heads, "routing_width": width, "routing_numbers": numbers}
+    return {"routing_ptr": routing.contiguous(), **parts}

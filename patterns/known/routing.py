@@ -41,9 +41,9 @@ class Routing:
 
     def readouts(self, query: Any, key: Any, levels: int) -> Any:
         """What queries [B, T, W, R] read in each bucket of keys [B, T, W, R]: [B, T, W, L]."""
-        state = self._came_in(levels)
         if not self.mixer.early:
-            return self._read(query, key, levels, state)
+            return self._read(query, key, levels, None if self._one_token else self._came_in(levels))
+        state = self._came_in(levels)
         # A mixer that reads early reads the buckets as the token before has left them, and so do its level weights.
         first = None if state is None else lambda rows: self._before(rows(query), state, levels)
         if self.call.single:
@@ -53,8 +53,10 @@ class Routing:
 
     def _read(self, query: Any, key: Any, levels: int, state: Any) -> Any:
         """As `readouts`; and keeps what goes out."""
-        if state is not None and self.call.single:
-            found = torch.ops.llcompile.level_readouts_step(query.squeeze(1), key.squeeze(1), state, levels)
+        if self._one_token:
+            # A step reads the headers of the mixer's state where they are.
+            token = query.squeeze(1), key.squeeze(1), self.mixer.initial_state
+            found = torch.ops.llcompile.level_readouts_step(*token, levels)
             self.final = found[1]
             return found[0].unsqueeze(1)
         s = self.sequences
@@ -63,6 +65,10 @@ class Routing:
         found = torch.ops.llcompile.level_readouts(query, key, levels, state, *where, goes_out)
         self.final = found[1] if goes_out else None
         return found[0]
+
+    @property
+    def _one_token(self) -> bool:
+        return self.call.single and self.call.own_state
 
     def _before(self, query: Any, state: Any, levels: int) -> Any:
         """What queries [N, W, R] read in a routing state [N, W, 8 + L * R]: [N, W, L]."""

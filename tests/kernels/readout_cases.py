@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llcompile.kernels import choice
+from llcompile.kernels import choice, routing_state
 from llcompile.kernels.readout_reference import reference_readouts
-from llcompile.ops import level_readouts, level_readouts_step
+from llcompile.kernels.state import pack_state
+from llcompile.ops import level_readouts, level_readouts_step, loglinear_attention_step
 
 SETS, CHANNELS = 2, 3
 
@@ -63,3 +65,44 @@ def step_error(levels: int, *positions: int) -> float:
         with choice.use(kernels):
             results.append(level_readouts_step(query, key, old_state(levels, *positions).float(), levels))
     return max(float((a - b).abs().max()) for a, b in zip(*results, strict=True))
+
+
+def mixer_step_error(heads: int, key_dim: int, value_dim: int) -> float:
+    """The largest difference on Triton from ATen of a mixer's token whose readouts lie in its state, old and new."""
+    make, levels = torch.Generator().manual_seed(0), 5
+    draw: Any = partial(torch.randn, generator=make)
+    query, key = (x[:, 0].float() for x in operands(1))
+    state = pack_state(draw(2, heads, levels, key_dim, value_dim), torch.tensor([5, 64]))
+    routing_state.write(state, draw(2, SETS, routing_state.size(levels, CHANNELS)))
+    q, k, v = *draw(2, 2, 1, key_dim), draw(2, heads, value_dim)
+    results = []
+    for kernels in ("triton", "aten"):
+        with choice.use(kernels):
+            read, new = level_readouts_step(query, key, state, levels)
+            found = loglinear_attention_step(q, k, v, 1 + read, state, routing_state=new)
+            without = loglinear_attention_step(q, k, v, 1 + read, state)
+        assert not torch.equal(found[1], without[1])  # the routing state is there
+        assert torch.equal(routing_state.read(found[1], SETS, levels, CHANNELS)[:, :, 8:], new[:, :, 8:])
+        results.append((read, new, *found, without[1]))
+    return max(float((a - b).abs().max()) for a, b in zip(*results, strict=True))
+
+
+def long_errors(length: int, *positions: int, packed: bool = False) -> dict[str, float]:
+    """As `errors` for one set and many chunks, from ATen in float64, which is quick: its definition takes minutes."""
+    levels = 13
+    results = []
+    for kernels, dtype in (("triton", torch.float32), ("aten", torch.float64)):
+        query, key = (x.to(dtype).requires_grad_() for x in operands(length, 1, 1))
+        state = None
+        if positions:
+            with choice.use("aten"):
+                state = level_readouts(*operands(*positions, 1, 1), levels, return_final_state=True)[1].to(dtype)
+        bounds = torch.tensor([0, 1, 40, 40, length]) if packed else None
+        with choice.use(kernels):
+            readouts, final = level_readouts(query, key, levels, state, return_final_state=True, cu_seqlens=bounds)
+            grad = torch.linspace(-1, 1, readouts.numel(), dtype=dtype).reshape(readouts.shape)
+            grads = torch.autograd.grad(readouts, (query, key), grad)
+        results.append((readouts.detach(), final, *grads))
+    names = ("readouts", "state", "query", "key")
+    pairs = dict(zip(names, zip(*results, strict=True), strict=True))
+    return {n: float((a.double() - b).abs().max() / b.abs().max()) for n, (a, b) in pairs.items()}

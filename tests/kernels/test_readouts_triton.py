@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 from llcompile.kernels.description import ReadoutDescription
 from llcompile.kernels.triton.check import compile_readouts
 from llcompile.kernels.triton.chips import CHIPS
+from llcompile.kernels.triton.readout_source import KERNELS
 from tests.kernels import readout_cases
 
 LEFT, RIGHT, NONE = [0] * 6 + [1] * 34, [1] * 33 + [0] * 7, [0] * 40
@@ -62,17 +63,39 @@ def test_step(worker, levels):
     assert worker.submit(readout_cases.step_error, levels, 13, 63, 0, 8).result() < 1e-5
 
 
+@pytest.mark.parametrize(("heads", "key_dim", "value_dim"), [(2, 8, 4), (4, 5, 4)])
+def test_step_of_a_mixer(worker, heads, key_dim, value_dim):
+    """The sums of a set in the header of one head, and of two; no launch reads or writes them by itself."""
+    assert worker.submit(readout_cases.mixer_step_error, heads, key_dim, value_dim).result() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("length", "positions", "packed"),
+    [
+        (1100, (), False),
+        pytest.param(2100, (), False, marks=pytest.mark.slow),
+        pytest.param(1030, (1500,), False, marks=pytest.mark.slow),
+        pytest.param(2200, (), True, marks=pytest.mark.slow),
+    ],
+)
+def test_many_chunks(worker, length, positions, packed):
+    """More than the nodes of one program: a node of all chunks before it, and of those of two programs."""
+    found = worker.submit(readout_cases.long_errors, length, *positions, packed=packed).result()
+    assert max(found.values()) < 1e-5, found
+
+
 @pytest.mark.parametrize("chip", ["sm_90", pytest.param("sm_80", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)])
-def test_compiled(chip, dtype, tmp_path, monkeypatch):
+@pytest.mark.parametrize("rows", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_compiled(chip, dtype, rows, tmp_path, monkeypatch):
     """Every kernel fits and spills nothing."""
     monkeypatch.setenv("LLCOMPILE_KERNEL_DIR", str(tmp_path))
-    found = compile_readouts(ReadoutDescription(16, 16, dtype), CHIPS[chip])
+    found = compile_readouts(ReadoutDescription(16, 16, dtype), CHIPS[chip], rows)
     for name, (registers, spilled, shared) in found.items():
         print(chip, name, registers, spilled, shared)
         assert spilled == 0, name
         assert shared <= CHIPS[chip].shared, name
-    assert found.keys() == {"chunk_sums", "readouts", "node_readers", "readouts_gradient", "readouts_step"}
+    assert found.keys() == set(KERNELS)
 
 
 @pytest.mark.cuda

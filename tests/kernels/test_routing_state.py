@@ -7,7 +7,7 @@ import torch
 
 from llcompile.errors import StateError
 from llcompile.kernels import choice, routing_state
-from llcompile.kernels.state import empty_state, position_of
+from llcompile.kernels.state import empty_state, pack_state, position_of
 from llcompile.ops import level_readouts, level_readouts_step, loglinear_attention, loglinear_attention_step
 from tests.kernels.kernel_cases import operands
 
@@ -84,6 +84,60 @@ def test_states_of_the_operator_hold_it(decay, delta, kernels):
     torch.testing.assert_close(torch.cat(found, 1), whole)
     torch.testing.assert_close(routing_state.read(state, 2, LEVELS, CHANNELS), final)
     torch.testing.assert_close(state[:, :, 1:], plain[:, :, 1:])
+
+
+@pytest.mark.parametrize("kernels", ["aten", "cpp"])
+@pytest.mark.parametrize(("heads", "sets", "key_dim", "value_dim"), SIZES)
+def test_a_step_reads_the_headers(kernels, heads, sets, key_dim, value_dim):
+    """Readouts, new state and gradients are those of the routing state that stands there; nothing else is read."""
+    state = written_state(heads, sets, key_dim, value_dim)
+    query, key = torch.randn(2, 2, sets, CHANNELS, dtype=torch.float64)
+    results = []
+    for given in (state, routing_state.read(state, sets, LEVELS, CHANNELS)):
+        leaves = [t.clone().requires_grad_() for t in (query, key, given)]
+        with choice.use(kernels):
+            found = level_readouts_step(*leaves, LEVELS)
+            grads = torch.autograd.grad(found[0].square().sum() + found[1][:, :, 8:].square().sum(), leaves)
+        results.append([*found, *grads[:2], grads[2] if given is not state else read(grads[2], sets)])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected)
+    assert results[0][0][:, :, -1].abs().min() > 0  # a level that the token leaves as it was
+    spoilt = state.clone()
+    spoilt[:, :, 1:] = torch.nan
+    with choice.use(kernels):
+        assert torch.equal(level_readouts_step(query, key, spoilt, LEVELS)[0], results[0][0])
+
+
+def written_state(heads, sets, key_dim, value_dim):
+    """A level state `[2, H, 1 + L, K, V]` at positions 5 and 1000 with a routing state in its headers."""
+    levels = torch.randn(2, heads, LEVELS, key_dim, value_dim, dtype=torch.float64)
+    state = pack_state(levels, torch.tensor([5, 1000]))
+    sums = torch.randn(2, sets, LEVELS, CHANNELS, dtype=torch.float64)
+    routing_state.write(state, routing_state.pack(sums, torch.tensor([5, 1000])))
+    return state
+
+
+def read(grad, sets):
+    """The gradient of the routing state in that of a level state, which has no other part."""
+    found = routing_state.gradient(grad, sets, 8 + LEVELS * CHANNELS)
+    assert (grad != 0).sum() == (found != 0).sum()
+    return found
+
+
+def test_a_step_refuses_other_states():
+    """Of another batch, of heads that sets do not divide, without room, and with a damaged position."""
+    query, key = torch.randn(2, 2, 2, CHANNELS, dtype=torch.float64)
+    state = written_state(4, 2, 8, 8)
+    for wrong in (state[:1], state[:, :3]):
+        with pytest.raises(StateError, match=r"need a level state \[B, H, 1 \+ L, K, V\] with B=2"):
+            level_readouts_step(query, key, wrong, LEVELS)
+    with pytest.raises(StateError, match="room for"):
+        level_readouts_step(query, key, state[..., :2, :], LEVELS)
+    with pytest.raises(StateError, match="cannot hold a position"):
+        level_readouts_step(query, key, state.long(), LEVELS)
+    for kernels in ("aten", "cpp"):
+        with choice.use(kernels), pytest.raises(StateError, match="has lost the position of row 0"):
+            level_readouts_step(query, key, state + 0.5, LEVELS)
 
 
 @pytest.mark.parametrize("step", [True, False])

@@ -12,9 +12,16 @@ from llcompile.kernels import readout_operators as _readout_operators  # noqa: F
 from llcompile.kernels import readouts as _readouts
 from llcompile.kernels import routing_state as _routing_state
 from llcompile.kernels.state import check_state
+from llcompile.replay import ReplayState
 from llcompile.torch_internals.sources import source_tag
 
-__all__ = ["level_readouts", "level_readouts_step", "loglinear_attention", "loglinear_attention_step"]
+__all__ = [
+    "ReplayState",
+    "level_readouts",
+    "level_readouts_step",
+    "loglinear_attention",
+    "loglinear_attention_step",
+]
 
 _REVISION = source_tag()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llcompile.compact import CompactState, compact_state
 from llcompile.errors import OperandError
 from llcompile.kernels import operands as _operands
 from llcompile.kernels import operators as _operators  # noqa: F401  (registers the torch operators)
@@ -16,7 +17,9 @@ from llcompile.replay import ReplayState
 from llcompile.torch_internals.sources import source_tag
 
 __all__ = [
+    "CompactState",
     "ReplayState",
+    "compact_state",
     "level_readouts",
     "level_readouts_step",
     "loglinear_attention",

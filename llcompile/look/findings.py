@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -13,6 +13,7 @@ from torch import nn
 from llcompile.look.cost import MixerCost, cost_of
 from llcompile.look.generated import GeneratedKernels, kernels_of
 from llcompile.look.mixer_look import MixerLook
+from llcompile.look.state_size import StateSize, as_dicts, as_table, state_sizes
 from llcompile.report import Report
 
 
@@ -66,9 +67,20 @@ class Findings(Report):
         """The cost of each converted mixer."""
         return tuple(cost for mixer in self.mixers if (cost := cost_of(mixer)) is not None)
 
+    @cached_property
+    def state_sizes(self) -> tuple[StateSize, ...]:
+        """Bytes per sequence that the converted mixers keep of the past, at 4k, 32k and 128k tokens."""
+        return state_sizes(self.mixers)
+
     def to_dict(self) -> dict[str, Any]:
-        """The report and the mixers as plain dicts, lists and numbers, ready for JSON."""
-        return {**self.report.to_dict(), "mixers": [_mixer(mixer) for mixer in self.mixers]}
+        """The report, the mixers and the sizes of states as plain dicts, lists and numbers, ready for JSON."""
+        mixers = [_mixer(mixer) for mixer in self.mixers]
+        return {**self.report.to_dict(), "mixers": mixers, "state_sizes": as_dicts(self.state_sizes)}
+
+    def _tables(self) -> Iterable[Any]:
+        yield from super()._tables()
+        if self.state_sizes:
+            yield as_table(self.state_sizes)
 
     @property
     def report(self) -> Report:

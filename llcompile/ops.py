@@ -11,6 +11,7 @@ from llcompile.kernels import operands as _operands
 from llcompile.kernels import operators as _operators  # noqa: F401  (registers the torch operators)
 from llcompile.kernels import readout_operators as _readout_operators  # noqa: F401  (likewise)
 from llcompile.kernels import readouts as _readouts
+from llcompile.kernels import replay_operator as _replay_operator  # noqa: F401  (likewise)
 from llcompile.kernels import routing_state as _routing_state
 from llcompile.kernels.state import check_state
 from llcompile.replay import ReplayState

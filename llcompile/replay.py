@@ -13,6 +13,7 @@ from llcompile.errors import DerivativeError, OperandError, StateError
 from llcompile.kernels import operands as _operands
 from llcompile.kernels.header import DIGITS
 from llcompile.kernels.operands import Operands
+from llcompile.kernels.replay import Base, first_base, next_base
 from llcompile.kernels.state import check_state, in_levels, is_level_state, state_dtype
 from llcompile.torch_internals.sources import source_tag
 
@@ -44,7 +45,7 @@ class ReplayState:
     For inference: `step` has no gradient. A ring holds `2 * chunk` tokens; `nbytes` says what all of it takes.
     """
 
-    def __init__(self, state: Tensor, window: int = 8, chunk: int = 32) -> None:
+    def __init__(self, state: Tensor, window: int = 8, chunk: int = 64) -> None:
         """Start from a state.
 
         Args:
@@ -73,30 +74,31 @@ class ReplayState:
                 "roll back; decode with loglinear_attention_step and level_readouts_step"
             )
         self.window, self.chunk = window, chunk
-        self._base = state.detach().clone()
-        self._previous: Tensor | None = None  # the base of the chunk before
+        self._base = Base(state.detach().clone())
+        self._previous: Base | None = None  # of the chunk before
         self._ring: _Ring | None = None
         self._rate: Tensor | None = None
         self._kinds: dict[str, tuple[tuple[int, ...], torch.dtype] | None] = {}  # of the first call's operands
         self._half = 0  # of the ring: the chunk that is being filled
         self._count = 0  # tokens in it
-        self._chunks = 0  # whole chunks that have been folded into the base
+        self._chunks = 0  # that have been folded into the base
+        self._first = chunk  # tokens of the first one: others begin at multiples of their length, where few levels are
 
     @property
     def absorbed(self) -> int:
         """How many tokens have been absorbed since the state was given."""
-        return self._chunks * self.chunk + self._count
+        return sum(map(self._length, range(self._chunks))) + self._count
 
     @property
     def depth(self) -> int:
         """How many tokens can be rolled back now."""
-        return self._count + (0 if self._previous is None else self.chunk)
+        return self._count + (0 if self._previous is None else self._length(self._chunks - 1))
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors that are held."""
-        held = [self._base, self._previous, *(self._ring or ())]
-        return sum(t.nbytes for t in held if t is not None)
+        held = [*self._base, *(self._previous or ()), *(self._ring or ())]
+        return sum(t.nbytes for t in held if isinstance(t, Tensor))
 
     def step(
         self,
@@ -136,7 +138,7 @@ class ReplayState:
         parts: list[Tensor] = []
         start = 0
         while start < v.shape[1] or not parts:
-            stop = min(start + self.chunk - self._count, v.shape[1])
+            stop = min(start + self._length(self._chunks) - self._count, v.shape[1])
             parts.append(self._absorb(x.map_tokens(lambda t: t[:, start:stop]), float(scale)))  # noqa: B023
             start = stop
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
@@ -156,12 +158,15 @@ class ReplayState:
             assert self._previous is not None
             self._base, self._previous = self._previous, None
             self._half, self._chunks = 1 - self._half, self._chunks - 1
-            self._count += self.chunk
+            self._count += self._length(self._chunks)
         self._count -= k
 
     def state(self) -> Tensor:
-        """The state with all tokens in it, as the operators take and return it; a new tensor."""
-        return self._folded(self._count) if self._count else self._base.clone()
+        """The state with all tokens in it, as the operators take it; a new tensor.
+
+        After a whole chunk those levels are merged in it that the next token sees as one, which changes nothing then.
+        """
+        return self._folded(self._count) if self._count else self._base.state.clone()
 
     def fork(self) -> ReplayState:
         """A copy that goes its own way. The state is shared, since it is never written to; the ring is copied."""
@@ -177,9 +182,11 @@ class ReplayState:
         kinds = {name: _kind(t) for name, t in zip(Operands._fields[1:], x[1:], strict=True)}
         if self._ring is None:
             levels = None if x.level_weights is None else x.level_weights.shape[-1]
-            check_state(self._base, x.v.shape[0], x.v.shape[2], x.q.shape[3], x.v.shape[3], levels, "state")
-            _operands.check_device(x.v, state=self._base)
-            self._base = in_levels(self._base.to(state_dtype(x.v.dtype)), levels).contiguous()
+            state = self._base.state
+            check_state(state, x.v.shape[0], x.v.shape[2], x.q.shape[3], x.v.shape[3], levels, "state")
+            _operands.check_device(x.v, state=state)
+            self._base = first_base(in_levels(state.to(state_dtype(x.v.dtype)), levels).contiguous())
+            self._first = self.chunk - (self._base.positions[0] % self.chunk if self._base.positions else 0)
             room = (x.v.shape[0], 2, self.chunk)
             self._ring = _of_ring(x).map(lambda t: t.new_empty(*room, *t.shape[2:]))
             self._kinds, self._rate = kinds, x.decay_rate
@@ -204,8 +211,9 @@ class ReplayState:
                 buffer[:, self._half, first : first + tokens].copy_(given)
         o = self._read(x, scale)
         self._count += tokens
-        if self._count == self.chunk:
-            self._previous, self._base = self._base, self._folded(self.chunk)
+        if self._count == self._length(self._chunks):
+            self._previous = self._base
+            self._base = next_base(self._base, self._folded(self._count), self._count)
             self._half, self._chunks, self._count = 1 - self._half, self._chunks + 1, 0
         if self._count >= self.window:
             self._previous = None
@@ -213,33 +221,42 @@ class ReplayState:
 
     def _read(self, x: Operands, scale: float) -> Tensor:
         """What the tokens of `x`, which lie in the ring already, read of the state and of the ring."""
-        before, all_tokens = self._count, self._count + x.v.shape[1]
-        silent = lambda t: torch.cat([t.new_zeros(t.shape[0], before, *t.shape[2:]), t], 1)  # noqa: E731
-        weights = None if x.level_weights is None else silent(x.level_weights)
-        o, _ = self._run(silent(x.q), weights, all_tokens, scale, False)
-        return o[:, before:]
+        ring = self._tokens(self._count + x.v.shape[1])
+        with torch.no_grad():
+            o = torch.ops.llcompile.loglinear_attention_replay(
+                *self._operands(x.q, x.level_weights, ring),
+                self._base.state,
+                self._base.occupied,
+                scale,
+                revision=_REVISION,
+            )
+        assert isinstance(o, Tensor)
+        return o
 
     def _folded(self, tokens: int) -> Tensor:
         """The state after the first `tokens` of the ring's half."""
-        assert self._ring is not None
-        k = self._ring.k[:, self._half, :tokens]
-        levels = None
-        if is_level_state(self._base):
-            levels = k.new_zeros(()).expand(*k.shape[:2], 1, self._base.shape[2] - 1)
-        return self._run(torch.zeros_like(k), levels, tokens, 1.0, True)[1]
-
-    def _run(
-        self, q: Tensor, level_weights: Tensor | None, tokens: int, scale: float, return_final_state: bool
-    ) -> tuple[Tensor, Tensor]:
-        """The operator on the first `tokens` of the ring's half."""
-        assert self._ring is not None
-        ring = self._ring.map(lambda t: t[:, self._half, :tokens])
-        operands = (q, ring.k, ring.v, level_weights, ring.log_decay, self._rate, *ring[3:])
+        ring, levels = self._tokens(tokens), None
+        if is_level_state(self._base.state):
+            levels = ring.k.new_zeros(()).expand(*ring.k.shape[:2], 1, self._base.state.shape[2] - 1)
         with torch.no_grad():
-            o, state = torch.ops.llcompile.loglinear_attention(
-                *operands, self._base, scale, return_final_state, revision=_REVISION
+            _, state = torch.ops.llcompile.loglinear_attention(
+                *self._operands(torch.zeros_like(ring.k), levels, ring), self._base.state, 1.0, True, revision=_REVISION
             )
-        return o, state
+        assert isinstance(state, Tensor)
+        return state
+
+    def _length(self, chunk: int) -> int:
+        """Tokens of a chunk, by its number."""
+        return self.chunk if chunk else self._first
+
+    def _tokens(self, count: int) -> _Ring:
+        """The first tokens of the ring's half."""
+        assert self._ring is not None
+        return self._ring.map(lambda t: t[:, self._half, :count])
+
+    def _operands(self, q: Tensor, level_weights: Tensor | None, ring: _Ring) -> tuple[Tensor | None, ...]:
+        decay, beta, erase_query, erase_key = ring[2:]
+        return q, ring.k, ring.v, level_weights, decay, self._rate, beta, erase_query, erase_key
 
 
 def _of_ring(x: Operands) -> _Ring:

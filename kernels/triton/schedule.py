@@ -90,7 +90,16 @@ GRADIENTS = {
         changes=("decay_gradients", "key_gradients", "query_gradients"),
     ),
 }
-DECODE = {"decode": Entry("heads", (32, 4, 1), tiles=True)}
+DECODE = {
+    "decode": Entry("heads", (32, 4, 1), tiles=True),
+    # The tokens that it replays come without a final state, and one for each row.
+    "replay": Entry(
+        "heads",
+        (32, 4, 1),
+        lambda d: d.initial_state == "none" and not (d.final_state or d.padded or d.packed),
+        tiles=True,
+    ),
+}
 # Decays by rates, token by token: these kernels alone serve whole sequences and single tokens. The first of `launch` is
 # the most numbers of a tile [lanes, K]; kernels that sum over lanes have tiles of `Description.lanes`.
 SCAN = {

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from llcompile.errors import DerivativeError, OperandError, StateError
+from llcompile.errors import DerivativeError, DistributedError, OperandError, StateError
+from llcompile.kernels import spread
 from llcompile.kernels.reference import reference_attention
 from llcompile.ops import ReplayState, level_readouts, loglinear_attention, loglinear_attention_step
 from tests.kernels.kernel_cases import Operands, operands, relative_error
@@ -39,7 +40,7 @@ def start(x: Operands) -> Tensor:
 def tensors(state: ReplayState) -> list[Tensor]:
     """All that can be read of the state from here on."""
     ring = [] if state._ring is None else [t[:, state._half, : state._count] for t in state._ring if t is not None]
-    return [state.state(), state._base, *ring]
+    return [state.state(), state._base.state, *ring]
 
 
 def same(a: ReplayState, b: ReplayState) -> bool:
@@ -119,7 +120,7 @@ def test_many_rounds_of_drafts():
 
 def test_how_far_back():
     x = operands(40, "token", False, 6, "level", dtype=torch.float32)
-    state = ReplayState(start(x), window=3, chunk=5)
+    state = ReplayState(torch.zeros_like(start(x)), window=3, chunk=5)
     assert state.depth == state.absorbed == 0
     for t in range(20):
         state.step(**tokens(x, t, t + 1))
@@ -147,6 +148,29 @@ def test_a_fork_goes_its_own_way():
     first.zero_()  # it was copied
     state.step(**tokens(x, 7, 20))
     assert same(state, other)
+
+
+@pytest.mark.parametrize(("levels", "positions"), [(9, (13, 70)), (9, (16, 0)), (3, (13, 70)), (1, (7, 8))])
+def test_what_is_said_to_be_occupied_is(levels, positions):
+    """What the host counts, through many chunks and a rollback, and after a state that no operator made."""
+    rows = [operands(max(p, 1), "token", True, levels, batch=1, dtype=torch.float32) for p in positions]
+    states = [loglinear_attention(**x, return_final_state=True)[1] for x in rows]
+    first = torch.cat([state if p else torch.zeros_like(state) for state, p in zip(states, positions, strict=True)])  # type: ignore[type-var]
+    odd = first.clone()
+    odd[:, :, max(levels - 1, 1)] += 1
+    x = operands(60, "token", True, levels, dtype=torch.float32)
+    del x["initial_state"]
+    for given in (first, odd):
+        state = ReplayState(given, 3, 8)
+        for stop in (1, 9, 20, 31, 60):
+            state.step(**tokens(x, state.absorbed, stop))
+            found = state._base.state[:, :, 1:].ne(0).flatten(3).any(3).any(1)
+            assert state._base.occupied is not None
+            assert torch.equal(found, state._base.occupied > 0)
+            if given is first and levels == 9:
+                assert found.sum(1).tolist() == [p.bit_count() for p in state._base.positions]
+            state.rollback(min(2, state.depth))
+        assert state._base.positions[0] % 8 == 0
 
 
 def test_level_weights_act():
@@ -181,7 +205,8 @@ def test_bytes():
     del x["initial_state"]
     state.step(**x)  # a fold, of which the state before is kept
     ring = 2 * 2 * 5 * (2 * 5 + 4 * 3 + 4) * 4
-    assert state.nbytes == 2 * 2 * 4 * 7 * 5 * 3 * 4 + ring
+    occupied = 2 * 2 * 6 * 4
+    assert state.nbytes == 2 * 2 * 4 * 7 * 5 * 3 * 4 + occupied + ring
 
 
 def test_errors():
@@ -216,3 +241,27 @@ def test_errors():
     state.step(**rates)
     with pytest.raises(OperandError, match=r"decay_rate .* differs"):
         state.step(**{**rates, "decay_rate": torch.ones(4, 5)})
+
+
+@pytest.mark.parametrize("occupied", [None, torch.tensor([[1.0, 0, 0, 1, 0, 0], [1, 1, 1, 1, 1, 1]])])
+def test_opcheck(occupied):
+    """Its schema, its shapes and its fake form: 2 tokens of 7 are read."""
+    x = operands(7, "token", True, 6, "level", dtype=torch.float32)
+    state, q, w = start(x), x.pop("q"), x.pop("level_weights")
+    assert q is not None
+    assert w is not None
+    given = (q[:, -2:], x["k"], x["v"], w[:, -2:], x["log_decay"], None, x["beta"], None, None, state, occupied, SCALE)
+    operator = torch.ops.llcompile.loglinear_attention_replay.default
+    torch.library.opcheck(operator, given)
+    want, _ = loglinear_attention(q=q, **x, level_weights=w, initial_state=state, scale=SCALE)
+    assert relative_error(operator(*given), want[:, -2:]) <= 1e-6
+
+
+def test_not_on_a_sequence_in_pieces():
+    x = operands(3, "token", False, 6, "level", dtype=torch.float32)
+    state = ReplayState(start(x))
+    with (
+        spread.run_by(object()),
+        pytest.raises(DistributedError, match=r"ReplayState holds whole sequences .*\[2, 3, 4"),
+    ):  # type: ignore[arg-type]
+        state.step(**x)

@@ -96,6 +96,20 @@ def step(token: Token, routing: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return _run("step", lambda: describe_step(token), token.v.device, lambda one: one.step(token, routing))
 
 
+def replay(x: Operands, occupied: Tensor | None, scale: float) -> Tensor:
+    """As `Implementation.replay`, by the implementation that is chosen.
+
+    Raises:
+        DistributedError: the sequence is spread over processes.
+    """
+    if spread.current() is not None:
+        raise DistributedError(
+            f"a ReplayState holds whole sequences (values {list(x.v.shape)} here), and this one is spread over "
+            "processes; leave the context to decode"
+        )
+    return _run(lambda: describe(x, False), x.v.device, lambda one: one.replay(x, occupied, scale))
+
+
 def readouts(x: Readouts, return_final_state: bool) -> tuple[Tensor, Tensor]:
     """As `aten.readouts.forward`, by the implementation that is chosen.
 

@@ -18,6 +18,7 @@ from llcompile.kernels import finite, routing_state
 from llcompile.kernels.description import Description, ReadoutDescription
 from llcompile.kernels.operands import COMPUTE_DTYPES, Operands, Token
 from llcompile.kernels.readouts import Readouts, ReadoutToken
+from llcompile.kernels.replay import with_silent_queries
 from llcompile.kernels.state import check_positions
 
 Described = Description | ReadoutDescription
@@ -82,6 +83,14 @@ class Implementation(ABC):
             StateError: a state has lost its position or counts no further, or it has no room for `routing`.
         """
 
+    def replay(self, x: Operands, occupied: Tensor | None, scale: float) -> Tensor:
+        """What the last `T = q.shape[1]` of the tokens read of all of them and of `x.initial_state`, `[B, T, H, V]`.
+
+        `occupied [B, L]` says which levels hold something; None if that is not known.
+        """
+        o, _ = self.forward(with_silent_queries(x), scale, False)
+        return o[:, x.v.shape[1] - x.q.shape[1] :].contiguous()
+
     @abstractmethod
     def readouts(self) -> ReadoutForm:
         """How it runs per-level readouts."""
@@ -134,6 +143,15 @@ class Triton(Implementation):
         check_positions(token.state, 1, "state")
         with _current(token.v):
             return kernels.step(token, routing)
+
+    def replay(self, x: Operands, occupied: Tensor | None, scale: float) -> Tensor:
+        """One token has a kernel, but for decays by rates."""
+        from llcompile.kernels.triton import replay as kernels
+
+        if x.q.shape[1] != 1 or x.decay_rate is not None:
+            return super().replay(x, occupied, scale)
+        with _current(x.v):
+            return kernels.replay(x, occupied, scale)
 
     def readouts(self) -> ReadoutForm:
         """As `triton.readouts` has them."""

@@ -43,7 +43,7 @@ class DerivativeError(LLCompileError, NotImplementedError):
 
 
 class DistributedError(LLCompileError, RuntimeError):
-    """A call cannot be spread over processes: they disagree, a part or an axis must be whole, or level weights come late."""
+    """A model cannot be spread over processes as requested, or level weights come too late for a wrapper."""
 
 
 class OptionError(LLCompileError, ValueError):

@@ -5,16 +5,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llcompile.compact import CompactState, compact_state
 from llcompile.errors import OperandError
 from llcompile.kernels import operands as _operands
 from llcompile.kernels import operators as _operators  # noqa: F401  (registers the torch operators)
 from llcompile.kernels import readout_operators as _readout_operators  # noqa: F401  (likewise)
 from llcompile.kernels import readouts as _readouts
+from llcompile.kernels import replay_operator as _replay_operator  # noqa: F401  (likewise)
 from llcompile.kernels import routing_state as _routing_state
 from llcompile.kernels.state import check_state
+from llcompile.replay import ReplayState
 from llcompile.torch_internals.sources import source_tag
 
-__all__ = ["level_readouts", "level_readouts_step", "loglinear_attention", "loglinear_attention_step"]
+__all__ = [
+    "CompactState",
+    "ReplayState",
+    "compact_state",
+    "level_readouts",
+    "level_readouts_step",
+    "loglinear_attention",
+    "loglinear_attention_step",
+]
 
 _REVISION = source_tag()
 

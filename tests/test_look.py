@@ -118,7 +118,10 @@ def test_the_decisions_are_those_of_the_real_run(name: str, monkeypatch: pytest.
 
 
 def test_a_look_prints_as_the_report(look: Look) -> None:
-    assert str(look) == str(look.report)
+    """And behind it what is kept of the past, where something was converted."""
+    report, rest = str(look.report), str(look).removeprefix(str(look.report))
+    assert str(look).startswith(report)
+    assert ("kept per sequence" in rest) == bool(look.converted)
     assert "3 of 4 linear-time mixers" in str(look)
 
 

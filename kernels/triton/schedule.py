@@ -90,7 +90,16 @@ GRADIENTS = {
         changes=("decay_gradients", "key_gradients", "query_gradients"),
     ),
 }
-DECODE = {"decode": Entry("heads", (32, 4, 1), tiles=True)}
+DECODE = {
+    "decode": Entry("heads", (32, 4, 1), tiles=True),
+    # The tokens that it replays come without a final state, and one for each row.
+    "replay": Entry(
+        "heads",
+        (32, 4, 1),
+        lambda d: d.initial_state == "none" and not (d.final_state or d.padded or d.packed),
+        tiles=True,
+    ),
+}
 # Instead of `STATES` and `OUTPUT`, where a program walks over a block of chunks (`blocks`): the tree is over blocks.
 BLOCKS = {
     "block_state": Entry("chunks", (64, 4, 1), tiles=True),

@@ -9,7 +9,7 @@ import torch
 
 from llcompile.kernels.triton.chips import Chip
 from llcompile.kernels.triton.description import LEAST_TILE, Description
-from llcompile.kernels.triton.schedule import KERNELS
+from llcompile.kernels.triton.schedule import DECODE, KERNELS
 
 
 class Tuning(NamedTuple):
@@ -53,7 +53,7 @@ def narrowest(kernel: str, d: Description) -> int:
     """
     if d.rated:
         return 1
-    if kernel == "decode" or (kernel in _OF_STATES and not d.dense) or (kernel in _SCANS and d.key_dim > 64):
+    if kernel in DECODE or (kernel in _OF_STATES and not d.dense) or (kernel in _SCANS and d.key_dim > 64):
         return LEAST_TILE
     return d.least_tile(torch.float32 if kernel in _OF_STATES else d.dtype)
 

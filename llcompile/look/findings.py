@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -14,6 +14,7 @@ from llcompile.look.cost import MixerCost, cost_of
 from llcompile.look.generated import GeneratedKernels, kernels_of
 from llcompile.look.mixer_look import MixerLook
 from llcompile.look.model_cost import Elsewhere, ModelCost
+from llcompile.look.state_size import StateSize, as_dicts, as_table, state_sizes
 from llcompile.patterns.records import Timing
 from llcompile.report import Report
 
@@ -81,10 +82,21 @@ class Findings(Report):
         """The report, the mixers, the cost and the timings as plain dicts, lists and numbers, ready for JSON."""
         return {
             **self.report.to_dict(),
+            "state_sizes": as_dicts(self.state_sizes),
             "mixers": [_mixer(mixer) for mixer in self.mixers],
             "cost": {"at": self.cost.at(), "elsewhere": asdict(self.elsewhere)},
             "timings": [asdict(timing) for timing in self.timings],
         }
+
+    @cached_property
+    def state_sizes(self) -> tuple[StateSize, ...]:
+        """Bytes per sequence that the converted mixers keep of the past, at 4k, 32k and 128k tokens."""
+        return state_sizes(self.mixers)
+
+    def _tables(self) -> Iterable[Any]:
+        yield from super()._tables()
+        if self.state_sizes:
+            yield as_table(self.state_sizes)
 
     @property
     def report(self) -> Report:

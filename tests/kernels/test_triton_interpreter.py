@@ -262,6 +262,45 @@ def test_decode(worker, cell):
         assert max(worker.submit(triton_cases.step_differences, case, 3).result()) < 1e-5
 
 
+@sampled("cell", cell=[*CELLS, ("head", False), ("token", "erase"), ERASE])
+def test_replay(worker, cell):
+    """Tokens of a state and a ring, one by one: as the definition."""
+    decay, delta = cell
+    for levels, state in ((7, "level"), (2, "level"), (None, "linear")):
+        case = {"decay": decay, "delta": delta, "levels": levels, "state": state, "dtype": torch.float32, "heads": 2}
+        case |= {"groups": 1, "batch": 2, "value_dim": 17}
+        errors = worker.submit(triton_cases.replay_errors, case, [1] * 5, 2, 64).result()
+        assert max(errors) < 1e-5, errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", [("token", True), RATE])
+def test_replay_over_chunks(worker, cell):
+    """The kernels of sequences have drafts, rates, and the state after a chunk."""
+    decay, delta = cell
+    case = {"decay": decay, "delta": delta, "levels": 7, "state": "level", "dtype": torch.float32, "heads": 2}
+    errors = worker.submit(triton_cases.replay_errors, {**case, "groups": 1, "batch": 2}, [1, 3, 1, 1], 2, 5).result()
+    assert max(errors) < 1e-5, errors
+
+
+def test_bytes_of_a_replayed_token(worker):
+    """A token at 128k reads the levels that hold something, and writes its output alone: at most 25 MB for 32 heads.
+
+    What every 64th token costs besides, for the state that is then written, is not counted here.
+    """
+    level = 128 * 128 * 4
+    sizes = []
+    for position, tokens in ((2**17, 0), (2**17 - 64, 62), (87360, 31), (2**16 + 64, 0)):
+        loaded, stored = worker.submit(triton_cases.replay_bytes, position, tokens, 18).result()
+        ring = (tokens + 1) * (2 * 128 * 2 + 2 * 2)  # key, value, decay and beta in bfloat16
+        rest = loaded - position.bit_count() * level - ring
+        assert 0 < rest < 1024  # the query, level weights, the position and which levels are occupied
+        assert stored == 128 * 2
+        sizes.append(32 * loaded)
+    assert max(sizes) <= 25e6
+    assert sizes[0] < 3e6
+
+
 def test_same_bits(worker):
     """Two backward passes are bitwise the same."""
     case = {"length": 140, "delta": True, "dtype": torch.float32, "heads": 1, "groups": 1}

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from llcompile.kernels import choice
+from llcompile.kernels import choice, header
 from llcompile.kernels.description import Description
 from llcompile.kernels.implementations import ATEN, IMPLEMENTATIONS, Sweep
 from llcompile.kernels.operands import Operands
@@ -22,7 +23,7 @@ from llcompile.kernels.triton import acceptance, autotune, blocks, engine, inter
 from llcompile.kernels.triton.launch import Launch
 from llcompile.kernels.triton.limits import interpreted
 from llcompile.kernels.triton.tuning import Tuning
-from llcompile.ops import loglinear_attention, loglinear_attention_step
+from llcompile.ops import ReplayState, loglinear_attention, loglinear_attention_step
 from tests.kernels.kernel_cases import Operands as Case
 from tests.kernels.kernel_cases import both, operands, relative_error
 
@@ -293,3 +294,75 @@ def errors_in_blocks(case: dict[str, object], lengths: list[int] | None, walk: i
     assert found.shape == want.shape
     assert torch.isfinite(found).all()
     return relative_error(found, want), budget(x), relative_error(found, by_chunks.double())
+
+
+def replay_errors(case: dict[str, object], calls: list[int], window: int, chunk: int) -> list[float]:
+    """Relative errors of what a replayed state reads against the definition."""
+    x = operands(length=sum(calls), **case)  # type: ignore[arg-type]
+    state = x.pop("initial_state")
+    assert state is not None
+    wide = {n: t if t is None else t.double() for n, t in x.items()}
+    want, _ = reference_attention(**wide, initial_state=state.double(), scale=SCALE)  # type: ignore[arg-type]
+    replayed, done, found = ReplayState(state, window, chunk), 0, []
+    with choice.use("triton"):
+        for count in calls:
+            some = {n: t if t is None or t.dim() < 3 else t[:, done : done + count] for n, t in x.items()}
+            o = replayed.step(**some, scale=SCALE)  # type: ignore[arg-type]
+            found.append(relative_error(o, want[:, done : done + count]))
+            done += count
+    return found
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[list[tuple[int, int]]]:
+    """The bytes that each launch inside loads and stores, every address once."""
+    from triton.runtime import interpreter
+
+    builder, launches = interpreter.InterpreterBuilder, []
+    load, store, run = builder.create_masked_load, builder.create_masked_store, Launch.__call__
+    seen: dict[tuple[str, int], list[np.ndarray[Any, Any]]] = {}
+
+    def note(kind: str, pointers: Any, mask: Any) -> None:
+        size = pointers.get_element_ty().primitive_bitwidth // 8
+        seen.setdefault((kind, size), []).append(np.unique(pointers.data[mask.data.astype(bool)]))
+
+    def masked_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        note("load", pointers, mask)
+        return load(self, pointers, mask, *rest)
+
+    def masked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        note("store", pointers, mask)
+        return store(self, pointers, value, mask, *rest)
+
+    def launched(self: Launch, chosen: Tuning) -> None:
+        seen.clear()
+        run(self, chosen)
+        sums = {"load": 0, "store": 0}
+        for (kind, size), found in seen.items():
+            sums[kind] += size * len(np.unique(np.concatenate(found)))
+        launches.append((sums["load"], sums["store"]))
+
+    with (
+        mock.patch.object(builder, "create_masked_load", masked_load),
+        mock.patch.object(builder, "create_masked_store", masked_store),
+        mock.patch.object(Launch, "__call__", launched),
+    ):
+        yield launches
+
+
+def replay_bytes(position: int, tokens: int, levels: int) -> tuple[int, int]:
+    """Bytes that a token reads and writes, `tokens` after `position`: gated delta, one head, K = V = 128, bfloat16."""
+    x = operands(tokens + 1, "token", True, levels, batch=1, groups=1, heads=1, key_dim=128, value_dim=128,
+                 dtype=torch.bfloat16)  # fmt: skip
+    del x["initial_state"]
+    state = torch.zeros(1, 1, 1 + levels, 128, 128)
+    state[:, :, 0] = header.write(torch.tensor([position]), 128, 128, torch.float32)[:, None]
+    for level in (0, *(i + 1 for i in range(levels - 1) if (position - 1) >> i & 1)):
+        state[:, :, 1 + level] = torch.randn(128, 128)
+    replayed = ReplayState(state)
+    parts = [{n: t if t is None else t[:, s] for n, t in x.items()} for s in (slice(tokens), slice(tokens, None))]
+    with choice.use("aten"):
+        replayed.step(**parts[0])  # type: ignore[arg-type]
+    with choice.use("triton"), counted() as launches:
+        replayed.step(**parts[1])  # type: ignore[arg-type]
+    return launches[0]

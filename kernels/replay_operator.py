@@ -1,0 +1,38 @@
+"""The operator that reads tokens of a state and of the tokens since, in the namespace `llcompile`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llcompile.kernels import choice, torch_operator
+from llcompile.kernels.operands import Operands, weights_per_head
+from llcompile.kernels.operators import without_autocast
+from llcompile.kernels.state import state_dtype
+
+
+def _replay(*inputs: Any) -> Tensor:
+    *tensors, occupied, scale, _ = inputs
+    x = Operands(*tensors)
+    assert x.initial_state is not None
+    weights, state = weights_per_head(x.level_weights, x.v), x.initial_state.to(state_dtype(x.v.dtype))
+    x = x._replace(level_weights=weights, initial_state=state)
+    with torch.no_grad(), without_autocast(x.v):
+        return choice.replay(x, occupied, scale)
+
+
+def _shapes(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+    return v.new_empty((v.shape[0], q.shape[1], *v.shape[2:]))
+
+
+# `q [B, T, G, K]` and `level_weights [B, T, W, L]` of the last T tokens; the other operands of all n, which are not in
+# the state; `occupied [B, L]` as `replay.occupied_levels`. The output is `[B, T, H, V]`.
+torch_operator.define(
+    "loglinear_attention_replay(Tensor q, Tensor k, Tensor v, Tensor? level_weights, Tensor? log_decay, "
+    "Tensor? decay_rate, Tensor? beta, Tensor? erase_query, Tensor? erase_key, Tensor state, Tensor? occupied, "
+    'float scale, str revision="") -> Tensor',
+    _replay,
+    _shapes,
+)

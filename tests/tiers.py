@@ -41,7 +41,11 @@ LONG_FILES = {
 }
 LONG_TESTS = {
     "distributed/test_pipeline.py": ("test_stages_are_one_process", "test_the_example_runs"),
-    "distributed/test_wrappers.py": ("test_trained_as_on_one_process", "test_wrapped_too_early"),
+    "distributed/test_wrappers.py": (
+        "test_trained_as_on_one_process",
+        "test_wrapped_too_early",
+        "test_flat_parameters",
+    ),
     "distributed/test_context_parallel.py": ("test_is_the_whole_sequence", "test_the_example_runs"),
     "distributed/test_tensor_parallel.py": ("test_dtensors_over_batch_and_heads",),
     "kernels/test_choice.py": ("test_a_machine_without_a_compiler",),

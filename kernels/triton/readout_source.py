@@ -13,9 +13,9 @@ from llcompile.kernels.triton.source import template
 # Tokens of a chunk: inside, a product of matrices makes a score for each pair of them.
 CHUNK = 32
 # Chunks whose nodes a program makes, and the most channels of them: Triton 3.9 crashes on 128. At once it reads 16
-# numbers for each thread of 4 warps, and 64 for the one node that may be large, where it has nothing else to wait for.
+# numbers for each thread of 4 warps, and 32 for the one node that may be large, where it has nothing else to wait for.
 TILE, BLOCK = 32, 64
-_NUMBERS, _SPAN_NUMBERS = 2048, 8192
+_NUMBERS, _SPAN_NUMBERS = 2048, 4096
 KERNELS = ("key_nodes", "readouts", "final_state", "both_nodes", "readouts_gradient", "readouts_step")
 
 

@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from llcompile.arguments import at_least, check_device
+
 CONTEXTS = [1 << n for n in range(10, 21)]
 QUICK = [1 << 10, 1 << 12]
 FORMS = ("linear", "log-linear", "softmax")
@@ -36,11 +38,11 @@ def add_parser(subparsers: Any) -> None:
         "decode", help="measure memory and time of one decoded token against context length", description=__doc__
     )
     parser.add_argument("--device", default="cpu", help="device to run on (default: cpu)")
-    parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS, help="contexts (default: 1k to 1M)")
+    parser.add_argument("--contexts", type=at_least(1), nargs="+", default=CONTEXTS, help="default: 1k to 1M")
     parser.add_argument("--quick", action="store_true", help="run two short contexts as a smoke test")
     for name, size in asdict(Sizes()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=size)
-    parser.add_argument("--repeats", type=int, default=30, help="number of timed tokens; the fastest counts")
+        parser.add_argument(f"--{name.replace('_', '-')}", type=at_least(1), default=size)
+    parser.add_argument("--repeats", type=at_least(1), default=30, help="number of timed tokens; the fastest counts")
     parser.add_argument(
         "--output", type=Path, help="JSON file (default: benchmarks/results/decode-<device>-<date>.json)"
     )
@@ -55,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
     from benchmarks.record import environment, results_file, write
 
     console = Console()
+    check_device(args.device)
     sizes = Sizes(args.batch, args.heads, args.key_dim, args.value_dim)
     contexts = QUICK if args.quick else sorted(args.contexts)
     jobs = [(form, context) for context in contexts for form in FORMS]

@@ -71,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.device.startswith("cuda"):
         return int(importlib.import_module("benchmarks.cuda.command").run(args))
+    if args.device != "cpu":
+        raise SpecError(f"--device {args.device}: expected cpu or cuda")
     if args.against is not None:
         raise SpecError("--against names peers on a GPU: add --device cuda (on a CPU, transformers' code is the peer)")
     from rich.console import Console

@@ -15,6 +15,7 @@ from typing import Any
 
 from benchmarks.process import in_process
 from benchmarks.record import environment, results_file, write
+from llcompile.arguments import at_least
 from llcompile.errors import SpecError
 
 OWN = ("quadratic", "token loop")
@@ -42,13 +43,13 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--only", nargs="+", metavar="NAME", help="measure only these models")
     parser.add_argument(
-        "--length", type=int, default=64, help="tokens in the input of a model from the file (default 64)"
+        "--length", type=at_least(1), default=64, help="tokens in the input of a model from the file (default 64)"
     )
-    parser.add_argument("--loop", type=int, default=256, help="length of the hand-written mixers (default 256)")
+    parser.add_argument("--loop", type=at_least(1), default=256, help="length of the hand-written mixers (default 256)")
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="file for the results (default: in benchmarks/results/)"
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="number of torch threads (default: set by torch)")
+    parser.add_argument("--threads", type=at_least(1), metavar="N", help="torch threads (default: set by torch)")
     parser.add_argument("--limit", type=float, default=600.0, help="time limit in seconds for a compilation")
     parser.set_defaults(measure=run)
 

@@ -16,6 +16,7 @@ from typing import Any
 from benchmarks.operator_figures import slope
 from benchmarks.process import in_process
 from benchmarks.record import environment, results_file, write
+from llcompile.arguments import at_least
 
 LENGTHS = [1024, 2048, 4096, 8192, 16384]
 FIT_FROM = 4096  # below, what does not grow with the length counts
@@ -47,18 +48,18 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "rewrite", help="time a hand-written mixer before and after the rewrite", description=__doc__
     )
-    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="lengths (default: 1k to 16k)")
+    parser.add_argument("--lengths", type=at_least(1), nargs="+", default=LENGTHS, help="lengths (default: 1k to 16k)")
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="file for the results (default: in benchmarks/results/)"
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="number of torch threads (default: set by torch)")
+    parser.add_argument("--threads", type=at_least(1), metavar="N", help="torch threads (default: set by torch)")
     parser.add_argument(
         "--inductor", action="store_true", help="also measure the code as written, compiled by Inductor alone"
     )
     parser.add_argument("--decays", nargs="+", choices=DECAYS, default=DECAYS, help="decays to measure (default: both)")
-    parser.add_argument("--heads", type=int, default=2, help="heads (default 2)")
-    parser.add_argument("--dim", type=int, default=64, help="width of a head (default 64)")
-    parser.add_argument("--repeats", type=int, default=3, help="repeats of each measurement; the fastest counts")
+    parser.add_argument("--heads", type=at_least(1), default=2, help="heads (default 2)")
+    parser.add_argument("--dim", type=at_least(1), default=64, help="width of a head (default 64)")
+    parser.add_argument("--repeats", type=at_least(1), default=3, help="repeats of each; the fastest counts")
     parser.add_argument("--limit", type=float, default=600.0, help="time limit in seconds for a measurement")
     parser.set_defaults(measure=run)
 

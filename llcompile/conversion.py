@@ -241,7 +241,9 @@ class _Run:
             self.report = self.report.merged(failure.without_graph(self.example))
         self.report = self.report.merged(failure.recurrent(self.example))
         broken = Report(declined=tuple(discover.refused_calls(self.example.names)))  # after the last graph
-        self.report = replace(self.report.merged(broken), title=type(self.example.model).__name__)
+        model = self.example.model
+        own = attachment.own_parameters(model)
+        self.report = replace(self.report.merged(broken), title=type(model).__name__, own_parameters=own)
         return self.report
 
     def _trace(self) -> None:

@@ -21,7 +21,7 @@ from llcompile.patterns.records import Converted, Declined, GraphBreak
 from llcompile.report import Report
 from llcompile.torch_internals.breaks import graph_break
 from llcompile.torch_internals.trace import restart_trace
-from llcompile.weights import attachment, fresh, head_shards, held, withheld
+from llcompile.weights import attachment, default_kind, fresh, head_shards, held, withheld
 
 
 def new_session(
@@ -41,6 +41,7 @@ def new_session(
         kind=options.level_weights,
         levels=options.levels,
         features=options.routing_features,
+        choose=default_kind.choose,
         make=attachment.make,
         shard=head_shards.shard,  # type: ignore[arg-type]
         find=attachment.find,
@@ -75,7 +76,11 @@ def report_of(session: Session) -> Report:
         untouched=tuple(session.untouched),
         graphs=1,
         breaks=() if broken is None else (GraphBreak(*broken),),
-        remarks=(*map(_stopped, session.stopped), *(() if session.candidates else _one_token(session))),
+        remarks=(
+            *map(_stopped, session.stopped),
+            *session.remarks,
+            *(() if session.candidates else _one_token(session)),
+        ),
     )
 
 

@@ -58,6 +58,10 @@ class CaptureError(LLCompileError, RuntimeError):
     """The model could not be traced: it does not run on the example inputs, or Dynamo cannot trace it."""
 
 
+class ExampleError(CaptureError):
+    """The model does not run on the example inputs."""
+
+
 class LevelWeightsError(LLCompileError, ValueError):
     """Level weights have the wrong size or kind for their mixer."""
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from llcompile.errors import OptionError
 from llcompile.patterns.mixer import FEATURES
+from llcompile.weights.default_kind import AUTO
 from llcompile.weights.level_kinds import KINDS
 
 ON_MISS = ("raise", "warn")
@@ -20,8 +21,9 @@ class Options:
     """Options of the backend, as in `torch.compile(options={...})`.
 
     Args:
-        level_weights: kind of new level weights: "linear", "static", "mlp", "paper", "routed"; or "none" for the linear
-            operator.
+        level_weights: kind of new level weights: "linear", "static", "mlp", "paper", "routed"; "auto" (the default) for
+            "linear", or "mlp" where linear ones would have more than a million parameters per mixer; or "none" for the
+            linear operator.
         levels: number of levels L of new level weights. Sequences of up to 2^(L-1) tokens have one weight per level;
             in longer ones the last weight applies to all higher levels.
         routing_features: width R of a routing query, for level weights of kind "routed".
@@ -32,7 +34,7 @@ class Options:
         inductor: options for Inductor itself, as in `torch.compile(options=...)`.
     """
 
-    level_weights: str = "linear"
+    level_weights: str = AUTO
     levels: int = 17
     routing_features: int = FEATURES
     strict: bool = False
@@ -88,7 +90,8 @@ class Options:
     @property
     def asked(self) -> Mapping[str, Any]:
         """What was said about level weights, by the names that `LevelWeights` has for it: its kind and sizes."""
-        return {name: getattr(self, option) for option, name in _ASKED.items() if option in self.given}
+        said = {name: getattr(self, option) for option, name in _ASKED.items() if option in self.given}
+        return {name: value for name, value in said.items() if value != AUTO}
 
 
 _TYPES: dict[str, Any] = {
@@ -101,7 +104,7 @@ _TYPES: dict[str, Any] = {
     "inductor": Mapping,
 }
 _ASKED = {"level_weights": "kind", "levels": "levels", "routing_features": "features"}
-_CHOICES: dict[str, tuple[str, ...]] = {"level_weights": (*KINDS, "none"), "inner": INNER, "on_miss": ON_MISS}
+_CHOICES: dict[str, tuple[str, ...]] = {"level_weights": (AUTO, *KINDS, "none"), "inner": INNER, "on_miss": ON_MISS}
 
 
 def _article(kind: type) -> str:

@@ -16,6 +16,10 @@ from llcompile.patterns.records import Certificate, Converted, Declined, GraphBr
 __all__ = ["Certificate", "Converted", "Declined", "GraphBreak", "ModelCertificate", "Report", "Untouched"]
 
 
+# Where level weights are said to be large: a share of the model's parameters, in a model where that is many.
+_LARGE_SHARE, _MANY = 0.05, 10_000_000
+
+
 @dataclass(frozen=True)
 class Report:
     """The result of converting or inspecting a model. `print(report)` shows it as tables.
@@ -28,6 +32,7 @@ class Report:
         breaks: the graph breaks, each with its line.
         certificate: of the whole model, from a run on the example inputs in `convert`; None if there was no such run.
         remarks: limits of the example inputs.
+        own_parameters: number of parameters of the model without level weights; 0 where it is not known.
         unverified: why `convert` made no certificate; "" if it made one, or had nothing to verify.
     """
 
@@ -40,6 +45,7 @@ class Report:
     certificate: ModelCertificate | None = None
     unverified: str = ""
     remarks: tuple[str, ...] = ()
+    own_parameters: int = 0
 
     @property
     def verified(self) -> bool:
@@ -50,6 +56,11 @@ class Report:
     def parameters(self) -> int:
         """How many level-weight parameters the model has."""
         return sum(c.parameters for c in self.converted)
+
+    @property
+    def share(self) -> float | None:
+        """Level-weight parameters per parameter of the model without them; None where their number is not known."""
+        return self.parameters / self.own_parameters if self.own_parameters else None
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain dicts, lists and numbers, ready for JSON."""
@@ -67,6 +78,7 @@ class Report:
             self.certificate or other.certificate,
             self.unverified or other.unverified,
             tuple(dict.fromkeys((*self.remarks, *other.remarks))),
+            max(self.own_parameters, other.own_parameters),
         )
 
     def __str__(self) -> str:
@@ -82,10 +94,10 @@ class Report:
     def _tables(self) -> Iterable[Any]:
         total = len(self.converted) + len(self.declined)
         head = f"{self.title or 'model'}: {len(self.converted)} of {total} linear-time mixers are log-linear"
-        yield f"{head}; their level weights have {self.parameters:,} parameters" if self.parameters else head
+        yield f"{head}; {self._new_parameters()}" if self.parameters else head
         if not total:
             yield "  No linear-time mixer was found."
-        yield from (f"  {remark}" for remark in self.remarks)
+        yield from (f"  {remark}" for remark in (*self._much(), *self.remarks))
         if self.converted:
             yield _converted_table(self.converted)
             noted = [(note, r.module) for r in self.converted for note in r.notes]
@@ -100,6 +112,23 @@ class Report:
         elif self.unverified:
             yield f"not verified: {self.unverified}"
         yield from (f"the graph breaks at {b.where}{_times(b.count)}: {b.reason}" for b in self.breaks)
+
+    def _new_parameters(self) -> str:
+        new = f"their level weights have {self.parameters:,} parameters"
+        if self.share is None:
+            return new
+        return f"{new}, {_percent(self.share)} of the model's {self.own_parameters:,}"
+
+    def _much(self) -> Iterable[str]:
+        """A word about level weights that are a large part of a large model."""
+        if self.share is not None and self.share > _LARGE_SHARE and self.parameters > _MANY:
+            kinds = {record.level_weights for record in self.converted} - {"mlp", "static"}
+            less = "level_weights ('mlp' or 'static') and levels" if kinds else "levels"
+            yield f"large level weights: {_percent(self.share)} more parameters; the options {less} make them smaller"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g} %" if share < 1 else f"{100 * share:,.0f} %"
 
 
 def _verified(c: ModelCertificate) -> str:

@@ -95,17 +95,24 @@ def _made(session: Session, candidate: Candidate, owner: nn.Module, shape: Mixer
     """New level weights: of the kind that was asked for, or of what the mixer allows."""
     settings = session.settings
     features = shape.features(settings.features, settings.levels, in_states=isinstance(candidate, CallCandidate))
-    kind, why = _possible(settings.kind, features, width)
+    wanted, remark = settings.kind, ""
+    by_default = wanted == "auto"
+    heads = shape.level_heads if candidate.split is None else shape.level_heads * candidate.split.seen
+    if by_default:
+        wanted, remark = settings.choose(heads, settings.levels, width) if width else ("static", "")
+    kind, why = _possible(wanted, features, width)
     if why and "kind" in settings.asked and kind != settings.kind:
         candidate.notes.append(f"its level weights are {kind} and not {settings.kind}: {why}")
     if kind == "routed" and "features" in settings.asked and features != settings.features:
         candidate.notes.append(f"it has {features} routing features and not {settings.features}: {_NO_ROOM}")
     more = {"features": features} if kind == "routed" else {}
-    heads = shape.level_heads if candidate.split is None else shape.level_heads * candidate.split.seen
-    weights = settings.make(kind, heads, settings.levels, width, owner, **more)
+    if remark:
+        session.remarks.append(remark)
+    made: Any = settings.make(kind, heads, settings.levels, width, owner, **more)
+    made.by_default = by_default
     if candidate.split is not None:
-        settings.shard(weights, candidate.split.mesh, candidate.split.heads)
-    return weights
+        settings.shard(made, candidate.split.mesh, candidate.split.heads)
+    return made
 
 
 def _possible(kind: str, features: int, width: int | None) -> tuple[str, str]:

@@ -23,10 +23,11 @@ class Settings:
     """What the front door wants of the passes.
 
     Args:
-        kind: kind of the level weights, or "none" for the linear operator.
+        kind: kind of the level weights, "auto" for one by their size, or "none" for the linear operator.
         levels: number of levels that new level weights get.
         features: width of a routing query that new level weights of kind "routed" get.
         asked: what of these (kind, levels, features) was asked for in so many words, and no default.
+        choose: the kind for (heads, levels, in_features) where `kind` is "auto", and a remark for the report or "".
         make: makes new level weights: (kind, heads, levels, in_features, like) -> module.
         shard: (level weights, mesh, its dimensions) -> None; splits them by heads over the processes of a mesh.
         find: the level weights that a module owns under a name already, or None.
@@ -45,6 +46,7 @@ class Settings:
     kind: str
     levels: int
     features: int
+    choose: Callable[[int, int, int], tuple[str, str]]
     make: Callable[..., nn.Module]
     shard: Callable[[nn.Module, Any, Sequence[int]], None]
     find: Callable[[nn.Module, str], Any]
@@ -76,6 +78,8 @@ class Session:
     unseen: dict[str, str] = field(default_factory=dict)
     # Lines at which a search ended because it had taken too many steps.
     stopped: list[str] = field(default_factory=list)
+    # What the report says of the level weights that this look made.
+    remarks: list[str] = field(default_factory=list)
     # Each region's graph as it was recorded, for passes that come after the recogniser.
     programs: dict[Region, Program] = field(default_factory=dict)
     # How often each rule of the structural recogniser was used.

@@ -190,7 +190,7 @@ class TestInspect:
     def test_what_cannot_be_written_is_said_before_the_work(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        monkeypatch.setattr("llcompile.commands.inspect.load", lambda *_: pytest.fail("it began to work"))
+        monkeypatch.setattr("llcompile.commands.inspect.load_asked", lambda *_: pytest.fail("it began to work"))
         (tmp_path / "file").write_text("")
         for flag, path in (("--html", "no/page.html"), ("--json", "."), ("--kernels", "file/below")):
             assert cli.main(["inspect", "mamba2", flag, str(tmp_path / path)]) == 1

@@ -101,7 +101,7 @@ def test_the_file_runs_by_itself(here: Path, name: str) -> None:
 
 
 def test_mistakes_leave_no_file(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["repro", "made:near_miss", "--mixer", "layers.7", "--out", "shown.py"]) == 1
+    assert cli.main(["repro", "made:near_miss", "--mixer", "layers.7", "--out", "shown.py"]) == cli.USAGE_ERROR
     assert "no linear-time mixer in Sequential is named 'layers.7'; known: 0" in capsys.readouterr().err
     assert cli.main(["repro", "made:near_miss", "--mixer", "0", "--out", "no/such/folder/shown.py"]) == 1
     assert "cannot write" in capsys.readouterr().err

@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from llcompile.arguments import at_least
+
 NEXT = (
     "Next, try your own model. Run `llcompile inspect your_module:factory` to see what would be converted. Then call "
     'llcompile.convert(model, *inputs) and model.compile(backend="loglinear"), and train the model as usual.'
@@ -26,7 +28,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--seeds",
-        type=_positive,
+        type=at_least(1),
         default=1,
         metavar="N",
         help="repeat the training with N seeds and print mean and spread",
@@ -38,8 +40,8 @@ def add_parser(subparsers: Any) -> None:
         default="key",
         help="key: the distance to a value depends on its key; any: it does not (default: key)",
     )
-    parser.add_argument("--steps", type=_positive, help="training steps before conversion")
-    parser.add_argument("--more", type=_positive, help="training steps after conversion")
+    parser.add_argument("--steps", type=at_least(1), help="training steps before conversion")
+    parser.add_argument("--more", type=at_least(1), help="training steps after conversion")
     parser.add_argument(
         "--out",
         type=Path,
@@ -62,10 +64,3 @@ def run(args: argparse.Namespace) -> int:
     console.print(f"\n[bold]{NEXT}[/bold]", soft_wrap=True)
     console.print(f"(The demo took {seconds // 60:.0f} min {seconds % 60:.0f} s.)")
     return 0
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return number

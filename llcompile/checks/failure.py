@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from llcompile.checks.example import Example
-from llcompile.errors import CaptureError, LLCompileError
+from llcompile.errors import CaptureError, ExampleError, LLCompileError
 from llcompile.report import GraphBreak, Report, Untouched
 from llcompile.torch_internals.breaks import why_no_graph
 
@@ -35,7 +35,7 @@ def as_ours(example: Example, error: BaseException) -> BaseException:
             "model(*inputs) alone first."
         )
     if without is not None:
-        return CaptureError(
+        return ExampleError(
             f"{name} does not run on the example inputs ({given}): {type(without).__name__}: {without}. Pass inputs "
             "that model(*inputs) takes; nothing was changed."
         )

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import llcompile
-from llcompile.errors import LLCompileError, SpecError
+from llcompile.errors import ExampleError, LLCompileError, ReproError, SpecError, TrialError
 from llcompile.kernels import progress
 
 USAGE_ERROR = 2
+# What another command line would mend.
+_OF_THE_CALLER = (SpecError, ExampleError, TrialError, ReproError)
 
 
 # Where `benchmarks/` and `examples/` lie in a clone of the repository: beside the package.
@@ -80,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else USAGE_ERROR
     except LLCompileError as error:
         print(f"llcompile: {error}", file=sys.stderr)
-        return USAGE_ERROR if isinstance(error, SpecError) else 1
+        return USAGE_ERROR if isinstance(error, _OF_THE_CALLER) else 1
     except BrokenPipeError:  # who reads has seen enough, as `head` does; nothing is left to flush at the end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from llcompile import __version__
+from llcompile.arguments import check_device
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,9 @@ class Finding:
     advice: str = ""
 
 
+_INNER = ("inductor", "aot_eager", "eager")  # of llcompile.options, which imports torch
+
+
 def add_parser(subparsers: Any) -> None:
     """Add this command to the command line."""
     parser = subparsers.add_parser(
@@ -41,12 +45,19 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     parser.add_argument("--no-self-test", action="store_true", help="compile nothing; only check what is installed")
-    parser.add_argument("--inner", default="eager", help="inner compiler of the self-test (default: eager)")
+    parser.add_argument(
+        "--inner",
+        choices=_INNER,
+        default="eager",
+        help="inner compiler of the self-test (default: eager)",
+    )
     parser.add_argument("--device", help="device of the self-test (default: a GPU if there is one)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print all findings; 1 if one of them keeps the backend from running or does not act."""
+    if args.device is not None:
+        check_device(args.device)
     findings = environment()
     if not args.no_self_test:
         findings += self_test(args.inner, args.device)

@@ -3,30 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import difflib
-import importlib
-import inspect
 import json
-import os
 import sys
-import traceback
-from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llcompile.commands.spec import SPEC_HELP, add_model_arguments, explained, load_asked
 from llcompile.errors import SpecError
 from llcompile.look import files
 
 if TYPE_CHECKING:
     from llcompile.look.look import Look
-
-Example = tuple[Any, tuple[Any, ...]]
-
-SPEC_HELP = """SPEC is one of:
-  a folder with config.json, or such a file   a transformers model with random weights
-a transformers model_type                   such as mamba2; default sizes unless changed by --set
-  package.module:factory                      a function without arguments that returns (model, *example_inputs)"""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -59,22 +45,6 @@ def add_parser(subparsers: Any) -> None:
     )
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that name a model, for every command that takes one."""
-    parser.add_argument("spec", metavar="SPEC", help="a config, a model_type, or module:factory; see below")
-    parser.add_argument(
-        "--set",
-        metavar="KEY=VALUE",
-        action="append",
-        default=[],
-        help="override an entry of the config (VALUE is JSON)",
-    )
-    parser.add_argument("--length", type=int, default=64, help="tokens in the example input (default 64)")
-    parser.add_argument(
-        "--device", default="meta", help="device to build a transformers model on (default meta: no memory, no values)"
-    )
-
-
 def run(args: argparse.Namespace) -> int:
     """Print the report and write the files; 1 under --strict if a mixer would not be converted."""
     from rich.console import Console
@@ -89,11 +59,12 @@ def run(args: argparse.Namespace) -> int:
         def stage(text: str) -> None:
             progress.update(task, description=text)
 
-        model, example = load(args.spec, args.set, args.length, args.device)
+        model, example = load_asked(args)
         stage(f"looking at {type(model).__name__}")
         import llcompile
 
-        look = llcompile.inspect(model, *example)
+        with explained(args):
+            look = llcompile.inspect(model, *example)
         for file in look.kernels:
             for chip in args.chip:
                 stage(f"compiling {file.name} for {chip}")
@@ -118,6 +89,8 @@ def _check_outputs(args: argparse.Namespace) -> None:
         from llcompile.look.mlir import importer
 
         importer()
+    elif args.mixer is not None:
+        raise SpecError(f"--mixer {args.mixer}: it names what --mlir FILE writes; add --mlir")
     if args.kernels:
         files.check_folder(args.kernels)
     if args.chip:
@@ -136,6 +109,9 @@ def _write(look: Look, args: argparse.Namespace) -> None:
         else:
             files.write_text(args.json, text)
     if args.mlir:
+        known = [mixer.module for mixer in look.mixers]
+        if args.mixer is not None and args.mixer not in known:
+            raise SpecError(f"--mixer {args.mixer}: the model has no such mixer; known: {', '.join(known) or 'none'}")
         files.write_text(args.mlir, look.to_mlir(args.dialect, args.mixer) + "\n")
     if args.kernels:
         folder = files.make_folder(args.kernels)
@@ -145,107 +121,3 @@ def _write(look: Look, args: argparse.Namespace) -> None:
                 files.write_text(folder / f"{kernels.name}_{target}{suffix}", source)
     if args.html:
         look.to_html(args.html)
-
-
-def load(spec: str, changes: list[str], length: int, device: str) -> Example:
-    """The model and example inputs that SPEC names.
-
-    Raises:
-        SpecError: SPEC names nothing that can be found or built.
-    """
-    path = Path(spec)
-    if path.is_dir() or path.suffix == ".json":
-        return _from_config(lambda: _read_config(path), changes, length, device)
-    if ":" in spec:
-        return _from_factory(spec)
-    return _from_config(lambda: _named_config(spec), changes, length, device)
-
-
-def _from_factory(spec: str) -> Example:
-    module_name, _, name = spec.partition(":")
-    sys.path.insert(0, os.getcwd())  # as `python -m` does; a console script does not
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # whatever the user's file raises
-        kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
-        raise SpecError(f"cannot import {module_name!r}: {kind}{error}") from error
-    finally:
-        with contextlib.suppress(ValueError):
-            sys.path.remove(os.getcwd())
-    if not hasattr(module, name):
-        raise SpecError(f"module {module_name!r} has no {name!r}")
-    made = _made(spec, getattr(module, name))
-    if not isinstance(made, tuple) or len(made) < 2:
-        raise SpecError(f"{spec} returned {type(made).__name__}; expected a tuple (model, *example_inputs)")
-    return made[0], made[1:]
-
-
-def _made(spec: str, factory: Any) -> Any:
-    if not callable(factory):
-        raise SpecError(f"{spec} is a {type(factory).__name__}; expected a function that returns (model, *inputs)")
-    try:
-        inspect.signature(factory).bind()
-    except TypeError:
-        needed = inspect.signature(factory)
-        raise SpecError(f"{spec}{needed} needs arguments; name a function that needs none") from None
-    except ValueError:  # a builtin that does not say what it takes
-        pass
-    try:
-        return factory()
-    except Exception as error:
-        line = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{line.filename}:{line.lineno} in {line.name}"
-        raise SpecError(f"{spec} raised {type(error).__name__}: {error} ({where})") from error
-
-
-def _from_config(read: Callable[[], Any], changes: list[str], length: int, device: str) -> Example:
-    import torch
-
-    config = read()
-    config.use_cache = False  # one forward pass; a cache would only add to what is traced
-    for change in changes:
-        key, equals, text = change.partition("=")
-        if not equals or not hasattr(config, key):
-            raise SpecError(f"--set {change}: expected KEY=VALUE with a KEY of {type(config).__name__}")
-        with contextlib.suppress(json.JSONDecodeError):
-            text = json.loads(text)
-        setattr(config, key, text)
-    from transformers import AutoModel, AutoModelForCausalLM
-
-    try:
-        with torch.device(device):
-            known = type(config) in AutoModelForCausalLM._model_mapping
-            model = (AutoModelForCausalLM if known else AutoModel).from_config(config).eval()
-            return model, (torch.zeros(1, length, dtype=torch.long),)
-    except Exception as error:
-        raise SpecError(f"cannot build a {type(config).__name__}: {error}") from error
-
-
-def _read_config(path: Path) -> Any:
-    transformers = _transformers()
-    file = path / "config.json" if path.is_dir() else path
-    try:
-        values = json.loads(file.read_text())
-        return transformers.AutoConfig.for_model(**values)
-    except FileNotFoundError:
-        raise SpecError(f"{file} does not exist") from None
-    except (ValueError, TypeError) as error:
-        raise SpecError(f"{file} is not a transformers config: {error}") from error
-
-
-def _named_config(name: str) -> Any:
-    transformers = _transformers()
-    known = list(transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES)
-    if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise SpecError(f"{name!r} is not a file, a module:factory or a model_type of transformers{hint}")
-    return transformers.AutoConfig.for_model(name)
-
-
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError:
-        raise SpecError("this needs transformers: pip install 'llcompile[transformers]'") from None
-    return transformers

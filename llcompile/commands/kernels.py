@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_args
 
+from llcompile.arguments import at_least
 from llcompile.commands import kernels_cost, kernels_matrix
 from llcompile.errors import KernelError, SpecError
 from llcompile.kernels.description import Correction, Decay
@@ -48,14 +49,18 @@ def _add_description(parser: argparse.ArgumentParser) -> None:
     decays, corrections = get_args(Decay), get_args(Correction)
     parser.add_argument("--decay", choices=decays, default="scalar", help="default: scalar; rate: Mamba-1's scan")
     parser.add_argument("--correction", choices=corrections, default="none", help="default: none")
-    parser.add_argument("--key-dim", metavar="K", type=_size, default=64, help="default: 64")
-    parser.add_argument("--value-dim", metavar="V", type=_size, default=64, help="default: 64")
-    parser.add_argument("--repeat", metavar="N", type=_size, default=1, help="heads per group, H / G (default: 1)")
+    parser.add_argument("--key-dim", metavar="K", type=at_least(1), default=64, help="default: 64")
+    parser.add_argument("--value-dim", metavar="V", type=at_least(1), default=64, help="default: 64")
+    parser.add_argument(
+        "--repeat", metavar="N", type=at_least(1), default=1, help="heads per group, H / G (default: 1)"
+    )
     parser.add_argument(
         "--dtype", choices=DTYPES, default=DTYPES[0], help=f"dtype of the operands (default: {DTYPES[0]})"
     )
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--levels", metavar="L", type=_size, default=17, help="level weights per token (default: 17)")
+    form.add_argument(
+        "--levels", metavar="L", type=at_least(1), default=17, help="level weights per token (default: 17)"
+    )
     form.add_argument("--linear", action="store_true", help="use the linear operator, without level weights")
     parser.add_argument("--initial-state", choices=("linear", "level"), help="start from a state of this kind")
     parser.add_argument("--final-state", action="store_true", help="return the state after the last token")
@@ -183,9 +188,3 @@ def _print(source: str, language: str) -> None:
     from rich.syntax import Syntax
 
     Console().print(Syntax(source.rstrip(), language, background_color="default"))
-
-
-def _size(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
-    return int(text)

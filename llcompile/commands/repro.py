@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from llcompile.commands.inspect import SPEC_HELP, add_model_arguments, load
+from llcompile.commands.spec import SPEC_HELP, add_model_arguments, explained, load_asked
 from llcompile.errors import ReproError
 from llcompile.look import files
 
@@ -55,12 +55,13 @@ def reproducer(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], mixer:
 
 
 def _text(args: argparse.Namespace) -> str:
-    model, example = load(args.spec, args.set, args.length, args.device)
+    model, example = load_asked(args)
     try:
-        return reproducer(model, example, {}, args.mixer)
+        with explained(args):
+            return reproducer(model, example, {}, args.mixer)
     except ReproError:
         # On meta nothing costs memory, but a mask or a table of decays has no numbers, and some mixers need them.
         if not any(parameter.is_meta for parameter in model.parameters()):
             raise
-    model, example = load(args.spec, args.set, args.length, "cpu")
+    model, example = load_asked(args, "cpu")
     return reproducer(model, example, {}, args.mixer)

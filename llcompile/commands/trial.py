@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llcompile.commands.inspect import SPEC_HELP, load
+from llcompile.arguments import at_least, positive
+from llcompile.commands.spec import SPEC_HELP, add_set_argument, load
 from llcompile.errors import TrialError
 
 if TYPE_CHECKING:
@@ -36,22 +36,24 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("spec", metavar="SPEC", help="a config, a model_type, or module:factory; see below")
     parser.add_argument("--data", metavar="DATA", required=True, help="what to train on; see below")
     parser.add_argument("--checkpoint", metavar="FILE", help="weights of the model (.safetensors, .pt)")
-    parser.add_argument(
-        "--set", metavar="KEY=VALUE", action="append", default=[], help="override an entry of the config"
-    )
+    add_set_argument(parser)
     _add_amounts(parser)
     _add_training(parser)
     _add_outputs(parser)
 
 
 def _add_amounts(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=int, default=400, help="optimizer steps of each run (default 400)")
-    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="runs of each arm (default 5, at least 2)")
+    parser.add_argument("--steps", type=at_least(1), default=400, help="optimizer steps of each run (default 400)")
+    parser.add_argument(
+        "--seeds", type=at_least(2), default=5, metavar="N", help="runs of each arm (default 5, at least 2)"
+    )
     parser.add_argument("--first-seed", type=int, default=0, help="the first seed (default 0)")
-    parser.add_argument("--batch", type=int, default=16, help="sequences in a batch (default 16)")
-    parser.add_argument("--length", type=int, default=128, help="tokens of a training sequence (default 128)")
-    parser.add_argument("--held-length", type=int, help="tokens of a held-out sequence (default: 4 times --length)")
-    parser.add_argument("--held-out", type=int, default=16, help="held-out batches (default 16)")
+    parser.add_argument("--batch", type=at_least(2), default=16, help="sequences in a batch (default 16)")
+    parser.add_argument("--length", type=at_least(2), default=128, help="tokens of a training sequence (default 128)")
+    parser.add_argument(
+        "--held-length", type=at_least(2), help="tokens of a held-out sequence (default: 4 times --length)"
+    )
+    parser.add_argument("--held-out", type=at_least(1), default=16, help="held-out batches (default 16)")
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +64,10 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         help="learning rate of the model's weights; several, as 1e-4,1e-3, try each",
     )
     parser.add_argument(
-        "--level-rate", type=float, default=3e-2, help="learning rate of level weights for 32 features (default 3e-2)"
+        "--level-rate",
+        type=positive,
+        default=3e-2,
+        help="learning rate of level weights for 32 features (default 3e-2)",
     )
     parser.add_argument("--kinds", type=_names, default=(), help="kinds of level weights, as linear,mlp (default: all)")
     parser.add_argument("--loss", metavar="MODULE:FUNCTION", help="loss(model, batch), in place of the cross-entropy")
@@ -76,7 +81,9 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--inner", default="inductor", help="inductor, aot_eager or eager (default: inductor)")
     parser.add_argument("--device", help="default: a GPU if there is one")
-    parser.add_argument("--workers", type=int, default=1, help="processes that train arms side by side (default 1)")
+    parser.add_argument(
+        "--workers", type=at_least(1), default=1, help="processes that train arms side by side (default 1)"
+    )
 
 
 def _add_outputs(parser: argparse.ArgumentParser) -> None:
@@ -94,6 +101,8 @@ def run(args: argparse.Namespace) -> int:
     from llcompile.trials.trial import trial
 
     files.check_folder(args.out)
+    if args.checkpoint is not None and not Path(args.checkpoint).is_file():
+        raise TrialError(f"--checkpoint {args.checkpoint}: no such file; expected weights (.safetensors, .pt)")
     source = sources.named(args.data, sources.Cut(args.batch, args.length, args.held_length))
     result = trial(
         Model(args.spec, tuple(args.set), args.checkpoint, args.length),
@@ -171,7 +180,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _rates(text: str) -> tuple[float, ...]:
-    rates = tuple(float(part) for part in text.split(","))
-    if not rates or not all(math.isfinite(rate) and rate > 0 for rate in rates):
-        raise argparse.ArgumentTypeError(f"{text} is not one or more positive numbers")
-    return rates
+    try:
+        return tuple(positive(part) for part in text.split(","))
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text} is not one or more positive numbers") from None

@@ -60,10 +60,10 @@ def _run_as_forward(node: fx.Node) -> nn.Module | None:
     if outer is None:
         return None
     frames = user_frames(node.meta)
-    touched = (m for m in reach.touched_modules() if m is not outer)
+    touched = (m for m in outer.modules() if m is not outer and reach.is_touched(m))
     below = {id(m) for m in touched if any(is_forward_of(m, f) for f in frames)}
     called = reach.modules_in(node.graph) if below else []
-    fitting = {id(m) for m in outer.modules() if id(m) in below} - {id(m) for m in called}
+    fitting = below - {id(m) for m in called}
     parameter = _parameter_above(node) if fitting else None
     inside = None if parameter is None else reach.innermost_holding(parameter, called)
     return inside if id(inside) in fitting else None

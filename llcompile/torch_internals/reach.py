@@ -110,7 +110,7 @@ def find_module(key: str) -> nn.Module | None:
     if not key.split("@")[0].isdigit():
         return None
     wanted = int(key.split("@")[0])
-    touched = _touched().get(wanted)
+    touched = _touched_as(wanted)
     if touched is not None:
         return touched
     found = _below().get(wanted)
@@ -126,9 +126,9 @@ def path_of(module: nn.Module) -> str:
     return ""
 
 
-def touched_modules() -> list[nn.Module]:
-    """Every module that traced code has read an attribute of, or called."""
-    return list(_touched().values())
+def is_touched(module: nn.Module) -> bool:
+    """Whether traced code has read an attribute of the module, or called it."""
+    return _touched_as(id(module)) is not None
 
 
 def held_modules() -> list[nn.Module]:
@@ -205,9 +205,24 @@ def _below_root(module: nn.Module) -> nn.Module:
 
 def _variables() -> dict[int, Any]:
     """By id, what Dynamo has of each module that traced code has touched."""
+    return {key: v for key, v in _known().items() if _is_module(v)}
+
+
+def _touched_as(key: int) -> nn.Module | None:
+    """The touched module with an id; not by way of `_touched`, which looks at all that Dynamo knows."""
+    variable = _known().get(key)
+    found: nn.Module | None = _value(variable) if variable is not None and _is_module(variable) else None
+    return found
+
+
+def _known() -> Mapping[int, Any]:
     output = current_output()
     known: Mapping[int, Any] = {} if output is None else output.side_effects.id_to_variable
-    return {key: v for key, v in known.items() if v.source is not None and isinstance(_value(v), nn.Module)}
+    return known
+
+
+def _is_module(variable: Any) -> bool:
+    return variable.source is not None and isinstance(_value(variable), nn.Module)
 
 
 def _value(variable: Any) -> Any:

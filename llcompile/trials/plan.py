@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -98,15 +99,24 @@ def _check(plan: Plan) -> None:
         if getattr(plan, name) < 1:
             raise TrialError(f"{name} must be at least 1, got {getattr(plan, name)}")
     for name, values in (("rates", plan.rates), ("level_rate", (plan.level_rate,))):
-        if not values or min(values) <= 0:
+        if not values or not all(0 < value < math.inf for value in values):
             raise TrialError(f"{name} must be positive, got {list(values)}")
-    if plan.worth is not None and plan.worth < 0:
+    if plan.worth is not None and not plan.worth >= 0:
         raise TrialError(f"worth must be at least 0, got {plan.worth}")
+    _check_device(plan.place)
     _check_choice("metric", [plan.metric], tuple(METRICS))
     _check_choice("part", [plan.part], PARTS)
     _check_choice("inner", [plan.inner], INNER)
     _check_choice("kinds", plan.kinds, tuple(KINDS))
     _check_choice("all_kinds", plan.all_kinds, tuple(KINDS))
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
+        said = str(error).partition("\n")[0].partition(": ")[0]
+        raise TrialError(f"device: {name!r} cannot be used here ({said}); use cpu, or cuda with a GPU") from error
 
 
 def _check_choice(name: str, given: Sequence[str], allowed: Sequence[str]) -> None:

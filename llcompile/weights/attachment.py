@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from llcompile.errors import LevelWeightsError
 from llcompile.kernels.operands import COMPUTE_DTYPES
@@ -91,6 +92,12 @@ def ids_attached(model: nn.Module) -> set[int]:
 def attached_new(model: nn.Module, before: set[int]) -> list[tuple[nn.Module, str]]:
     """(owner, name) of the level weights below `model` whose ids are not in `before`."""
     return [(owner, name) for owner, name, weights in attached(model) if id(weights) not in before]
+
+
+def own_parameters(model: nn.Module) -> int:
+    """How many parameters a model has without its level weights; lazy ones that have no shape yet are not counted."""
+    levels = {id(p) for _, _, weights in attached(model) for p in weights.parameters()}
+    return sum(p.numel() for p in model.parameters() if id(p) not in levels and not is_lazy(p))
 
 
 def detach_new(model: nn.Module, before: set[int]) -> None:

@@ -24,6 +24,8 @@ from torch import Tensor
 import llcompile.kernels.readout_operators  # noqa: F401  (registers torch.ops.llcompile)
 from llcompile.errors import LevelWeightsError
 
+HIDDEN = 64  # width of a hidden layer where none is given
+
 LevelFunction = Callable[..., Tensor]
 # (query [B, T, W, R], key [B, T, W, R], levels L) -> [B, T, W, L]: each query times the sum of the keys in each bucket.
 Readouts = Callable[[Tensor, Tensor, int], Tensor]

@@ -16,6 +16,7 @@ from llcompile.kernels.operands import COMPUTE_DTYPES
 from llcompile.patterns.mixer import FEATURES
 from llcompile.torch_internals.dtensors import like, sharded_ways
 from llcompile.weights.level_kinds import (
+    HIDDEN,
     KINDS,
     Sizes,
     compute_dtype,
@@ -23,6 +24,7 @@ from llcompile.weights.level_kinds import (
     level_weights_function,
     paper_gain,
 )
+from llcompile.weights.other_kind import take_kind
 
 if TYPE_CHECKING:
     from llcompile.passes.names import CodePlace
@@ -32,7 +34,6 @@ if TYPE_CHECKING:
 __all__ = ["KINDS", "LevelWeights", "compute_dtype", "level_weights_function", "paper_gain"]
 
 _LAYOUT_VERSION = 1
-_DEFAULT_HIDDEN = 64
 _OPTIONAL_SIZES = ("in_features", "hidden", "features")
 
 
@@ -41,7 +42,7 @@ class LevelWeights(nn.Module):
 
     Kinds, with their parameters (H heads, L levels, D in_features):
 
-    * `linear` (the default of `convert`): w = 1 + elu(x W^T + b), `weight` [H*L, D] and
+    * `linear` (the default of `convert` up to a million parameters): w = 1 + elu(x W^T + b), `weight` [H*L, D] and
       `bias` [H*L], both 0 at the start.
     * `static`: w = 1 + elu(`logits` [H, L]), the same at all positions; only the first two sizes of x matter.
     * `mlp`: w = 1 + elu(W silu(W_in x + b_in) + b), `weight_in` [hidden, D], `bias_in`, `weight`, `bias`;
@@ -83,16 +84,8 @@ class LevelWeights(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.kind = kind
-        self.sizes = _checked_sizes(kind, heads, levels, in_features, hidden, features)
-        # Raw parameters and not nn.Linear, so that nothing which walks a model and re-initialises, quantises or
-        # adapts its Linear modules finds these.
-        for entry in find_kind(kind).tensors:
-            tensor = torch.empty(entry.shape(self.sizes), device=device, dtype=dtype)
-            if entry.learned:
-                self.register_parameter(entry.name, nn.Parameter(tensor))
-            else:
-                self.register_buffer(entry.name, tensor)
+        self.by_default = False  # whether the kind was chosen (default_kind.py) and not asked for
+        self._make(kind, _checked_sizes(kind, heads, levels, in_features, hidden, features), device, dtype)
         # A tensor and not an "extra state": safetensors holds tensors only.
         self.register_buffer("descriptor", self._descriptor(device))
         self._not_one: _Seen | None = None
@@ -104,6 +97,38 @@ class LevelWeights(nn.Module):
         self.token: Remembered | None = None  # where it is found in a graph of one token (passes/one_token.py)
         self.owner_input: Tensor | None = None
         self.reset_parameters()
+
+    def _make(self, kind: str, sizes: Sizes, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        self.kind, self.sizes = kind, sizes
+        # Raw parameters and not nn.Linear, so that nothing which walks a model and re-initialises, quantises or
+        # adapts its Linear modules finds these.
+        for entry in find_kind(kind).tensors:
+            tensor = torch.empty(entry.shape(self.sizes), device=device, dtype=dtype)
+            if entry.learned:
+                self.register_parameter(entry.name, nn.Parameter(tensor))
+            else:
+                self.register_buffer(entry.name, tensor)
+
+    def become(self, kind: str, sizes: Sizes) -> None:
+        """Change to another kind, at its start; the parameters are new objects, as trainable as the old ones were."""
+        old = self._values()
+        trained = any(tensor.requires_grad for tensor in old)
+        for name, _ in self.tensors():
+            delattr(self, name)
+        self._make(kind, sizes, old[0].device, old[0].dtype)
+        self._not_one = None
+        self.requires_grad_(trained)
+        self.reset_parameters()
+
+    @staticmethod
+    def sizes_of(kind: str, heads: int, levels: int, in_features: int | None) -> Sizes:
+        """The sizes of a kind with its own defaults for all others."""
+        return _checked_sizes(kind, heads, levels, in_features, None, None)
+
+    @staticmethod
+    def description(kind: str, sizes: Sizes) -> Tensor:
+        """What a checkpoint says of level weights of this kind and these sizes."""
+        return torch.tensor(_description(find_kind(kind).code, sizes))
 
     @property
     def heads(self) -> int:
@@ -263,6 +288,7 @@ class LevelWeights(nn.Module):
         checked = dict(state_dict)
         key = prefix + "descriptor"
         if key in checked:
+            take_kind(self, checked[key])
             self._check_descriptor(checked[key], prefix)
             checked[key] = self._descriptor(checked[key].device)  # undoes a cast of the whole checkpoint
         for name, value in self.tensors():
@@ -296,7 +322,9 @@ class LevelWeights(nn.Module):
         return {**self.__dict__, "_not_one": None, "owner_input": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({"place": None, "role": None, "token": None, "owner_input": None, **state})
+        super().__setstate__(
+            {"by_default": False, "place": None, "role": None, "token": None, "owner_input": None, **state}
+        )
 
 
 class _MissingKey(str):
@@ -377,7 +405,7 @@ def _checked_sizes(
         heads,
         levels,
         in_features or 0,
-        (hidden or _DEFAULT_HIDDEN) if entry.needs_hidden else 0,
+        (hidden or HIDDEN) if entry.needs_hidden else 0,
         (features or FEATURES) if entry.reads_buckets else 0,
     )
 

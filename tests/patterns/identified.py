@@ -21,6 +21,7 @@ def _unused(*_: Any, **__: Any) -> Any:
 
 
 SETTINGS = Settings(
+    choose=lambda *_: ("linear", ""),
     kind="linear",
     levels=8,
     features=8,

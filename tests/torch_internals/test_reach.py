@@ -200,12 +200,16 @@ def test_held_modules(how: str) -> None:
     assert reach.held_modules() == []
 
 
-def test_touched_modules() -> None:
+def test_is_touched() -> None:
     model = Layers()
-    (found,) = ask_of_graphs(lambda _: reach.touched_modules(), lambda x: model.layers[0](x), torch.ones(3))
-    assert any(module is model.layers[0] for module in found)
-    assert not any(module is model.layers[1] for module in found)
-    assert reach.touched_modules() == []
+
+    def ask(_: object) -> list[bool]:
+        return [reach.is_touched(layer) for layer in model.layers]
+
+    (found,) = ask_of_graphs(ask, lambda x: model.layers[0](x), torch.ones(3))
+    assert found[0]
+    assert not any(found[1:])
+    assert not reach.is_touched(model.layers[0])
 
 
 @pytest.mark.parametrize("guarded", [False, True])

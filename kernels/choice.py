@@ -107,7 +107,9 @@ def replay(x: Operands, occupied: Tensor | None, scale: float) -> Tensor:
             f"a ReplayState holds whole sequences (values {list(x.v.shape)} here), and this one is spread over "
             "processes; leave the context to decode"
         )
-    return _run(lambda: describe(x, False), x.v.device, lambda one: one.replay(x, occupied, scale))
+    # What has no kernel of its own is read by a whole pass.
+    sweep: Sweep = "replay" if x.q.shape[1] == 1 and x.decay_rate is None else "forward"
+    return _run(sweep, lambda: describe(x, False), x.v.device, lambda one: one.replay(x, occupied, scale))
 
 
 def readouts(x: Readouts, return_final_state: bool) -> tuple[Tensor, Tensor]:

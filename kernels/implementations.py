@@ -22,7 +22,7 @@ from llcompile.kernels.replay import with_silent_queries
 from llcompile.kernels.state import check_positions
 
 Described = Description | ReadoutDescription
-Sweep = Literal["forward", "backward", "step"]
+Sweep = Literal["forward", "backward", "step", "replay"]
 
 
 class ReadoutForm(Protocol):

@@ -103,6 +103,15 @@ def tokens(d: Description, forward: Forward) -> list[Token]:
     return found
 
 
+def replayed(d: Description, forward: Forward) -> Operands:
+    """A state and the tokens since, of which the last one reads."""
+    source = Source(d)
+    state = source.state(2, d.initial_state, forward)
+    x = source.operands(2, STEPS + 2)
+    weights = None if x.level_weights is None else x.level_weights[:, -1:]
+    return x._replace(q=x.q[:, -1:], level_weights=weights, initial_state=state)
+
+
 def readouts(d: ReadoutDescription) -> Readouts:
     """Two sets of readouts."""
     random = torch.Generator().manual_seed(0)

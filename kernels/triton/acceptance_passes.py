@@ -11,11 +11,12 @@ from torch import Tensor
 from llcompile.kernels.description import Description, ReadoutDescription
 from llcompile.kernels.operands import DIFFERENTIABLE, Operands, Token
 from llcompile.kernels.readouts import Readouts, ReadoutToken
+from llcompile.kernels.replay import first_base
 from llcompile.kernels.state import state_dtype
 from llcompile.kernels.triton import acceptance_cases, blocks
 from llcompile.kernels.triton import description as triton
 
-Sweep = Literal["forward", "backward", "step"]
+Sweep = Literal["forward", "backward", "step", "replay"]
 Described = Description | ReadoutDescription
 Results = dict[str, Tensor | None]
 POSITION = "the position"
@@ -34,6 +35,9 @@ class Passes(Protocol):
 
     def step(self, token: Token, /) -> tuple[Tensor, Tensor]:
         """Output and state."""
+
+    def replay(self, x: Operands, occupied: Tensor | None, scale: float, /) -> Tensor:
+        """What the last tokens read."""
 
     def readouts(self) -> Any:
         """The same for readouts."""
@@ -58,6 +62,8 @@ def cases(trusted: Passes, d: Described, device: torch.device, sweep: Sweep) -> 
     """The calls of one pass; `trusted` makes the states and the shapes of gradients."""
     if isinstance(d, ReadoutDescription):
         return _readouts(trusted, d, device, sweep)
+    if sweep == "replay":
+        return _replays(trusted, d, device)
     return _steps(trusted, d, device) if sweep == "step" else _sequence(trusted, d, device, sweep)
 
 
@@ -106,6 +112,20 @@ def _steps(trusted: Passes, d: Description, device: torch.device) -> Iterator[Ca
         exact = acceptance_cases.of_token(here, Tensor.double)
         yield Case(step, here, exact)
         state = trusted.step(exact)[1].float()
+
+
+def _replays(trusted: Passes, d: Description, device: torch.device) -> Iterator[Case]:
+    """The last of some tokens: with all levels read, and with those alone that hold something."""
+    x = acceptance_cases.moved(acceptance_cases.replayed(d, trusted.forward), device)
+    assert x.initial_state is not None
+    base = first_base(x.initial_state)
+    x = x._replace(initial_state=base.state)
+    for occupied in {id(o): o for o in (None, base.occupied)}.values():
+
+        def replay(who: Passes, x: Operands, occupied: Tensor | None = occupied) -> Results:
+            return {"the output": who.replay(x, occupied, _SCALE)}
+
+        yield Case(replay, x, acceptance_cases.in_double(x))
 
 
 def _of_state(state: Tensor) -> Results:

@@ -33,8 +33,12 @@ class StandIn(Triton):
     def backward(self, x, scale, grad_o, grad_state):
         return self._changed("backward", ATEN.backward(x, scale, grad_o, grad_state))
 
-    def step(self, token):
-        return tuple(self._changed("step", ATEN.step(token)))
+    def step(self, token, routing=None):
+        return tuple(self._changed("step", ATEN.step(token, routing)))
+
+    def replay(self, x, occupied, scale):
+        (found,) = self._changed("replay", [ATEN.replay(x, occupied, scale)])
+        return found
 
     def readouts(self):
         plain, changed = ATEN.readouts(), self._changed
@@ -56,9 +60,12 @@ def one_number(found):
 def calls():
     """A pass of each kind."""
     x = Operands(*operands(20, dtype=torch.float32, delta=True, levels=6, key_dim=8, value_dim=8).values(), None)
-    token = (*(t[:, 0] for t in x[:4]), empty_state(2, 4, 8, 8, 6), x.log_decay[:, 0], None, x.beta[:, 0])
+    state = empty_state(2, 4, 8, 8, 6)
+    last = x._replace(q=x.q[:, -1:], level_weights=x.level_weights[:, -1:], initial_state=state)
+    token = (*(t[:, 0] for t in x[:4]), state, x.log_decay[:, 0], None, x.beta[:, 0])
     return {
         "forward": lambda: choice.forward(x, 1.0, False)[0],
         "backward": lambda: choice.backward(x, 1.0, x.v, None)[2],
         "step": lambda: choice.step(Token(*token))[0],
+        "replay": lambda: choice.replay(last, None, 1.0),
     }

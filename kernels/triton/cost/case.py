@@ -50,7 +50,7 @@ class Case:
         """The pass on operands that exist before it is called."""
         if self.operation == "step":
             token = _token(self, device)
-            return lambda: step.step(token)
+            return lambda: step.step(token, None)
         x, grad = _operands(self, device), self._tensor(device, self.length, self.heads, self.value_dim)
         if self.operation == "forward":
             return lambda: engine.forward(x, SCALE, False)

@@ -198,3 +198,31 @@ def test_nan_is_put_back_as_it_was() -> None:
     with transaction(model):
         model.table.fill_(0)
     assert model.table.isnan().all()
+
+
+class Hooking(nn.Module):
+    """Hooks its weight in its first forward, as transformers' tensor parallel does for replicated parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+        self.hooked: dict[str, nn.Parameter] = {}
+        self.runs: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "weight" not in self.hooked:
+            self.qkv.weight.register_post_accumulate_grad_hook(lambda p: self.runs.append(1))
+            self.hooked["weight"] = self.qkv.weight
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return (q @ k.mT).tril() @ v
+
+
+@pytest.mark.parametrize("runs_before", [False, True])
+def test_hooks_of_parameters_are_registered_once(fresh_dynamo: None, runs_before: bool) -> None:
+    model, x = Hooking(), torch.randn(2, 20, 8)
+    if runs_before:
+        model(x)
+    llcompile.convert(model, x)
+    run = torch.compile(model, backend="loglinear", options={"inner": "eager"})
+    run(x).square().mean().backward()
+    assert model.runs == [1]

@@ -28,6 +28,9 @@ _COPIED = 2**30
 _LARGEST = 200_000  # objects that are looked at: an attribute may lead to the user's whole program
 _OPAQUE = frozenset({*sys.stdlib_module_names, "torch", "builtins", "numpy"})
 
+# Of tensors: transformers' tensor parallel registers some in its first forward.
+_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+
 Restore = Callable[[], Any]
 
 
@@ -158,6 +161,7 @@ class Snapshot:
     def _tensor(self, tensor: Any) -> list[Any]:
         if isinstance(tensor, (FakeTensor, nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)):
             return []
+        self._restores += [partial(_put_hooks, tensor, name, dict(getattr(tensor, name, None) or {})) for name in _HOOKS]
         if is_traceable_wrapper_subclass(tensor):
             names, _ = tensor.__tensor_flatten__()
             return [getattr(tensor, name) for name in names]
@@ -286,6 +290,13 @@ def _put_geometry(tensor: torch.Tensor, before: torch.Tensor) -> None:
     same = tensor.data_ptr() == before.data_ptr() and tensor.shape == before.shape
     if not same or tensor.stride() != before.stride() or tensor.dtype != before.dtype:
         tensor.data = before
+
+
+def _put_hooks(tensor: torch.Tensor, name: str, before: dict[int, Any]) -> None:
+    now: dict[int, Any] | None = getattr(tensor, name, None)
+    if now is not None and now != before:
+        now.clear()
+        now.update(before)
 
 
 def _put_gradient(tensor: torch.Tensor, before: torch.Tensor | None) -> None:

@@ -65,7 +65,7 @@ BUFFERS = {
     "state_gradients": Buffer("[B, H, N, K, V]"),
     "total_gradients": Buffer("[2, B, H, N (, K)]", first="zero"),
     "transition_gradients": Buffer("[2, B, H, N, K, K]", first="zero"),
-    "low_states": Buffer("[B, H, N, LOW, K, V]"),
+    "low_states": Buffer("[B, H, N, LOW, K, V]", "operand"),
     # -- before the first token and after the last ---------------------------------------------------------------------
     "initial_states": Buffer("[S, H, K, V]", first="given"),
     "initial_gradients": Buffer("[S, H, K, V]"),

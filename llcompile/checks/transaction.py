@@ -161,7 +161,9 @@ class Snapshot:
     def _tensor(self, tensor: Any) -> list[Any]:
         if isinstance(tensor, (FakeTensor, nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)):
             return []
-        self._restores += [partial(_put_hooks, tensor, name, dict(getattr(tensor, name, None) or {})) for name in _HOOKS]
+        self._restores += [
+            partial(_put_hooks, tensor, name, dict(getattr(tensor, name, None) or {})) for name in _HOOKS
+        ]
         if is_traceable_wrapper_subclass(tensor):
             names, _ = tensor.__tensor_flatten__()
             return [getattr(tensor, name) for name in names]

@@ -36,7 +36,7 @@ _SCALAR, _SCALAR_BACK = (Case("scalar/none", p, 128, 64, groups=1, levels=_L) fo
 _DELTA, _DELTA_BACK = (Case("scalar/delta", p, levels=_L) for p in ("forward", "backward"))
 _STEPS = {f: Case(f, "step", length=131_072, levels=level_count(131_073)) for f in ("scalar/none", "scalar/delta")}
 BUDGETS = (
-    Budget("moved, KB a chunk", _SCALAR, 240, 100),
+    Budget("moved, KB a chunk", _SCALAR, 94, 100),
     Budget("moved, KB a chunk", _SCALAR_BACK, 878),
     Budget("moved, KB a chunk", _DELTA, 1135, 300),
     Budget("moved, KB a chunk", _DELTA_BACK, 4005),
@@ -44,7 +44,7 @@ BUDGETS = (
     Budget("workspace, GB", _DELTA_BACK, 25.4, 8),
     Budget("moved, MB a step", _STEPS["scalar/none"], 82, 25),
     Budget("moved, MB a step", _STEPS["scalar/delta"], 82, 25),
-    Budget("compilations", _DELTA_BACK, 117, 15),
+    Budget("compilations", _DELTA_BACK, 14, 15),
 )
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from llcompile.kernels.description import CHUNK, Decay
+from llcompile.kernels.description import CHUNK, Decay, describe
 from llcompile.kernels.operands import DIFFERENTIABLE, Operands, Token
 from llcompile.kernels.operators import as_input
 from llcompile.kernels.state import pack_state
-from llcompile.kernels.triton import engine, step
+from llcompile.kernels.triton import blocks, engine, step
 from llcompile.kernels.triton.cost.families import FAMILIES, Pass
+from llcompile.kernels.triton.description import Description
 
 SCALE = 0.5
 
@@ -22,7 +25,8 @@ SCALE = 0.5
 class Case:
     """One pass. `groups` share query and key; `levels` is the level weights per token, None for the linear operator.
 
-    For a step, `length` tokens were absorbed before it.
+    For a step, `length` tokens were absorbed before it. With `in_blocks`, a forward pass goes in blocks of chunks however
+    short it is.
     """
 
     family: str
@@ -35,6 +39,7 @@ class Case:
     length: int = 65_536
     dtype: str = "bfloat16"
     levels: int | None = None
+    in_blocks: bool = False
 
     @property
     def decay(self) -> Decay:
@@ -42,8 +47,18 @@ class Case:
         return FAMILIES[self.family].decay
 
     @property
+    def goes_in_blocks(self) -> bool:
+        """Whether programs walk over blocks of chunks (`blocks`)."""
+        if self.in_blocks or self.operation != "forward":
+            return self.in_blocks
+        d = Description.of(describe(_operands(self, "meta"), False))
+        return blocks.serves(d, self.batch, self.length, self.heads)
+
+    @property
     def unit(self) -> int:
         """Tokens that programs take at a time."""
+        if self.goes_in_blocks:
+            return blocks.WALK * CHUNK
         return 1 if self.decay == "rate" else CHUNK
 
     def runner(self, device: str) -> Callable[[], object]:
@@ -53,7 +68,7 @@ class Case:
             return lambda: step.step(token, None)
         x, grad = _operands(self, device), self._tensor(device, self.length, self.heads, self.value_dim)
         if self.operation == "forward":
-            return lambda: engine.forward(x, SCALE, False)
+            return partial(_forward, x, self.in_blocks)
 
         def backward() -> list[Tensor]:
             found = engine.backward(x, SCALE, grad, None)
@@ -63,6 +78,11 @@ class Case:
 
     def _tensor(self, device: str, *shape: int) -> Tensor:
         return torch.full((self.batch, *shape), 0.01, dtype=getattr(torch, self.dtype), device=device)
+
+
+def _forward(x: Operands, in_blocks: bool) -> object:
+    with blocks.always() if in_blocks else nullcontext():
+        return engine.forward(x, SCALE, False)
 
 
 def _operands(case: Case, device: str, tokens: int | None = None) -> Operands:

@@ -93,7 +93,8 @@ def costs(cases: Iterable[Case]) -> list[Cost]:
 
 def _check(case: Case) -> None:
     if case.length % case.unit or case.length < case.unit:
-        raise SpecError(f"length {case.length}: counted are whole chunks of {case.unit} tokens; use a multiple of it")
+        what = "blocks" if case.goes_in_blocks else "chunks"
+        raise SpecError(f"length {case.length}: counted are whole {what} of {case.unit} tokens; use a multiple of it")
     if case.heads % case.groups:
         raise SpecError(f"{case.heads} heads in {case.groups} groups: heads must be a multiple of groups")
 
@@ -101,7 +102,7 @@ def _check(case: Case) -> None:
 def _samples(case: Case) -> list[Case]:
     """The small cases that stand for `case`: few heads, and few chunks or several positions."""
     heads = math.gcd(case.heads // case.groups, _LANES) if case.decay == "rate" else min(case.heads // case.groups, 2)
-    one = dataclasses.replace(case, batch=1, heads=heads, groups=1)
+    one = dataclasses.replace(case, batch=1, heads=heads, groups=1, in_blocks=case.goes_in_blocks)
     if case.operation == "step":
         drawn = random.Random(0).sample(range(case.length // 2, case.length), min(_POSITIONS, case.length // 2))
         return [dataclasses.replace(one, length=position) for position in (*drawn, case.length - 1)]

@@ -101,6 +101,10 @@ class TokenCandidate(Candidate):
         """The nodes of its operands that depend on the model's input."""
         return self.operands
 
+    def values(self) -> list[fx.Node]:
+        """As `Candidate.values`."""
+        return self.parts[-1].values
+
     def batch_first(self, node: fx.Node) -> tuple[int, int] | None:
         """As `Candidate.batch_first`."""
         value = node.meta.get("example_value")

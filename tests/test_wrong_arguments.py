@@ -30,18 +30,18 @@ TABLE = (
     # SPEC
     ("inspect ''", "expected a config.json, a model_type"),
     ("inspect :", "or module:factory"),
-    ("inspect factories:", "or module:factory"),
+    ("inspect makers:", "or module:factory"),
     ("inspect :fine", "or module:factory"),
-    ("inspect factories.py", "name a function in it, factories:FUNCTION"),
-    ("inspect factories.py:fine", "as in an import statement, factories:fine"),
-    ("inspect factories:fin", "did you mean 'fine'?"),
-    ("inspect factorys:fine", "cannot import 'factorys'"),
+    ("inspect makers.py", "name a function in it, makers:FUNCTION"),
+    ("inspect makers.py:fine", "as in an import statement, makers:fine"),
+    ("inspect makers:fin", "did you mean 'fine'?"),
+    ("inspect makerss:fine", "cannot import 'makerss'"),
     ("inspect leaves:anything", "cannot import 'leaves': SystemExit: 3"),
-    ("inspect factories:lone", "returned a tuple of 1; expected a tuple (model, *example_inputs)"),
-    ("inspect factories:listed", "returned list; expected a tuple"),
-    ("inspect factories:no_model", "returned (int, ...); expected (model, *example_inputs) with an nn.Module"),
-    ("inspect factories:leaves", "raised SystemExit: 5"),
-    ("inspect factories:other_width", "does not run on the example inputs (torch.float32 [2, 4])"),
+    ("inspect makers:lone", "returned a tuple of 1; expected a tuple (model, *example_inputs)"),
+    ("inspect makers:listed", "returned list; expected a tuple"),
+    ("inspect makers:no_model", "returned (int, ...); expected (model, *example_inputs) with an nn.Module"),
+    ("inspect makers:leaves", "raised SystemExit: 5"),
+    ("inspect makers:other_width", "does not run on the example inputs (torch.float32 [2, 4])"),
     ("inspect /no/such/folder", "'/no/such/folder' is not a file"),
     ("inspect text.txt", "is a file, but no config"),
     ("inspect empty", "empty/config.json does not exist"),
@@ -52,9 +52,9 @@ TABLE = (
     ("inspect Mamba-2", "did you mean 'mamba2'?"),
     ("inspect mamba2 more", "unrecognized arguments: more"),
     # --set, --length, --device
-    ("inspect factories:fine --set a=1", "has no config"),
-    ("inspect factories:fine --length 12", "--length has no effect"),
-    ("inspect factories:fine --device cpu", "--device has no effect"),
+    ("inspect makers:fine --set a=1", "has no config"),
+    ("inspect makers:fine --length 12", "--length has no effect"),
+    ("inspect makers:fine --device cpu", "--device has no effect"),
     ("inspect mamba2 --set hidden_size", "expected KEY=VALUE with a KEY of Mamba2Config"),
     ("inspect mamba2 --set =3", "expected KEY=VALUE"),
     ("inspect mamba2 --set hiden_size=3", "did you mean 'hidden_size'?"),
@@ -73,7 +73,7 @@ TABLE = (
     ("inspect mamba2 --mixer layers.0", "add --mlir"),
     ("inspect mamba2 --chip", "--chip: expected one argument"),
     ("repro mamba2 --mixer x --length 0", "at least 1, got '0'"),
-    ("repro factories:fine --mixer x", "named 'x'; known: none"),
+    ("repro makers:fine --mixer x", "named 'x'; known: none"),
     ("repro mamba2", "--mixer"),
     # trial
     ("trial mamba2 --data nowhere.pt", "no such file"),
@@ -83,7 +83,7 @@ TABLE = (
     ("trial mamba2 --data text.txt --rate abc", "abc is not one or more positive numbers"),
     ("trial mamba2 --data text.txt --level-rate nan", "--level-rate: expected a number above 0"),
     (f"trial mamba2 {DATA} --kinds liner", "unknown 'liner'"),
-    (f"trial mamba2 {DATA} --loss factories:nothing", "--loss factories:nothing"),
+    (f"trial mamba2 {DATA} --loss makers:nothing", "--loss makers:nothing"),
     (f"trial mamba2 {DATA} --device nonsense", "device: 'nonsense' cannot be used here"),
     (f"trial mamba2 {DATA} --worth nan", "worth must be at least 0"),
     (f"trial mamba2 {DATA} --checkpoint nowhere.pt", "--checkpoint nowhere.pt: no such file"),
@@ -106,7 +106,7 @@ TABLE = (
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     files = {
-        "factories.py": FACTORIES,
+        "makers.py": FACTORIES,
         "leaves.py": "raise SystemExit(3)",
         "text.txt": "a text " * 100,
         "untyped/config.json": '{"hidden_size": 3}',
@@ -139,7 +139,7 @@ def test_one_line_that_says_what_to_do(
 
 
 def test_a_model_of_transformers_that_does_not_run_says_what_to_change() -> None:
-    for name, words in (("mamba2", "change --set or --length"), ("factories:fine", "^not these$")):
+    for name, words in (("mamba2", "change --set or --length"), ("makers:fine", "^not these$")):
         with pytest.raises(ExampleError, match=words), spec.explained(argparse.Namespace(spec=name)):
             raise ExampleError("not these")
 

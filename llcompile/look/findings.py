@@ -102,7 +102,9 @@ class Findings(Report):
     def report(self) -> Report:
         """The report alone."""
         return Report(
-            self.converted, self.declined, self.untouched, self.graphs, self.title, self.breaks, remarks=self.remarks
+            *(self.converted, self.declined, self.untouched, self.graphs, self.title, self.breaks),
+            remarks=self.remarks,
+            own_parameters=self.own_parameters,
         )
 
 

@@ -94,7 +94,7 @@ def check(stage: Any, schedule: Any, tokens: Tensor, expected: Tensor, alone: nn
 @pytest.mark.parametrize(
     "cases",
     [
-        ((by_hand, Schedule1F1B),),
+        pytest.param(((by_hand, Schedule1F1B),), marks=pytest.mark.slow),  # the example is the same, in short
         pytest.param(
             ((by_hand, ScheduleGPipe), (traced, ScheduleGPipe), (traced_and_compiled, Schedule1F1B)),
             marks=pytest.mark.slow,

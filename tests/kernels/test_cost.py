@@ -69,10 +69,7 @@ def test_distinct_bytes_are_fewer():
 
 @pytest.mark.parametrize(
     ("family", "operation"),
-    [
-        pytest.param(f, p, marks=[] if (f, p) == ("scalar/none", "backward") else pytest.mark.slow)
-        for f, p in itertools.product(FAMILIES, ("forward", "backward"))
-    ],
+    [pytest.param(f, p, marks=pytest.mark.slow) for f, p in itertools.product(FAMILIES, ("forward", "backward"))],
 )
 def test_formulas(family, operation):
     """What follows for 10 chunks (16 tokens with rates) from fewer is what is counted there, to the byte."""

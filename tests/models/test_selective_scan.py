@@ -58,7 +58,7 @@ def test_channels_share_level_weights() -> None:
     model, ids = tiny.build("mamba", hidden_size=64), tiny.tokens(2, 9)
     report = llcompile.convert(model, ids, verify=False)
     assert [r.weight_sets for r in report.converted] == [2, 2]
-    assert "64 heads share each" in str(report)
+    assert "linear, 64 heads share" in str(report)
     levels = model.backbone.layers[0].mixer.loglinear.levels
     assert weights_of(model)["backbone.layers.0.mixer.loglinear.bias"].shape == (2 * levels,)
     run = torch.compile(model, backend="loglinear", options={"inner": "eager"})

@@ -26,6 +26,7 @@ SETTINGS = Settings(
     levels=8,
     features=8,
     make=_unused,
+    shard=_unused,
     find=_unused,
     held=_unused,
     path=_unused,

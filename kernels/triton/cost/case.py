@@ -25,8 +25,8 @@ SCALE = 0.5
 class Case:
     """One pass. `groups` share query and key; `levels` is the level weights per token, None for the linear operator.
 
-    For a step, `length` tokens were absorbed before it. With `in_blocks`, a forward pass goes in blocks of chunks however
-    short it is.
+    For a step, `length` tokens were absorbed before it. With `in_blocks`, a forward pass goes in blocks however
+    short the sequence is.
     """
 
     family: str

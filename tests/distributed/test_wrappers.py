@@ -160,7 +160,7 @@ def check(trained: dict[str, Tensor], alone: dict[str, Any], before: dict[str, A
 @pytest.mark.parametrize(
     "wraps",
     [
-        (small_buckets, unused, fsdp1),
+        pytest.param((small_buckets, unused, fsdp1), marks=pytest.mark.slow),
         pytest.param((unused_around_compiled, static_graph, small_buckets_regional), marks=pytest.mark.slow),
         pytest.param((fsdp1_whole, fsdp2_whole, fsdp2_regional, fsdp2_half), marks=pytest.mark.slow),
     ],

@@ -178,7 +178,11 @@ def _quick(budget):
 @pytest.mark.parametrize(
     "budgets",
     [
-        pytest.param([b for b in BUDGETS if _quick(b) and b.case.family == "scalar/none"], id="scalar/none"),
+        pytest.param(
+            [b for b in BUDGETS if _quick(b) and b.case.family == "scalar/none"],
+            id="scalar/none",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(list(BUDGETS), id="all", marks=pytest.mark.slow),
     ],
 )

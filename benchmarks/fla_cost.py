@@ -52,9 +52,9 @@ def fla(twin: Twin, key_dim: int, value_dim: int, length: int) -> dict[str, dict
 def _both(twin: Twin, key_dim: int, value_dim: int, tokens: int, levels: int) -> dict[str, list[Counted]]:
     leaves = twin.leaves(tokens, 1, key_dim, value_dim, torch.bfloat16, levels)
     run = twin.theirs()
-    with counting(lambda grid, program: ()) as forward:
+    with counting(lambda *launch: ()) as forward:
         o = run(**leaves)
-    with counting(lambda grid, program: ()) as backward:
+    with counting(lambda *launch: ()) as backward:
         torch.autograd.grad(o, list(leaves.values()), torch.ones_like(o))
     return {"forward": forward, "backward": backward}
 

@@ -14,6 +14,7 @@ from contextvars import ContextVar
 
 from torch import Tensor
 
+from llcompile.kernels.grid import Grid
 from llcompile.kernels.operands import Operands
 from llcompile.kernels.triton.call import Call
 from llcompile.kernels.triton.description import Description
@@ -23,8 +24,6 @@ from llcompile.kernels.triton.schedule import BLOCKS
 WALK = 16
 # Programs without which a large chip (132 multiprocessors of an H100, two programs each) has no work for all of it.
 LEAST_PROGRAMS = 256
-
-
 _least_programs = ContextVar("least_programs", default=LEAST_PROGRAMS)
 
 
@@ -74,7 +73,9 @@ class BlockCall(Call):
     def _description(self, final_state: bool) -> Description:
         return in_blocks(super()._description(final_state))
 
+    def _make_grid(self) -> Grid:
+        grid = super()._make_grid()
+        return dataclasses.replace(grid, chunks=-(-grid.chunks // WALK))
+
     def _sizes(self) -> dict[str, int]:
-        blocks = -(-self.grid.chunks // WALK)
-        self.grid = dataclasses.replace(self.grid, chunks=blocks)
         return {**super()._sizes(), "LOW": self.d.low_levels}

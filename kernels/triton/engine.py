@@ -17,7 +17,7 @@ def forward(x: Operands, scale: float, return_final_state: bool) -> tuple[Tensor
     """Output `[B, T, H, V]` and final state (an empty tensor when not asked for)."""
     if x.decay_rate is not None:
         return scan.forward(x, scale, return_final_state)
-    if blocks.serves(Description.of(describe(x, return_final_state)), *x.v.shape[:3]):
+    if x.v.numel() and x.q.numel() and blocks.serves(Description.of(describe(x, return_final_state)), *x.v.shape[:3]):
         return blocks.forward(x, scale), x.v.new_empty(0, dtype=torch.float32)
     call = Call(per_channel(x), scale, return_final_state)
     if call.empty:

@@ -19,13 +19,14 @@ class Entry(NamedTuple):
     With `tiles`, each value tile has a program of its own; other kernels loop over them. It finds in `changes` what
     others have left there and leaves something else: run again, it would not find that. `launch` is the widest value
     tile, the warps and the pipeline stages, chosen so that nothing spills on sm_90 at K, V <= 128; `tuning` has the
-    exceptions.
+    exceptions. With `fast_tiles`, programs of neighbouring value tiles run one after another; else all of one tile do.
     """
 
     over: Literal["chunks", "pairs, up", "pairs, down", "heads", "old levels", "units"]
     launch: tuple[int, int, int]
     when: Callable[[Description], bool] = lambda d: True
     tiles: bool = False
+    fast_tiles: bool = False
     changes: tuple[str, ...] = ()
 
 
@@ -102,9 +103,9 @@ DECODE = {
 }
 # Instead of `STATES` and `OUTPUT`, where a program walks over a block of chunks (`blocks`): the tree is over blocks.
 BLOCKS = {
-    "block_state": Entry("chunks", (64, 4, 1), tiles=True),
+    "block_state": Entry("chunks", (64, 4, 1), tiles=True, fast_tiles=True),
     "tree_up": STATES["tree_up"],
-    "block_output": Entry("chunks", (64, 4, 1), tiles=True),
+    "block_output": Entry("chunks", (64, 4, 1), tiles=True, fast_tiles=True),
 }
 # Decays by rates, token by token: these kernels alone serve whole sequences and single tokens. The first of `launch` is
 # the most numbers of a tile [lanes, K]; kernels that sum over lanes have tiles of `Description.lanes`.

@@ -82,6 +82,17 @@ def test_formulas(family, operation):
     assert found == {kernel: dict(numbers) for kernel, numbers in totals(counted).items()}
 
 
+def test_tiles_of_a_block_share_its_rows():
+    """Two value tiles read keys once from memory, as they run side by side; states and values are a tile's own."""
+    case = dataclasses.replace(SMALL, key_dim=16, value_dim=128, heads=1, length=2048, in_blocks=True)
+    (launches,) = worker.counts([case])
+    numbers = totals(launches)["block_state"]
+    decays = 2048 * 4
+    assert numbers["read"] == 2048 * (16 + 128) * 2 + decays
+    assert numbers["loaded"] >= 2048 * (2 * 16 + 128) * 2 + 2 * decays
+    assert numbers["written"] == 2 * (16 * 128 + 1) * 4
+
+
 @pytest.mark.slow
 def test_formulas_in_blocks():
     """Long calls go in blocks of chunks; what follows for 7 blocks from fewer is what is counted there."""
@@ -178,11 +189,7 @@ def _quick(budget):
 @pytest.mark.parametrize(
     "budgets",
     [
-        pytest.param(
-            [b for b in BUDGETS if _quick(b) and b.case.family == "scalar/none"],
-            id="scalar/none",
-            marks=pytest.mark.slow,
-        ),
+        pytest.param([b for b in BUDGETS if _quick(b) and b.case.family == "scalar/none"], id="scalar/none"),
         pytest.param(list(BUDGETS), id="all", marks=pytest.mark.slow),
     ],
 )

@@ -6,8 +6,6 @@ FLA is no dependency: these tests run where its wheel is installed (`pip install
 from __future__ import annotations
 
 import importlib.util
-import multiprocessing
-import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 
@@ -18,6 +16,7 @@ pytest.importorskip("triton")
 
 from benchmarks.fla_calls import TWINS
 from tests.kernels import fla_cases
+from tests.kernels.interpreting import interpreter
 
 without_fla = pytest.mark.skipif(importlib.util.find_spec("fla") is None, reason="FLA is not installed")
 
@@ -25,13 +24,8 @@ without_fla = pytest.mark.skipif(importlib.util.find_spec("fla") is None, reason
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessPoolExecutor]:
     """A process where the interpreter is on from the start."""
-    settings = {"TRITON_INTERPRET": "1", "LLCOMPILE_KERNEL_DIR": str(tmp_path_factory.mktemp("kernels"))}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in settings.items():
-            patch.setenv(name, value)
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-            pool.submit(os.getpid).result()  # the process has started: it has the settings
-            yield pool
+    with interpreter(tmp_path_factory.mktemp("kernels")) as pool:
+        yield pool
 
 
 @pytest.mark.slow

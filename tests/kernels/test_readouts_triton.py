@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 
@@ -17,6 +15,7 @@ from llcompile.kernels.triton.check import compile_readouts
 from llcompile.kernels.triton.chips import CHIPS
 from llcompile.kernels.triton.readout_source import KERNELS
 from tests.kernels import readout_cases
+from tests.kernels.interpreting import interpreter
 
 LEFT, RIGHT, NONE = [0] * 6 + [1] * 34, [1] * 33 + [0] * 7, [0] * 40
 
@@ -24,13 +23,7 @@ LEFT, RIGHT, NONE = [0] * 6 + [1] * 34, [1] * 33 + [0] * 7, [0] * 40
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessPoolExecutor]:
     """A process where the interpreter is on from the start."""
-    settings = {"TRITON_INTERPRET": "1", "LLCOMPILE_KERNEL_DIR": str(tmp_path_factory.mktemp("kernels"))}
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        pool.submit(readout_cases.operands, 1).result()  # the process has started: it has the settings
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+    with interpreter(tmp_path_factory.mktemp("kernels")) as pool:
         yield pool
 
 

@@ -15,11 +15,12 @@ from llcompile.kernels.operands import Operands
 from llcompile.kernels.triton import engine
 from llcompile.kernels.triton.check import signature_of
 from llcompile.kernels.triton.chips import CHIPS
+from llcompile.kernels.triton.cost.compilations import key_of
 from llcompile.kernels.triton.description import Description
 from llcompile.kernels.triton.launch import kernels_of
 from llcompile.kernels.triton.schedule import kernel_names
 from tests.kernels.kernel_cases import operands
-from tests.kernels.launches import key_of, recorded, variants
+from tests.kernels.launches import recorded, variants
 
 # Lengths that differ in all that Triton looks at: 1, multiples of 16 and odd numbers of tokens, of chunks and of pairs.
 LENGTHS = (1, 2, 15, 16, 17, 63, 64, 65, 96, 128, 129, 640, 1000, 1023, 1024, 1025, 1088, 2048, 2049, 3333, 4096)

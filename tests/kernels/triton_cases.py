@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from llcompile.kernels.implementations import ATEN, IMPLEMENTATIONS, Sweep
 from llcompile.kernels.operands import Operands
 from llcompile.kernels.reference import reference_attention
 from llcompile.kernels.triton import acceptance, autotune, blocks, engine, interpreter, launch
+from llcompile.kernels.triton.cost.counter import counting
 from llcompile.kernels.triton.launch import Launch
 from llcompile.kernels.triton.limits import interpreted
 from llcompile.kernels.triton.tuning import Tuning
@@ -313,43 +313,6 @@ def replay_errors(case: dict[str, object], calls: list[int], window: int, chunk:
     return found
 
 
-@contextlib.contextmanager
-def counted() -> Iterator[list[tuple[int, int]]]:
-    """The bytes that each launch inside loads and stores, every address once."""
-    from triton.runtime import interpreter
-
-    builder, launches = interpreter.InterpreterBuilder, []
-    load, store, run = builder.create_masked_load, builder.create_masked_store, Launch.__call__
-    seen: dict[tuple[str, int], list[np.ndarray[Any, Any]]] = {}
-
-    def note(kind: str, pointers: Any, mask: Any) -> None:
-        size = pointers.get_element_ty().primitive_bitwidth // 8
-        seen.setdefault((kind, size), []).append(np.unique(pointers.data[mask.data.astype(bool)]))
-
-    def masked_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
-        note("load", pointers, mask)
-        return load(self, pointers, mask, *rest)
-
-    def masked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        note("store", pointers, mask)
-        return store(self, pointers, value, mask, *rest)
-
-    def launched(self: Launch, chosen: Tuning) -> None:
-        seen.clear()
-        run(self, chosen)
-        sums = {"load": 0, "store": 0}
-        for (kind, size), found in seen.items():
-            sums[kind] += size * len(np.unique(np.concatenate(found)))
-        launches.append((sums["load"], sums["store"]))
-
-    with (
-        mock.patch.object(builder, "create_masked_load", masked_load),
-        mock.patch.object(builder, "create_masked_store", masked_store),
-        mock.patch.object(Launch, "__call__", launched),
-    ):
-        yield launches
-
-
 def replay_bytes(position: int, tokens: int, levels: int) -> tuple[int, int]:
     """Bytes that a token reads and writes, `tokens` after `position`: gated delta, one head, K = V = 128, bfloat16."""
     x = operands(tokens + 1, "token", True, levels, batch=1, groups=1, heads=1, key_dim=128, value_dim=128,
@@ -363,6 +326,6 @@ def replay_bytes(position: int, tokens: int, levels: int) -> tuple[int, int]:
     parts = [{n: t if t is None else t[:, s] for n, t in x.items()} for s in (slice(tokens), slice(tokens, None))]
     with choice.use("aten"):
         replayed.step(**parts[0])  # type: ignore[arg-type]
-    with choice.use("triton"), counted() as launches:
+    with choice.use("triton"), counting(lambda *launch: ()) as launches:
         replayed.step(**parts[1])  # type: ignore[arg-type]
-    return launches[0]
+    return launches[0].numbers["read"], launches[0].numbers["written"]

@@ -28,7 +28,7 @@ def compilations(case: Case, lengths: Iterable[int] = LENGTHS) -> dict[str, int]
     found: set[tuple[Any, ...]] = set()
 
     def see(launch: Launch) -> None:
-        found.add((launch.kernel.name, launch.kernel.d, launch.kernel.default, _key(launch)))
+        found.add((launch.kernel.name, launch.kernel.d, launch.kernel.default, key_of(launch)))
 
     for length in lengths:
         around(dataclasses.replace(case, length=length).runner("meta"), see)
@@ -36,7 +36,7 @@ def compilations(case: Case, lengths: Iterable[int] = LENGTHS) -> dict[str, int]
     return {name: names.count(name) for name in sorted(set(names))}
 
 
-def _key(launch: Launch) -> tuple[Any, ...]:
+def key_of(launch: Launch) -> tuple[Any, ...]:
     """What Triton knows of each argument when it compiles: its type, and whether it is 1 or a multiple of 16."""
     _, specialization, _ = _binder(launch.kernel)(*launch.arguments, **launch._options(launch.kernel.default))
     return tuple(specialization)

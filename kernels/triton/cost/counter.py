@@ -18,9 +18,11 @@ from unittest import mock
 import numpy as np
 import torch
 
+from llcompile.kernels.triton.schedule import KERNELS
+
 Grid = tuple[int, ...]
-# From a grid and a program in it to the pass that the program belongs to.
-PassOf = Callable[[Grid, Grid], Hashable]
+# From a kernel's name, its grid and a program in it to the pass that the program belongs to.
+PassOf = Callable[[str, Grid, Grid], Hashable]
 # Bytes that instructions ask for, and distinct ones.
 MEMORY = {"load": ("loaded", "read"), "store": ("stored", "written")}
 # Elementwise operations that are no arithmetic, by identity: what stands in their place in a call may have no hash.
@@ -56,7 +58,7 @@ class Tape:
         place = int(np.searchsorted(self.begins, addresses.min(), side="right")) - 1
         if place < 0 or int(addresses.max()) >= self.ends[place]:
             raise IndexError(f"{self.counted.kernel} touches memory outside of its arguments: a mask is wrong")
-        key = (self.pass_of(self.counted.grid, self.program), kind, place, width)
+        key = (self.pass_of(self.counted.kernel, self.counted.grid, self.program), kind, place, width)
         if key not in self.seen:
             self.seen[key] = np.zeros(-(-(self.ends[place] - self.begins[place]) // width), dtype=bool)
         seen, index = self.seen[key], (addresses - self.begins[place]) // width
@@ -189,9 +191,12 @@ def _reducing(plain: Any, tapes: list[Tape]) -> Any:
 
 
 def one_sequence(heads: int) -> PassOf:
-    """Passes of our kernels: a head and a value tile each, since tiles are the slow axis of their grids."""
+    """Passes of our kernels: a head each, and a value tile where all programs of one run before those of the next."""
 
-    def pass_of(grid: Grid, program: Grid) -> Hashable:
+    def pass_of(kernel: str, grid: Grid, program: Grid) -> Hashable:
+        if KERNELS[kernel].fast_tiles:
+            started = program[1] * grid[0] + program[0]
+            return started // grid[1] * heads // grid[0]
         return program[0] * heads // grid[0], program[1]
 
     return pass_of

@@ -128,6 +128,14 @@ def check_state(
         )
 
 
+def check_kind(state: object, name: str = "state") -> None:
+    """Raise `StateError` unless `state` is one, of whatever sizes."""
+    if not isinstance(state, Tensor) or state.dim() not in (4, 5):
+        found = f"shape {list(state.shape)}" if isinstance(state, Tensor) else f"type {type(state).__name__}"
+        raise StateError(f"{name} has {found}; expected [B, H, K, V] or [B, H, 1 + L, K, V]; zeros are an empty state")
+    check_state(state, state.shape[0], state.shape[1], state.shape[-2], state.shape[-1], None, name)
+
+
 def check_positions(state: Tensor, tokens: int, name: str = "initial_state") -> None:
     """Raise `StateError` where a level state cannot count `tokens` more; on a CPU only, others would wait."""
     if not is_level_state(state) or state.device.type != "cpu" or not state.numel():

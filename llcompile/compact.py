@@ -137,11 +137,7 @@ def compact_state(state: Tensor, tolerance: float = 1e-3) -> CompactState:
 
 
 def _check(state: Tensor) -> None:
-    if not isinstance(state, Tensor) or state.dim() not in (4, 5):
-        found = f"shape {list(state.shape)}" if isinstance(state, Tensor) else f"type {type(state).__name__}"
-        raise StateError(f"state has {found}; expected [B, H, K, V] or [B, H, 1 + L, K, V]")
-    batch, heads, key_dim, value_dim = state.shape[0], state.shape[1], state.shape[-2], state.shape[-1]
-    _state.check_state(state, batch, heads, key_dim, value_dim, None, "state")
+    _state.check_kind(state)
     if state.dtype == torch.float64:
         raise StateError(f"state {list(state.shape)} is float64, and a compact one is float32; pass state.float()")
     _state.check_positions(state, 0, "state")

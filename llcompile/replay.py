@@ -14,7 +14,7 @@ from llcompile.kernels import operands as _operands
 from llcompile.kernels.header import DIGITS
 from llcompile.kernels.operands import Operands
 from llcompile.kernels.replay import Base, first_base, next_base
-from llcompile.kernels.state import check_state, in_levels, is_level_state, state_dtype
+from llcompile.kernels.state import check_kind, check_state, in_levels, is_level_state, state_dtype
 from llcompile.torch_internals.sources import source_tag
 
 _REVISION = source_tag()
@@ -61,13 +61,7 @@ class ReplayState:
         """
         if not 0 <= window <= chunk or chunk < 1:
             raise OperandError(f"window is {window} and chunk {chunk}; expected 0 <= window <= chunk and chunk >= 1")
-        if not isinstance(state, Tensor):
-            raise StateError(f"state must be a tensor, got {type(state).__name__}; zeros are an empty state")
-        if state.dim() in (4, 5):
-            batch, heads, key_dim, value_dim = state.shape[0], state.shape[1], state.shape[-2], state.shape[-1]
-            check_state(state, batch, heads, key_dim, value_dim, None, "state")
-        if state.dim() not in (4, 5):
-            raise StateError(f"state has shape {list(state.shape)}; expected [B, H, K, V] or [B, H, 1 + L, K, V]")
+        check_kind(state)
         if _keeps_readouts(state):
             raise StateError(
                 f"state {list(state.shape)} keeps key sums of level readouts in its header, which a ReplayState cannot "

@@ -15,7 +15,7 @@ from torch import fx
 
 from llcompile.errors import LevelWeightsError
 from llcompile.patterns.graph.walk import walk
-from llcompile.torch_internals.dtensors import as_dtensor, is_dtensor, is_move, own_part, read_on_all
+from llcompile.torch_internals.dtensors import as_dtensor, is_dtensor, is_move, own_part, possible, read_on_all
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,8 @@ def _call(function: Any, x: fx.Proxy, like: fx.Proxy, dims: tuple[int, ...]) -> 
 
 def head_split(values: Iterable[fx.Node]) -> HeadSplit | None:
     """How the heads of these values are split; None where each process has all of them as plain tensors."""
+    if not possible():  # the walk goes up to the graph's inputs where there are none
+        return None
     for node in walk(values, _above):
         example = node.meta.get("example_value")
         if is_dtensor(example):

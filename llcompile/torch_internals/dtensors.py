@@ -23,6 +23,11 @@ def is_dtensor(x: object) -> bool:
     return isinstance(x, Tensor) and isinstance(x, getattr(loaded, "DTensor", ()))
 
 
+def possible() -> bool:
+    """Whether there may be DTensors at all: a mesh needs processes that know of each other."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def part(x: Any, placements: Sequence[Any]) -> Tensor:
     """This process's part of a DTensor, once that is placed so.
 

@@ -11,7 +11,7 @@ from llcompile.passes.candidate import CallCandidate, Candidate, GraphCandidate
 from llcompile.passes.head_split import HeadSplit, expect_fitting, head_split
 from llcompile.passes.one_token import remember
 from llcompile.passes.session import Session
-from llcompile.passes.weight_input import Role, given, is_projected, projection_input, role_of
+from llcompile.passes.weight_input import Read, Role, given, is_projected, projection_input, read_by, role_of
 from llcompile.patterns import reasons
 from llcompile.patterns.boundary import boundary
 from llcompile.patterns.mixer import MixerShape
@@ -158,8 +158,9 @@ def _find_source(candidate: Candidate, owner: nn.Module, weights: Any) -> tuple[
     """
     role = None if weights is None else weights.role
     call = call_under_way(owner)
-    node = projection_input(candidate)
-    cut = _is_cut_off(candidate, call)
+    read = read_by(candidate)
+    node = projection_input(candidate, read)
+    cut = _is_cut_off(candidate, call, read)
     if node is not None and not _is_wide(weights) and is_handed_in_twice(candidate.region.outer(node)):
         return None, None  # another call may hand in another tensor for each operand
     if weights is not None and not _is_wide(weights):
@@ -187,10 +188,10 @@ def _is_wide(weights: Any) -> bool:
     return weights is not None and weights.in_features is not None
 
 
-def _is_cut_off(candidate: Candidate, call: ModuleCall | None) -> bool:
+def _is_cut_off(candidate: Candidate, call: ModuleCall | None, read: Read) -> bool:
     """Whether the graph begins behind a break inside of the owner's forward: the operands come from what is handed in
     and is no argument of the owner."""
-    inputs = [input_value(candidate.region.outer(node)) for node in _roots(candidate)]
+    inputs = [input_value(candidate.region.outer(node)) for node in given(candidate, read)]
     if call is not None:
         return any(not call.holds(value) for value in inputs)
     return is_resumed() and bool(inputs) and not _is_called(candidate)
@@ -201,10 +202,6 @@ def _is_called(candidate: Candidate) -> bool:
     return any(
         key.split("@")[0] == str(id(candidate.owner)) for key in candidate.node.meta.get("nn_module_stack") or {}
     )
-
-
-def _roots(candidate: Candidate) -> list[fx.Node]:
-    return [node for node in given(candidate) if node.op == "placeholder"]
 
 
 def _width(node: fx.Node) -> int:

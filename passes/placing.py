@@ -104,6 +104,8 @@ def operand_nodes(found: Found) -> list[fx.Node]:
 
 def is_changed(effects: Effects, node: fx.Node, after: fx.Node) -> bool:
     """Whether something behind a node changes, in place, what another shows."""
+    if not effects.is_written(node):
+        return False
     nodes = list(after.graph.nodes)
     shown = effects.shows(node)
     return any(not shown.isdisjoint(effects.writes(later)) for later in nodes[nodes.index(after) + 1 :])

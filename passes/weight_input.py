@@ -25,6 +25,8 @@ _PROJECTIONS = {F.linear, torch._C._nn.linear, torch.matmul, torch.nn.functional
 # Steps between a tensor and its projection that do not change what it is.
 _TRANSPARENT = {"to", "float", "contiguous", "type", "half", "bfloat16"}
 _ROOT, _SINK = "root", "sink"
+# What a mixer's operands are computed from, each node with those that it reads (`read_by`).
+Read = dict[fx.Node, list[fx.Node]]
 
 
 @dataclass(frozen=True)
@@ -60,13 +62,13 @@ def role_of(candidate: Candidate, owner: nn.Module, node: fx.Node) -> Role:
     return Role(node.op == "placeholder" or not inside, readers)
 
 
-def projection_input(candidate: Candidate) -> fx.Node | None:
+def projection_input(candidate: Candidate, read: Read) -> fx.Node | None:
     """The node that the candidate's level weights are computed from, or None where no input dominates its operands.
 
     The candidates are the common dominators of q, k and v; the nearest one that a projection reads is taken, so that
     the same tensor is found while prefilling, training and decoding, whatever lies between (convolutions, caches).
     """
-    candidates = [n for n in _dominators(candidate) if candidate.batch_first(n) is not None]
+    candidates = [n for n in _dominators(candidate, read) if candidate.batch_first(n) is not None]
     projected = [n for n in candidates if is_projected(n)]
     return next(iter(projected or candidates), None)
 
@@ -77,29 +79,43 @@ def data_inputs(node: fx.Node) -> list[fx.Node]:
     return [n for n in node.all_input_nodes if not isinstance(n.meta.get("example_value"), sizes)]
 
 
-def given(candidate: Candidate) -> list[fx.Node]:
+def given(candidate: Candidate, read: Read) -> list[fx.Node]:
     """The program's inputs that the operands are computed from: no parameters, buffers, caches and masks."""
-    graph = _above(candidate)
-    return list(graph.successors(_ROOT)) if _ROOT in graph else []
+    return [node for node in read if _is_given(candidate, node)]
 
 
-def _above(candidate: Candidate) -> nx.DiGraph[Any]:
+def read_by(candidate: Candidate) -> Read:
+    """The operands and everything that they are computed from, the nearest first, each with the nodes that it reads."""
+    found: Read = {}
+
+    def onward(node: fx.Node) -> list[fx.Node]:
+        # A mask says which tokens there are, and nothing about them.
+        found[node] = [n for n in data_inputs(node) if n not in candidate.masks]
+        return found[node]
+
+    for _ in walk(candidate.activations(), onward):
+        pass
+    return found
+
+
+def _is_given(candidate: Candidate, node: fx.Node) -> bool:
+    return node.op == "placeholder" and not is_constant_input(candidate.region.outer(node))
+
+
+def _above(candidate: Candidate, read: Read) -> nx.DiGraph[Any]:
     """Everything that the operands are computed from: from the root, over the inputs, to the operands and the sink."""
-    # A mask says which tokens there are, and nothing about them.
-    parents = lambda node: [n for n in data_inputs(node) if n not in candidate.masks]  # noqa: E731
-    operands = candidate.activations()
     graph: nx.DiGraph[Any] = nx.DiGraph()
-    graph.add_edges_from((operand, _SINK) for operand in operands)
-    for node in walk(operands, parents):
-        graph.add_edges_from((parent, node) for parent in parents(node))
-        if node.op == "placeholder" and not is_constant_input(candidate.region.outer(node)):
+    graph.add_edges_from((operand, _SINK) for operand in candidate.activations())
+    for node, parents in read.items():
+        graph.add_edges_from((parent, node) for parent in parents)
+        if _is_given(candidate, node):
             graph.add_edge(_ROOT, node)
     return graph
 
 
-def _dominators(candidate: Candidate) -> list[fx.Node]:
+def _dominators(candidate: Candidate, read: Read) -> list[fx.Node]:
     """Common dominators of the operands, the nearest first."""
-    graph = _above(candidate)
+    graph = _above(candidate, read)
     if _ROOT not in graph:
         return []
     immediate = nx.immediate_dominators(graph, _ROOT)

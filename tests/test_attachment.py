@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import llcompile
+from llcompile.checks.example import Example
 from llcompile.errors import (
     CaptureError,
     CheckpointError,
@@ -668,6 +670,25 @@ def test_inspect_changes_nothing(training: bool) -> None:
     made = llcompile.convert(model, small.ids())
     assert look.report.to_dict() == without_run(made)
     assert "2 of 2 linear-time mixers" in str(look)
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_the_search_for_garbage_is_as_it_was(enabled: bool) -> None:
+    """It rests while a model is traced."""
+    seen: list[bool] = []
+
+    def backend(module: Any, inputs: Any) -> Any:
+        seen.append(gc.isenabled())
+        return module.forward
+
+    before = gc.isenabled()
+    try:
+        (gc.enable if enabled else gc.disable)()
+        Example(small.model(), (small.ids(),), {}).trace(backend)
+        assert gc.isenabled() == enabled
+    finally:
+        (gc.enable if before else gc.disable)()
+    assert seen == [False]
 
 
 def test_inspect_a_converted_model() -> None:

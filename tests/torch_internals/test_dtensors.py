@@ -37,6 +37,12 @@ def test_part_and_joined(mesh: DeviceMesh) -> None:
     assert dtensors.whole(ROWS) is ROWS
 
 
+def test_possible_where_processes_know_of_each_other(mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert dtensors.possible()
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    assert not dtensors.possible()
+
+
 def test_like(mesh: DeviceMesh) -> None:
     x = distribute_tensor(torch.zeros(4, 3), mesh, [Shard(0)], src_data_rank=None)
     assert torch.equal(dtensors.part(dtensors.like(ROWS, x), [Shard(0)]), ROWS[2:])

@@ -402,6 +402,12 @@ UNKNOWN_ON_SCORES = _ends.add(
     "write it with torch operations",
     "there is a custom operation between the scores and the values",
 )
+NO_VALUES = _ends.add(
+    "no-values",
+    "it reads a buffer {shape} on the device meta, whose values decide what it computes",
+    "load the model on the CPU (--device cpu) to see",
+    "a mask or a table of decays; with random numbers in its place the code was no mixer",
+)
 ANALYSIS_FAILED = _ends.add(
     "analysis-failed",
     "llcompile failed to analyse it: {error}",

@@ -234,6 +234,17 @@ class NearMiss:
         live_ins = self.value.op.inputs if self.subgraph is None and self.value.op is not None else []
         return frozenset(map(origin, live_ins if self.subgraph is None else self.subgraph.live_ins))
 
+    def lost(self) -> Value | None:
+        """A buffer without numbers that one of its operands is made of, apart from the model's input."""
+        for live_in in () if self.subgraph is None else self.subgraph.live_ins:
+            above = walk(values_of(live_in), lambda v: () if v.op is None else v.op.inputs)
+            inputs = [v for v in above if v.op is None]
+            if all(v.lost or v.parameter for v in inputs):
+                found = next((v for v in inputs if v.lost), None)
+                if found is not None:
+                    return found
+        return None
+
     def is_inside(self, other: NearMiss) -> bool:
         """Whether the value is computed inside of what another one is computed from."""
         return other.subgraph is not None and self.value.op in other.subgraph.ops

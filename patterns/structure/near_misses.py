@@ -4,15 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from llcompile.patterns import reasons
 from llcompile.patterns.structure.axes import Axis
+from llcompile.patterns.structure.classify import Rejection
 from llcompile.patterns.structure.found import Findings, NearMiss
 from llcompile.torch_internals.places import module_of
+
+# Properties of weights: where they fail with random numbers in place of a mask or a decay, the real ones may have them.
+_BY_NUMBERS = frozenset(
+    [
+        "not-causal",
+        "bidirectional",
+        "sliding-window",
+        "skipped-tokens",
+        "decay-not-a-product",
+        "decay-out-of-range",
+        "other-denominator",
+        "unknown-scores",
+        "not-run",
+    ]
+)
 
 
 def explain_near_misses(findings: Findings, given: Collection[Axis]) -> None:
     """Says of each near miss which property failed, the nearest first; what is inside of a nearer one goes."""
     for missed in findings.near_misses:
         missed.rejection = missed.rejection if missed.why is None else missed.why()
+        lost = missed.lost() if missed.rejection.given.code in _BY_NUMBERS else None
+        if lost is not None:
+            missed.rejection = Rejection(reasons.NO_VALUES(shape=list(lost.shape)), missed.rejection.near)
     near = [m for m in findings.near_misses if m.rejection.near]
     first = next((m.axis for m in near if m.axis in given), ())
     # The batch, taken as time, is not causal.

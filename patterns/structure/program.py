@@ -24,6 +24,7 @@ class Value:
         node: the graph's node that it is the result of, where there is one.
         data: its numbers, where they are known: constants, and buffers of the model.
         parameter: whether it is a parameter of the model.
+        lost: whether it is a buffer on the device meta, so that nobody has its numbers.
         held: the tensor of the user's program, for a parameter or an argument of few numbers.
     """
 
@@ -34,6 +35,7 @@ class Value:
     node: fx.Node | None = None
     data: torch.Tensor | None = None
     parameter: bool = False
+    lost: bool = False
     held: torch.Tensor | None = None
     number: int = 0
     users: list[Op] = field(default_factory=list)

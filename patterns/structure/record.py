@@ -230,7 +230,9 @@ class _Recorder:
         held = own
         if value.parameter or (isinstance(held, Tensor) and held.numel() <= _FEW_NUMBERS):
             value.held = held
-        value.data = held if known and not held.is_meta and (node.op == "get_attr" or not value.parameter) else None
+        fixed = known and (node.op == "get_attr" or not value.parameter)
+        value.data = held if fixed and not held.is_meta else None
+        value.lost = fixed and held.is_meta and not value.parameter
         return self._make(value, like)
 
     def _opaque(self, node: fx.Node, args: Any, kwargs: Any) -> Any:

@@ -371,7 +371,11 @@ def test_an_early_optimiser_is_warned_after_a_late_attach() -> None:
 
 
 @pytest.mark.parametrize(
-    "case", ["all", "added", "split", "levels only", "frozen", "other model", "group without mixer"]
+    "case",
+    [
+        *("all", "split", "frozen", "group without mixer"),
+        *(pytest.param(case, marks=pytest.mark.slow) for case in ("added", "levels only", "other model")),
+    ],
 )
 def test_optimisers_that_need_no_warning(case: str) -> None:
     model, ids = small.model(), small.ids()

@@ -213,7 +213,7 @@ def test_show_fills_the_page(tmp_path: Path, capsys: Any) -> None:
     assert "| stream, untold | scalar decay (Mamba2ForCausalLM) | 0.405 | 0.505 | +0.0" in text
     assert "`routed` gains 5 points over staying linear with 2 of 2 seeds" in text
     assert "| staying, long texts | 2.0000 | 2.5000 |" in text
-    assert "| trained | single-1 | 25 |" in text
+    assert "| trained | single-1 | 25 (50) |" in text
     assert {file.name for file in (tmp_path / "pictures").iterdir()} == {
         f"evidence-{name}.png" for name in ("recall", "typeseg", "language")
     }

@@ -124,7 +124,7 @@ def _family(file: dict[str, Any]) -> str:
     losses = [[name, *(f"{loss:.4f}" for loss in results[name]["loss"])] for name in names]
     positions = [f"to {end}" for end in trained["ends"]]
     needles = [
-        [name, task, *(f"{100 * results[name]['needles'][task][str(n)]['answers']:.0f}" for n in plan["questions"])]
+        [name, task, *(_answered(results[name]["needles"][task][str(n)]) for n in plan["questions"])]
         for task in TASKS
         for name in names
     ]
@@ -134,8 +134,12 @@ def _family(file: dict[str, Any]) -> str:
         f"{trained['bytes'] / 1e6:.1f} MB. Loss in nats per byte, by position:"
     )
     lengths = [f"{n} bytes" for n in plan["questions"]]
-    shown = [text, table(["way", *positions], losses), "Needles: answers that are right, per cent:"]
+    shown = [text, table(["way", *positions], losses), "Needles: answers that are right, per cent, and their bytes:"]
     return "\n\n".join([*shown, table(["way", "task", *lengths], needles)])
+
+
+def _answered(found: dict[str, float]) -> str:
+    return f"{100 * found['answers']:.0f} ({100 * found['bytes']:.0f})"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

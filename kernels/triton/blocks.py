@@ -14,7 +14,7 @@ from contextvars import ContextVar
 
 from torch import Tensor
 
-from llcompile.kernels.grid import Grid
+from llcompile.kernels.grid import Grid, depth
 from llcompile.kernels.operands import Operands
 from llcompile.kernels.triton.call import Call
 from llcompile.kernels.triton.description import Description
@@ -33,7 +33,7 @@ def may(d: Description) -> bool:
     The delta rule has a matrix for each chunk to keep, and what continues, ends in a state or is packed has tables for
     its chunks.
     """
-    if not d.weighted or d.correction != "none" or d.decay not in ("none", "scalar"):
+    if not d.weighted or d.correction == "erase" or d.decay not in ("none", "scalar"):
         return False
     return d.initial_state == "none" and not d.final_state and not d.packed
 
@@ -78,4 +78,10 @@ class BlockCall(Call):
         return dataclasses.replace(grid, chunks=-(-grid.chunks // WALK))
 
     def _sizes(self) -> dict[str, int]:
-        return {**super()._sizes(), "LOW": self.d.low_levels}
+        blocks = self.grid.chunks
+        of_blocks = {"LOW": self.d.low_levels, "N * WALK": blocks * WALK, "FAR": max(depth(blocks), 1)}
+        return {**super()._sizes(), **of_blocks}
+
+    def _add_geometry(self) -> None:
+        super()._add_geometry()
+        self.arguments["far_levels"] = self.arguments.sizes["FAR"]

@@ -65,7 +65,11 @@ BUFFERS = {
     "state_gradients": Buffer("[B, H, N, K, V]"),
     "total_gradients": Buffer("[2, B, H, N (, K)]", first="zero"),
     "transition_gradients": Buffer("[2, B, H, N, K, K]", first="zero"),
+    # -- in blocks of chunks: N counts blocks ---------------------------------------------------------------------------
     "low_states": Buffer("[B, H, N, LOW, K, V]", "operand"),
+    "mixes": Buffer("[B, H, N * WALK, C, C]", "operand"),
+    "far_readers": Buffer("[B, H, N * WALK, C, K]", "operand"),
+    "far_states": Buffer("[B, H, N, FAR, K, V]", "operand"),
     # -- before the first token and after the last ---------------------------------------------------------------------
     "initial_states": Buffer("[S, H, K, V]", first="given"),
     "initial_gradients": Buffer("[S, H, K, V]"),

@@ -152,6 +152,8 @@ class Call(Layout):
         batch_heads, chunks, heads = sizes["B"] * sizes["H"], sizes["N"], sizes["S"] * sizes["H"]
         if entry.over == "chunks":
             yield batch_heads * chunks, {}
+        elif entry.over == "walked chunks":
+            yield batch_heads * chunks * self.d.walk, {}
         elif entry.over == "heads":
             yield heads, {}
         elif entry.over == "old levels":

@@ -12,6 +12,7 @@ from llcompile.kernels import cache
 from llcompile.kernels.triton.chips import Chip
 from llcompile.kernels.triton.description import Description
 from llcompile.kernels.triton.limits import interpreted
+from llcompile.kernels.triton.schedule import KERNELS
 from llcompile.kernels.triton.source import generate
 from llcompile.kernels.triton.tuning import Tuning, tuning
 
@@ -31,6 +32,8 @@ class Kernel:
         found = tuple(inspect.signature(self.function.fn).parameters)
         self.tiled = "VALUE_TILE" in found
         self.parameters = tuple(n for n in found if n != "VALUE_TILE")
+        # Columns of transitions, whose tiles follow those of the values.
+        self.passing = d.key_dim if KERNELS[name].passing else 0
         self.default: Tuning = tuning(name, d, chip)
 
 
@@ -58,7 +61,7 @@ class Launch:
     """A kernel with its arguments.
 
     `programs` is the grid's first size. The second is how many value tiles there are in `columns` (1 where it is 0,
-    for kernels that walk over the values themselves).
+    for kernels that walk over the values themselves), and in the columns of a transition where the kernel has those.
     """
 
     __slots__ = ("arguments", "columns", "kernel", "programs")
@@ -76,7 +79,8 @@ class Launch:
         return self.kernel.function.warmup(*self.arguments, grid=self._grid(chosen), **self._options(chosen))
 
     def _grid(self, chosen: Tuning) -> tuple[int, int]:
-        return self.programs, max(1, -(-self.columns // chosen.value_tile))
+        tiles = -(-self.columns // chosen.value_tile) + -(-self.kernel.passing // chosen.value_tile)
+        return self.programs, max(1, tiles)
 
     def _options(self, chosen: Tuning) -> dict[str, int]:
         tile = {"VALUE_TILE": chosen.value_tile} if self.kernel.tiled else {}

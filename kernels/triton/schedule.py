@@ -14,19 +14,21 @@ from llcompile.kernels.triton.description import Description
 class Entry(NamedTuple):
     """One kernel.
 
-    `over` is what has a program each: a chunk, a pair of blocks (level by level, up the tree or down it), a head of a
+    `over` is what has a program each: a chunk (a block of `blocks`, or each chunk of those that it walks over), a pair of blocks (level by level, up the tree or down it), a head of a
     sequence, a level of a head's initial state, or a run of a sequence's heads that share query and weights (`scan`).
     With `tiles`, each value tile has a program of its own; other kernels loop over them. It finds in `changes` what
     others have left there and leaves something else: run again, it would not find that. `launch` is the widest value
     tile, the warps and the pipeline stages, chosen so that nothing spills on sm_90 at K, V <= 128; `tuning` has the
     exceptions. With `fast_tiles`, programs of neighbouring value tiles run one after another; else all of one tile do.
+    With `passing`, tiles of the K columns of a transition follow those of the values.
     """
 
-    over: Literal["chunks", "pairs, up", "pairs, down", "heads", "old levels", "units"]
+    over: Literal["chunks", "walked chunks", "pairs, up", "pairs, down", "heads", "old levels", "units"]
     launch: tuple[int, int, int]
     when: Callable[[Description], bool] = lambda d: True
     tiles: bool = False
     fast_tiles: bool = False
+    passing: bool = False
     changes: tuple[str, ...] = ()
 
 
@@ -103,9 +105,15 @@ DECODE = {
 }
 # Instead of `STATES` and `OUTPUT`, where a program walks over a block of chunks (`blocks`): the tree is over blocks.
 BLOCKS = {
-    "block_state": Entry("chunks", (64, 4, 1), tiles=True, fast_tiles=True),
+    "chunk_mix": Entry("walked chunks", (128, 4, 1), lambda d: d.delta),
+    "block_state": Entry("chunks", (64, 4, 1), lambda d: not d.delta, tiles=True, fast_tiles=True),
+    "delta_block_state": Entry(
+        "chunks", (64, 4, 1), lambda d: d.delta, tiles=True, fast_tiles=True, passing=True
+    ),
     "tree_up": STATES["tree_up"],
-    "block_output": Entry("chunks", (64, 4, 1), tiles=True, fast_tiles=True),
+    "far_state": Entry("chunks", (64, 8, 1), lambda d: d.delta, tiles=True, fast_tiles=True),
+    "block_output": Entry("chunks", (64, 4, 1), lambda d: not d.delta, tiles=True, fast_tiles=True),
+    "delta_block_output": Entry("chunks", (64, 8, 1), lambda d: d.delta, tiles=True, fast_tiles=True),
 }
 # Decays by rates, token by token: these kernels alone serve whole sequences and single tokens. The first of `launch` is
 # the most numbers of a tile [lanes, K]; kernels that sum over lanes have tiles of `Description.lanes`.

@@ -67,6 +67,7 @@ BUFFERS = {
     "transition_gradients": Buffer("[2, B, H, N, K, K]", first="zero"),
     # -- in blocks of chunks: N counts blocks ---------------------------------------------------------------------------
     "low_states": Buffer("[B, H, N, LOW, K, V]", "operand"),
+    "passing_states": Buffer("[B, H, N, LOW, K, V]"),
     "mixes": Buffer("[B, H, N * WALK, C, C]", "operand"),
     "far_readers": Buffer("[B, H, N * WALK, C, K]", "operand"),
     "far_states": Buffer("[B, H, N, FAR, K, V]", "operand"),

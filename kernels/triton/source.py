@@ -172,8 +172,8 @@ def _in_rows(parameter: str, d: Description) -> bool:
 
 @lru_cache(maxsize=64)
 def _context(d: Description) -> dict[str, Any]:
-    """The names in templates: what `Description` says, and the files of `blocks` with their macros."""
-    context: dict[str, Any] = {**d.facts(), "low_levels": range(d.low_levels)}
+    """The names in templates: what `Description.facts` says, and the files of `blocks` with their macros."""
+    context: dict[str, Any] = dict(d.facts())
     for name in BLOCKS:  # each may call those before it
         context[name] = _templates().get_template(f"blocks/{name}.jinja").make_module(context)
     return context

@@ -94,12 +94,19 @@ def test_tiles_of_a_block_share_its_rows():
 
 
 @pytest.mark.slow
-def test_formulas_in_blocks():
-    """Long calls go in blocks of chunks; what follows for 7 blocks from fewer is what is counted there."""
-    case = dataclasses.replace(SMALL, key_dim=16, value_dim=16, heads=1, length=7 * 1024, in_blocks=True)
+@pytest.mark.parametrize(
+    ("family", "kernels"),
+    [
+        ("scalar/none", {"block_state", "tree_up", "block_output"}),
+        ("scalar/delta", {"chunk_mix", "delta_block_state", "tree_up", "far_state", "delta_block_output"}),
+    ],
+)
+def test_formulas_in_blocks(family, kernels):
+    """Long calls go in blocks of chunks; what follows for 11 blocks from fewer is what is counted there."""
+    case = dataclasses.replace(SMALL, family=family, key_dim=16, value_dim=16, heads=1, length=11 * 1024, in_blocks=True)
     found = {row.kernel: row.numbers for row in cost(case).rows}
     (launches,) = worker.counts([case])
-    assert found.keys() == {"block_state", "tree_up", "block_output"}
+    assert found.keys() == kernels
     assert {kernel: dict(numbers) for kernel, numbers in totals(launches).items()} == found
     long = dataclasses.replace(SMALL, heads=32, length=65_536)
     assert long.goes_in_blocks

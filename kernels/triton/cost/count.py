@@ -14,7 +14,7 @@ from llcompile.errors import SpecError
 from llcompile.kernels.triton.cost.around import Around, Planned, around
 from llcompile.kernels.triton.cost.case import Case
 from llcompile.kernels.triton.cost.counter import Counted
-from llcompile.kernels.triton.cost.scale import SAMPLES, Formula, Shape, formula
+from llcompile.kernels.triton.cost.scale import BLOCK_SAMPLES, SAMPLES, Formula, Shape, formula
 from llcompile.kernels.triton.cost.worker import counts
 
 Numbers = dict[str, int]
@@ -107,7 +107,8 @@ def _samples(case: Case) -> list[Case]:
         drawn = random.Random(0).sample(range(case.length // 2, case.length), min(_POSITIONS, case.length // 2))
         return [dataclasses.replace(one, length=position) for position in (*drawn, case.length - 1)]
     whole = case.length // case.unit
-    chunks = (whole,) if whole <= max(SAMPLES) else SAMPLES
+    samples = BLOCK_SAMPLES if case.goes_in_blocks else SAMPLES
+    chunks = (whole,) if whole <= max(samples) else samples
     return [dataclasses.replace(one, length=n * case.unit) for n in chunks]
 
 

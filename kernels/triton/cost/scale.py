@@ -9,6 +9,7 @@ estimate.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -16,8 +17,9 @@ import numpy as np
 
 from llcompile.errors import KernelError
 
-# Chunks of the lengths that are counted (tokens with decays by rates).
-SAMPLES = (2, 3, 4, 5, 6)
+# Chunks of the lengths that are counted (tokens with decays by rates), and blocks where a call goes in blocks: of 8, one
+# reads three others.
+SAMPLES, BLOCK_SAMPLES = (2, 3, 4, 5, 6), (2, 3, 4, 6, 8)
 # More samples than unknowns, at least: these are predictions that are checked.
 _CHECKS = 2
 _MOST = 3
@@ -37,6 +39,8 @@ _FEATURES: dict[str, Callable[[Shape], int]] = {
     "chunks": lambda s: s.chunks,
     "reads": lambda s: sum(i.bit_count() for i in range(s.chunks)),  # blocks that all chunks read
     "blocks": lambda s: s.chunks.bit_count(),  # whole blocks of the sequence
+    "after others": lambda s: sum(i.bit_count() > 1 for i in range(s.chunks)),  # chunks that read several blocks
+    "passes": lambda s: sum(math.comb(i.bit_count(), 2) for i in range(s.chunks)),  # of what they read, over what they read
 }
 
 
@@ -64,9 +68,10 @@ def formula(name: str, samples: Iterable[tuple[Shape, int]]) -> Formula:
             found = _solved(rows, values)
             if found is not None and (len(shapes) >= size + _CHECKS or size == 1):
                 return Formula(dict(zip(names, found, strict=True)))
+    counted = sorted({shape.chunks for shape in shapes})
     raise KernelError(
-        f"{name}: counts at {', '.join(map(str, SAMPLES))} chunks follow no formula ({values}), so there is none for "
-        f"other lengths; count a length of at most {max(SAMPLES)} chunks"
+        f"{name}: counts at {', '.join(map(str, counted))} chunks follow no formula ({values}), so there is none for "
+        f"other lengths; count a length of at most {max(counted)} chunks"
     )
 
 

@@ -3,6 +3,10 @@
 Two passes over the tokens instead of one: the first makes a state for each block, the second those of its chunks, each
 of which is read soon and then overwritten. Between the passes a tree joins blocks. So there are fewer states in memory
 by the number of chunks in a block, and fewer programs: short calls have a program for each chunk (`engine`).
+
+With the delta rule, the first pass also makes a block's transition, and the queries of its chunks as they read a state
+at the block's start; states of levels above are taken there once a block. States inside pass each chunk as it comes,
+by its keys: no chunk has a matrix [K, K].
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import torch
 from torch import Tensor
 
 from llcompile.kernels.grid import Grid, depth
@@ -30,10 +35,12 @@ _least_programs = ContextVar("least_programs", default=LEAST_PROGRAMS)
 def may(d: Description) -> bool:
     """Whether the forward pass of long calls goes in blocks.
 
-    The delta rule has a matrix for each chunk to keep, and what continues, ends in a state or is packed has tables for
-    its chunks.
+    What continues, ends in a state or is packed has tables for its chunks. For the delta rule in float32, tiles would
+    be twice as large as those that were seen to fit on the chips.
     """
     if not d.weighted or d.correction == "erase" or d.decay not in ("none", "scalar"):
+        return False
+    if d.delta and d.dtype == torch.float32:
         return False
     return d.initial_state == "none" and not d.final_state and not d.packed
 

@@ -65,7 +65,7 @@ BUFFERS = {
     "state_gradients": Buffer("[B, H, N, K, V]"),
     "total_gradients": Buffer("[2, B, H, N (, K)]", first="zero"),
     "transition_gradients": Buffer("[2, B, H, N, K, K]", first="zero"),
-    # -- in blocks of chunks: N counts blocks ---------------------------------------------------------------------------
+    # -- in blocks of chunks: N counts blocks --------------------------------------------------------------------------
     "low_states": Buffer("[B, H, N, LOW, K, V]", "operand"),
     "passing_states": Buffer("[B, H, N, LOW, K, V]"),
     "mixes": Buffer("[B, H, N * WALK, C, C]", "operand"),

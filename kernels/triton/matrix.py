@@ -44,7 +44,7 @@ GROUPS: dict[str, tuple[tuple[tuple[int, int], ...], tuple[dict[str, Any], ...]]
 }
 # Groups with families of their own.
 OTHER_FAMILIES = {
-    "blocks": (("scalar", "none"), ("none", "none")),
+    "blocks": tuple(itertools.product(("scalar", "none"), ("none", "delta"))),
     "rates": (("rate", "none"),),
     "erase": (("channel", "erase"),),
 }

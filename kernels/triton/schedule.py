@@ -14,8 +14,9 @@ from llcompile.kernels.triton.description import Description
 class Entry(NamedTuple):
     """One kernel.
 
-    `over` is what has a program each: a chunk (a block of `blocks`, or each chunk of those that it walks over), a pair of blocks (level by level, up the tree or down it), a head of a
+    `over` is what has a program each: a chunk, a pair of blocks (level by level, up the tree or down it), a head of a
     sequence, a level of a head's initial state, or a run of a sequence's heads that share query and weights (`scan`).
+    In `BLOCKS`, "chunks" are blocks of chunks, and "walked chunks" the chunks of all blocks.
     With `tiles`, each value tile has a program of its own; other kernels loop over them. It finds in `changes` what
     others have left there and leaves something else: run again, it would not find that. `launch` is the widest value
     tile, the warps and the pipeline stages, chosen so that nothing spills on sm_90 at K, V <= 128; `tuning` has the
@@ -107,9 +108,7 @@ DECODE = {
 BLOCKS = {
     "chunk_mix": Entry("walked chunks", (128, 4, 1), lambda d: d.delta),
     "block_state": Entry("chunks", (64, 4, 1), lambda d: not d.delta, tiles=True, fast_tiles=True),
-    "delta_block_state": Entry(
-        "chunks", (64, 4, 1), lambda d: d.delta, tiles=True, fast_tiles=True, passing=True
-    ),
+    "delta_block_state": Entry("chunks", (64, 4, 1), lambda d: d.delta, tiles=True, fast_tiles=True, passing=True),
     "tree_up": STATES["tree_up"],
     "far_state": Entry("chunks", (64, 8, 1), lambda d: d.delta, tiles=True, fast_tiles=True),
     "block_output": Entry("chunks", (64, 4, 1), lambda d: not d.delta, tiles=True, fast_tiles=True),

@@ -86,9 +86,10 @@ def test_what_is_wrong(change, words):
     assert words in found
 
 
-def test_a_long_call_is_tested_in_blocks():
+@pytest.mark.parametrize(("correction", "dtype"), [("none", torch.float32), ("delta", torch.bfloat16)])
+def test_a_long_call_is_tested_in_blocks(correction, dtype):
     """Its kernels are others (`blocks`): one number that only they get wrong is found."""
-    d = Description("scalar", "none", 8, 8, dtype=torch.float32, levels=6)
+    d = Description("scalar", correction, 8, 8, dtype=dtype, levels=6)
 
     def wrong_when_long(found):
         return one_number(found) if found[0].shape[1] > blocks.WALK * d.chunk else found

@@ -103,7 +103,9 @@ def test_tiles_of_a_block_share_its_rows():
 )
 def test_formulas_in_blocks(family, kernels):
     """Long calls go in blocks of chunks; what follows for 11 blocks from fewer is what is counted there."""
-    case = dataclasses.replace(SMALL, family=family, key_dim=16, value_dim=16, heads=1, length=11 * 1024, in_blocks=True)
+    case = dataclasses.replace(
+        SMALL, family=family, key_dim=16, value_dim=16, heads=1, length=11 * 1024, in_blocks=True
+    )
     found = {row.kernel: row.numbers for row in cost(case).rows}
     (launches,) = worker.counts([case])
     assert found.keys() == kernels

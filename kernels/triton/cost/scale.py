@@ -17,9 +17,9 @@ import numpy as np
 
 from llcompile.errors import KernelError
 
-# Chunks of the lengths that are counted (tokens with decays by rates), and blocks where a call goes in blocks: of 8, one
+# Chunks of the lengths that are counted (tokens with decays by rates), and blocks where a call goes in blocks: one of 8
 # reads three others.
-SAMPLES, BLOCK_SAMPLES = (2, 3, 4, 5, 6), (2, 3, 4, 6, 8)
+SAMPLES, BLOCK_SAMPLES = (2, 3, 4, 5, 6), (1, 2, 3, 4, 8)
 # More samples than unknowns, at least: these are predictions that are checked.
 _CHECKS = 2
 _MOST = 3
@@ -40,7 +40,7 @@ _FEATURES: dict[str, Callable[[Shape], int]] = {
     "reads": lambda s: sum(i.bit_count() for i in range(s.chunks)),  # blocks that all chunks read
     "blocks": lambda s: s.chunks.bit_count(),  # whole blocks of the sequence
     "after others": lambda s: sum(i.bit_count() > 1 for i in range(s.chunks)),  # chunks that read several blocks
-    "passes": lambda s: sum(math.comb(i.bit_count(), 2) for i in range(s.chunks)),  # of what they read, over what they read
+    "passes": lambda s: sum(math.comb(i.bit_count(), 2) for i in range(s.chunks)),  # over others on the way
 }
 
 

@@ -63,8 +63,10 @@ ALL = [
         *(("none", False, "packed", 1), ("level", True, "packed", 2)),
     )
 ] + [
-    Description(decay, "none", 48, 80, repeat, levels=9, padded=padded, walk=16)
-    for decay, (repeat, padded) in itertools.product(("none", "scalar"), ((1, False), (2, True)))
+    Description(decay, correction, 48, 80, repeat, levels=9, padded=padded, walk=16)
+    for decay, correction, (repeat, padded) in itertools.product(
+        ("none", "scalar"), ("none", "delta"), ((1, False), (2, True))
+    )
 ]
 
 

@@ -172,7 +172,7 @@ def test_packed_sequences_have_their_own_chunks():
 
 
 NUMBERS = {"scale", "heads", "tokens", "chunks", "batch_heads", "half", "pairs", "level"}
-NUMBERS |= {"grid_levels", "old_levels", "end_levels", "share", "weight_repeat", "parts", "VALUE_TILE"}
+NUMBERS |= {"far_levels", "grid_levels", "old_levels", "end_levels", "share", "weight_repeat", "parts", "VALUE_TILE"}
 
 
 def test_buffers_are_as_signatures_say():
@@ -209,7 +209,7 @@ def test_buffers_are_written_before_they_are_read():
 
 
 # Buffers that a kernel reads and writes, and others only read: it finds there what it has written itself.
-FOR_ITSELF = {"readers", "reaches", "carries", "low_states"}
+FOR_ITSELF = {"readers", "reaches", "carries", "low_states", "passing_states"}
 
 
 def test_effects_are_read_off_the_source():

@@ -38,7 +38,7 @@ _STEPS = {f: Case(f, "step", length=131_072, levels=level_count(131_073)) for f 
 BUDGETS = (
     Budget("moved, KB a chunk", _SCALAR, 94, 100),
     Budget("moved, KB a chunk", _SCALAR_BACK, 878),
-    Budget("moved, KB a chunk", _DELTA, 1135, 300),
+    Budget("moved, KB a chunk", _DELTA, 290, 300),
     Budget("moved, KB a chunk", _DELTA_BACK, 4005),
     Budget("workspace, GB", _SCALAR_BACK, 6.29, 2),
     Budget("workspace, GB", _DELTA_BACK, 25.4, 8),

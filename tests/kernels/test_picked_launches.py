@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from llcompile.commands.doctor import tests_of
+from llcompile.commands import doctor
 from llcompile.kernels import choice
 from llcompile.kernels.description import Description
 from llcompile.kernels.implementations import ATEN, Triton
@@ -36,7 +36,7 @@ class Launches(StandIn):
 
     def forward(self, x, scale, return_final_state):
         launches, ran = autotune._fixed.get() or ({}, set())
-        ran |= launches.keys()
+        ran.update(launches)
         self.given = tuple(launches.values())
         return super().forward(x, scale, return_final_state)
 
@@ -70,7 +70,7 @@ def test_wrong_ones_are_refused():
     """What the test finds is the reason, now and from disk, and `doctor` says it."""
     for one in (Launches("forward", one_number), Launches()):
         assert "differs from the ATen form in float64 by" in (judge(one) or "")
-    said = [str(finding) for finding in tests_of(CPU)]
+    said = [str(finding) for finding in doctor.tests_of(CPU)]
     assert any("output launched as" in line for line in said), said
 
 

@@ -126,8 +126,8 @@ def _triton_version() -> str:
 
 def summary(reports: Iterable[Report]) -> Iterator[str]:
     """A Markdown table: the worst over all kernels, by chip and size."""
-    columns = ("chip", "K", "V", "dtype", "kernels", "registers", "shared KB", "limit KB", "that spill", "worst, bytes")
-    columns += ("with one program at a time", "with asynchronous copies")
+    columns = ["chip", "K", "V", "dtype", "kernels", "registers", "shared KB", "limit KB", "that spill", "worst, bytes"]
+    columns += ["with one program at a time", "with asynchronous copies"]
     yield f"| {' | '.join(columns)} |"
     yield "|---" * len(columns) + "|"
     groups: dict[tuple[Any, ...], list[Report]] = defaultdict(list)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from llcompile.kernels.triton.chips import CHIPS, Chip
+from llcompile.kernels.triton.chips import Chip
 
 _KB = 1024
 
@@ -27,7 +27,7 @@ class Room(NamedTuple):
 
 # CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; AMD's ISA guides of CDNA 3 and CDNA 4:
 # 512 vector registers for each of 64 lanes of a wave slot's SIMD, at most 8 waves there, 4 SIMDs.
-_AMD = {"registers": 4 * 512 * 64, "warps": 32, "programs": 32, "granule": 8 * 64, "reserved": 0, "quarters": True}
+_AMD = Room(4 * 512 * 64, 64 * _KB, 32, 32, granule=8 * 64, reserved=0, quarters=True)
 ROOMS = {
     "sm_80": Room(65_536, 164 * _KB, 64, 32),
     "sm_86": Room(65_536, 100 * _KB, 48, 16),
@@ -35,8 +35,8 @@ ROOMS = {
     "sm_90": Room(65_536, 228 * _KB, 64, 32),
     "sm_100": Room(65_536, 228 * _KB, 64, 32),
     "sm_120": Room(65_536, 100 * _KB, 48, 24),
-    "gfx942": Room(shared=CHIPS["gfx942"].shared, **_AMD),
-    "gfx950": Room(shared=CHIPS["gfx950"].shared, **_AMD),
+    "gfx942": _AMD,
+    "gfx950": _AMD._replace(shared=160 * _KB),
 }
 
 

@@ -87,7 +87,7 @@ def test_large_operands(worker):
     assert below["chunk_scores"] == above["chunk_scores"] + 2
 
 
-@pytest.mark.parametrize("operation", ["forward", "backward"])
+@pytest.mark.parametrize("operation", ["forward", pytest.param("backward", marks=pytest.mark.slow)])
 def test_arithmetic_moves_to_tensor_cores(operation):
     """One chunk, K = 128: elementwise operations are those of rows, not of pairs times channels."""
     case = Case("channel/delta", operation, heads=1, groups=1, length=64, levels=7)
@@ -97,5 +97,5 @@ def test_arithmetic_moves_to_tensor_cores(operation):
     blocks, pairs = 4, 16 * 16 * 128
     products = {"forward": 2, "backward": 4}[operation] * blocks
     assert numbers["dot tf32"] == products * 2 * pairs
-    # Pair by pair there were 5 (backward 12) operations or more for each pair and channel of a block.
+    # Pair by pair there are 8 (backward 17) operations for each pair and channel of a block.
     assert numbers["pointwise"] < {"forward": 4, "backward": 8}[operation] * blocks * pairs

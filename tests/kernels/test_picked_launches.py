@@ -116,8 +116,8 @@ def test_each_pass_has_a_test(install, sweep):
     assert autotune._judge.get() is None
 
 
-FAMILIES = [("none", "none"), ("scalar", "none"), ("scalar", "delta"), ("channel", "none"), ("channel", "delta")]
-FAMILIES += [("channel", "erase"), ("rate", "none")]
+OTHERS = [("none", "none"), ("scalar", "none"), ("channel", "none"), ("channel", "delta"), ("channel", "erase")]
+FAMILIES = [("scalar", "delta"), *(pytest.param(*row, marks=pytest.mark.slow) for row in (*OTHERS, ("rate", "none")))]
 
 
 @pytest.mark.parametrize(("decay", "correction"), FAMILIES)

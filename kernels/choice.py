@@ -164,7 +164,8 @@ def _run(
         try:
             reason = wanted.rejection(d, device, sweep)
             if reason is None:
-                return call(wanted)
+                with wanted.watched(d, device, sweep):
+                    return call(wanted)
             kind_of_error = KernelTestError
         except KernelTestError:  # the device is lost: nothing else runs there
             raise

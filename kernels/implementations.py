@@ -60,6 +60,10 @@ class Implementation(ABC):
         """
         return None
 
+    def watched(self, d: Described, device: torch.device, sweep: Sweep) -> contextlib.AbstractContextManager[None]:
+        """Around a pass that may run: what must be known of it while it does."""
+        return contextlib.nullcontext()
+
     def refusal(self, error: Exception, d: Described, device: torch.device) -> str | None:
         """What an error says if it means that this cannot be made for `d` on `device`; None if it means anything else.
 
@@ -113,6 +117,12 @@ class Triton(Implementation):
         from llcompile.kernels.triton.acceptance import rejection
 
         return rejection(self, ATEN, d, device, sweep)
+
+    def watched(self, d: Described, device: torch.device, sweep: Sweep) -> contextlib.AbstractContextManager[None]:
+        """With the test of launch parameters that are picked meanwhile (`autotune`)."""
+        from llcompile.kernels.triton.acceptance import picks_tested
+
+        return picks_tested(self, ATEN, d, device, sweep)
 
     def refusal(self, error: Exception, d: Described, device: torch.device) -> str | None:
         """Of what Triton raises for kernels that it cannot make."""

@@ -7,7 +7,9 @@ time. What was found is kept on disk (`records`): a process pays for it once, a 
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -15,8 +17,10 @@ from torch import Tensor
 from llcompile.errors import KernelCacheError, KernelTestError
 from llcompile.kernels.triton import autotune, faults, records
 from llcompile.kernels.triton.acceptance_passes import POSITION, Described, Passes, Sweep, cases
+from llcompile.kernels.triton.launch import Kernel
 from llcompile.kernels.triton.limits import interpreted
 from llcompile.kernels.triton.toolchain import toolchain_of
+from llcompile.kernels.triton.tuning import Tuning
 
 # How far from float64, in units of what the operands' dtype loses (at least the 10 bits of tf32), or of the ATen form's
 # own error in that dtype. On an H200 all cases of tests/kernels/test_triton_cuda.py kept to the first.
@@ -44,20 +48,50 @@ def rejection(ours: Passes, trusted: Passes, d: Described, device: torch.device,
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return "they have not been tested here, and cannot be while a CUDA graph is captured; call once before"
         with records.kept(records.question(d, device, sweep)) as record:
-            passing = None if record.settled else _settle(record, ours, trusted, d, device, sweep)
+            passing = None if record.settled else _settle(record, ours, trusted, d, device, sweep, {})
             if passing is not None:
                 return passing
             _known[kind] = record.failure
         return _known[kind]
 
 
+def picks_tested(
+    ours: Passes, trusted: Passes, d: Described, device: torch.device, sweep: Sweep
+) -> contextlib.AbstractContextManager[None]:
+    """Test launch parameters that are picked by measurement inside, in a pass whose defaults were accepted.
+
+    The test is that of the defaults with one kernel launched otherwise; its result has a record of its own.
+    """
+
+    def judge(kernel: Kernel, chosen: Tuning) -> str | None:
+        asked = records.question(d, device, sweep) | {"kernel": kernel.name, "launch": list(chosen)}
+        with _testing, records.kept(asked) as record:
+            passing = None if record.settled else _settle(record, ours, trusted, d, device, sweep, {kernel: chosen})
+            return passing or record.failure
+
+    return autotune.judged(judge)
+
+
 def _settle(
-    record: records.Record, ours: Passes, trusted: Passes, d: Described, device: torch.device, sweep: Sweep
+    record: records.Record,
+    ours: Passes,
+    trusted: Passes,
+    d: Described,
+    device: torch.device,
+    sweep: Sweep,
+    launches: Mapping[Kernel, Tuning],
 ) -> str | None:
-    """Run the test and keep what it finds; a reason of this moment alone is returned instead."""
-    with torch.inference_mode(False), torch.no_grad(), autotune.only_defaults():
+    """Run the test and keep what it finds; a reason of this moment alone is returned instead.
+
+    Kernels are launched with `launches`, or else their defaults.
+    """
+    with torch.inference_mode(False), torch.no_grad(), autotune.fixed(launches) as ran:
         try:
-            record.settle(test(ours, trusted, d, device, sweep))
+            found = test(ours, trusted, d, device, sweep)
+            missed = next((kernel.name for kernel in launches if kernel not in ran), None)
+            if found is None and missed is not None:
+                found = f"it does not run {missed}"
+            record.settle(found)
         except torch.OutOfMemoryError as error:
             return f"there is no memory to test them ({_line(error)})"
         except Exception as error:

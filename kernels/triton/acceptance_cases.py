@@ -14,6 +14,7 @@ from llcompile.kernels.description import Description, ReadoutDescription
 from llcompile.kernels.operands import Operands, Token
 from llcompile.kernels.readouts import Readouts, ReadoutToken
 from llcompile.kernels.triton import blocks
+from llcompile.kernels.triton.description import BLOCK, SPAN
 
 # Six whole chunks of 64 and a part of one: pairs at two levels of the tree, and a block without a partner.
 TOKENS = 393
@@ -56,6 +57,8 @@ class Source:
             erase,
             None if erase is None else 0.5 * erase + 0.2 * self.units(*keys),
         )
+        if x.log_decay is not None and d.decay == "channel":  # half of the blocks go by pairs, half by products
+            x.log_decay[:, BLOCK // 2 :: 2 * BLOCK, :, 0] = -2 * SPAN
         fine = ("log_decay", "decay_rate")
         return Operands(*(t if t is None or n in fine else t.to(d.dtype) for n, t in zip(x._fields, x, strict=True)))  # type: ignore[arg-type]
 

@@ -1,10 +1,11 @@
 """Launch parameters by measurement: few candidates, timed once for each kind of launch, kept on disk.
 
-Off unless `LLCOMPILE_AUTOTUNE=1`: the defaults (`tuning`) were chosen so that nothing spills, and a first call
-that tunes compiles each of its kernels several times over. Launches of one kernel whose numbers of programs (chunks
-of all heads, for most) have as many bits are of one kind. What was chosen lies in a file of its own beside generated
-kernels, with what was measured: under the names of the device and of Triton, and the hash of the kernels' source.
-A process reads each file once; from then on a launch costs one look into a dict.
+Off unless `LLCOMPILE_AUTOTUNE=1`: a first call that tunes compiles each of its kernels several times over. Launches
+of one kernel whose numbers of programs (chunks of all heads, for most) have as many bits are of one kind. What spills
+is timed like the rest. The fastest is tested before its numbers are used, as the defaults are (`acceptance`); if it is
+wrong, the next one is. What was chosen lies in a file of its own beside generated kernels, with what was measured:
+under the names of the device and of Triton, and the hash of the kernels' source. A process reads each file once; from
+then on a launch costs one look into a dict.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
@@ -38,21 +39,40 @@ VARIABLE = "LLCOMPILE_AUTOTUNE"
 _TILE_REGISTERS = 128
 _WARP = 32
 _log = logging.getLogger("llcompile.kernels")
-_chosen: dict[tuple[Kernel, int, Meter], Tuning] = {}
+# By kernel, bits of the number of programs, meter, and whether there was a test of what is picked.
+_chosen: dict[tuple[Kernel, int, Meter, bool], Tuning] = {}
 _instead: ContextVar[Callable[[Launch], None] | None] = ContextVar("instead", default=None)
 
 
-_only_defaults: ContextVar[bool] = ContextVar("llcompile_only_defaults", default=False)
+# Launch parameters of all kernels while a test of them runs: the defaults but for those here; and the ones that ran.
+_fixed: ContextVar[tuple[Mapping[Kernel, Tuning], set[Kernel]] | None] = ContextVar("llcompile_fixed", default=None)
+# What tests launch parameters with the pass that is running; see `judged`.
+Judge = Callable[[Kernel, Tuning], str | None]
+_judge: ContextVar[Judge | None] = ContextVar("llcompile_judge", default=None)
 
 
 @contextlib.contextmanager
-def only_defaults() -> Iterator[None]:
-    """Run launches inside with their defaults, and tune none: a test of kernels is too small to tune for."""
-    token = _only_defaults.set(True)
+def fixed(launches: Mapping[Kernel, Tuning]) -> Iterator[set[Kernel]]:
+    """Run launches inside with `launches`, or else the defaults, and tune none: a test is too small to tune for.
+
+    Yields the kernels of `launches` that have run so far.
+    """
+    seen: set[Kernel] = set()
+    token = _fixed.set((launches, seen))
+    try:
+        yield seen
+    finally:
+        _fixed.reset(token)
+
+
+@contextlib.contextmanager
+def judged(judge: Judge) -> Iterator[None]:
+    """Let `judge` say why launch parameters that are picked inside must not be used; None where they may be."""
+    token = _judge.set(judge)
     try:
         yield
     finally:
-        _only_defaults.reset(token)
+        _judge.reset(token)
 
 
 def run(launch: Launch) -> None:
@@ -62,7 +82,14 @@ def run(launch: Launch) -> None:
     if (instead := _instead.get()) is not None:
         instead(launch)
         return
-    meter = None if _only_defaults.get() else current_meter()
+    if (given := _fixed.get()) is not None:
+        launches, seen = given
+        chosen = launches.get(launch.kernel)
+        if chosen is not None:
+            seen.add(launch.kernel)
+        launch(chosen or launch.kernel.default)
+        return
+    meter = current_meter()
     launch(launch.kernel.default if meter is None else best(launch, meter))
 
 
@@ -89,7 +116,7 @@ def best(launch: Launch, meter: Meter) -> Tuning:
 
     What `launch` changes in place is as before when this returns; what it only writes is not.
     """
-    kind = (launch.kernel, launch.programs.bit_length(), meter)
+    kind = (launch.kernel, launch.programs.bit_length(), meter, _judge.get() is not None)
     if kind in _chosen:
         return _chosen[kind]
     question = _question(launch, meter)
@@ -126,21 +153,35 @@ def _crowded(d: Description, chosen: Tuning) -> bool:
 
 
 def _measure(launch: Launch, meter: Meter, question: dict[str, Any]) -> Tuning:
-    """Time every candidate that fits, write down what came out, and return the fastest."""
-    rows: list[dict[str, Any]] = []
+    """Time every candidate that fits, write down what came out, and return the fastest that is right."""
+    rows: dict[Tuning, dict[str, Any]] = {}
     times: dict[Tuning, float] = {}
     with _restored(launch):
         for candidate in candidates(launch.kernel):
             reason = meter.refused(launch, candidate)
             if reason is None:
                 times[candidate] = meter.milliseconds(partial(launch, candidate))
-                rows.append({**candidate._asdict(), "milliseconds": round(times[candidate], 5)})
+                spilled = meter.spilled(launch, candidate)
+                rows[candidate] = {"milliseconds": round(times[candidate], 5), "spilled": spilled}
             else:
-                rows.append({**candidate._asdict(), "left_out": reason})
-    chosen = min(times, key=times.__getitem__, default=launch.kernel.default)
+                rows[candidate] = {"left_out": reason}
+    chosen = launch.kernel.default
+    for candidate in sorted(times, key=times.__getitem__):
+        if (wrong := _wrong(launch.kernel, candidate)) is None:
+            chosen = candidate
+            break
+        rows[candidate]["wrong"] = wrong
+        _log.warning("%s would be fastest with %s, which is not used: %s", launch.kernel.name, candidate, wrong)
     _log.info("%s runs with %s: fastest of %d for %s", launch.kernel.name, chosen, len(times), question["programs"])
-    _write(question, {"question": question, "chosen": chosen._asdict(), "measured": rows})
+    measured = [{**candidate._asdict(), **row} for candidate, row in rows.items()]
+    _write(question, {"question": question, "chosen": chosen._asdict(), "measured": measured})
     return chosen
+
+
+def _wrong(kernel: Kernel, chosen: Tuning) -> str | None:
+    """Why `kernel` must not run with these parameters; the defaults have been tested before this call."""
+    judge = _judge.get()
+    return None if judge is None or chosen == kernel.default else judge(kernel, chosen)
 
 
 @contextlib.contextmanager
@@ -172,6 +213,7 @@ def _question(launch: Launch, meter: Meter) -> dict[str, Any]:
         "programs": f"{1 << (bits - 1)} to {(1 << bits) - 1}",
         "device": meter.name,
         "candidates": [list(c) for c in candidates(launch.kernel)],
+        "tested": _judge.get() is not None,  # what was picked without a test serves no call that has one
     }
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from llcompile.kernels import description
 from llcompile.kernels.description import ReadoutDescription
-from llcompile.kernels.triton import readout_source
+from llcompile.kernels.triton import occupancy, readout_source
 from llcompile.kernels.triton.buffers import BUFFERS
 from llcompile.kernels.triton.chips import CHIPS, Chip
 from llcompile.kernels.triton.description import Description
@@ -29,6 +29,11 @@ _MATRIX = {
     "cuda": re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b"),
     "hip": re.compile(r"\bv_(mfma|smfmac)_\w+"),
 }
+# An asynchronous copy to shared memory, as software pipelining makes them: LDGSTS in SASS, or TMA; AMD's loads to LDS.
+_COPY = {
+    "cuda": re.compile(r"\bcp\.async\.(?:c[ag]|bulk\.(?:tensor|shared))"),
+    "hip": re.compile(r"\b(?:buffer|global)_load_\w+.*\blds\b|\bglobal_load_lds_\w+"),
+}
 _POINTERS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32", "int32": "*i32"}
 # Operands that are fp32 whatever the others' dtype is, as models have them.
 _FINE = ("decay_ptr", "rate_ptr")
@@ -37,7 +42,11 @@ _FINE = ("decay_ptr", "rate_ptr")
 @dataclasses.dataclass(frozen=True)
 class Report:
     """What one kernel takes on one chip: registers per thread, bytes of shared memory, columns of tensor memory
-    (Blackwell), bytes spilled per thread, and the matrix instructions that it uses."""
+    (Blackwell), bytes spilled per thread, and the matrix instructions that it uses.
+
+    `products` and `copies` are the matrix instructions and asynchronous copies in its code; None in results that were
+    kept before they were counted.
+    """
 
     chip: str
     description: Description
@@ -48,6 +57,13 @@ class Report:
     tensor_memory: int
     spilled: int
     matrix: str
+    products: int | None = None
+    copies: int | None = None
+
+    @property
+    def programs(self) -> int | None:
+        """Programs that a multiprocessor has room for at a time; None of a chip that is not known."""
+        return occupancy.programs(CHIPS[self.chip], self.launch.warps, self.registers, self.shared)
 
     def fits(self) -> bool:
         """Whether the chip has what one program takes."""
@@ -61,12 +77,18 @@ class Report:
         launch = f"{self.launch.value_tile}/{self.launch.warps}/{self.launch.stages}"
         return (
             f"{self.chip:7} {kind:26} {size:24} {self.kernel:25} {launch:>7} {self.registers:5} {self.shared:8} "
-            f"{self.spilled:6}  {self.matrix}"
+            f"{self.spilled:6} {_text(self.programs):>8} {_text(self.products):>8} {_text(self.copies):>6}  "
+            f"{self.matrix}"
         )
 
 
+def _text(number: int | None) -> str:
+    return "-" if number is None else str(number)
+
+
 HEADING = (
-    f"{'chip':7} {'family':26} {'size':24} {'kernel':25} {'launch':>7} {'regs':>5} {'shared':>8} {'spills':>6}  matrix"
+    f"{'chip':7} {'family':26} {'size':24} {'kernel':25} {'launch':>7} {'regs':>5} {'shared':>8} {'spills':>6} "
+    f"{'programs':>8} {'products':>8} {'copies':>6}  matrix"
 )
 # Columns of Blackwell's tensor memory.
 TENSOR_MEMORY = 512
@@ -98,8 +120,10 @@ def compile_kernel(d: Description, name: str, chip: Chip, launch: Tuning | None 
     text = compiled.asm["ptx" if chip.backend == "cuda" else "amdgcn"]
     registers, spilled = _usage(compiled, chip.backend)
     columns = getattr(compiled.metadata, "tmem_size", None) or 0
+    products, copies = (len(kind[chip.backend].findall(text)) for kind in (_MATRIX, _COPY))
     found = " ".join(sorted(set(_MATRIX[chip.backend].findall(text))))
-    return Report(chip.name, d, name, launch, registers, compiled.metadata.shared, columns, spilled, found)
+    shared = compiled.metadata.shared
+    return Report(chip.name, d, name, launch, registers, shared, columns, spilled, found, products, copies)
 
 
 def signature_of(

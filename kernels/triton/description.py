@@ -10,8 +10,13 @@ import torch
 from llcompile.kernels import description, header
 from llcompile.kernels.triton.chips import Backend, Chip
 
-# Tokens of a block within which decays per channel are applied pair by pair.
+# Tokens of a block within which decays per channel are applied to pairs of tokens.
 BLOCK = 16
+# A decay between two tokens of a block is exp(a) exp(-b), with |a| and |b| at most half of the block's span of log
+# decays. Up to this span these factors stay below 2.4e17, and what they multiply must be at most LARGEST. Sums over a
+# block are then far from the largest number of fp32, and only operands below 2.8e-21 fall under its smallest. 15 log
+# decays of -5, the lowest that KDA's bounded gate allows, fit. Beyond it a block goes pair by pair.
+SPAN, LARGEST = 80.0, 2.0**30
 # Channels that a product of two matrices [K, K] takes at a time.
 SLICE = 32
 # Kernels that go token by token and sum over lanes: the most numbers of a tile [lanes, K], and of one with all levels,

@@ -112,7 +112,8 @@ def _row(key: str, report: Report) -> dict[str, Any]:
 def _report(row: dict[str, Any]) -> Report:
     fields = dict(row["description"])
     fields["dtype"] = getattr(torch, fields["dtype"])
-    rest = {f.name: row[f.name] for f in dataclasses.fields(Report) if f.name not in ("description", "launch")}
+    kept = (f.name for f in dataclasses.fields(Report) if f.name not in ("description", "launch"))
+    rest = {name: row[name] for name in kept if name in row}  # some were not counted in earlier files
     return Report(description=Description(**fields), launch=Tuning(*row["launch"]), **rest)
 
 
@@ -125,7 +126,8 @@ def _triton_version() -> str:
 
 def summary(reports: Iterable[Report]) -> Iterator[str]:
     """A Markdown table: the worst over all kernels, by chip and size."""
-    columns = ("chip", "K", "V", "dtype", "kernels", "registers", "shared KB", "limit KB", "that spill", "worst, bytes")
+    columns = ["chip", "K", "V", "dtype", "kernels", "registers", "shared KB", "limit KB", "that spill", "worst, bytes"]
+    columns += ["with one program at a time", "with asynchronous copies"]
     yield f"| {' | '.join(columns)} |"
     yield "|---" * len(columns) + "|"
     groups: dict[tuple[Any, ...], list[Report]] = defaultdict(list)
@@ -137,6 +139,8 @@ def summary(reports: Iterable[Report]) -> Iterator[str]:
         spilling = [r for r in found if r.spilled]
         cells = (chip, *size, len(found), max(r.registers for r in found), f"{shared / 1024:.0f}")
         cells += (CHIPS[chip].shared // 1024, len(spilling), max((r.spilled for r in spilling), default=0))
+        uncounted = any(r.copies is None for r in found)
+        cells += (sum(r.programs == 1 for r in found), "-" if uncounted else sum(bool(r.copies) for r in found))
         yield f"| {' | '.join(map(str, cells))} |"
 
 

@@ -29,27 +29,23 @@ class Meter:
 
         major, minor = torch.cuda.get_device_capability(index)
         self.name = f"{torch.cuda.get_device_name(index)} ({major}.{minor}), triton {triton.__version__}"
-        self._spills: dict[int, int] = {}  # of the kernels' defaults, by id: they live as long as the process
 
     def ready(self) -> bool:
         """Whether there can be a measurement now: timing waits for the device, which no capture of a graph allows."""
         return not torch.cuda.is_current_stream_capturing()
 
     def refused(self, launch: Launch, chosen: Tuning) -> str | None:
-        """Why the device cannot run `launch` with these parameters, or why they spill more than the default."""
-        kernel = launch.kernel
-        if id(kernel) not in self._spills and chosen != kernel.default:
-            self.refused(launch, kernel.default)
+        """Why the device cannot run `launch` with these parameters; None if it can, whatever they spill."""
         try:
-            compiled = launch.compiled(chosen)
-            compiled._init_handles()  # loads it, which raises where the device has too little shared memory
+            # Loads it, which raises where the device has too little shared memory.
+            launch.compiled(chosen)._init_handles()
         except (RuntimeError, *refusals()) as error:  # type: ignore[misc]
             return f"{type(error).__name__}: {error}".splitlines()[0]
-        spills = int(compiled.n_spills)
-        if chosen == kernel.default:
-            self._spills[id(kernel)] = spills
-        allowed = self._spills.get(id(kernel), 0)
-        return f"{spills} registers spilled, by the default {allowed}" if spills > allowed else None
+        return None
+
+    def spilled(self, launch: Launch, chosen: Tuning) -> int:
+        """Registers that `launch` spills with these parameters, which `refused` has compiled."""
+        return int(launch.compiled(chosen).n_spills)
 
     def milliseconds(self, run: Callable[[], None]) -> float:
         """Median of the runs that fit into 20 ms, after 5 ms to warm up, with an L2 cache cleared before each."""

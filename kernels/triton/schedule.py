@@ -39,19 +39,24 @@ STATES = {
     "erase_scores": Entry("chunks", (128, 4, 1), lambda d: d.correction == "erase"),
     "chunk_inverse": Entry("chunks", (128, 4, 1), lambda d: d.dense),
     "erase_chunk": Entry("chunks", (128, 8, 1), lambda d: d.correction == "erase"),
-    "chunk_state": Entry("chunks", (128, 8, 1), tiles=True),
+    "chunk_state": Entry("chunks", (128, 8, 1), tiles=True, fast_tiles=True),
     "tree_up": Entry(
-        "pairs, up", (32, 4, 1), lambda d: d.weighted, tiles=True, changes=("states", "totals", "transitions")
+        "pairs, up",
+        (32, 4, 1),
+        lambda d: d.weighted,
+        tiles=True,
+        fast_tiles=True,
+        changes=("states", "totals", "transitions"),
     ),
     "state_scan": Entry("heads", (16, 4, 1), lambda d: not d.weighted, tiles=True, changes=("states",)),
 }
 OUTPUT = {
-    "output": Entry("chunks", (64, 8, 1), tiles=True),
+    "output": Entry("chunks", (64, 8, 1), tiles=True, fast_tiles=True),
     "final_state": Entry("heads", (64, 8, 1), lambda d: d.weighted and d.final_state, tiles=True),
 }
 GRADIENTS = {
     "read_gradient": Entry("chunks", (64, 8, 1), changes=("weight_gradients",)),
-    "state_gradient": Entry("chunks", (64, 8, 1), tiles=True),
+    "state_gradient": Entry("chunks", (64, 8, 1), tiles=True, fast_tiles=True),
     "transition_gradient": Entry("chunks", (128, 8, 1), lambda d: d.weighted and d.dense),
     "old_state_gradient": Entry(
         "old levels", (64, 8, 1), lambda d: d.weighted and d.initial_state != "none", tiles=True

@@ -13,7 +13,7 @@ from jinja2.ext import Extension
 
 from llcompile.kernels import header
 from llcompile.kernels.triton.buffers import ALIGNED, BUFFERS
-from llcompile.kernels.triton.description import BLOCK, SLICE, Description, tile
+from llcompile.kernels.triton.description import BLOCK, LARGEST, SLICE, SPAN, Description, tile
 from llcompile.kernels.triton.schedule import kernel_names
 
 # The folder of macros that kernels share: lines of signatures, who a program is, what it reads and computes.
@@ -64,7 +64,9 @@ def _constants(d: Description) -> str:
         ("VALUE_DIM", d.value_dim, "V"),
         ("REPEAT", d.repeat, "H / G"),
         ("CHUNK", d.chunk, "C"),
-        ("BLOCK", BLOCK, "tokens within which decays per channel are applied pair by pair"),
+        ("BLOCK", BLOCK, "tokens within which decays per channel are applied to pairs"),
+        ("SPAN", SPAN, "of log decays in a block up to which its pairs are products of matrices"),
+        ("LARGEST", LARGEST, "absolute value of what these products take"),
         ("EDGE", d.chunk.bit_length() - 1, "log2 C: levels up to it are inside a chunk"),
         ("LEVELS", d.levels or 0, "level weights per token"),
         ("DIGITS", header.DIGITS, "of the position in the header of a level state"),

@@ -119,9 +119,11 @@ def tests_of(device: Any) -> Iterator[Finding]:
     failed = [record for record in done if record.get("result") == "failed"]
     for record in failed:
         asked = record["question"]
-        advice = f"ATen runs instead; please report it. To test again, remove {record['path']}"
+        launch = f", {asked['kernel']} launched as {asked['launch']}," if "kernel" in asked else ""
+        instead = "other launch parameters are used" if launch else "ATen runs"
+        advice = f"{instead} instead; please report it. To test again, remove {record['path']}"
         yield Finding(
-            topic, f"{asked['pass']} of {asked['description']} failed its test: {record['found']}", None, advice
+            topic, f"{asked['pass']} of {asked['description']}{launch} failed its test: {record['found']}", None, advice
         )
     passed = sum(record.get("result") == "passed" for record in done)
     yield Finding(

@@ -17,8 +17,9 @@ def add_parser(kinds: Any) -> None:
         "matrix",
         help="compile a representative set of kernels for several chips",
         description="Compile a representative set of kernels and print their registers, shared memory and spills. With "
-        "--json FILE results are kept, and a second run compiles only what is missing. The exit code is 1 if a kernel "
-        "does not compile or does not fit.",
+        "--json FILE results are kept, and a second run compiles only what is missing. 'programs' is how many a "
+        "multiprocessor has room for at a time; 'products' and 'copies' are the matrix instructions and asynchronous "
+        "copies in a kernel's code. The exit code is 1 if a kernel does not compile or does not fit.",
     )
     parser.add_argument("chips", nargs="*", metavar="CHIP", help="sm_90, gfx942, … (default: four of them)")
     parser.add_argument(
@@ -27,7 +28,9 @@ def add_parser(kinds: Any) -> None:
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="keep results in a file and do not compile anything twice"
     )
-    parser.add_argument("--summary", action="store_true", help="compile nothing; print a table of the results in FILE")
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument("--summary", action="store_true", help="compile nothing; print a table of the results in FILE")
+    shown.add_argument("--rows", action="store_true", help="compile nothing; print each result in FILE")
     parser.set_defaults(act=_matrix)
 
 
@@ -42,6 +45,9 @@ def _matrix(args: argparse.Namespace) -> int:
     if args.summary:
         print("\n".join(matrix.summary(matrix.read(args.json)[1].values())))
         return 0
+    if args.rows:
+        print("\n".join((HEADING, *(report.row() for report in matrix.read(args.json)[1].values()))))
+        return 0
     results, wrong = matrix.Results(args.json), 0
     print(HEADING)
     for chip, group in itertools.product(args.chips or matrix.DEFAULT_CHIPS, args.group or matrix.GROUPS):
@@ -55,7 +61,8 @@ def _check(args: argparse.Namespace, chips: Any, groups: Any) -> None:
         unknown = [name for name in given if name not in known]
         if unknown:
             raise SpecError(f"unknown {what} {unknown[0]!r}; known: {', '.join(known)}")
-    if args.summary and (args.json is None or not args.json.is_file()):
-        raise SpecError(f"--summary needs --json with an existing file, got {args.json}")
-    if os.environ.get("TRITON_INTERPRET") and not args.summary:
+    shown = "--summary" if args.summary else "--rows" if args.rows else None
+    if shown and (args.json is None or not args.json.is_file()):
+        raise SpecError(f"{shown} needs --json with an existing file, got {args.json}")
+    if os.environ.get("TRITON_INTERPRET") and not shown:
         raise KernelError("kernels cannot be compiled while TRITON_INTERPRET is set")

@@ -41,6 +41,9 @@ class Table:
     def refused(self, launch: Launch, chosen: Tuning) -> str | None:
         return "no room" if chosen in self.tight else None
 
+    def spilled(self, launch: Launch, chosen: Tuning) -> int:
+        return 196
+
     def milliseconds(self, run) -> float:
         self.asked += 1
         run()
@@ -98,8 +101,42 @@ def test_fastest_that_fits(folder):
     answer = json.loads(file.read_text())
     assert answer["chosen"] == third._asdict()
     assert {**second._asdict(), "left_out": "no room"} in answer["measured"]
-    assert {**default._asdict(), "milliseconds": 3.0} in answer["measured"]
+    assert {**default._asdict(), "milliseconds": 3.0, "spilled": 196} in answer["measured"]
     assert answer["question"]["programs"] == "32 to 63"
+
+
+def test_what_is_wrong_is_not_chosen(folder, caplog):
+    """The fastest is tested first; if it is wrong, the next one is taken, and both are written down with why."""
+    job = launch()
+    default, second, third = autotune.candidates(job.kernel)[:3]
+    meter = Table({default: 3.0, second: 1.0, third: 2.0})
+    asked = []
+
+    def judge(kernel, chosen):
+        asked.append((kernel, chosen))
+        return "differs" if chosen == second else None
+
+    with autotune.judged(judge), caplog.at_level(logging.WARNING, "llcompile.kernels"):
+        assert autotune.best(job, meter) == third
+        assert autotune.best(launch(), Table({})) == third  # from the file, which was tested
+    assert asked == [(job.kernel, second), (job.kernel, third)]
+    assert "which is not used: differs" in caplog.text
+    (file,) = folder.iterdir()
+    measured = json.loads(file.read_text())["measured"]
+    assert {**second._asdict(), "milliseconds": 1.0, "spilled": 196, "wrong": "differs"} in measured
+    with autotune.judged(lambda kernel, chosen: "differs"):
+        assert autotune.best(launch(64), meter) == default
+
+
+def test_untested_picks_serve_no_tested_call(folder):
+    """What was picked outside of any test is measured again, and tested, for a call that has one."""
+    fast, slow = autotune.candidates(launch().kernel)[1:3]
+    job, meter = launch(), Table({fast: 1.0})
+    assert autotune.best(job, meter) == fast
+    meter.times = {slow: 1.0}
+    with autotune.judged(lambda kernel, chosen: None):
+        assert autotune.best(job, meter) == slow
+    assert len(list(folder.iterdir())) == 2
 
 
 def test_nothing_fits():

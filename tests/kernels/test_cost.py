@@ -93,6 +93,15 @@ def test_tiles_of_a_block_share_its_rows():
     assert numbers["written"] == 2 * (16 * 128 + 1) * 4
 
 
+def test_tiles_share_rows():
+    """The output's two value tiles run side by side, too: queries and keys come from memory once."""
+    (launches,) = worker.counts([Case("none/none", "forward", 16, 128, heads=1, groups=1, length=128)])
+    numbers = totals(launches)["output"]
+    states = 2 * 16 * 128 * 4
+    assert numbers["read"] == 128 * (16 + 16 + 128) * 2 + states
+    assert numbers["loaded"] == numbers["read"] + 128 * (16 + 16) * 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "kernels"),

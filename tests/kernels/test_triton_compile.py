@@ -40,6 +40,10 @@ def holds(report: Report) -> None:
     assert report.fits(), report.row()
     if "dot(" in kernel_text(report.description, report.kernel):
         assert report.matrix, f"no matrix instruction: {report.row()}"
+        assert report.products, report.row()
+    # No default claims software pipelining; one that did would have to show its copies.
+    assert report.programs
+    assert bool(report.copies) == (report.launch.stages > 1), report.row()
 
 
 @pytest.mark.parametrize(
@@ -91,6 +95,10 @@ def test_results_are_kept(tmp_path, capsys):
     assert len(kept.found) == 1
     assert cli.main(["kernels", "matrix", "--summary", "--json", str(path)]) == 0
     assert capsys.readouterr().out.splitlines() == list(summary([first]))
+    assert cli.main(["kernels", "matrix", "--rows", "--json", str(path)]) == 0
+    assert capsys.readouterr().out.splitlines() == [HEADING, first.row()]
+    assert cli.main(["kernels", "matrix", "--rows", "--json", str(tmp_path / "none.json")]) != 0
+    assert "--rows needs --json with an existing file" in capsys.readouterr().err
     record = json.loads(path.read_text())
     path.write_text(json.dumps(record | {"versions": {"triton": "of another time"}}))
     assert not Results(path).found

@@ -1,21 +1,22 @@
-"""Checkpoints of models of the user's own, and what was made from a model before it was converted."""
+"""Checkpoints of models of the user's own."""
 
 from __future__ import annotations
 
 import copy
-import io
+import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 import llcompile
-from llcompile.errors import CheckpointError, LevelWeightsError, ModelError
-from llcompile.weights import optimizer_states
+from llcompile.errors import CheckpointError, ModelError
+from llcompile.weights import checkpoint
 from tests.helpers.small import Model, TwoMixers
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -96,7 +97,7 @@ def test_converted_on_meta() -> None:
 
 def test_torch_distributed_checkpoint(tmp_path: Path) -> None:
     """In one process, as a user would without a group; the optimizer's state too."""
-    from torch.distributed import checkpoint
+    from torch.distributed import checkpoint as distributed
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
     model, other = converted(Model()), converted(Model())
@@ -104,9 +105,9 @@ def test_torch_distributed_checkpoint(tmp_path: Path) -> None:
     compiled(model).square().mean().backward()
     optimizer.step()
     state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
-    checkpoint.save(state, checkpoint_id=tmp_path)
+    distributed.save(state, checkpoint_id=tmp_path)
     read = dict(zip(("model", "optimizer"), get_state_dict(other, fresh), strict=True))
-    checkpoint.load(read, checkpoint_id=tmp_path)
+    distributed.load(read, checkpoint_id=tmp_path)
     set_state_dict(other, fresh, model_state_dict=read["model"], optim_state_dict=read["optimizer"])
     torch.testing.assert_close(compiled(other), compiled(model), rtol=0, atol=0)
     assert (compiled(model) - model(IDS)).abs().max() > 1e-2
@@ -123,190 +124,98 @@ def test_a_checkpoint_from_before() -> None:
     assert len(model.load_state_dict(before, strict=False).missing_keys) == 6  # two tensors and a descriptor for each
 
 
-def others(model: nn.Module) -> list[Tensor]:
-    return [p for name, p in model.named_parameters() if ".loglinear" not in name]
+@functools.cache
+def kept() -> nn.Module:
+    """Converted once, for tests that only read it."""
+    return converted(Model())
 
 
-def decayed(model: nn.Module) -> list[dict[str, list[Tensor]]]:
-    return [{"params": [p for p in others(model) if (p.dim() > 1) is matrices]} for matrices in (True, False)]
+def in_parts(model: nn.Module, folder: Path) -> Path:
+    """As `save_pretrained` writes it: two files, an index, and what level weights there are in config.json."""
+    state = list(model.state_dict().items())
+    parts = {"part-1.safetensors": dict(state[::2]), "part-2.safetensors": dict(state[1::2])}
+    for file, tensors in parts.items():
+        save_file(tensors, folder / file)
+    weight_map = {name: file for file, tensors in parts.items() for name in tensors}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "config.json").write_text(json.dumps({"loglinear": checkpoint.section(model)}))
+    return folder
 
 
-def unpickled(model: nn.Module) -> nn.Module:
-    torch.save(model, file := io.BytesIO())
-    file.seek(0)
-    return torch.load(file, weights_only=False)  # type: ignore[no-any-return]
+@pytest.mark.parametrize("named", ["", "model.safetensors.index.json"], ids=["folder", "index"])
+def test_several_files(named: str, tmp_path: Path) -> None:
+    model = kept()
+    path = in_parts(model, tmp_path) / named
+    whole, adapted = Model(), Model()
+    own = adapted.head.weight.detach().clone()
+    assert llcompile.load(whole, path) == 2
+    torch.testing.assert_close(dict(whole.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
+    assert llcompile.load_levels(adapted, path) == 2
+    torch.testing.assert_close(levels(adapted), levels(model), rtol=0, atol=0)
+    torch.testing.assert_close(adapted.head.weight, own, rtol=0, atol=0)
+    with torch.device("meta"):
+        empty = Model()
+    assert llcompile.load_levels(empty, path) == 2
+    assert not empty.load_state_dict(model.state_dict(), assign=True).missing_keys
+    torch.testing.assert_close(dict(empty.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
 
 
-def same(model: nn.Module) -> nn.Module:
-    return model
+def without_index(folder: Path) -> Path:
+    (folder / "model.safetensors.index.json").unlink()
+    return folder
 
 
-def compile_for_us(model: nn.Module) -> Any:
-    return torch.compile(model, backend="loglinear")
+def index_of_nothing(folder: Path) -> Path:
+    (folder / "model.safetensors.index.json").write_text("{}")
+    return folder
 
 
-class Ddp(nn.Module):
-    """Holds the model as DistributedDataParallel does, without processes."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.module = model
+def a_part_is_cut(folder: Path) -> Path:
+    (folder / "part-2.safetensors").write_bytes((folder / "part-2.safetensors").read_bytes()[:-8])
+    return folder
 
 
-# How the optimizer was built before the conversion, how it is afterwards, and what the converted model went through.
-BUILT: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., nn.Module]]] = {
-    "one group": (others, lambda model: model.parameters(), same),
-    "level weights last": (others, lambda model: [*others(model), *levels(model)], same),
-    "in a group of their own": (others, lambda model: [{"params": others(model)}, {"params": levels(model)}], same),
-    "in a first group": (others, lambda model: [{"params": levels(model)}, {"params": others(model)}], same),
-    "parameter_groups": (decayed, lambda model: llcompile.parameter_groups(model, 1e-2), same),
-    "named": (lambda model: model.named_parameters(), lambda model: model.named_parameters(), same),
-    "named, in another order": (
-        lambda model: reversed(list(model.named_parameters())),
-        lambda model: model.named_parameters(),
-        same,
-    ),
-    "copied": (others, lambda model: model.parameters(), copy.deepcopy),
-    "unpickled": (others, lambda model: model.parameters(), unpickled),
-}
+def a_tensor_is_missing(folder: Path) -> Path:
+    tensors = load_file(folder / "part-1.safetensors")
+    tensors.pop("embed.weight")
+    save_file(tensors, folder / "part-1.safetensors")
+    return folder
 
 
-@pytest.mark.parametrize("case", BUILT)
-def test_a_state_of_an_optimizer_from_before(case: str, plain_converted: nn.Module) -> None:
-    before, after, change = BUILT[case]
-    plain = Model()
-    old = step(plain, before(plain))
-    saved = copy.deepcopy(old.state_dict())
-    moments = [old.state[p]["exp_avg"] for p in others(plain)]
-    model = change(copy.deepcopy(plain_converted))
-    optimizer = torch.optim.AdamW(after(model), 1e-2)
-    optimizer.load_state_dict(saved)
-    for p, moment in zip(others(model), moments, strict=True):
-        torch.testing.assert_close(optimizer.state[p]["exp_avg"], moment, rtol=0, atol=0)
-    assert not any(p in optimizer.state for p in levels(model))
-    for p in model.parameters():
-        p.grad = torch.ones_like(p)
-    optimizer.step()
-    assert all(int(optimizer.state[p]["step"]) == 2 for p in others(model))
-    assert all(int(optimizer.state[p]["step"]) == 1 for p in levels(model))
-    assert all(len(g.get("param_names", g["params"])) == len(g["params"]) for g in optimizer.param_groups)
-    again = optimizer_states.fitted(optimizer, state := optimizer.state_dict())
-    assert again is state  # one that was saved afterwards is left as it is
-
-
-@pytest.fixture(scope="module")
-def plain_converted() -> nn.Module:
-    model = Model()
-    llcompile.convert(model, IDS, verify=False)
-    return model
-
-
-def fewer_levels() -> nn.Module:
-    model = Model()
-    llcompile.convert(model, IDS, verify=False, options={"levels": 5})
-    return model
+def one_too_many(folder: Path) -> Path:
+    save_file({**load_file(folder / "part-1.safetensors"), "extra": torch.ones(1)}, folder / "part-1.safetensors")
+    return folder / "model.safetensors.index.json"
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "said"),
+    ("damage", "said"),
     [
-        (lambda model: model.parameters(), lambda model: [*others(model), *levels(model)], "in another order"),
-        (lambda model: model.parameters(), lambda _: fewer_levels().parameters(), "another kind or size"),
-        (lambda model: others(model)[1:], lambda model: model.parameters(), r"groups of \[14\].*15 \+ 4 of level"),
-        (decayed, lambda model: model.parameters(), "groups of .*15 . 4 of level weights"),
-        (
-            lambda model: [*model.named_parameters()][1:],
-            lambda model: model.named_parameters(),
-            "cannot be matched",
-        ),
+        (without_index, "has 2 safetensors files and no single index"),
+        (index_of_nothing, "no weight_map"),
+        (a_part_is_cut, r"part-2\.safetensors cannot be read"),
+        (a_tensor_is_missing, r"does not fit Model: it lacks embed\.weight"),
+        (one_too_many, "does not fit Model: it has, and the model has not, extra"),
     ],
-    ids=["another order", "other levels", "one is missing", "other groups", "a name is missing"],
 )
-def test_a_state_that_does_not_fit(
-    before: Callable[..., Any], after: Callable[..., Any], said: str, plain_converted: nn.Module
-) -> None:
-    """Torch would load the first two, and fail in a later step, or not at all."""
-    model = copy.deepcopy(plain_converted)
-    for p in model.parameters():
-        p.grad = torch.ones_like(p)
-    old = torch.optim.AdamW(before(model), 1e-2)
-    old.step()
-    optimizer = torch.optim.AdamW(after(model), 1e-2)
+def test_several_files_that_cannot_be_loaded(damage: Callable[[Path], Path], said: str, tmp_path: Path) -> None:
+    path = damage(in_parts(kept(), tmp_path))
+    other = Model()
+    before = copy.deepcopy(other.state_dict())
     with pytest.raises(CheckpointError, match=said):
-        optimizer.load_state_dict(old.state_dict())
-    assert not optimizer.state
-    fits = torch.optim.AdamW(before(model), 1e-2)
-    fits.load_state_dict(old.state_dict())
-    assert len(fits.state) == len(old.state) > 0
+        llcompile.load(other, path)
+    torch.testing.assert_close(dict(other.state_dict()), dict(before), rtol=0, atol=0)
 
 
-def test_hooks_of_the_user_come_first(plain_converted: nn.Module) -> None:
-    """A hook that adapts a state is asked before what it returns is checked; and ours does not stay."""
-    model = copy.deepcopy(plain_converted)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-    good = optimizer.state_dict()
-    optimizer.register_load_state_dict_pre_hook(lambda optimizer, state: good)
-    optimizer.load_state_dict({"state": {}, "param_groups": []})
-    assert len(optimizer._optimizer_load_state_dict_pre_hooks) == 1
-
-
-def test_states_by_name_both_ways(plain_converted: nn.Module) -> None:
-    """Of torch.distributed.checkpoint, and as it asks for them: not strict where one side has no level weights."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_state_dict
-
-    plain, model = Model(), copy.deepcopy(plain_converted)
-    old, new = step(plain), torch.optim.AdamW([{"params": others(model)}, {"params": levels(model), "lr": 0.3}], 1e-2)
-    loose = StateDictOptions(strict=False)
-    with pytest.raises(RuntimeError, match=r"Missing optimizer state for parameter 'layers\.0\.loglinear\.weight'"):
-        set_state_dict(model, new, model_state_dict={}, optim_state_dict=get_optimizer_state_dict(plain, old))
-    set_state_dict(
-        model, new, model_state_dict={}, optim_state_dict=get_optimizer_state_dict(plain, old), options=loose
-    )
-    moments = [[o.state[p]["exp_avg"] for p in others(m)] for o, m in ((old, plain), (new, model))]
-    torch.testing.assert_close(moments[1], moments[0], rtol=0, atol=0)
-    for p in model.parameters():
-        p.grad = torch.ones_like(p)
-    new.step()
-    assert [group["lr"] for group in new.param_groups] == [1e-2, 0.3]
-    back = torch.optim.AdamW(plain.parameters(), 1e-2)
-    set_state_dict(
-        plain, back, model_state_dict={}, optim_state_dict=get_optimizer_state_dict(model, new), options=loose
-    )
-    moments = [[o.state[p]["exp_avg"] for p in others(m)] for o, m in ((new, model), (back, plain))]
-    torch.testing.assert_close(moments[1], moments[0], rtol=0, atol=0)
-    assert len(back.state) == len(others(plain))
-
-
-def test_an_average_from_before() -> None:
+def test_shared_tensors(tmp_path: Path) -> None:
+    """They are written once, and one of their names is enough; without it the file does not fit."""
     model = Model()
-    average = AveragedModel(model)
-    average.update_parameters(model)
+    model.head.weight = model.embed.weight
     converted(model)
-    average.update_parameters(model)
-    first = [p.detach().clone() for p in levels(model)]
-    torch.testing.assert_close([*levels(average)], first, rtol=0, atol=0)
-    torch.testing.assert_close(compiled(average.module), compiled(model), rtol=0, atol=0)
-    with torch.no_grad():
-        for p in levels(model):
-            p.add_(3.0)
-    average.update_parameters(model)
-    torch.testing.assert_close([*levels(average)], [p + 1.0 for p in first])  # the third of three
-
-
-@pytest.mark.parametrize("average_of", [same, compile_for_us], ids=["plain", "compiled"])
-@pytest.mark.parametrize("updated_with", [same, compile_for_us, Ddp], ids=["plain", "compiled", "DDP"])
-def test_an_average_from_before_of_a_wrapped_model(
-    average_of: Callable[..., nn.Module], updated_with: Callable[..., nn.Module], plain_converted: nn.Module
-) -> None:
-    average = AveragedModel(average_of(Model()))
-    model = copy.deepcopy(plain_converted)
-    average.update_parameters(updated_with(model))
-    assert len(levels(average)) == len(levels(model)) > 0
-    torch.testing.assert_close(list(average.parameters()), list(model.parameters()), rtol=0, atol=0)
-
-
-def test_an_average_of_another_structure(plain_converted: nn.Module) -> None:
-    average = AveragedModel(nn.Sequential(Model()))  # its layers have other names
-    with pytest.raises(LevelWeightsError, match=r"average of Sequential has 15 parameters, and Model has 19"):
-        average.update_parameters(plain_converted)
-    assert average.n_averaged == 0
+    llcompile.save(model, tmp_path / "model.safetensors")
+    tied, untied = Model(), Model()
+    tied.head.weight = tied.embed.weight
+    assert llcompile.load(tied, tmp_path / "model.safetensors") == 2
+    torch.testing.assert_close(tied.head.weight, model.head.weight, rtol=0, atol=0)
+    with pytest.raises(CheckpointError, match=r"does not fit Model: it lacks (head|embed)\.weight"):
+        llcompile.load(untied, tmp_path / "model.safetensors")
+    assert not levels(untied)

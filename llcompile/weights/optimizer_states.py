@@ -37,7 +37,7 @@ def fitted(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str,
     """A state with a place for each level weight of the optimizer; the same one if it has them.
 
     Level weights that it does not know have no state then, as parameters have none that were not stepped yet. Names
-    of parameters count where the optimizer and the state have them, otherwise their order.
+    of parameters count where the optimizer and the state have the same ones, otherwise their order.
 
     Raises:
         CheckpointError: the state is of other parameters, or of the same ones in another order; the optimizer is
@@ -49,7 +49,7 @@ def fitted(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str,
     if not isinstance(saved, list) or not any(map(any, flags)):
         return state
     made = _groups(optimizer, saved, flags)
-    if made != saved:
+    if len(made) != len(saved) or any(new is not old for new, old in zip(made, saved, strict=True)):
         log.info("the optimizer's state was saved before the model was converted: level weights start without one")
         state = {**state, "param_groups": made}
     _expect_shapes(optimizer, state, levels)
@@ -68,7 +68,7 @@ def _groups(optimizer: torch.optim.Optimizer, saved: Sequence[Group], flags: lis
         numbers = None if old is None else _numbers(group, old, own, fresh)
         if old is None or numbers is None:
             raise CheckpointError(_counts(optimizer, saved, flags))
-        if all(own):
+        if all(own) and not old.keys() >= group.keys():
             old = {**group, **old}  # a state by names (torch.distributed.checkpoint) knows no settings of a new group
         made.append(_renamed({**old, "params": numbers}, group) if numbers != old["params"] else old)
     if next(known, None) is not None:
@@ -84,7 +84,6 @@ def _numbers(group: Group, old: Group, own: list[bool], fresh: Iterator[int]) ->
         rest = [name for name, is_level in zip(names, own, strict=True) if not is_level]
         if known.keys() <= set(names) and known.keys() >= set(rest):
             return [known[name] if name in known else next(fresh) for name in names]
-        return None
     if len(old["params"]) == len(own):
         return list(old["params"])
     if len(old["params"]) == own.count(False):

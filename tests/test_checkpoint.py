@@ -1,18 +1,22 @@
-"""Checkpoints of models of the user's own, and what was made from a model before it was converted."""
+"""Checkpoints of models of the user's own."""
 
 from __future__ import annotations
 
 import copy
+import functools
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 import llcompile
 from llcompile.errors import CheckpointError, ModelError
-from llcompile.weights import made_before
+from llcompile.weights import checkpoint
 from tests.helpers.small import Model, TwoMixers
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -35,8 +39,8 @@ def converted(model: nn.Module) -> nn.Module:
     return model
 
 
-def step(model: nn.Module) -> torch.optim.Optimizer:
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+def step(model: nn.Module, parameters: Any = None) -> torch.optim.Optimizer:
+    optimizer = torch.optim.AdamW(model.parameters() if parameters is None else parameters, 1e-2)
     model(IDS).square().mean().backward()
     optimizer.step()
     return optimizer
@@ -93,7 +97,7 @@ def test_converted_on_meta() -> None:
 
 def test_torch_distributed_checkpoint(tmp_path: Path) -> None:
     """In one process, as a user would without a group; the optimizer's state too."""
-    from torch.distributed import checkpoint
+    from torch.distributed import checkpoint as distributed
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
     model, other = converted(Model()), converted(Model())
@@ -101,9 +105,9 @@ def test_torch_distributed_checkpoint(tmp_path: Path) -> None:
     compiled(model).square().mean().backward()
     optimizer.step()
     state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
-    checkpoint.save(state, checkpoint_id=tmp_path)
+    distributed.save(state, checkpoint_id=tmp_path)
     read = dict(zip(("model", "optimizer"), get_state_dict(other, fresh), strict=True))
-    checkpoint.load(read, checkpoint_id=tmp_path)
+    distributed.load(read, checkpoint_id=tmp_path)
     set_state_dict(other, fresh, model_state_dict=read["model"], optim_state_dict=read["optimizer"])
     torch.testing.assert_close(compiled(other), compiled(model), rtol=0, atol=0)
     assert (compiled(model) - model(IDS)).abs().max() > 1e-2
@@ -120,40 +124,98 @@ def test_a_checkpoint_from_before() -> None:
     assert len(model.load_state_dict(before, strict=False).missing_keys) == 6  # two tensors and a descriptor for each
 
 
-@pytest.mark.parametrize("group", ["one group", "level weights in one of their own"])
-def test_a_state_of_an_optimizer_from_before(group: str) -> None:
-    plain = Model()
-    saved = copy.deepcopy(step(plain).state_dict())
-    model = Model()
-    model.load_state_dict(plain.state_dict())
-    llcompile.convert(model, IDS, verify=False)
-    names = dict(model.named_parameters())
-    others = [p for n, p in names.items() if ".loglinear" not in n]
-    groups = [{"params": others}, {"params": levels(model)}] if group != "one group" else list(names.values())
-    optimizer = torch.optim.AdamW(groups, 1e-2)  # type: ignore[arg-type]
-    optimizer.load_state_dict(saved)
-    for number, p in enumerate(others):
-        torch.testing.assert_close(optimizer.state[p]["exp_avg"], saved["state"][number]["exp_avg"], rtol=0, atol=0)
-    assert not any(p in optimizer.state for p in levels(model))
-    compiled(model).square().mean().backward()
-    optimizer.step()
-    assert all(int(optimizer.state[p]["step"]) == 2 for p in others)
-    assert all(int(optimizer.state[p]["step"]) == 1 for p in levels(model))
-    again = made_before.with_room(optimizer, state := optimizer.state_dict())
-    assert again is state  # one that was saved afterwards is left as it is
+@functools.cache
+def kept() -> nn.Module:
+    """Converted once, for tests that only read it."""
+    return converted(Model())
 
 
-def test_an_average_from_before() -> None:
+def in_parts(model: nn.Module, folder: Path) -> Path:
+    """As `save_pretrained` writes it: two files, an index, and what level weights there are in config.json."""
+    state = list(model.state_dict().items())
+    parts = {"part-1.safetensors": dict(state[::2]), "part-2.safetensors": dict(state[1::2])}
+    for file, tensors in parts.items():
+        save_file(tensors, folder / file)
+    weight_map = {name: file for file, tensors in parts.items() for name in tensors}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "config.json").write_text(json.dumps({"loglinear": checkpoint.section(model)}))
+    return folder
+
+
+@pytest.mark.parametrize("named", ["", "model.safetensors.index.json"], ids=["folder", "index"])
+def test_several_files(named: str, tmp_path: Path) -> None:
+    model = kept()
+    path = in_parts(model, tmp_path) / named
+    whole, adapted = Model(), Model()
+    own = adapted.head.weight.detach().clone()
+    assert llcompile.load(whole, path) == 2
+    torch.testing.assert_close(dict(whole.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
+    assert llcompile.load_levels(adapted, path) == 2
+    torch.testing.assert_close(levels(adapted), levels(model), rtol=0, atol=0)
+    torch.testing.assert_close(adapted.head.weight, own, rtol=0, atol=0)
+    with torch.device("meta"):
+        empty = Model()
+    assert llcompile.load_levels(empty, path) == 2
+    assert not empty.load_state_dict(model.state_dict(), assign=True).missing_keys
+    torch.testing.assert_close(dict(empty.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
+
+
+def without_index(folder: Path) -> Path:
+    (folder / "model.safetensors.index.json").unlink()
+    return folder
+
+
+def index_of_nothing(folder: Path) -> Path:
+    (folder / "model.safetensors.index.json").write_text("{}")
+    return folder
+
+
+def a_part_is_cut(folder: Path) -> Path:
+    (folder / "part-2.safetensors").write_bytes((folder / "part-2.safetensors").read_bytes()[:-8])
+    return folder
+
+
+def a_tensor_is_missing(folder: Path) -> Path:
+    tensors = load_file(folder / "part-1.safetensors")
+    tensors.pop("embed.weight")
+    save_file(tensors, folder / "part-1.safetensors")
+    return folder
+
+
+def one_too_many(folder: Path) -> Path:
+    save_file({**load_file(folder / "part-1.safetensors"), "extra": torch.ones(1)}, folder / "part-1.safetensors")
+    return folder / "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (without_index, "has 2 safetensors files and no single index"),
+        (index_of_nothing, "no weight_map"),
+        (a_part_is_cut, r"part-2\.safetensors cannot be read"),
+        (a_tensor_is_missing, r"does not fit Model: it lacks embed\.weight"),
+        (one_too_many, "does not fit Model: it has, and the model has not, extra"),
+    ],
+)
+def test_several_files_that_cannot_be_loaded(damage: Callable[[Path], Path], said: str, tmp_path: Path) -> None:
+    path = damage(in_parts(kept(), tmp_path))
+    other = Model()
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(CheckpointError, match=said):
+        llcompile.load(other, path)
+    torch.testing.assert_close(dict(other.state_dict()), dict(before), rtol=0, atol=0)
+
+
+def test_shared_tensors(tmp_path: Path) -> None:
+    """They are written once, and one of their names is enough; without it the file does not fit."""
     model = Model()
-    average = AveragedModel(model)
-    average.update_parameters(model)
+    model.head.weight = model.embed.weight
     converted(model)
-    average.update_parameters(model)
-    first = [p.detach().clone() for p in levels(model)]
-    torch.testing.assert_close([*levels(average)], first, rtol=0, atol=0)
-    torch.testing.assert_close(compiled(average.module), compiled(model), rtol=0, atol=0)
-    with torch.no_grad():
-        for p in levels(model):
-            p.add_(3.0)
-    average.update_parameters(model)
-    torch.testing.assert_close([*levels(average)], [p + 1.0 for p in first])  # the third of three
+    llcompile.save(model, tmp_path / "model.safetensors")
+    tied, untied = Model(), Model()
+    tied.head.weight = tied.embed.weight
+    assert llcompile.load(tied, tmp_path / "model.safetensors") == 2
+    torch.testing.assert_close(tied.head.weight, model.head.weight, rtol=0, atol=0)
+    with pytest.raises(CheckpointError, match=r"does not fit Model: it lacks (head|embed)\.weight"):
+        llcompile.load(untied, tmp_path / "model.safetensors")
+    assert not levels(untied)

@@ -66,11 +66,11 @@ class TestParameters:
         model.layers[0].gates.weight._no_weight_decay = True  # type: ignore[attr-defined]
         model.embed.weight.requires_grad_(False)
         groups = llcompile.parameter_groups(model, lr=1e-3, weight_decay=0.1)
-        levels, decayed, kept = groups
+        decayed, kept, levels = groups
         assert [(g["name"], g["lr"], g["weight_decay"]) for g in groups] == [
-            ("level weights", 1e-2, 0.0),
             ("decayed", 1e-3, 0.1),
             ("not decayed", 1e-3, 0.0),
+            ("level weights", 1e-2, 0.0),
         ]
         assert {id(p) for p in levels["params"]} == {id(p) for p in llcompile.level_parameters(model)}
         assert all(p.dim() > 1 for p in decayed["params"])
@@ -78,8 +78,8 @@ class TestParameters:
         every = [id(p) for g in groups for p in g["params"]]
         assert sorted(every) == sorted(id(p) for p in model.parameters() if p.requires_grad)
         optimizer = torch.optim.AdamW(groups)
-        assert [g["lr"] for g in optimizer.param_groups] == [1e-2, 1e-3, 1e-3]
-        own = llcompile.parameter_groups(model, lr=1e-3, level_lr=5e-2, level_weight_decay=0.3)[0]
+        assert [g["lr"] for g in optimizer.param_groups] == [1e-3, 1e-3, 1e-2]
+        own = llcompile.parameter_groups(model, lr=1e-3, level_lr=5e-2, level_weight_decay=0.3)[-1]
         assert (own["lr"], own["weight_decay"]) == (5e-2, 0.3)
 
     def test_frozen_models_have_one_group(self) -> None:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -58,6 +59,20 @@ def joined(local: Tensor, mesh: Any, placements: Sequence[Any], shape: Sequence[
 def whole(x: Tensor) -> Tensor:
     """A DTensor as a plain tensor of its whole shape, on all processes, which must all ask; others as they are."""
     return x.full_tensor() if is_dtensor(x) else x  # type: ignore[no-any-return,attr-defined]
+
+
+@contextmanager
+def first_of_mesh(tensors: Iterable[Tensor]) -> Iterator[bool]:
+    """Whether this process is the first of the mesh of some tensors; at the end, all of the mesh wait for it.
+
+    True without DTensors, where each process is on its own.
+    """
+    mesh: Any = next((x.device_mesh for x in tensors if is_dtensor(x)), None)  # type: ignore[attr-defined]
+    try:
+        yield mesh is None or not any(mesh.get_coordinate())
+    finally:
+        for dim in range(0 if mesh is None else mesh.ndim):
+            torch.distributed.barrier(group=mesh.get_group(dim))
 
 
 def like(values: Tensor, x: Tensor) -> Tensor:

@@ -71,10 +71,13 @@ def attach(owner: nn.Module, name: str, weights: nn.Module) -> None:
     """Registers level weights on the module that owns the mixer, and watches that they are not ignored."""
     owner.add_module(name, weights)
     watch(owner)
-    made_before.install(attach)
     if warn_if_ignored not in owner._forward_hooks.values():
         owner.register_forward_pre_hook(expect_use, with_kwargs=True)
         owner.register_forward_hook(warn_if_ignored, always_call=True)
+
+
+# A pickled model that is converted comes here, too: it looks its hooks up in this file.
+made_before.install(attach)
 
 
 def attached(model: nn.Module) -> Iterator[tuple[nn.Module, str, LevelWeights]]:

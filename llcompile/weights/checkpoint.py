@@ -11,12 +11,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from os import PathLike
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from llcompile import __version__
-from llcompile.errors import CheckpointError, MissingLibraryError, ModelError
+from llcompile.errors import CheckpointError, ModelError
 from llcompile.passes.names import CodePlace
-from llcompile.weights import SECTION, attachment, wrapped
+from llcompile.torch_internals.dtensors import is_dtensor
+from llcompile.weights import SECTION, attachment, tensor_files, wrapped
 from llcompile.weights.held import held
 from llcompile.weights.level_kinds import Sizes
 from llcompile.weights.level_weights import LevelWeights
@@ -65,46 +66,86 @@ def save(model: nn.Module, path: str | PathLike[str]) -> None:
 
     Raises:
         ModelError: `model` is not an nn.Module.
+        CheckpointError: the model is sharded over processes; nothing is written.
         MissingLibraryError: safetensors is not installed.
     """
     expect_module(model)
+    _expect_unsharded(model, f"{type(model).__name__} cannot be saved to {path}")
     found = section(model)
-    safetensors_library().save_model(model, str(path), metadata={} if found is None else {SECTION: json.dumps(found)})
+    tensor_files.safetensors_library().save_model(
+        model, str(path), metadata={} if found is None else {SECTION: json.dumps(found)}
+    )
 
 
 def load(model: nn.Module, path: str | PathLike[str]) -> int:
-    """Load a file written by `save` into a model of the same structure, converted or not, without example inputs.
+    """Load a checkpoint into a model of the same structure, converted or not, without example inputs.
 
     Args:
         model: changed in place; level weights are attached to the modules that had them in the saved model, and
             checked against the model's mixers at the first compiled call.
-        path: the file.
+        path: a file written by `save`; or a folder, an index or a file written by `save_pretrained`, in one or
+            several safetensors files.
 
     Returns:
         Number of level weights that were attached.
 
     Raises:
         ModelError: `model` is not an nn.Module.
-        CheckpointError: the file does not fit the model, or the model is on device `meta`; its level weights are
-            unchanged.
+        CheckpointError: the files do not fit the model or cannot be read, or the model is on device `meta` or sharded
+            over processes; it has the weights that it had.
         DistributedError: level weights would be attached, and DDP or FSDP was applied before.
         MissingLibraryError: safetensors is not installed.
     """
     expect_module(model)
-    library = safetensors_library()
-    from safetensors import safe_open
-
-    with safe_open(str(path), framework="pt") as file:
-        text = (file.metadata() or {}).get(SECTION)
+    files = tensor_files.files_of(path)
+    found = tensor_files.section_of(files)
     _expect_memory(model, path)
+    _expect_unsharded(model, f"{path} cannot be loaded into {type(model).__name__}")
+    tensors = tensor_files.read(files)
     before = attachment.ids_attached(model)
-    made = [] if text is None else restore(model, json.loads(text))
+    made = [] if found is None else restore(model, found)
     try:
-        library.load_model(model, str(path), strict=True)
-    except RuntimeError as error:
+        _expect_names(model, tensors)
+        model.load_state_dict(tensors, strict=False)
+    except (RuntimeError, CheckpointError) as error:
         attachment.detach_new(model, before)
         raise CheckpointError(f"{path} does not fit {type(model).__name__}: {error}") from error
     return len(made)
+
+
+def _expect_names(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """All tensors of a checkpoint, and no others; of those that share memory one is enough."""
+    own = model.state_dict()
+    filled = {_memory(own[name]) for name in tensors if name in own}
+    missing = [name for name, tensor in own.items() if name not in tensors and _memory(tensor) not in filled]
+    unexpected = [name for name in tensors if name not in own]
+    wrong = [name for name, tensor in tensors.items() if name in own and own[name].shape != tensor.shape]
+    # Level weights say themselves what is wrong with theirs.
+    wrong = [name for name in wrong if not _is_level(model, name)]
+    for what, names in (("it lacks", missing), ("it has, and the model has not,", unexpected)):
+        if names:
+            raise CheckpointError(f"{what} {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else ""))
+    if wrong:
+        raise CheckpointError(f"{wrong[0]} is {list(tensors[wrong[0]].shape)}, not {list(own[wrong[0]].shape)}")
+
+
+def _memory(tensor: Tensor) -> tuple[Any, ...]:
+    return (tensor.device, tensor.data_ptr(), tensor.numel()) if tensor.numel() else (id(tensor),)
+
+
+def _is_level(model: nn.Module, name: str) -> bool:
+    return isinstance(model.get_submodule(name.rpartition(".")[0]), LevelWeights)
+
+
+def _expect_unsharded(model: nn.Module, what: str) -> None:
+    """A file holds whole tensors; each process has a part of a DTensor."""
+    sharded = next((name for name, tensor in model.state_dict().items() if is_dtensor(tensor)), None)
+    if sharded is not None:
+        raise CheckpointError(
+            f"{what}: {sharded} is sharded over processes. Use torch.distributed.checkpoint for the whole model, "
+            "whose StateDictOptions(full_state_dict=True) gathers whole tensors and spreads them, or "
+            "llcompile.save_levels and load_levels for the level weights."
+        )
 
 
 def _expect_memory(model: nn.Module, path: str | PathLike[str]) -> None:
@@ -204,12 +245,3 @@ def expect_module(model: Any) -> None:
     """Raises ModelError for what is no module."""
     if not isinstance(model, nn.Module):
         raise ModelError(f"expected an nn.Module, got {type(model).__name__}")
-
-
-def safetensors_library() -> Any:
-    """The torch part of safetensors, or MissingLibraryError."""
-    try:
-        import safetensors.torch as library
-    except ImportError as error:
-        raise MissingLibraryError("checkpoints of llcompile need safetensors: pip install safetensors") from (error)
-    return library

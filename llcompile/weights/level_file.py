@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from llcompile.errors import CheckpointError, LevelWeightsError
-from llcompile.weights import SECTION, attachment, checkpoint, wrapped
+from llcompile.torch_internals.dtensors import first_of_mesh, like, whole
+from llcompile.weights import SECTION, attachment, checkpoint, tensor_files, wrapped
 from llcompile.weights.held import active
 from llcompile.weights.level_weights import LevelWeights
 
@@ -19,7 +20,8 @@ def save_levels(model: nn.Module, path: str | PathLike[str]) -> int:
     """Write a model's level weights, and nothing else, to a safetensors file for `load_levels`.
 
     Args:
-        model: a converted model.
+        model: a converted model. If it is sharded over processes (FSDP2, tensor parallel), all of them must make this
+            call; the first one writes, and the file is there when the call returns.
         path: the file; it is replaced if it exists.
 
     Returns:
@@ -38,12 +40,16 @@ def save_levels(model: nn.Module, path: str | PathLike[str]) -> int:
             "llcompile.convert(model, *inputs) first, or load a checkpoint that has them."
         )
     modules = dict(model.named_modules())
-    tensors: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {}
     for name in section["mixers"]:
         owner, _, attribute = name.rpartition(".")
         for key, tensor in _in_use(modules[owner], attribute, name).state_dict().items():
-            tensors[f"{name}.{key}"] = tensor.detach().cpu().contiguous().clone()
-    checkpoint.safetensors_library().save_file(tensors, str(path), metadata={SECTION: json.dumps(section)})
+            found[f"{name}.{key}"] = tensor.detach()
+    tensors = {name: whole(tensor).cpu().contiguous().clone() for name, tensor in found.items()}
+    with first_of_mesh(found.values()) as is_first:
+        if is_first:
+            library = tensor_files.safetensors_library()
+            library.save_file(tensors, str(path), metadata={SECTION: json.dumps(section)})
     return len(section["mixers"])
 
 
@@ -53,8 +59,10 @@ def load_levels(model: nn.Module, path: str | PathLike[str]) -> int:
     Args:
         model: changed in place. Level weights are attached where it has none, without example inputs, and checked
             against the mixers at the first compiled call. Its other weights are not touched. Those of a model on
-            device `meta` get their values, on the CPU.
-        path: the file. It may have been written from a model that wraps this one, or that this one wraps.
+            device `meta` get their values, on the CPU. Sharded ones (FSDP2, tensor parallel) get each process's part;
+            all processes must make this call.
+        path: the file. It may have been written from a model that wraps this one, or that this one wraps. A whole
+            checkpoint serves as well, also one of several files (a folder or an index), see `llcompile.load`.
 
     Returns:
         Number of level weights (one per converted mixer) that were loaded.
@@ -75,7 +83,9 @@ def load_levels(model: nn.Module, path: str | PathLike[str]) -> int:
     for (owner, attribute), (weights, values) in filled:
         if getattr(owner, attribute, None) is None:
             attachment.attach(owner, attribute, weights)
-        weights.load_state_dict(values, assign=any(tensor.is_meta for tensor in weights.state_dict().values()))
+        own = weights.state_dict()
+        placed = {key: like(value, own[key]) for key, value in values.items()}
+        weights.load_state_dict(placed, assign=any(tensor.is_meta for tensor in own.values()))
     return len(filled)
 
 
@@ -94,22 +104,15 @@ _Place = tuple[nn.Module, str]  # a module, and the name of level weights there
 
 
 def _read(path: str | PathLike[str]) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
-    """The section of a file, and its tensors."""
-    checkpoint.safetensors_library()
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            text = (file.metadata() or {}).get(SECTION)
-            section = None if text is None else json.loads(text)
-            if isinstance(section, Mapping) and isinstance(section.get("mixers"), Mapping):
-                names = [key for key in file.keys() if key.rpartition(".")[0] in section["mixers"]]  # noqa: SIM118
-                return section, {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read as a safetensors file of level weights: {error}") from error
-    raise CheckpointError(
-        f"{path} has no level weights: its header has no section {SECTION!r}. Write it with llcompile.save_levels."
-    )
+    """The section of a checkpoint, and the tensors that it tells of."""
+    files = tensor_files.files_of(path)
+    section = tensor_files.section_of(files)
+    if not isinstance(section, Mapping) or not isinstance(section.get("mixers"), Mapping) or not section["mixers"]:
+        raise CheckpointError(
+            f"{path} has no level weights: its header has no section {SECTION!r}. Write it with llcompile.save_levels."
+        )
+    mixers = section["mixers"]
+    return section, tensor_files.read(files, lambda name: name.rpartition(".")[0] in mixers)
 
 
 def _owners(model: nn.Module, section: Mapping[str, Any], path: str | PathLike[str]) -> dict[str, _Place]:

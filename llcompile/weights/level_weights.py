@@ -36,6 +36,13 @@ __all__ = ["KINDS", "LevelWeights", "compute_dtype", "level_weights_function", "
 _LAYOUT_VERSION = 1
 _OPTIONAL_SIZES = ("in_features", "hidden", "features")
 
+_alive: weakref.WeakSet[LevelWeights] = weakref.WeakSet()
+
+
+def alive() -> list[LevelWeights]:
+    """All level weights of this process, copies and unpickled ones included."""
+    return list(_alive)
+
 
 class LevelWeights(nn.Module):
     """Map a mixer's input x to the weights w of its levels; w is exactly 1.0 at the start.
@@ -96,6 +103,7 @@ class LevelWeights(nn.Module):
         self.role: Role | None = None
         self.token: Remembered | None = None  # where it is found in a graph of one token (passes/one_token.py)
         self.owner_input: Tensor | None = None
+        _alive.add(self)
         self.reset_parameters()
 
     def _make(self, kind: str, sizes: Sizes, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
@@ -325,6 +333,7 @@ class LevelWeights(nn.Module):
         super().__setstate__(
             {"by_default": False, "place": None, "role": None, "token": None, "owner_input": None, **state}
         )
+        _alive.add(self)
 
 
 class _MissingKey(str):

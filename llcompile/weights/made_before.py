@@ -1,14 +1,13 @@
 """What was made from a model before it was converted goes on: states of optimizers, and averages of the model.
 
-Both count parameters in order, and level weights have come in between. Torch has no hook for either; this file is the
-only one that wraps them.
+Both count parameters in order, and level weights have come in between. Torch has no hook for all optimizers or for
+averages; this file is the only one that wraps them.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -16,12 +15,10 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from llcompile.errors import LevelWeightsError
 from llcompile.weights.held import held
 from llcompile.weights.level_weights import LevelWeights
-from llcompile.weights.optimizer_watch import owners
-
-log = logging.getLogger("llcompile")
-
+from llcompile.weights.optimizer_states import fitted
 
 Attach = Callable[[nn.Module, str, nn.Module], None]
 
@@ -42,43 +39,13 @@ def _wrap_loading() -> None:
 
     @functools.wraps(original)
     def load_state_dict(self: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-        return original(self, with_room(self, state_dict))
+        fit = self.register_load_state_dict_pre_hook(fitted)  # after the user's own hooks
+        try:
+            return original(self, state_dict)
+        finally:
+            fit.remove()
 
     torch.optim.Optimizer.load_state_dict = load_state_dict  # type: ignore[method-assign]
-
-
-def with_room(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """A state with a place for each level weight of the optimizer, or the same one if it has them (or does not fit).
-
-    Level weights have no state then, as parameters have none that were not stepped yet.
-    """
-    saved, groups = state.get("param_groups"), optimizer.param_groups
-    levels = _level_parameters()
-    if not isinstance(saved, list) or not levels:
-        return state
-    used = [number for group in saved for number in group["params"]]
-    fresh = iter(range(1 + max((n for n in used if isinstance(n, int)), default=-1), 2**62))
-    made: list[dict[str, Any]] = []
-    for number, group in enumerate(groups):
-        own = [id(p) in levels for p in group["params"]]
-        if number >= len(saved) and not all(own):
-            return state
-        old = saved[number] if number < len(saved) else {**group, "params": []}
-        if len(old["params"]) == len(own):
-            made.append(old)
-        elif len(old["params"]) == own.count(False):
-            rest = iter(old["params"])
-            made.append({**old, "params": [next(fresh) if is_level else next(rest) for is_level in own]})
-        else:
-            return state
-    if [g["params"] for g in made] == [g["params"] for g in saved]:
-        return state
-    log.info("the optimizer's state was saved before the model was converted: level weights start without one")
-    return {**state, "param_groups": made}
-
-
-def _level_parameters() -> set[int]:
-    return {id(p) for owner in owners() for _, weights in held(owner) for p in weights.parameters()}
 
 
 def _wrap_averaging(attach: Attach) -> None:
@@ -86,18 +53,43 @@ def _wrap_averaging(attach: Attach) -> None:
 
     @functools.wraps(original)
     def update_parameters(self: AveragedModel, model: nn.Module) -> None:
-        _join(self.module, model, attach)
+        if _join(self.module, model, attach):
+            _expect_same(self.module, model)
         original(self, model)
 
     AveragedModel.update_parameters = update_parameters  # type: ignore[method-assign]
 
 
-def _join(average: nn.Module, model: nn.Module, attach: Attach) -> None:
-    """Gives an average the level weights that its model has and it lacks, at their values of now."""
-    others = dict(average.named_modules())
-    for path, owner in model.named_modules():
+def _join(average: nn.Module, model: nn.Module, attach: Attach) -> bool:
+    """Gives an average the level weights that its model has and it lacks, at their values of now.
+
+    Returns whether the model has any.
+    """
+    others = {_inner(path): module for path, module in average.named_modules()}
+    found = [(_inner(path), owner, *own) for path, owner in model.named_modules() for own in held(owner)]
+    for path, owner, name, weights in found:
         other = others.get(path)
-        for name, weights in held(owner):
-            if other is not None and type(owner._modules[name]) is LevelWeights and name not in other._modules:
-                device = next((p.device for p in other.parameters()), None)
-                attach(other, name, copy.deepcopy(weights).requires_grad_(False).to(device))
+        if other is not None and type(owner._modules[name]) is LevelWeights and name not in other._modules:
+            device = next((p.device for p in other.parameters()), None)
+            attach(other, name, copy.deepcopy(weights).requires_grad_(False).to(device))
+    return bool(found)
+
+
+def _inner(path: str) -> str:
+    """The name of a module without the wrappers around it, of which an average and its model may have others."""
+    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
+
+
+# Where torch.compile and DDP hold the module that they wrap.
+_WRAPPERS = ("_orig_mod", "module")
+
+
+def _expect_same(average: nn.Module, model: nn.Module) -> None:
+    """Torch averages parameters in order, as far as they go."""
+    ours, theirs = ([list(p.shape) for p in module.parameters()] for module in (average, model))
+    if ours != theirs:
+        raise LevelWeightsError(
+            f"the average of {type(average).__name__} has {len(ours)} parameters, and {type(model).__name__} has "
+            f"{len(theirs)} (level weights included) or other shapes: they would be averaged with the wrong ones. Make "
+            "the AveragedModel after llcompile.convert, from the model that you update it with."
+        )

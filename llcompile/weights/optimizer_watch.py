@@ -29,11 +29,6 @@ def watch(owner: nn.Module) -> None:
         _installed = True
 
 
-def owners() -> list[nn.Module]:
-    """The modules that level weights were attached to and that are alive."""
-    return list(_owners)
-
-
 def _check(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     if optimizer in _checked:
         return

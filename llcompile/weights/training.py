@@ -93,7 +93,7 @@ def parameter_groups(
         level_weight_decay: of the level weights.
 
     Returns:
-        Groups with the keys "name" ("level weights", "decayed", "not decayed"), "params", "lr" and "weight_decay".
+        Groups with the keys "name" ("decayed", "not decayed", "level weights"), "params", "lr" and "weight_decay".
 
     Raises:
         ModelError: `model` is not an nn.Module.
@@ -102,9 +102,10 @@ def parameter_groups(
     levels = {id(p): p for p in _expect_levels(model, "parameter_groups")}
     others = [p for p in model.parameters() if id(p) not in levels]
     rows = (
-        ("level weights", list(levels.values()), 10 * lr if level_lr is None else level_lr, level_weight_decay),
         ("decayed", [p for p in others if _decays(p)], lr, weight_decay),
         ("not decayed", [p for p in others if not _decays(p)], lr, 0.0),
+        # Last: states of optimizers and schedulers from before the conversion count groups in order.
+        ("level weights", list(levels.values()), 10 * lr if level_lr is None else level_lr, level_weight_decay),
     )
     groups = [
         {"name": name, "params": [p for p in found if p.requires_grad], "lr": rate, "weight_decay": decay}

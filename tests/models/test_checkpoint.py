@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, Mamba2ForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Mamba2ForCausalLM, PreTrainedModel
 
 import llcompile
 from llcompile.errors import CheckpointError
@@ -64,6 +64,27 @@ def test_opened_as_it_was_saved(trained: PreTrainedModel, dtype: torch.dtype, tm
         for p in levels(opened).values():
             p.zero_()
     assert (compiled(opened) - kept).abs().max() > 1e-2  # they act
+
+
+def test_several_files(trained: PreTrainedModel, tmp_path: Path) -> None:
+    """With an index: by transformers, by llcompile, and into a model on meta."""
+    trained.save_pretrained(tmp_path, max_shard_size="20KB")
+    files = list(tmp_path.glob("*.safetensors"))
+    assert len(files) > 2
+    expected = dict(trained.state_dict())
+    for options in ({"device_map": "cpu"}, {"low_cpu_mem_usage": True}):
+        opened = AutoModelForCausalLM.from_pretrained(tmp_path, **options)
+        torch.testing.assert_close(dict(opened.state_dict()), expected, rtol=0, atol=0)
+    plain, adapted = build("mamba2"), build("mamba2")
+    assert llcompile.load(plain, tmp_path) == 2
+    torch.testing.assert_close(dict(plain.state_dict()), expected, rtol=0, atol=0)
+    assert llcompile.load_levels(adapted, tmp_path) == 2
+    torch.testing.assert_close(levels(adapted), levels(trained), rtol=0, atol=0)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+    empty.load_state_dict({n: t for file in files for n, t in load_file(file).items()}, strict=False, assign=True)
+    empty.tie_weights()
+    torch.testing.assert_close(dict(empty.state_dict()), expected, rtol=0, atol=0)
 
 
 def test_without_the_head(trained: PreTrainedModel, tmp_path: Path) -> None:

@@ -25,9 +25,9 @@ import llcompile
 from llcompile.distributed import LevelWeightsParallel
 from llcompile.errors import LevelWeightsError
 from llcompile.passes.head_split import HeadSplit, expect_even
-from tests.distributed.test_tensor_parallel import OPTIONS, PLAN, Split, mesh, perturb, whole
 from tests.helpers import small
 from tests.helpers.processes import together
+from tests.helpers.split import OPTIONS, PLAN, Split, mesh, perturb, whole
 
 
 class Block(nn.Module):

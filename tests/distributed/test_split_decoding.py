@@ -16,9 +16,9 @@ from transformers.models.qwen3_next.modeling_qwen3_next import (
 )
 
 import llcompile
-from tests.distributed.test_tensor_parallel import LEVELS, OPTIONS, PLAN, Split, mesh, perturb
 from tests.helpers import small
 from tests.helpers.processes import together
+from tests.helpers.split import LEVELS, OPTIONS, PLAN, Split, mesh, perturb
 
 
 class Stateful(Split):

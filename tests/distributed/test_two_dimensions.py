@@ -14,9 +14,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import parallelize_module
 
 import llcompile
-from tests.distributed.test_tensor_parallel import LEVELS, OPTIONS, PLAN, Split, perturb, whole
 from tests.helpers import small
 from tests.helpers.processes import together
+from tests.helpers.split import LEVELS, OPTIONS, PLAN, Split, perturb, whole
 
 RANKS, LENGTH = 4, 17
 

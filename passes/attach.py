@@ -8,7 +8,7 @@ from torch import fx, nn
 
 from llcompile.errors import LevelWeightsError
 from llcompile.passes.candidate import CallCandidate, Candidate, GraphCandidate
-from llcompile.passes.head_split import HeadSplit, expect_fitting, head_split
+from llcompile.passes.head_split import HeadSplit, expect_even, expect_fitting, head_split
 from llcompile.passes.one_token import remember
 from llcompile.passes.session import Session
 from llcompile.passes.weight_input import Read, Role, given, is_projected, projection_input, read_by, role_of
@@ -55,6 +55,7 @@ def _attach(session: Session, candidate: Candidate, owner: nn.Module) -> None:
     assert shape is not None
     weights = settings.find(owner, candidate.attribute)
     split = candidate.split = head_split(candidate.values())
+    expect_even(candidate.where, split)
     if weights is not None:
         expect_fitting(f"{candidate.module or 'the model'}.{candidate.attribute}", candidate.where, weights, split)
     if weights is not None and _heads_seen(weights, split) != shape.level_heads and not _serves_all(weights, candidate):

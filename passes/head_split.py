@@ -27,12 +27,14 @@ class HeadSplit:
         heads: the dimensions of the mesh over which heads are split.
         rows: those over which the batch is.
         inside: the mixer's operands are DTensors of all heads, and not plain tensors of this process's.
+        size: of the axis that is split, on all processes together; 0 where none is.
     """
 
     mesh: Any
     heads: tuple[int, ...]
     rows: tuple[int, ...]
     inside: bool
+    size: int = 0
 
     @property
     def ways(self) -> int:
@@ -88,7 +90,22 @@ def _split(x: Any, inside: bool) -> HeadSplit:
     dims = {i: p.dim % x.dim() for i, p in enumerate(x.placements) if p.is_shard()}
     # A projection's features are its last axis; inside of a mixer, heads are any axis but that of the batch.
     heads = tuple(i for i, dim in dims.items() if (dim > 0 if inside else dim == x.dim() - 1))
-    return HeadSplit(x.device_mesh, heads, tuple(i for i, dim in dims.items() if dim == 0), inside)
+    size = int(x.shape[dims[heads[0]]]) if heads else 0
+    return HeadSplit(x.device_mesh, heads, tuple(i for i, dim in dims.items() if dim == 0), inside, size)
+
+
+def expect_even(where: str, split: HeadSplit | None) -> None:
+    """Every process must have as many heads of the mixer at `where` as the others.
+
+    Raises:
+        LevelWeightsError: they have not, so that no process knows how many there are in all.
+    """
+    if split is not None and split.size % split.ways:
+        raise LevelWeightsError(
+            f"the mixer at {where} is split over {split.ways} processes along an axis of size {split.size}, which is "
+            f"no multiple of {split.ways}: the processes would have different numbers of heads. Use a number of "
+            "processes that divides the heads, or leave the mixer whole"
+        )
 
 
 def expect_fitting(name: str, where: str, weights: Any, split: HeadSplit | None) -> None:

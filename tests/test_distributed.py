@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import socket
-import warnings
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -18,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 
 import llcompile
 from tests.helpers import small
+from tests.helpers.processes import together
 
 RANKS = 2
 OPTIONS = {"inner": "eager"}
@@ -71,11 +69,7 @@ def whole(parameter: Tensor) -> Tensor:
 Wrap = Callable[[nn.Module], Any]
 
 
-def work(rank: int, port: int, wraps: Sequence[Wrap]) -> None:
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    address, limit = f"tcp://127.0.0.1:{port}", timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=RANKS, timeout=limit)
+def work(rank: int, wraps: Sequence[Wrap]) -> None:
     tokens = small.ids(batch=2 * RANKS)
     converted = small.model(width=256, heads=8, size=32)  # of several buckets of gradients: the smallest holds 1 MiB
     llcompile.convert(converted, tokens, verify=False)
@@ -85,7 +79,6 @@ def work(rank: int, port: int, wraps: Sequence[Wrap]) -> None:
     for wrap in wraps:
         torch._dynamo.reset()
         check(wrap, copy.deepcopy(converted), tokens.chunk(RANKS)[rank], alone, expected)
-    dist.destroy_process_group()
 
 
 def check(wrap: Wrap, model: nn.Module, tokens: Tensor, alone: nn.Module, expected: list[float]) -> None:
@@ -109,9 +102,4 @@ def check(wrap: Wrap, model: nn.Module, tokens: Tensor, alone: nn.Module, expect
 )
 def test_two_processes_train_as_one(wraps: Sequence[Wrap]) -> None:
     """Losses, parameters and level weights after three steps are those of one process with all of the batch."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # Their server imports torch and the libraries once for both.
-    torch.multiprocessing.set_forkserver_preload(["tests.helpers.small", "torch.distributed.fsdp", "torch._dynamo"])
-    torch.multiprocessing.start_processes(work, (port, wraps), nprocs=RANKS, start_method="forkserver")
+    together(work, wraps, ranks=RANKS)

@@ -17,6 +17,8 @@ from torch import fx, nn
 from llcompile.torch_internals import reach
 from llcompile.torch_internals.inputs import input_value
 
+# Dynamo's name of a child whose own name is a number, as the modules of `torch.export.unflatten` have them.
+_CHILD = re.compile(r"getattr\(([^()]*), '([^']+)'\)")
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
 # How many nodes above a mixer are asked for a parameter that says whose it is.
 _NEAR = 400
@@ -104,6 +106,8 @@ def module_of(meta: Mapping[str, Any]) -> tuple[str, str]:
         return ("", "") if root is None else (str(id(root)), "")
     key = list(stack)[-1]
     path = stack[key][0]
+    while _CHILD.search(path):
+        path = _CHILD.sub(r"\1.\2", path)
     # A decorator that takes `*args` holds the model as the first of them.
     name = re.sub(r"^L\['args'\]\[0\]\.?|^L\['?\w+'?\]\.?|^G\['?\w+'?\]\.?", "", path)
     name = re.sub(r"\._modules\['([^']+)'\]|\[['\"]?(\w+)['\"]?\]", lambda m: "." + (m.group(1) or m.group(2)), name)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import itertools
 
+from torch import fx
+
 from llcompile.patterns import reasons
 from llcompile.patterns.structure.axes import dims_of
 from llcompile.patterns.structure.classify import Rejection
@@ -39,8 +41,9 @@ class Screen:
         return self._may_complete(op)
 
     def is_seen(self, value: Value) -> bool:
-        """Whether some node of the graph returns or reads it."""
-        return value.node is not None or value in self._reads
+        """Whether some node of the graph reads it or returns it; what a copy into a tensor returns must be read."""
+        node = value.node
+        return value in self._reads or (node is not None and (bool(node.users) or not _is_copy(node)))
 
     def _builds(self, write: Op) -> bool:
         """Whether a write adds to a result: tokens, or what comes from elsewhere. Others change what is there."""
@@ -120,3 +123,9 @@ class Screen:
             raise Rejection(reasons.NOT_ALL_OF_TIME())
         if sum(any(map(problem.frame.is_time, dims)) and not dims <= kept for dims in held) < 2:
             raise Rejection(reasons.NOT_CONTRACTED(), open=self.has_scores(problem.subgraph))
+
+
+def _is_copy(node: fx.Node) -> bool:
+    """Whether it is `copy_`, which exported programs call on a part of a tensor where code assigns to that part."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return name.split(".")[0] == "copy_"

@@ -11,13 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
+from torch.distributed.tensor.parallel import parallelize_module
 
 import llcompile
 from llcompile import ops
@@ -27,13 +25,8 @@ from llcompile.errors import DistributedError, LevelWeightsError
 from llcompile.kernels import choice
 from tests.helpers import small
 from tests.helpers.processes import together
+from tests.helpers.split import LEVELS, OPTIONS, PLAN, Split, mesh, perturb, whole
 from tests.kernels.kernel_cases import Operands, operands
-
-OPTIONS = {"inner": "eager", "strict": True}
-
-
-def mesh() -> DeviceMesh:
-    return init_device_mesh("cpu", (dist.get_world_size(),))
 
 
 def placed(x: Tensor, placement: Any, on: DeviceMesh) -> Tensor:
@@ -71,10 +64,6 @@ def results(x: Operands, place: Any = None, on: DeviceMesh | None = None) -> dic
     found = torch.autograd.grad([o, state], list(leaves.values()), upstream, allow_unused=True)
     grads = {f"d {n}": d for n, d in zip(leaves, found, strict=True) if d is not None}
     return {n: whole(t).detach() for n, t in {"o": o, "state": state, **grads}.items()}
-
-
-def whole(x: Tensor) -> Tensor:
-    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def rules(rank: int, cases: list[tuple[str | None, Any]]) -> None:
@@ -190,25 +179,6 @@ def test_only_level_weights_take_the_style() -> None:
         LevelWeightsParallel()._apply(nn.Linear(2, 2), None)  # type: ignore[arg-type]
 
 
-class Split(nn.Module):
-    """A gated delta rule, by a known function, that takes as many heads as its projections give it."""
-
-    def __init__(self, width: int = 16, heads: int = 4, size: int = 8) -> None:
-        super().__init__()
-        self.size = size
-        self.q, self.k, self.v = (nn.Linear(width, heads * size) for _ in range(3))
-        self.a, self.b = nn.Linear(width, heads), nn.Linear(width, heads)
-        self.out = nn.Linear(heads * size, width)
-
-    def mixed(self, x: Tensor) -> Tensor:
-        q, k, v = (f(x).unflatten(-1, (-1, self.size)) for f in (self.q, self.k, self.v))
-        decay, beta = -0.2 * F.softplus(self.a(x)), self.b(x).sigmoid()
-        return torch_chunk_gated_delta_rule(q, k, v, decay, beta, use_qk_l2norm_in_kernel=True)[0]  # type: ignore[no-any-return]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.out(self.mixed(x).flatten(-2).to(x.dtype))
-
-
 class Written(Split):
     """The same projections around a mixer that is written out."""
 
@@ -218,20 +188,6 @@ class Written(Split):
         future = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
         factor = (decay.unsqueeze(-1) - decay.unsqueeze(-2)).masked_fill(future, float("-inf")).exp()
         return (q @ k.transpose(-1, -2) * factor @ v).transpose(1, 2)
-
-
-PLAN = {**{f"layers.*.{n}": ColwiseParallel() for n in "qkvab"}, "layers.*.out": RowwiseParallel()}
-LEVELS = {"layers.*.loglinear": LevelWeightsParallel()}
-
-
-def perturb(model: nn.Module) -> None:
-    """Level weights off 1, the same ones wherever they are."""
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "loglinear" in name:
-                values = 0.3 * torch.randn(p.shape, generator=generator)
-                p.copy_(distribute_tensor(values, p.device_mesh, p.placements) if isinstance(p, DTensor) else values)
 
 
 def trained(model: nn.Module, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

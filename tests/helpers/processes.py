@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 import warnings
 from collections.abc import Callable
@@ -28,5 +29,9 @@ def _begin(rank: int, port: int, ranks: int, work: Callable[..., None], args: tu
     warnings.simplefilter("ignore")
     address, limit = f"tcp://127.0.0.1:{port}", timedelta(seconds=120)
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=ranks, timeout=limit)
-    work(rank, *args)
-    dist.destroy_process_group()
+    try:
+        work(rank, *args)
+    finally:
+        # In this order: at the end of the process, the destructors of DDP's reducers and of gloo wait for each other.
+        gc.collect()
+        dist.destroy_process_group()

@@ -12,6 +12,7 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from llcompile.arguments import at_least, positive
 from llcompile.distributed.cut import Cut
 
 RANKS = (8, 64, 1024)
@@ -94,11 +95,11 @@ def _mib(count: int) -> str:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--key-dim", type=int, default=128)
-    parser.add_argument("--value-dim", type=int, default=128)
+    parser.add_argument("--heads", type=at_least(1), default=32)
+    parser.add_argument("--key-dim", type=at_least(1), default=128)
+    parser.add_argument("--value-dim", type=at_least(1), default=128)
     parser.add_argument("--decay-only", action="store_true", help="no delta rule and no erase key")
-    parser.add_argument("--bandwidth", type=float, default=50.0, help="GB/s that one process receives")
+    parser.add_argument("--bandwidth", type=positive, default=50.0, help="GB/s that one process receives")
     args = parser.parse_args()
     mixer = Mixer(args.heads, args.key_dim, args.value_dim, not args.decay_only)
     print("\n".join(table(mixer, args.bandwidth)))

@@ -1,10 +1,10 @@
 """What the first compiled training step costs, beside plain Inductor's: a small mamba2 of transformers, in CPU time.
 
-    python -m benchmarks.first_step [--layers 2] [--length 64] [--turns 1] [--profile FILE]
+    python -m benchmarks.first_step [--layers 2] [--length 64] [--turns 1] [--json FILE] [--profile FILE]
 
 Each measurement is a process with empty caches (Inductor's and ours), one backend after the other in each turn.
 CPU time of the process and of its children (the C++ compiler) counts: other programs change it less. The budget is 1.3
-times plain Inductor's.
+times plain Inductor's. A turn takes some minutes on one core. The file is written after each turn.
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 from typing import Any
+
+from benchmarks import record
+from llcompile.arguments import at_least
 
 BACKENDS = ("inductor", "loglinear")
 BUDGET = 1.3
@@ -30,22 +34,37 @@ _CACHES = ("TORCHINDUCTOR_CACHE_DIR", "LLCOMPILE_KERNEL_DIR")
 def main() -> None:
     """Print a line for each measurement, and the median ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--length", type=int, default=64)
-    parser.add_argument("--turns", type=int, default=1)
+    parser.add_argument("--layers", type=at_least(1), default=2)
+    parser.add_argument("--length", type=at_least(1), default=64)
+    parser.add_argument("--turns", type=at_least(1), default=1)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="default: benchmarks/results/first-step-cpu-<date>")
     parser.add_argument("--profile", metavar="FILE", help="write a cProfile of the step with our backend")
     parser.add_argument("--one", choices=BACKENDS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         print(json.dumps(measure(args.one, args.layers, args.length, args.profile)))
         return
-    ratios = []
+    path = args.json or record.results_file("first-step-cpu")
+    turns: list[dict[str, Any]] = []
     for _ in range(args.turns):
-        found = {backend: _in_process(backend, args) for backend in BACKENDS}
-        for backend, seconds in found.items():
-            print(f"{backend:>9}: {', '.join(f'{name} {value:.1f} s' for name, value in seconds.items())}", flush=True)
-        ratios.append(_step(found["loglinear"]) / _step(found["inductor"]))
-    print(f"first step, loglinear / inductor: {statistics.median(ratios):.2f} (budget {BUDGET}, {len(ratios)} turns)")
+        turns.append({backend: _in_process(backend, args) for backend in BACKENDS})
+        for backend, seconds in turns[-1].items():
+            print(f"{backend:>9}: {', '.join(f'{name} {value:.1f}' for name, value in seconds.items())}", flush=True)
+        record.write(path, _summary(turns, args))
+    ratio = _summary(turns, args)["ratio"]
+    print(f"first step, loglinear / inductor: {ratio:.2f} (budget {BUDGET}, {len(turns)} turns); wrote {path}")
+
+
+def _summary(turns: list[dict[str, Any]], args: argparse.Namespace) -> dict[str, Any]:
+    ratios = [_step(turn["loglinear"]) / _step(turn["inductor"]) for turn in turns]
+    return {
+        "environment": record.environment("cpu"),
+        "model": {"type": "mamba2", "layers": args.layers, "length": args.length, **SIZES},
+        "unit": "seconds of CPU time; load is that of the last minute, after the step",
+        "turns": turns,
+        "ratio": statistics.median(ratios),
+        "budget": BUDGET,
+    }
 
 
 def measure(backend: str, layers: int, length: int, profile: str | None) -> dict[str, float]:
@@ -71,7 +90,7 @@ def measure(backend: str, layers: int, length: int, profile: str | None) -> dict
     own, children = (after - at for after, at in zip(_cpu(), before, strict=True))
     if profiler is not None:
         profiler.dump_stats(str(profile))
-    return {**found, "step": own, "its children": children}
+    return {**found, "step": own, "its children": children, "load": os.getloadavg()[0]}
 
 
 def _cpu() -> tuple[float, float]:

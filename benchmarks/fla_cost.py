@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks.fla_calls import TWINS, Twin
+from llcompile.arguments import at_least
 from llcompile.errors import KernelError
 from llcompile.kernels.levels import level_count
 from llcompile.kernels.triton.cost.case import Case
@@ -105,7 +106,7 @@ def main() -> None:
     """Print the table; write JSON with `--json`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--twin", action="append", choices=tuple(TWINS), help="may be repeated (default: all)")
-    parser.add_argument("--length", type=int, default=65_536, help="tokens, a multiple of 64 (default: 65536)")
+    parser.add_argument("--length", type=at_least(1), default=65_536, help="tokens, a multiple of 64 (default: 65536)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all numbers to a file")
     parser.add_argument("--worker", nargs=3, metavar=("TWIN", "K", "V"), help=argparse.SUPPRESS)
     args = parser.parse_args()

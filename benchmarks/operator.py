@@ -21,6 +21,7 @@ from benchmarks.operator_figures import comparisons, exponents, figures
 from benchmarks.operator_plan import DTYPES, FAMILIES, LENGTHS, QUICK_LENGTH, Job, Plan, Series
 from benchmarks.process import in_process
 from benchmarks.record import environment, load, results_file, write
+from llcompile.arguments import at_least, positive
 from llcompile.errors import SpecError
 
 # Seconds kept for the tables and the picture, and those below which a process is not worth its start.
@@ -35,16 +36,20 @@ def add_parser(kinds: Any) -> None:
     )
     parser.add_argument("--device", default="cpu", help="device to run on (default: cpu)")
     parser.add_argument("--quick", action="store_true", help="run small sizes for a few seconds as a smoke test")
-    parser.add_argument("--compile-limit", type=float, default=300.0, help="time limit in seconds for compiling a peer")
-    parser.add_argument("--lengths", type=int, nargs="+", help="lengths (default: 1k to 64k, on a GPU 2k to 256k)")
+    parser.add_argument(
+        "--compile-limit", type=positive, default=300.0, help="time limit in seconds for compiling a peer"
+    )
+    parser.add_argument(
+        "--lengths", type=at_least(1), nargs="+", help="lengths (default: 1k to 64k, on a GPU 2k to 256k)"
+    )
     parser.add_argument(
         "--families", nargs="+", metavar="DECAY/CORRECTION", help="measure only these families, such as scalar/delta"
     )
     parser.add_argument(
-        "--repeats", type=int, default=5, help="repeats of each measurement; on a CPU fewer of slow ones"
+        "--repeats", type=at_least(1), default=5, help="repeats of each measurement; on a CPU fewer of slow ones"
     )
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="cpu: dtypes of operands (default: both)")
-    parser.add_argument("--threads", type=int, nargs="+", help="cpu: numbers of threads (default: 1 2)")
+    parser.add_argument("--threads", type=at_least(1), nargs="+", help="cpu: numbers of threads (default: 1 2)")
     parser.add_argument(
         "--kernels",
         nargs="+",
@@ -59,7 +64,7 @@ def add_parser(kinds: Any) -> None:
         help="cuda: peers or libraries to compare with, such as fla,sdpa, or none (default: all that are installed)",
     )
     parser.add_argument(
-        "--minutes", type=float, default=10.0, help="time limit; the most important cases run first (default: 10)"
+        "--minutes", type=positive, default=10.0, help="time limit; the most important cases run first (default: 10)"
     )
     parser.set_defaults(measure=run)
 
@@ -100,11 +105,6 @@ def planned(args: argparse.Namespace) -> Plan:
         for name in [name for name in given or () if name not in known]:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
             raise SpecError(f"{option}: {name!r} is unknown; did you mean {near!r}? Known: {', '.join(known)}")
-    for option, numbers in (("--lengths", args.lengths), ("--threads", args.threads), ("--repeats", [args.repeats])):
-        if odd := [n for n in numbers or () if n < 1]:
-            raise SpecError(f"{option}: numbers must be at least 1, got {odd[0]}")
-    if args.minutes <= 0:
-        raise SpecError(f"--minutes must be more than 0, got {args.minutes}")
     asked = os.environ.get(VARIABLE) or "auto"
     kernels = args.kernels or (["cpp", "aten"] if asked == "auto" else [asked])
     some = [("scalar", "none"), ("scalar", "delta")] if args.quick else FAMILIES

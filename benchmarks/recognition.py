@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.process import in_process
 from benchmarks.record import environment, results_file, write
-from llcompile.arguments import at_least
+from llcompile.arguments import at_least, positive
 from llcompile.errors import SpecError
 
 OWN = ("quadratic", "token loop")
@@ -50,7 +50,7 @@ def add_parser(subparsers: Any) -> None:
         "--json", type=Path, metavar="FILE", help="file for the results (default: in benchmarks/results/)"
     )
     parser.add_argument("--threads", type=at_least(1), metavar="N", help="torch threads (default: set by torch)")
-    parser.add_argument("--limit", type=float, default=600.0, help="time limit in seconds for a compilation")
+    parser.add_argument("--limit", type=positive, default=600.0, help="time limit in seconds for a compilation")
     parser.set_defaults(measure=run)
 
 

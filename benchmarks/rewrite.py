@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.operator_figures import slope
 from benchmarks.process import in_process
 from benchmarks.record import environment, results_file, write
-from llcompile.arguments import at_least
+from llcompile.arguments import at_least, positive
 
 LENGTHS = [1024, 2048, 4096, 8192, 16384]
 FIT_FROM = 4096  # below, what does not grow with the length counts
@@ -60,7 +60,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--heads", type=at_least(1), default=2, help="heads (default 2)")
     parser.add_argument("--dim", type=at_least(1), default=64, help="width of a head (default 64)")
     parser.add_argument("--repeats", type=at_least(1), default=3, help="repeats of each; the fastest counts")
-    parser.add_argument("--limit", type=float, default=600.0, help="time limit in seconds for a measurement")
+    parser.add_argument("--limit", type=positive, default=600.0, help="time limit in seconds for a measurement")
     parser.set_defaults(measure=run)
 
 

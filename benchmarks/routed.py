@@ -22,6 +22,7 @@ from torch import Tensor
 
 from benchmarks import record
 from benchmarks.selective import timed
+from llcompile.arguments import at_least
 from llcompile.ops import level_readouts, level_readouts_step, loglinear_attention, loglinear_attention_step
 
 LEVELS = 16
@@ -35,9 +36,11 @@ def main(given: list[str] | None = None) -> int:
     """Measure, print and write; 1 where a ratio is over the budget."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="default: cpu")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096], help="tokens (default: 1024 4096)")
-    parser.add_argument("--channels", type=int, default=16, help="R of a routing query and key (default: 16)")
-    parser.add_argument("--turns", type=int, default=9, help="how often each runs (default: 9)")
+    parser.add_argument(
+        "--lengths", type=at_least(1), nargs="+", default=[1024, 4096], help="tokens (default: 1024 4096)"
+    )
+    parser.add_argument("--channels", type=at_least(1), default=16, help="R of a routing query and key (default: 16)")
+    parser.add_argument("--turns", type=at_least(1), default=9, help="how often each runs (default: 9)")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     args = parser.parse_args(given)
     if args.device == "cpu":

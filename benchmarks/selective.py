@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import record
+from llcompile.arguments import at_least
 from llcompile.ops import loglinear_attention
 
 LEVELS, CHANNELS, STATES = 17, 1536, 16
@@ -32,8 +33,10 @@ def main(given: list[str] | None = None) -> int:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="default: cpu")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 4096], help="tokens (default: 512 4096)")
-    parser.add_argument("--turns", type=int, default=3, help="how often each runs (default: 3)")
+    parser.add_argument(
+        "--lengths", type=at_least(1), nargs="+", default=[512, 4096], help="tokens (default: 512 4096)"
+    )
+    parser.add_argument("--turns", type=at_least(1), default=3, help="how often each runs (default: 3)")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     args = parser.parse_args(given)
     if args.device == "cpu":

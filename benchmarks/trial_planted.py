@@ -29,6 +29,7 @@ sys.path.append(str(Path(__file__).parent.parent / "examples"))
 
 from benchmarks import record
 from demo.recall import Task
+from llcompile.arguments import at_least
 from llcompile.trials.arms import STAY, Arm
 from llcompile.trials.batches import TRAIN, Batch
 from llcompile.trials.plan import Plan
@@ -96,11 +97,15 @@ def batches(split: str, seed: int) -> Iterator[Batch]:
 def main(given: list[str] | None = None) -> int:
     """Run all trials; 0 if each says what it must."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=5, help="trials of each task (default: 5)")
-    parser.add_argument("--workers", type=int, default=2, help="trials at the same time (default: 2)")
+    parser.add_argument("--runs", type=at_least(1), default=5, help="trials of each task (default: 5)")
+    parser.add_argument("--workers", type=at_least(1), default=2, help="trials at the same time (default: 2)")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all")
-    parser.add_argument("--before", type=int, default=BEFORE, help=f"steps of the linear model (default: {BEFORE})")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"steps of each run of a trial (default: {STEPS})")
+    parser.add_argument(
+        "--before", type=at_least(1), default=BEFORE, help=f"steps of the linear model (default: {BEFORE})"
+    )
+    parser.add_argument(
+        "--steps", type=at_least(1), default=STEPS, help=f"steps of each run of a trial (default: {STEPS})"
+    )
     parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     args = parser.parse_args(given)

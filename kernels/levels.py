@@ -12,6 +12,9 @@ from typing import overload
 import torch
 from torch import Tensor
 
+# Positions are int64: no sequence needs more.
+MOST_LEVELS = 64
+
 
 @overload
 def bit_length(x: int) -> int: ...

@@ -39,14 +39,15 @@ def _joined(group: Sequence[tuple[str, ...]], position: int) -> tuple[str, ...]:
     first = group[0]
     if len(group) == 1:
         return first
-    return (*first[:position], _runs([int(parts[position]) for parts in group]), *first[position + 1 :])
+    return (*first[:position], runs([int(parts[position]) for parts in group]), *first[position + 1 :])
 
 
-def _runs(numbers: list[int]) -> str:
-    runs: list[list[int]] = []
+def runs(numbers: Iterable[int]) -> str:
+    """Different numbers as text, neighbours as one: `0-2,4`."""
+    found: list[list[int]] = []
     for number in sorted(numbers):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
+        if found and number == found[-1][-1] + 1:
+            found[-1].append(number)
         else:
-            runs.append([number])
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+            found.append([number])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in found)

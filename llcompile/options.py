@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from llcompile.errors import OptionError
+from llcompile.kernels.levels import MOST_LEVELS
 from llcompile.patterns.mixer import FEATURES
 from llcompile.weights.default_kind import AUTO
 from llcompile.weights.level_kinds import KINDS
@@ -58,8 +59,10 @@ class Options:
                     f"option {name!r} must be one of {', '.join(map(repr, allowed))}; got {getattr(self, name)!r}"
                     f"{_nearest(str(getattr(self, name)), allowed)}"
                 )
-        if not 1 <= self.levels <= 64:
-            raise OptionError(f"option 'levels' must be between 1 and 64 (2^(levels-1) tokens), got {self.levels}.")
+        if not 1 <= self.levels <= MOST_LEVELS:
+            raise OptionError(
+                f"option 'levels' must be between 1 and {MOST_LEVELS} (2^(levels-1) tokens), got {self.levels}."
+            )
         if not 1 <= self.routing_features <= 256:
             raise OptionError(f"option 'routing_features' must be between 1 and 256, got {self.routing_features}.")
 

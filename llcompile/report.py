@@ -94,10 +94,10 @@ class Report:
     def _tables(self) -> Iterable[Any]:
         total = len(self.converted) + len(self.declined)
         head = f"{self.title or 'model'}: {len(self.converted)} of {total} linear-time mixers are log-linear"
-        yield f"{head}; {self._new_parameters()}" if self.parameters else head
+        yield f"{head}; {self.new_parameters}" if self.parameters else head
         if not total:
             yield "  No linear-time mixer was found."
-        yield from (f"  {remark}" for remark in (*self._much(), *self.remarks))
+        yield from (f"  {remark}" for remark in (*self.advice, *self.remarks))
         if self.converted:
             yield _converted_table(self.converted)
             noted = [(note, r.module) for r in self.converted for note in r.notes]
@@ -113,18 +113,22 @@ class Report:
             yield f"not verified: {self.unverified}"
         yield from (f"the graph breaks at {b.where}{_times(b.count)}: {b.reason}" for b in self.breaks)
 
-    def _new_parameters(self) -> str:
+    @property
+    def new_parameters(self) -> str:
+        """How many parameters the level weights have, in words, and what share of the model's that is."""
         new = f"their level weights have {self.parameters:,} parameters"
         if self.share is None:
             return new
         return f"{new}, {_percent(self.share)} of the model's {self.own_parameters:,}"
 
-    def _much(self) -> Iterable[str]:
-        """A word about level weights that are a large part of a large model."""
-        if self.share is not None and self.share > _LARGE_SHARE and self.parameters > _MANY:
-            kinds = {record.level_weights for record in self.converted} - {"mlp", "static"}
-            less = "level_weights ('mlp' or 'static') and levels" if kinds else "levels"
-            yield f"large level weights: {_percent(self.share)} more parameters; the options {less} make them smaller"
+    @property
+    def advice(self) -> tuple[str, ...]:
+        """What to change: a word about level weights that are a large part of a large model."""
+        if self.share is None or self.share <= _LARGE_SHARE or self.parameters <= _MANY:
+            return ()
+        kinds = {record.level_weights for record in self.converted} - {"mlp", "static"}
+        less = "options level_weights ('mlp' or 'static') and levels make" if kinds else "option levels makes"
+        return (f"large level weights: {_percent(self.share)} more parameters; the {less} them smaller",)
 
 
 def _percent(share: float) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import recognition, rewrite
+from benchmarks import first_step, recognition, rewrite
 from benchmarks.mixers import Quadratic, TokenLoop
 from benchmarks.process import in_process
 from llcompile.commands import cli
@@ -144,3 +144,20 @@ def test_the_picture_in_the_readme_is_of_the_committed_measurements(tmp_path: Pa
     assert re.findall(r">([^<>]+)</text>", (tmp_path / "speed.svg").read_text()) == re.findall(
         r">([^<>]+)</text>", committed.read_text()
     )
+
+
+def test_first_step_writes_each_turn_with_its_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    steps = iter((10.0, 12.0, 10.0, 20.0, 10.0, 14.0))
+
+    def made_up(backend: str, args: object) -> dict[str, float]:
+        return {"step": next(steps), "its children": 10.0, "load": 1.5}
+
+    file = tmp_path / "first.json"
+    monkeypatch.setattr(first_step, "_in_process", made_up)
+    monkeypatch.setattr("sys.argv", ["first_step", "--turns", "3", "--json", str(file)])
+    first_step.main()
+    found = json.loads(file.read_text())
+    assert [turn["loglinear"]["step"] for turn in found["turns"]] == [12, 20, 14]
+    assert found["ratio"] == pytest.approx(24 / 20)  # the median; the compiler counts
+    assert found["turns"][0]["inductor"]["load"] == 1.5
+    assert found["environment"]["versions"]["torch"] == torch.__version__

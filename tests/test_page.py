@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ import llcompile
 from llcompile.look import timings
 from llcompile.look.findings import Findings
 from llcompile.look.look import Look
+from llcompile.look.module_tree import tree
 from llcompile.passes import pipeline
 from tests.helpers import small
 from tests.helpers.html import Page
@@ -158,6 +160,33 @@ def test_a_family_stands_together() -> None:
     assert [m.module for m in look.mixers] == ["layers.1", "layers.2", "layers.3", "layers.4"], (
         "the data keeps the order"
     )
+
+
+def test_equal_modules_of_a_list_are_one_branch_though_others_stand_between() -> None:
+    fates = {
+        f"layers.{i}.mixer": [("converted", "SSD" if i % 3 else "DeltaNet", f"mixer-{i % 3 > 0}")] for i in range(7)
+    }
+    layers = nn.ModuleList(nn.ModuleDict({"mixer": nn.Linear(1, 1)}) for _ in range(7))
+    (found,) = tree(nn.ModuleDict({"layers": layers}), fates).children
+    assert [(b.name, b.count, b.children[0].fates[0][1]) for b in found.children] == [
+        ("0,3,6", 3, "DeltaNet"),
+        ("1-2,4-5", 4, "SSD"),
+    ]
+
+
+def test_the_share_of_new_parameters_is_at_the_top() -> None:
+    from llcompile.look.page import page
+
+    look, _, fresh = seen("equal layers")
+    top = " ".join(fresh.root.all("header")[0].text.split())
+    assert f"; {look.new_parameters}." in top
+    assert f"% of the model's {look.own_parameters:,}" in look.new_parameters
+    assert "large level weights" not in top
+    many = tuple(replace(record, parameters=10**7) for record in look.converted)
+    large = replace(look, converted=many, own_parameters=10**9)
+    text = " ".join(Page(page(large)).root.all("header")[0].text.split())
+    assert f"large level weights: {LAYERS} % more parameters" in text
+    assert all(advice in str(large) for advice in large.advice)
 
 
 def test_kernels_and_mixers_lead_to_each_other() -> None:

@@ -30,6 +30,7 @@ LONG_FILES = {
     "test_export.py",
     "test_forget.py",
     "test_fresh.py",
+    "test_look_layers.py",
     "test_page.py",
     "test_processes.py",
     "test_transaction.py",

@@ -33,7 +33,7 @@ def add_parser(subparsers: Any) -> None:
         metavar="N",
         help="repeat the training with N seeds and print mean and spread",
     )
-    parser.add_argument("--seed", type=int, default=0, help="the first seed (default 0)")
+    parser.add_argument("--seed", type=at_least(0, 2**32 - 1), default=0, help="the first seed (default 0)")
     parser.add_argument(
         "--distances",
         choices=("key", "any"),

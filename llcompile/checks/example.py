@@ -20,7 +20,7 @@ from llcompile.passes.session import Session
 from llcompile.patterns import reasons
 from llcompile.report import Report
 from llcompile.torch_internals import reach, recompile_room
-from llcompile.torch_internals.trace import traced_once
+from llcompile.torch_internals.trace import forget_guards_of_one_call, traced_once
 
 # Is given each session with its report when all is decided; may return what is to run.
 Visit = Callable[[Session, Report], Callable[..., Any] | None]
@@ -77,7 +77,9 @@ class LookBackend:
         reach.guard_modules()  # behind a graph break, equal layers would share the look at the first of them
         session = driver.new_session(module, self.options, self.names, self.dry_run)
         report = driver.look(session)
-        return self.visit(session, report) or _original_code(session)
+        code = self.visit(session, report) or _original_code(session)
+        forget_guards_of_one_call()
+        return code
 
 
 @contextmanager
@@ -89,11 +91,15 @@ def lengths_as_they_are() -> Iterator[None]:
 
 @contextmanager
 def garbage_later() -> Iterator[None]:
-    """No search for cycles among the objects of a trace, millions that live until its end: a tenth of its time."""
+    """No search for cycles among the objects of a trace, millions that live until its end: a tenth of its time.
+
+    Nor at its end, where Dynamo would start one: Python itself does, once there is reason to.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:
-        yield
+        with torch._dynamo.config.patch(run_gc_after_compile=False):
+            yield
     finally:
         if enabled:
             gc.enable()

@@ -14,6 +14,7 @@ from llcompile.arguments import at_least
 from llcompile.commands import kernels_cost, kernels_matrix
 from llcompile.errors import KernelError, SpecError
 from llcompile.kernels.description import Correction, Decay
+from llcompile.kernels.levels import MOST_LEVELS
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 TARGETS = ("cpu", "cuda", "hip")
@@ -59,7 +60,11 @@ def _add_description(parser: argparse.ArgumentParser) -> None:
     )
     form = parser.add_mutually_exclusive_group()
     form.add_argument(
-        "--levels", metavar="L", type=at_least(1), default=17, help="level weights per token (default: 17)"
+        "--levels",
+        metavar="L",
+        type=at_least(1, MOST_LEVELS),
+        default=17,
+        help=f"level weights per token, at most {MOST_LEVELS} (default: 17)",
     )
     form.add_argument("--linear", action="store_true", help="use the linear operator, without level weights")
     parser.add_argument("--initial-state", choices=("linear", "level"), help="start from a state of this kind")
@@ -111,7 +116,8 @@ def _show_cpp(args: argparse.Namespace) -> int:
 
 
 def _show_triton(args: argparse.Namespace) -> int:
-    from llcompile.kernels.triton import chips, show
+    from llcompile.kernels.triton import chips, limits, show
+    from llcompile.kernels.triton.description import BACKEND
 
     if args.dtype == "float64":
         raise SpecError("--dtype float64: Triton kernels take bfloat16, float16 and float32; see --target cpu")
@@ -119,8 +125,9 @@ def _show_triton(args: argparse.Namespace) -> int:
     chip = chips.CHIPS[_known("chip", args.chip, chips.CHIPS)] if args.chip else None
     if chip is not None and args.target not in (None, chip.backend):
         raise SpecError(f"--chip {args.chip}: a chip of target {chip.backend}, not of --target {args.target}")
-    if chip is None and args.target is not None:
-        chip = chips.assumed(args.target)
+    chip = chip or chips.assumed(args.target or BACKEND)
+    if reason := limits.beyond(d, chip):
+        raise SpecError(f"--key-dim {d.key_dim}: there are no Triton kernels for it: {reason}; ATen runs such calls")
     source = show.source_of(d, chip)
     parts = show.kernels_in(source)
     if args.kernel is not None:

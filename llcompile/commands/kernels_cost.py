@@ -10,7 +10,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from llcompile.arguments import at_least
 from llcompile.errors import KernelError, SpecError
+from llcompile.kernels.levels import MOST_LEVELS
 from llcompile.kernels.triton.cost.families import FAMILIES, PASSES
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -30,17 +32,28 @@ def add_parser(kinds: Any) -> None:
     add = parser.add_argument
     add("--family", action="append", choices=tuple(FAMILIES), help="decay/correction; may be repeated (default: all)")
     add("--pass", action="append", dest="passes", choices=PASSES, help="may be repeated (default: all)")
-    add("--key-dim", metavar="K", type=_size, help="default: 128 (16 with rates)")
-    add("--value-dim", metavar="V", type=_size, help="default: 128 (1 with rates)")
-    add("--heads", metavar="H", type=_size, help="default: 32 (1536 with rates)")
-    add("--groups", metavar="G", type=_size, help="groups of heads that share query and key (default: H; 1 with rates)")
-    add("--batch", metavar="B", type=_size, default=1, help="default: 1")
+    add("--key-dim", metavar="K", type=at_least(1), help="default: 128 (16 with rates)")
+    add("--value-dim", metavar="V", type=at_least(1), help="default: 128 (1 with rates)")
+    add("--heads", metavar="H", type=at_least(1), help="default: 32 (1536 with rates)")
     add(
-        "--length", metavar="T", type=_size, default=65_536, help="tokens; for a step, those before it (default: 65536)"
+        "--groups",
+        metavar="G",
+        type=at_least(1),
+        help="groups of heads that share query and key (default: H; 1 with rates)",
+    )
+    add("--batch", metavar="B", type=at_least(1), default=1, help="default: 1")
+    add(
+        "--length",
+        metavar="T",
+        type=at_least(1),
+        default=65_536,
+        help="tokens; for a step, those before it (default: 65536)",
     )
     add("--dtype", choices=DTYPES, default=DTYPES[0], help=f"dtype of the operands (default: {DTYPES[0]})")
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--levels", metavar="L", type=_size, help="level weights per token (default: what T needs)")
+    form.add_argument(
+        "--levels", metavar="L", type=at_least(1, MOST_LEVELS), help="level weights per token (default: what T needs)"
+    )
     form.add_argument("--linear", action="store_true", help="use the linear operator, without level weights")
     add("--budgets", action="store_true", help="count what has a ceiling or a goal instead, and print both")
     add("--compilations", action="store_true", help="also count compilations over lengths from 1 to 4096")
@@ -96,9 +109,3 @@ def _write(path: Path, records: list[dict[str, Any]]) -> None:
         path.write_text(json.dumps(found, indent=1) + "\n")
     except OSError as error:
         raise SpecError(f"--json {path}: cannot be written ({error.strerror or error}); name another file") from error
-
-
-def _size(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
-    return int(text)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llcompile.arguments import at_least, positive
+from llcompile.arguments import at_least, not_negative, positive
 from llcompile.commands.spec import SPEC_HELP, add_set_argument, load
 from llcompile.errors import TrialError
 
@@ -21,6 +21,9 @@ DATA_HELP = """
   a .pt, .npy or .safetensors file           tokens, whole numbers [N] or [N, T]; the last tenth is held out
   package.module:function                     function(split, seed) yields batches; split is "train" or "held out"
   any other file                              its bytes are the tokens (vocabulary 256)"""
+
+_MOST_SEEDS, _MOST_WORKERS = 10_000, 1024
+_LARGEST_SEED = 2**32 - 1 - _MOST_SEEDS  # numpy's generators take 32 bits
 
 
 def add_parser(subparsers: Any) -> None:
@@ -45,9 +48,13 @@ def add_parser(subparsers: Any) -> None:
 def _add_amounts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=at_least(1), default=400, help="optimizer steps of each run (default 400)")
     parser.add_argument(
-        "--seeds", type=at_least(2), default=5, metavar="N", help="runs of each arm (default 5, at least 2)"
+        "--seeds",
+        type=at_least(2, _MOST_SEEDS),
+        default=5,
+        metavar="N",
+        help="runs of each arm (default 5, at least 2)",
     )
-    parser.add_argument("--first-seed", type=int, default=0, help="the first seed (default 0)")
+    parser.add_argument("--first-seed", type=at_least(0, _LARGEST_SEED), default=0, help="the first seed (default 0)")
     parser.add_argument("--batch", type=at_least(2), default=16, help="sequences in a batch (default 16)")
     parser.add_argument("--length", type=at_least(2), default=128, help="tokens of a training sequence (default 128)")
     parser.add_argument(
@@ -77,12 +84,15 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         "the training length (default: inside)"
     )  # fmt: skip
     parser.add_argument(
-        "--worth", type=float, help="least gain worth a conversion (default: 0.01 nats, 0.005 of accuracy)"
+        "--worth", type=not_negative, help="least gain worth a conversion (default: 0.01 nats, 0.005 of accuracy)"
     )
     parser.add_argument("--inner", default="inductor", help="inductor, aot_eager or eager (default: inductor)")
     parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument(
-        "--workers", type=at_least(1), default=1, help="processes that train arms side by side (default 1)"
+        "--workers",
+        type=at_least(1, _MOST_WORKERS),
+        default=1,
+        help="processes that train arms side by side (default 1)",
     )
 
 

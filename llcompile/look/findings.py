@@ -12,6 +12,7 @@ from torch import nn
 
 from llcompile.look.cost import MixerCost, cost_of
 from llcompile.look.generated import GeneratedKernels, kernels_of
+from llcompile.look.groups import as_row, groups
 from llcompile.look.mixer_look import MixerLook
 from llcompile.look.model_cost import Elsewhere, ModelCost
 from llcompile.look.state_size import StateSize, as_dicts, as_table, state_sizes
@@ -79,10 +80,14 @@ class Findings(Report):
         return ModelCost(self.elsewhere, self.costs)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report, the mixers, the cost and the timings as plain dicts, lists and numbers, ready for JSON."""
+        """The report, the mixers, the cost and the timings as plain dicts, lists and numbers, ready for JSON.
+
+        `groups` has a row for each group of equal mixers, as the page does; `mixers` has each of them.
+        """
         return {
             **self.report.to_dict(),
             "state_sizes": as_dicts(self.state_sizes),
+            "groups": [as_row(group) for group in groups(self.mixers, self.kernels)],
             "mixers": [_mixer(mixer) for mixer in self.mixers],
             "cost": {"at": self.cost.at(), "elsewhere": asdict(self.elsewhere)},
             "timings": [asdict(timing) for timing in self.timings],

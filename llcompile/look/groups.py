@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from llcompile.folding import folded, grouped
 from llcompile.look.generated import GeneratedKernels
@@ -60,6 +61,23 @@ def groups(mixers: tuple[MixerLook, ...], kernels: tuple[GeneratedKernels, ...])
             anchor = "" if call is None else files.get(call.description, "")
             found.append(Group(f"mixer-{len(found)}", alike, anchor))
     return found
+
+
+def as_row(group: Group) -> dict[str, Any]:
+    """A group as a row of JSON: `modules` is their names, numbers folded, `parameters` are those of all of them."""
+    first = group.first
+    return {
+        "modules": group.names,
+        "count": len(group.mixers),
+        "fate": first.fate,
+        "family": first.family,
+        "reason": first.reason,
+        "where": first.where,
+        "origin": first.origin,
+        "level_weights": first.level_weights,
+        "parameters": group.parameters,
+        "max_error": group.error,
+    }
 
 
 def kernels_anchor(index: int) -> str:

@@ -1,20 +1,21 @@
-"""Module tree: the modules of a model that have a fate, as a tree in which equal neighbours stand once."""
+"""Module tree: the modules of a model that have a fate, as a tree in which equal numbered modules stand once."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import groupby
 
 from torch import nn
+
+from llcompile.folding import grouped, runs
 
 
 @dataclass
 class Branch:
-    """One module, or a run of neighbours that are alike.
+    """One module, or those of a list that are alike.
 
     Args:
-        name: the last part of its name; "0 to 47" for a run.
+        name: the last part of its name; "0-2,4-6" for several.
         kind: its class.
         fates: (fate, what it is, anchor) of the module itself.
         children: modules below it.
@@ -54,10 +55,8 @@ def _fold(branch: Branch) -> None:
         _fold(child)
     branch.children.sort(key=lambda c: (not c.name.isdigit(), int(c.name) if c.name.isdigit() else 0))
     folded = []
-    for _, run in groupby(branch.children, key=lambda c: (c.name.isdigit(), c.alike())):
-        alike = list(run)
-        if len(alike) > 1 and alike[0].name.isdigit():
-            alike[0].name, alike[0].count = f"{alike[0].name} to {alike[-1].name}", len(alike)
-            alike = alike[:1]
-        folded.extend(alike)
+    for alike in grouped(branch.children, lambda c: ("" if c.name.isdigit() else c.name, c.alike())):
+        if len(alike) > 1:
+            alike[0].name, alike[0].count = runs(int(c.name) for c in alike), len(alike)
+        folded.append(alike[0])
     branch.children = folded

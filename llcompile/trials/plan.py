@@ -101,7 +101,7 @@ def _check(plan: Plan) -> None:
     for name, values in (("rates", plan.rates), ("level_rate", (plan.level_rate,))):
         if not values or not all(0 < value < math.inf for value in values):
             raise TrialError(f"{name} must be positive, got {list(values)}")
-    if plan.worth is not None and not plan.worth >= 0:
+    if plan.worth is not None and not 0 <= plan.worth < math.inf:
         raise TrialError(f"worth must be at least 0, got {plan.worth}")
     _check_device(plan.place)
     _check_choice("metric", [plan.metric], tuple(METRICS))

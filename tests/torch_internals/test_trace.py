@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, fx
 from torch._dynamo.callback import callback_handler
 
+from llcompile.torch_internals.frame import current_output
 from llcompile.torch_internals.trace import (
     at_compile_end,
     below_export,
+    forget_guards_of_one_call,
     is_resumed,
     is_traced_graph,
     is_whole_frame,
@@ -250,3 +252,39 @@ class TestTracesOfTransforms:
         with without_traces_of_transforms():
             assert torch.func.grad(torch.sin)(torch.tensor(0.0)).item() == 1
         assert torch._C._functorch.maybe_current_level() is None
+
+
+class TestForgetGuardsOfOneCall:
+    """What runs once needs no guards; what may run again keeps them."""
+
+    def test_a_call_that_is_made_once(self) -> None:
+        def count_guards(_: fx.GraphModule) -> int:
+            before = len(current_output().guards)
+            forget_guards_of_one_call()
+            return before - len(current_output().guards)
+
+        asking = Asking(count_guards)
+        model = Layers()
+        assert torch.equal(traced_once(model, asking)(torch.ones(2, 3)), model(torch.ones(2, 3)))
+        assert asking.count == 1
+        assert asking.answers[0] > 5, "it had some"
+        torch.compile(model, backend=asking)(torch.ones(2, 3))
+        assert asking.answers[1] == 0, "others call this more than once"
+
+    def test_what_follows_a_graph_break_is_guarded(self) -> None:
+        class Counting(torch.nn.Module):
+            step = 0
+
+            def forward(self, x: Tensor) -> Tensor:
+                torch._dynamo.graph_break()
+                return x + self.step
+
+        def twice(x: Tensor) -> Tensor:
+            model.step = 1
+            x = model(x)
+            model.step = 10
+            return model(x)
+
+        model = Counting()
+        asking = Asking(lambda _: forget_guards_of_one_call())
+        assert traced_once(twice, asking)(torch.zeros(1)).tolist() == [11]

@@ -52,14 +52,20 @@ function zoomable(scroll) {
     zoom(scale() * Math.exp(-event.deltaY / 300), event.clientX, event.clientY);
   }, { passive: false });
 
+  const onScrollbar = ({ clientX, clientY }) => {
+    const room = scroll.getBoundingClientRect();
+    return clientX - room.left - scroll.clientLeft >= scroll.clientWidth
+      || clientY - room.top - scroll.clientTop >= scroll.clientHeight;
+  };
   // Fingers scroll by themselves; a mouse drags.
   let last = null;
   scroll.addEventListener("pointerdown", (event) => {
-    if (event.pointerType !== "mouse" || event.button !== 0) return;
+    if (event.pointerType !== "mouse" || event.button !== 0 || onScrollbar(event)) return;
     last = [event.clientX, event.clientY];
     scroll.setPointerCapture(event.pointerId);
   });
   scroll.addEventListener("pointermove", (event) => {
+    if (!(event.buttons & 1)) last = null; // let go where no event tells
     if (!last) return;
     scroll.scrollLeft -= event.clientX - last[0];
     scroll.scrollTop -= event.clientY - last[1];

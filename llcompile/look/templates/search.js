@@ -2,6 +2,7 @@
 // what the page shows, marked with `data-find`; nothing is indexed twice. Without it, the browser's own search serves.
 const MOST_HITS = 40;
 const HITS_OF_A_BLOCK = 3;
+const HITS_OF_A_KIND = 10; // of one mixer: the names of 64 equal modules leave room for what else there is
 
 /**
  * @typedef {object} Entry something that can be found
@@ -75,6 +76,16 @@ const context = (element) => {
   return [heading, figure].filter(Boolean).map(words).join(", ");
 };
 
+/** The first entries of each kind in each article. @param {Entry[]} entries */
+function few(entries) {
+  const counts = new Map();
+  return entries.filter(({ element, kind }) => {
+    const key = `${kind} ${element.closest("article")?.id}`;
+    counts.set(key, (counts.get(key) ?? 0) + 1);
+    return counts.get(key) <= HITS_OF_A_KIND;
+  });
+}
+
 (() => {
   const form = document.querySelector(".search");
   const input = form.querySelector("input");
@@ -110,8 +121,9 @@ const context = (element) => {
       status.textContent = "";
       return;
     }
-    const hits = entries.filter(({ low }) => low.includes(word)).map((e) => [e.text.split("\n")[0], e.kind, e.element]);
-    let total = hits.length;
+    const named = entries.filter(({ low }) => low.includes(word));
+    const hits = few(named).map((e) => [e.text.split("\n")[0], e.kind, e.element]);
+    let total = named.length;
     for (const { element, text, low } of blocks) {
       const found = lines(low, word);
       total += found.length;

@@ -17,7 +17,7 @@ from llcompile.torch_internals.backends import backend_below
 from llcompile.torch_internals.owner_input import ModuleCall
 from llcompile.torch_internals.trace import leave_out
 from llcompile.weights import eager_states, made_before, wrapped
-from llcompile.weights.held import held, inside, values
+from llcompile.weights.held import held, holds, inside, values
 from llcompile.weights.ignored import runs_levels, warn_ignored
 from llcompile.weights.level_kinds import Readouts, compute_dtype, level_weights_function, whole_rows
 from llcompile.weights.level_weights import LevelWeights
@@ -145,7 +145,7 @@ def expect_use(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         _call_begins(owner, ModuleCall(args, kwargs))
     elif _compiles_for_us():
         for name, child in owner._modules.items():
-            if child is not None and inside(name, child) is not None:
+            if child is not None and holds(name, child):
                 mark(name, *values(child))
                 if any(not isinstance(parameter, nn.Parameter) for parameter in child.parameters()):
                     for own, tensor in owner.named_parameters():

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from llcompile.weights.held import held
+from llcompile.weights.held import copies, held
 from llcompile.weights.level_weights import LevelWeights
 from llcompile.weights.optimizer_watch import owners
 
@@ -78,7 +78,8 @@ def with_room(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[s
 
 
 def _level_parameters() -> set[int]:
-    return {id(p) for owner in owners() for _, weights in held(owner) for p in weights.parameters()}
+    weights = [w for owner in owners() for name, _ in held(owner) for w in copies(name, owner._modules[name])]
+    return {id(p) for one in weights for p in one.parameters()}
 
 
 def _wrap_averaging(attach: Attach) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import llcompile
-from llcompile.errors import CheckpointError, LevelWeightsFrozenWarning
+from llcompile.errors import CheckpointError, LevelWeightsFrozenWarning, LevelWeightsIgnoredWarning
 from llcompile.weights import adapter_files, adapters
 from tests.helpers import small
 
@@ -76,7 +76,7 @@ def change(weights: Any) -> None:
             p.add_(1.0)
 
 
-@pytest.mark.parametrize("wrap", [Around, lambda m: Around(Around(m)), lambda m: Around(Saved(m, "one"))])
+@pytest.mark.parametrize("wrap", [lambda m: Around(Around(m)), lambda m: Around(Saved(m, "one"))])
 def test_in_an_unknown_wrapper(wrap: Callable[[nn.Module], nn.Module], fresh_dynamo: None) -> None:
     model = converted()
     expected = output(compiled(model))
@@ -118,6 +118,21 @@ def test_the_copy_in_use_counts(fresh_dynamo: None) -> None:
         assert small.difference(output(model), before) > 1e-3, active
 
 
+def test_run_eagerly_the_copy_in_use_is_missed() -> None:
+    """Where it is no longer 1, and only then."""
+    model = converted()
+    layer = model.layers[0]
+    layer.loglinear.set_to_one()
+    layer.loglinear = wrapper = Saved(layer.loglinear, "one", "two")
+    change(wrapper.modules_to_save["two"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", LevelWeightsIgnoredWarning)
+        output(model)
+    wrapper.active_adapters = ["two"]
+    with pytest.warns(LevelWeightsIgnoredWarning, match="no longer 1"):
+        output(model)
+
+
 class Broken(small.DeltaMixer):
     """Its operands come from another graph than they are mixed in, so the level weights read the mixer's input."""
 
@@ -142,7 +157,7 @@ def test_the_copy_in_use_reads_the_input_behind_a_graph_break(fresh_dynamo: None
     assert small.difference(output(model), expected) > 1e-3
 
 
-@pytest.mark.parametrize("regional", [False, True], ids=["whole", "layer by layer"])
+@pytest.mark.parametrize("regional", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_frozen_level_weights_are_said_once(regional: bool, fresh_dynamo: None) -> None:
     """Not for each layer, not for each call; and a model that is made later is told of its own."""
     said = []
@@ -165,7 +180,7 @@ def tensors(model: nn.Module, prefix: str = "") -> dict[str, Tensor]:
     return {prefix + name: tensor for name, tensor in model.state_dict().items() if "loglinear" in name}
 
 
-@pytest.mark.parametrize("prefix", ["", "base_model.model."])
+@pytest.mark.parametrize("prefix", [pytest.param("", marks=pytest.mark.slow), "base_model.model."])
 def test_a_file_of_an_adapter_makes_room(prefix: str, fresh_dynamo: None) -> None:
     """By the descriptors among its tensors: the right kind and sizes, at their start."""
     model = converted()

@@ -6,6 +6,7 @@ The wrappers here are built as PEFT's are; `trainers/test_peft.py` is about PEFT
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -131,6 +132,20 @@ def test_run_eagerly_the_copy_in_use_is_missed() -> None:
     wrapper.active_adapters = ["two"]
     with pytest.warns(LevelWeightsIgnoredWarning, match="no longer 1"):
         output(model)
+
+
+@pytest.mark.parametrize("look", [llcompile.inspect, functools.partial(llcompile.convert, verify=False)])
+def test_a_wrapper_stays_where_it_is(look: Callable[..., Any], fresh_dynamo: None) -> None:
+    """In a conversion that finds the level weights there, and in an inspection: both put back what they find."""
+    model = converted()
+    model.layers[0].loglinear = wrapper = Saved(model.layers[0].loglinear, "one", "two")
+    change(wrapper.modules_to_save["one"])
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert len(look(model, IDS).converted) == 1
+    assert model.layers[0].loglinear is wrapper
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
 class Broken(small.DeltaMixer):

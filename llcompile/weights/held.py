@@ -74,7 +74,7 @@ def _way(child: nn.Module, name: str) -> tuple[str, ...]:
     return tuple(steps)
 
 
-def _inward(wrapper: nn.Module, name: str) -> tuple[str, ...]:
+def _inward(wrapper: Any, name: str) -> tuple[str, ...]:
     """The names that lead from a wrapper to what it calls now."""
     found = [tuple(n.split(".")) for n, m in wrapper.named_modules() if isinstance(m, LevelWeights)]
     if _adapts(wrapper) or hasattr(wrapper, "parametrizations"):

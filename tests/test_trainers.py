@@ -72,7 +72,7 @@ def test_accelerator_trains_level_weights() -> None:
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
-def test_accelerator_saves_loads_and_unwraps(tmp_path: Path) -> None:
+def test_accelerator_saves_loads_and_unwraps(tmp_path: Path, fresh_dynamo: None) -> None:
     model = converted()
     plugin = accelerate.utils.TorchDynamoPlugin(backend="loglinear", options={"inner": "eager"})
     runner = accelerate.Accelerator(dynamo_plugin=plugin, cpu=True)
@@ -91,7 +91,7 @@ def test_accelerator_saves_loads_and_unwraps(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_trainer_with_gradient_checkpointing_ends_with_the_best_model(tmp_path: Path) -> None:
+def test_trainer_with_gradient_checkpointing_ends_with_the_best_model(tmp_path: Path, fresh_dynamo: None) -> None:
     """A model of transformers; the evaluations that choose are of the compiled model."""
     from transformers import Trainer, TrainingArguments
 

@@ -119,7 +119,7 @@ def test_the_copy_in_use_counts(fresh_dynamo: None) -> None:
         assert small.difference(output(model), before) > 1e-3, active
 
 
-def test_run_eagerly_the_copy_in_use_is_missed() -> None:
+def test_run_eagerly_the_copy_in_use_is_missed(fresh_dynamo: None) -> None:
     """Where it is no longer 1, and only then."""
     model = converted()
     layer = model.layers[0]
@@ -212,7 +212,7 @@ def test_a_file_of_an_adapter_makes_room(prefix: str, fresh_dynamo: None) -> Non
     assert small.difference(output(compiled(small.Model([small.DeltaMixer()]))), expected) > 1e-3
 
 
-def test_a_file_of_an_adapter_without_descriptors() -> None:
+def test_a_file_of_an_adapter_without_descriptors(fresh_dynamo: None) -> None:
     model, other = converted(), small.Model([small.DeltaMixer()])
     changes = {name: t for name, t in tensors(model).items() if not name.endswith("descriptor")}
     with pytest.raises(CheckpointError, match=r"layers\.0\.loglinear, and DeltaMixer has no 'loglinear'"):

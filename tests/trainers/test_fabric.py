@@ -44,13 +44,13 @@ def test_trains(precision: str, order: str) -> None:
             loss.backward() if plainly else fabric.backward(loss)
             assert all(p.grad is not None and p.grad.abs().max() > 0 for p in llcompile.level_parameters(model))
             optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         levels.append([p.detach().clone() for p in llcompile.level_parameters(model)])
-    near = 1e-5 if precision == "32-true" else 2e-3  # the loss itself is not computed in bfloat16 everywhere
-    assert abs(losses[0] - losses[1]) < near
+    assert abs(losses[0] - losses[1]) < (1e-5 if precision == "32-true" else 2e-3)
+    near = 1e-3 if precision == "32-true" else 0.05  # of how far they have gone: bfloat16 has 8 bits
     for one, other, start in zip(*levels, llcompile.level_parameters(converted()), strict=True):
-        assert small.difference(one, other) < near
-        assert small.difference(one, start) > 5 * near
+        assert not torch.equal(one, start)
+        assert small.difference(other - start, one - start) < near
 
 
 def test_saves_and_loads(tmp_path: Path) -> None:

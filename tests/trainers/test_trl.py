@@ -30,19 +30,23 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=inner, **names)
 
 
-def texts() -> Any:
-    """Sequences of unequal lengths, so that batches are padded."""
+def sequences() -> Any:
+    """Of unequal lengths, so that batches are padded."""
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(len(WORDS), (20 + 3 * n,), generator=generator).tolist() for n in range(6)]
-    return datasets.Dataset.from_dict({"text": [" ".join(WORDS[n] for n in row) for row in rows]})
+    encode = tokenizer()
+    return datasets.Dataset.from_dict(
+        {"input_ids": [encode(" ".join(WORDS[n] for n in row)).input_ids for row in rows]}
+    )
 
 
 def trainer_of(model: Any, folder: Path, **more: Any) -> Any:
     arguments = trl.SFTConfig(
         output_dir=str(folder), max_steps=2, per_device_train_batch_size=2, learning_rate=1e-2, max_length=48,
         save_strategy="no", report_to=[], use_cpu=True, bf16=False, gradient_checkpointing=False,
+        dataset_kwargs={"skip_prepare_dataset": True},  # they are tokens already
     )  # fmt: skip
-    data = texts()
+    data = sequences()
     return trl.SFTTrainer(
         model=model, args=arguments, train_dataset=data, eval_dataset=data, processing_class=tokenizer(), **more
     )

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import llcompile
 from tests.helpers import small
+from tests.models import tiny
 
 
 class WithLoss(nn.Module):
@@ -69,6 +70,53 @@ def test_accelerator_trains_level_weights() -> None:
     after = level_parameters(model)
     assert before.keys() == after.keys() != set()
     assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_accelerator_saves_loads_and_unwraps(tmp_path: Path, fresh_dynamo: None) -> None:
+    model = converted()
+    plugin = accelerate.utils.TorchDynamoPlugin(backend="loglinear", options={"inner": "eager"})
+    runner = accelerate.Accelerator(dynamo_plugin=plugin, cpu=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    prepared, optimizer = runner.prepare(model, optimizer)
+    batch = {name: torch.stack([row[name] for row in rows(2)]) for name in ("ids", "labels")}
+    runner.backward(prepared(**batch)["loss"])
+    optimizer.step()
+    expected = prepared(**batch)["logits"].detach()
+    runner.save_state(str(tmp_path))
+    small.perturb(model)
+    assert small.difference(prepared(**batch)["logits"], expected) > 1e-3
+    runner.load_state(str(tmp_path))
+    assert small.difference(prepared(**batch)["logits"], expected) < 1e-6
+    assert runner.unwrap_model(prepared, keep_torch_compile=False) is model
+
+
+@pytest.mark.slow
+def test_trainer_with_gradient_checkpointing_ends_with_the_best_model(tmp_path: Path, fresh_dynamo: None) -> None:
+    """A model of transformers; the evaluations that choose are of the compiled model."""
+    from transformers import Trainer, TrainingArguments
+
+    model: Any = tiny.build("mamba2")
+    model.config.use_cache = False
+    llcompile.convert(model, tiny.tokens(), verify=False, use_cache=False)
+    model.compile(backend="loglinear", options={"inner": "eager"})
+    data = [{"input_ids": row, "labels": row} for row in torch.randint(3, 90, (4, 24))]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=2, learning_rate=0.3, report_to=[],
+        gradient_checkpointing=True, eval_strategy="steps", save_strategy="steps", eval_steps=1, save_steps=1,
+        load_best_model_at_end=True, use_cpu=True, lr_scheduler_type="constant",
+    )  # fmt: skip
+    trainer = Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=data)
+    start = level_parameters(model)
+    trainer.train()
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(losses) == 4
+    assert max(losses) - min(losses) > 1e-3
+    assert abs(trainer.evaluate()["eval_loss"] - min(losses)) < 1e-5
+    assert all(
+        not torch.equal(p, start[name]) for name, p in level_parameters(model).items() if p.dtype.is_floating_point
+    )
+    small.perturb(model)
+    assert abs(trainer.evaluate()["eval_loss"] - min(losses)) > 1e-4
 
 
 @pytest.mark.parametrize("bf16", [False, pytest.param(True, marks=pytest.mark.slow)])

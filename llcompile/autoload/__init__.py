@@ -53,8 +53,15 @@ def _operators() -> None:
 
 
 def _other_modules() -> None:
-    from llcompile.autoload import accelerate_backends, dtensor_rules, pretrained, torch_export, trainer_evaluation
+    from llcompile.autoload import (
+        accelerate_backends,
+        adapter_files,
+        dtensor_rules,
+        pretrained,
+        torch_export,
+        trainer_evaluation,
+    )
     from llcompile.integrations.after_import import after_import
 
-    for hook in (pretrained, torch_export, accelerate_backends, trainer_evaluation, dtensor_rules):
+    for hook in (pretrained, adapter_files, torch_export, accelerate_backends, trainer_evaluation, dtensor_rules):
         after_import(hook.MODULE, hook.install)

@@ -2,11 +2,13 @@
 
 `save_pretrained` writes the section `loglinear` (see `checkpoint.section`). A model whose configuration has one gets
 its level weights at the end of its `__init__`, before any weights are loaded; so `AutoModel` and `pipeline` do, too.
+The file of an adapter (`load_adapter`) tells of level weights by their descriptors.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 import weakref
 from types import ModuleType
@@ -23,7 +25,7 @@ _waiting: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def install(module: ModuleType) -> None:
-    """Wraps three methods of `PreTrainedModel`; nothing is loaded or changed for models without level weights."""
+    """Wraps four methods of `PreTrainedModel`; nothing is loaded or changed for models without level weights."""
     model = module.PreTrainedModel
     if getattr(model.post_init, "_llcompile", False):
         return
@@ -89,7 +91,42 @@ def _save_pretrained(original: Any) -> Any:
     return save_pretrained
 
 
+def _load_adapter(original: Any) -> Any:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind_partial(self, *args, **kwargs).arguments
+        tensors = given.get("adapter_state_dict") or _descriptors(given.get("peft_model_id"), given.get("kwargs", {}))
+        if any(SECTION in key for key in tensors):
+            from llcompile.weights.adapter_files import make_room
+
+            make_room(self, tensors)
+        return original(self, *args, **kwargs)
+
+    return load_adapter
+
+
+def _descriptors(source: Any, asked: dict[str, Any]) -> dict[str, Any]:
+    """The names of the level weights' tensors in an adapter's file, with the descriptors among them; {} if it cannot
+    be found, which is for transformers to say."""
+    from transformers.utils import cached_file
+
+    where = {name: asked[name] for name in ("cache_dir", "revision", "subfolder", "token") if name in asked}
+    kinds = ("gated_repo", "missing_entries", "connection_errors")
+    quiet = {f"_raise_exceptions_for_{kind}": False for kind in kinds}
+    path = None if source is None else cached_file(source, "adapter_model.safetensors", **where, **quiet)
+    if path is None:
+        return {}
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        names = [name for name in file.keys() if SECTION in name]  # noqa: SIM118
+        return {name: file.get_tensor(name) if name.endswith("descriptor") else None for name in names}
+
+
 _METHODS = {
+    "load_adapter": _load_adapter,
     "post_init": _post_init,
     "initialize_weights": _initialize_weights,
     "save_pretrained": _save_pretrained,

@@ -199,11 +199,12 @@ def put_back(model: nn.Module, snapshot: Snapshot) -> None:
     """Restores a snapshot that was taken before some of the model's level weights were attached; they stay."""
     from llcompile.weights import attachment
 
-    held = list(attachment.attached(model))
+    # With what a wrapper has put around them: it keeps the copies of adapters.
+    held = [(owner, name, owner._modules[name]) for owner, name, _ in attachment.attached(model)]
     snapshot.restore()
-    for owner, name, weights in held:
-        if owner._modules.get(name) is not weights:
-            attachment.attach(owner, name, weights)
+    for owner, name, child in held:
+        if child is not None and owner._modules.get(name) is not child:
+            attachment.attach(owner, name, child)
 
 
 def _random_state() -> list[Restore]:

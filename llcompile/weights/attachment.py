@@ -17,7 +17,7 @@ from llcompile.torch_internals.backends import backend_below
 from llcompile.torch_internals.owner_input import ModuleCall
 from llcompile.torch_internals.trace import leave_out
 from llcompile.weights import eager_states, made_before, wrapped
-from llcompile.weights.held import held, inside, values
+from llcompile.weights.held import copies, held, holds, inside, values
 from llcompile.weights.ignored import runs_levels, warn_ignored
 from llcompile.weights.level_kinds import Readouts, compute_dtype, level_weights_function, whole_rows
 from llcompile.weights.level_weights import LevelWeights
@@ -99,7 +99,8 @@ def attached_new(model: nn.Module, before: set[int]) -> list[tuple[nn.Module, st
 
 def own_parameters(model: nn.Module) -> int:
     """How many parameters a model has without its level weights; lazy ones that have no shape yet are not counted."""
-    levels = {id(p) for _, _, weights in attached(model) for p in weights.parameters()}
+    kept = [copy for owner, name, _ in attached(model) for copy in copies(name, owner._modules[name])]
+    levels = {id(p) for weights in kept for p in weights.parameters()}
     return sum(p.numel() for p in model.parameters() if id(p) not in levels and not is_lazy(p))
 
 
@@ -148,7 +149,7 @@ def expect_use(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         _call_begins(owner, ModuleCall(args, kwargs))
     elif _compiles_for_us():
         for name, child in owner._modules.items():
-            if child is not None and inside(name, child) is not None:
+            if child is not None and holds(name, child):
                 mark(name, *values(child))
                 if any(not isinstance(parameter, nn.Parameter) for parameter in child.parameters()):
                     for own, tensor in owner.named_parameters():

@@ -7,7 +7,7 @@ Some libraries replace a module by one of their own that holds it (PEFT does for
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -15,6 +15,8 @@ from llcompile.weights.level_weights import LevelWeights
 
 # What every name of level weights begins with; `passes` give the names.
 PREFIX = "loglinear"
+# Where PEFT's wrapper of modules to save has the module that it was put around.
+_ORIGINAL = "original_module"
 
 
 def held(owner: nn.Module) -> Iterator[tuple[str, LevelWeights]]:
@@ -26,15 +28,30 @@ def held(owner: nn.Module) -> Iterator[tuple[str, LevelWeights]]:
 
 
 def inside(name: str, child: Any) -> LevelWeights | None:
-    """The level weights that a module holds as `child` under `name`, or None. Of several copies the first."""
-    if not name.startswith(PREFIX) or not isinstance(child, nn.Module):
+    """The level weights that a module holds as `child` under `name`, or None.
+
+    Of several copies the one in use; the first where a wrapper computes them from all that it has.
+    """
+    if isinstance(child, LevelWeights) and name.startswith(PREFIX):
+        return child
+    if not holds(name, child):
         return None
-    return next((m for m in child.modules() if isinstance(m, LevelWeights)), None)
+    try:
+        return cast("LevelWeights", child.get_submodule(".".join(_way(child, name))))
+    except LookupError:
+        return next(m for m in child.modules() if isinstance(m, LevelWeights))
+
+
+def holds(name: str, child: Any) -> bool:
+    """Whether there are level weights in what a module holds as `child` under `name`; for traced code, too."""
+    if not name.startswith(PREFIX) or not isinstance(child, nn.Module):
+        return False
+    return any(isinstance(m, LevelWeights) for m in child.modules())
 
 
 def copies(name: str, child: Any) -> list[LevelWeights]:
     """All level weights that stand under a name: a wrapper may keep the original beside what it trains."""
-    return [] if inside(name, child) is None else [m for m in child.modules() if isinstance(m, LevelWeights)]
+    return [m for m in child.modules() if isinstance(m, LevelWeights)] if holds(name, child) else []
 
 
 def path(owner: nn.Module, name: str) -> tuple[str, ...]:
@@ -43,15 +60,39 @@ def path(owner: nn.Module, name: str) -> tuple[str, ...]:
     Raises:
         LookupError: a wrapper decides only when it is called, or computes tensors that nothing holds.
     """
-    child = getattr(owner, name)
-    found = [tuple(n.split(".")) for n, m in child.named_modules() if isinstance(m, LevelWeights)]
-    if isinstance(child, LevelWeights):
-        return ()
-    active = set(getattr(child, "active_adapters", None) or ())
-    chosen = [names for names in found if active & set(names)] or found
-    if len(chosen) != 1 or _adapts(child) or any(hasattr(m, "parametrizations") for m in child.modules()):
-        raise LookupError(f"{type(child).__name__} around {name!r} makes its tensors when it is called")
-    return chosen[0]
+    return _way(getattr(owner, name), name)
+
+
+def _way(child: nn.Module, name: str) -> tuple[str, ...]:
+    module, steps = child, list[str]()
+    while not isinstance(module, LevelWeights):
+        inward = _inward(module, name)
+        steps += inward
+        module = module.get_submodule(".".join(inward))
+    if steps and hasattr(module, "parametrizations"):
+        raise _called(module, name)
+    return tuple(steps)
+
+
+def _inward(wrapper: Any, name: str) -> tuple[str, ...]:
+    """The names that lead from a wrapper to what it calls now."""
+    found = [tuple(n.split(".")) for n, m in wrapper.named_modules() if isinstance(m, LevelWeights)]
+    if _adapts(wrapper) or hasattr(wrapper, "parametrizations"):
+        raise _called(wrapper, name)
+    if not hasattr(wrapper, "active_adapters"):
+        ways = list({names[:1] for names in found})
+    else:
+        off = getattr(wrapper, "disable_adapters", False)
+        used = set(() if off else wrapper.active_adapters or ())
+        # With no adapter that has a copy of its own in use, PEFT calls the module that it was put around.
+        ways = [names for names in found if used & set(names)] or [n for n in found if n[0] == _ORIGINAL] or found
+    if len(ways) != 1:
+        raise _called(wrapper, name)
+    return ways[0]
+
+
+def _called(wrapper: nn.Module, name: str) -> LookupError:
+    return LookupError(f"{type(wrapper).__name__} around {name!r} makes its tensors when it is called")
 
 
 def active(owner: nn.Module, name: str) -> nn.Module:
@@ -59,13 +100,11 @@ def active(owner: nn.Module, name: str) -> nn.Module:
 
     That is the wrapper itself where it computes them from all that it has.
     """
-    module: Any = owner._modules[name]
+    child: Any = owner._modules[name]
     try:
-        for step in path(owner, name):
-            module = getattr(module, step)
+        return child.get_submodule(".".join(_way(child, name)))  # type: ignore[no-any-return]
     except LookupError:
-        pass
-    return module  # type: ignore[no-any-return]
+        return child  # type: ignore[no-any-return]
 
 
 def values(child: Any) -> list[Tensor]:

@@ -15,6 +15,7 @@ from llcompile.errors import CheckpointError, LevelWeightsError
 from llcompile.kernels.operands import COMPUTE_DTYPES
 from llcompile.patterns.mixer import FEATURES
 from llcompile.torch_internals.dtensors import like, sharded_ways
+from llcompile.weights.descriptors import description, in_words
 from llcompile.weights.level_kinds import (
     HIDDEN,
     KINDS,
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
 __all__ = ["KINDS", "LevelWeights", "compute_dtype", "level_weights_function", "paper_gain"]
 
-_LAYOUT_VERSION = 1
 _OPTIONAL_SIZES = ("in_features", "hidden", "features")
 
 _alive: weakref.WeakSet[LevelWeights] = weakref.WeakSet()
@@ -136,7 +136,7 @@ class LevelWeights(nn.Module):
     @staticmethod
     def description(kind: str, sizes: Sizes) -> Tensor:
         """What a checkpoint says of level weights of this kind and these sizes."""
-        return torch.tensor(_description(find_kind(kind).code, sizes))
+        return torch.tensor(description(find_kind(kind).code, sizes))
 
     @property
     def heads(self) -> int:
@@ -272,7 +272,7 @@ class LevelWeights(nn.Module):
         return [tensor for _, tensor in self.tensors()]
 
     def _descriptor(self, device: torch.device | str | None) -> Tensor:
-        return torch.tensor(_description(find_kind(self.kind).code, self.sizes), device=device)
+        return torch.tensor(description(find_kind(self.kind).code, self.sizes), device=device)
 
     def _renew_descriptor(self) -> None:
         # A new tensor and not a copy into the old one, which may be an inference tensor.
@@ -314,7 +314,7 @@ class LevelWeights(nn.Module):
         ours = self._descriptor("cpu")
         # Compared in the dtype found: who casts a checkpoint to bfloat16 rounds these numbers, too.
         if found.shape != ours.shape or not torch.equal(found.cpu(), ours.to(found.dtype)):
-            raise CheckpointError(self._mismatch(prefix, _in_words(found), self.extra_repr()))
+            raise CheckpointError(self._mismatch(prefix, in_words(found), self.extra_repr()))
 
     @staticmethod
     def _mismatch(prefix: str, found: str, ours: str) -> str:
@@ -391,11 +391,6 @@ def _capturing(tensors: list[Tensor]) -> bool:
     return any(tensor.is_cuda for tensor in tensors) and torch.cuda.is_current_stream_capturing()
 
 
-def _description(code: int, sizes: Sizes) -> list[int]:
-    """What a checkpoint says of level weights. Those that read no buckets have no features, and had none before."""
-    return [_LAYOUT_VERSION, code, *(sizes if sizes.features else sizes[:-1])]
-
-
 def _checked_sizes(
     kind: str, heads: int, levels: int, in_features: int | None, hidden: int | None, features: int | None
 ) -> Sizes:
@@ -427,13 +422,3 @@ def _fill_uniform(tensor: Tensor) -> None:
     bound = 1.0 / math.sqrt(tensor.shape[-1])
     drawn = torch.rand(tensor.shape, generator=torch.Generator().manual_seed(0))
     tensor.copy_(like(drawn * (2.0 * bound) - bound, tensor))
-
-
-def _in_words(descriptor: Tensor) -> str:
-    numbers = [int(number) for number in descriptor.flatten().tolist()]
-    if len(numbers) not in (1 + len(Sizes._fields), 2 + len(Sizes._fields)) or numbers[0] != _LAYOUT_VERSION:
-        return f"of a layout unknown to this version ({numbers})"
-    names = {kind.code: kind.name for kind in KINDS.values()}
-    sizes = Sizes(*numbers[2:])
-    parts = [f"kind={names.get(numbers[1], 'unknown')!r}"]
-    return ", ".join(parts + [f"{name}={size}" for name, size in sizes._asdict().items() if size])

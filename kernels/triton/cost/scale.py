@@ -37,6 +37,7 @@ _FEATURES: dict[str, Callable[[Shape], int]] = {
     "chunks": lambda s: s.chunks,
     "reads": lambda s: sum(i.bit_count() for i in range(s.chunks)),  # blocks that all chunks read
     "blocks": lambda s: s.chunks.bit_count(),  # whole blocks of the sequence
+    "last reads": lambda s: (s.chunks - 1).bit_count(),  # blocks that the last chunk reads
 }
 
 

@@ -9,7 +9,7 @@ import torch
 
 from llcompile.errors import KernelMemoryError
 from llcompile.kernels.operands import Operands
-from llcompile.kernels.triton.buffers import BUFFERS, Arguments, axes
+from llcompile.kernels.triton.buffers import BUFFERS, Arguments, axes, dtype_of
 from llcompile.kernels.triton.launch import Kernels
 
 # What is less is not compared with what is free: asking the driver takes longer than a small call.
@@ -41,7 +41,7 @@ def workspace(arguments: Arguments, kernels: Kernels, names: Iterable[str]) -> i
     d, found = arguments.d, 0
     for name in taken:
         numbers = math.prod(arguments.sizes[axis] for axis in axes(name, d.weighted, d.decay == "channel"))
-        found += numbers * (d.dtype.itemsize if BUFFERS[name].dtype == "operand" else torch.float32.itemsize)
+        found += numbers * dtype_of(name, d).itemsize
     return found
 
 

@@ -26,7 +26,6 @@ from llcompile.kernels.triton.chips import chip_of
 from llcompile.kernels.triton.description import Description
 from llcompile.kernels.triton.launch import Launch, kernels_of
 
-
 # The kernels of a pass that reads, and of one that makes gradients.
 READ, WRITE = ("rate_scan",), ("rate_read_gradient", "rate_write_gradient")
 
@@ -48,12 +47,12 @@ def backward(x: Operands, scale: float, grad_o: Tensor, grad_state: Tensor | Non
     call.run(WRITE)
     found = call.arguments
     w = x.level_weights
-    q, k = (found[name].unflatten(2, (x.q.shape[2], -1)).sum(3) for name in ("query_parts", "key_parts"))
-    dw = None if w is None else found["weight_parts"].unflatten(2, (w.shape[2], -1)).sum(3)
-    g = found["decay_parts"].sum(3)
+    q, k = (_over(found[name].unflatten(2, (x.q.shape[2], -1)), 3) for name in ("query_parts", "key_parts"))
+    dw = None if w is None else _over(found["weight_parts"].unflatten(2, (w.shape[2], -1)), 3)
+    g = _over(found["decay_parts"], 3)
     if x.log_decay is not None and x.log_decay.dim() == 1:
         g = g.sum((0, 1))
-    rate = found["rate_gradients"].sum((0, 2))
+    rate = _over(_over(found["rate_gradients"], 2), 0)
     state = None if x.initial_state is None else in_kind_of(x.initial_state, found["begin_gradients"])
     return [q, k, found["value_gradients"], dw, g, rate, None, None, None, state]
 
@@ -137,3 +136,8 @@ def _share(x: Operands) -> int:
     """How many neighbouring heads have one query and key and the same level weights."""
     heads = x.v.shape[2]
     return math.gcd(heads // x.q.shape[2], heads if x.level_weights is None else heads // x.level_weights.shape[2])
+
+
+def _over(x: Tensor, axis: int) -> Tensor:
+    """The sum over an axis; of one number it is that, without a copy."""
+    return x.squeeze(axis) if x.shape[axis] == 1 else x.sum(axis)

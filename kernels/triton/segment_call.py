@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -123,7 +122,7 @@ class AlignedCall(Call):
         return self._fold_state(self.x.initial_state)
 
     def _final(self, states: Tensor) -> Tensor:
-        """Levels `[M, levels, K, V]` of the last token -> the slots of the next segment: its first token merges some."""
+        """Levels `[M, levels, K, V]` of the last token -> slots of the next segment, whose first token merges some."""
         if self.asked:
             return super()._final(states)
         merged, kept = self._merge()

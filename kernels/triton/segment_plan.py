@@ -87,8 +87,8 @@ def _check(x: Operands, shapes: Shapes, sweep: Sweep, tokens: int | None) -> Non
         return
     instead, least = _longest(shapes, sweep, free), ""
     if wanted(shapes, sweep, instead) <= free:
-        gigabytes = math.ceil(wanted(shapes, sweep, instead) / 1e8) / 10
-        least = f"{VARIABLE}={gigabytes:.1f} takes them in segments of {instead} tokens, which fit; "
+        gigabytes = math.ceil(wanted(shapes, sweep, instead) / 1e7) / 100
+        least = f"{VARIABLE}={gigabytes:.2f} takes them in segments of {instead} tokens, which fit; "
     raise memory.error(x, found, free, least)
 
 

@@ -153,4 +153,6 @@ def _length(x: Operands, sweep: Literal["forward", "backward"], rejection: Rejec
 
 @lru_cache(maxsize=64)
 def _tell(reason: str) -> None:
-    _log.warning("a long call is taken whole, and takes more memory than it has to, because of its segments' %s", reason)
+    _log.warning(
+        "a long call is taken whole, and takes more memory than it has to, because of its segments' %s", reason
+    )

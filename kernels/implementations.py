@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import ClassVar, Literal, Protocol
 
 import torch
@@ -134,17 +134,21 @@ class Triton(Implementation):
 
     def forward(self, x: Operands, scale: float, return_final_state: bool) -> tuple[Tensor, Tensor]:
         """On the device of the operands, which must be current for Triton."""
-        from llcompile.kernels.triton import engine
+        from llcompile.kernels.triton import segments
 
         with _current(x.v):
-            return engine.forward(x, scale, return_final_state)
+            return segments.forward(x, scale, return_final_state, partial(self._rejection, x.v.device))
 
     def backward(self, x: Operands, scale: float, grad_o: Tensor, grad_state: Tensor | None) -> list[Tensor | None]:
         """Likewise."""
-        from llcompile.kernels.triton import engine
+        from llcompile.kernels.triton import segments
 
         with _current(x.v):
-            return engine.backward(x, scale, grad_o, grad_state)
+            return segments.backward(x, scale, grad_o, grad_state, partial(self._rejection, x.v.device))
+
+    def _rejection(self, device: torch.device, d: Description, sweep: Sweep) -> str | None:
+        """Why kernels that a call takes besides those of its own description must not run."""
+        return self.reason(d, device) or self.rejection(d, device, sweep)
 
     def step(self, token: Token, routing: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Likewise."""

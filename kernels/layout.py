@@ -71,7 +71,7 @@ class Layout:
 
     def _old_grad(self, d: Tensor) -> Tensor:
         """Gradient of the initial state from that of `_old_states`."""
-        return self._initial_grad(Layout._old_states, d)
+        return self._initial_grad(lambda call: call._old_states(), d)
 
     def _slots(self) -> Tensor:
         """Where the states of an end point go: user's level `[B, levels of the grid (+ old levels)]`."""

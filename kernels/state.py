@@ -86,6 +86,17 @@ def in_levels(state: Tensor, levels: int | None) -> Tensor:
     return torch.cat([last.new_zeros(*state.shape[:2], levels, *state.shape[2:]), last], 2)
 
 
+def in_kind_of(state: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of `state` from that of `in_levels` of it."""
+    if is_level_state(state) == is_level_state(grad):
+        return grad
+    if is_level_state(grad):  # a linear state was the last level
+        return grad[:, :, -1]
+    found = grad[:, :, None].expand(state.shape).clone()
+    found[:, :, 0] = 0  # a position has no gradient
+    return found
+
+
 def merge(states: Tensor, position: Tensor) -> Tensor:
     """Make room for the token at `position [B]`: levels below the one that fills up empty into it.
 

@@ -15,12 +15,13 @@ class Buffer(NamedTuple):
     """What kernels hand to one another, results, and what the host makes for them (`first="given"`).
 
     `axes` is also the comment in the templates; "(, K)" is there where decays are per channel, and of two shapes the
-    first is the linear operator's. `first` says what the memory holds when the first kernel takes it: anything, 0, or
-    0 where tokens may belong to no sequence.
+    first is the linear operator's. Gradients have the operands' dtype where a kernel writes the whole of them
+    ("operand if alone": if no heads share the operand, and no second kernel adds to them). `first` says what the memory
+    holds when the first kernel takes it: anything, 0, or 0 where tokens may belong to no sequence.
     """
 
     axes: str
-    dtype: Literal["float32", "operand", "int32"] = "float32"
+    dtype: Literal["float32", "operand", "operand if alone", "int32"] = "float32"
     first: Literal["anything", "zero", "zero if padded", "given"] = "anything"
 
 
@@ -98,14 +99,21 @@ BUFFERS = {
     # -- results -------------------------------------------------------------------------------------------------------
     "outputs": Buffer("[B, T, H, V]", "operand", "zero if padded"),
     "query_gradients": Buffer("[B, T, H, K]", first="zero if padded"),
-    "key_gradients": Buffer("[B, T, H, K]", first="zero if padded"),
+    "key_gradients": Buffer("[B, T, H, K]", "operand if alone", "zero if padded"),
     "erase_query_gradients": Buffer("[B, T, H, K]", first="zero if padded"),
     "erase_key_gradients": Buffer("[B, T, H, K]", first="zero if padded"),
-    "value_gradients": Buffer("[B, T, H, V]", first="zero if padded"),
+    "value_gradients": Buffer("[B, T, H, V]", "operand", "zero if padded"),
     "weight_gradients": Buffer("[B, T, H, L]", first="zero"),
     "decay_gradients": Buffer("[B, T, H (, K)]", first="zero if padded"),
     "beta_gradients": Buffer("[B, T, H]", first="zero if padded"),
 }
+
+
+def dtype_of(name: str, d: Description) -> torch.dtype:
+    """The dtype of a buffer of floating numbers."""
+    kind = BUFFERS[name].dtype
+    alone = kind == "operand if alone" and d.repeat == 1 and d.decay != "channel"
+    return d.dtype if kind == "operand" or alone else torch.float32
 
 
 @cache
@@ -131,9 +139,8 @@ class Arguments(dict[str, Any]):
         if buffer.first == "given":
             raise KeyError(name)
         shape = [self.sizes[axis] for axis in axes(name, self.d.weighted, self.d.decay == "channel")]
-        dtype = self.d.dtype if buffer.dtype == "operand" else torch.float32
         zero = buffer.first == "zero" or (buffer.first == "zero if padded" and self.padded)
-        self[name] = x = (torch.zeros if zero else torch.empty)(shape, dtype=dtype, device=self.device)
+        self[name] = x = (torch.zeros if zero else torch.empty)(shape, dtype=dtype_of(name, self.d), device=self.device)
         return x
 
 

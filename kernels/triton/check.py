@@ -16,7 +16,7 @@ from typing import Any
 from llcompile.kernels import description
 from llcompile.kernels.description import ReadoutDescription
 from llcompile.kernels.triton import occupancy, readout_source
-from llcompile.kernels.triton.buffers import BUFFERS
+from llcompile.kernels.triton.buffers import BUFFERS, dtype_of
 from llcompile.kernels.triton.chips import CHIPS, Chip
 from llcompile.kernels.triton.description import Description
 from llcompile.kernels.triton.launch import module_of
@@ -174,8 +174,8 @@ def key_of(d: Description, name: str, chip: Chip) -> str:
 def _type(name: str, d: Description) -> str:
     """The type of a parameter in Triton's words."""
     if name in BUFFERS:
-        dtype = BUFFERS[name].dtype
-        return _POINTERS[d.dtype_name if dtype == "operand" else dtype]
+        dtype = "int32" if BUFFERS[name].dtype == "int32" else str(dtype_of(name, d)).removeprefix("torch.")
+        return _POINTERS[dtype]
     if name.endswith("_ptr"):
         return _POINTERS["float32" if name in _FINE else d.dtype_name]
     return "fp32" if name == "scale" else "i32"

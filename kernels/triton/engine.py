@@ -11,30 +11,38 @@ from llcompile.kernels.triton import blocks, scan
 from llcompile.kernels.triton.call import Call
 from llcompile.kernels.triton.description import Description
 from llcompile.kernels.triton.schedule import GRADIENTS, OUTPUT, STATES
+from llcompile.kernels.triton.segment_call import Make
 
 
-def forward(x: Operands, scale: float, return_final_state: bool) -> tuple[Tensor, Tensor]:
+def forward(x: Operands, scale: float, return_final_state: bool, make: Make = Call) -> tuple[Tensor, Tensor]:
     """Output `[B, T, H, V]` and final state (an empty tensor when not asked for)."""
     if x.decay_rate is not None:
         return scan.forward(x, scale, return_final_state)
     if x.v.numel() and x.q.numel() and blocks.serves(Description.of(describe(x, return_final_state)), *x.v.shape[:3]):
         return blocks.forward(x, scale), x.v.new_empty(0, dtype=torch.float32)
-    call = Call(per_channel(x), scale, return_final_state)
+    call = make(per_channel(x), scale, return_final_state)
     if call.empty:
         return x.v.new_zeros(x.v.shape), call.unchanged_state() if return_final_state else call.no_state()
     call.run(STATES | OUTPUT)
-    if not return_final_state:
-        return call.arguments["outputs"], call.no_state()
-    if call.d.weighted:
-        return call.arguments["outputs"], call._final(call.arguments["level_states"].flatten(0, 1))
-    return call.arguments["outputs"], call.arguments["final_states"]
+    return call.arguments["outputs"], _final_state(call) if return_final_state else call.no_state()
 
 
-def backward(x: Operands, scale: float, grad_o: Tensor, grad_state: Tensor | None) -> list[Tensor | None]:
+def final_state(x: Operands, scale: float, make: Make = Call) -> Tensor:
+    """The final state of `x`, which is not empty, without its output."""
+    if x.decay_rate is not None:
+        return scan.forward(x, scale, True)[1]
+    call = make(per_channel(x), scale, True)
+    call.run(STATES | {"final_state": OUTPUT["final_state"]})
+    return _final_state(call)
+
+
+def backward(
+    x: Operands, scale: float, grad_o: Tensor, grad_state: Tensor | None, make: Make = Call
+) -> list[Tensor | None]:
     """Gradients of the differentiable operands; None where there is no operand, or no gradient."""
     if x.decay_rate is not None:
         return scan.backward(x, scale, grad_o, grad_state)
-    call = Call(per_channel(x), scale, grad_state is not None)
+    call = make(per_channel(x), scale, grad_state is not None)
     if call.empty:
         if grad_state is None or x.initial_state is None or x.v.shape[0] == 0:
             return [None] * DIFFERENTIABLE
@@ -46,6 +54,13 @@ def backward(x: Operands, scale: float, grad_o: Tensor, grad_state: Tensor | Non
         call.arguments["final_gradients"] = grad_state.float().contiguous()
     call.run(STATES | GRADIENTS)
     return _operand_gradients(call, x, grad_state)
+
+
+def _final_state(call: Call) -> Tensor:
+    if call.d.weighted:
+        return call._final(call.arguments["level_states"].flatten(0, 1))
+    found: Tensor = call.arguments["final_states"]
+    return found
 
 
 def per_channel(x: Operands) -> Operands:

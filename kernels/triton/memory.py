@@ -9,25 +9,29 @@ import torch
 
 from llcompile.errors import KernelMemoryError
 from llcompile.kernels.operands import Operands
-from llcompile.kernels.triton.buffers import BUFFERS, Arguments, axes
+from llcompile.kernels.triton.buffers import BUFFERS, Arguments, axes, dtype_of
 from llcompile.kernels.triton.launch import Kernels
 
 # What is less is not compared with what is free: asking the driver takes longer than a small call.
-_SMALL = 1 << 30
+SMALL = 1 << 30
 
 
 def check(x: Operands, arguments: Arguments, kernels: Kernels, names: Iterable[str]) -> None:
     """Raise `KernelMemoryError` if the buffers that the kernels `names` will allocate do not fit."""
     wanted = workspace(arguments, kernels, names)
-    if wanted <= _SMALL:
+    if wanted <= SMALL:
         return
     free = free_bytes(arguments.device)
-    if free is None or wanted <= free:
-        return
-    raise KernelMemoryError(
+    if free is not None and wanted > free:
+        raise error(x, wanted, free)
+
+
+def error(x: Operands, wanted: int, free: int, instead: str = "") -> KernelMemoryError:
+    """What says that `x` takes `wanted` bytes where `free` are; `instead` is what would fit, if anything does."""
+    return KernelMemoryError(
         f"the buffers for values {list(x.v.shape)}, queries and keys {list(x.q.shape)} take {wanted / 1e9:.1f} GB, and "
-        f"{free / 1e9:.1f} GB are free on {arguments.device}; they grow with rows * tokens * heads: use fewer rows or "
-        "shorter sequences in a call, or continue a long sequence from the state of its first part"
+        f"{free / 1e9:.1f} GB are free on {x.v.device}; {instead}they grow with rows * tokens * heads: use fewer rows "
+        "or shorter sequences in a call, or continue a long sequence from the state of its first part"
     )
 
 
@@ -37,7 +41,7 @@ def workspace(arguments: Arguments, kernels: Kernels, names: Iterable[str]) -> i
     d, found = arguments.d, 0
     for name in taken:
         numbers = math.prod(arguments.sizes[axis] for axis in axes(name, d.weighted, d.decay == "channel"))
-        found += numbers * (d.dtype.itemsize if BUFFERS[name].dtype == "operand" else torch.float32.itemsize)
+        found += numbers * dtype_of(name, d).itemsize
     return found
 
 

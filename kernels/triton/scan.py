@@ -19,18 +19,21 @@ from torch import Tensor
 
 from llcompile.kernels.description import describe
 from llcompile.kernels.operands import Operands, Token
-from llcompile.kernels.state import in_levels, is_level_state
+from llcompile.kernels.state import in_kind_of, in_levels
 from llcompile.kernels.triton import autotune, memory
 from llcompile.kernels.triton.buffers import Arguments, operand_arguments
 from llcompile.kernels.triton.chips import chip_of
 from llcompile.kernels.triton.description import Description
 from llcompile.kernels.triton.launch import Launch, kernels_of
 
+# The kernels of a pass that reads, and of one that makes gradients.
+READ, WRITE = ("rate_scan",), ("rate_read_gradient", "rate_write_gradient")
+
 
 def forward(x: Operands, scale: float, return_final_state: bool) -> tuple[Tensor, Tensor]:
     """As `engine.forward`."""
     call = Scan(x, scale, return_final_state)
-    call.run(["rate_scan"])
+    call.run(READ)
     found = call.arguments
     return found["outputs"], found["end_states"] if return_final_state else x.v.new_empty(0, dtype=torch.float32)
 
@@ -41,16 +44,16 @@ def backward(x: Operands, scale: float, grad_o: Tensor, grad_state: Tensor | Non
     call.arguments |= operand_arguments("output_gradient", grad_o, x.v.shape)
     if grad_state is not None:
         call.arguments["end_gradients"] = grad_state.float().contiguous()
-    call.run(["rate_read_gradient", "rate_write_gradient"])
+    call.run(WRITE)
     found = call.arguments
     w = x.level_weights
-    q, k = (found[name].unflatten(2, (x.q.shape[2], -1)).sum(3) for name in ("query_parts", "key_parts"))
-    dw = None if w is None else found["weight_parts"].unflatten(2, (w.shape[2], -1)).sum(3)
-    g = found["decay_parts"].sum(3)
+    q, k = (_over(found[name].unflatten(2, (x.q.shape[2], -1)), 3) for name in ("query_parts", "key_parts"))
+    dw = None if w is None else _over(found["weight_parts"].unflatten(2, (w.shape[2], -1)), 3)
+    g = _over(found["decay_parts"], 3)
     if x.log_decay is not None and x.log_decay.dim() == 1:
         g = g.sum((0, 1))
-    rate = found["rate_gradients"].sum((0, 2))
-    state = None if x.initial_state is None else _in_kind_of(x.initial_state, found["begin_gradients"])
+    rate = _over(_over(found["rate_gradients"], 2), 0)
+    state = None if x.initial_state is None else in_kind_of(x.initial_state, found["begin_gradients"])
     return [q, k, found["value_gradients"], dw, g, rate, None, None, None, state]
 
 
@@ -135,12 +138,6 @@ def _share(x: Operands) -> int:
     return math.gcd(heads // x.q.shape[2], heads if x.level_weights is None else heads // x.level_weights.shape[2])
 
 
-def _in_kind_of(state: Tensor, grad: Tensor) -> Tensor:
-    """The gradient of `state` from that of `in_levels` of it."""
-    if is_level_state(state) == is_level_state(grad):
-        return grad
-    if is_level_state(grad):  # a linear state was the last level
-        return grad[:, :, -1]
-    found = grad[:, :, None].expand(state.shape).clone()
-    found[:, :, 0] = 0  # a position has no gradient
-    return found
+def _over(x: Tensor, axis: int) -> Tensor:
+    """The sum over an axis; of one number it is that, without a copy."""
+    return x.squeeze(axis) if x.shape[axis] == 1 else x.sum(axis)

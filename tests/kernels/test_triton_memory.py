@@ -49,7 +49,7 @@ def test_all_that_is_allocated_is_counted(monkeypatch, decay, sweep):
 def test_what_does_not_fit(monkeypatch, decay):
     """An error with the shapes, before the first launch; what fits runs."""
     x = given(decay)
-    monkeypatch.setattr(memory, "_SMALL", 0)
+    monkeypatch.setattr(memory, "SMALL", 0)
     monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
     launched = []
     monkeypatch.setattr(autotune, "run", launched.append)
@@ -60,7 +60,7 @@ def test_what_does_not_fit(monkeypatch, decay):
         monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
         engine.forward(x, 1.0, False)
     assert launched
-    monkeypatch.setattr(memory, "_SMALL", 1 << 30)
+    monkeypatch.setattr(memory, "SMALL", 1 << 30)
     monkeypatch.setattr(memory, "free_bytes", lambda device: pytest.fail("a small call asks nobody"))
     engine.forward(x, 1.0, False)
 

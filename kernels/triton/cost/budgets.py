@@ -37,11 +37,11 @@ _DELTA, _DELTA_BACK = (Case("scalar/delta", p, levels=_L) for p in ("forward", "
 _STEPS = {f: Case(f, "step", length=131_072, levels=level_count(131_073)) for f in ("scalar/none", "scalar/delta")}
 BUDGETS = (
     Budget("moved, KB a chunk", _SCALAR, 94, 100),
-    Budget("moved, KB a chunk", _SCALAR_BACK, 878),
+    Budget("moved, KB a chunk", _SCALAR_BACK, 1041),
     Budget("moved, KB a chunk", _DELTA, 290, 300),
-    Budget("moved, KB a chunk", _DELTA_BACK, 4005),
-    Budget("workspace, GB", _SCALAR_BACK, 6.29, 2),
-    Budget("workspace, GB", _DELTA_BACK, 25.4, 8),
+    Budget("moved, KB a chunk", _DELTA_BACK, 4603),
+    Budget("workspace, GB", _SCALAR_BACK, 1.75, 2),
+    Budget("workspace, GB", _DELTA_BACK, 7.06, 8),
     Budget("moved, MB a step", _STEPS["scalar/none"], 82, 25),
     Budget("moved, MB a step", _STEPS["scalar/delta"], 82, 25),
     Budget("compilations", _DELTA_BACK, 14, 15),

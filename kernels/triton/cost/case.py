@@ -14,9 +14,10 @@ from llcompile.kernels.description import CHUNK, Decay, describe
 from llcompile.kernels.operands import DIFFERENTIABLE, Operands, Token
 from llcompile.kernels.operators import as_input
 from llcompile.kernels.state import pack_state
-from llcompile.kernels.triton import blocks, engine, step
+from llcompile.kernels.triton import blocks, engine, segment_plan, segments, step
 from llcompile.kernels.triton.cost.families import FAMILIES, Pass
 from llcompile.kernels.triton.description import Description
+from llcompile.kernels.triton.segment_call import begin, maker
 
 SCALE = 0.5
 
@@ -26,7 +27,8 @@ class Case:
     """One pass. `groups` share query and key; `levels` is the level weights per token, None for the linear operator.
 
     For a step, `length` tokens were absorbed before it. With `in_blocks`, a forward pass goes in blocks however
-    short the sequence is.
+    short the sequence is. With `segment`, the pass is that over one of the segments of `segment` tokens (`segments`):
+    over `length` tokens of it, from a state to a state.
     """
 
     family: str
@@ -40,6 +42,7 @@ class Case:
     dtype: str = "bfloat16"
     levels: int | None = None
     in_blocks: bool = False
+    segment: int | None = None
 
     @property
     def decay(self) -> Decay:
@@ -55,6 +58,13 @@ class Case:
         return blocks.serves(d, self.batch, self.length, self.heads)
 
     @property
+    def in_segments_of(self) -> int | None:
+        """Tokens of the segments that the pass goes in; None if it takes the sequence whole."""
+        if self.operation == "step" or self.goes_in_blocks:
+            return None
+        return self.segment or segment_plan.length(_operands(self, "meta"), self.operation)
+
+    @property
     def unit(self) -> int:
         """Tokens that programs take at a time."""
         if self.goes_in_blocks:
@@ -67,11 +77,13 @@ class Case:
             token = _token(self, device)
             return lambda: step.step(token, None)
         x, grad = _operands(self, device), self._tensor(device, self.length, self.heads, self.value_dim)
+        if self.segment is not None:
+            return partial(_segment, x, grad, self.operation, self.segment)
         if self.operation == "forward":
             return partial(_forward, x, self.in_blocks)
 
         def backward() -> list[Tensor]:
-            found = engine.backward(x, SCALE, grad, None)
+            found = segments.backward(x, SCALE, grad, None)
             return [as_input(y, g, x.q) for y, g in zip(x[:DIFFERENTIABLE], found, strict=True)]
 
         return backward
@@ -82,7 +94,18 @@ class Case:
 
 def _forward(x: Operands, in_blocks: bool) -> object:
     with blocks.always() if in_blocks else nullcontext():
-        return engine.forward(x, SCALE, False)
+        return segments.forward(x, SCALE, False)
+
+
+def _segment(x: Operands, grad: Tensor, operation: Pass, tokens: int) -> None:
+    """All kernels that a segment has in a pass, whichever one it is."""
+    state, make = begin(x, tokens), maker(x, tokens, 0, False)
+    x = x._replace(initial_state=state)
+    if operation == "forward":
+        engine.forward(x, SCALE, True, make)
+        return
+    engine.final_state(x, SCALE, make)
+    engine.backward(x, SCALE, grad, state, make)
 
 
 def _operands(case: Case, device: str, tokens: int | None = None) -> Operands:

@@ -95,6 +95,9 @@ def _check(case: Case) -> None:
     if case.length % case.unit or case.length < case.unit:
         what = "blocks" if case.goes_in_blocks else "chunks"
         raise SpecError(f"length {case.length}: counted are whole {what} of {case.unit} tokens; use a multiple of it")
+    segment = case.in_segments_of
+    if segment is not None and case.segment is None and case.length % segment:
+        raise SpecError(f"length {case.length}: counted are whole segments of {segment} tokens; use a multiple of it")
     if case.heads % case.groups:
         raise SpecError(f"{case.heads} heads in {case.groups} groups: heads must be a multiple of groups")
 
@@ -102,14 +105,20 @@ def _check(case: Case) -> None:
 def _samples(case: Case) -> list[Case]:
     """The small cases that stand for `case`: few heads, and few chunks or several positions."""
     heads = math.gcd(case.heads // case.groups, _LANES) if case.decay == "rate" else min(case.heads // case.groups, 2)
-    one = dataclasses.replace(case, batch=1, heads=heads, groups=1, in_blocks=case.goes_in_blocks)
+    form = {"in_blocks": case.goes_in_blocks, "segment": case.in_segments_of}
+    one = dataclasses.replace(case, batch=1, heads=heads, groups=1, **form)  # type: ignore[arg-type]
     if case.operation == "step":
         drawn = random.Random(0).sample(range(case.length // 2, case.length), min(_POSITIONS, case.length // 2))
         return [dataclasses.replace(one, length=position) for position in (*drawn, case.length - 1)]
-    whole = case.length // case.unit
+    whole = _chunks(case)
     samples = BLOCK_SAMPLES if case.goes_in_blocks else SAMPLES
     chunks = (whole,) if whole <= max(samples) else samples
     return [dataclasses.replace(one, length=n * case.unit) for n in chunks]
+
+
+def _chunks(case: Case) -> int:
+    """Chunks (blocks) of a sequence, or of each of its segments."""
+    return min(case.in_segments_of or case.length, case.length) // case.unit
 
 
 Group = list[tuple[Case, list[Counted]]]
@@ -122,7 +131,7 @@ def _factor(case: Case, sample: Case) -> int:
 
 def _pass(case: Case, group: Group) -> Cost:
     seen = around(case.runner("meta"))
-    factor, chunks = _factor(case, group[0][0]), case.length // case.unit
+    factor, chunks = _factor(case, group[0][0]), _chunks(case)
     formulas = _formulas(group)
     rows: dict[str, list[tuple[Planned, Numbers]]] = defaultdict(list)
     for launch in seen.launches:

@@ -41,6 +41,7 @@ _FEATURES: dict[str, Callable[[Shape], int]] = {
     "blocks": lambda s: s.chunks.bit_count(),  # whole blocks of the sequence
     "after others": lambda s: sum(i.bit_count() > 1 for i in range(s.chunks)),  # chunks that read several blocks
     "passes": lambda s: sum(math.comb(i.bit_count(), 2) for i in range(s.chunks)),  # over others on the way
+    "last reads": lambda s: (s.chunks - 1).bit_count(),  # blocks that the last chunk reads
 }
 
 

@@ -1,0 +1,158 @@
+"""Long calls in segments: the memory between kernels is that of a segment, whatever the sequence's length.
+
+A segment is a call of its own with the state before it as initial state, so nothing is approximate. The forward pass
+goes through the segments from first to last. The backward pass does so, too, for the state before each; then it goes
+from last to first, makes what is between chunks of a segment again, and hands on the gradient of the state before it.
+How long a segment is says `segment_plan`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from llcompile.kernels.description import Description, describe
+from llcompile.kernels.operands import DIFFERENTIABLE, Operands
+from llcompile.kernels.triton import blocks, engine, segment_plan
+from llcompile.kernels.triton.description import Description as Kernels
+from llcompile.kernels.triton.segment_call import begin, gradient_of_initial, maker
+
+# Why kernels of a description must not run a pass; None if they may.
+Rejection = Callable[[Description, Literal["forward", "backward"]], str | None]
+_log = logging.getLogger("llcompile.kernels")
+
+
+class Segment(NamedTuple):
+    """Tokens `first` to `end` of a call, as operands without a state."""
+
+    x: Operands
+    first: int
+    end: int
+
+
+def forward(
+    x: Operands, scale: float, return_final_state: bool, rejection: Rejection | None = None
+) -> tuple[Tensor, Tensor]:
+    """As `engine.forward`, in segments where the memory asks for it; kernels that `rejection` names run no segment.
+
+    Raises:
+        KernelMemoryError: the buffers do not fit.
+        OptionError: `LLCOMPILE_WORKSPACE_GB` is no number of GB.
+    """
+    tokens = None if _in_blocks(x, return_final_state) else _length(x, "forward", rejection)
+    if tokens is None:
+        return engine.forward(x, scale, return_final_state)
+    return forward_by(x, scale, return_final_state, tokens)
+
+
+def backward(
+    x: Operands, scale: float, grad_o: Tensor, grad_state: Tensor | None, rejection: Rejection | None = None
+) -> list[Tensor | None]:
+    """As `engine.backward`, likewise; raises what `forward` does."""
+    tokens = _length(x, "backward", rejection)
+    if tokens is None:
+        return engine.backward(x, scale, grad_o, grad_state)
+    return backward_by(x, scale, grad_o, grad_state, tokens)
+
+
+def forward_by(x: Operands, scale: float, return_final_state: bool, tokens: int) -> tuple[Tensor, Tensor]:
+    """As `engine.forward`, in segments of `tokens`, a power of two."""
+    state, o = begin(x, tokens), x.v.new_empty(x.v.shape)
+    # A Python loop: the memory is that of a turn, and turns are few, whatever the length (`segment_plan`).
+    for part in cut(x, tokens):
+        make = maker(x, tokens, part.first, return_final_state and part.end == x.v.shape[1])
+        o[:, part.first : part.end], state = engine.forward(_after(part, state), scale, True, make)
+    return o, state if return_final_state else x.v.new_empty(0, dtype=state.dtype)
+
+
+def backward_by(
+    x: Operands, scale: float, grad_o: Tensor, grad_state: Tensor | None, tokens: int
+) -> list[Tensor | None]:
+    """As `engine.backward`, in segments of `tokens`, a power of two."""
+    parts, states = list(cut(x, tokens)), [begin(x, tokens)]
+    for part in parts[:-1]:
+        make = maker(x, tokens, part.first, False)
+        states.append(engine.final_state(_after(part, states[-1]), scale, make))
+    # One description for all segments, so that each kernel is compiled once: the last one has a final state, too.
+    grad = torch.zeros_like(states[-1]) if grad_state is None else grad_state
+    found = Gradients(x)
+    for part in reversed(parts):
+        make = maker(x, tokens, part.first, grad is grad_state)
+        given = grad_o[:, part.first : part.end]
+        *grads, of_state = engine.backward(_after(part, states.pop()), scale, given, grad, make)
+        assert of_state is not None
+        grad = of_state
+        found.put(part, grads)
+    return [*found.all, gradient_of_initial(x, grad)]
+
+
+class Gradients:
+    """Gradients of a whole call in the operands' dtypes, filled in segment by segment; sums over tokens in fp32."""
+
+    def __init__(self, x: Operands) -> None:
+        self.all = [None if t is None else _empty(t) for t in x[: DIFFERENTIABLE - 1]]
+
+    def put(self, part: Segment, grads: list[Tensor | None]) -> None:
+        """The gradients of one segment."""
+        for whole, grad in zip(self.all, grads, strict=True):
+            if whole is None or grad is None:
+                continue
+            if whole.dim() < 3:
+                whole += grad
+            else:
+                here = whole[:, part.first : part.end]
+                here.copy_(grad.reshape(here.shape))
+
+
+def _empty(x: Tensor) -> Tensor:
+    return x.new_zeros(x.shape, dtype=torch.float32) if x.dim() < 3 else x.new_empty(x.shape)
+
+
+def cut(x: Operands, tokens: int) -> Iterator[Segment]:
+    """The segments of `x`; a packed sequence that one cuts has its parts in the same row of both."""
+    for first in range(0, x.v.shape[1], tokens):
+        end = min(first + tokens, x.v.shape[1])
+        part = x.map_tokens(lambda t, first=first, end=end: t[:, first:end])  # type: ignore[misc]
+        part = part._replace(initial_state=None)
+        if x.lengths is not None:
+            begins = torch.zeros_like(x.lengths) if x.starts is None else x.starts
+            ends = (begins + x.lengths).clamp(first, end)
+            begins = begins.clamp(first, end)
+            part = part._replace(lengths=ends - begins)
+            part = part if x.starts is None else part._replace(starts=begins - first)
+        yield Segment(part, first, end)
+
+
+def _after(part: Segment, state: Tensor) -> Operands:
+    return part.x._replace(initial_state=state)
+
+
+def _in_blocks(x: Operands, final: bool) -> bool:
+    if x.decay_rate is not None or not x.v.numel() or not x.q.numel():
+        return False
+    return blocks.serves(Kernels.of(describe(x, final)), *x.v.shape[:3])
+
+
+def _length(x: Operands, sweep: Literal["forward", "backward"], rejection: Rejection | None) -> int | None:
+    tokens = segment_plan.length(x, sweep)
+    if tokens is None or rejection is None:
+        return tokens
+    d = describe(x._replace(initial_state=begin(x, tokens)), True)
+    for needed in ("forward", "backward")[: 1 + (sweep == "backward")]:  # backward needs the states before segments
+        reason = rejection(d, needed)  # type: ignore[arg-type]
+        if reason is not None:
+            _tell(reason)
+            return None
+    return tokens
+
+
+@lru_cache(maxsize=64)
+def _tell(reason: str) -> None:
+    _log.warning(
+        "a long call is taken whole, and takes more memory than it has to, because of its segments' %s", reason
+    )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llcompile.errors import StateError
-from llcompile.kernels import choice, torch_operator
+from llcompile.kernels import choice, flops, torch_operator
 from llcompile.kernels.operands import Token, weights_per_head
 from llcompile.kernels.operators import without_autocast
 from llcompile.kernels.state import check_state, is_level_state
@@ -43,3 +43,4 @@ torch_operator.define(
     _step,
     _shapes,
 )
+flops.register_in_place()

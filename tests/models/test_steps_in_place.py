@@ -30,7 +30,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.parametrize("name", ["mamba2", "qwen3_next"])
 def test_a_cache_is_updated_in_place(name: str, steps: list[str]) -> None:
-    """One step for each mixer, and logits as those of a full pass; what a user kept a copy of stays."""
+    """Steps are in place, and logits are those of a full pass."""
     torch._dynamo.reset()
     model, ids = serving(name), tiny.tokens()[:, :9]
     with torch.no_grad():

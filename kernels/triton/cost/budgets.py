@@ -47,8 +47,8 @@ BUDGETS = (
     Budget("workspace, GB", _DELTA_BACK, 25.4, 8),
     Budget("moved, MB a step", _STEPS["scalar/none"], 82, 25),
     Budget("moved, MB a step", _STEPS["scalar/delta"], 82, 25),
-    *(Budget("moved, MB a step", case, 46, 25) for case in _IN_PLACE),
-    *(Budget("moved at most, MB a step", case, 76, 25) for case in _IN_PLACE),
+    *(Budget("moved, MB a step", case, 52, 25) for case in _IN_PLACE),
+    *(Budget("moved at most, MB a step", case, 80, 25) for case in _IN_PLACE),
     Budget("compilations", _DELTA_BACK, 14, 15),
 )
 

@@ -96,6 +96,18 @@ def step(token: Token, routing: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return _run("step", lambda: describe_step(token), token.v.device, lambda one: one.step(token, routing))
 
 
+def step_in_place(token: Token, routing: Tensor | None = None) -> Tensor:
+    """As `Implementation.step_in_place`, likewise."""
+    if not token.q.shape[1]:
+        return ATEN.step_in_place(token, routing)
+    return _run(
+        "step in place",
+        lambda: describe_step(token),
+        token.v.device,
+        lambda one: one.step_in_place(token, routing),
+    )
+
+
 def replay(x: Operands, occupied: Tensor | None, scale: float) -> Tensor:
     """As `Implementation.replay`, by the implementation that is chosen.
 

@@ -72,3 +72,8 @@ def register() -> None:
         (torch.ops.llcompile.loglinear_attention_step, _step_flops),
     ):
         register_flop_formula(operator, get_raw=True)(formula)
+
+
+def register_in_place() -> None:
+    """Likewise, of a step in place."""
+    register_flop_formula(torch.ops.llcompile.loglinear_attention_step_, get_raw=True)(_step_flops)

@@ -16,13 +16,14 @@ from torch import Tensor
 from llcompile.errors import CompilerError
 from llcompile.kernels import finite, routing_state
 from llcompile.kernels.description import Description, ReadoutDescription
+from llcompile.kernels.header import DIGITS
 from llcompile.kernels.operands import COMPUTE_DTYPES, Operands, Token
 from llcompile.kernels.readouts import Readouts, ReadoutToken
 from llcompile.kernels.replay import with_silent_queries
-from llcompile.kernels.state import check_positions
+from llcompile.kernels.state import check_positions, is_level_state
 
 Described = Description | ReadoutDescription
-Sweep = Literal["forward", "backward", "step", "replay"]
+Sweep = Literal["forward", "backward", "step", "step in place", "replay"]
 
 
 class ReadoutForm(Protocol):
@@ -86,6 +87,17 @@ class Implementation(ABC):
         Raises:
             StateError: a state has lost its position or counts no further, or it has no room for `routing`.
         """
+
+    def step_in_place(self, token: Token, routing: Tensor | None = None) -> Tensor:
+        """The output of `step`; the new state is written into `token.state`, which must be of the kind that comes out.
+
+        What stands in the headers beside the position stays, but for `routing`. Raises as `step`.
+        """
+        o, new = self.step(token, routing)
+        if routing is None and is_level_state(new):
+            new.flatten(3)[:, :, 0, DIGITS:] = token.state.flatten(3)[:, :, 0, DIGITS:]
+        token.state.copy_(new)
+        return o
 
     def replay(self, x: Operands, occupied: Tensor | None, scale: float) -> Tensor:
         """What the last `T = q.shape[1]` of the tokens read of all of them and of `x.initial_state`, `[B, T, H, V]`.
@@ -158,6 +170,16 @@ class Triton(Implementation):
         with _current(token.v):
             return kernels.step(token, routing)
 
+    def step_in_place(self, token: Token, routing: Tensor | None = None) -> Tensor:
+        """Likewise, but for decays by rates and for states in other memory than the kernels write."""
+        from llcompile.kernels.triton import step as kernels
+
+        if token.decay_rate is not None or token.state.dtype != torch.float32 or not token.state.is_contiguous():
+            return super().step_in_place(token, routing)
+        check_positions(token.state, 1, "state")
+        with _current(token.v):
+            return kernels.step_in_place(token, routing)
+
     def replay(self, x: Operands, occupied: Tensor | None, scale: float) -> Tensor:
         """One token has a kernel, but for decays by rates."""
         from llcompile.kernels.triton import replay as kernels
@@ -209,6 +231,17 @@ class Cpp(Implementation):
         from llcompile.kernels.cpp import engine
 
         return _with_routing(engine.step(token), routing)
+
+    def step_in_place(self, token: Token, routing: Tensor | None = None) -> Tensor:
+        """Likewise; in the dtype of sums, and where each head's state is in one piece."""
+        from llcompile.kernels.cpp import engine
+
+        if not engine.fits_in_place(token):
+            return super().step_in_place(token, routing)
+        o = engine.step_in_place(token)
+        if routing is not None:
+            routing_state.write(token.state, routing)
+        return o
 
     def readouts(self) -> ReadoutForm:
         """As `cpp.readouts` has them."""

@@ -37,7 +37,8 @@ def define(
 
     Args:
         schema: its name, arguments and results, as torch writes them.
-        values: computes the outputs, which must be new tensors.
+        values: computes the outputs, which must be new tensors. An operator that changes a tensor in place, by its
+            schema, cannot be differentiated, and says so.
         shapes: makes empty outputs, from shapes and dtypes alone.
         save: keeps on `ctx` what `gradient` needs.
         gradient: a gradient for each input, None where there is none. Without it the operator cannot be differentiated,
@@ -54,8 +55,40 @@ def define(
     # Dynamo must not look into the functions: called between two graphs of a user's, they are frames like any other.
     _library.impl(name, _disable_dynamo(complete(values)), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", complete(shapes), lib=_library)
-    recorded = complete(_autograd(operator, save, gradient), before=1)  # behind the dispatcher's keys
+    changed = [i for i, argument in enumerate(operator._schema.arguments) if argument.is_write]
+    kernel = _autograd_in_place(operator) if changed else _autograd(operator, save, gradient)
+    recorded = complete(kernel, before=1)  # behind the dispatcher's keys
     _library.impl(name, _disable_dynamo(recorded), "Autograd", with_keyset=True)
+    if changed:
+        counted = complete(_counting(operator, changed), before=1)
+        _library.impl(name, _disable_dynamo(counted), "ADInplaceOrView", with_keyset=True)
+
+
+def _autograd_in_place(operator: Any) -> Callable[..., Any]:
+    """Of an operator that changes a tensor: as nothing is recorded, no input may require a gradient."""
+
+    def kernel(keys: Any, *inputs: Any) -> Any:
+        _refuse_tangents(operator, inputs)
+        if torch.is_grad_enabled() and _C._any_requires_grad(*inputs):
+            raise DerivativeError(
+                f"{operator} changes its state in place and has no derivative, but an input requires a gradient; "
+                "decode under torch.no_grad(), or use the operator that returns a new state, loglinear_attention_step"
+            )
+        return _below(operator, keys, inputs)
+
+    return kernel
+
+
+def _counting(operator: Any, changed: list[int]) -> Callable[..., Any]:
+    """Has autograd know that tensors were changed, for what was saved of them earlier."""
+
+    def kernel(keys: Any, *inputs: Any) -> Any:
+        for i in changed:
+            torch.autograd.graph.increment_version(inputs[i])
+        with _C._AutoDispatchBelowADInplaceOrView():
+            return operator.redispatch(keys & _C._after_ADInplaceOrView_keyset, *inputs)
+
+    return kernel
 
 
 def _autograd(operator: Any, save: Save | None, gradient: Gradient | None) -> Callable[..., Any]:

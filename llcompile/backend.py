@@ -20,7 +20,16 @@ from llcompile.passes import pipeline, states
 from llcompile.passes.session import Session
 from llcompile.patterns.known import capture
 from llcompile.report import Report
-from llcompile.torch_internals import compile_check, inner, logs, reach, recompile_room, splitters, untraceable
+from llcompile.torch_internals import (
+    compile_check,
+    dtensors,
+    inner,
+    logs,
+    reach,
+    recompile_room,
+    splitters,
+    untraceable,
+)
 from llcompile.torch_internals.backends import tracing_backend, unwrapped
 from llcompile.torch_internals.forget import forget_others
 from llcompile.torch_internals.inputs import graph_inputs
@@ -102,6 +111,8 @@ def _rewrite(module: fx.GraphModule, parsed: Options) -> Callable[[Callable[...,
     adapters.warn_if_frozen(read_by(session), graph_inputs(module.graph))
     _settle(session)
     pipeline.change(session)
+    if not dtensors.possible():  # which the operator has no rule for
+        pipeline.update_in_place(session)
     ready = shards.prepare(module)
     _tell(report, module)
     note_trace("rewritten", True)

@@ -2,33 +2,57 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from llcompile import few_bits
 from llcompile.errors import OperandError, StateError
 from llcompile.kernels import state as _state
 from llcompile.kernels.header import DIGITS
 
-# Bits of each form, fewest first: integers with a scale for each channel of the key, float16 with one for each level.
-_FORMS = (torch.int8, torch.float16, torch.float32)
+_WHOLE = 32  # bits of a float32, which loses nothing
+_FORMS = (0, *few_bits.BITS, _WHOLE)
+_HALVINGS = 24  # of the interval in which the loss allowed to each bucket is sought
 
 
 @dataclass(frozen=True)
 class Part:
-    """Levels that are kept in one dtype.
+    """Buckets, each of one head, that are kept in as many bits.
 
     Args:
-        places: `[N, 2]` int64: row and level of each.
-        values: `[N, H, K, V]`.
-        scales: `[N, H, K, 1]` or `[N, H, 1, 1]` float32, by which the values are multiplied.
+        places: `[N]` int32: where each of them is in `[B, H, L]`.
+        values: `[N, bytes]` uint8 as `few_bits.pack` makes them; with 32 bits `[N, K, V]` float32.
+        scales, rows: as `few_bits.scales_of`; empty with 32 bits.
+        bits: of each number.
+
+    In what earlier versions wrote `places` is `[N, 2]`, row and level of buckets of all heads, `values` `[N, H, K, V]`
+    and `scales` what they are multiplied by.
     """
 
     places: Tensor
     values: Tensor
     scales: Tensor
+    rows: Tensor | None = None
+    bits: int | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.nbytes for t in (self.places, self.values, self.scales, self.rows) if t is not None)
+
+    def put(self, states: Tensor) -> None:
+        """Put its numbers into levels `[B, H, L, K, V]`, which are changed in place."""
+        if self.rows is None or self.bits is None:
+            states[self.places[:, 0], :, self.places[:, 1]] = self.values.float() * self.scales
+            return
+        numbers = self.values
+        if self.bits != _WHOLE:
+            integers = few_bits.unpack(self.values, self.bits, *states.shape[3:])
+            numbers = few_bits.restored(integers, few_bits.row_scales(self.scales, self.rows), self.bits)
+        states.view(-1, *states.shape[3:])[self.places.long()] = numbers
 
 
 @dataclass(frozen=True)
@@ -39,7 +63,7 @@ class CompactState:
         shape: of the state.
         headers: `[B, H, n]` float32, the entries of the headers up to the last one that is used; n is 0 for a linear
             state.
-        parts: the levels, by dtype.
+        parts: the buckets, by their bits.
         error: the largest error of any row and head: the norm of the difference of all levels, relative to the norm of
             all levels.
         errors: `[B, L]` float32: the same for each level, relative to the norm of all levels.
@@ -54,19 +78,19 @@ class CompactState:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors but `errors`."""
-        return self.headers.nbytes + sum(getattr(p, f.name).nbytes for p in self.parts for f in fields(p))
+        return self.headers.nbytes + sum(part.nbytes for part in self.parts)
 
     def restore(self) -> Tensor:
         """The state, float32: what follows from it differs from what follows from the original by `error`."""
         batch, heads, *_, key_dim, value_dim = self.shape
         levels = self.shape[2] - 1 if len(self.shape) == 5 else 1
-        states = self.headers.new_zeros(batch, levels, heads, key_dim, value_dim)
+        states = self.headers.new_zeros(batch, heads, levels, key_dim, value_dim)
         for part in self.parts:
-            states[part.places[:, 0], part.places[:, 1]] = part.values.float() * part.scales
+            part.put(states)
         if len(self.shape) == 4:
-            return states[:, 0]
+            return states[:, :, 0]
         header = torch.nn.functional.pad(self.headers, (0, key_dim * value_dim - self.headers.shape[2]))
-        return torch.cat([header.unflatten(2, (key_dim, value_dim))[:, :, None], states.transpose(1, 2)], 2)
+        return torch.cat([header.unflatten(2, (key_dim, value_dim))[:, :, None], states], 2)
 
     def to_dict(self) -> dict[str, Any]:
         """Tensors, numbers and lists alone, for `torch.save` and back with `weights_only=True`."""
@@ -94,8 +118,9 @@ def compact_state(state: Tensor, tolerance: float = 1e-3) -> CompactState:
     """Make a state small for storage, such as a cache of prefixes.
 
     The next token merges levels anyway, and that is done here, so that what is kept is one bucket for each bit of the
-    position: at most `log2 T`, half as many on average, and one where T is a power of two. Each is kept in the fewest
-    bits (int8, float16, float32) with which all of them together stay within `tolerance`.
+    position: at most `log2 T`, half as many on average, and one where T is a power of two. For each head, each is kept
+    in integers of 2 to 16 bits with a scale for each channel of the key, or in float32, or, where it is small enough,
+    not at all: in as few bits as `tolerance` allows to all of them together.
 
     Args:
         state: `[B, H, K, V]` or `[B, H, 1 + L, K, V]`, as the operators return it.
@@ -112,28 +137,68 @@ def compact_state(state: Tensor, tolerance: float = 1e-3) -> CompactState:
     if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not tolerance >= 0:
         raise OperandError(f"tolerance must be a number of at least 0, got {tolerance!r}")
     _check(state)
-    levels = _merged(state.detach())  # [B, L, H, K, V]
+    levels = _merged(state.detach())  # [B, H, L, K, V]
     headers = state.new_zeros(*state.shape[:2], 0, dtype=torch.float32)
     if _state.is_level_state(state):
         entries = state.detach()[:, :, 0].flatten(2).float()
         used = entries.flatten(0, 1).ne(0).any(0).nonzero()
         headers = entries[:, :, : max(DIGITS, int(used.max()) + 1 if used.numel() else 0)].clone()
-    places = levels.flatten(2).ne(0).any(2).nonzero()  # [N, 2]
-    held = levels[places[:, 0], places[:, 1]]  # [N, H, K, V]
-    norms = _norm(levels, (1, 3, 4))  # [B, H] of all levels
-    buckets = torch.zeros(len(levels), dtype=torch.int64, device=state.device).index_add_(
-        0, places[:, 0], torch.ones_like(places[:, 0])
-    )
-    allowed = tolerance * norms[places[:, 0]] / buckets[places[:, 0], None].sqrt()  # [N, H]
-    parts, left = [], torch.ones(len(places), dtype=torch.bool, device=state.device)
-    for dtype in _FORMS:
-        values, scales = _in_form(held, dtype)
-        lost = _norm(values.float() * scales - held, (2, 3))  # [N, H]
-        chosen = left & (lost <= allowed).all(1)
-        if bool(chosen.any()):
-            parts.append(Part(places[chosen], values[chosen], scales[chosen]))
-        left = left & ~chosen
-    return _measured(CompactState(tuple(state.shape), headers, tuple(parts), 0.0, headers.new_zeros(0)), levels, norms)
+    places = levels.flatten(3).ne(0).any(3).flatten().nonzero()[:, 0]  # [N]
+    held = levels.flatten(0, 2)[places]  # [N, K, V]
+    scales, rows = few_bits.scales_of(held)
+    bits = _bits(held, few_bits.row_scales(scales, rows), places // levels.shape[2], tolerance)
+    parts = []
+    for form in _FORMS[1:]:
+        here = bits == form
+        if bool(here.any()):
+            parts.append(_part(places[here], held[here], scales[here], rows[here], form))
+    return _measured(CompactState(tuple(state.shape), headers, tuple(parts), 0.0, headers.new_zeros(0)), levels)
+
+
+def _part(places: Tensor, held: Tensor, scales: Tensor, rows: Tensor, bits: int) -> Part:
+    places = places.to(torch.int32)
+    if bits == _WHOLE:
+        return Part(places, held, scales[:0], rows[:0], bits)
+    integers = few_bits.rounded(held, few_bits.row_scales(scales, rows), bits)
+    return Part(places, few_bits.pack(integers, bits), scales, rows, bits)
+
+
+def _bits(held: Tensor, rows: Tensor, head: Tensor, tolerance: float) -> Tensor:
+    """How many bits `[N]` each bucket `held [N, K, V]` of a row's head `head [N]` is kept in.
+
+    The same loss is allowed to all buckets of a head, the largest with which they stay within the tolerance together:
+    for numbers that are spread alike this takes the fewest bits, and a small bucket takes fewer than a large one.
+    """
+    lost = torch.stack([_norm(_in_form(held, rows, form) - held, (1, 2)).square() for form in _FORMS], 1)  # [N, F]
+    heads = int(head.max()) + 1 if len(head) else 0
+
+    def of_heads(x: Tensor) -> Tensor:
+        return x.new_zeros(heads).index_add_(0, head, x)
+
+    # Of what restoring rounds once more, a little is left.
+    bound = (tolerance * (1 - 1e-6)) ** 2 * of_heads(_norm(held, (1, 2)).square())  # [heads]
+    least, most = bound / of_heads(torch.ones_like(lost[:, 0])).clamp(min=1), bound  # of the loss allowed to each
+    for _ in range(_HALVINGS):
+        middle = (least * most).sqrt()
+        fits = of_heads(_loss(lost, _cheapest(lost, middle[head]))) <= bound
+        least, most = torch.where(fits, middle, least), torch.where(fits, most, middle)
+    return torch.tensor(_FORMS, device=held.device)[_cheapest(lost, least[head])]
+
+
+def _cheapest(lost: Tensor, allowed: Tensor) -> Tensor:
+    """The first form with which no more is lost; the last one loses nothing."""
+    return (lost <= allowed[:, None]).to(torch.uint8).argmax(1)
+
+
+def _loss(lost: Tensor, form: Tensor) -> Tensor:
+    return lost.gather(1, form[:, None])[:, 0]
+
+
+def _in_form(x: Tensor, rows: Tensor, bits: int) -> Tensor:
+    """What is left of numbers `[N, K, V]` in so many bits; of a bucket of 0 bits nothing."""
+    if bits in (0, _WHOLE):
+        return x * (bits > 0)
+    return few_bits.restored(few_bits.rounded(x, rows, bits), rows, bits)
 
 
 def _check(state: Tensor) -> None:
@@ -146,32 +211,20 @@ def _check(state: Tensor) -> None:
 
 
 def _merged(state: Tensor) -> Tensor:
-    """The levels `[B, L, H, K, V]` with those merged that the next token would merge; float32."""
+    """The levels `[B, H, L, K, V]` with those merged that the next token would merge; float32."""
     if not _state.is_level_state(state):
-        return state.float()[:, None]
+        return state.float()[:, :, None]
     levels, position = _state.unpack_state(state.float())
-    return _state.merge(levels, position).transpose(1, 2)
+    return _state.merge(levels, position)
 
 
-def _in_form(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Numbers `[N, H, K, V]` in `dtype`, and the scales to multiply them by."""
-    if dtype == torch.int8:
-        scales = x.abs().amax(3, keepdim=True) / 127
-        return (x / scales.clamp(min=torch.finfo(torch.float32).tiny)).round().to(dtype), scales
-    largest = x.abs().amax((2, 3), keepdim=True)
-    if dtype == torch.float16:  # a power of two, which rounds nothing; the largest number becomes less than 2 ** 15
-        exponent = (torch.frexp(largest).exponent - 15).clamp(min=-100)  # the scale's inverse must be finite
-        return torch.ldexp(x, -exponent).to(dtype), torch.ldexp(torch.ones_like(largest), exponent)
-    return x, torch.ones_like(largest)
-
-
-def _measured(compact: CompactState, levels: Tensor, norms: Tensor) -> CompactState:
-    """With the error of what it restores against `levels [B, L, H, K, V]`."""
-    found = compact.restore()
-    ours = found[:, :, 1:].transpose(1, 2) if found.dim() == 5 else found[:, None]
-    lost = _norm(ours - levels, (3, 4)) / norms.clamp(min=torch.finfo(torch.float64).tiny)[:, None]  # [B, L, H]
-    error = float(_norm(lost, (1,)).max()) if lost.numel() else 0.0
-    errors = lost.amax(2).float() if lost.numel() else lost.new_zeros(lost.shape[:2], dtype=torch.float32)
+def _measured(compact: CompactState, levels: Tensor) -> CompactState:
+    """With the error of what it restores against `levels [B, H, L, K, V]`."""
+    found, norms = compact.restore(), _norm(levels, (2, 3, 4))
+    ours = found[:, :, 1:] if found.dim() == 5 else found[:, :, None]
+    lost = _norm(ours - levels, (3, 4)) / norms.clamp(min=torch.finfo(torch.float64).tiny)[:, :, None]  # [B, H, L]
+    error = float(_norm(lost, (2,)).max()) if lost.numel() else 0.0
+    errors = lost.amax(1).float() if lost.numel() else lost.new_zeros(lost.shape[::2], dtype=torch.float32)
     return CompactState(compact.shape, compact.headers, compact.parts, error, errors)
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from llcompile.compact import CompactState, compact_state
 from llcompile.errors import OperandError
+from llcompile.kernels import in_place_operator as _in_place_operator  # noqa: F401  (registers a torch operator)
 from llcompile.kernels import operands as _operands
 from llcompile.kernels import operators as _operators  # noqa: F401  (registers the torch operators)
 from llcompile.kernels import readout_operators as _readout_operators  # noqa: F401  (likewise)
@@ -25,6 +26,7 @@ __all__ = [
     "level_readouts_step",
     "loglinear_attention",
     "loglinear_attention_step",
+    "loglinear_attention_step_",
 ]
 
 _REVISION = source_tag()
@@ -147,16 +149,63 @@ def loglinear_attention_step(
         StateError: `state` or `routing_state` belongs to an operator of another size.
     """
     x = _operands.Token(q, k, v, level_weights, state, log_decay, decay_rate, beta, erase_query, erase_key, scale)
-    _operands.check_token(x)
-    levels = None if level_weights is None else level_weights.shape[-1]
-    if not isinstance(state, Tensor):
-        raise OperandError(f"state must be a tensor, got {type(state).__name__}; zeros are an empty state")
-    check_state(state, v.shape[0], v.shape[1], q.shape[2], v.shape[2], levels, "state")
-    _operands.check_device(v, state=state)
+    _check_token(x)
     o, new_state = torch.ops.llcompile.loglinear_attention_step(
         *x[:-1], float(scale), revision=_REVISION, routing_state=routing_state
     )
     return o, new_state
+
+
+def loglinear_attention_step_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    level_weights: Tensor | None,
+    state: Tensor,
+    log_decay: Tensor | None = None,
+    beta: Tensor | None = None,
+    scale: float = 1.0,
+    *,
+    decay_rate: Tensor | None = None,
+    erase_query: Tensor | None = None,
+    erase_key: Tensor | None = None,
+    routing_state: Tensor | None = None,
+) -> Tensor:
+    """Process one token as `loglinear_attention_step`, and write the new state in place of the old one.
+
+    Levels that the position says are empty are not read, and what does not change is not written. For inference: there
+    is no gradient.
+
+    Args:
+        q, k, v, level_weights, log_decay, beta, scale, decay_rate, erase_query, erase_key: as there.
+        state: `[B, H, 1 + L, K, V]` with level weights, else `[B, H, K, V]`; changed. It is fastest in float32 and
+            contiguous.
+        routing_state: written into the headers of `state`. Without it, what stands there beside the position stays.
+
+    Returns:
+        `o [B, H, V]` in the dtype of `v`.
+
+    Raises:
+        OperandError: an operand's shape, dtype, device or value is wrong.
+        StateError: `state` or `routing_state` belongs to an operator of another size, or `state` is of the other kind.
+        DerivativeError: an operand requires a gradient.
+    """
+    x = _operands.Token(q, k, v, level_weights, state, log_decay, decay_rate, beta, erase_query, erase_key, scale)
+    _check_token(x)
+    o = torch.ops.llcompile.loglinear_attention_step_(
+        *x[:-1], float(scale), revision=_REVISION, routing_state=routing_state
+    )
+    assert isinstance(o, Tensor)
+    return o
+
+
+def _check_token(x: _operands.Token) -> None:
+    _operands.check_token(x)
+    levels = None if x.level_weights is None else x.level_weights.shape[-1]
+    if not isinstance(x.state, Tensor):
+        raise OperandError(f"state must be a tensor, got {type(x.state).__name__}; zeros are an empty state")
+    check_state(x.state, x.v.shape[0], x.v.shape[1], x.q.shape[2], x.v.shape[2], levels, "state")
+    _operands.check_device(x.v, state=x.state)
 
 
 def level_readouts(

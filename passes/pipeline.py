@@ -12,6 +12,7 @@ from llcompile.passes.check import check
 from llcompile.passes.discover import discover
 from llcompile.passes.functions import functions
 from llcompile.passes.identify import identify
+from llcompile.passes.in_place import in_place
 from llcompile.passes.names import names
 from llcompile.passes.one_token import one_token
 from llcompile.passes.padding import padding
@@ -60,6 +61,13 @@ def change(session: Session) -> None:
     with tracing_fake_mode(session.graph):
         _run(session, CHANGE)
     nested_gradients.wrap(session.graph, session.wrappers)
+    for region in session.regions:
+        region.module.recompile()
+
+
+def update_in_place(session: Session) -> None:
+    """Has states updated in place where the model does so; `change` has been run, and the graph is to be compiled."""
+    _run(session, (in_place,))
     for region in session.regions:
         region.module.recompile()
 

@@ -44,7 +44,7 @@ class Step(ctypes.Structure):
     _fields_ = [
         *((name, Operand) for name in (*OPERANDS, "output")),
         *((name, _Pointer) for name in ("state", "next")),
-        *((name, _Integer) for name in ("state_row", "state_head")),
+        *((name, _Integer) for name in ("state_row", "state_head", "next_row", "next_head")),
         *((name, _Integer) for name in ("rows", "heads", "groups", "key_dim", "value_dim", "slots", "weighted")),
         ("scale", ctypes.c_double),
     ]

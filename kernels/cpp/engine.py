@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -47,24 +48,43 @@ def step(token: Token) -> tuple[Tensor, Tensor]:
 
     Raises `StateError` where a row's position is damaged or cannot be counted further.
     """
-    q, k, v, w, state, log_decay, rate, *others, scale = token
-    d = describe_step(token)
-    dtype = state_dtype(v.dtype)
-    given = in_levels(state if state.dtype == dtype else state.to(dtype), d.levels)
+    state, dtype = token.state, state_dtype(token.v.dtype)
+    w = token.level_weights
+    given = in_levels(state if state.dtype == dtype else state.to(dtype), None if w is None else w.shape[-1])
     given = given if given[0, 0].is_contiguous() else given.contiguous()
-    o, new = torch.empty(v.shape, dtype=v.dtype), torch.empty(given.shape, dtype=dtype)
-    if not o.numel():
-        return o, new.copy_(given)
+    new = torch.empty(given.shape, dtype=dtype)
+    if not token.v.numel():
+        return token.v.new_empty(token.v.shape), new.copy_(given)
+    return _step(token, given, new), new
+
+
+def fits_in_place(token: Token) -> bool:
+    """Whether `step_in_place` serves the state: as C++ has it, each head in one piece, none in another's memory."""
+    state = token.state
+    area = math.prod(state.shape[2:])
+    apart = state.stride(1) >= area and state.stride(0) >= state.stride(1) * (state.shape[1] - 1) + area
+    as_computed = token.v.numel() > 0 and state.dtype == state_dtype(token.v.dtype)
+    return as_computed and apart and state[0, 0].is_contiguous()
+
+
+def step_in_place(token: Token) -> Tensor:
+    """The output of `step`, with the new state in place of the old one, which `fits_in_place`; raises as `step`."""
+    return _step(token, token.state, token.state)
+
+
+def _step(token: Token, given: Tensor, new: Tensor) -> Tensor:
+    q, k, v, w, _, log_decay, rate, *others, scale = token
+    d, o = describe_step(token), torch.empty(v.shape, dtype=v.dtype)
     rates = operand(rate)  # for all rows
     operands = (*map(token_operand, (q, k, v, w, log_decay)), rates, *map(token_operand, (*others, o)))
     sizes = (v.shape[0], v.shape[1], q.shape[1], q.shape[2], v.shape[2], d.levels or 1, d.levels is not None)
-    call = Step(*operands, given.data_ptr(), new.data_ptr(), given.stride(0), given.stride(1), *sizes, scale)
+    call = Step(*operands, given.data_ptr(), new.data_ptr(), *given.stride()[:2], *new.stride()[:2], *sizes, scale)
     result = functions(d).step(call)
     if result < 0:
         check_positions(given, 1, "state")
     if result:
         raise KernelError(f"the C++ step of {d} failed with code {result}: no memory was left; use a smaller batch")
-    return o, new
+    return o
 
 
 class _Run:

@@ -16,7 +16,7 @@ from llcompile.kernels.state import state_dtype
 from llcompile.kernels.triton import acceptance_cases, blocks
 from llcompile.kernels.triton import description as triton
 
-Sweep = Literal["forward", "backward", "step", "replay"]
+Sweep = Literal["forward", "backward", "step", "step in place", "replay"]
 Described = Description | ReadoutDescription
 Results = dict[str, Tensor | None]
 POSITION = "the position"
@@ -35,6 +35,9 @@ class Passes(Protocol):
 
     def step(self, token: Token, /) -> tuple[Tensor, Tensor]:
         """Output and state."""
+
+    def step_in_place(self, token: Token, /) -> Tensor:
+        """Output, with the state in place of the one before."""
 
     def replay(self, x: Operands, occupied: Tensor | None, scale: float, /) -> Tensor:
         """What the last tokens read."""
@@ -64,7 +67,10 @@ def cases(trusted: Passes, d: Described, device: torch.device, sweep: Sweep) -> 
         return _readouts(trusted, d, device, sweep)
     if sweep == "replay":
         return _replays(trusted, d, device)
-    return _steps(trusted, d, device) if sweep == "step" else _sequence(trusted, d, device, sweep)
+    steps = {"step": _step, "step in place": _step_in_place}
+    if sweep in steps:
+        return _steps(trusted, d, device, steps[sweep])
+    return _sequence(trusted, d, device, sweep)
 
 
 def _sequence(trusted: Passes, d: Description, device: torch.device, sweep: Sweep) -> Iterator[Case]:
@@ -98,13 +104,20 @@ def _sequence(trusted: Passes, d: Description, device: torch.device, sweep: Swee
     yield Case(backward, x, exact)
 
 
-def _steps(trusted: Passes, d: Description, device: torch.device) -> Iterator[Case]:
+def _step(who: Passes, token: Token) -> Results:
+    o, state = who.step(token._replace(state=token.state.clone()))
+    return {"the output": o, **_of_state(state)}
+
+
+def _step_in_place(who: Passes, token: Token) -> Results:
+    token = token._replace(state=token.state.clone())
+    return {"the output": who.step_in_place(token), **_of_state(token.state)}
+
+
+def _steps(
+    trusted: Passes, d: Description, device: torch.device, step: Callable[[Passes, Token], Results]
+) -> Iterator[Case]:
     """One token after another, each with the state that the one before leaves in float64."""
-
-    def step(who: Passes, token: Token) -> Results:
-        o, state = who.step(token._replace(state=token.state.clone()))
-        return {"the output": o, **_of_state(state)}
-
     tokens = acceptance_cases.tokens(d, trusted.forward)
     state = tokens[0].state.to(device)
     for token in tokens:

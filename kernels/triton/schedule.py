@@ -101,6 +101,9 @@ GRADIENTS = {
 }
 DECODE = {
     "decode": Entry("heads", (32, 4, 1), tiles=True),
+    "decode_in_place": Entry("heads", (32, 4, 1), tiles=True, changes=("states",)),
+    # A launch of its own: `decode_in_place` reads the position in all of a head's value tiles.
+    "count": Entry("heads", (32, 1, 1), lambda d: d.weighted, changes=("states",)),
     # The tokens that it replays come without a final state, and one for each row.
     "replay": Entry(
         "heads",

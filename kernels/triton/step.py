@@ -25,31 +25,56 @@ def step(token: Token, routing: Tensor | None) -> tuple[Tensor, Tensor]:
         if routing is not None:
             routing_state.write(state, routing)
         return o, state
-    q, k, v, w, state, log_decay, _, beta, erase_query, erase_key, scale = token
     d = Description.of(describe_step(token))
+    old = in_levels(token.state.float(), d.levels).contiguous()
+    o, new = token.v.new_empty(token.v.shape), torch.empty_like(old)
+    known = _arguments(token) | {"old_states": old, "states": new, "outputs": o}
+    if d.weighted:
+        known |= _routing_arguments(new, routing)
+    _launch("decode", d, token, known)
+    return o, new
+
+
+def step_in_place(token: Token, routing: Tensor | None) -> Tensor:
+    """As `Implementation.step_in_place`, of a contiguous float32 state: levels that hold something are read, and those
+    that change are written."""
+    d = Description.of(describe_step(token))
+    o = token.v.new_empty(token.v.shape)
+    known = _arguments(token) | {"states": token.state, "outputs": o}
+    _launch("decode_in_place", d, token, known)
+    if d.weighted:
+        _launch("count", d, token, known)
+        if routing is not None:
+            routing_state.write(token.state, routing)
+    return o
+
+
+def _arguments(token: Token) -> dict[str, Any]:
+    """Arguments of a kernel but for states and results."""
+    q, _, v, _, _, log_decay, _, beta, _, erase_key, scale = token
     batch, heads = v.shape[:2]
-    old = in_levels(state.float(), d.levels).contiguous()
-    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    new = torch.empty_like(old)
     if log_decay is not None and log_decay.dim() == 1:
         log_decay = log_decay.expand(batch, heads)
     if erase_key is not None:  # with decays and factors as `engine.per_channel` has them
         g = v.new_zeros(1, 1) if log_decay is None else log_decay
         log_decay = g if g.dim() == 3 else g.expand(batch, heads)[..., None].expand(*v.shape[:2], q.shape[2])
         beta = v.new_ones(1).expand(batch, heads) if beta is None else beta
-    known: dict[str, Any] = {"old_states": old, "states": new, "outputs": o, "scale": scale, "heads": heads}
-    if d.weighted:
-        known |= _routing_arguments(new, routing)
-    operands = {"query": q, "key": k, "value": v, "weight": w, "decay": log_decay, "beta": beta}
-    operands |= {"erase_query": erase_query, "erase_key": erase_key}
+    known: dict[str, Any] = {"scale": scale, "heads": heads}
+    operands = {"query": q, "key": token.k, "value": v, "weight": token.level_weights, "decay": log_decay, "beta": beta}
+    operands |= {"erase_query": token.erase_query, "erase_key": erase_key}
     for name, x in operands.items():
         if x is None:
             continue
         x = x.contiguous() if x.dim() == 3 and x.stride(2) != 1 else x
         known |= {f"{name}_ptr": x, f"{name}_row": x.stride(0), f"{name}_head": x.stride(1)}
-    if o.numel():
-        autotune.run(Launch(kernels_of(d, chip_of(v.device))["decode"], known, batch * heads, d.value_dim))
-    return o, new
+    return known
+
+
+def _launch(name: str, d: Description, token: Token, known: dict[str, Any]) -> None:
+    batch, heads, value_dim = token.v.shape
+    if token.v.numel():
+        columns = 0 if name == "count" else value_dim
+        autotune.run(Launch(kernels_of(d, chip_of(token.v.device))[name], known, batch * heads, columns))
 
 
 def _routing_arguments(state: Tensor, routing: Tensor | None) -> dict[str, Any]:

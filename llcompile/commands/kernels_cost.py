@@ -13,7 +13,7 @@ from typing import Any
 from llcompile.arguments import at_least
 from llcompile.errors import KernelError, SpecError
 from llcompile.kernels.levels import MOST_LEVELS
-from llcompile.kernels.triton.cost.families import FAMILIES, PASSES
+from llcompile.kernels.triton.cost.families import FAMILIES, PASSES, STEPS
 
 DTYPES = ("bfloat16", "float16", "float32")
 _RATES = {"key_dim": 16, "value_dim": 1, "heads": 1536, "groups": 1}
@@ -95,7 +95,7 @@ def _case(args: argparse.Namespace, family: str, operation: Any) -> Any:
 
     usual: dict[str, Any] = _RATES if family.startswith("rate") else _OTHERS
     sizes = {name: getattr(args, name) or default for name, default in usual.items()}
-    levels = None if args.linear else args.levels or level_count(args.length + (operation == "step"))
+    levels = None if args.linear else args.levels or level_count(args.length + (operation in STEPS))
     sizes["groups"] = sizes["groups"] or sizes["heads"]
     return Case(family, operation, batch=args.batch, length=args.length, dtype=args.dtype, levels=levels, **sizes)
 

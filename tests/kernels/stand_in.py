@@ -36,6 +36,11 @@ class StandIn(Triton):
     def step(self, token, routing=None):
         return tuple(self._changed("step", ATEN.step(token, routing)))
 
+    def step_in_place(self, token, routing=None):
+        o, state = self._changed("step in place", [ATEN.step_in_place(token, routing), token.state])
+        token.state.copy_(state)
+        return o
+
     def replay(self, x, occupied, scale):
         (found,) = self._changed("replay", [ATEN.replay(x, occupied, scale)])
         return found
@@ -67,5 +72,6 @@ def calls():
         "forward": lambda: choice.forward(x, 1.0, False)[0],
         "backward": lambda: choice.backward(x, 1.0, x.v, None)[2],
         "step": lambda: choice.step(Token(*token))[0],
+        "step in place": lambda: choice.step_in_place(Token(*token)._replace(state=state.clone())),
         "replay": lambda: choice.replay(last, None, 1.0),
     }

@@ -21,7 +21,7 @@ from tests.kernels.stand_in import StandIn, calls, one_number
 
 pytestmark = pytest.mark.usefixtures("fresh_kernels")
 CPU = torch.device("cpu")
-SWEEPS = ("forward", "backward", "step", "replay")
+SWEEPS = ("forward", "backward", "step", "step in place", "replay")
 OF_READOUTS = SWEEPS[:3]
 
 
@@ -107,6 +107,8 @@ def test_a_wrong_position():
         return found
 
     assert "the position in the header" in acceptance.test(StandIn("step", counts_on), ATEN, d, CPU, "step")
+    in_place = acceptance.test(StandIn("step in place", counts_on), ATEN, d, CPU, "step in place")
+    assert "the position in the header" in in_place
     decayed = dataclasses.replace(d, decay="scalar")
 
     def loses(found):
@@ -149,7 +151,7 @@ def test_what_is_right_is_accepted(decay, correction):
     """ATen in half precision keeps to the budget of its dtype, in all passes."""
     for levels, dtype in ((9, torch.bfloat16), (None, torch.float16)):
         d = Description(decay, correction, 16, 8, 2, dtype, levels=levels, final_state=True)
-        for sweep in SWEEPS[:3]:
+        for sweep in SWEEPS[:4]:
             assert acceptance.test(StandIn(), ATEN, d, CPU, sweep) is None, (d, sweep)
         if decay != "rate":  # which has no kernel for it
             replayed = dataclasses.replace(d, initial_state="linear" if levels is None else "level", final_state=False)

@@ -20,7 +20,7 @@ from llcompile.kernels.triton.cost.budgets import BUDGETS, MEASURES, measured
 from llcompile.kernels.triton.cost.case import Case
 from llcompile.kernels.triton.cost.compilations import compilations
 from llcompile.kernels.triton.cost.count import cost, costs
-from llcompile.kernels.triton.cost.families import FAMILIES
+from llcompile.kernels.triton.cost.families import FAMILIES, STEPS
 from llcompile.kernels.triton.cost.scale import SAMPLES, Shape, formula
 
 SMALL = Case("scalar/none", "forward", 64, 64, heads=2, groups=1, length=640, levels=11)
@@ -201,7 +201,7 @@ def test_command(capsys, tmp_path, monkeypatch):
 
 
 def _quick(budget):
-    return budget.case.operation == "step" or not budget.measure.startswith("moved")
+    return budget.case.operation in STEPS or not budget.measure.startswith("moved")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import llcompile
 from llcompile.kernels.aten import sequence, token
 from llcompile.kernels.operands import DIFFERENTIABLE, Operands, Token
 from llcompile.kernels.state import empty_state
-from llcompile.ops import loglinear_attention, loglinear_attention_step
+from llcompile.ops import loglinear_attention, loglinear_attention_step, loglinear_attention_step_
 from tests.helpers import small
 from tests.kernels.kernel_cases import NAMES, operands
 
@@ -43,6 +43,7 @@ def test_a_step_counts_as_its_products() -> None:
     state = empty_state(2, 4, 5, 3, levels=6)
     expected = counted(lambda: token.step(Token(**one, state=state)))
     assert counted(lambda: loglinear_attention_step(**one, state=state)) == expected > 0
+    assert counted(lambda: loglinear_attention_step_(**one, state=state)) == expected
 
 
 def test_an_exported_model_counts_its_mixers() -> None:

@@ -15,15 +15,17 @@ from torch import Tensor
 
 from llcompile.kernels import choice, header
 from llcompile.kernels.description import Description
+from llcompile.kernels.header import DIGITS
 from llcompile.kernels.implementations import ATEN, IMPLEMENTATIONS, Sweep
 from llcompile.kernels.operands import Operands
 from llcompile.kernels.reference import reference_attention
+from llcompile.kernels.state import is_level_state
 from llcompile.kernels.triton import acceptance, autotune, blocks, engine, interpreter, launch
 from llcompile.kernels.triton.cost.counter import counting
 from llcompile.kernels.triton.launch import Launch
 from llcompile.kernels.triton.limits import interpreted
 from llcompile.kernels.triton.tuning import Tuning
-from llcompile.ops import ReplayState, loglinear_attention, loglinear_attention_step
+from llcompile.ops import ReplayState, loglinear_attention, loglinear_attention_step, loglinear_attention_step_
 from tests.kernels.kernel_cases import Operands as Case
 from tests.kernels.kernel_cases import both, operands, relative_error
 
@@ -230,19 +232,32 @@ def packed_errors(
 
 
 def step_differences(case: dict[str, object], steps: int) -> list[float]:
-    """Relative differences of outputs and states between implementations, decoding ``steps`` tokens one by one."""
+    """Relative differences of outputs and states between implementations, decoding ``steps`` tokens one by one.
+
+    In place, too, with numbers in the header that are none of the position's.
+    """
     x = operands(length=steps, **case)  # type: ignore[arg-type]
     state = x.pop("initial_state")
     assert state is not None
     found = []
     for t in range(steps):
         token = {n: a if a is None or a.dim() < 3 else a[:, t] for n, a in x.items()}
-        results = []
+        results, before = [], state
         for kernels in ("triton", "aten"):
             with choice.use(kernels):
                 results.append(loglinear_attention_step(**token, state=state, scale=SCALE))  # type: ignore[arg-type]
         (o, state), (want, want_state) = results
         found += [relative_error(o, want), relative_error(state, want_state)]
+        if is_level_state(before) == is_level_state(state):
+            changed = before.clone()
+            if is_level_state(before):
+                changed.flatten(3)[:, :, 0, DIGITS:] = rest = torch.full_like(changed.flatten(3)[:, :, 0, DIGITS:], 0.5)
+            with choice.use("triton"):
+                o = loglinear_attention_step_(**token, state=changed, scale=SCALE)  # type: ignore[arg-type]
+            if is_level_state(before):
+                assert torch.equal(changed.flatten(3)[:, :, 0, DIGITS:], rest)
+                changed.flatten(3)[:, :, 0, DIGITS:] = 0
+            found += [relative_error(o, want), relative_error(changed, want_state)]
     return found
 
 

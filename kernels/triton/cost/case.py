@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from llcompile.kernels.description import CHUNK, Decay, describe
+from llcompile.kernels.implementations import IMPLEMENTATIONS
 from llcompile.kernels.operands import DIFFERENTIABLE, Operands, Token
 from llcompile.kernels.operators import as_input
 from llcompile.kernels.state import pack_state
@@ -76,6 +77,9 @@ class Case:
         if self.operation == "step":
             token = _token(self, device)
             return lambda: step.step(token, None)
+        if self.operation == "step in place":
+            token = _token(self, device)
+            return lambda: IMPLEMENTATIONS["triton"].step_in_place(token)
         x, grad = _operands(self, device), self._tensor(device, self.length, self.heads, self.value_dim)
         if self.segment is not None:
             return partial(_segment, x, grad, self.operation, self.segment)

@@ -14,6 +14,7 @@ from llcompile.errors import SpecError
 from llcompile.kernels.triton.cost.around import Around, Planned, around
 from llcompile.kernels.triton.cost.case import Case
 from llcompile.kernels.triton.cost.counter import Counted
+from llcompile.kernels.triton.cost.families import STEPS
 from llcompile.kernels.triton.cost.scale import BLOCK_SAMPLES, SAMPLES, Formula, Shape, formula
 from llcompile.kernels.triton.cost.worker import counts
 
@@ -57,7 +58,7 @@ class Cost:
     def chunks(self) -> int:
         """Chunks of all heads: what numbers per chunk are divided by. Of a step, heads."""
         case = self.case
-        each = 1 if case.operation == "step" else -(-case.length // 64)
+        each = 1 if case.operation in STEPS else -(-case.length // 64)
         return case.batch * case.heads * each
 
     def record(self) -> dict[str, Any]:
@@ -87,8 +88,9 @@ def costs(cases: Iterable[Case]) -> list[Cost]:
     samples = [_samples(case) for case in cases]
     found = iter(counts([one for group in samples for one in group]))
     counted = [[(one, next(found)) for one in group] for group in samples]
-    passes = {"forward": _pass, "backward": _pass, "step": _step}
-    return [passes[case.operation](case, group) for case, group in zip(cases, counted, strict=True)]
+    return [
+        (_step if case.operation in STEPS else _pass)(case, group) for case, group in zip(cases, counted, strict=True)
+    ]
 
 
 def _check(case: Case) -> None:
@@ -107,7 +109,7 @@ def _samples(case: Case) -> list[Case]:
     heads = math.gcd(case.heads // case.groups, _LANES) if case.decay == "rate" else min(case.heads // case.groups, 2)
     form = {"in_blocks": case.goes_in_blocks, "segment": case.in_segments_of}
     one = dataclasses.replace(case, batch=1, heads=heads, groups=1, **form)  # type: ignore[arg-type]
-    if case.operation == "step":
+    if case.operation in STEPS:
         drawn = random.Random(0).sample(range(case.length // 2, case.length), min(_POSITIONS, case.length // 2))
         return [dataclasses.replace(one, length=position) for position in (*drawn, case.length - 1)]
     whole = _chunks(case)

@@ -6,8 +6,9 @@ from typing import Literal, NamedTuple, get_args
 
 from llcompile.kernels.description import Correction, Decay
 
-Pass = Literal["forward", "backward", "step"]
+Pass = Literal["forward", "backward", "step", "step in place"]
 PASSES: tuple[Pass, ...] = get_args(Pass)
+STEPS: tuple[Pass, ...] = ("step", "step in place")
 
 
 class Family(NamedTuple):

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from llcompile.kernels.triton.cost.count import Cost, Numbers
+from llcompile.kernels.triton.cost.families import STEPS
 
 _COLUMNS = (
     "kernel", "launches", "programs", "loaded GB", "stored GB", "moved GB", "moved KB a chunk", "products GFLOP",
@@ -22,7 +23,7 @@ class _Line(NamedTuple):
 
 def lines(cost: Cost) -> Iterator[str]:
     """The table of one pass; of a step in MB, and by head in place of chunk."""
-    case, step = cost.case, cost.case.operation == "step"
+    case, step = cost.case, cost.case.operation in STEPS
     levels = "linear" if case.levels is None else f"{case.levels} levels"
     where = "after" if step else "at"
     yield (

@@ -16,6 +16,7 @@ from llcompile.kernels.triton import autotune, interpreter
 from llcompile.kernels.triton.chips import DEFAULT
 from llcompile.kernels.triton.cost.case import Case
 from llcompile.kernels.triton.cost.counter import Counted, counting, one_sequence
+from llcompile.kernels.triton.cost.families import STEPS
 from llcompile.kernels.triton.launch import Kernels, Launch
 from llcompile.kernels.triton.limits import interpreted
 
@@ -30,7 +31,7 @@ def count(case: Case) -> list[Counted]:
 
     interpreter.prepare()
     act = case.runner("cpu")
-    units = case.groups if case.decay == "rate" and case.operation != "step" else case.heads
+    units = case.groups if case.decay == "rate" and case.operation not in STEPS else case.heads
     with autotune.handed_to(run), counting(one_sequence(case.batch * units)) as found:
         act()
     return found

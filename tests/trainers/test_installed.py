@@ -1,7 +1,7 @@
 """PEFT and Lightning Fabric, installed into a folder of their own; the other files of this folder run with them.
 
-Neither is part of the development environment: transformers and accelerate change what they do where PEFT can be imported.
-By hand:
+Neither is part of the development environment: transformers and accelerate change what they do where PEFT can be
+imported. By hand:
 
     pip install --target DIR peft==0.21.2 lightning-fabric==2.6.6
     PYTHONPATH=DIR pytest tests/trainers

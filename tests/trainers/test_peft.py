@@ -17,12 +17,11 @@ import torch
 from torch import nn
 
 import llcompile
-from llcompile.errors import CheckpointError, LevelWeightsFrozenWarning
+from llcompile.errors import CheckpointError
 from tests.helpers import small
 from tests.models import tiny
 from tests.trainers.adapted import (
     ALPHA,
-    EAGER,
     IDS,
     RANK,
     compiled,
@@ -59,33 +58,6 @@ def after_conversion(wrap: str) -> Any:
     model = lora(small.model())
     llcompile.convert(model.get_base_model() if wrap == "base" else model, IDS, verify=False)
     return model
-
-
-@pytest.mark.parametrize("more", [SAVED, PARAMETER], ids=["modules_to_save", "target_parameters"])
-class TestConvertedBefore:
-    def test_trains_and_merges(self, more: dict[str, Any]) -> None:
-        model = compiled(lora(converted(), **more))
-        assert len(train(model)) == 4
-        trained = output(model)
-        assert small.difference(trained, output(plain(model))) < CLOSE
-        compiled(model)
-        assert moved_by_noise(model, "loglinear", "default") > MOVED
-        with model.disable_adapter():
-            assert small.difference(output(model), output(compiled(converted()))) < CLOSE
-        compiled(model).merge_adapter()
-        assert small.difference(output(model), trained) < CLOSE
-        model.unmerge_adapter()
-        assert small.difference(output(model), trained) < CLOSE
-        merged = compiled(model.merge_and_unload())
-        assert small.difference(output(merged), trained) < CLOSE
-        assert moved_by_noise(merged, "loglinear") > MOVED
-
-    def test_opens_in_another_process(self, more: dict[str, Any], tmp_path: Path) -> None:
-        model = compiled(lora(converted(), **more))
-        train(model)
-        model.save_pretrained(str(tmp_path))
-        torch.save(output(model), tmp_path / "expected.pt")
-        check_elsewhere(tmp_path, base="converted()")
 
 
 def check_elsewhere(folder: Path, base: str) -> None:
@@ -229,72 +201,3 @@ class TestTwoAdapters:
         assert moved_by_noise(model, "loglinear", "default") == 0
         own = {id(p) for n, p in model.named_parameters() if "original_module" in n}
         assert {id(p) for p in llcompile.level_parameters(model)} == own
-
-    def test_weighted(self) -> None:
-        """PEFT sums the low-rank parts; level weights that are shared stay those of the base model."""
-        model = lora(converted())
-        model.add_adapter("second", config())
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                if "lora_B" in name:
-                    p.normal_(std=0.1)
-        model.add_weighted_adapter(["default", "second"], [0.7, 0.3], "both", combination_type="linear")
-        model.set_adapter("both")
-        compiled(model)
-        both = output(model)
-        assert moved_by_noise(model, "loglinear") > MOVED
-        assert small.difference(both, output(plain(model, "both"))) < CLOSE
-        assert small.difference(both, output(plain(model, "second"))) > MOVED
-
-
-def test_a_whole_mixer_is_saved() -> None:
-    """The owner of the level weights is itself a module to save."""
-    model = compiled(lora(converted(), target_modules=["head"], modules_to_save=["layers.0"]))
-    assert [n for n in train(model) if "original_module" in n or "layers.1" in n] == []
-    trained = output(model)
-    assert moved_by_noise(model, "layers.0", "modules_to_save", "loglinear") > MOVED
-    assert moved_by_noise(model, "layers.0", "original_module", "loglinear") == 0
-    assert small.difference(output(compiled(model.merge_and_unload())), trained) < CLOSE
-
-
-@pytest.mark.parametrize(
-    "made",
-    [
-        lambda: config(use_dora=True, **SAVED),
-        lambda: peft.LoHaConfig(target_modules=["qkv"], **SAVED),
-        lambda: peft.IA3Config(target_modules=["qkv"], feedforward_modules=[], **SAVED),
-        lambda: peft.OFTConfig(target_modules=["qkv"], oft_block_size=4, **SAVED),
-        lambda: config(target_modules="all-linear", **SAVED),
-    ],
-    ids=["DoRA", "LoHa", "IA3", "OFT", "all-linear"],
-)
-def test_other_kinds_of_adapters(made: Any) -> None:
-    model = compiled(peft.get_peft_model(converted(), made()))
-    assert len(train(model)) == 4
-    trained = output(model)
-    assert moved_by_noise(model, "loglinear", "default") > MOVED
-    assert small.difference(output(compiled(model.merge_and_unload())), trained) < 2e-5
-
-
-@pytest.mark.parametrize("regional", [False, True], ids=["whole", "layer by layer"])
-def test_frozen_level_weights_are_said_once(regional: bool) -> None:
-    model = lora(converted())
-    torch._dynamo.reset()
-    for part in model.get_base_model().layers if regional else [model]:
-        part.compile(backend="loglinear", options=EAGER)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        train(model)
-        model(small.ids(length=40)).sum().backward()
-    said = [w for w in caught if issubclass(w.category, LevelWeightsFrozenWarning)]
-    assert len(said) == 1
-    assert "modules_to_save=['loglinear']" in str(said[0].message)
-
-
-def test_two_mixers_of_one_module_are_named() -> None:
-    base = small.Model([small.TwoMixers()])
-    llcompile.convert(base, IDS, verify=False)
-    small.perturb(base)
-    with pytest.warns(LevelWeightsFrozenWarning, match=r"modules_to_save=\['loglinear', 'loglinear_2'\]"):
-        train(compiled(lora(base)))
-    assert len(train(compiled(lora(base, modules_to_save=["loglinear", "loglinear_2"])))) == 4

@@ -29,6 +29,11 @@ def watch(owner: nn.Module) -> None:
         _installed = True
 
 
+def owners() -> list[nn.Module]:
+    """The modules, still alive, that level weights were attached to."""
+    return list(_owners)
+
+
 def _check(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     if optimizer in _checked:
         return

@@ -16,7 +16,7 @@ from llcompile.kernels.operands import DIFFERENTIABLE, Operands, Token
 from llcompile.kernels.operators import as_input
 from llcompile.kernels.state import pack_state
 from llcompile.kernels.triton import blocks, engine, segment_plan, segments, step
-from llcompile.kernels.triton.cost.families import FAMILIES, STEPS, Pass
+from llcompile.kernels.triton.cost.families import FAMILIES, Pass
 from llcompile.kernels.triton.description import Description
 from llcompile.kernels.triton.segment_call import begin, maker
 
@@ -61,7 +61,7 @@ class Case:
     @property
     def in_segments_of(self) -> int | None:
         """Tokens of the segments that the pass goes in; None if it takes the sequence whole."""
-        if self.operation in STEPS or self.goes_in_blocks:
+        if self.goes_in_blocks or (self.operation != "forward" and self.operation != "backward"):
             return None
         return self.segment or segment_plan.length(_operands(self, "meta"), self.operation)
 

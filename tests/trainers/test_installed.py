@@ -1,9 +1,9 @@
-"""PEFT and Lightning Fabric, installed into a folder of their own; the other files of this folder run with them.
+"""PEFT, Lightning Fabric and TRL, installed into a folder of their own; the other files of this folder run with them.
 
-Neither is part of the development environment: transformers and accelerate change what they do where PEFT can be
+None is part of the development environment: transformers and accelerate change what they do where PEFT can be
 imported. By hand:
 
-    pip install --target DIR peft==0.21.2 lightning-fabric==2.6.6
+    pip install --no-deps --target DIR PACKAGES
     PYTHONPATH=DIR pytest tests/trainers
 """
 
@@ -18,13 +18,18 @@ from pathlib import Path
 import pytest
 
 # Without what they depend on and the environment has: a second torch must not be found before the first.
-PACKAGES = ("peft==0.21.2", "lightning-fabric==2.6.6", "lightning-utilities==0.15.3")
+PACKAGES = (
+    *("peft==0.21.2", "lightning-fabric==2.6.6", "lightning-utilities==0.15.3", "trl==1.16.0"),
+    # What datasets needs (TRL needs it).
+    *("datasets==5.2.0", "pyarrow<22", "pandas", "dill==0.4.1", "multiprocess", "xxhash"),
+    *("python-dateutil", "six", "pytz", "tzdata"),
+)
 FOLDER = Path(__file__).parent
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("peft") is not None, reason="PEFT is there: the other files run by it")
-def test_with_both_installed(tmp_path: Path) -> None:
+def test_with_all_installed(tmp_path: Path) -> None:
     site = tmp_path / "site"
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), *PACKAGES]
     subprocess.run(install, check=True, timeout=1200)

@@ -155,8 +155,8 @@ class TestShare:
 
     @pytest.mark.parametrize(
         ("number", "own", "kind", "said"),
-        [(20_000_000, 100_000_000, "linear", "level_weights ('mlp' or 'static') and levels"),
-         (20_000_000, 100_000_000, "mlp", "the options levels make"), (4_000_000, 100_000_000, "linear", ""),
+        [(20_000_000, 100_000_000, "linear", "options level_weights ('mlp' or 'static') and levels make"),
+         (20_000_000, 100_000_000, "mlp", "the option levels makes"), (4_000_000, 100_000_000, "linear", ""),
          (2_000, 4_000, "linear", ""), (20_000_000, 0, "linear", "")],
     )  # fmt: skip
     def test_a_large_share_of_a_large_model_is_said(self, number: int, own: int, kind: str, said: str) -> None:

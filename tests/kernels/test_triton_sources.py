@@ -199,11 +199,11 @@ def test_buffers_are_written_before_they_are_read():
     for d in ALL:
         filled = {name for name, buffer in BUFFERS.items() if buffer.first in ("given", "zero")}
         for name in kernel_names(d):
+            read, written = (names & BUFFERS.keys() for names in effects(tree_of(d), name))
+            changed[name] |= read & written
             if name not in DECODE:  # the output's kernels write for nobody that comes after
-                read, written = (names & BUFFERS.keys() for names in effects(tree_of(d), name))
                 assert read <= filled | written, (d, name)
                 filled |= written
-                changed[name] |= read & written
     for name, entry in KERNELS.items():
         assert changed[name] - FOR_ITSELF == set(entry.changes), name
 

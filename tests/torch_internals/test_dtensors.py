@@ -43,6 +43,19 @@ def test_possible_where_processes_know_of_each_other(mesh: DeviceMesh, monkeypat
     assert not dtensors.possible()
 
 
+def test_first_of_mesh(mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Process 1 of 2 is not; a process with plain tensors is. At the end they wait, where there is a mesh."""
+    waited: list[object] = []
+    monkeypatch.setattr(dist, "barrier", lambda group: waited.append(group))
+    x = distribute_tensor(ROWS, mesh, [Shard(0)], src_data_rank=None)
+    with dtensors.first_of_mesh([ROWS, x]) as first:
+        assert (first, waited) == (False, [])
+    assert waited == [mesh.get_group(0)]
+    with dtensors.first_of_mesh([ROWS]) as first:
+        assert first
+    assert len(waited) == 1
+
+
 def test_like(mesh: DeviceMesh) -> None:
     x = distribute_tensor(torch.zeros(4, 3), mesh, [Shard(0)], src_data_rank=None)
     assert torch.equal(dtensors.part(dtensors.like(ROWS, x), [Shard(0)]), ROWS[2:])

@@ -441,6 +441,12 @@ UNKNOWN_AXES = _unlike.add("unknown-axes", "its axes are not those of a known fa
 OPERAND_TOO_LARGE = _unlike.add(
     "operand-too-large", "an operand that mixes positions is too large to analyse", _AS_IT_IS
 )
+WEIGHTS_TOO_LARGE = _unlike.add(
+    "weights-too-large",
+    "it reads {count:,} numbers of the model's own, more than the {most:,} that are drawn for a proof",
+    _AS_IT_IS,
+    "all experts of a layer, for example",
+)
 OPERAND_NOT_RUN = _unlike.add(
     "operand-not-run", "nothing was measured of an operand that mixes positions: it does not run by itself", _AS_IT_IS
 )

@@ -65,6 +65,7 @@ class Attempts:
 
     def _found(self, subgraph: Subgraph, tail: Tail | None, erased: bool) -> Found:
         self.screen.expect_sequences(subgraph)
+        self.screen.expect_few_weights(subgraph)
         problem = self._posed(subgraph)
         self.screen.expect_contraction(problem)
         drawn = subgraph.random

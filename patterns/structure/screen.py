@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 
 from torch import fx
 
@@ -13,11 +14,13 @@ from llcompile.patterns.structure.classify import Rejection
 from llcompile.patterns.structure.cut import Subgraph
 from llcompile.patterns.structure.cuts import SOURCES
 from llcompile.patterns.structure.facts import TimeAnalysis
+from llcompile.patterns.structure.found import values_of
 from llcompile.patterns.structure.lifted import Lifted
 from llcompile.patterns.structure.moves import SHAPES, WRITES
 from llcompile.patterns.structure.problem import Problem
 from llcompile.patterns.structure.program import Op, Value
 
+_MOST_WEIGHTS = 2**27  # numbers of the model's own, drawn anew for each proof
 LARGE = 8000  # operations of a subgraph that is not run again and again
 _NEAR_BY = 30  # values above a write among which its base is looked for
 _NORMS = ("native_layer_norm", "native_group_norm", "_fused_rms_norm", "rms_norm", "mean", "_softmax")
@@ -123,6 +126,18 @@ class Screen:
             raise Rejection(reasons.NOT_ALL_OF_TIME())
         if sum(any(map(problem.frame.is_time, dims)) and not dims <= kept for dims in held) < 2:
             raise Rejection(reasons.NOT_CONTRACTED(), open=self.has_scores(problem.subgraph))
+
+    def expect_few_weights(self, subgraph: Subgraph) -> None:
+        """What is drawn at random in place of weights fits into memory, and takes no minutes.
+
+        Raises:
+            Rejection: it does not.
+        """
+        facts = self.analysis.facts
+        own = [v for live_in in subgraph.live_ins for v in values_of(live_in) if facts[v].form == "timeless"]
+        count = sum(math.prod(v.shape) for v in own)
+        if count > _MOST_WEIGHTS:
+            raise Rejection(reasons.WEIGHTS_TOO_LARGE(count=count, most=_MOST_WEIGHTS))
 
 
 def _is_copy(node: fx.Node) -> bool:

@@ -30,22 +30,28 @@ _KEPT = 64  # of so many losses of the first texts one is kept, to compare with 
 
 @dataclass(frozen=True)
 class Way:
-    """An arm, whether it is trained on long texts, and whether each batch begins with the states of the one before."""
+    """An arm, whether it is trained on long texts, and whether each batch begins with the states of the one before.
+
+    `rate` is the level weights' peak, in place of the plan's.
+    """
 
     arm: Arm
     long: bool
     passing: bool = False
+    rate: float | None = None
 
 
 # Ordered so that little time gives something.
 WAYS = (
     Way(Arm("staying, long texts", None, True), long=True),
+    Way(Arm("state passing", None, True), long=False, passing=True),
+    Way(Arm("all, routed, rate 1e-3", "routed", True), long=True, rate=1e-3),
+    Way(Arm("all, linear, rate 1e-3", "linear", True), long=True, rate=1e-3),
+    Way(Arm("routed alone, rate 1e-3", "routed", False), long=True, rate=1e-3),
+    Way(Arm("linear alone, rate 1e-3", "linear", False), long=True, rate=1e-3),
+    Way(Arm("staying", None, True), long=False),
     Way(Arm("all, routed", "routed", True), long=True),
     Way(Arm("routed alone", "routed", False), long=True),
-    Way(Arm("state passing", None, True), long=False, passing=True),
-    Way(Arm("all, linear", "linear", True), long=True),
-    Way(Arm("linear alone", "linear", False), long=True),
-    Way(Arm("staying", None, True), long=False),
 )
 
 
@@ -161,7 +167,8 @@ class Bench:
         loss = self._passed(student.module) if way.passing else self._loss(student, length, seed=2)
         # A cache is written in place, and autograd has saved what it held.
         with torch.autograd.graph.allow_mutation_on_saved_tensors() if way.passing else nullcontext():
-            ms = fit(self.job, loss, student.groups(way.arm, self.plan.after), self.plan.more)
+            rates = replace(self.plan.after, levels=way.rate or self.plan.after.levels)
+            ms = fit(self.job, loss, student.groups(way.arm, rates), self.plan.more)
         found = {"ms_per_step": ms, "tokens": self.plan.more * self.plan.tokens, "length": length}
         found |= {"moved_at_conversion": float(moved), **self._measured(student)}
         student.reset_levels()

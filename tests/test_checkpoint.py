@@ -7,43 +7,19 @@ import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 import llcompile
 from llcompile.errors import CheckpointError, ModelError
 from llcompile.weights import checkpoint
 from tests.helpers.small import Model, TwoMixers
+from tests.helpers.trained import IDS, compiled, converted, levels
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
-
-IDS = torch.arange(24).reshape(2, 12)
-
-
-def levels(model: nn.Module) -> list[Tensor]:
-    return [p for name, p in model.named_parameters() if ".loglinear" in name]
-
-
-def compiled(model: nn.Module) -> Tensor:
-    return torch.compile(model, backend="loglinear", options={"inner": "eager"})(IDS)  # type: ignore[no-any-return]
-
-
-def converted(model: nn.Module) -> nn.Module:
-    llcompile.convert(model, IDS, verify=False)
-    for p in levels(model):
-        nn.init.normal_(p)
-    return model
-
-
-def step(model: nn.Module, parameters: Any = None) -> torch.optim.Optimizer:
-    optimizer = torch.optim.AdamW(model.parameters() if parameters is None else parameters, 1e-2)
-    model(IDS).square().mean().backward()
-    optimizer.step()
-    return optimizer
 
 
 def test_saved_and_loaded_without_inputs(tmp_path: Path) -> None:

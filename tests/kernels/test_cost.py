@@ -21,7 +21,7 @@ from llcompile.kernels.triton.cost.case import Case
 from llcompile.kernels.triton.cost.compilations import compilations
 from llcompile.kernels.triton.cost.count import cost, costs
 from llcompile.kernels.triton.cost.families import FAMILIES, STEPS
-from llcompile.kernels.triton.cost.scale import SAMPLES, Shape, formula
+from llcompile.kernels.triton.cost.scale import BLOCK_FEATURES, BLOCK_SAMPLES, FEATURES, SAMPLES, Shape, formula
 
 SMALL = Case("scalar/none", "forward", 64, 64, heads=2, groups=1, length=640, levels=11)
 
@@ -131,6 +131,13 @@ def test_heads_and_batches_multiply():
     small, large = costs([short, dataclasses.replace(short, batch=3, heads=8, groups=4)])
     assert large.total == {name: 12 * n for name, n in small.total.items()}
     assert large.around.workspace == 12 * small.around.workspace
+
+
+@pytest.mark.parametrize(("features", "chunks"), [(FEATURES, SAMPLES), (BLOCK_FEATURES, BLOCK_SAMPLES)])
+def test_samples_tell_features_apart(features, chunks):
+    """Else two formulas may give all samples, and different numbers at other lengths."""
+    table = [[of(Shape(0, n)) for name, of in features.items() if name != "programs"] for n in chunks]
+    assert torch.linalg.matrix_rank(torch.tensor(table, dtype=torch.float64)) == len(features) - 1
 
 
 def test_no_formula_is_an_error():

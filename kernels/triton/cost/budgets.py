@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from llcompile.kernels.levels import level_count
 from llcompile.kernels.triton.cost.case import Case
-from llcompile.kernels.triton.cost.compilations import compilations
+from llcompile.kernels.triton.cost.compilations import LENGTHS, compilations
 from llcompile.kernels.triton.cost.count import Cost, costs
 
 
@@ -24,6 +24,11 @@ class Budget(NamedTuple):
     goal: float | None = None
 
 
+def _taken_whole(case: Case) -> list[int]:
+    """The lengths of which a call goes in no segments."""
+    return [n for n in LENGTHS if replace(case, length=n).in_segments_of is None]
+
+
 MEASURES: dict[str, Callable[[Cost], float]] = {
     "moved, KB a chunk": lambda c: c.moved / c.chunks / 1e3,
     "moved, MB a step": lambda c: c.moved / 1e6,  # on average over positions
@@ -31,24 +36,30 @@ MEASURES: dict[str, Callable[[Cost], float]] = {
     "workspace, GB": lambda c: c.around.workspace / 1e9,
     "launches": lambda c: len(c.around.launches),
     "compilations": lambda c: sum(compilations(c.case).values()),
+    "compilations, whole calls": lambda c: sum(compilations(c.case, _taken_whole(c.case)).values()),
 }
 
 _L = level_count(65_536)
 _SCALAR, _SCALAR_BACK = (Case("scalar/none", p, 128, 64, groups=1, levels=_L) for p in ("forward", "backward"))
 _DELTA, _DELTA_BACK = (Case("scalar/delta", p, levels=_L) for p in ("forward", "backward"))
+# Long calls that go in no segments yet.
+_SCALAR_WHOLE, _DELTA_WHOLE = (replace(c, length=n) for c, n in ((_SCALAR_BACK, 8192), (_DELTA_BACK, 2048)))
 _STEPS = {f: Case(f, "step", length=131_072, levels=level_count(131_073)) for f in ("scalar/none", "scalar/delta")}
 _IN_PLACE = [replace(case, operation="step in place") for case in _STEPS.values()]
 BUDGETS = (
     Budget("moved, KB a chunk", _SCALAR, 94, 100),
     Budget("moved, KB a chunk", _SCALAR_BACK, 1041),
+    Budget("moved, KB a chunk", _SCALAR_WHOLE, 840),
     Budget("moved, KB a chunk", _DELTA, 276, 300),
     Budget("moved, KB a chunk", _DELTA_BACK, 4196),
+    Budget("moved, KB a chunk", _DELTA_WHOLE, 3267),
     Budget("workspace, GB", _SCALAR_BACK, 1.75, 2),
     Budget("workspace, GB", _DELTA_BACK, 7.06, 8),
     Budget("moved, MB a step", _STEPS["scalar/none"], 82, 25),
     Budget("moved, MB a step", _STEPS["scalar/delta"], 82, 25),
     *(Budget("moved, MB a step", case, 52, 25) for case in _IN_PLACE),
     *(Budget("moved at most, MB a step", case, 80, 25) for case in _IN_PLACE),
+    Budget("compilations, whole calls", _DELTA_BACK, 14, 15),
     Budget("compilations", _DELTA_BACK, 32, 15),
 )
 

@@ -15,7 +15,15 @@ from llcompile.kernels.triton.cost.around import Around, Planned, around
 from llcompile.kernels.triton.cost.case import Case
 from llcompile.kernels.triton.cost.counter import Counted
 from llcompile.kernels.triton.cost.families import STEPS
-from llcompile.kernels.triton.cost.scale import BLOCK_SAMPLES, SAMPLES, Formula, Shape, formula
+from llcompile.kernels.triton.cost.scale import (
+    BLOCK_FEATURES,
+    BLOCK_SAMPLES,
+    FEATURES,
+    SAMPLES,
+    Formula,
+    Shape,
+    formula,
+)
 from llcompile.kernels.triton.cost.worker import counts
 
 Numbers = dict[str, int]
@@ -151,6 +159,7 @@ def _programs(case: Case, programs: int, tiles: int) -> int:
 
 def _formulas(group: Group) -> dict[str, dict[str, Formula]]:
     """For each kernel and each of its numbers."""
+    features = BLOCK_FEATURES if group[0][0].goes_in_blocks else FEATURES
     samples: dict[str, list[tuple[Shape, Counter[str]]]] = defaultdict(list)
     for case, launches in group:
         for launch in launches:
@@ -158,7 +167,7 @@ def _formulas(group: Group) -> dict[str, dict[str, Formula]]:
             samples[launch.kernel].append((shape, launch.numbers))
     return {
         kernel: {
-            name: formula(f"{kernel}, {name}", [(shape, numbers[name]) for shape, numbers in found])
+            name: formula(f"{kernel}, {name}", [(shape, numbers[name]) for shape, numbers in found], features)
             for name in dict.fromkeys(n for _, numbers in found for n in numbers)
         }
         for kernel, found in samples.items()

@@ -17,9 +17,9 @@ import numpy as np
 
 from llcompile.errors import KernelError
 
-# Chunks of the lengths that are counted (tokens with decays by rates), and blocks where a call goes in blocks: one of 8
-# reads three others.
-SAMPLES, BLOCK_SAMPLES = (2, 3, 4, 5, 6), (1, 2, 3, 4, 8)
+# Chunks of the lengths that are counted (tokens with decays by rates), and blocks where a call goes in blocks. In them
+# no feature is a combination of others: one of 16 blocks reads four others.
+SAMPLES, BLOCK_SAMPLES = (2, 3, 4, 5, 6), (1, 2, 3, 4, 8, 16)
 # More samples than unknowns, at least: these are predictions that are checked.
 _CHECKS = 2
 _MOST = 3
@@ -32,16 +32,23 @@ class Shape(NamedTuple):
     chunks: int
 
 
+_Features = dict[str, Callable[[Shape], int]]
 # The features, simplest first.
-_FEATURES: dict[str, Callable[[Shape], int]] = {
+_COMMON: _Features = {
     "programs": lambda s: s.programs,
     "1": lambda s: 1,
     "chunks": lambda s: s.chunks,
     "reads": lambda s: sum(i.bit_count() for i in range(s.chunks)),  # blocks that all chunks read
     "blocks": lambda s: s.chunks.bit_count(),  # whole blocks of the sequence
+}
+FEATURES: _Features = {
+    **_COMMON,
+    "last reads": lambda s: (s.chunks - 1).bit_count(),
+}  # blocks that the last chunk reads
+BLOCK_FEATURES: _Features = {
+    **_COMMON,
     "after others": lambda s: sum(i.bit_count() > 1 for i in range(s.chunks)),  # chunks that read several blocks
     "passes": lambda s: sum(math.comb(i.bit_count(), 2) for i in range(s.chunks)),  # over others on the way
-    "last reads": lambda s: (s.chunks - 1).bit_count(),  # blocks that the last chunk reads
 }
 
 
@@ -52,11 +59,11 @@ class Formula(NamedTuple):
 
     def at(self, shape: Shape) -> int:
         """The number that a launch of `shape` has."""
-        return sum(factor * _FEATURES[name](shape) for name, factor in self.terms.items())
+        return sum(factor * {**FEATURES, **BLOCK_FEATURES}[name](shape) for name, factor in self.terms.items())
 
 
-def formula(name: str, samples: Iterable[tuple[Shape, int]]) -> Formula:
-    """The simplest formula that gives all samples of number `name` of a kernel.
+def formula(name: str, samples: Iterable[tuple[Shape, int]], features: _Features = FEATURES) -> Formula:
+    """The simplest formula in `features` that gives all samples of number `name` of a kernel.
 
     Raises:
         KernelError: there is none.
@@ -64,8 +71,8 @@ def formula(name: str, samples: Iterable[tuple[Shape, int]]) -> Formula:
     known = dict.fromkeys(samples)
     shapes, values = [shape for shape, _ in known], [value for _, value in known]
     if len(set(shapes)) == len(shapes):  # one shape has one value, or nothing holds
-        for size, names in ((n, c) for n in range(1, _MOST + 1) for c in itertools.combinations(_FEATURES, n)):
-            rows = [[_FEATURES[feature](shape) for feature in names] for shape in shapes]
+        for size, names in ((n, c) for n in range(1, _MOST + 1) for c in itertools.combinations(features, n)):
+            rows = [[features[feature](shape) for feature in names] for shape in shapes]
             found = _solved(rows, values)
             if found is not None and (len(shapes) >= size + _CHECKS or size == 1):
                 return Formula(dict(zip(names, found, strict=True)))

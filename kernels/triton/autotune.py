@@ -156,7 +156,7 @@ def _measure(launch: Launch, meter: Meter, question: dict[str, Any]) -> Tuning:
     """Time every candidate that fits, write down what came out, and return the fastest that is right."""
     rows: dict[Tuning, dict[str, Any]] = {}
     times: dict[Tuning, float] = {}
-    with _restored(launch):
+    with unchanged(launch):
         for candidate in candidates(launch.kernel):
             reason = meter.refused(launch, candidate)
             if reason is None:
@@ -185,8 +185,8 @@ def _wrong(kernel: Kernel, chosen: Tuning) -> str | None:
 
 
 @contextlib.contextmanager
-def _restored(launch: Launch) -> Iterator[None]:
-    """Puts back what the kernel changes in place, as it would otherwise change it once more with every run."""
+def unchanged(launch: Launch) -> Iterator[None]:
+    """Put back what the kernel changes in place, as it would otherwise change it once more with every run inside."""
     changed = [
         x
         for name, x in zip(launch.kernel.parameters, launch.arguments, strict=True)

@@ -12,6 +12,7 @@ by its keys: no chunk has a matrix [K, K].
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -54,7 +55,20 @@ def serves(d: Description, rows: int, tokens: int, heads: int) -> bool:
 @contextmanager
 def always() -> Iterator[None]:
     """Whatever `may` go in blocks does so inside, from one block on: what tests of these kernels need."""
-    before = _least_programs.set(1)
+    with _from(1):
+        yield
+
+
+@contextmanager
+def never() -> Iterator[None]:
+    """Nothing goes in blocks inside, for comparisons."""
+    with _from(sys.maxsize):
+        yield
+
+
+@contextmanager
+def _from(programs: int) -> Iterator[None]:
+    before = _least_programs.set(programs)
     try:
         yield
     finally:

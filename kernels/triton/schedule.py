@@ -20,7 +20,8 @@ class Entry(NamedTuple):
     With `tiles`, each value tile has a program of its own; other kernels loop over them. It finds in `changes` what
     others have left there and leaves something else: run again, it would not find that. `launch` is the widest value
     tile, the warps and the pipeline stages, chosen so that nothing spills on sm_90 at K, V <= 128; `tuning` has the
-    exceptions. With `fast_tiles`, programs of neighbouring value tiles run one after another; else all of one tile do.
+    exceptions, `measured` what was timed. With `fast_tiles`, programs of neighbouring value tiles run one after
+    another; else all of one tile do.
     With `passing`, tiles of the K columns of a transition follow those of the values.
     """
 

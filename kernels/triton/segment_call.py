@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llcompile.kernels.grid import Grid
-from llcompile.kernels.levels import bucket_start, level, trailing_zeros
+from llcompile.kernels.levels import trailing_zeros
 from llcompile.kernels.operands import Operands
 from llcompile.kernels.state import empty_state, in_kind_of, in_levels, is_level_state
 from llcompile.kernels.triton.call import Call
@@ -30,23 +30,28 @@ def maker(x: Operands, segment: int, first: int, asked: bool) -> Make:
     """
     if not aligned(x):
         return Call
-    return lambda part, scale, final: AlignedCall(part, scale, final, segment, first, asked)
+    started = x.initial_state is not None
+    return lambda part, scale, final: AlignedCall(part, scale, final, segment, first, started, asked)
 
 
 def begin(x: Operands, segment: int) -> Tensor:
     """The state before the first segment: as a call takes it, or the slots of `AlignedCall`."""
-    levels = None if x.level_weights is None else x.level_weights.shape[-1]
     old = x.initial_state
     if aligned(x):
-        assert levels is not None
-        slots = len(_slots(levels, segment))
-        state = x.v.new_zeros(*_heads(x), slots, *_sizes(x), dtype=torch.float32)
-        if old is not None:
-            state[:, :, -1] = old
-        return state
+        return empty(x, segment, 0) if old is None else old.float()[:, :, None]
+    levels = None if x.level_weights is None else x.level_weights.shape[-1]
     if old is None:
         return empty_state(*_heads(x), *_sizes(x), levels, device=x.v.device)
     return in_levels(old.float(), levels)
+
+
+def empty(x: Operands, segment: int, first: int) -> Tensor:
+    """Zeros like the state before token `first` of `x`, the begin of a segment or the end of the last one."""
+    if not aligned(x):
+        return torch.zeros_like(begin(x, segment))
+    assert x.level_weights is not None
+    held = _held(x.level_weights.shape[-1], segment, first, x.initial_state is not None)
+    return x.v.new_zeros(*_heads(x), len(held), *_sizes(x), dtype=torch.float32)
 
 
 def gradient_of_initial(x: Operands, grad: Tensor) -> Tensor | None:
@@ -56,9 +61,15 @@ def gradient_of_initial(x: Operands, grad: Tensor) -> Tensor | None:
     return grad[:, :, -1] if aligned(x) else in_kind_of(x.initial_state, grad)
 
 
-def _slots(levels: int, segment: int) -> range:
-    """Levels that hold anything at a multiple of `segment`, a power of two: those of whole segments, or the last."""
-    return range(min(segment.bit_length(), levels - 1), levels)
+def _held(levels: int, segment: int, first: int, started: bool) -> list[int]:
+    """Levels that hold anything at `first`, a multiple of `segment`, a power of two.
+
+    `started`: the last one also holds what was before token 0.
+    """
+    last = levels - 1
+    least = min(segment.bit_length(), last)
+    found = [level for level in range(least, last) if first >> (level - 1) & 1]
+    return found + [last] * (started or first >> (last - 1) > 0)
 
 
 def _heads(x: Operands) -> tuple[int, int]:
@@ -75,12 +86,13 @@ class AlignedCall(Call):
     So the levels inside are those of its own grid, with no room for an offset, and all its tokens see an older bucket
     at one level. The state before it has the levels alone that hold anything, merged for its first token:
     `[B, H, slots, K, V]`, without a header. So is the state after it, unless the caller of the whole `asked` for that.
+    `started`: there is a state before the first segment, which is seen at the last level.
     """
 
     def __init__(
-        self, x: Operands, scale: float, final_state: bool, segment: int, first: int, asked: bool = False
+        self, x: Operands, scale: float, final_state: bool, segment: int, first: int, started: bool, asked: bool
     ) -> None:
-        self.segment, self.first, self.asked = segment, first, asked
+        self.segment, self.first, self.started, self.asked = segment, first, started, asked
         super().__init__(x, scale, final_state)
 
     def _make_grid(self) -> Grid:
@@ -97,23 +109,19 @@ class AlignedCall(Call):
         found = torch.arange(self.grid.levels, device=self.x.v.device).clamp(max=self.levels - 1)
         return found.expand(self.batch, -1)
 
-    def _old_slots(self) -> range:
+    def _levels_held(self) -> list[int]:
         assert self.levels is not None
-        return _slots(self.levels, self.segment)
+        return _held(self.levels, self.segment, self.first, self.started)
+
+    def _old_slots(self) -> range:
+        return range(len(self._levels_held()))
 
     def _old_index(self) -> tuple[Tensor, Tensor]:
-        assert self.levels is not None
-        seen = torch.empty(self.levels, dtype=torch.int64, device=self.x.v.device)
-        for slot in range(self.levels):
-            seen[slot] = self._seen(slot)
+        """The level at which the tokens see each slot: its own, whatever the bits inside a segment are."""
+        # Filled on the device: a copy from the host would wait for it, and no capture of a graph allows one.
+        held = [self.x.v.new_full((1,), level, dtype=torch.int64) for level in self._levels_held()]
+        seen = torch.cat([self.x.v.new_empty(0, dtype=torch.int64), *held])
         return seen.expand(self.batch, self.tokens, -1), seen.expand(self.batch, -1)
-
-    def _seen(self, slot: int) -> int:
-        """The level at which the tokens see the bucket of `slot`; bits inside a segment make no difference to it."""
-        assert self.levels is not None
-        if slot == self.levels - 1:
-            return slot
-        return min(max(level(self.first, bucket_start(self.first, slot)), slot), self.levels - 1)
 
     # -- states -------------------------------------------------------------------------------------------------------
 
@@ -125,21 +133,17 @@ class AlignedCall(Call):
         """Levels `[M, levels, K, V]` of the last token -> slots of the next segment, whose first token merges some."""
         if self.asked:
             return super()._final(states)
-        merged, kept = self._merge()
-        found = states.new_zeros(states.shape[0], len(self._old_slots()), *states.shape[2:])
-        found[:, merged] = states[:, :kept].sum(1)
-        found[:, merged + 1 :] = states[:, kept:]
-        return self._unfold_state(found)
+        kept = self._kept()
+        return self._unfold_state(torch.cat([states[:, :kept].sum(1, keepdim=True), states[:, kept:]], 1))
 
     def _final_grad(self, d: Tensor) -> Tensor:
         if self.asked:
             return super()._final_grad(d)
-        merged, kept = self._merge()
         d = self._fold_state(d)
-        return torch.cat([d[:, merged, None].expand(-1, kept, -1, -1), d[:, merged + 1 :]], 1)
+        return torch.cat([d[:, :1].expand(-1, self._kept(), -1, -1), d[:, 1:]], 1)
 
-    def _merge(self) -> tuple[int, int]:
-        """The slot that the first token after this segment fills, and how many levels of its end come into it."""
-        slots = self._old_slots()
-        merged = min(trailing_zeros((self.first + self.segment) // self.segment), len(slots) - 1)
-        return merged, self.grid.levels + merged + 1
+    def _kept(self) -> int:
+        """How many levels at the end of this segment the first token after it finds in one bucket."""
+        assert self.levels is not None
+        merged = min(trailing_zeros(self.first + self.segment) + 1, self.levels - 1)
+        return self.grid.levels + sum(level <= merged for level in self._levels_held())

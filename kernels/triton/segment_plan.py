@@ -23,7 +23,7 @@ from llcompile.kernels.triton.call import Call
 from llcompile.kernels.triton.engine import per_channel
 from llcompile.kernels.triton.scan import READ, WRITE, Scan
 from llcompile.kernels.triton.schedule import GRADIENTS, OUTPUT, STATES
-from llcompile.kernels.triton.segment_call import Make, begin, maker
+from llcompile.kernels.triton.segment_call import Make, empty, maker
 
 VARIABLE = "LLCOMPILE_WORKSPACE_GB"
 # Tokens of the shortest segment: 16 chunks, whose launches still have work.
@@ -98,11 +98,12 @@ def wanted(shapes: Shapes, sweep: Sweep, tokens: int | None) -> int:
     x = Operands(*(None if row is None else torch.empty(row[0], dtype=row[1], device="meta") for row in shapes))  # type: ignore[arg-type]
     if tokens is None:
         return _buffers(x, sweep, Call)
-    state = begin(x, tokens)
-    segments = -(-x.v.shape[1] // tokens)
-    kept = segments + 2 if sweep == "backward" else 2  # states before segments, a gradient and what it becomes
-    part = x.map_tokens(lambda t: t[:, :tokens])._replace(initial_state=state)
-    return _buffers(part, sweep, maker(x, tokens, 0, False), True) + kept * _bytes(state)
+    begins = range(0, x.v.shape[1], tokens)
+    states = [_bytes(empty(x, tokens, first)) for first in begins]
+    fullest = begins[states.index(max(states))]
+    kept = (sum(states) if sweep == "backward" else 0) + 2 * max(states)  # and a gradient and what it becomes
+    part = x.map_tokens(lambda t: t[:, :tokens])._replace(initial_state=empty(x, tokens, fullest))
+    return _buffers(part, sweep, maker(x, tokens, fullest, False), True) + kept
 
 
 def _buffers(x: Operands, sweep: Sweep, make: Make, final: bool = False) -> int:

@@ -20,7 +20,7 @@ from llcompile.kernels.description import Description, describe
 from llcompile.kernels.operands import DIFFERENTIABLE, Operands
 from llcompile.kernels.triton import blocks, engine, segment_plan
 from llcompile.kernels.triton.description import Description as Kernels
-from llcompile.kernels.triton.segment_call import begin, gradient_of_initial, maker
+from llcompile.kernels.triton.segment_call import begin, empty, gradient_of_initial, maker
 
 # Why kernels of a description must not run a pass; None if they may.
 Rejection = Callable[[Description, Literal["forward", "backward"]], str | None]
@@ -79,7 +79,7 @@ def backward_by(
         make = maker(x, tokens, part.first, False)
         states.append(engine.final_state(_after(part, states[-1]), scale, make))
     # One description for all segments, so that each kernel is compiled once: the last one has a final state, too.
-    grad = torch.zeros_like(states[-1]) if grad_state is None else grad_state
+    grad = empty(x, tokens, parts[-1].first + tokens) if grad_state is None else grad_state
     found = Gradients(x)
     for part in reversed(parts):
         make = maker(x, tokens, part.first, grad is grad_state)

@@ -9,6 +9,7 @@ import torch
 
 from llcompile.kernels.triton.chips import Chip
 from llcompile.kernels.triton.description import LEAST_TILE, Description
+from llcompile.kernels.triton.measured import fastest
 from llcompile.kernels.triton.schedule import DECODE, KERNELS
 
 
@@ -63,9 +64,9 @@ _MOST_WARPS = {"cuda": 8, "hip": 4}
 
 
 def tuning(kernel: str, d: Description, chip: Chip) -> Tuning:
-    """Launch parameters of `kernel` for `d` on `chip`."""
-    found = (launch for name, holds, launch in _EXCEPTIONS if name == kernel and holds(d, chip))
-    widest, warps, stages = next(found, KERNELS[kernel].launch)
+    """Launch parameters of `kernel` for `d` on `chip`: as measured, else by rule."""
+    rules = (launch for name, holds, launch in _EXCEPTIONS if name == kernel and holds(d, chip))
+    widest, warps, stages = fastest(kernel, d, chip) or next(rules, KERNELS[kernel].launch)
     warps = min(warps, _MOST_WARPS[chip.backend])
     if d.rated:
         return Tuning(min(max(widest // d.key_tile, 1), d.lanes), warps, stages)

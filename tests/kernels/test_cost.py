@@ -83,14 +83,14 @@ def test_formulas(family, operation):
 
 
 def test_tiles_of_a_block_share_its_rows():
-    """Two value tiles read keys once from memory, as they run side by side; states and values are a tile's own."""
-    case = dataclasses.replace(SMALL, key_dim=16, value_dim=128, heads=1, length=2048, in_blocks=True)
+    """Four value tiles read keys once from memory, as they run side by side; states and values are a tile's own."""
+    case = dataclasses.replace(SMALL, key_dim=16, value_dim=256, heads=1, length=2048, in_blocks=True)
     (launches,) = worker.counts([case])
     numbers = totals(launches)["block_state"]
     decays = 2048 * 4
-    assert numbers["read"] == 2048 * (16 + 128) * 2 + decays
-    assert numbers["loaded"] >= 2048 * (2 * 16 + 128) * 2 + 2 * decays
-    assert numbers["written"] == 2 * (16 * 128 + 1) * 4
+    assert numbers["read"] == 2048 * (16 + 256) * 2 + decays
+    assert numbers["loaded"] >= 2048 * (4 * 16 + 256) * 2 + 4 * decays
+    assert numbers["written"] == 2 * (16 * 256 + 1) * 4
 
 
 def test_tiles_share_rows():

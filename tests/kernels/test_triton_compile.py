@@ -15,10 +15,14 @@ from llcompile.kernels.triton.check import HEADING, Report
 from llcompile.kernels.triton.chips import CHIPS
 from llcompile.kernels.triton.description import Description
 from llcompile.kernels.triton.matrix import Results, read, representative, summary
+from llcompile.kernels.triton.measured import fastest
 from llcompile.kernels.triton.schedule import kernel_names
 from llcompile.kernels.triton.source import kernel_text
+from llcompile.kernels.triton.tuning import tuning
 
-# What is compiled for sm_90 so that nothing may spill. The other groups (fp32, odd sizes, K = 256) must fit.
+# What is compiled for sm_90 so that nothing may spill, but for launches that were faster all the same when they were
+# measured, and these only so much. The other groups (fp32, odd sizes, K = 256) must fit.
+SPILLED = 1024
 UNSPILLED = ("large", "small", "states", "mixed", "float16", "rates")
 
 
@@ -41,7 +45,7 @@ def holds(report: Report) -> None:
     if "dot(" in kernel_text(report.description, report.kernel):
         assert report.matrix, f"no matrix instruction: {report.row()}"
         assert report.products, report.row()
-    # No default claims software pipelining; one that did would have to show its copies.
+    # A default with several stages claims software pipelining, and has to show its copies.
     assert report.programs
     assert bool(report.copies) == (report.launch.stages > 1), report.row()
 
@@ -105,6 +109,23 @@ def test_results_are_kept(tmp_path, capsys):
     assert len(read(path)[1]) == 1
 
 
+def test_measured_launches():
+    """They serve the chip and the operands that were measured, and no tile is wider than the values."""
+    d = Description("scalar", "none", 128, 64, levels=16)
+    assert tuning("output", d, CHIPS["sm_90"]) == (64, 4, 1)
+    assert tuning("state_gradient", d, CHIPS["sm_90"]) == (64, 4, 3)
+    others = [
+        (d, "sm_80"),
+        (d, "sm_100"),
+        (dataclasses.replace(d, dtype=torch.float32), "sm_90"),
+        (dataclasses.replace(d, decay="channel"), "sm_90"),
+        (dataclasses.replace(d, key_dim=256), "sm_90"),
+        (dataclasses.replace(d, levels=None), "sm_90"),
+    ]
+    for description, chip in others:
+        assert tuning("output", description, CHIPS[chip]) == (64, 8, 1)
+
+
 def test_limits_leave_something():
     """On every chip, the limits leave some of the sets that are compiled for it."""
     for chip in CHIPS:
@@ -124,12 +145,12 @@ def in_full(*sets: tuple[tuple[str, ...], tuple[str, ...]]) -> pytest.MarkDecora
 @pytest.mark.slow
 @in_full((("sm_90",), UNSPILLED))
 def test_hopper_in_full(results, chip, d):
-    """Every kernel of every family at K, V of 64 and 128: nothing spills."""
+    """Every kernel of every family at K, V of 64 and 128: nothing spills unless it was measured to be faster."""
     print(HEADING)
     for kernel in kernel_names(d):
         report = results.report(d, kernel, chip)
         holds(report)
-        assert report.spilled == 0, report.row()
+        assert report.spilled <= (SPILLED if fastest(kernel, d, CHIPS[chip]) else 0), report.row()
 
 
 # What must compile, fit and use matrix instructions, spills or not: chips, and the groups that are theirs.

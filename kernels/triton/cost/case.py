@@ -18,7 +18,7 @@ from llcompile.kernels.state import pack_state
 from llcompile.kernels.triton import blocks, engine, segment_plan, segments, step
 from llcompile.kernels.triton.cost.families import FAMILIES, Pass
 from llcompile.kernels.triton.description import Description
-from llcompile.kernels.triton.segment_call import begin, maker
+from llcompile.kernels.triton.segment_call import empty, maker
 
 SCALE = 0.5
 
@@ -102,14 +102,16 @@ def _forward(x: Operands, in_blocks: bool) -> object:
 
 
 def _segment(x: Operands, grad: Tensor, operation: Pass, tokens: int) -> None:
-    """All kernels that a segment has in a pass, whichever one it is."""
-    state, make = begin(x, tokens), maker(x, tokens, 0, False)
+    """All kernels that a segment has in a pass, before which all levels hold something: others read fewer."""
+    first = tokens if x.level_weights is None else ((1 << x.level_weights.shape[-1]) - 1) * tokens
+    state, make = empty(x, tokens, first), maker(x, tokens, first, False)
+    after = empty(x, tokens, first + tokens)
     x = x._replace(initial_state=state)
     if operation == "forward":
         engine.forward(x, SCALE, True, make)
         return
     engine.final_state(x, SCALE, make)
-    engine.backward(x, SCALE, grad, state, make)
+    engine.backward(x, SCALE, grad, after, make)
 
 
 def _operands(case: Case, device: str, tokens: int | None = None) -> Operands:

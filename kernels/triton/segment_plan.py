@@ -29,7 +29,7 @@ VARIABLE = "LLCOMPILE_WORKSPACE_GB"
 # Tokens of the shortest segment: 16 chunks, whose launches still have work.
 LEAST = 1024
 # Without an option, what takes less than this is never cut.
-_FREELY = 10**9
+_FREELY = 2 * 10**9
 _SHARE = 2
 
 Sweep = Literal["forward", "backward"]

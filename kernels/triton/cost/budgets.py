@@ -48,10 +48,11 @@ _STEPS = {f: Case(f, "step", length=131_072, levels=level_count(131_073)) for f 
 _IN_PLACE = [replace(case, operation="step in place") for case in _STEPS.values()]
 BUDGETS = (
     Budget("moved, KB a chunk", _SCALAR, 94, 100),
-    Budget("moved, KB a chunk", _SCALAR_BACK, 1041),
+    # In segments: of the one that reads most levels, so the mean is lower.
+    Budget("moved, KB a chunk", _SCALAR_BACK, 1052),
     Budget("moved, KB a chunk", _SCALAR_WHOLE, 840),
     Budget("moved, KB a chunk", _DELTA, 276, 300),
-    Budget("moved, KB a chunk", _DELTA_BACK, 4196),
+    Budget("moved, KB a chunk", _DELTA_BACK, 4218),
     Budget("moved, KB a chunk", _DELTA_WHOLE, 3267),
     Budget("workspace, GB", _SCALAR_BACK, 1.75, 2),
     Budget("workspace, GB", _DELTA_BACK, 7.06, 8),

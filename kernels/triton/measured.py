@@ -1,9 +1,9 @@
 """Launches that were the fastest of those tried on a chip: value tile, warps and stages, by kernel.
 
 Measured on an H200 with 16-bit operands, K and V of 64 and 128 (benchmarks/results/launches-cuda-2026-11-27.txt, made
-by `python -m benchmarks.launches`): each is within 3 % of the fastest at all sizes but for one kernel or two of a few
-microseconds. With 4 warps some kernels spill a few registers and are faster than with 8 all the same: two or three
-programs share a multiprocessor. Stages above 1 load the next turn's operands meanwhile.
+by `python -m benchmarks.launches`): each is within 4 % of the fastest at all sizes where a launch takes 0.1 ms or more.
+With 4 warps some kernels spill a few registers and are still faster than with 8, because two or three programs share a
+multiprocessor. With several stages, a program loads the operands of its next turn while it works at this one.
 """
 
 from __future__ import annotations
@@ -47,10 +47,16 @@ _DENSE: Launches = {
 }
 
 
+# What differs for K <= 64.
+_NARROW: Launches = {"block_state": (64, 4, 3), "delta_block_state": (64, 4, 3)}
+
+
 def fastest(kernel: str, d: Description, chip: Chip) -> tuple[int, int, int] | None:
     """The launch of `kernel` for `d` that was measured on chips of this kind; None where none was."""
     if chip.arch != _HOPPER or d.dtype == torch.float32 or d.decay not in ("none", "scalar"):
         return None
     if d.correction == "erase" or not d.weighted or max(d.key_dim, d.value_dim) > 128:
         return None
+    if d.key_dim <= 64 and kernel in _NARROW:
+        return _NARROW[kernel]
     return (_DENSE if d.dense else _PLAIN).get(kernel)

@@ -20,8 +20,8 @@ from llcompile.kernels.triton.schedule import kernel_names
 from llcompile.kernels.triton.source import kernel_text
 from llcompile.kernels.triton.tuning import tuning
 
-# What is compiled for sm_90 so that nothing may spill, but for launches that were faster all the same when they were
-# measured, and these only so much. The other groups (fp32, odd sizes, K = 256) must fit.
+# What is compiled for sm_90 so that nothing may spill, but for launches that were measured to be faster, and these only
+# so much. The other groups (fp32, odd sizes, K = 256) must fit.
 SPILLED = 1024
 UNSPILLED = ("large", "small", "states", "mixed", "float16", "rates")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar, Literal
 
 import torch
@@ -86,31 +87,27 @@ class ReadoutDescription:
 
 def describe(x: Operands, final_state: bool) -> Description:
     """The description of one call."""
-    g, old = x.log_decay, x.initial_state
-    return Description(
-        decay="none" if g is None else "rate" if x.decay_rate is not None else "channel" if g.dim() == 4 else "scalar",
-        correction="erase" if x.erase_key is not None else "none" if x.beta is None else "delta",
-        key_dim=x.q.shape[3],
-        value_dim=x.v.shape[3],
-        repeat=x.v.shape[2] // x.q.shape[2],
-        dtype=x.v.dtype,
-        levels=None if x.level_weights is None else x.level_weights.shape[-1],
-        initial_state="none" if old is None else "level" if is_level_state(old) else "linear",
-        final_state=final_state,
-        padded=x.lengths is not None and x.starts is None,
-        packed=x.starts is not None,
+    g, w, old, (_, _, heads, value_dim) = x.log_decay, x.level_weights, x.initial_state, x.v.shape
+    _, _, groups, key_dim = x.q.shape
+    return _description(
+        "none" if g is None else "rate" if x.decay_rate is not None else "channel" if g.dim() == 4 else "scalar",
+        "erase" if x.erase_key is not None else "none" if x.beta is None else "delta",
+        *(key_dim, value_dim, heads // groups, x.v.dtype, CHUNK, None if w is None else w.shape[-1]),
+        "none" if old is None else "level" if is_level_state(old) else "linear",
+        final_state,
+        *(x.lengths is not None and x.starts is None, x.starts is not None),
     )
 
 
 def describe_step(x: Token) -> Description:
     """The description of a step."""
-    g, w = x.log_decay, x.level_weights
-    return Description(
-        decay="none" if g is None else "rate" if x.decay_rate is not None else "channel" if g.dim() == 3 else "scalar",
-        correction="erase" if x.erase_key is not None else "none" if x.beta is None else "delta",
-        key_dim=x.q.shape[-1],
-        value_dim=x.v.shape[-1],
-        repeat=x.v.shape[1] // x.q.shape[1],
-        dtype=x.v.dtype,
-        levels=None if w is None else w.shape[-1],
+    g, w, (_, heads, value_dim), (_, groups, key_dim) = x.log_decay, x.level_weights, x.v.shape, x.q.shape
+    return _description(
+        "none" if g is None else "rate" if x.decay_rate is not None else "channel" if g.dim() == 3 else "scalar",
+        "erase" if x.erase_key is not None else "none" if x.beta is None else "delta",
+        *(key_dim, value_dim, heads // groups, x.v.dtype, CHUNK, None if w is None else w.shape[-1]),
     )
+
+
+# A call looks one up several times; they are few.
+_description = lru_cache(maxsize=512)(Description)

@@ -306,5 +306,8 @@ def _line(error: Exception) -> str:
 
 
 def _current(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Where the device of `x` is the current one."""
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
+    """Where the device of `x` is the current one; entering it where it is already would take longer than to ask."""
+    device = x.device
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)

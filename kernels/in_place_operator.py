@@ -10,7 +10,7 @@ from torch import Tensor
 from llcompile.errors import StateError
 from llcompile.kernels import choice, flops, torch_operator
 from llcompile.kernels.operands import Token, weights_per_head
-from llcompile.kernels.operators import without_autocast
+from llcompile.kernels.operators import plain
 from llcompile.kernels.state import check_state, is_level_state
 
 
@@ -26,7 +26,7 @@ def _step(*inputs: Any) -> Tensor:
             f"state [B, H, {'1 + L, ' if levels else ''}K, V], or use the operator that returns a new one, "
             "loglinear_attention_step"
         )
-    with torch.no_grad(), without_autocast(x.v):
+    with plain(x.v):
         return choice.step_in_place(x, routing)
 
 

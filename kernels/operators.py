@@ -15,7 +15,7 @@ reads it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ def _attention(*given: Any) -> tuple[Tensor, Tensor]:
     if x.initial_state is not None:
         _check_state(x.initial_state, x.rows, x.q, x.v, x.level_weights, "initial_state")
         check_positions(x.initial_state, x.v.shape[1])
-    with torch.no_grad(), without_autocast(v):
+    with plain(v):
         o, state = choice.forward(_widened(x), scale, return_final_state)
         if return_final_state and routing is not None:
             routing_state.write(state, routing)
@@ -55,7 +55,7 @@ def _attention(*given: Any) -> tuple[Tensor, Tensor]:
 def _attention_backward(grad_o: Tensor, grad_state: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     x, scale, return_final_state = _read(inputs)
     grad_o = grad_o if x.starts is None else flat(grad_o)
-    with torch.no_grad(), without_autocast(grad_o):
+    with plain(grad_o):
         found = choice.backward(_widened(x), scale, grad_o, grad_state if return_final_state else None)
     given, grads = inputs[:DIFFERENTIABLE], _of_shared_weights(x, found)
     return tuple(as_input(x, grad, inputs[0]) for x, grad in zip(given, grads, strict=True))
@@ -67,14 +67,25 @@ def _attention_step(*inputs: Any) -> tuple[Tensor, Tensor]:
     x = x._replace(level_weights=weights_per_head(x.level_weights, x.v))
     # Positions are checked by what runs the step.
     _check_state(x.state, x.v.shape[0], x.q, x.v, x.level_weights, "state")
-    with torch.no_grad(), without_autocast(x.v):
+    with plain(x.v):
         return choice.step(x, routing)
 
 
-def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Operators choose their own dtypes; entering a context that changes nothing takes a tenth of a step's time."""
+def plain(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Without gradients, and without autocast, as operators choose their own dtypes.
+
+    Entering a context that changes nothing takes a tenth of a step's time.
+    """
     kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
+    if torch.is_autocast_enabled(kind):
+        return _without_autocast(kind)
+    return torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _without_autocast(kind: str) -> Iterator[None]:
+    with torch.no_grad(), torch.autocast(kind, enabled=False):
+        yield
 
 
 def _read(inputs: Sequence[Any]) -> tuple[Operands, float, bool]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llcompile.kernels import choice, routing_state, torch_operator
-from llcompile.kernels.operators import own, without_autocast
+from llcompile.kernels.operators import own, plain
 from llcompile.kernels.readouts import Readouts, ReadoutToken, in_place
 from llcompile.kernels.state import state_dtype
 
@@ -25,7 +25,7 @@ def _readouts(*inputs: Any) -> tuple[Tensor, Tensor]:
     if x.initial_state is not None:
         routing_state.check(x.initial_state, x.rows, *_sizes(x))
         routing_state.check_position(x.initial_state, query.shape[1])
-    with torch.no_grad(), without_autocast(query):
+    with plain(query):
         readouts, state = choice.readouts(x, return_final_state)
     return readouts.reshape(*query.shape[:3], x.levels), state
 
@@ -34,7 +34,7 @@ def _readouts_backward(grad: Tensor, grad_state: Tensor, *inputs: Any) -> tuple[
     x, return_final_state = _read(inputs)
     query, key, _, state, *_ = inputs
     grad = grad.reshape(*x.query.shape[:3], x.levels)
-    with torch.no_grad(), without_autocast(query):
+    with plain(query):
         found = choice.readouts_backward(x, grad, grad_state if return_final_state else None)
     given = (query, key, query.new_empty(0) if state is None else state)
     return tuple(
@@ -44,7 +44,7 @@ def _readouts_backward(grad: Tensor, grad_state: Tensor, *inputs: Any) -> tuple[
 
 def _step(query: Tensor, key: Tensor, state: Tensor, levels: int, _: str) -> tuple[Tensor, Tensor]:
     routing_state.check_either(state, query.shape[0], query.shape[1], levels, query.shape[2], "state")
-    with torch.no_grad(), without_autocast(query):
+    with plain(query):
         return choice.readouts_step(ReadoutToken(query, key, state, levels))
 
 

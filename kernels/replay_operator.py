@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llcompile.kernels import choice, torch_operator
 from llcompile.kernels.operands import Operands, weights_per_head
-from llcompile.kernels.operators import without_autocast
+from llcompile.kernels.operators import plain
 from llcompile.kernels.state import state_dtype
 
 
@@ -19,7 +19,7 @@ def _replay(*inputs: Any) -> Tensor:
     assert x.initial_state is not None
     weights, state = weights_per_head(x.level_weights, x.v), x.initial_state.to(state_dtype(x.v.dtype))
     x = x._replace(level_weights=weights, initial_state=state)
-    with torch.no_grad(), without_autocast(x.v):
+    with plain(x.v):
         return choice.replay(x, occupied, scale)
 
 

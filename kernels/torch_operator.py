@@ -14,6 +14,7 @@ import torch
 from torch import _C, Tensor
 from torch._compile import _disable_dynamo
 from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled, unpack_dual
 from torch.autograd.function import _SingleLevelFunction
 
@@ -21,14 +22,17 @@ from llcompile.errors import DerivativeError
 
 NAMESPACE = "llcompile"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
+# Where the values are computed; other keys of the dispatcher are those of tracers, of subclasses of tensors, and so on.
+_DEVICES = (_C.DispatchKey.CPU, _C.DispatchKey.CUDA)
 
+Values = Callable[..., Any]
 Save = Callable[[Any, tuple[Any, ...], Any], None]  # (ctx, inputs, output)
 Gradient = Callable[..., tuple[Any, ...]]  # (ctx, *gradients of the outputs) -> a gradient for each input
 
 
 def define(
     schema: str,
-    values: Callable[..., Any],
+    values: Values,
     shapes: Callable[..., Any],
     save: Save | None = None,
     gradient: Gradient | None = None,
@@ -56,7 +60,10 @@ def define(
     _library.impl(name, _disable_dynamo(complete(values)), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", complete(shapes), lib=_library)
     changed = [i for i, argument in enumerate(operator._schema.arguments) if argument.is_write]
-    kernel = _autograd_in_place(operator) if changed else _autograd(operator, save, gradient)
+    if changed:
+        kernel = _autograd_in_place(operator, values, changed)
+    else:
+        kernel = _autograd(operator, values, save, gradient)
     recorded = complete(kernel, before=1)  # behind the dispatcher's keys
     _library.impl(name, _disable_dynamo(recorded), "Autograd", with_keyset=True)
     if changed:
@@ -64,7 +71,7 @@ def define(
         _library.impl(name, _disable_dynamo(counted), "ADInplaceOrView", with_keyset=True)
 
 
-def _autograd_in_place(operator: Any) -> Callable[..., Any]:
+def _autograd_in_place(operator: Any, values: Values, changed: list[int]) -> Callable[..., Any]:
     """Of an operator that changes a tensor: as nothing is recorded, no input may require a gradient."""
 
     def kernel(keys: Any, *inputs: Any) -> Any:
@@ -74,7 +81,12 @@ def _autograd_in_place(operator: Any) -> Callable[..., Any]:
                 f"{operator} changes its state in place and has no derivative, but an input requires a gradient; "
                 "decode under torch.no_grad(), or use the operator that returns a new state, loglinear_attention_step"
             )
-        return _below(operator, keys, inputs)
+        if not _values_next(keys):
+            return _below(operator, keys, inputs)
+        with _C._AutoDispatchBelowADInplaceOrView():
+            if keys.has(_C.DispatchKey.ADInplaceOrView):  # tensors of inference mode have no versions
+                _count(inputs, changed)
+            return values(*inputs)
 
     return kernel
 
@@ -83,22 +95,29 @@ def _counting(operator: Any, changed: list[int]) -> Callable[..., Any]:
     """Has autograd know that tensors were changed, for what was saved of them earlier."""
 
     def kernel(keys: Any, *inputs: Any) -> Any:
-        for i in changed:
-            torch.autograd.graph.increment_version(inputs[i])
+        _count(inputs, changed)
         with _C._AutoDispatchBelowADInplaceOrView():
             return operator.redispatch(keys & _C._after_ADInplaceOrView_keyset, *inputs)
 
     return kernel
 
 
-def _autograd(operator: Any, save: Save | None, gradient: Gradient | None) -> Callable[..., Any]:
+def _count(inputs: tuple[Any, ...], changed: list[int]) -> None:
+    for i in changed:
+        torch.autograd.graph.increment_version(inputs[i])
+
+
+def _autograd(operator: Any, values: Values, save: Save | None, gradient: Gradient | None) -> Callable[..., Any]:
     """The kernel that stands above the values: it records what the backward pass needs."""
     function = _function(operator, save, gradient)
 
     def kernel(keys: Any, *inputs: Any) -> Any:
         _refuse_tangents(operator, inputs)
         if not (torch.is_grad_enabled() and _C._any_requires_grad(*inputs)):
-            return _below(operator, keys, inputs)
+            if not _values_next(keys):
+                return _below(operator, keys, inputs)
+            with _C._AutoDispatchBelowAutograd():
+                return values(*inputs)
         # The dispatcher has one level of torch.func's at hand here, never more.
         with enable_single_level_autograd_function():
             return function.apply(keys, *inputs)
@@ -143,8 +162,18 @@ def _below(operator: Any, keys: Any, inputs: tuple[Any, ...]) -> Any:
         return operator.redispatch(keys & _C._after_autograd_keyset, *inputs)
 
 
+def _values_next(keys: Any) -> bool:
+    """Whether the dispatcher would go from autograd to the values at once, a way that takes longer than a call.
+
+    For an operator that changes tensors, counting that lies between.
+    """
+    return (keys & _C._after_ADInplaceOrView_keyset).highestPriorityTypeId() in _DEVICES
+
+
 def _refuse_tangents(operator: Any, inputs: tuple[Any, ...]) -> None:
     """Forward mode would go on with the values alone, that is with a derivative of 0."""
+    if forward_ad._current_level < 0:  # no tensor has a tangent
+        return
     for x in inputs:
         if isinstance(x, Tensor) and unpack_dual(x).tangent is not None:
             raise DerivativeError(

@@ -105,10 +105,15 @@ def handed_to(act: Callable[[Launch], None]) -> Iterator[None]:
 
 def current_meter() -> Meter | None:
     """The meter of the current device where `LLCOMPILE_AUTOTUNE` is 1, else None; raises `OptionError`."""
+    return meter_of(torch.cuda.current_device()) if asked_for() and not interpreted() else None
+
+
+def asked_for() -> bool:
+    """Whether `LLCOMPILE_AUTOTUNE` is 1; raises `OptionError`."""
     text = os.environ.get(VARIABLE) or "0"
     if text not in ("0", "1"):
         raise OptionError(f"{VARIABLE} is {text!r}; expected 1 (tune launches on this device) or 0 (the defaults)")
-    return meter_of(torch.cuda.current_device()) if text == "1" and not interpreted() else None
+    return text == "1"
 
 
 def best(launch: Launch, meter: Meter) -> Tuning:

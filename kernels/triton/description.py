@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -49,10 +50,7 @@ class Description(description.Description):
 
         With an erase key of its own there are kernels for decays per channel alone (`engine.per_channel`).
         """
-        if isinstance(d, cls):
-            return d
-        found = cls(**{field.name: getattr(d, field.name) for field in dataclasses.fields(d)})
-        return dataclasses.replace(found, decay="channel") if d.correction == "erase" else found
+        return d if isinstance(d, cls) else _of(d)
 
     def on(self, chip: Chip) -> Description:
         """The same for `chip`, with tiles that its matrix instructions take."""
@@ -119,6 +117,12 @@ class Description(description.Description):
             # spills: a second turn, over nothing, keeps it a loop.
             "twice": self.least_row > 0 and self.dense and self.key_dim > 64 >= self.value_dim,
         }
+
+
+@lru_cache(maxsize=512)
+def _of(d: description.Description) -> Description:
+    found = Description(**{field.name: getattr(d, field.name) for field in dataclasses.fields(d)})
+    return dataclasses.replace(found, decay="channel") if d.correction == "erase" else found
 
 
 def tile(size: int, least: int = LEAST_TILE) -> int:

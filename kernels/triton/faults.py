@@ -7,6 +7,7 @@ a kernel shows whenever that kernel runs: the test of the very kernels that a ca
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from llcompile.kernels.triton.toolchain import Toolchain, Version, text
@@ -81,6 +82,7 @@ def known(found: Toolchain) -> Iterator[Fault]:
     return (fault for fault in FAULTS if fault.holds(found))
 
 
+@lru_cache(maxsize=64)  # every call asks
 def refusal(found: Toolchain) -> str | None:
     """Why kernels must not run with `found`, however well they do in a test; None if there is no such reason."""
     fault = next((fault for fault in known(found) if fault.action == "refuse"), None)

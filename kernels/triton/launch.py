@@ -11,6 +11,7 @@ from typing import Any
 from llcompile.kernels import cache
 from llcompile.kernels.triton.chips import Chip
 from llcompile.kernels.triton.description import Description
+from llcompile.kernels.triton.direct import Kinds
 from llcompile.kernels.triton.limits import interpreted
 from llcompile.kernels.triton.schedule import KERNELS
 from llcompile.kernels.triton.source import generate
@@ -32,6 +33,9 @@ class Kernel:
         found = tuple(inspect.signature(self.function.fn).parameters)
         self.tiled = "VALUE_TILE" in found
         self.parameters = tuple(n for n in found if n != "VALUE_TILE")
+        self.kinds = Kinds(self.parameters, getattr(self.function, "do_not_specialize", ()))
+        # By launch parameters and kind of arguments. Triton's interpreter compiles nothing.
+        self.compiled: dict[tuple[Any, ...], Any] | None = None if interpreted() else {}
         # Columns of transitions, whose tiles follow those of the values.
         self.passing = d.key_dim if KERNELS[name].passing else 0
         self.default: Tuning = tuning(name, d, chip)
@@ -72,15 +76,26 @@ class Launch:
 
     def __call__(self, chosen: Tuning) -> None:
         """Run it."""
-        self.kernel.function[self._grid(chosen)](*self.arguments, **self._options(chosen))
+        kernel, grid, arguments = self.kernel, self._grid(chosen), self.arguments
+        if kernel.compiled is None:
+            kernel.function[grid](*arguments, **self._options(chosen))
+            return
+        kind = (chosen, *kernel.kinds.of(arguments))
+        found = kernel.compiled.get(kind)
+        if found is None:
+            kernel.compiled[kind] = kernel.function[grid](*arguments, **self._options(chosen))
+        elif kernel.tiled:
+            found[grid](*arguments, chosen.value_tile)
+        else:
+            found[grid](*arguments)
 
     def compiled(self, chosen: Tuning) -> Any:
         """Triton's compiled kernel for these arguments, without a run."""
         return self.kernel.function.warmup(*self.arguments, grid=self._grid(chosen), **self._options(chosen))
 
-    def _grid(self, chosen: Tuning) -> tuple[int, int]:
+    def _grid(self, chosen: Tuning) -> tuple[int, int, int]:
         tiles = -(-self.columns // chosen.value_tile) + -(-self.kernel.passing // chosen.value_tile)
-        return self.programs, max(1, tiles)
+        return self.programs, max(1, tiles), 1
 
     def _options(self, chosen: Tuning) -> dict[str, int]:
         tile = {"VALUE_TILE": chosen.value_tile} if self.kernel.tiled else {}

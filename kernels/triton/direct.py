@@ -1,0 +1,64 @@
+"""Launches of compiled kernels without Triton's own look-up, which takes longer than all else that a launch asks of
+the host.
+
+Triton looks a compiled kernel up by what it knows of each argument: its type and, of a pointer or a number that it
+specialises on, whether it is 1 or a multiple of 16. `Kinds` is at least as fine, so launches of one kind have one
+compiled kernel. The first goes through Triton, and what that returns is kept; later ones run it in the public way,
+`compiled[grid](*arguments)`. What else Triton looks at in each launch does not change between two of generated code: its
+constants, and the settings for its compiler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from llcompile.kernels.triton.buffers import BUFFERS
+
+# What Triton compiles a kernel anew for, besides 1: multiples of this.
+_MULTIPLE = 16
+_WORD = 32
+
+
+class Kinds:
+    """Says of what kind the arguments of a kernel are. There are few kinds, whatever lengths and strides are."""
+
+    def __init__(self, parameters: Sequence[str], plain: Collection[str]) -> None:
+        """`parameters` are the kernel's, `plain` those of which Triton looks at the type alone."""
+        pointers = [i for i, name in enumerate(parameters) if name.endswith("_ptr") or name in BUFFERS]
+        numbers = [i for i, name in enumerate(parameters) if i not in pointers and name != "scale"]
+        self._first = pointers[0]  # always there; those that may be None come late
+        self._pointers, self._plain_pointers = _parted(pointers, parameters, plain)
+        self._numbers, self._plain_numbers = _parted(numbers, parameters, plain)
+
+    def of(self, arguments: Sequence[Any]) -> tuple[Any, ...]:
+        """The kind of `arguments`, of which all tensors are on one device."""
+        types: list[Any] = [arguments[self._first].device]
+        multiples = sizes = 0
+        for i in self._pointers:
+            x = arguments[i]
+            if x is None:
+                types.append(None)
+            else:
+                types.append(x.dtype)
+                multiples |= x.data_ptr()
+        for i in self._plain_pointers:
+            x = arguments[i]
+            types.append(None if x is None else x.dtype)
+        for i in self._numbers:
+            sizes |= arguments[i]
+        multiples |= sizes
+        for i in self._plain_numbers:
+            sizes |= arguments[i]
+        if multiples % _MULTIPLE == 0 and 0 <= sizes < 1 << (_WORD - 1):  # as nearly always
+            return tuple(types)
+        addresses = (0 if arguments[i] is None else arguments[i].data_ptr() % _MULTIPLE for i in self._pointers)
+        values = ((x == 1, x % _MULTIPLE == 0) for x in (arguments[i] for i in self._numbers))
+        words = (arguments[i].bit_length() // _WORD for i in (*self._numbers, *self._plain_numbers))
+        return (*types, *addresses, *values, *words)
+
+
+def _parted(chosen: list[int], parameters: Sequence[str], plain: Collection[str]) -> tuple[list[int], list[int]]:
+    """Those that are specialised on, and the others."""
+    special = [i for i in chosen if parameters[i] not in plain]
+    return special, [i for i in chosen if i not in special]

@@ -60,10 +60,8 @@ def define(
     _library.impl(name, _disable_dynamo(complete(values)), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", complete(shapes), lib=_library)
     changed = [i for i, argument in enumerate(operator._schema.arguments) if argument.is_write]
-    if changed:
-        kernel = _autograd_in_place(operator, values, changed)
-    else:
-        kernel = _autograd(operator, values, save, gradient)
+    in_place, functional = (operator, values, changed), (operator, values, save, gradient)
+    kernel = _autograd_in_place(*in_place) if changed else _autograd(*functional)
     recorded = complete(kernel, before=1)  # behind the dispatcher's keys
     _library.impl(name, _disable_dynamo(recorded), "Autograd", with_keyset=True)
     if changed:

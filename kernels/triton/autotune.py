@@ -15,7 +15,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
@@ -45,8 +45,9 @@ _instead: ContextVar[Callable[[Launch], None] | None] = ContextVar("instead", de
 
 
 # Launch parameters of all kernels while a test of them runs: the defaults but for those here; and the ones that ran.
-_fixed: ContextVar[tuple[Mapping[Kernel, Tuning], set[Kernel]] | None] = ContextVar("llcompile_fixed", default=None)
-# What tests launch parameters with the pass that is running; see `judged`.
+Fixed = tuple[Mapping[Kernel, Tuning], set[Kernel]]
+_fixed: ContextVar[Fixed | None] = ContextVar("llcompile_fixed", default=None)
+# What tests launch parameters with the pass that is running; see `Judged`.
 Judge = Callable[[Kernel, Tuning], str | None]
 _judge: ContextVar[Judge | None] = ContextVar("llcompile_judge", default=None)
 
@@ -65,32 +66,51 @@ def fixed(launches: Mapping[Kernel, Tuning]) -> Iterator[set[Kernel]]:
         _fixed.reset(token)
 
 
-@contextlib.contextmanager
-def judged(judge: Judge) -> Iterator[None]:
-    """Let `judge` say why launch parameters that are picked inside must not be used; None where they may be."""
-    token = _judge.set(judge)
-    try:
-        yield
-    finally:
-        _judge.reset(token)
+class Judged:
+    """Let a judge say why launch parameters that are picked inside must not be used; None where they may be.
+
+    Every call of an operator enters one, and a generator would take longer.
+    """
+
+    __slots__ = ("_before", "_by")
+
+    def __init__(self, judge: Judge) -> None:
+        self._by = judge
+
+    def __enter__(self) -> None:
+        self._before = _judge.set(self._by)
+
+    def __exit__(self, *_: object) -> None:
+        _judge.reset(self._before)
 
 
 def run(launch: Launch) -> None:
     """Run `launch`: with what was measured to be best where tuning is on, else with the defaults."""
-    if not launch.programs:
-        return
-    if (instead := _instead.get()) is not None:
-        instead(launch)
-        return
-    if (given := _fixed.get()) is not None:
-        launches, seen = given
-        chosen = launches.get(launch.kernel)
-        if chosen is not None:
-            seen.add(launch.kernel)
-        launch(chosen or launch.kernel.default)
-        return
-    meter = current_meter()
-    launch(launch.kernel.default if meter is None else best(launch, meter))
+    run_all((launch,))
+
+
+def run_all(launches: Iterable[Launch]) -> None:
+    """Likewise, each as it comes. What there is to look up is looked up once: it takes as long as a short launch."""
+    act = _instead.get() or _by_tuning(_fixed.get())
+    for launch in launches:
+        if launch.programs:
+            act(launch)
+
+
+def _by_tuning(given: Fixed | None) -> Callable[[Launch], None]:
+    """What runs a launch with the launch parameters that hold now."""
+    if given is not None:
+        return partial(_with_fixed, *given)
+    if (meter := current_meter()) is not None:
+        return lambda launch: launch(best(launch, meter))
+    return lambda launch: launch(launch.kernel.default)
+
+
+def _with_fixed(launches: Mapping[Kernel, Tuning], seen: set[Kernel], launch: Launch) -> None:
+    chosen = launches.get(launch.kernel)
+    if chosen is not None:
+        seen.add(launch.kernel)
+    launch(chosen or launch.kernel.default)
 
 
 @contextlib.contextmanager
@@ -105,15 +125,10 @@ def handed_to(act: Callable[[Launch], None]) -> Iterator[None]:
 
 def current_meter() -> Meter | None:
     """The meter of the current device where `LLCOMPILE_AUTOTUNE` is 1, else None; raises `OptionError`."""
-    return meter_of(torch.cuda.current_device()) if asked_for() and not interpreted() else None
-
-
-def asked_for() -> bool:
-    """Whether `LLCOMPILE_AUTOTUNE` is 1; raises `OptionError`."""
     text = os.environ.get(VARIABLE) or "0"
     if text not in ("0", "1"):
         raise OptionError(f"{VARIABLE} is {text!r}; expected 1 (tune launches on this device) or 0 (the defaults)")
-    return text == "1"
+    return meter_of(torch.cuda.current_device()) if text == "1" and not interpreted() else None
 
 
 def best(launch: Launch, meter: Meter) -> Tuning:

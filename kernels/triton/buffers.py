@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -116,12 +116,26 @@ def dtype_of(name: str, d: Description) -> torch.dtype:
     return d.dtype if kind == "operand" or alone else torch.float32
 
 
-@cache
-def axes(name: str, weighted: bool, channel: bool) -> tuple[str, ...]:
-    """The axes of a buffer with level weights or without, with decays per channel or without."""
+def axes(name: str, d: Description) -> tuple[str, ...]:
+    """The axes of a buffer."""
     plain, *with_levels = BUFFERS[name].axes.split(" or ")
-    text = (with_levels or [plain])[0] if weighted else plain
-    return tuple(text.strip("[]").replace(" (, K)", ", K" if channel else "").split(", "))
+    text = (with_levels or [plain])[0] if d.weighted else plain
+    return tuple(text.strip("[]").replace(" (, K)", ", K" if d.decay == "channel" else "").split(", "))
+
+
+class Forms(dict[str, tuple[tuple[str, ...], torch.dtype]]):
+    """Axes and dtypes of the buffers of one description, looked up in every call."""
+
+    def __init__(self, d: Description) -> None:
+        super().__init__()
+        self.d = d
+
+    def __missing__(self, name: str) -> tuple[tuple[str, ...], torch.dtype]:
+        self[name] = found = axes(name, self.d), dtype_of(name, self.d)
+        return found
+
+
+forms_of = lru_cache(maxsize=512)(Forms)
 
 
 class Arguments(dict[str, Any]):
@@ -132,15 +146,16 @@ class Arguments(dict[str, Any]):
 
     def __init__(self, d: Description, sizes: dict[str, int], padded: bool, device: torch.device) -> None:
         super().__init__()
-        self.d, self.sizes, self.padded, self.device = d, sizes, padded, device
+        self.sizes, self.padded, self.device, self.forms = sizes, padded, device, forms_of(d)
 
     def __missing__(self, name: str) -> Tensor:
         buffer = BUFFERS[name]
         if buffer.first == "given":
             raise KeyError(name)
-        shape = [self.sizes[axis] for axis in axes(name, self.d.weighted, self.d.decay == "channel")]
+        sizes, (names, dtype) = self.sizes, self.forms[name]
         zero = buffer.first == "zero" or (buffer.first == "zero if padded" and self.padded)
-        self[name] = x = (torch.zeros if zero else torch.empty)(shape, dtype=dtype_of(name, self.d), device=self.device)
+        make = torch.zeros if zero else torch.empty
+        self[name] = x = make([sizes[axis] for axis in names], dtype=dtype, device=self.device)
         return x
 
 
@@ -156,20 +171,26 @@ def operand_arguments(name: str, x: Tensor, v_shape: torch.Size) -> dict[str, An
     """
     if x.dim() == 1:
         x = x.expand(v_shape[:3])
-    elif x.dim() == 4 and not _has_rows(x):
+    strides = _strides(x)
+    if x.dim() == 4 and not _has_rows(x, *strides):
         x = x.clone(memory_format=torch.contiguous_format)
-    row, token, head = _strides(x)
-    return {f"{name}_ptr": x, f"{name}_row": row, f"{name}_token": token, f"{name}_head": head}
+        strides = _strides(x)
+    return dict(zip(_names(name), (x, *strides), strict=True))
 
 
-def _strides(x: Tensor) -> list[int]:
+@cache
+def _names(name: str) -> tuple[str, str, str, str]:
+    return f"{name}_ptr", f"{name}_row", f"{name}_token", f"{name}_head"
+
+
+def _strides(x: Tensor) -> tuple[int, int, int]:
     """The strides of `[B, T, H, ...]`; 0, a multiple of everything, where an axis has one entry."""
-    return [stride if size > 1 else 0 for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)]
+    (rows, tokens, heads, *_), (row, token, head, *_) = x.shape, x.stride()
+    return row if rows > 1 else 0, token if tokens > 1 else 0, head if heads > 1 else 0
 
 
-def _has_rows(x: Tensor) -> bool:
-    if x.shape[3] > 1 and x.stride(3) != 1:
+def _has_rows(x: Tensor, row: int, token: int, head: int) -> bool:
+    channels = x.shape[3]
+    if channels > 1 and x.stride(3) != 1:
         return False
-    if x.shape[3] % ALIGNED:
-        return True
-    return x.data_ptr() % ALIGNED == 0 and all(stride % ALIGNED == 0 for stride in _strides(x))
+    return channels % ALIGNED != 0 or (x.data_ptr() | row | token | head) % ALIGNED == 0

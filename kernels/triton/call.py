@@ -140,11 +140,14 @@ class Call(Layout):
         """Launch those of `kernels` that this call needs, in order; raises `KernelMemoryError` before that."""
         needed = {name: entry for name, entry in kernels.items() if entry.when(self.d)}
         memory.check(self.x, self.arguments, self.kernels, needed)
+        autotune.run_all(self._launches(needed))
+
+    def _launches(self, needed: Mapping[str, Entry]) -> Iterator[Launch]:
+        """Each is made when the one before it has been run: buffers are allocated when a launch first takes them."""
         for name, entry in needed.items():
             for programs, changing in self._grids(entry):
                 self.arguments |= changing
-                launch = Launch(self.kernels[name], self.arguments, programs, self.value_dim if entry.tiles else 0)
-                autotune.run(launch)
+                yield Launch(self.kernels[name], self.arguments, programs, self.value_dim if entry.tiles else 0)
 
     def _grids(self, entry: Entry) -> Iterator[tuple[int, dict[str, int]]]:
         """The numbers of programs of a kernel's launches, each with the arguments that change from one to the next."""

@@ -4,8 +4,8 @@ the host.
 Triton looks a compiled kernel up by what it knows of each argument: its type and, of a pointer or a number that it
 specialises on, whether it is 1 or a multiple of 16. `Kinds` is at least as fine, so launches of one kind have one
 compiled kernel. The first goes through Triton, and what that returns is kept; later ones run it in the public way,
-`compiled[grid](*arguments)`. What else Triton looks at in each launch does not change between two of generated code: its
-constants, and the settings for its compiler.
+`compiled[grid](*arguments)`. What else Triton looks at in each launch does not change for generated code: the module's
+constants, and the settings of its compiler.
 """
 
 from __future__ import annotations

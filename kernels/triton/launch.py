@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from llcompile.kernels import cache
+from llcompile.kernels.triton.buffers import BUFFERS
 from llcompile.kernels.triton.chips import Chip
 from llcompile.kernels.triton.description import Description
 from llcompile.kernels.triton.direct import Kinds
@@ -48,11 +49,20 @@ class Kernels(dict[str, Kernel]):
     """
 
     def __init__(self, d: Description, chip: Chip) -> None:
+        super().__init__()
         self.d, self.chip, self.module = d, chip, module_of(d)
+        self._buffers: dict[tuple[str, ...], tuple[str, ...]] = {}
 
     def __missing__(self, name: str) -> Kernel:
         self[name] = kernel = Kernel(self.d, name, self.chip)
         return kernel
+
+    def buffers(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """The buffers that the kernels `names` take, each once; there are few sets of kernels that run together."""
+        if names not in self._buffers:
+            found = dict.fromkeys(p for name in names for p in self[name].parameters if p in BUFFERS)
+            self._buffers[names] = tuple(found)
+        return self._buffers[names]
 
 
 @lru_cache(maxsize=512)

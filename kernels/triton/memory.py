@@ -9,7 +9,7 @@ import torch
 
 from llcompile.errors import KernelMemoryError
 from llcompile.kernels.operands import Operands
-from llcompile.kernels.triton.buffers import BUFFERS, Arguments, axes, dtype_of
+from llcompile.kernels.triton.buffers import Arguments
 from llcompile.kernels.triton.launch import Kernels
 
 # What is less is not compared with what is free: asking the driver takes longer than a small call.
@@ -37,11 +37,11 @@ def error(x: Operands, wanted: int, free: int, instead: str = "") -> KernelMemor
 
 def workspace(arguments: Arguments, kernels: Kernels, names: Iterable[str]) -> int:
     """Bytes of the buffers that the kernels `names` take and that are not there yet."""
-    taken = dict.fromkeys(p for name in names for p in kernels[name].parameters if p in BUFFERS and p not in arguments)
-    d, found = arguments.d, 0
-    for name in taken:
-        numbers = math.prod(arguments.sizes[axis] for axis in axes(name, d.weighted, d.decay == "channel"))
-        found += numbers * dtype_of(name, d).itemsize
+    sizes, forms, found = arguments.sizes, arguments.forms, 0
+    for name in kernels.buffers(tuple(names)):
+        if name not in arguments:
+            names_of_axes, dtype = forms[name]
+            found += math.prod([sizes[axis] for axis in names_of_axes]) * dtype.itemsize
     return found
 
 

@@ -96,8 +96,7 @@ class Scan:
         """Launch `kernels`, a program for each tile of the values of a unit; raises `KernelMemoryError` before that."""
         memory.check(self.x, self.arguments, self.kernels, kernels)
         programs = self.x.rows * self._units()
-        for name in kernels:
-            autotune.run(Launch(self.kernels[name], self.arguments, programs, self.lanes))
+        autotune.run_all(Launch(self.kernels[name], self.arguments, programs, self.lanes) for name in kernels)
 
     def _units(self) -> int:
         return self.x.v.shape[2] // self.share

@@ -116,7 +116,7 @@ def test_what_is_wrong_is_not_chosen(folder, caplog):
         asked.append((kernel, chosen))
         return "differs" if chosen == second else None
 
-    with autotune.judged(judge), caplog.at_level(logging.WARNING, "llcompile.kernels"):
+    with autotune.Judged(judge), caplog.at_level(logging.WARNING, "llcompile.kernels"):
         assert autotune.best(job, meter) == third
         assert autotune.best(launch(), Table({})) == third  # from the file, which was tested
     assert asked == [(job.kernel, second), (job.kernel, third)]
@@ -124,7 +124,7 @@ def test_what_is_wrong_is_not_chosen(folder, caplog):
     (file,) = folder.iterdir()
     measured = json.loads(file.read_text())["measured"]
     assert {**second._asdict(), "milliseconds": 1.0, "spilled": 196, "wrong": "differs"} in measured
-    with autotune.judged(lambda kernel, chosen: "differs"):
+    with autotune.Judged(lambda kernel, chosen: "differs"):
         assert autotune.best(launch(64), meter) == default
 
 
@@ -134,7 +134,7 @@ def test_untested_picks_serve_no_tested_call(folder):
     job, meter = launch(), Table({fast: 1.0})
     assert autotune.best(job, meter) == fast
     meter.times = {slow: 1.0}
-    with autotune.judged(lambda kernel, chosen: None):
+    with autotune.Judged(lambda kernel, chosen: None):
         assert autotune.best(job, meter) == slow
     assert len(list(folder.iterdir())) == 2
 

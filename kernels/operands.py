@@ -13,6 +13,8 @@ from llcompile.errors import OperandError
 
 # What PyTorch computes in. Other floating dtypes (float8 and below) are for storage.
 COMPUTE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# What has values that may be looked at; other kinds of tensors stand for one while something is traced.
+PLAIN: set[type[Tensor]] = {Tensor, torch.nn.Parameter}
 
 
 class Operands(NamedTuple):
@@ -206,7 +208,7 @@ def check_mask(mask: Tensor, v: Tensor) -> None:
 
 def can_look(x: Tensor) -> bool:
     """Whether values may be read here: not while tracing, and not where it would wait for a device."""
-    return not torch.compiler.is_compiling() and x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter)
+    return not torch.compiler.is_compiling() and x.device.type == "cpu" and type(x) in PLAIN
 
 
 def _check_types(**operands: Tensor | None) -> None:
@@ -254,7 +256,7 @@ def _check_log_decay(x: Tensor | None, want: tuple[int, ...], key_dim: int, lead
             f"log_decay has shape {list(x.shape)}; expected {_axes(lead + 'H')} = {list(want)}, "
             f"{_axes(lead + 'HK')} = {[*want, key_dim]} or [H] = {[want[-1]]}"
         )
-    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter) or not x.numel():
+    if torch.compiler.is_compiling() or type(x) not in PLAIN or not x.numel():
         return
     if can_look(x):
         largest = float(x.detach().amax())

@@ -49,7 +49,7 @@ def _attention(*given: Any) -> tuple[Tensor, Tensor]:
         o, state = choice.forward(_widened(x), scale, return_final_state)
         if return_final_state and routing is not None:
             routing_state.write(state, routing)
-    return o.reshape(v.shape), state
+    return o if o.shape == v.shape else o.reshape(v.shape), state
 
 
 def _attention_backward(grad_o: Tensor, grad_state: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
@@ -125,7 +125,8 @@ def as_input(x: Tensor | None, grad: Tensor | None, like: Tensor) -> Tensor:
         return like.new_empty(0)
     if grad is None:
         return x.new_zeros(x.shape)
-    return grad.to(x.dtype).reshape(x.shape).contiguous()
+    grad = grad if grad.dtype == x.dtype else grad.to(x.dtype)  # what changes nothing takes as long to call
+    return (grad if grad.shape == x.shape else grad.reshape(x.shape)).contiguous()
 
 
 def _state_shape(rows: Any, q: Tensor, v: Tensor, w: Tensor | None) -> tuple[Any, ...]:

@@ -7,7 +7,7 @@ that it takes from torch's private interfaces is in this file.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _DEVICES = (_C.DispatchKey.CPU, _C.DispatchKey.CUDA)
 
 Values = Callable[..., Any]
+_values: dict[Any, Values] = {}
 Save = Callable[[Any, tuple[Any, ...], Any], None]  # (ctx, inputs, output)
 Gradient = Callable[..., tuple[Any, ...]]  # (ctx, *gradients of the outputs) -> a gradient for each input
 
@@ -57,7 +58,8 @@ def define(
         return lambda *given: function(*given, *defaults[len(given) - before :])
 
     # Dynamo must not look into the functions: called between two graphs of a user's, they are frames like any other.
-    _library.impl(name, _disable_dynamo(complete(values)), "CompositeExplicitAutograd")
+    _values[operator] = complete(values)
+    _library.impl(name, _disable_dynamo(_values[operator]), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", complete(shapes), lib=_library)
     changed = [i for i, argument in enumerate(operator._schema.arguments) if argument.is_write]
     in_place, functional = (operator, values, changed), (operator, values, save, gradient)
@@ -67,6 +69,12 @@ def define(
     if changed:
         counted = complete(_counting(operator, changed), before=1)
         _library.impl(name, _disable_dynamo(counted), "ADInplaceOrView", with_keyset=True)
+
+
+def run_values(operator: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What `operator` computes on a device, whatever stands between it and there."""
+    rest = operator._schema.arguments[len(args) :]
+    return _values[operator](*args, *(kwargs.get(x.name, x.default_value) for x in rest))
 
 
 def _autograd_in_place(operator: Any, values: Values, changed: list[int]) -> Callable[..., Any]:

@@ -30,7 +30,8 @@ def step(token: Token, routing: Tensor | None) -> tuple[Tensor, Tensor]:
             routing_state.write(state, routing)
         return o, state
     d = Description.of(describe_step(token))
-    old = in_levels(token.state.float(), d.levels).contiguous()
+    state = token.state if token.state.dtype == torch.float32 else token.state.float()
+    old = in_levels(state, d.levels).contiguous()
     o, new = token.v.new_empty(token.v.shape), torch.empty_like(old)
     known = _arguments(token) | {"old_states": old, "states": new, "outputs": o}
     if d.weighted:

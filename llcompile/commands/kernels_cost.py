@@ -56,6 +56,11 @@ def add_parser(kinds: Any) -> None:
     )
     form.add_argument("--linear", action="store_true", help="use the linear operator, without level weights")
     add("--budgets", action="store_true", help="count what has a ceiling or a goal instead, and print both")
+    add(
+        "--calls",
+        action="store_true",
+        help="count instead what one eager call asks of the host (torch's operators and launches), by pass and family",
+    )
     add("--compilations", action="store_true", help="also count compilations over lengths from 1 to 4096")
     add("--json", type=Path, metavar="FILE", help="also write all numbers to a file")
     parser.set_defaults(act=_cost)
@@ -66,10 +71,14 @@ def _cost(args: argparse.Namespace) -> int:
         raise KernelError("counting needs Triton (pip install triton); it needs no GPU")
     if os.environ.get("TRITON_INTERPRET"):
         raise KernelError("unset TRITON_INTERPRET: counting starts the interpreter in a process of its own")
-    from llcompile.kernels.triton.cost import budgets, compilations, count, table
+    from llcompile.kernels.triton.cost import budgets, calls, compilations, count, table
 
     if args.budgets:
         print("\n".join(budgets.lines()))
+        return 0
+    if args.calls:
+        chosen = (c for c in calls.CASES if c.family in (args.family or FAMILIES))
+        print("\n".join(calls.lines(c for c in chosen if c.operation in (args.passes or PASSES))))
         return 0
     cases = [_case(args, f, p) for f, p in itertools.product(args.family or FAMILIES, args.passes or PASSES)]
     records = []

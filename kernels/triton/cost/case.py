@@ -55,7 +55,7 @@ class Case:
         """Whether programs walk over blocks of chunks (`blocks`)."""
         if self.in_blocks or self.operation != "forward":
             return self.in_blocks
-        d = Description.of(describe(_operands(self, "meta"), False))
+        d = Description.of(describe(operands_of(self, "meta"), False))
         return blocks.serves(d, self.batch, self.length, self.heads)
 
     @property
@@ -63,7 +63,7 @@ class Case:
         """Tokens of the segments that the pass goes in; None if it takes the sequence whole."""
         if self.goes_in_blocks or (self.operation != "forward" and self.operation != "backward"):
             return None
-        return self.segment or segment_plan.length(_operands(self, "meta"), self.operation)
+        return self.segment or segment_plan.length(operands_of(self, "meta"), self.operation)
 
     @property
     def unit(self) -> int:
@@ -75,12 +75,12 @@ class Case:
     def runner(self, device: str) -> Callable[[], object]:
         """The pass on operands that exist before it is called."""
         if self.operation == "step":
-            token = _token(self, device)
+            token = token_of(self, device)
             return lambda: step.step(token, None)
         if self.operation == "step in place":
-            token = _token(self, device)
+            token = token_of(self, device)
             return lambda: IMPLEMENTATIONS["triton"].step_in_place(token)
-        x, grad = _operands(self, device), self._tensor(device, self.length, self.heads, self.value_dim)
+        x, grad = operands_of(self, device), self._tensor(device, self.length, self.heads, self.value_dim)
         if self.segment is not None:
             return partial(_segment, x, grad, self.operation, self.segment)
         if self.operation == "forward":
@@ -114,7 +114,7 @@ def _segment(x: Operands, grad: Tensor, operation: Pass, tokens: int) -> None:
     engine.backward(x, SCALE, grad, after, make)
 
 
-def _operands(case: Case, device: str, tokens: int | None = None) -> Operands:
+def operands_of(case: Case, device: str, tokens: int | None = None) -> Operands:
     """Operands of a sequence; decays and factors are fp32, as models have them."""
     time = (case.length if tokens is None else tokens,)
     shared, per_head = (*time, case.groups), (*time, case.heads)
@@ -139,8 +139,8 @@ def _operands(case: Case, device: str, tokens: int | None = None) -> Operands:
     )
 
 
-def _token(case: Case, device: str) -> Token:
-    x = _operands(case, device, 1)
+def token_of(case: Case, device: str) -> Token:
+    x = operands_of(case, device, 1)
     shape = (case.batch, case.heads, *(() if case.levels is None else (case.levels,)), case.key_dim, case.value_dim)
     state = torch.zeros(shape, device=device)
     if case.levels is not None:

@@ -1,8 +1,8 @@
 """What one eager call of the public functions asks of the host: operators of torch, and launches; exact, without a GPU.
 
 Each operator of torch costs the host some microseconds, and so does each launch: below a few thousand tokens, and in
-decoding, they are what a call takes. The operands are fake tensors on a CUDA device, which have shapes and no memory, so
-what runs is what runs there; launches are listed and not run.
+decoding, they are what a call takes. The operands are fake tensors on a CUDA device, which have shapes and no memory,
+so what runs is what runs there; launches are listed and not run.
 """
 
 from __future__ import annotations

@@ -140,6 +140,7 @@ def operands_of(case: Case, device: str, tokens: int | None = None) -> Operands:
 
 
 def token_of(case: Case, device: str) -> Token:
+    """Operands of a step, after `case.length` tokens."""
     x = operands_of(case, device, 1)
     shape = (case.batch, case.heads, *(() if case.levels is None else (case.levels,)), case.key_dim, case.value_dim)
     state = torch.zeros(shape, device=device)

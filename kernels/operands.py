@@ -267,8 +267,8 @@ def _check_log_decay(x: Tensor | None, want: tuple[int, ...], key_dim: int, lead
             )
     elif x.device.type == "cuda":
         # 0 to the power of the largest: 0 only if that is above 0, and not if it is NaN. Fewer launches than comparing.
-        largest = (x.detach() if x.requires_grad else x).amax()
-        torch._assert_async(torch.pow(0.0, largest), "log_decay must be at most 0")
+        most = (x.detach() if x.requires_grad else x).amax()
+        torch._assert_async(torch.pow(0.0, most), "log_decay must be at most 0")
 
 
 def _check_decay_rate(x: Operands | Token, lead: str) -> None:

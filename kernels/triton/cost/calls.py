@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from llcompile import ops
 from llcompile.kernels import choice, operands, torch_operator
 from llcompile.kernels.implementations import IMPLEMENTATIONS, Triton
-from llcompile.kernels.operands import DIFFERENTIABLE
+from llcompile.kernels.operands import DIFFERENTIABLE, Operands, Token
 from llcompile.kernels.triton import autotune
 from llcompile.kernels.triton.cost.case import SCALE, Case, operands_of, token_of
 from llcompile.kernels.triton.cost.families import FAMILIES, PASSES
@@ -120,19 +121,21 @@ def lines(cases: Iterable[Case] = CASES) -> Iterator[str]:
 
 def _public(case: Case) -> Callable[[], object]:
     """The call, of operands that exist before it."""
+    x: Token | Operands
     if case.operation in ("step", "step in place"):
-        *given, scale = token_of(case, "cuda")
-        q, k, v, w, state, g, rate, beta, erase_query, erase_key = given
         step = ops.loglinear_attention_step if case.operation == "step" else ops.loglinear_attention_step_
-        more = {"decay_rate": rate, "erase_query": erase_query, "erase_key": erase_key}
-        return lambda: step(q, k, v, w, state, g, beta, scale, **more)
+        x = token_of(case, "cuda")
+        return partial(step, x.q, x.k, x.v, x.level_weights, x.state, **_named(x), scale=SCALE)
     x = operands_of(case, "cuda")
     if case.operation == "forward":
-        more = {"decay_rate": x.decay_rate, "erase_query": x.erase_query, "erase_key": x.erase_key}
-        return lambda: ops.loglinear_attention(x.q, x.k, x.v, x.level_weights, x.log_decay, x.beta, SCALE, **more)
+        return partial(ops.loglinear_attention, x.q, x.k, x.v, x.level_weights, **_named(x), scale=SCALE)
     grad, none = torch.empty_like(x.v), x.v.new_empty(0, dtype=torch.float32)
-    given = (grad, none, *x[:DIFFERENTIABLE], SCALE, False)
-    return lambda: torch.ops.llcompile.loglinear_attention_backward(*given)
+    backward = torch.ops.llcompile.loglinear_attention_backward
+    return partial(backward, grad, none, *x[:DIFFERENTIABLE], SCALE, False)
+
+
+def _named(x: Token | Operands) -> dict[str, Any]:
+    return {name: getattr(x, name) for name in ("log_decay", "beta", "decay_rate", "erase_query", "erase_key")}
 
 
 class _Untested(Triton):

@@ -71,12 +71,14 @@ def _cost(args: argparse.Namespace) -> int:
         raise KernelError("counting needs Triton (pip install triton); it needs no GPU")
     if os.environ.get("TRITON_INTERPRET"):
         raise KernelError("unset TRITON_INTERPRET: counting starts the interpreter in a process of its own")
-    from llcompile.kernels.triton.cost import budgets, calls, compilations, count, table
+    from llcompile.kernels.triton.cost import budgets, compilations, count, table
 
     if args.budgets:
         print("\n".join(budgets.lines()))
         return 0
     if args.calls:
+        from llcompile.commands import kernels_calls as calls
+
         chosen = (c for c in calls.CASES if c.family in (args.family or FAMILIES))
         print("\n".join(calls.lines(c for c in chosen if c.operation in (args.passes or PASSES))))
         return 0

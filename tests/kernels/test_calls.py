@@ -9,9 +9,9 @@ import pytest
 pytest.importorskip("triton")
 
 from llcompile.commands import cli
+from llcompile.commands.kernels_calls import CASES, asked, ceiling_of
 from llcompile.kernels import operands
 from llcompile.kernels.implementations import IMPLEMENTATIONS
-from llcompile.kernels.triton.cost.calls import CASES, asked, ceiling_of
 
 QUICK = {"scalar/none", "scalar/delta"}
 

@@ -22,6 +22,7 @@ from llcompile.patterns import reasons
 from llcompile.patterns.graph.walk import walk
 from llcompile.torch_internals.inputs import input_value, is_parameter
 from llcompile.torch_internals.places import is_forward_of, place_of, user_frames
+from llcompile.torch_internals.trace import is_resumed
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def names(session: Session) -> int:
         if owner not in known:
             held = [] if owner is None else session.settings.held(owner)
             known[owner] = {n: _as_now(w.place, owner) for n, w in held}
-        _name(candidates, _places(candidates), known[owner])
+        _name(candidates, _places(candidates), known[owner], after_break=is_resumed())
     return sum(candidate.owner is not None for candidate in session.candidates)
 
 
@@ -81,11 +82,13 @@ def _places(candidates: list[Candidate]) -> list[CodePlace]:
     return places
 
 
-def _name(candidates: list[Candidate], places: list[CodePlace], held: dict[str, CodePlace | None]) -> None:
+def _name(
+    candidates: list[Candidate], places: list[CodePlace], held: dict[str, CodePlace | None], after_break: bool
+) -> None:
     """Gives each candidate the name of the level weights of its place, or a free one; `held` says which there are."""
     known = {name: place for name, place in held.items() if place is not None}
     pending = list(zip(candidates, places, strict=True))
-    for rule in _RULES:
+    for rule in (*_RULES, _within) if after_break else _RULES:
         for candidate, own in list(pending):
             fits = [name for name, place in known.items() if rule(place, own)]
             if len(fits) > 1:
@@ -95,6 +98,10 @@ def _name(candidates: list[Candidate], places: list[CodePlace], held: dict[str, 
                 candidate.attribute = fits[0]
             if len(fits) == 1:
                 del known[fits[0]]
+    for candidate, own in pending if after_break else ():
+        # New level weights would take the place of trained ones.
+        if any(_may_be(place, own) for place in known.values()):
+            candidate.decline(reasons.AMBIGUOUS_WEIGHTS())
     unplaced = [name for name, place in held.items() if place is None]
     if len(unplaced) > len(pending) > 0:
         for candidate, _ in pending:
@@ -121,6 +128,15 @@ def _ends(first: tuple[Any, ...], second: tuple[Any, ...]) -> bool:
 
 def _overlap(first: CodePlace, second: CodePlace) -> bool:
     return first.operands <= second.operands or second.operands <= first.operands
+
+
+def _may_be(first: CodePlace, second: CodePlace) -> bool:
+    return _overlap(first, second) and _ends(first.functions, second.functions)
+
+
+def _within(first: CodePlace, second: CodePlace) -> bool:
+    """After a break Dynamo gives a call of several lines another of its lines; what operands there are must tell."""
+    return bool(first.operands and second.operands) and first.number == second.number and _may_be(first, second)
 
 
 # The nearest first. Where lines differ (the last operation of a loop stands elsewhere at another length), the operands

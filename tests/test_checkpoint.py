@@ -7,6 +7,7 @@ import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import llcompile
-from llcompile.errors import CheckpointError, ModelError
+from llcompile.errors import CheckpointError, ModelError, OutputError
 from llcompile.weights import checkpoint
 from tests.helpers.small import Model, TwoMixers
 from tests.helpers.trained import IDS, compiled, converted, levels
@@ -42,6 +43,30 @@ def test_a_file_that_does_not_fit(tmp_path: Path) -> None:
     assert not levels(other)
     with pytest.raises(ModelError):
         llcompile.save("model", tmp_path / "model.safetensors")  # type: ignore[arg-type]
+
+
+def test_a_compiled_model_is_saved_as_the_model_in_it(tmp_path: Path) -> None:
+    model, again = converted(Model()), Model()
+    llcompile.save(torch.compile(model, backend="loglinear"), tmp_path / "model.safetensors")
+    assert llcompile.load(again, tmp_path / "model.safetensors") == 2
+    assert all(map(torch.equal, model.state_dict().values(), again.state_dict().values()))
+    llcompile.save(model, tmp_path / "plain.safetensors")
+    assert (tmp_path / "plain.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
+    assert llcompile.load(torch.compile(again, backend="loglinear"), tmp_path / "plain.safetensors") == 0
+
+
+@pytest.mark.parametrize("save", [llcompile.save, llcompile.save_levels])
+def test_a_file_that_cannot_be_written(save: Callable[[nn.Module, Path], object], tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"the folder .*nowhere does not exist"):
+        save(converted(Model()), tmp_path / "nowhere" / "model.safetensors")
+
+
+@pytest.mark.parametrize("section", ["junk", [1], {"version": 1, "mixers": 3}, {"mixers": {}}])
+def test_a_section_that_is_damaged(section: Any) -> None:
+    with pytest.raises(CheckpointError, match="'loglinear' is damaged"):
+        checkpoint.restore(Model(), section)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        checkpoint.restore(Model(), {"version": 1, "mixers": {"layers.0.loglinear": section}})
 
 
 def test_a_model_on_meta(tmp_path: Path) -> None:

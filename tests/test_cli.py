@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from llcompile import __version__
-from llcompile.commands import cli, doctor
+from llcompile.commands import cli, doctor, spec
 from llcompile.errors import CaptureError
 from llcompile.patterns.known import ENTRIES
 
@@ -145,10 +145,16 @@ class TestInspect:
             '{"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,'
             '"num_key_value_heads": 2, "intermediate_size": 16, "vocab_size": 8}'
         )
-        for spec in (tmp_path, tmp_path / "config.json"):
-            assert cli.main(["inspect", str(spec), "--json", "-"]) == 0
+        for given in (tmp_path, tmp_path / "config.json"):
+            assert cli.main(["inspect", str(given), "--json", "-"]) == 0
             assert json.loads(capsys.readouterr().out)["converted"] == []
         assert cli.main(["inspect", str(tmp_path), "--strict"]) == 0  # softmax attention is no miss
+
+    def test_a_folder_that_save_pretrained_wrote(self, tmp_path: Path) -> None:
+        transformers = pytest.importorskip("transformers")
+        transformers.Mamba2Config(state_size=48, time_step_limit=(0.0, float("inf"))).save_pretrained(tmp_path)
+        config = spec._read_config(tmp_path)  # infinity has a spelling of its own there
+        assert (config.state_size, config.time_step_limit[1]) == (48, float("inf"))
 
     def test_a_file_that_is_no_config(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         pytest.importorskip("transformers")

@@ -209,7 +209,8 @@ def _read_config(path: Path) -> Any:
         values = json.loads(file.read_text())
         if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
             raise SpecError(f'{file} is not a transformers config: it has no model_type, such as "mamba2"')
-        return transformers.AutoConfig.for_model(**values)
+        kind = type(transformers.AutoConfig.for_model(values["model_type"]))
+        return kind.from_json_file(file)  # which reads its numbers that JSON has not, such as infinity
     except FileNotFoundError:
         raise SpecError(f"{file} does not exist; {_EXPECTED}") from None
     except SpecError:

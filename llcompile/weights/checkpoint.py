@@ -61,20 +61,22 @@ def save(model: nn.Module, path: str | PathLike[str]) -> None:
     """Write a model's weights, level weights included, to one safetensors file for `load`.
 
     Args:
-        model: any nn.Module; shared tensors are written once.
+        model: any nn.Module; shared tensors are written once. What `torch.compile` returns is saved as the model in it.
         path: the file.
 
     Raises:
         ModelError: `model` is not an nn.Module.
         CheckpointError: the model is sharded over processes; nothing is written.
+        OutputError: the file cannot be written.
         MissingLibraryError: safetensors is not installed.
     """
     expect_module(model)
     _expect_unsharded(model, f"{type(model).__name__} cannot be saved to {path}")
+    model = _uncompiled(model)
     found = section(model)
-    tensor_files.safetensors_library().save_model(
-        model, str(path), metadata={} if found is None else {SECTION: json.dumps(found)}
-    )
+    library = tensor_files.safetensors_library()
+    with tensor_files.writing(path):
+        library.save_model(model, str(path), metadata={} if found is None else {SECTION: json.dumps(found)})
 
 
 def load(model: nn.Module, path: str | PathLike[str]) -> int:
@@ -97,6 +99,7 @@ def load(model: nn.Module, path: str | PathLike[str]) -> int:
         MissingLibraryError: safetensors is not installed.
     """
     expect_module(model)
+    model = _uncompiled(model)
     files = tensor_files.files_of(path)
     found = tensor_files.section_of(files)
     _expect_memory(model, path)
@@ -111,6 +114,12 @@ def load(model: nn.Module, path: str | PathLike[str]) -> int:
         attachment.detach_new(model, before)
         raise CheckpointError(f"{path} does not fit {type(model).__name__}: {error}") from error
     return len(made)
+
+
+def _uncompiled(model: nn.Module) -> nn.Module:
+    """The model that `torch.compile(model)` holds: a file has the same names whichever of them is saved."""
+    inner = getattr(model, "_orig_mod", model)
+    return inner if isinstance(inner, nn.Module) else model
 
 
 def _expect_names(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -208,9 +217,15 @@ def _places(
     model: nn.Module, section: Mapping[str, Any], prefix: str = ""
 ) -> Iterator[tuple[nn.Module, str, Mapping[str, Any]]]:
     """(owner, name, entry) of each entry that the model has an owner for."""
-    if section.get("version") != VERSION or not isinstance(section.get("mixers"), Mapping):
+    layout = section.get("version") if isinstance(section, Mapping) else None
+    if layout is None or (layout == VERSION and not isinstance(section.get("mixers"), Mapping)):
         raise CheckpointError(
-            f"the checkpoint's section {SECTION!r} has layout {section.get('version')!r}, and this version of "
+            f"the checkpoint's section {SECTION!r} is damaged: expected an object with a version and mixers, got "
+            f"{section!r:.100}. Save the model again, or remove the section to load it without level weights."
+        )
+    if layout != VERSION:
+        raise CheckpointError(
+            f"the checkpoint's section {SECTION!r} has layout {layout!r}, and this version of "
             f"llcompile ({__version__}) reads {VERSION}. Install the version that wrote it: "
             f"{section.get('llcompile')}"
         )
@@ -233,10 +248,10 @@ def new_weights(owner: nn.Module, name: str, entry: Mapping[str, Any]) -> LevelW
         if place is not None:
             lines = tuple((function, line) for function, line in place["lines"])
             weights.place = CodePlace(lines, frozenset(place["operands"]), place["number"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         mixer = f"{name} of {type(owner).__name__}"
         raise CheckpointError(
-            f"the checkpoint's section {SECTION!r} cannot be read: {mixer} is {dict(entry)}: {error}"
+            f"the checkpoint's section {SECTION!r} cannot be read: {mixer} is {entry}: {error}"
         ) from error
     return weights
 

@@ -30,6 +30,7 @@ def save_levels(model: nn.Module, path: str | PathLike[str]) -> int:
     Raises:
         ModelError: `model` is not an nn.Module.
         LevelWeightsError: the model has no level weights; nothing is written.
+        OutputError: the file cannot be written.
         MissingLibraryError: safetensors is not installed.
     """
     checkpoint.expect_module(model)
@@ -49,7 +50,8 @@ def save_levels(model: nn.Module, path: str | PathLike[str]) -> int:
     with first_of_mesh(found.values()) as is_first:
         if is_first:
             library = tensor_files.safetensors_library()
-            library.save_file(tensors, str(path), metadata={SECTION: json.dumps(section)})
+            with tensor_files.writing(path):
+                library.save_file(tensors, str(path), metadata={SECTION: json.dumps(section)})
     return len(section["mixers"])
 
 

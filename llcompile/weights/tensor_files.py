@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from llcompile.errors import CheckpointError, MissingLibraryError
+from llcompile.errors import CheckpointError, MissingLibraryError, OutputError
 from llcompile.weights import SECTION
 
 
@@ -21,6 +22,23 @@ def safetensors_library() -> Any:
     except ImportError as error:
         raise MissingLibraryError("checkpoints of llcompile need safetensors: pip install safetensors") from (error)
     return library
+
+
+@contextmanager
+def writing(path: str | PathLike[str]) -> Iterator[None]:
+    """Tells of a file that safetensors cannot write: its folder does not exist or is not writable, the disk is full.
+
+    Raises:
+        OutputError: it cannot.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        at = Path(path)
+        reason = str(error) if at.parent.is_dir() else f"the folder {at.parent} does not exist"
+        raise OutputError(f"cannot write {path}: {reason}.") from error
 
 
 def files_of(path: str | PathLike[str]) -> list[Path]:

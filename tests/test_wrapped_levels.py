@@ -41,6 +41,19 @@ class Saved(nn.Module):
         return (self.original_module if off else self.modules_to_save[name])(x)
 
 
+class Asking(Saved):
+    """That finds what it has not in the module in use, as PEFT's does."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            pass
+        if "_modules" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self.modules_to_save[self.active_adapters[0]], name)
+
+
 class Around(nn.Module):
     """A wrapper that nobody has heard of."""
 
@@ -230,3 +243,19 @@ def test_adapters_are_found_with_no_model_of_peft_around() -> None:
     model.peft_config = {"one": SimpleNamespace(), "two": SimpleNamespace()}
     model.layers[0].qkv = Saved(model.layers[0].qkv, "two", "one")
     assert adapters.adapters_of(model) == (model.peft_config, ["two"])
+
+
+def test_a_wrapper_that_is_asked_after_a_break() -> None:
+    """Its children are read where they are: Dynamo cannot run its `__getattr__` in a frame that is resumed."""
+    model = converted()
+    before = output(compiled(model))
+    mixer = model.layers[0]
+    mixer.loglinear = Asking(mixer.loglinear, "default")
+    mixer.qkv.register_forward_hook(lambda *_: torch._dynamo.graph_break())
+    run = compiled(model)
+    after = output(run)
+    assert (after - before).abs().max() <= 1e-6
+    change(mixer.loglinear.modules_to_save["default"])
+    assert (output(run) - before).abs().max() > 1e-4
+    run(IDS).square().mean().backward()
+    assert all(p.grad is not None and p.grad.any() for p in mixer.loglinear.modules_to_save.parameters())

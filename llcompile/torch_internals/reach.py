@@ -15,6 +15,7 @@ from torch import fx, nn
 from torch._dynamo.exc import ObservedException, Unsupported
 from torch._dynamo.guards import GuardBuilder
 from torch._dynamo.source import AttrSource
+from torch._dynamo.variables import ConstantVariable
 from torch._dynamo.variables.builder import VariableBuilder
 from torch._guards import Source
 
@@ -142,9 +143,21 @@ def guard_modules() -> None:
         current_output().guards.add(source.make_guard(GuardBuilder.ID_MATCH))
 
 
+_GETATTR = nn.Module.__getattr__
+
+
 def _attribute(variable: Any, frame: Any, name: str) -> Any:
-    """What Dynamo reads as an attribute; torch 2.15 gave the method another name."""
+    """What Dynamo reads as an attribute; torch 2.15 gave the method another name.
+
+    A module with a `__getattr__` of its own (PEFT's wrappers) has its children read where they are: in a frame that is
+    resumed, Dynamo runs that method without the frame's state.
+    """
+    variable = getattr(variable, "realize", lambda: variable)()
     read = getattr(variable, "var_getattr", None) or variable.tp_getattro_impl
+    module = _value(variable)
+    if isinstance(module, nn.Module) and name in module._modules and type(module).__getattr__ is not _GETATTR:
+        children = read(frame, "_modules")
+        return children.call_method(frame, "__getitem__", [ConstantVariable.create(name)], {})
     return read(frame, name)
 
 

@@ -55,6 +55,22 @@ def test_a_compiled_model_is_saved_as_the_model_in_it(tmp_path: Path) -> None:
     assert llcompile.load(torch.compile(again, backend="loglinear"), tmp_path / "plain.safetensors") == 0
 
 
+@pytest.mark.parametrize("regional", ["saved", "loaded", "both"])
+def test_regional_compilation_has_no_part_in_names(regional: str, tmp_path: Path) -> None:
+    """Blocks compiled one by one, as accelerate does it, are saved and loaded as the blocks in them."""
+    model, other = converted(Model()), Model()
+    want, linear = compiled(model), model(IDS)
+    for one, when in ((model, "saved"), (other, "loaded")):
+        if regional in (when, "both"):
+            for i, layer in enumerate(one.layers):
+                one.layers[i] = torch.compile(layer, backend="loglinear", options={"inner": "eager"})
+    llcompile.save(model, tmp_path / "model.safetensors")
+    assert llcompile.load(other, tmp_path / "model.safetensors") == 2
+    found = other(IDS) if regional != "saved" else compiled(other)
+    torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-6)
+    assert (found - linear).abs().max() > 1e-2
+
+
 @pytest.mark.parametrize("save", [llcompile.save, llcompile.save_levels])
 def test_a_file_that_cannot_be_written(save: Callable[[nn.Module, Path], object], tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"the folder .*nowhere does not exist"):

@@ -35,7 +35,7 @@ def section(model: nn.Module) -> dict[str, Any] | None:
     for path, owner in model.named_modules():
         own = list(held(owner))
         for name, weights in own:
-            mixers[f"{path}.{name}".lstrip(".")] = _entry(weights, several=len(own) > 1)
+            mixers[plain(f"{path}.{name}").lstrip(".")] = _entry(weights, several=len(own) > 1)
     return {"version": VERSION, "llcompile": __version__, "mixers": mixers} if mixers else None
 
 
@@ -108,12 +108,19 @@ def load(model: nn.Module, path: str | PathLike[str]) -> int:
     before = attachment.ids_attached(model)
     made = [] if found is None else restore(model, found)
     try:
+        own = {plain(name): name for name in model.state_dict()}
+        tensors = {own.get(plain(name), name): tensor for name, tensor in tensors.items()}
         _expect_names(model, tensors)
         model.load_state_dict(tensors, strict=False)
     except (RuntimeError, CheckpointError) as error:
         attachment.detach_new(model, before)
         raise CheckpointError(f"{path} does not fit {type(model).__name__}: {error}") from error
     return len(made)
+
+
+def plain(name: str) -> str:
+    """A name of a tensor or module as it is before `torch.compile` wraps the whole or a part of the model."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def _uncompiled(model: nn.Module) -> nn.Module:
@@ -229,9 +236,9 @@ def _places(
             f"llcompile ({__version__}) reads {VERSION}. Install the version that wrote it: "
             f"{section.get('llcompile')}"
         )
-    modules = dict(model.named_modules())
+    modules = {plain(name): module for name, module in model.named_modules()}
     for path, entry in section["mixers"].items():
-        parent, _, name = path.rpartition(".")
+        parent, _, name = plain(path).rpartition(".")
         owner = modules.get(parent, modules.get(parent.removeprefix(prefix)) if prefix else None)
         if owner is not None:
             yield owner, name, entry

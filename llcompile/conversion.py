@@ -157,6 +157,8 @@ def _inspected(
     with _undone_on_error(example, keep_withheld=True):
         run = _Inspection(example, parsed, visit)
         driver.check_strict(run.look(), parsed)
+    if said := checkpoint.dropped(model):  # `convert` raises that
+        run.report = replace(run.report, remarks=(*run.report.remarks, said))
     return run
 
 

@@ -184,15 +184,19 @@ def expect_whole(models: Iterable[nn.Module | None]) -> None:
         CheckpointError: a model has none of them.
     """
     for model in models:
-        found = None if model is None else _config(model).get(SECTION)
-        if model is None or not isinstance(found, Mapping) or any(True for _ in attachment.attached(model)):
-            continue
-        count = len(list(_places(model, found)))
-        if count:
-            raise CheckpointError(_dropped(model, count))
+        said = "" if model is None else dropped(model)
+        if said:
+            raise CheckpointError(said)
 
 
-def _dropped(model: nn.Module, count: int) -> str:
+def dropped(model: nn.Module) -> str:
+    """What to do about level weights that the configuration of `model` tells of and that it has not; "" if it has."""
+    found = _config(model).get(SECTION)
+    if not isinstance(found, Mapping) or any(True for _ in attachment.attached(model)):
+        return ""
+    count = len(list(_places(model, found)))
+    if not count:
+        return ""
     return (
         f"{type(model).__name__} was loaded from a checkpoint with the level weights of {count} mixers, but has "
         "none of them: llcompile was not imported before from_pretrained. Import llcompile first and load the model "

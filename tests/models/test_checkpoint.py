@@ -122,7 +122,7 @@ def test_level_weights_that_the_files_lack_are_one(trained: PreTrainedModel, tmp
     torch.testing.assert_close(levels(opened), levels(trained), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("use", ["convert", "compile"])
+@pytest.mark.parametrize("use", ["convert", "compile", "inspect"])
 def test_left_out_when_it_was_opened(trained: PreTrainedModel, use: str, tmp_path: Path) -> None:
     """As by a process that imports llcompile after `from_pretrained`."""
     opened = Mamba2ForCausalLM(trained.config)
@@ -130,6 +130,10 @@ def test_left_out_when_it_was_opened(trained: PreTrainedModel, use: str, tmp_pat
     if use == "convert":
         with pytest.raises(CheckpointError, match="checkpoint with the level weights of 2 mixers"):
             llcompile.convert(opened, IDS, use_cache=False)
+    elif use == "inspect":
+        report = str(llcompile.inspect(opened, IDS, use_cache=False))
+        assert "checkpoint with the level weights of 2 mixers" in report
+        assert "checkpoint" not in str(llcompile.inspect(trained, IDS, use_cache=False))
     else:
         with pytest.raises(Exception, match="checkpoint with the level weights of 2 mixers"):
             compiled(opened)

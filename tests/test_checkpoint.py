@@ -55,6 +55,18 @@ def test_a_compiled_model_is_saved_as_the_model_in_it(tmp_path: Path) -> None:
     assert llcompile.load(torch.compile(again, backend="loglinear"), tmp_path / "plain.safetensors") == 0
 
 
+def test_level_weights_of_another_kind(tmp_path: Path) -> None:
+    llcompile.save(converted(Model()), tmp_path / "model.safetensors")
+    other = Model()
+    llcompile.convert(other, IDS, options={"level_weights": "static"}, verify=False)
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(CheckpointError, match="of kind 'linear', those of the model of kind 'static'"):
+        llcompile.load(other, tmp_path / "model.safetensors")
+    assert all(torch.equal(x, before[name]) for name, x in other.state_dict().items())
+    llcompile.revert(other)
+    assert llcompile.load(other, tmp_path / "model.safetensors") == 2
+
+
 @pytest.mark.parametrize("regional", ["saved", "loaded", "both"])
 def test_regional_compilation_has_no_part_in_names(regional: str, tmp_path: Path) -> None:
     """Blocks compiled one by one, as accelerate does it, are saved and loaded as the blocks in them."""

@@ -108,6 +108,7 @@ def load(model: nn.Module, path: str | PathLike[str]) -> int:
     before = attachment.ids_attached(model)
     made = [] if found is None else restore(model, found)
     try:
+        _expect_kinds(model, found or {"version": VERSION, "mixers": {}})
         own = {plain(name): name for name in model.state_dict()}
         tensors = {own.get(plain(name), name): tensor for name, tensor in tensors.items()}
         _expect_names(model, tensors)
@@ -127,6 +128,17 @@ def _uncompiled(model: nn.Module) -> nn.Module:
     """The model that `torch.compile(model)` holds: a file has the same names whichever of them is saved."""
     inner = getattr(model, "_orig_mod", model)
     return inner if isinstance(inner, nn.Module) else model
+
+
+def _expect_kinds(model: nn.Module, section: Mapping[str, Any]) -> None:
+    """Level weights that are there have other tensors if they are of another kind."""
+    for owner, name, entry in _places(model, section):
+        weights = attachment.find(owner, name)
+        if weights is not None and weights.kind != entry.get("kind"):
+            raise CheckpointError(
+                f"its level weights {name} of {type(owner).__name__} are of kind {entry.get('kind')!r}, those of the "
+                f"model of kind {weights.kind!r}. Call llcompile.revert(model) first, and the file's take their place."
+            )
 
 
 def _expect_names(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -201,3 +201,21 @@ class TestTwoAdapters:
         assert moved_by_noise(model, "loglinear", "default") == 0
         own = {id(p) for n, p in model.named_parameters() if "original_module" in n}
         assert {id(p) for p in llcompile.level_parameters(model)} == own
+
+
+@pytest.mark.parametrize("when", ["after", "before"])
+def test_dora(when: str) -> None:
+    """Its layers break the graph at each projection: the same output at the start, level weights that act and train."""
+    base = converted()
+    want = output(compiled(base))
+    if when == "after":
+        model = lora(base, use_dora=True, **SAVED)
+    else:
+        model = lora(small.model(), use_dora=True)
+        want = output(model)
+        report = llcompile.convert(model, IDS, verify=False)
+        assert len(report.converted) == 2, str(report)
+    model = compiled(model)
+    assert small.difference(output(model), want) < CLOSE
+    assert moved_by_noise(model, "loglinear", "default") > MOVED
+    assert train(model)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llcompile.errors import OptionError
-from llcompile.kernels.operands import Operands
+from llcompile.kernels.operands import DIFFERENTIABLE, Operands
 from llcompile.kernels.triton import memory
 from llcompile.kernels.triton.call import Call
 from llcompile.kernels.triton.engine import per_channel
@@ -103,6 +103,8 @@ def wanted(shapes: Shapes, sweep: Sweep, tokens: int | None) -> int:
     fullest = begins[states.index(max(states))]
     kept = (sum(states) if sweep == "backward" else 0) + 2 * max(states)  # and a gradient and what it becomes
     part = x.map_tokens(lambda t: t[:, :tokens])._replace(initial_state=empty(x, tokens, fullest))
+    if sweep == "backward" and x.decay_rate is not None:  # sums over tiles, before they go into those of the whole call
+        kept += sum(4 * t.numel() for t in part[: DIFFERENTIABLE - 1] if t is not None)
     return _buffers(part, sweep, maker(x, tokens, fullest, False), True) + kept
 
 

@@ -138,7 +138,8 @@ def test_memory_of_long_backward_passes(budget, monkeypatch):
 def test_what_is_counted_is_what_is_taken(family, monkeypatch):
     """The bytes by which a segment is chosen are those of the pass, to what torch's own operators take meanwhile."""
     case = dataclasses.replace(LONG, family=family)
-    case = dataclasses.replace(case, key_dim=16, value_dim=1, heads=64) if family == "rate/none" else case
+    if family == "rate/none":  # most of its buffers become results when it is taken whole
+        case = dataclasses.replace(case, key_dim=16, value_dim=1, heads=64, length=16_384)
     whole = around(case.runner("meta"))
     monkeypatch.setenv(segment_plan.VARIABLE, str(whole.workspace / 3e9))
     tokens = case.in_segments_of

@@ -1,7 +1,10 @@
 """Launches that were the fastest of those tried on a chip: value tile, warps and stages, by kernel.
 
-Measured on an H200 with 16-bit operands, K and V of 64 and 128 (benchmarks/results/launches-cuda-2026-11-27.txt, made
-by `python -m benchmarks.launches`): each is within 4 % of the fastest at all sizes where a launch takes 0.1 ms or more.
+Measured on an H200 in bfloat16, for decay per head, whole sequences, K and V of 64 and 128
+(benchmarks/results/launches-cuda-2026-11-27.txt, made by `python -m benchmarks.launches`): each is within 4 % of the
+fastest at all sizes where a launch takes 0.1 ms or more. Float16, no decay, other sizes up to 128, states and packed
+sequences have the same tiles, and were not measured.
+
 With 4 warps some kernels spill a few registers and are still faster than with 8, because two or three programs share a
 multiprocessor. With several stages, a program loads the operands of its next turn while it works at this one.
 """
@@ -52,7 +55,7 @@ _NARROW: Launches = {"block_state": (64, 4, 3), "delta_block_state": (64, 4, 3)}
 
 
 def fastest(kernel: str, d: Description, chip: Chip) -> tuple[int, int, int] | None:
-    """The launch of `kernel` for `d` that was measured on chips of this kind; None where none was."""
+    """The launch of `kernel` for `d` by measurement on chips of this kind; None where that says nothing."""
     if chip.arch != _HOPPER or d.dtype == torch.float32 or d.decay not in ("none", "scalar"):
         return None
     if d.correction == "erase" or not d.weighted or max(d.key_dim, d.value_dim) > 128:

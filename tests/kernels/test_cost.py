@@ -166,6 +166,13 @@ def test_torch_around():
     assert (found.peak, found.results, found.workspace) == (4 * 1010, 40, 4000)
 
 
+def test_what_is_filled_reads_nothing():
+    """Of a tensor that gives its shape or dtype alone."""
+    x = torch.empty(10, 100, device="meta")
+    found = around(lambda: (x.new_zeros(7), x.new_full((5,), 1), torch.zeros_like(x)))
+    assert (found.calls, found.moved) == (3, 4 * (7 + 5 + 1000))
+
+
 @pytest.mark.parametrize("operation", ["forward", "backward"])
 def test_memory_is_what_buffers_say(operation):
     """The workspace has at least the states of all blocks, and no launch runs."""

@@ -19,6 +19,8 @@ from llcompile.kernels.triton.launch import Launch
 
 # Operators that only make memory, or only say how it is looked at.
 _FREE = ("aten.empty", "aten.new_empty", "aten.detach", "aten.lift_fresh")
+# Operators that fill a tensor like their input, of which they read nothing.
+_FILLS = tuple(f"aten.{kind}" for kind in ("new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like"))
 
 
 class Planned(NamedTuple):
@@ -83,7 +85,8 @@ class _Watch(TorchDispatchMode):
         view = bool(outputs) and not func._schema.is_mutable and all(_at(x) in known for x in outputs)
         if not view and not str(func).startswith(_FREE):
             self.calls += 1
-            self.moved += sum(map(_bytes, inputs)) + sum(map(_bytes, outputs))
+            read = [] if str(func).startswith(_FILLS) else inputs
+            self.moved += sum(map(_bytes, read)) + sum(map(_bytes, outputs))
         return found
 
     def _appeared(self, x: Tensor) -> None:

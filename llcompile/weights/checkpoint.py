@@ -19,6 +19,7 @@ from llcompile.passes.names import CodePlace
 from llcompile.torch_internals.dtensors import is_dtensor
 from llcompile.weights import SECTION, attachment, tensor_files, wrapped
 from llcompile.weights.held import held
+from llcompile.weights.inner_names import COMPILED, inner_name
 from llcompile.weights.level_kinds import Sizes
 from llcompile.weights.level_weights import LevelWeights
 
@@ -35,7 +36,7 @@ def section(model: nn.Module) -> dict[str, Any] | None:
     for path, owner in model.named_modules():
         own = list(held(owner))
         for name, weights in own:
-            mixers[plain(f"{path}.{name}").lstrip(".")] = _entry(weights, several=len(own) > 1)
+            mixers[_plain(f"{path}.{name}").lstrip(".")] = _entry(weights, several=len(own) > 1)
     return {"version": VERSION, "llcompile": __version__, "mixers": mixers} if mixers else None
 
 
@@ -109,8 +110,8 @@ def load(model: nn.Module, path: str | PathLike[str]) -> int:
     made = [] if found is None else restore(model, found)
     try:
         _expect_kinds(model, found or {"version": VERSION, "mixers": {}})
-        own = {plain(name): name for name in model.state_dict()}
-        tensors = {own.get(plain(name), name): tensor for name, tensor in tensors.items()}
+        own = {_plain(name): name for name in model.state_dict()}
+        tensors = {own.get(_plain(name), name): tensor for name, tensor in tensors.items()}
         _expect_names(model, tensors)
         model.load_state_dict(tensors, strict=False)
     except (RuntimeError, CheckpointError) as error:
@@ -119,14 +120,13 @@ def load(model: nn.Module, path: str | PathLike[str]) -> int:
     return len(made)
 
 
-def plain(name: str) -> str:
-    """A name of a tensor or module as it is before `torch.compile` wraps the whole or a part of the model."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+def _plain(name: str) -> str:
+    return inner_name(name, COMPILED)
 
 
 def _uncompiled(model: nn.Module) -> nn.Module:
     """The model that `torch.compile(model)` holds: a file has the same names whichever of them is saved."""
-    inner = getattr(model, "_orig_mod", model)
+    inner = getattr(model, COMPILED, model)
     return inner if isinstance(inner, nn.Module) else model
 
 
@@ -252,9 +252,9 @@ def _places(
             f"llcompile ({__version__}) reads {VERSION}. Install the version that wrote it: "
             f"{section.get('llcompile')}"
         )
-    modules = {plain(name): module for name, module in model.named_modules()}
+    modules = {_plain(name): module for name, module in model.named_modules()}
     for path, entry in section["mixers"].items():
-        parent, _, name = plain(path).rpartition(".")
+        parent, _, name = _plain(path).rpartition(".")
         owner = modules.get(parent, modules.get(parent.removeprefix(prefix)) if prefix else None)
         if owner is not None:
             yield owner, name, entry

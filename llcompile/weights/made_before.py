@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from llcompile.errors import LevelWeightsError
 from llcompile.weights.held import held
+from llcompile.weights.inner_names import COMPILED, PARALLEL, inner_name
 from llcompile.weights.level_weights import LevelWeights
 from llcompile.weights.optimizer_states import fitted
 
@@ -76,12 +77,8 @@ def _join(average: nn.Module, model: nn.Module, attach: Attach) -> bool:
 
 
 def _inner(path: str) -> str:
-    """The name of a module without the wrappers around it, of which an average and its model may have others."""
-    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
-
-
-# Where torch.compile and DDP hold the module that they wrap.
-_WRAPPERS = ("_orig_mod", "module")
+    """Of the wrappers around it, an average and its model may have others."""
+    return inner_name(path, COMPILED, PARALLEL)
 
 
 def _expect_same(average: nn.Module, model: nn.Module) -> None:

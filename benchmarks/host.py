@@ -5,12 +5,14 @@
 All that Python does for a call on a GPU is done, on CPU tensors: operators of torch, look-ups, buffers, and Triton's
 way to its launcher, which does nothing here. What the launcher, CUDA's driver and its allocator take is left out. One
 thread, 64 tokens, 2 heads, K = V = 128; the least of `turns` means over 50 calls. To compare two commits, take turns.
+Calls that are routed begin with per-level readouts of 16 channels, as `python -m benchmarks.routed` has them.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,12 +25,13 @@ import torch
 from benchmarks import record
 from llcompile import ops
 from llcompile.arguments import at_least
-from llcompile.kernels import choice, implementations, operands, operators
+from llcompile.kernels import choice, implementations, operands, operators, routing_state
 from llcompile.kernels.triton import acceptance
 from llcompile.kernels.triton.cost.case import Case, operands_of, token_of
 
-CALLS = ("step", "step in place", "forward", "both")
-LEVELS, REPEATS = 11, 50
+ROUTED = "routed "
+CALLS = ("step", "step in place", "forward", "both", f"{ROUTED}step", f"{ROUTED}forward", f"{ROUTED}both")
+LEVELS, CHANNELS, REPEATS = 11, 16, 50
 _DEVICE = torch.device("cuda", 0)
 
 
@@ -71,23 +74,40 @@ def least(run: Callable[[], object], turns: int) -> float:
 
 
 def run_of(family: str, call: str) -> Callable[[], object]:
-    """A call of a public function."""
+    """A call of a public function, or of two where it is routed."""
     case = Case(family, "forward", heads=2, groups=2, length=64, levels=LEVELS)
-    if call.startswith("step"):
-        function: Any = ops.loglinear_attention_step_ if call == "step in place" else ops.loglinear_attention_step
-        token = {n: t for n, t in token_of(case, "cpu")._asdict().items() if t is not None}
-        return torch.no_grad()(lambda: function(**token))
-    x = operands_of(case, "cpu")
-    given = {n: t for n, t in x._asdict().items() if t is not None}
-    if call == "forward":
-        return torch.no_grad()(lambda: ops.loglinear_attention(**given))
-    leaves = {n: t.requires_grad_() for n, t in given.items()}
+    routed, kind = call.startswith(ROUTED), call.removeprefix(ROUTED)
+    if kind.startswith("step"):
+        return torch.no_grad()(_step(case, kind, routed))
+    x = {n: t for n, t in operands_of(case, "cpu")._asdict().items() if t is not None}
+    routing = {name: torch.ones(*x["v"].shape[:3], CHANNELS, dtype=x["v"].dtype) for name in ("query", "key")}
+    calls = [functools.partial(ops.level_readouts, levels=LEVELS)] if routed else []
+    if kind == "forward":
+        return torch.no_grad()(lambda: [*(one(**routing) for one in calls), ops.loglinear_attention(**x)])
+    leaves, more = ({n: t.requires_grad_() for n, t in given.items()} for given in (x, routing))
 
     def both() -> None:
+        for one in calls:
+            readouts, _ = one(**more)
+            readouts.backward(readouts.detach())
         o, _ = ops.loglinear_attention(**leaves)
-        o.backward(x.v)
+        o.backward(x["v"])
 
     return both
+
+
+def _step(case: Case, kind: str, routed: bool) -> Callable[[], object]:
+    function: Any = ops.loglinear_attention_step_ if kind == "step in place" else ops.loglinear_attention_step
+    token = {n: t for n, t in token_of(case, "cpu")._asdict().items() if t is not None}
+    if not routed:
+        return lambda: function(**token)
+    query = torch.ones(*token["v"].shape[:2], CHANNELS, dtype=token["v"].dtype)
+
+    def run() -> None:
+        _, new = ops.level_readouts_step(query, query, token["state"], LEVELS)
+        function(**token, routing_state=new)
+
+    return run
 
 
 # -- a device that is not there ----------------------------------------------------------------------------------------
@@ -104,10 +124,10 @@ def pretended() -> Iterator[None]:
         for owner, name, value in (
             (acceptance, "_known", _Passed()),
             (implementations.Triton, "reason", lambda self, d, device: reason(self, d, _DEVICE)),
-            (implementations.Triton, "current", lambda self, x: contextlib.nullcontext()),
             # A GPU's numbers are not looked at.
             (implementations, "check_positions", lambda *_: None),
             (operators, "check_positions", lambda *_: None),
+            (routing_state, "check_positions", lambda *_: None),
             (operands, "can_look", lambda x: False),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))

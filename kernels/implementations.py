@@ -21,6 +21,7 @@ from llcompile.kernels.operands import COMPUTE_DTYPES, Operands, Token
 from llcompile.kernels.readouts import Readouts, ReadoutToken
 from llcompile.kernels.replay import with_silent_queries
 from llcompile.kernels.state import check_positions, is_level_state
+from llcompile.kernels.triton.limits import current
 
 Described = Description | ReadoutDescription
 Sweep = Literal["forward", "backward", "step", "step in place", "replay"]
@@ -148,22 +149,15 @@ class Triton(Implementation):
         """On the device of the operands, which must be current for Triton."""
         from llcompile.kernels.triton import segments
 
-        with self.current(x.v):
+        with current(x.v):
             return segments.forward(x, scale, return_final_state, partial(self._rejection, x.v.device))
 
     def backward(self, x: Operands, scale: float, grad_o: Tensor, grad_state: Tensor | None) -> list[Tensor | None]:
         """Likewise."""
         from llcompile.kernels.triton import segments
 
-        with self.current(x.v):
+        with current(x.v):
             return segments.backward(x, scale, grad_o, grad_state, partial(self._rejection, x.v.device))
-
-    def current(self, x: Tensor) -> contextlib.AbstractContextManager[object]:
-        """Where the device of `x` is the current one; entering it where it is already takes longer than to ask."""
-        device = x.device
-        if device.type != "cuda" or device.index == torch.cuda.current_device():
-            return contextlib.nullcontext()
-        return torch.cuda.device(device)
 
     def _rejection(self, device: torch.device, d: Description, sweep: Sweep) -> str | None:
         """Why kernels that a call takes besides those of its own description must not run."""
@@ -174,7 +168,7 @@ class Triton(Implementation):
         from llcompile.kernels.triton import step as kernels
 
         check_positions(token.state, 1, "state")
-        with self.current(token.v):
+        with current(token.v):
             return kernels.step(token, routing)
 
     def step_in_place(self, token: Token, routing: Tensor | None = None) -> Tensor:
@@ -184,7 +178,7 @@ class Triton(Implementation):
         if token.decay_rate is not None or token.state.dtype != torch.float32 or not token.state.is_contiguous():
             return super().step_in_place(token, routing)
         check_positions(token.state, 1, "state")
-        with self.current(token.v):
+        with current(token.v):
             return kernels.step_in_place(token, routing)
 
     def replay(self, x: Operands, occupied: Tensor | None, scale: float) -> Tensor:
@@ -193,7 +187,7 @@ class Triton(Implementation):
 
         if x.q.shape[1] != 1 or x.decay_rate is not None:
             return super().replay(x, occupied, scale)
-        with self.current(x.v):
+        with current(x.v):
             return kernels.replay(x, occupied, scale)
 
     def readouts(self) -> ReadoutForm:

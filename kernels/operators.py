@@ -169,7 +169,7 @@ def _attention_gradient(ctx: Any, grad_o: Tensor, grad_state: Tensor) -> tuple[A
     *tensors, cu_seqlens, attention_mask, seq_idx = ctx.saved_tensors
     sequences = (cu_seqlens, attention_mask, seq_idx)
     with spread.run_by(ctx.spread):
-        grads = torch.ops.llcompile.loglinear_attention_backward(
+        grads = torch.ops.llcompile.loglinear_attention_backward.default(
             grad_o, grad_state, *tensors, ctx.scale, ctx.return_final_state, *sequences, revision=ctx.revision
         )
     return (*_present(tensors, grads), None, None, None, None, None, None, _routing_gradient(ctx, grad_state))
@@ -189,7 +189,7 @@ def _step_gradient(ctx: Any, grad_o: Tensor, grad_state: Tensor) -> tuple[Any, .
     # A decay per head alone, and rates, have no batch axis to put time behind.
     moved = [i for i, x in enumerate(one[:WITH_TOKENS]) if x is not None and x.dim() > 1 and x is not one.decay_rate]
     longer = [x.unsqueeze(1) if i in moved and x is not None else x for i, x in enumerate(one[:DIFFERENTIABLE])]
-    grads = torch.ops.llcompile.loglinear_attention_backward(
+    grads = torch.ops.llcompile.loglinear_attention_backward.default(
         grad_o.unsqueeze(1), grad_state, *longer, ctx.scale, True, revision=ctx.revision
     )
     found = [x.squeeze(1) if i in moved else x for i, x in enumerate(_present(longer, grads))]  # type: ignore[union-attr]

@@ -87,7 +87,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _gradient(ctx: Any, grad: Tensor, grad_state: Tensor) -> tuple[Any, ...]:
     query, key, state, *sequences = ctx.saved_tensors
-    d_query, d_key, d_state = torch.ops.llcompile.level_readouts_backward(
+    d_query, d_key, d_state = torch.ops.llcompile.level_readouts_backward.default(
         grad, grad_state, query, key, ctx.levels, state, *sequences, ctx.return_final_state, revision=ctx.revision
     )
     return d_query, d_key, None, None if state is None else d_state, None, None, None, None, None
@@ -103,7 +103,7 @@ def _save_step(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _step_gradient(ctx: Any, grad: Tensor, grad_state: Tensor) -> tuple[Any, ...]:
     """A step is the operator on one token, so its gradient is that operator's."""
     query, key, state = ctx.saved_tensors
-    d_query, d_key, d_state = torch.ops.llcompile.level_readouts_backward(
+    d_query, d_key, d_state = torch.ops.llcompile.level_readouts_backward.default(
         grad.unsqueeze(1), grad_state, query.unsqueeze(1), key.unsqueeze(1), ctx.levels, state,
         return_final_state=True, revision=ctx.revision,
     )  # fmt: skip

@@ -105,7 +105,7 @@ def loglinear_attention(
         _operands.check_device(v, initial_state=initial_state)
     given = (*x[: _operands.DIFFERENTIABLE], float(scale), return_final_state)
     sequences = (cu_seqlens, attention_mask)
-    o, state = torch.ops.llcompile.loglinear_attention(
+    o, state = torch.ops.llcompile.loglinear_attention.default(
         *given, *sequences, revision=_REVISION, routing_state=routing_state
     )
     return o, state if return_final_state else None
@@ -150,7 +150,7 @@ def loglinear_attention_step(
     """
     x = _operands.Token(q, k, v, level_weights, state, log_decay, decay_rate, beta, erase_query, erase_key, scale)
     _check_token(x)
-    o, new_state = torch.ops.llcompile.loglinear_attention_step(
+    o, new_state = torch.ops.llcompile.loglinear_attention_step.default(
         *x[:-1], float(scale), revision=_REVISION, routing_state=routing_state
     )
     return o, new_state
@@ -192,7 +192,7 @@ def loglinear_attention_step_(
     """
     x = _operands.Token(q, k, v, level_weights, state, log_decay, decay_rate, beta, erase_query, erase_key, scale)
     _check_token(x)
-    o = torch.ops.llcompile.loglinear_attention_step_(
+    o = torch.ops.llcompile.loglinear_attention_step_.default(
         *x[:-1], float(scale), revision=_REVISION, routing_state=routing_state
     )
     assert isinstance(o, Tensor)
@@ -253,7 +253,7 @@ def level_readouts(
         _routing_state.check(initial_state, batch, query.shape[2], levels, query.shape[3])
         _operands.check_device(query, initial_state=initial_state)
     given = (query, key, levels, initial_state, cu_seqlens, attention_mask)
-    readouts, state = torch.ops.llcompile.level_readouts(
+    readouts, state = torch.ops.llcompile.level_readouts.default(
         *given, return_final_state=return_final_state, revision=_REVISION
     )
     return readouts, state if return_final_state else None
@@ -282,5 +282,5 @@ def level_readouts_step(query: Tensor, key: Tensor, state: Tensor, levels: int) 
         raise OperandError(f"state must be a tensor, got {type(state).__name__}; zeros are an empty state")
     _routing_state.check_either(state, query.shape[0], query.shape[1], levels, query.shape[2], "state")
     _operands.check_device(query, state=state)
-    readouts, new_state = torch.ops.llcompile.level_readouts_step(query, key, state, levels, revision=_REVISION)
+    readouts, new_state = torch.ops.llcompile.level_readouts_step.default(query, key, state, levels, revision=_REVISION)
     return readouts, new_state

@@ -217,7 +217,7 @@ class ReplayState:
         """What the tokens of `x`, which lie in the ring already, read of the state and of the ring."""
         ring = self._tokens(self._count + x.v.shape[1])
         with torch.no_grad():
-            o = torch.ops.llcompile.loglinear_attention_replay(
+            o = torch.ops.llcompile.loglinear_attention_replay.default(
                 *self._operands(x.q, x.level_weights, ring),
                 self._base.state,
                 self._base.occupied,
@@ -233,7 +233,7 @@ class ReplayState:
         if is_level_state(self._base.state):
             levels = ring.k.new_zeros(()).expand(*ring.k.shape[:2], 1, self._base.state.shape[2] - 1)
         with torch.no_grad():
-            _, state = torch.ops.llcompile.loglinear_attention(
+            _, state = torch.ops.llcompile.loglinear_attention.default(
                 *self._operands(torch.zeros_like(ring.k), levels, ring), self._base.state, 1.0, True, revision=_REVISION
             )
         assert isinstance(state, Tensor)

@@ -146,7 +146,7 @@ def compile_readouts(d: ReadoutDescription, chip: Chip, rows: bool = False) -> d
     from triton.compiler import ASTSource
 
     operand, module, found = _POINTERS[str(d.dtype).removeprefix("torch.")], readout_source.module_of(d), {}
-    for name in readout_source.KERNELS:
+    for name, warps in readout_source.KERNELS.items():
         kernel = getattr(module, name)
         kinds = {"starts": "*i64", "lengths": "*i64"}
         kinds |= dict.fromkeys(("query_ptr", "key_ptr", "query_gradients", "key_gradients"), operand)
@@ -156,7 +156,6 @@ def compile_readouts(d: ReadoutDescription, chip: Chip, rows: bool = False) -> d
         kinds |= dict.fromkeys(absent, "constexpr")
         signature = {n: kinds.get(n, "i32") for n in kernel.arg_names}
         source = ASTSource(fn=kernel, signature=signature, constexprs=absent)
-        warps = readout_source.warps(name)
         compiled = triton.compile(
             source, target=GPUTarget(chip.backend, chip.arch, chip.warp), options={"num_warps": warps}
         )

@@ -10,10 +10,12 @@ constants, and the settings of its compiler.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Sequence
 from typing import Any
 
 from llcompile.kernels.triton.buffers import BUFFERS
+from llcompile.kernels.triton.limits import interpreted
 
 # What Triton compiles a kernel anew for, besides 1: multiples of this.
 _MULTIPLE = 16
@@ -23,9 +25,12 @@ _WORD = 32
 class Kinds:
     """Says of what kind the arguments of a kernel are. There are few kinds, whatever lengths and strides are."""
 
-    def __init__(self, parameters: Sequence[str], plain: Collection[str]) -> None:
-        """`parameters` are the kernel's, `plain` those of which Triton looks at the type alone."""
-        pointers = [i for i, name in enumerate(parameters) if name.endswith("_ptr") or name in BUFFERS]
+    def __init__(self, parameters: Sequence[str], plain: Collection[str], buffers: Collection[str] = BUFFERS) -> None:
+        """`parameters` are the kernel's, `plain` those of which Triton looks at the type alone.
+
+        A parameter whose name is one of `buffers` or ends in `_ptr` is a pointer, and any other a number.
+        """
+        pointers = [i for i, name in enumerate(parameters) if name.endswith("_ptr") or name in buffers]
         numbers = [i for i, name in enumerate(parameters) if i not in pointers and name != "scale"]
         self._first = pointers[0]  # always there; those that may be None come late
         self._pointers, self._plain_pointers = _parted(pointers, parameters, plain)
@@ -56,6 +61,29 @@ class Kinds:
         values = ((x == 1, x % _MULTIPLE == 0) for x in (arguments[i] for i in self._numbers))
         words = (arguments[i].bit_length() // _WORD for i in (*self._numbers, *self._plain_numbers))
         return (*types, *addresses, *values, *words)
+
+
+class Direct:
+    """A kernel whose launch parameters never change, and which may be run directly from its second launch on."""
+
+    def __init__(self, function: Any, buffers: Collection[str], warps: int) -> None:
+        """`function` is Triton's, and `buffers` those of its parameters that are pointers, as in `Kinds`."""
+        self._function, self._warps = function, warps
+        parameters = tuple(inspect.signature(function.fn).parameters)
+        self._kinds = Kinds(parameters, getattr(function, "do_not_specialize", ()), buffers)
+        self._compiled: dict[tuple[Any, ...], Any] | None = None if interpreted() else {}
+
+    def __call__(self, grid: tuple[int, int, int], *arguments: Any) -> None:
+        """Launch it."""
+        if self._compiled is None:
+            self._function[grid](*arguments, num_warps=self._warps)
+            return
+        kind = self._kinds.of(arguments)
+        found = self._compiled.get(kind)
+        if found is None:
+            self._compiled[kind] = self._function[grid](*arguments, num_warps=self._warps)
+        else:
+            found[grid](*arguments)
 
 
 def _parted(chosen: list[int], parameters: Sequence[str], plain: Collection[str]) -> tuple[list[int], list[int]]:

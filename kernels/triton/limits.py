@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 from functools import lru_cache
@@ -37,6 +38,14 @@ def capability(device: torch.device) -> tuple[int, int] | None:
     if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
         return None
     return torch.cuda.get_device_capability(device)
+
+
+def current(x: torch.Tensor) -> contextlib.AbstractContextManager[object]:
+    """Where the device of `x` is the current one; entering it where it is already takes longer than to ask."""
+    device = x.device
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
 
 
 def interpreted() -> bool:

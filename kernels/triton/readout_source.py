@@ -8,6 +8,7 @@ from types import ModuleType
 from llcompile.kernels import cache, header
 from llcompile.kernels.description import ReadoutDescription
 from llcompile.kernels.triton.description import BACKEND, tile
+from llcompile.kernels.triton.direct import Direct
 from llcompile.kernels.triton.source import template
 
 # Tokens of a chunk: inside, a product of matrices makes a score for each pair of them.
@@ -16,12 +17,20 @@ CHUNK = 32
 # numbers for each thread of 4 warps, and 32 for the one node that may be large, where it has nothing else to wait for.
 TILE, BLOCK = 32, 64
 _NUMBERS, _SPAN_NUMBERS = 2048, 4096
-KERNELS = ("key_nodes", "readouts", "final_state", "both_nodes", "readouts_gradient", "readouts_step")
-
-
-def warps(kernel: str) -> int:
-    """The warps of a program; a step has one tile `[L, R]`."""
-    return 1 if kernel == "readouts_step" else 4
+# The warps of a program; a step has one tile `[L, R]`.
+KERNELS = {
+    "key_nodes": 4,
+    "readouts": 4,
+    "final_state": 4,
+    "both_nodes": 4,
+    "readouts_gradient": 4,
+    "readouts_step": 1,
+}
+# Their parameters that are pointers, besides those whose names say so.
+_BUFFERS = {
+    *("starts", "lengths", "old_states", "states", "nodes", "outputs"),
+    *("gradients", "node_gradients", "query_gradients", "key_gradients"),
+}
 
 
 def generate(d: ReadoutDescription) -> str:
@@ -51,3 +60,10 @@ def generate(d: ReadoutDescription) -> str:
 def module_of(d: ReadoutDescription) -> ModuleType:
     """The imported file with the kernels of `d`; raises KernelCacheError if it cannot be written."""
     return cache.load(cache.file_of(generate(d), f"readouts_{d.levels}_{d.channels}"))
+
+
+@lru_cache(maxsize=64)
+def kernels_of(d: ReadoutDescription) -> dict[str, Direct]:
+    """The kernels of `d` by name; raises KernelCacheError if their file cannot be written."""
+    module = module_of(d)
+    return {name: Direct(getattr(module, name), _BUFFERS, warps) for name, warps in KERNELS.items()}

@@ -7,7 +7,6 @@ for which these become rows first.
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -18,7 +17,8 @@ from llcompile.kernels.aten import readouts as aten
 from llcompile.kernels.grid import depth
 from llcompile.kernels.readouts import Readouts, ReadoutToken, describe
 from llcompile.kernels.rows import from_rows, rows_between, to_rows
-from llcompile.kernels.triton.readout_source import BLOCK, CHUNK, TILE, module_of, warps
+from llcompile.kernels.triton.limits import current
+from llcompile.kernels.triton.readout_source import BLOCK, CHUNK, TILE, kernels_of
 
 
 def forward(x: Readouts, return_final_state: bool) -> tuple[Tensor, Tensor]:
@@ -29,7 +29,7 @@ def forward(x: Readouts, return_final_state: bool) -> tuple[Tensor, Tensor]:
         x, rows = aten.in_rows(x)
         readouts, state = forward(x, return_final_state)
         return from_rows(readouts, rows), state
-    with _current(x.query):
+    with current(x.query):
         return Call(x).forward(return_final_state)
 
 
@@ -44,7 +44,7 @@ def backward(x: Readouts, grad: Tensor, grad_state: Tensor | None) -> tuple[Tens
         one, _ = aten.in_rows(x)
         d_query, d_key, d_state = backward(one, to_rows(grad, rows), grad_state)
         return *(t if t is None else from_rows(t, rows) for t in (d_query, d_key)), d_state
-    with _current(x.query):
+    with current(x.query):
         d_query, d_key = Call(x).backward(grad.to(x.dtype).contiguous())
     if not with_states:
         return d_query, d_key, None
@@ -65,12 +65,10 @@ def step(x: ReadoutToken) -> tuple[Tensor, Tensor]:
     new = x.query.new_empty(batch, sets, routing_state.size(x.levels, channels), dtype=x.dtype)
     operands = [part for t in map(_dense, (x.query, x.key)) for part in (t, t.stride(0), t.stride(1))]
     old = (state, state.stride(0), state.stride(1))
-    with _current(x.query):
-        kernel = module_of(describe(x)).readouts_step
-        kernel[(batch * sets,)](
-            *operands, *old, new, readouts, sets, *routing_state.layout(x.state, sets, x.levels * channels),
-            num_warps=warps("readouts_step"),
-        )  # fmt: skip
+    with current(x.query):
+        where = routing_state.layout(x.state, sets, x.levels * channels)
+        grid = (batch * sets, 1, 1)
+        kernels_of(describe(x))["readouts_step"](grid, *operands, *old, new, readouts, sets, *where)
     return readouts, new
 
 
@@ -78,7 +76,7 @@ class Call:
     """One call, without the gradients of states."""
 
     def __init__(self, x: Readouts) -> None:
-        self.x, self.kernels = x, module_of(describe(x))
+        self.x, self.kernels = x, kernels_of(describe(x))
         _, self.tokens, self.sets, self.channels = x.query.shape
         edge, longest = max(self.tokens - 1, 0).bit_length(), self.tokens
         if x.initial_state is not None:
@@ -100,8 +98,8 @@ class Call:
         if not return_final_state:
             return readouts, x.query.new_empty(0, dtype=x.dtype)
         state = self._empty(x.rows, self.sets, routing_state.size(x.levels, self.channels))
-        kernel = self.kernels.final_state[(x.rows * self.sets,)]
-        kernel(*self.key, *more, state, *self.sizes, self.depth, num_warps=warps("final_state"))
+        grid = (x.rows * self.sets, 1, 1)
+        self.kernels["final_state"](grid, *self.key, *more, state, *self.sizes, self.depth)
         return readouts, state
 
     def backward(self, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,15 +130,9 @@ class Call:
     def _launch(self, name: str, size: int, *arguments: Any, second: int = 1) -> None:
         """Run a kernel over all parts of `size` tokens."""
         rows = self.x.rows if self.x.starts is None else 1
-        grid = (rows * self._parts(size) * self.sets, second)
-        getattr(self.kernels, name)[grid](*arguments, num_warps=warps(name))
+        self.kernels[name]((rows * self._parts(size) * self.sets, second, 1), *arguments)
 
 
 def _dense(x: Tensor) -> Tensor:
     """With channels side by side."""
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _current(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Where the device of `x` is the current one."""
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()

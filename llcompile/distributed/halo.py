@@ -39,7 +39,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     with spread.run_by(ctx.spread):
-        own = torch.ops.llcompile.halo_gradient(grad)
+        own = torch.ops.llcompile.halo_gradient.default(grad)
     return F.pad(own, (ctx.length - ctx.count, 0)), None
 
 
@@ -72,7 +72,7 @@ def add_halos(module: fx.GraphModule) -> int:
 
 def _add_halo(y: Tensor, x: Tensor, weight: Tensor, reach: int, dilation: int, groups: int) -> Tensor:
     """A convolution's output `y [B, D, T + reach]` on a shard -> what it is on the sequence."""
-    halo = torch.ops.llcompile.halo(x, reach)  # [B, C, reach]
+    halo = torch.ops.llcompile.halo.default(x, reach)  # [B, C, reach]
     first = F.conv1d(F.pad(halo, (0, reach)), weight, None, 1, 0, dilation, groups)  # [B, D, reach]
     return y + F.pad(first, (0, y.shape[-1] - reach))
 

@@ -6,7 +6,6 @@ Kernels are recorded in place of being run. ATen operations that only allocate, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -45,14 +44,10 @@ def count(monkeypatch: pytest.MonkeyPatch) -> Count:
     found: list[str] = []
 
     def recorded(name: str) -> Any:
-        class Kernel:
-            def __getitem__(self, grid: Any) -> Any:
-                return lambda *arguments, **options: found.append(name)
+        return lambda grid, *arguments: found.append(name)
 
-        return Kernel()
-
-    kernels = SimpleNamespace(**{name: recorded(name) for name in readout_source.KERNELS})
-    monkeypatch.setattr(readouts, "module_of", lambda d: kernels)
+    kernels = {name: recorded(name) for name in readout_source.KERNELS}
+    monkeypatch.setattr(readouts, "kernels_of", lambda d: kernels)
     monkeypatch.setattr(autotune, "run", lambda launch: found.append(launch.kernel.name))
     monkeypatch.setattr(limits, "interpreted", lambda: True)  # or operands on a CPU are refused
     monkeypatch.setattr(acceptance, "interpreted", lambda: True)  # and kernels tested

@@ -79,12 +79,13 @@ def run_of(family: str, call: str) -> Callable[[], object]:
     routed, kind = call.startswith(ROUTED), call.removeprefix(ROUTED)
     if kind.startswith("step"):
         return torch.no_grad()(_step(case, kind, routed))
-    x = {n: t for n, t in operands_of(case, "cpu")._asdict().items() if t is not None}
+    x: dict[str, Any] = {n: t for n, t in operands_of(case, "cpu")._asdict().items() if t is not None}
     routing = {name: torch.ones(*x["v"].shape[:3], CHANNELS, dtype=x["v"].dtype) for name in ("query", "key")}
     calls = [functools.partial(ops.level_readouts, levels=LEVELS)] if routed else []
     if kind == "forward":
         return torch.no_grad()(lambda: [*(one(**routing) for one in calls), ops.loglinear_attention(**x)])
-    leaves, more = ({n: t.requires_grad_() for n, t in given.items()} for given in (x, routing))
+    leaves: dict[str, Any] = {n: t.requires_grad_() for n, t in x.items()}
+    more = {n: t.requires_grad_() for n, t in routing.items()}
 
     def both() -> None:
         for one in calls:

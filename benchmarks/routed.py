@@ -1,11 +1,14 @@
 """What routed level weights cost: the operator with level weights, beside the same with per-level readouts before it.
 
-    python -m benchmarks.routed [--device cuda] [--lengths 1024 4096] [--channels 16] [--json FILE]
+    python -m benchmarks.routed [--device cuda] [--graph] [--mixers small] [--lengths 1024 4096] [--json FILE]
 
 The operator alone comes in turns with readouts and the operator behind them: forward, both passes, and one decoded
 token, whose readouts come from its state and go into the next one. The ratio is of each turn's pair, its median and
 quartiles over the turns; the budget is 1.3. On a CPU one thread and float32, on a GPU bfloat16. The level weights
 themselves (a projection of the token, and one more of the readouts) are left out on both sides.
+
+The small mixers are smaller than those of any published model: what they show is what a second call costs the host.
+With `--graph`, each side is the replay of a CUDA graph, where the host has no part.
 """
 
 from __future__ import annotations
@@ -15,27 +18,47 @@ import statistics
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from benchmarks import record
+from benchmarks.cuda.timing import as_graph
 from benchmarks.selective import timed
 from llcompile.arguments import at_least
+from llcompile.errors import BenchError
 from llcompile.ops import level_readouts, level_readouts_step, loglinear_attention, loglinear_attention_step
 
 LEVELS = 16
 BUDGET = 1.3
-# Heads, K, V of a mixer, and the sets of its level weights.
-SIZES = {"Mamba-2": (8, 64, 64, 8), "gated delta": (4, 64, 64, 4)}
 Call = Callable[[], Any]
+
+
+class Mixer(NamedTuple):
+    """Heads, K, V and whether there is a delta rule. Each head has level weights of its own."""
+
+    heads: int
+    key_dim: int
+    value_dim: int
+    delta: bool
+
+
+MIXERS = {
+    "small Mamba-2": Mixer(8, 64, 64, delta=False),
+    "small gated delta": Mixer(4, 64, 64, delta=True),
+    "Mamba-2 130M": Mixer(24, 128, 64, delta=False),
+    "Mamba-2 2.7B": Mixer(80, 128, 64, delta=False),
+    "Qwen3-Next 80B": Mixer(32, 128, 128, delta=True),
+}
 
 
 def main(given: list[str] | None = None) -> int:
     """Measure, print and write; 1 where a ratio is over the budget."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="default: cpu")
+    parser.add_argument("--graph", action="store_true", help="time replays of CUDA graphs; needs a CUDA device")
+    parser.add_argument("--mixers", nargs="+", default=[""], help="those whose names hold one of these (default: all)")
     parser.add_argument(
         "--lengths", type=at_least(1), nargs="+", default=[1024, 4096], help="tokens (default: 1024 4096)"
     )
@@ -43,20 +66,35 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--turns", type=at_least(1), default=9, help="how often each runs (default: 9)")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     args = parser.parse_args(given)
+    chosen = {name: mixer for name, mixer in MIXERS.items() if any(part in name for part in args.mixers)}
+    if not chosen:
+        parser.error(f"--mixers {' '.join(args.mixers)} is part of no name of {', '.join(MIXERS)}")
+    if args.graph and args.device == "cpu":
+        parser.error("--graph needs a CUDA device: pass --device cuda too")
     if args.device == "cpu":
         torch.set_num_threads(1)
     rows = []
-    for mixer in SIZES:
+    for name, mixer in chosen.items():
         for length in args.lengths:
-            for what, (plain, whole) in calls(mixer, length, args.channels, args.device).items():
-                found = {"mixer": mixer, "tokens": length, "what": what, **ratio(plain, whole, args.device, args.turns)}
+            for what, pair in calls(mixer, length, args.channels, args.device).items():
+                plain, whole = (graphed(call) for call in pair) if args.graph else pair
+                found = {"mixer": name, "tokens": length, "what": what, **ratio(plain, whole, args.device, args.turns)}
                 rows.append(found)
                 print(line(found), flush=True)
     seen = record.environment(args.device)
     print(f"{seen['machine']}, {seen['threads']} threads, {seen['versions']}")
     if args.json is not None:
-        record.write(args.json, {"environment": seen, "channels": args.channels, "results": rows})
+        found = {"environment": seen, "channels": args.channels, "graph": args.graph, "results": rows}
+        record.write(args.json, found)
     return int(any(row["ratio"] > BUDGET for row in rows))
+
+
+def graphed(call: Call) -> Call:
+    """The replay of a CUDA graph of `call`; raises BenchError where it cannot be captured."""
+    replay, reason = as_graph(call)
+    if reason is not None:
+        raise BenchError(f"no CUDA graph can be captured of this call ({reason}); run without --graph")
+    return replay
 
 
 def ratio(plain: Call, whole: Call, device: str, turns: int) -> dict[str, float]:
@@ -71,24 +109,24 @@ def line(row: dict[str, Any]) -> str:
     """A result for a person."""
     verdict = "within" if row["ratio"] <= BUDGET else "over"
     return (
-        f"{row['mixer']:<12}{row['tokens']:>7} tokens {row['what']:<9}{1e3 * row['seconds']:>9.3f} ms   with readouts "
+        f"{row['mixer']:<18}{row['tokens']:>7} tokens {row['what']:<9}{1e3 * row['seconds']:>9.3f} ms   with readouts "
         f"x{row['ratio']:.3f} ({row['low']:.3f} to {row['high']:.3f}), {verdict} the budget of {BUDGET}"
     )
 
 
-def calls(mixer: str, length: int, channels: int, device: str) -> dict[str, tuple[Call, Call]]:
+def calls(mixer: Mixer, length: int, channels: int, device: str) -> dict[str, tuple[Call, Call]]:
     """The operator alone, and after readouts: forward, both passes, and a token."""
     torch.manual_seed(0)
-    heads, key_dim, value_dim, sets = SIZES[mixer]
+    heads, key_dim, value_dim, delta = mixer
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     make: dict[str, Any] = {"device": device, "dtype": dtype}
     q, k = (torch.nn.functional.normalize(torch.randn(1, length, heads, key_dim, **make), dim=-1) for _ in range(2))
     x: dict[str, Any] = {"q": q, "k": k, "v": torch.randn(1, length, heads, value_dim, **make)}
     x["log_decay"] = -0.1 * torch.rand(1, length, heads, device=device)
-    x["level_weights"] = torch.rand(1, length, sets, LEVELS, device=device)
-    if mixer == "gated delta":
+    x["level_weights"] = torch.rand(1, length, heads, LEVELS, device=device)
+    if delta:
         x["beta"] = torch.rand(1, length, heads, device=device)
-    routing: dict[str, Any] = {name: torch.randn(1, length, sets, channels, **make) for name in ("query", "key")}
+    routing: dict[str, Any] = {name: torch.randn(1, length, heads, channels, **make) for name in ("query", "key")}
     operator, readouts = partial(loglinear_attention, **x), partial(level_readouts, **routing, levels=LEVELS)
     both = gradients(lambda **x: loglinear_attention(**x)[0], x)
     readouts_both = gradients(lambda **x: level_readouts(**x, levels=LEVELS)[0], routing)

@@ -81,7 +81,7 @@ def run_of(family: str, call: str) -> Callable[[], object]:
         return torch.no_grad()(_step(case, kind, routed))
     x: dict[str, Any] = {n: t for n, t in operands_of(case, "cpu")._asdict().items() if t is not None}
     routing = {name: torch.ones(*x["v"].shape[:3], CHANNELS, dtype=x["v"].dtype) for name in ("query", "key")}
-    calls = [functools.partial(ops.level_readouts, levels=LEVELS)] if routed else []
+    calls: list[Callable[..., Any]] = [functools.partial(ops.level_readouts, levels=LEVELS)] if routed else []
     if kind == "forward":
         return torch.no_grad()(lambda: [*(one(**routing) for one in calls), ops.loglinear_attention(**x)])
     leaves: dict[str, Any] = {n: t.requires_grad_() for n, t in x.items()}

@@ -65,7 +65,7 @@ say "correctness (at most 45% of the time)"
 many=()
 sees xdist && many=(-n auto --maxprocesses 16 --dist load --maxschedchunk 1)
 rm -f "$OUT/failures.txt"
-FAILURES=$OUT/failures.txt timeout $((MINUTES * 27)) "$python" -m pytest "${many[@]}" -m cuda -v --no-header --maxfail=20 -p no:cacheprovider -p tests.helpers.as_they_come tests/models/test_cuda.py tests/kernels/test_triton_cuda.py 2>&1 |
+FAILURES=$OUT/failures.txt timeout $((MINUTES * 27)) "$python" -m pytest "${many[@]}" -m cuda -v --no-header --maxfail=20 -p no:cacheprovider -p tests.helpers.as_they_come tests/models/test_cuda.py tests/kernels/test_triton_cuda.py tests/kernels/test_triton_cuda_long.py 2>&1 |
   tee "$OUT/tests.log" | tail -n 25
 tests=${PIPESTATUS[0]}
 
@@ -73,6 +73,9 @@ tests=${PIPESTATUS[0]}
 # runs FLA's kernels where it finds them, and models are compared with transformers' own code.
 sees fla || install 60 --no-deps --find-links "$WHEELS" --no-index "${FLA[@]}" || install 90 --no-deps "${FLA[@]}" ||
   say "FLA cannot be installed: no comparison with it"
+
+say "routed level weights, in CUDA graphs"
+timeout 60 "$python" -m benchmarks.routed --device cuda --graph --json "$OUT/routed-cuda-graph-$(date -u +%F).json" 2>&1 | tee "$OUT/routed.log"
 
 seconds=$(($(left) - 40)) # the last case, the tables and the plot need some
 say "speed ($seconds s)"

@@ -222,6 +222,15 @@ def test_show_fills_the_page(tmp_path: Path, capsys: Any) -> None:
     assert "+6.0" in capsys.readouterr().out
 
 
+def test_each_machine_says_what_it_ran() -> None:
+    """One machine has a line without names; two have a line each, with the series that ran there."""
+    here, there = ({"machine": name, "date": "2026-11-27T10:00", "versions": {"torch": "2"}} for name in ("a", "b"))
+    files = [{"share": share, "environment": here} for share in ("gdn-0", "gdn-1")]
+    assert show._where(files) == "\n\n(a; 2026-11-27; torch 2.)"
+    files += [{"share": share, "environment": there} for share in ("gdn_longer-0", "mamba2")]
+    assert show._where(files) == ("\n\n(gdn: a; 2026-11-27; torch 2.)\n\n(gdn_longer, mamba2: b; 2026-11-27; torch 2.)")
+
+
 def test_show_wants_its_marks(tmp_path: Path) -> None:
     page = tmp_path / "evidence.md"
     page.write_text("<!-- recall -->\n\n<!-- end -->\n")

@@ -51,9 +51,12 @@ _PLOTS: dict[str, Callable[[Found, Path], bool]] = {
 
 
 def _where(found: Found) -> str:
-    """On which machine, and when."""
-    if not found:
-        return ""
-    seen = found[-1]["environment"]
-    versions = ", ".join(f"{name} {version}" for name, version in seen["versions"].items())
-    return f"\n\n({seen['machine'].partition(', load')[0]}; {seen['date'][:10]}; {versions}.)"
+    """On which machine and when; of which series, where there are several machines."""
+    series: dict[str, dict[str, None]] = {}
+    for file in found:
+        seen = file["environment"]
+        versions = ", ".join(f"{name} {version}" for name, version in seen["versions"].items())
+        where = f"{seen['machine'].partition(', load')[0]}; {seen['date'][:10]}; {versions}"
+        series.setdefault(where, {})[re.sub(r"-\d+$", "", file["share"])] = None
+    of = (f"{', '.join(names)}: {where}" if len(series) > 1 else where for where, names in series.items())
+    return "".join(f"\n\n({text}.)" for text in of)

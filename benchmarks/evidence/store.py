@@ -41,5 +41,5 @@ class Store:
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """All files of an experiment's folder, in the order of their names."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    """All files of an experiment's folder, in the order of their names, each with that as its `share`."""
+    return [{**json.loads(path.read_text()), "share": path.stem} for path in sorted(folder.glob("*.json"))]

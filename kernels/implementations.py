@@ -231,7 +231,7 @@ class Cpp(Implementation):
         """The engine checks positions, in the same pass over the state."""
         from llcompile.kernels.cpp import engine
 
-        return _with_routing(engine.step(token), routing)
+        return engine.step(token, routing)
 
     def step_in_place(self, token: Token, routing: Tensor | None = None) -> Tensor:
         """Likewise; in the dtype of sums, and where each head's state is in one piece."""
@@ -239,10 +239,7 @@ class Cpp(Implementation):
 
         if not engine.fits_in_place(token):
             return super().step_in_place(token, routing)
-        o = engine.step_in_place(token)
-        if routing is not None:
-            routing_state.write(token.state, routing)
-        return o
+        return engine.step_in_place(token, routing)
 
     def readouts(self) -> ReadoutForm:
         """As `cpp.readouts` has them."""
@@ -273,7 +270,10 @@ class Aten(Implementation):
         from llcompile.kernels.aten.token import step
 
         check_positions(token.state, 1, "state")
-        return _with_routing(step(token), routing)
+        o, state = step(token)
+        if routing is not None:
+            routing_state.write(state, routing)
+        return o, state
 
     def readouts(self) -> ReadoutForm:
         """As `aten.readouts` has them."""
@@ -291,13 +291,6 @@ IMPLEMENTATIONS: dict[str, Implementation] = {row.name: row for row in (Cpp(), T
 def preferred(device: torch.device) -> Implementation:
     """What `auto` takes on a device, if it can run there."""
     return next((row for row in IMPLEMENTATIONS.values() if device.type in row.devices), ATEN)
-
-
-def _with_routing(found: tuple[Tensor, Tensor], routing: Tensor | None) -> tuple[Tensor, Tensor]:
-    """An output and a state of a step, with a routing state in the headers of the latter."""
-    if routing is not None:
-        routing_state.write(found[1], routing)
-    return found
 
 
 def _line(error: Exception) -> str:

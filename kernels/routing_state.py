@@ -114,6 +114,16 @@ def layout(state: Tensor, sets: int, numbers: int) -> tuple[int, int]:
     return state.shape[1] // sets, _place(_sizes(state), sets, numbers)[1]
 
 
+def shares(state: Tensor, routing: Tensor) -> tuple[int, int, int]:
+    """How a routing state is written into the headers of a level state `[B, H, 1 + L, K, V]`; raises as `write`.
+
+    Returns the heads of a set, how many of its sums each of their headers takes in turn, and how many there are.
+    """
+    check_written(state, routing)
+    _, sets, whole = routing.shape
+    return *layout(state, sets, whole - header.DIGITS), whole - header.DIGITS
+
+
 def own(state: Tensor, sets: int, levels: int, channels: int) -> Tensor:
     """A copy of the routing state in either kind of state; nothing else of it."""
     return read(state, sets, levels, channels) if is_level_state(state) else state.clone()

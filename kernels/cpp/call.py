@@ -43,8 +43,9 @@ class Step(ctypes.Structure):
 
     _fields_ = [
         *((name, Operand) for name in (*OPERANDS, "output")),
-        *((name, _Pointer) for name in ("state", "next")),
+        *((name, _Pointer) for name in ("state", "next", "routing")),
         *((name, _Integer) for name in ("state_row", "state_head", "next_row", "next_head")),
+        *((name, _Integer) for name in ("set_heads", "routing_width", "routing_numbers")),
         *((name, _Integer) for name in ("rows", "heads", "groups", "key_dim", "value_dim", "slots", "weighted")),
         ("scale", ctypes.c_double),
     ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llcompile.errors import KernelError
-from llcompile.kernels import header
+from llcompile.kernels import header, routing_state
 from llcompile.kernels.cpp.call import OPERANDS, Call, Step, operand, pointer, token_operand
 from llcompile.kernels.cpp.family import functions
 from llcompile.kernels.cpp.gradients import Gradients, for_tokens
@@ -43,11 +43,8 @@ def backward(x: Operands, scale: float, grad_o: Tensor, grad_state: Tensor | Non
     return [*gradients.summed(), run.initial_gradient(d_initial)]
 
 
-def step(token: Token) -> tuple[Tensor, Tensor]:
-    """Absorb one token and read out, as `aten.token.step`.
-
-    Raises `StateError` where a row's position is damaged or cannot be counted further.
-    """
+def step(token: Token, routing: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Absorb one token and read out, as `Implementation.step`; raises as that."""
     state, dtype = token.state, state_dtype(token.v.dtype)
     w = token.level_weights
     given = in_levels(state if state.dtype == dtype else state.to(dtype), None if w is None else w.shape[-1])
@@ -55,7 +52,7 @@ def step(token: Token) -> tuple[Tensor, Tensor]:
     new = torch.empty(given.shape, dtype=dtype)
     if not token.v.numel():
         return token.v.new_empty(token.v.shape), new.copy_(given)
-    return _step(token, given, new), new
+    return _step(token, given, new, routing), new
 
 
 def fits_in_place(token: Token) -> bool:
@@ -67,18 +64,22 @@ def fits_in_place(token: Token) -> bool:
     return as_computed and apart and state[0, 0].is_contiguous()
 
 
-def step_in_place(token: Token) -> Tensor:
+def step_in_place(token: Token, routing: Tensor | None) -> Tensor:
     """The output of `step`, with the new state in place of the old one, which `fits_in_place`; raises as `step`."""
-    return _step(token, token.state, token.state)
+    return _step(token, token.state, token.state, routing)
 
 
-def _step(token: Token, given: Tensor, new: Tensor) -> Tensor:
+def _step(token: Token, given: Tensor, new: Tensor, routing: Tensor | None) -> Tensor:
     q, k, v, w, _, log_decay, rate, *others, scale = token
     d, o = describe_step(token), torch.empty(v.shape, dtype=v.dtype)
     rates = operand(rate)  # for all rows
     operands = (*map(token_operand, (q, k, v, w, log_decay)), rates, *map(token_operand, (*others, o)))
     sizes = (v.shape[0], v.shape[1], q.shape[1], q.shape[2], v.shape[2], d.levels or 1, d.levels is not None)
-    call = Step(*operands, given.data_ptr(), new.data_ptr(), *given.stride()[:2], *new.stride()[:2], *sizes, scale)
+    shares = (1, 0, 0)
+    if routing is not None:
+        shares, routing = routing_state.shares(new, routing), routing.to(new.dtype).contiguous()
+    pointers = map(pointer, (given, new, routing))
+    call = Step(*operands, *pointers, *given.stride()[:2], *new.stride()[:2], *shares, *sizes, scale)
     result = functions(d).step(call)
     if result < 0:
         check_positions(given, 1, "state")

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from llcompile.kernels import routing_state
 from llcompile.kernels.description import describe_step
-from llcompile.kernels.header import DIGITS
 from llcompile.kernels.operands import Token
 from llcompile.kernels.state import in_levels
 from llcompile.kernels.triton import autotune, scan
@@ -84,9 +83,6 @@ def _routing_arguments(state: Tensor, routing: Tensor | None) -> dict[str, Any]:
     """Arguments of what goes into the headers of the new state `[B, H, 1 + L, K, V]`; without it they are not read."""
     if routing is None:
         return {"routing_ptr": None, "set_heads": 1, "routing_width": 1, "routing_numbers": 1}
-    routing_state.check_written(state, routing)
-    _, sets, size = routing.shape
-    numbers = size - DIGITS
-    set_heads, width = routing_state.layout(state, sets, numbers)
+    set_heads, width, numbers = routing_state.shares(state, routing)
     parts = {"set_heads": set_heads, "routing_width": width, "routing_numbers": numbers}
     return {"routing_ptr": routing.contiguous(), **parts}

@@ -76,6 +76,14 @@ SERIES = {
         tasks=TASKS[:1],
         arms=tuple(arm for arm in ARMS if arm.all_weights),
     ),
+    # Routing is learned slowly: its gain over staying grows for as long as was tried.
+    "mamba2_longer": Series(
+        "mamba2",
+        "scalar decay, trained for longer after",
+        replace(LARGE, more=4500),
+        tasks=TASKS[:1],
+        arms=(ARMS[0], ARMS[-1]),
+    ),
 }
 
 

@@ -34,6 +34,17 @@ SMALL = Task(length=32, pairs=6, keys=12, values=4)
 SHORT = Plan(steps=3, more=2, batch=4, measures=2)
 
 
+def test_no_training_sees_the_exam() -> None:
+    """A CPU's generator keeps 32 bits of the exam's seed, which are those of seed 0."""
+    task = Task()
+    held = {tuple(row) for batch in Exam(task).batches for row in batch.tokens.tolist()}
+    seen = {
+        tuple(row) for _, batch in zip(range(64), task.stream(16, 0), strict=False) for row in batch.tokens.tolist()
+    }
+    assert (len(held), len(seen)) == (256, 1024)
+    assert not held & seen
+
+
 class Silence:
     def stage(self, text: str, steps: int | None = None) -> Callable[[], None]:
         return lambda: None

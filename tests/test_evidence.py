@@ -222,6 +222,20 @@ def test_show_fills_the_page(tmp_path: Path, capsys: Any) -> None:
     assert "+6.0" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("layout", ["stream", "first"])
+def test_no_training_sees_what_is_held_out(layout: str) -> None:
+    """Of the seed of the held-out sequences a CPU's generator keeps 32 bits, which are those of a training seed."""
+    plan = recall.LARGE
+    task = dataclasses.replace(plan.task, layout=layout)
+    held = {tuple(row) for row in recall.held_out(task, plan.tests, "cpu").tokens.tolist()}
+    assert len(held) == plan.tests
+    for seed in (0, 1):
+        batches = recall.stream(task, plan.batch, torch.Generator().manual_seed(seed))
+        seen = {tuple(row) for _, batch in zip(range(40), batches, strict=False) for row in batch.tokens.tolist()}
+        assert len(seen) == 40 * plan.batch
+        assert not held & seen
+
+
 def test_each_machine_says_what_it_ran() -> None:
     """One machine has a line without names; two have a line each, with the series that ran there."""
     here, there = ({"machine": name, "date": "2026-11-27T10:00", "versions": {"torch": "2"}} for name in ("a", "b"))

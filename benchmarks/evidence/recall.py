@@ -138,7 +138,7 @@ class Bench:
         name = f"{task.layout}, {'told' if task.told else 'untold'}"
         if all(f"{name}: {arm.name}" in store for arm in self.arms):
             return
-        exam = task.draw(self.plan.tests, torch.Generator(self.job.device).manual_seed(2**40))
+        exam = held_out(task, self.plan.tests, self.job.device)
         checkpoint = self._trained(task, seed)
         before = self._outputs(None, exam)
         store.put(f"{name}: trained", score(before, exam, task))
@@ -194,6 +194,11 @@ class Bench:
         """The logits of the held-out sequences, computed as in training, in batches of the same size."""
         batches = [Batch(*parts) for parts in zip(*(x.split(self.plan.batch) for x in exam), strict=True)]
         return torch.cat([self._logits(levels, batch).detach() for batch in batches])
+
+
+def held_out(task: Task, count: int, device: str) -> Batch:
+    """Sequences that no training sees: on a CPU, whose seeds have 32 bits, they are drawn by another number at once."""
+    return task.draw(count, torch.Generator(device).manual_seed(2**40))
 
 
 def stream(task: Task, batch: int, generator: torch.Generator) -> Any:

@@ -15,7 +15,7 @@ from llcompile.kernels.triton.description import Description
 from llcompile.kernels.triton.direct import Kinds
 from llcompile.kernels.triton.limits import interpreted
 from llcompile.kernels.triton.schedule import KERNELS
-from llcompile.kernels.triton.source import generate
+from llcompile.kernels.triton.source import generate, kernel_text
 from llcompile.kernels.triton.tuning import Tuning, tuning
 
 
@@ -25,18 +25,43 @@ def module_of(d: Description) -> ModuleType:
     return cache.load(cache.file_of(generate(d), d.family))
 
 
+class Code:
+    """Triton's function of a kernel, and what is compiled of it.
+
+    It depends on the kernel's text alone, so all descriptions that give the same text have the same object.
+    """
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+        found = tuple(inspect.signature(function.fn).parameters)
+        self.tiled = "VALUE_TILE" in found
+        self.parameters = tuple(n for n in found if n != "VALUE_TILE")
+        self.kinds = Kinds(self.parameters, getattr(function, "do_not_specialize", ()))
+        # By launch parameters and kind of arguments. Triton's interpreter compiles nothing.
+        self.compiled: dict[tuple[Any, ...], Any] | None = None if interpreted() else {}
+
+
+# By name and text.
+_codes: dict[tuple[str, str], Code] = {}
+
+
+def code_of(d: Description, name: str) -> Code:
+    """The code of a kernel, from the file of the first description that had it; raises as `module_of`."""
+    key = name, kernel_text(d, name)
+    if key not in _codes:
+        # Threads that need it at once all get the one that is there first.
+        _codes.setdefault(key, Code(getattr(module_of(d), name)))
+    return _codes[key]
+
+
 class Kernel:
     """What all launches of one kernel share; two are equal only if they are the same object."""
 
     def __init__(self, d: Description, name: str, chip: Chip) -> None:
-        self.d, self.name = d, name
-        self.function: Any = getattr(module_of(d), name)
-        found = tuple(inspect.signature(self.function.fn).parameters)
-        self.tiled = "VALUE_TILE" in found
-        self.parameters = tuple(n for n in found if n != "VALUE_TILE")
-        self.kinds = Kinds(self.parameters, getattr(self.function, "do_not_specialize", ()))
-        # By launch parameters and kind of arguments. Triton's interpreter compiles nothing.
-        self.compiled: dict[tuple[Any, ...], Any] | None = None if interpreted() else {}
+        self.d, self.name, self.code = d, name, code_of(d, name)
+        # Every launch takes these, so they are looked up here.
+        self.function, self.compiled = self.code.function, self.code.compiled
+        self.tiled, self.parameters, self.kinds = self.code.tiled, self.code.parameters, self.code.kinds
         # Columns of transitions, whose tiles follow those of the values.
         self.passing = d.key_dim if KERNELS[name].passing else 0
         self.default: Tuning = tuning(name, d, chip)

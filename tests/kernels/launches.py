@@ -19,5 +19,8 @@ def recorded(call: Callable[[], object]) -> list[Launch]:
 
 
 def variants(launches: Iterable[Launch]) -> set[tuple[Any, ...]]:
-    """What Triton compiles for them: a kernel each time that its key of types and known multiples is a new one."""
-    return {(launch.kernel.d, launch.kernel.name, launch.kernel.default, key_of(launch)) for launch in launches}
+    """What Triton compiles for them: a kernel each time that its key of types and known multiples is a new one.
+
+    Descriptions whose kernels have the same text share what is compiled.
+    """
+    return {(launch.kernel.code, launch.kernel.name, launch.kernel.default, key_of(launch)) for launch in launches}

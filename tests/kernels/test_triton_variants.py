@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ from llcompile.kernels.triton.check import signature_of
 from llcompile.kernels.triton.chips import CHIPS
 from llcompile.kernels.triton.cost.compilations import key_of
 from llcompile.kernels.triton.description import Description
-from llcompile.kernels.triton.launch import kernels_of
+from llcompile.kernels.triton.launch import code_of, kernels_of
 from llcompile.kernels.triton.schedule import kernel_names
 from tests.kernels.kernel_cases import operands
 from tests.kernels.launches import recorded, variants
@@ -64,12 +65,14 @@ def heads_first(x: Operands) -> Operands:
 @pytest.mark.parametrize(("decay", "delta"), FAMILIES)
 def test_as_many_as_there_are(decay, delta, levels):
     """Forward and backward over all lengths: each kernel once, and every one but those of single tokens."""
-    found = set()
+    found, described = set(), set()
     for length in LENGTHS:
-        found |= variants(both_passes(given(length, decay=decay, delta=delta, levels=levels, batch=1)))
+        launches = both_passes(given(length, decay=decay, delta=delta, levels=levels, batch=1))
+        found |= variants(launches)
+        described |= {launch.kernel.d for launch in launches}
     names = [name for _, name, _, _ in found]
     assert len(names) == len(set(names)), sorted(n for n in names if names.count(n) > 1)
-    (d,) = {d for d, *_ in found}
+    (d,) = described
     assert {*names} == {*kernel_names(d)} - {"decode", "decode_in_place", "count", "replay"}
 
 
@@ -103,17 +106,33 @@ def test_with_states(state):
     assert len(names) == len(set(names)), sorted(n for n in names if names.count(n) > 1)
 
 
+def test_descriptions_share_what_has_the_same_text():
+    """Calls with and without a final state, and with a linear state before them, compile few kernels of their own."""
+    calls = {(state, final): given(640, delta=True, levels=9, state=state) for state in (None, "linear") for final in (0, 1)}
+    found = {key: variants(both_passes(x, bool(key[1]))) for key, x in calls.items()}
+    plain = found[None, 0]
+    assert {name for _, name, *_ in found[None, 1] - plain} == {
+        "final_state",
+        "final_state_gradient",
+        "final_chunk_gradient",
+    }
+    assert {name for _, name, *_ in found["linear", 0] - plain} == {"output", "read_gradient", "old_state_gradient"}
+    assert plain - found["linear", 0]  # what has another text is another kernel
+    d = dataclasses.replace(next(iter(both_passes(calls[None, 0]))).kernel.d, final_state=True)
+    assert code_of(d, "chunk_inverse") in {code for code, *_ in plain}
+
+
 def test_without_it_there_are_many(monkeypatch):
     """The count sees what it is for: with all arguments specialised, the same lengths take many more kernels."""
     from llcompile.kernels.triton import launch, source
 
-    for cached in (source.generate, launch.module_of, launch.kernels_of):
+    for cached in (source.generate, source.kernel_text, launch.module_of, launch.kernels_of):
         cached.cache_clear()
     monkeypatch.setattr(source, "_without_specialisations", lambda text, name, d: text)
     found = set()
     for length in LENGTHS:
         found |= variants(both_passes(given(length, delta=True, levels=9, batch=1)))
-    for cached in (source.generate, launch.module_of, launch.kernels_of):
+    for cached in (source.generate, source.kernel_text, launch.module_of, launch.kernels_of):
         cached.cache_clear()
     assert len(found) > 3 * len({name for _, name, _, _ in found})
 

@@ -28,7 +28,7 @@ def compilations(case: Case, lengths: Iterable[int] = LENGTHS) -> dict[str, int]
     found: set[tuple[Any, ...]] = set()
 
     def see(launch: Launch) -> None:
-        found.add((launch.kernel.name, launch.kernel.d, launch.kernel.default, key_of(launch)))
+        found.add((launch.kernel.name, launch.kernel.code, launch.kernel.default, key_of(launch)))
 
     for length in lengths:
         around(dataclasses.replace(case, length=length).runner("meta"), see)

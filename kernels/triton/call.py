@@ -128,6 +128,20 @@ class Call(Layout):
             "old_seen": seen.to(torch.int32).contiguous(),
         }
 
+    def final_state(self) -> Tensor:
+        """The state after the last token, which the kernels have been run for."""
+        if self.d.weighted:
+            return self._final(self.arguments["level_states"].flatten(0, 1))
+        found: Tensor = self.arguments["final_states"]
+        return found
+
+    def add_final_gradient(self, grad_state: Tensor) -> None:
+        """Take the gradient of `final_state` as an argument."""
+        if self.d.weighted:
+            self.arguments["level_gradients"] = self._final_grad(self.with_tokens(grad_state)).contiguous()
+        else:
+            self.arguments["final_gradients"] = grad_state.float().contiguous()
+
     def with_tokens(self, grad_state: Tensor) -> Tensor:
         """The part of a final state's gradient that goes through the operator: rows without tokens have none."""
         if self.x.lengths is None:
@@ -162,8 +176,12 @@ class Call(Layout):
         elif entry.over == "old levels":
             yield heads * sizes["old_levels"], {}
         else:
-            levels = range(depth(chunks) - 1)
+            levels = range(self._joined_levels(chunks))
             for level in levels if entry.over == "pairs, up" else reversed(levels):
                 # A packed sequence's last pair may end where no whole pair of all chunks does.
                 pairs = -(-chunks // (2 << level)) if self.d.packed else chunks >> (level + 1)
                 yield batch_heads * pairs, {"pairs": pairs, "level": level}
+
+    def _joined_levels(self, chunks: int) -> int:
+        """Levels at which neighbouring blocks become one: nothing reads the block of all chunks."""
+        return depth(chunks) - 1

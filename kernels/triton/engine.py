@@ -24,7 +24,7 @@ def forward(x: Operands, scale: float, return_final_state: bool, make: Make = Ca
     if call.empty:
         return x.v.new_zeros(x.v.shape), call.unchanged_state() if return_final_state else call.no_state()
     call.run(STATES | OUTPUT)
-    return call.arguments["outputs"], _final_state(call) if return_final_state else call.no_state()
+    return call.arguments["outputs"], call.final_state() if return_final_state else call.no_state()
 
 
 def final_state(x: Operands, scale: float, make: Make = Call) -> Tensor:
@@ -33,7 +33,7 @@ def final_state(x: Operands, scale: float, make: Make = Call) -> Tensor:
         return scan.forward(x, scale, True)[1]
     call = make(per_channel(x), scale, True)
     call.run(STATES | {"final_state": OUTPUT["final_state"]})
-    return _final_state(call)
+    return call.final_state()
 
 
 def backward(
@@ -48,19 +48,10 @@ def backward(
             return [None] * DIFFERENTIABLE
         return [None] * (DIFFERENTIABLE - 1) + [call.unchanged_state_grad(grad_state)]
     call.operand("output_gradient", grad_o)
-    if grad_state is not None and call.d.weighted:
-        call.arguments["level_gradients"] = call._final_grad(call.with_tokens(grad_state)).contiguous()
-    elif grad_state is not None:
-        call.arguments["final_gradients"] = grad_state.float().contiguous()
+    if grad_state is not None:
+        call.add_final_gradient(grad_state)
     call.run(STATES | GRADIENTS)
     return _operand_gradients(call, x, grad_state)
-
-
-def _final_state(call: Call) -> Tensor:
-    if call.d.weighted:
-        return call._final(call.arguments["level_states"].flatten(0, 1))
-    found: Tensor = call.arguments["final_states"]
-    return found
 
 
 def per_channel(x: Operands) -> Operands:

@@ -105,7 +105,7 @@ def wanted(shapes: Shapes, sweep: Sweep, tokens: int | None) -> int:
     part = x.map_tokens(lambda t: t[:, :tokens])._replace(initial_state=empty(x, tokens, fullest))
     if sweep == "backward" and x.decay_rate is not None:  # sums over tiles, before they go into those of the whole call
         kept += sum(4 * t.numel() for t in part[: DIFFERENTIABLE - 1] if t is not None)
-    return _buffers(part, sweep, maker(x, tokens, fullest, False), True) + kept
+    return _buffers(part, sweep, maker(x, tokens, fullest, "segment"), True) + kept
 
 
 def _buffers(x: Operands, sweep: Sweep, make: Make, final: bool = False) -> int:

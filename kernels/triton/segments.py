@@ -20,7 +20,7 @@ from llcompile.kernels.description import Description, describe
 from llcompile.kernels.operands import DIFFERENTIABLE, Operands
 from llcompile.kernels.triton import blocks, engine, segment_plan
 from llcompile.kernels.triton.description import Description as Kernels
-from llcompile.kernels.triton.segment_call import begin, empty, gradient_of_initial, maker
+from llcompile.kernels.triton.segment_call import Next, aligned, begin, empty, gradient_of_initial, maker
 
 # Why kernels of a description must not run a pass; None if they may.
 Rejection = Callable[[Description, Literal["forward", "backward"]], str | None]
@@ -65,7 +65,7 @@ def forward_by(x: Operands, scale: float, return_final_state: bool, tokens: int)
     state, o = begin(x, tokens), x.v.new_empty(x.v.shape)
     # A Python loop: the memory is that of a turn, and turns are few, whatever the length (`segment_plan`).
     for part in cut(x, tokens):
-        make = maker(x, tokens, part.first, return_final_state and part.end == x.v.shape[1])
+        make = maker(x, tokens, part.first, _next(x, part, return_final_state))
         o[:, part.first : part.end], state = engine.forward(_after(part, state), scale, True, make)
     return o, state if return_final_state else x.v.new_empty(0, dtype=state.dtype)
 
@@ -76,18 +76,20 @@ def backward_by(
     """As `engine.backward`, in segments of `tokens`, a power of two."""
     parts, states = list(cut(x, tokens)), [begin(x, tokens)]
     for part in parts[:-1]:
-        make = maker(x, tokens, part.first, False)
+        make = maker(x, tokens, part.first, "segment")
         states.append(engine.final_state(_after(part, states[-1]), scale, make))
-    # One description for all segments, so that each kernel is compiled once: the last one has a final state, too.
-    grad = empty(x, tokens, parts[-1].first + tokens) if grad_state is None else grad_state
+    grad = grad_state
+    if grad is None and not aligned(x):
+        # One description for all segments, so that each kernel is compiled once: the last one has a final state, too.
+        grad = empty(x, tokens, parts[-1].end)
     found = Gradients(x)
     for part in reversed(parts):
-        make = maker(x, tokens, part.first, grad is grad_state)
+        make = maker(x, tokens, part.first, _next(x, part, grad_state is not None))
         given = grad_o[:, part.first : part.end]
         *grads, of_state = engine.backward(_after(part, states.pop()), scale, given, grad, make)
-        assert of_state is not None
         grad = of_state
         found.put(part, grads)
+    assert grad is not None
     return [*found.all, gradient_of_initial(x, grad)]
 
 
@@ -126,6 +128,13 @@ def cut(x: Operands, tokens: int) -> Iterator[Segment]:
             part = part._replace(lengths=ends - begins)
             part = part if x.starts is None else part._replace(starts=begins - first)
         yield Segment(part, first, end)
+
+
+def _next(x: Operands, part: Segment, asked: bool) -> Next:
+    """What comes after `part`; `asked`: there is a final state, or its gradient, at the end of `x`."""
+    if part.end < x.v.shape[1]:
+        return "segment"
+    return "state" if asked else "nothing"
 
 
 def _after(part: Segment, state: Tensor) -> Operands:

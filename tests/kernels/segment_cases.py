@@ -86,8 +86,8 @@ def _forgetful(what: str | None) -> contextlib.AbstractContextManager[object]:
     def after(part: segments.Segment, state: Tensor) -> Operands:
         return part.x._replace(initial_state=torch.zeros_like(state))
 
-    def backward(x: Operands, scale: float, grad_o: Tensor, grad_state: Tensor, make: Any) -> list[Tensor | None]:
-        return plain(x, scale, grad_o, torch.zeros_like(grad_state), make)
+    def backward(x: Operands, scale: float, grad_o: Tensor, grad: Tensor | None, make: Any) -> list[Tensor | None]:
+        return plain(x, scale, grad_o, None if grad is None else torch.zeros_like(grad), make)
 
     plain = engine.backward
     if what is None:

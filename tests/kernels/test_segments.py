@@ -152,12 +152,16 @@ def test_what_is_counted_is_what_is_taken(family, monkeypatch):
     assert names.count(kernel) == case.length // tokens
 
 
-def test_one_compilation_whatever_the_length(monkeypatch):
-    """All segments of all lengths, the first and the last ones, too, run the same kernels."""
-    monkeypatch.setattr(segment_plan, "length", lambda x, sweep: 1024)
-    found = compilations(LONG, (1025, 2048, 3333))
-    assert {"final_state", "final_state_gradient", "chunk_gradient"} <= found.keys()
-    assert set(found.values()) == {1}
+@pytest.mark.parametrize("family", ["scalar/none", "scalar/delta"])
+def test_compilations_whatever_the_length(family, monkeypatch):
+    """Segments run the kernels of whole calls, all of which are compiled once, and one for the buckets before them."""
+    case = dataclasses.replace(LONG, family=family)
+    whole = compilations(case, (640, 1024))
+    monkeypatch.setattr(segment_plan, "length", lambda x, sweep: 1024 if x.v.shape[1] > 1024 else None)
+    found = compilations(case, (640, 1024, 1025, 2048, 3333))
+    assert set(whole.values()) == {1}
+    assert found.keys() - whole.keys() == {"old_state_gradient"}
+    assert {name for name, number in found.items() if number > 1} == {"read_gradient"}
 
 
 # -- what is chosen ----------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from llcompile.kernels.state import pack_state
 from llcompile.kernels.triton import blocks, engine, segment_plan, segments, step
 from llcompile.kernels.triton.cost.families import FAMILIES, Pass
 from llcompile.kernels.triton.description import Description
-from llcompile.kernels.triton.segment_call import empty, maker
+from llcompile.kernels.triton.segment_call import Next, empty, maker
 
 SCALE = 0.5
 
@@ -104,7 +104,9 @@ def _forward(x: Operands, in_blocks: bool) -> object:
 def _segment(x: Operands, grad: Tensor, operation: Pass, tokens: int) -> None:
     """All kernels that a segment has in a pass, before which all levels hold something: others read fewer."""
     first = tokens if x.level_weights is None else ((1 << x.level_weights.shape[-1]) - 1) * tokens
-    state, make = empty(x, tokens, first), maker(x, tokens, first, False)
+    # A part of a segment, as counts at small lengths take, has no state after it; that takes no kernel of its own.
+    following: Next = "segment" if x.v.shape[1] == tokens else "nothing"
+    state, make = empty(x, tokens, first), maker(x, tokens, first, following)
     after = empty(x, tokens, first + tokens)
     x = x._replace(initial_state=state)
     if operation == "forward":

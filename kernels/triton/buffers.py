@@ -17,12 +17,15 @@ class Buffer(NamedTuple):
     `axes` is also the comment in the templates; "(, K)" is there where decays are per channel, and of two shapes the
     first is the linear operator's. Gradients have the operands' dtype where a kernel writes the whole of them
     ("operand if alone": if no heads share the operand, and no second kernel adds to them). `first` says what the memory
-    holds when the first kernel takes it: anything, 0, or 0 where tokens may belong to no sequence.
+    holds when the first kernel takes it: anything, 0, or 0 where tokens may belong to no sequence. "old" is 1 where there
+    are `old_levels`, else 0. Where it would hold no number, a kernel is given `without` in its place, which is of the same
+    dtype, so that the kernel is the same, and reads nothing of it.
     """
 
     axes: str
     dtype: Literal["float32", "operand", "operand if alone", "int32"] = "float32"
     first: Literal["anything", "zero", "zero if padded", "given"] = "anything"
+    without: str | None = None
 
 
 BUFFERS = {
@@ -33,7 +36,6 @@ BUFFERS = {
     "first_chunks": Buffer("[S + 1]", "int32", "given"),
     "chunk_sequences": Buffer("[N]", "int32", "given"),
     "served_levels": Buffer("[S, grid_levels]", "int32", "given"),
-    "old_seen": Buffer("[B, T, old_levels]", "int32", "given"),
     # -- inside chunks -------------------------------------------------------------------------------------------------
     "query_squares": Buffer("[B, H, N, C, C]"),
     "key_squares": Buffer("[B, H, N, C, C]"),
@@ -77,9 +79,11 @@ BUFFERS = {
     "initial_gradients": Buffer("[S, H, K, V]"),
     "final_states": Buffer("[S, H, K, V]"),
     "final_gradients": Buffer("[S, H, K, V]", first="given"),
-    "old_states": Buffer("[S, H, old_levels, K, V]", first="given"),
-    "old_readers": Buffer("[B, H, N, C, K]", "operand"),
-    "old_reaches": Buffer("[B, H, N (, K)]"),
+    "old_states": Buffer("[S, H, old_levels, K, V]", first="given", without="states"),
+    # Levels, in fp32 as what stands for them where there are none.
+    "old_seen": Buffer("[B, T, old_levels]", first="given", without="states"),
+    "old_readers": Buffer("[old, B, H, N, C, K]", "operand", without="readers"),
+    "old_reaches": Buffer("[old, B, H, N (, K)]", without="reaches"),
     "old_gradients": Buffer("[S, H, old_levels, K, V]"),
     "level_states": Buffer("[S, H, end_levels, K, V]", first="zero"),
     "level_gradients": Buffer("[S, H, end_levels, K, V]", first="given"),
@@ -110,8 +114,10 @@ BUFFERS = {
 
 
 def dtype_of(name: str, d: Description) -> torch.dtype:
-    """The dtype of a buffer of floating numbers."""
+    """The dtype of a buffer."""
     kind = BUFFERS[name].dtype
+    if kind == "int32":
+        return torch.int32
     alone = kind == "operand if alone" and d.repeat == 1 and d.decay != "channel"
     return d.dtype if kind == "operand" or alone else torch.float32
 
@@ -150,9 +156,12 @@ class Arguments(dict[str, Any]):
 
     def __missing__(self, name: str) -> Tensor:
         buffer = BUFFERS[name]
+        sizes, (names, dtype) = self.sizes, self.forms[name]
+        if buffer.without is not None and not all(sizes[axis] for axis in names):
+            self[name] = x = self[buffer.without]
+            return x
         if buffer.first == "given":
             raise KeyError(name)
-        sizes, (names, dtype) = self.sizes, self.forms[name]
         zero = buffer.first == "zero" or (buffer.first == "zero if padded" and self.padded)
         make = torch.zeros if zero else torch.empty
         self[name] = x = make([sizes[axis] for axis in names], dtype=dtype, device=self.device)

@@ -72,7 +72,7 @@ class Call(Layout):
             **{"B": self.x.v.shape[0], "S": self.batch, "T": self.tokens, "H": self.heads, "L": d.levels or 0},
             **{"N": chunks, "N // 2": max(chunks // 2, 1), "depth": max(depth(chunks), 1)},
             **{"C": d.chunk, "K": d.key_dim, "V": d.value_dim, "2": 2, "32": 32},
-            **{"old_levels": old, "end_levels": self.grid.levels + old},
+            **{"old_levels": old, "old": min(old, 1), "end_levels": self.grid.levels + old},
         }
 
     def operand(self, name: str, x: Tensor | None) -> None:
@@ -125,7 +125,7 @@ class Call(Layout):
         seen = self._old_index()[0][..., self._old_slots().start :]
         self.arguments |= {
             "old_states": old.contiguous(),
-            "old_seen": seen.to(torch.int32).contiguous(),
+            "old_seen": seen.to(torch.float32).contiguous(),
         }
 
     def final_state(self) -> Tensor:

@@ -173,8 +173,7 @@ def key_of(d: Description, name: str, chip: Chip) -> str:
 def _type(name: str, d: Description) -> str:
     """The type of a parameter in Triton's words."""
     if name in BUFFERS:
-        dtype = "int32" if BUFFERS[name].dtype == "int32" else str(dtype_of(name, d)).removeprefix("torch.")
-        return _POINTERS[dtype]
+        return _POINTERS[str(dtype_of(name, d)).removeprefix("torch.")]
     if name.endswith("_ptr"):
         return _POINTERS["float32" if name in _FINE else d.dtype_name]
     return "fp32" if name == "scale" else "i32"

@@ -31,7 +31,6 @@ _EXCEPTIONS: tuple[tuple[str, Callable[[Description, Chip], bool], tuple[int, in
     ("tree_up", lambda d, chip: d.dense, (32, 8, 1)),
     # The loop over values, if it had one turn only, would be unrolled into everything around it.
     ("read_gradient", lambda d, chip: d.dense and d.key_dim > 64 >= d.value_dim, (32, 8, 1)),
-    ("read_gradient", lambda d, chip: d.facts()["old"] and d.decay == "channel" and not d.dense, (32, 8, 1)),
     ("chunk_gradient", lambda d, chip: d.decay == "channel" and not d.delta, (128, 4, 1)),
     ("chunk_values_gradient", _small_products, (16, 4, 1)),
 )

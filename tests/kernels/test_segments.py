@@ -159,9 +159,8 @@ def test_compilations_whatever_the_length(family, monkeypatch):
     whole = compilations(case, (640, 1024))
     monkeypatch.setattr(segment_plan, "length", lambda x, sweep: 1024 if x.v.shape[1] > 1024 else None)
     found = compilations(case, (640, 1024, 1025, 2048, 3333))
-    assert set(whole.values()) == {1}
+    assert set(whole.values()) == set(found.values()) == {1}
     assert found.keys() - whole.keys() == {"old_state_gradient"}
-    assert {name for name, number in found.items() if number > 1} == {"read_gradient"}
 
 
 # -- what is chosen ----------------------------------------------------------------------------------------------------

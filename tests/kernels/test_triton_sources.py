@@ -209,7 +209,7 @@ def test_buffers_are_written_before_they_are_read():
 
 
 # Buffers that a kernel reads and writes, and others only read: it finds there what it has written itself.
-FOR_ITSELF = {"readers", "reaches", "carries", "low_states", "passing_states"}
+FOR_ITSELF = {"readers", "reaches", "old_readers", "old_reaches", "carries", "low_states", "passing_states"}
 
 
 def test_effects_are_read_off_the_source():

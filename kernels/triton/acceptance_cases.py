@@ -18,6 +18,8 @@ from llcompile.kernels.triton.description import BLOCK, SPAN
 
 # Six whole chunks of 64 and a part of one: pairs at two levels of the tree, and a block without a partner.
 TOKENS = 393
+# Tokens of a segment, where calls go in segments: three whole ones, of two chunks, and a part of one.
+SEGMENT = 128
 # Lengths of rows, and of packed sequences, which are TOKENS together.
 _ROWS, _PACKED = (TOKENS, 70), (70, 1, TOKENS - 71)
 # Positions of rows that continue: in a step after 63 tokens all levels merge.

@@ -13,7 +13,7 @@ from llcompile.kernels.operands import DIFFERENTIABLE, Operands, Token
 from llcompile.kernels.readouts import Readouts, ReadoutToken
 from llcompile.kernels.replay import first_base
 from llcompile.kernels.state import state_dtype
-from llcompile.kernels.triton import acceptance_cases, blocks
+from llcompile.kernels.triton import acceptance_cases, blocks, segments
 from llcompile.kernels.triton import description as triton
 
 Sweep = Literal["forward", "backward", "step", "step in place", "replay"]
@@ -85,8 +85,19 @@ def _sequence(trusted: Passes, d: Description, device: torch.device, sweep: Swee
         with blocks.always():
             return forward(who, x)
 
+    def in_segments(run: Callable[[Passes, Operands], Results]) -> Iterator[Case]:
+        """The same call once more, if long ones go in segments whose kernels are those of `d`."""
+
+        def act(who: Passes, x: Operands) -> Results:
+            with segments.always(acceptance_cases.SEGMENT):
+                return run(who, x)
+
+        if segments.may(d):
+            yield Case(act, x, exact)
+
     if sweep == "forward":
         yield Case(forward, x, exact)
+        yield from in_segments(forward)
         if blocks.may(triton.Description.of(d)):
             x = acceptance_cases.moved(acceptance_cases.in_blocks(d), device)
             yield Case(in_blocks, x, acceptance_cases.in_double(x))
@@ -102,6 +113,7 @@ def _sequence(trusted: Passes, d: Description, device: torch.device, sweep: Swee
         return {f"the gradient of {n}": t for n, t, given in zip(_NAMES, found, x, strict=False) if given is not None}
 
     yield Case(backward, x, exact)
+    yield from in_segments(backward)
 
 
 def _step(who: Passes, token: Token) -> Results:

@@ -17,9 +17,9 @@ class Buffer(NamedTuple):
     `axes` is also the comment in the templates; "(, K)" is there where decays are per channel, and of two shapes the
     first is the linear operator's. Gradients have the operands' dtype where a kernel writes the whole of them
     ("operand if alone": if no heads share the operand, and no second kernel adds to them). `first` says what the memory
-    holds when the first kernel takes it: anything, 0, or 0 where tokens may belong to no sequence. "old" is 1 where there
-    are `old_levels`, else 0. Where it would hold no number, a kernel is given `without` in its place, which is of the same
-    dtype, so that the kernel is the same, and reads nothing of it.
+    holds when the first kernel takes it: anything, 0, or 0 where tokens may belong to no sequence. The axis "old" is 1
+    where there are `old_levels`, else 0. Where a buffer would hold no number, a kernel is given `without` in its place,
+    of which it reads nothing: it is of the same dtype, so the kernel is the same.
     """
 
     axes: str

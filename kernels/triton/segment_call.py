@@ -97,9 +97,7 @@ class AlignedCall(Call):
     the state after it takes no kernels of its own: its own bucket is that block's state, and older ones pass the block.
     """
 
-    def __init__(
-        self, x: Operands, scale: float, segment: int, first: int, started: bool, following: Next
-    ) -> None:
+    def __init__(self, x: Operands, scale: float, segment: int, first: int, started: bool, following: Next) -> None:
         self.segment, self.first, self.started, self.following = segment, first, started, following
         self.gradient_after: Tensor | None = None
         super().__init__(x, scale, following == "state")

@@ -8,8 +8,11 @@ How long a segment is says `segment_plan`.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
@@ -25,6 +28,7 @@ from llcompile.kernels.triton.segment_call import Next, aligned, begin, empty, g
 # Why kernels of a description must not run a pass; None if they may.
 Rejection = Callable[[Description, Literal["forward", "backward"]], str | None]
 _log = logging.getLogger("llcompile.kernels")
+_always: ContextVar[int | None] = ContextVar("segments_of", default=None)
 
 
 class Segment(NamedTuple):
@@ -44,7 +48,7 @@ def forward(
         KernelMemoryError: the buffers do not fit.
         OptionError: `LLCOMPILE_WORKSPACE_GB` is no number of GB.
     """
-    tokens = None if _in_blocks(x, return_final_state) else _length(x, "forward", rejection)
+    tokens = None if _in_blocks(x, return_final_state) else _length(x, return_final_state, "forward", rejection)
     if tokens is None:
         return engine.forward(x, scale, return_final_state)
     return forward_by(x, scale, return_final_state, tokens)
@@ -54,7 +58,7 @@ def backward(
     x: Operands, scale: float, grad_o: Tensor, grad_state: Tensor | None, rejection: Rejection | None = None
 ) -> list[Tensor | None]:
     """As `engine.backward`, likewise; raises what `forward` does."""
-    tokens = _length(x, "backward", rejection)
+    tokens = _length(x, grad_state is not None, "backward", rejection)
     if tokens is None:
         return engine.backward(x, scale, grad_o, grad_state)
     return backward_by(x, scale, grad_o, grad_state, tokens)
@@ -147,17 +151,47 @@ def _in_blocks(x: Operands, final: bool) -> bool:
     return blocks.serves(Kernels.of(describe(x, final)), *x.v.shape[:3])
 
 
-def _length(x: Operands, sweep: Literal["forward", "backward"], rejection: Rejection | None) -> int | None:
+def may(d: Description) -> bool:
+    """Whether calls that `d` describes may be, or are tested in, segments that hand on slots (`AlignedCall`)."""
+    return d.weighted and d.initial_state == "linear" and d.decay != "rate" and not (d.padded or d.packed)
+
+
+@contextmanager
+def always(tokens: int) -> Iterator[None]:
+    """Calls go in segments of `tokens` inside, untested, whatever the memory: what a test of them needs."""
+    before = _always.set(tokens)
+    try:
+        yield
+    finally:
+        _always.reset(before)
+
+
+def _length(x: Operands, final: bool, sweep: Literal["forward", "backward"], rejection: Rejection | None) -> int | None:
+    """Tokens of a segment of `x`; None if it is taken whole. `final`: a final state is asked for."""
+    if (tokens := _always.get()) is not None:
+        return tokens
     tokens = segment_plan.length(x, sweep)
     if tokens is None or rejection is None:
         return tokens
-    d = describe(x._replace(initial_state=begin(x, tokens)), True)
-    for needed in ("forward", "backward")[: 1 + (sweep == "backward")]:  # backward needs the states before segments
-        reason = rejection(d, needed)  # type: ignore[arg-type]
+    for d, needed in _tested(x, final, sweep, tokens):
+        reason = rejection(d, needed)
         if reason is not None:
             _tell(reason)
             return None
     return tokens
+
+
+def _tested(
+    x: Operands, final: bool, sweep: Literal["forward", "backward"], tokens: int
+) -> Iterator[tuple[Description, Literal["forward", "backward"]]]:
+    """What must have been tested before `x` goes in segments: descriptions and passes."""
+    if aligned(x):  # such a test is in segments, too, and makes the states before them
+        yield dataclasses.replace(describe(x, final), initial_state="linear"), sweep
+        return
+    d = describe(x._replace(initial_state=begin(x, tokens)), True)
+    yield d, "forward"  # the states before segments
+    if sweep == "backward":
+        yield d, "backward"
 
 
 @lru_cache(maxsize=64)

@@ -9,8 +9,12 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from llcompile.kernels.description import Description
 from llcompile.kernels.operands import Operands
 from llcompile.kernels.triton import engine, segments
+from llcompile.kernels.triton.acceptance_passes import Sweep
+from llcompile.kernels.triton.segment_call import AlignedCall
+from tests.kernels import triton_cases
 from tests.kernels.kernel_cases import operands, relative_error
 from tests.kernels.triton_cases import SCALE, _definition, _gradients, budget
 
@@ -51,6 +55,18 @@ def errors(
             parts = [t[:, :, 1:] for t in parts]  # positions are large, and must not set the scale
         found[name] = (relative_error(parts[0], parts[2]), relative_error(parts[0], parts[1]), budget(x))
     return found
+
+
+def accepted(d: Description, sweep: Sweep, broken: bool) -> str | None:
+    """What the test before their first use finds wrong with the kernels of ``d``; `broken`: a segment's own bucket is
+    not handed on to the next one."""
+
+    def without_own(call: AlignedCall, old: Tensor, own: Tensor, passing: Tensor | None) -> Tensor:
+        return plain(call, old, own * 0, passing)
+
+    plain = AlignedCall._slots_after
+    with mock.patch.object(AlignedCall, "_slots_after", without_own) if broken else contextlib.nullcontext():
+        return triton_cases.accepted(d, sweep)
 
 
 def same_bits(case: dict[str, Any], tokens: int) -> bool:

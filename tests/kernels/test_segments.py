@@ -15,6 +15,7 @@ import torch
 pytest.importorskip("triton")
 
 from llcompile.errors import KernelMemoryError, OptionError
+from llcompile.kernels.description import Description
 from llcompile.kernels.operands import Operands
 from llcompile.kernels.triton import engine, memory, segment_plan, segments
 from llcompile.kernels.triton.cost.around import around
@@ -28,6 +29,7 @@ from tests.kernels.launches import recorded
 
 LONG = Case("scalar/none", "backward", 16, 16, heads=2, groups=1, length=4096, levels=14)
 CELLS = [*itertools.product((None, "token", "channel"), (False, True)), ("channel", "erase")]
+RIGHT_AND_WRONG = [("forward", False), ("backward", False), ("backward", True)]
 BOUNDS = [0, 40, 40, 140, 150]  # the third one lies in three segments of 64, the second is empty
 
 
@@ -119,6 +121,16 @@ def test_same_bits(worker):
     """Two passes give the same bits."""
     case = {"length": 200, "decay": "token", "delta": True, "levels": 9, "heads": 2, "dtype": torch.float32}
     assert worker.submit(segment_cases.same_bits, case, 64).result()
+
+
+@pytest.mark.parametrize(
+    ("sweep", "broken"),
+    [("forward", True), *(pytest.param(*row, marks=pytest.mark.slow) for row in RIGHT_AND_WRONG)],
+)
+def test_the_test_of_kernels_is_in_segments(worker, sweep, broken):
+    """Before their first use kernels run in segments, too (`acceptance`): a state that is not handed on is found."""
+    d = Description("scalar", "none", 16, 16, dtype=torch.float32, levels=9, initial_state="linear")
+    assert (worker.submit(segment_cases.accepted, d, sweep, broken).result() is not None) == broken
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
@@ -217,10 +229,16 @@ def test_what_does_not_fit(monkeypatch):
         segments.backward(x, 1.0, x.v, None)
 
 
-def test_kernels_of_segments_are_tested_first(monkeypatch, caplog):
-    """They are not those of the whole call: where they are found wrong, it is taken whole, and that is said."""
+@pytest.mark.parametrize("state", ["none", "linear", "level"])
+def test_kernels_of_segments_are_tested_first(state, monkeypatch, caplog):
+    """They are not those of the whole call: where they are found wrong, it is taken whole, and that is said.
+
+    Segments that hand on slots have one test, which is in segments, too; others have that of a call with states.
+    """
     monkeypatch.setenv(segment_plan.VARIABLE, "1e-6")
     x = given(2048)
+    levels = () if state == "linear" else (1 + LONG.levels,)
+    x = x if state == "none" else x._replace(initial_state=torch.zeros(1, 2, *levels, 16, 16))
     asked = []
 
     def rejection(d, sweep):
@@ -230,7 +248,8 @@ def test_kernels_of_segments_are_tested_first(monkeypatch, caplog):
     segments._tell.cache_clear()
     with caplog.at_level(logging.WARNING, "llcompile.kernels"):
         found = recorded(lambda: segments.backward(x, 1.0, x.v, None, rejection))
-    assert asked == [("level", True, "forward"), ("level", True, "backward")]
+    continued = [("level", True, "forward"), ("level", True, "backward")]
+    assert asked == (continued if state == "level" else [("linear", False, "backward")])
     assert "taken whole" in caplog.text
     whole = recorded(lambda: engine.backward(x, 1.0, x.v, None))
     assert [launch.kernel.name for launch in found] == [launch.kernel.name for launch in whole]

@@ -108,7 +108,9 @@ def test_with_states(state):
 
 def test_descriptions_share_what_has_the_same_text():
     """Calls with and without a final state, and with a linear state before them, compile few kernels of their own."""
-    calls = {(state, final): given(640, delta=True, levels=9, state=state) for state in (None, "linear") for final in (0, 1)}
+    calls = {
+        (state, final): given(640, delta=True, levels=9, state=state) for state in (None, "linear") for final in (0, 1)
+    }
     found = {key: variants(both_passes(x, bool(key[1]))) for key, x in calls.items()}
     plain = found[None, 0]
     assert {name for _, name, *_ in found[None, 1] - plain} == {

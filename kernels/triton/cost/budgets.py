@@ -50,19 +50,19 @@ _IN_PLACE = [replace(case, operation="step in place") for case in _STEPS.values(
 BUDGETS = (
     Budget("moved, KB a chunk", _SCALAR, 94, 100),
     # In segments: of the one that reads most levels, so the mean is lower.
-    Budget("moved, KB a chunk", _SCALAR_BACK, 1024),
+    Budget("moved, KB a chunk", _SCALAR_BACK, 1013),
     Budget("moved, KB a chunk", _SCALAR_WHOLE, 840),
     Budget("moved, KB a chunk", _DELTA, 276, 300),
-    Budget("moved, KB a chunk", _DELTA_BACK, 4161),
+    Budget("moved, KB a chunk", _DELTA_BACK, 4145),
     Budget("moved, KB a chunk", _DELTA_WHOLE, 3267),
-    Budget("workspace, GB", _SCALAR_BACK, 1.75, 2),
-    Budget("workspace, GB", _DELTA_BACK, 7.06, 8),
+    Budget("workspace, GB", _SCALAR_BACK, 1.73, 2),
+    Budget("workspace, GB", _DELTA_BACK, 6.94, 8),
     Budget("moved, MB a step", _STEPS["scalar/none"], 82, 25),
     Budget("moved, MB a step", _STEPS["scalar/delta"], 82, 25),
     *(Budget("moved, MB a step", case, 52, 25) for case in _IN_PLACE),
     *(Budget("moved at most, MB a step", case, 80, 25) for case in _IN_PLACE),
     Budget("compilations, whole calls", _DELTA_BACK, 14, 15),
-    Budget("compilations", _DELTA_BACK, 32, 15),
+    Budget("compilations", _DELTA_BACK, 15, 15),
 )
 
 

@@ -41,7 +41,8 @@ def test_all_that_is_allocated_is_counted(monkeypatch, decay, sweep):
     run = {"forward": lambda: engine.forward(x, 1.0, False), "backward": lambda: engine.backward(x, 1.0, x.v, None)}
     recorded(run[sweep])
     ((wanted, arguments, before),) = counted
-    made = [t for name, t in arguments.items() if name not in before and isinstance(t, torch.Tensor)]
+    new = [t for name, t in arguments.items() if name not in before and isinstance(t, torch.Tensor)]
+    made = {id(t): t for t in new}.values()  # one may stand for others that are empty
     assert wanted == sum(t.numel() * t.element_size() for t in made) > 0
 
 

@@ -192,12 +192,12 @@ class _Preparation:
         left_out: dict[str, str],
         kept: bool,
     ) -> Trial:
-        linear = loglinear = None
+        linear = loglinear = routed = None
         if report.converted:
-            linear, loglinear = costs(report, self.levels, self.longest, self.plan.place)
+            linear, loglinear, routed = costs(report, self.levels, self.longest, self.plan.place)
         return Trial(
             verdict, report, tuple(every), left_out, records, self.plan, self.bounds, self._bins(), self.trained,
-            self.longest, linear, loglinear, self.store.folder if kept else None,
+            self.longest, linear, loglinear, routed, self.store.folder if kept else None,
         )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from llcompile.commands import cli
+from llcompile.commands.trial import Model
 from tests.trials.models import WIDTH
 
 MODULE = f"""
@@ -32,6 +33,15 @@ def model():
 
 def loss(model, batch):
     return model(batch.tokens).square().mean()
+
+def bare_model():
+    return model()[0]
+
+def number():
+    return 3
+
+def batches(split, seed):
+    yield torch.zeros(4, 8, dtype=torch.long)
 
 def random_model():
     return Model(), torch.zeros(1, 8, dtype=torch.long)
@@ -85,6 +95,20 @@ def test_a_loss_of_the_users_own(folder: Path) -> None:
     assert [row["accuracy"] for row in arms] == [None] * 3
 
 
+def test_a_bare_model_is_enough(folder: Path) -> None:
+    made = Model("a_trial_module:bare_model", (), None)()
+    assert torch.equal(made.head.weight, Model("a_trial_module:model", (), None)().head.weight)
+
+
+def test_a_config_has_no_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_text("")
+    assert cli.main(["trial", str(tmp_path), "--data", str(tmp_path / "model.safetensors")]) == 2
+    assert f"random weights, so that all arms train from scratch; for trained ones, add --checkpoint {tmp_path}" in (
+        " ".join(capsys.readouterr().err.split())
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -96,6 +120,12 @@ def test_a_loss_of_the_users_own(folder: Path) -> None:
         ),
         (["a_trial_module:model", "--data", "text.txt", "--length", "999"], "held-out sequences of 3996 need"),
         (["a_trial_module:model", "--data", "text.txt", "--loss", "a_trial_module:nothing"], "--loss a_trial_module:"),
+        (
+            ["a_trial_module:number", "--data", "text.txt"],
+            "a_trial_module:number returned a int; expected an nn.Module",
+        ),
+        (["a_trial_module:model", "--data", "a_trial_module:batches"], "--batch has no effect on a_trial_module:"),
+        (["a_trial_module:model", "--data", "."], "--data .: it is a folder"),
         (["a_trial_module:model", "--data", "text.txt", "--seeds", "1"], "expected an integer from 2 to 10000"),
         (["a_trial_module:model", "--data", "text.txt", "--rate", "0"], "is not one or more positive numbers"),
     ],

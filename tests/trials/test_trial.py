@@ -39,6 +39,40 @@ def unsteady(split: str, seed: int) -> Iterator[Tensor]:
     yield torch.randint(VOCABULARY, (4, LENGTH))
 
 
+def same_for_both_splits(split: str, seed: int) -> Iterator[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield torch.randint(VOCABULARY, (4, LENGTH), generator=generator)
+
+
+def others_held_out(split: str, seed: int) -> Iterator[dict[str, Tensor]]:
+    for batch in batches(split, seed):
+        yield batch if split == "train" else {name: x.flip(0) for name, x in batch.items()}
+
+
+def broken(split: str, seed: int) -> Iterator[Tensor]:
+    raise FileNotFoundError("part-0.bin")
+    yield
+
+
+def out_of_range(split: str, seed: int) -> Iterator[dict[str, Tensor]]:
+    for number, batch in enumerate(batches(split, seed)):
+        yield {"tokens": batch["tokens"] + (VOCABULARY if (split, number) == ("train", 2) else 0)}
+
+
+class Placed(Model):
+    """It has as many places as a training sequence has tokens."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(tokens) + torch.zeros(LENGTH, 1)[torch.arange(tokens.shape[1])]
+
+
+def not_a_number() -> Model:
+    model = Model()
+    nn.init.constant_(model.head.bias, torch.nan)
+    return model
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Trial:
     return tried(out=tmp_path_factory.mktemp("trial"))
@@ -90,6 +124,7 @@ def test_what_can_be_written(small: Trial, tmp_path: Path) -> None:
     text = str(small)
     assert text.startswith(small.verdict.decision.split(":")[0])
     assert all(row.arm in text for row in small.rows)
+    assert "1 of 1 linear-time mixers are log-linear" in text
     held = json.loads(small.to_json(tmp_path / "trial.json").read_text())
     assert held["verdict"]["decision"] == small.verdict.decision
     assert len(held["runs"]) == 2 * len(small.arms)
@@ -126,8 +161,9 @@ def test_a_second_start_goes_on(small: Trial, monkeypatch: pytest.MonkeyPatch) -
         ({"steps": 4}, "holds runs of another trial: steps was 3 and is 4 now"),
         ({"model_fn": partial(Model, seed=1)}, "holds runs of another trial: checkpoint was"),
         ({"data": torch.zeros(100, 128, dtype=torch.long)}, "trial: training batch was"),
+        ({"data": others_held_out}, "trial: held-out batches was"),
     ],
-    ids=["steps", "model", "data"],
+    ids=["steps", "model", "data", "held out"],
 )
 def test_another_trial_in_the_same_folder(small: Trial, changed: dict[str, Any], message: str) -> None:
     with pytest.raises(TrialError, match=message):
@@ -214,12 +250,23 @@ def test_a_loss_of_the_users_own() -> None:
         ({"loss": own_loss, "held_out": 1}, "2 or more held-out batches are needed"),
         ({"data": 3}, "batches is a int"),
         ({"data": unsteady}, "gives other batches at each call"),
+        ({"data": same_for_both_splits}, "first held-out batch is the first training batch of seed 0"),
+        ({"data": lambda split, seed: None}, r"batches\('train', 0\) raised TypeError"),
+        ({"data": broken}, r"raised FileNotFoundError: part-0.bin \(.*test_trial.py:\d+ in broken\)"),
+        ({"model_fn": Placed}, r"does not run on the first held-out batch \[4, 16\].*--held-length"),
+        ({"model_fn": not_a_number}, r"loss on the first training batch \[4, 8\] is nan before it is trained"),
     ],
     ids=lambda x: x if isinstance(x, str) else "-".join(x),
 )
 def test_what_is_refused(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(TrialError, match=message):
         tried(**changed)
+
+
+def test_a_batch_that_the_model_cannot_read_is_named() -> None:
+    where = r"step 3 of 'stay' with seed 0, on tokens \[4, 8\] from 1\d to 2\d: IndexError: .* in embedding\)"
+    with pytest.raises(TrialError, match=where):
+        tried(data=out_of_range)
 
 
 def test_a_converted_model_is_refused(fresh_dynamo: None) -> None:

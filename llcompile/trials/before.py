@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from llcompile.errors import LLCompileError, TrialError
 from llcompile.trials import batches
-from llcompile.trials.batches import HELD_OUT, TRAIN, Batch, Source, said
+from llcompile.trials.batches import HELD_OUT, IGNORED, TRAIN, Batch, Source, said
 from llcompile.trials.outputs import inputs, logits_of
 from llcompile.trials.running import OwnLoss
 from llcompile.trials.store import digest
 from llcompile.trials.training import cross_entropy
+from llcompile.trials.verdict import WHERE
 
 
 def first(source: Source) -> Batch:
@@ -38,6 +39,17 @@ def check_splits(example: Batch, held: Batch) -> None:
         raise TrialError(
             f"the first held-out batch is the first training batch of seed 0; for the split {HELD_OUT!r}, give "
             "sequences that no training has"
+        )
+
+
+def check_part(held: Sequence[Batch], part: str, trained: int) -> None:
+    """Raises TrialError where no held-out label is at the positions that are judged."""
+    places = {"inside": slice(0, trained), "beyond": slice(trained, None), "all": slice(None)}[part]
+    if not any(bool((batch.labels[:, places] != IGNORED).any()) for batch in held):
+        raise TrialError(
+            f"no held-out sequence has a label {WHERE[part]}, so that nothing could be judged: they have "
+            f"{held[0].tokens.shape[1]} tokens, those of the training {trained}. Judge another `part` (--part), or give "
+            "other sequences"
         )
 
 

@@ -106,6 +106,8 @@ class _Preparation:
                 "with your own loss, 2 or more held-out batches are needed: half of them choose, half judge"
             )
         self.trained, self.longest = self.example.tokens.shape[1], held[0].tokens.shape[1]
+        if loss is None:
+            before.check_part(held, plan.part, self.trained)
         self.bounds = (0, self.longest) if loss is not None else edges(self.trained, self.longest)
         self.levels = plan.levels or level_count(max(self.trained, self.longest))
         say(lines, f"{plan.steps} steps on batches {list(self.example.tokens.shape)}, held out: {_held(held)}")
@@ -126,8 +128,8 @@ class _Preparation:
             return self._result((), {}, report, Verdict(NOTHING, _nothing(report)), {}, kept)
         every, left_out = self._arms(model, report)
         setup = Setup(
-            self.model_fn, self.source, self.loss, self.plan, self.levels, self.bounds, self.store.folder, checkpoint,
-            self.lines,
+            self.model_fn, self.source, self.loss, self.plan, self.levels, self.bounds,
+            self._bins()[self.plan.part], self.store.folder, checkpoint, self.lines,
         )  # fmt: skip
         jobs = [(arm, [s for s in self.plan.seeds if self.store.record(arm, s) is None]) for arm in every]
         jobs = [(arm, seeds) for arm, seeds in jobs if seeds]

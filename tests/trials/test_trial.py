@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -170,6 +171,26 @@ def test_another_trial_in_the_same_folder(small: Trial, changed: dict[str, Any],
         tried(out=small.folder, **changed)
 
 
+@pytest.mark.parametrize("name", ["config.json", "checkpoint.pt", "runs/stay-0.001-seed-0.json"])
+def test_a_file_of_a_trial_that_is_damaged(small: Trial, tmp_path: Path, name: str) -> None:
+    assert small.folder is not None
+    folder = Path(shutil.copytree(small.folder, tmp_path / "copy"))
+    (folder / name).write_bytes((folder / name).read_bytes()[:40])
+    with pytest.raises(TrialError, match=rf"{name} of this trial cannot be read"):
+        tried(out=folder)
+
+
+def test_progress_shows_what_is_judged(small: Trial, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert small.folder is not None
+    folder = Path(shutil.copytree(small.folder, tmp_path / "copy"))
+    (folder / "runs" / "stay-0.001-seed-0.json").unlink()
+    again = tried(out=folder, progress=True)
+    record = again.records["stay"][0].judge
+    assert record is not None
+    assert f"stay, seed 0: loss {record.position.value('loss', again.bins['inside']):.4f} (" in capsys.readouterr().err
+    assert record.position.value("loss") != pytest.approx(record.position.value("loss", again.bins["inside"]), abs=1e-3)
+
+
 def test_a_model_without_a_mixer_is_not_trained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "run_arm", no_run)
     found = tried(lambda: Model(Softmax))
@@ -250,6 +271,10 @@ def test_a_loss_of_the_users_own() -> None:
         ({"loss": own_loss, "held_out": 1}, "2 or more held-out batches are needed"),
         ({"data": 3}, "batches is a int"),
         ({"data": unsteady}, "gives other batches at each call"),
+        (
+            {"data": torch.zeros(40, LENGTH, dtype=torch.long), "batch": 4, "length": LENGTH, "part": "beyond"},
+            "no held-out",
+        ),
         ({"data": same_for_both_splits}, "first held-out batch is the first training batch of seed 0"),
         ({"data": lambda split, seed: None}, r"batches\('train', 0\) raised TypeError"),
         ({"data": broken}, r"raised FileNotFoundError: part-0.bin \(.*test_trial.py:\d+ in broken\)"),

@@ -48,8 +48,8 @@ def check_part(held: Sequence[Batch], part: str, trained: int) -> None:
     if not any(bool((batch.labels[:, places] != IGNORED).any()) for batch in held):
         raise TrialError(
             f"no held-out sequence has a label {WHERE[part]}, so that nothing could be judged: they have "
-            f"{held[0].tokens.shape[1]} tokens, those of the training {trained}. Judge another `part` (--part), or give "
-            "other sequences"
+            f"{held[0].tokens.shape[1]} tokens, those of the training {trained}. Judge another `part` (--part), "
+            "or give other sequences"
         )
 
 

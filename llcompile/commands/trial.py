@@ -114,7 +114,8 @@ def run(args: argparse.Namespace) -> int:
 
     files.check_folder(args.out)
     if args.checkpoint is not None and not Path(args.checkpoint).is_file():
-        raise TrialError(f"--checkpoint {args.checkpoint}: no such file; expected weights (.safetensors, .pt)")
+        what = "it is a folder, name the file in it" if Path(args.checkpoint).is_dir() else "no such file"
+        raise TrialError(f"--checkpoint {args.checkpoint}: {what}; expected weights (.safetensors, .pt)")
     _say_if_random(args)
     result = trial(
         Model(args.spec, tuple(args.set), args.checkpoint),

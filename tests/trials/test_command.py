@@ -125,6 +125,7 @@ def test_a_config_has_no_weights(tmp_path: Path, capsys: pytest.CaptureFixture[s
             "a_trial_module:number returned a int; expected an nn.Module",
         ),
         (["a_trial_module:model", "--data", "a_trial_module:batches"], "--batch has no effect on a_trial_module:"),
+        (["a_trial_module:model", "--data", "text.txt", "--checkpoint", "."], "--checkpoint .: it is a folder"),
         (["a_trial_module:model", "--data", "."], "--data .: it is a folder"),
         (["a_trial_module:model", "--data", "text.txt", "--seeds", "1"], "expected an integer from 2 to 10000"),
         (["a_trial_module:model", "--data", "text.txt", "--rate", "0"], "is not one or more positive numbers"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from functools import cache
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,7 +118,6 @@ def run(args: argparse.Namespace) -> int:
     if args.checkpoint is not None and not Path(args.checkpoint).is_file():
         what = "it is a folder, name the file in it" if Path(args.checkpoint).is_dir() else "no such file"
         raise TrialError(f"--checkpoint {args.checkpoint}: {what}; expected weights (.safetensors, .pt)")
-    _say_if_random(args)
     result = trial(
         Model(args.spec, tuple(args.set), args.checkpoint),
         sources.named(args.data, _cut(args)),
@@ -152,21 +153,6 @@ def _cut(args: argparse.Namespace) -> Cut:
     return sources.Cut(**given)
 
 
-def _say_if_random(args: argparse.Namespace) -> None:
-    """A config has no weights; a folder of `save_pretrained` has them beside it."""
-    from llcompile.kernels import progress
-
-    if args.checkpoint is not None or is_factory(args.spec):
-        return
-    folder = Path(args.spec) if Path(args.spec).is_dir() else Path(args.spec).parent
-    beside = sorted(folder.glob("*.safetensors")) if Path(args.spec).exists() else []
-    file = beside[0] if len(beside) == 1 else "FILE"
-    progress.on_stderr(
-        f"{args.spec} gives a model with random weights, so that all arms train from scratch; for trained ones, add "
-        f"--checkpoint {file}"
-    )
-
-
 def _written(result: Trial, folder: Path) -> list[str]:
     from llcompile.trials.plot import available
 
@@ -196,7 +182,23 @@ class Model:
         model: nn.Module = load_model(self.spec, list(self.changes), "cpu")
         if self.checkpoint is not None:
             _restore(model, self.checkpoint)
+        elif not is_factory(self.spec) and parent_process() is None:
+            _say_random(self.spec)
         return model
+
+
+@cache
+def _say_random(spec: str) -> None:
+    """Once: a config has no weights. A folder of `save_pretrained` has them beside it."""
+    from llcompile.kernels import progress
+
+    folder = Path(spec) if Path(spec).is_dir() else Path(spec).parent
+    beside = sorted(folder.glob("*.safetensors")) if Path(spec).exists() else []
+    file = beside[0] if len(beside) == 1 else "FILE"
+    progress.on_stderr(
+        f"{spec} gives a model with random weights, so that all arms train from scratch; for trained ones, add "
+        f"--checkpoint {file}"
+    )
 
 
 def _restore(model: nn.Module, path: str) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import runpy
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -157,6 +158,25 @@ class TestFiles:
         again = small.model()
         llcompile.load_levels(again, tmp_path / "outer.safetensors")
         self.check_same(model, again)
+
+    @pytest.mark.parametrize("regional", [False, True])
+    def test_compiled_models(self, saved: tuple[small.Model, Path], tmp_path: Path, regional: bool) -> None:
+        """Files have the names of the model inside, whichever is saved or loaded."""
+
+        def compiled(model: small.Model) -> nn.Module:
+            if not regional:
+                return cast(nn.Module, torch.compile(model, backend="loglinear"))
+            for number, layer in enumerate(model.layers):
+                model.layers[number] = torch.compile(layer, backend="loglinear")
+            return model
+
+        model, path = saved
+        assert llcompile.save_levels(compiled(copy.deepcopy(model)), tmp_path / "compiled.safetensors") == 2
+        assert (tmp_path / "compiled.safetensors").read_bytes() == path.read_bytes()
+        other = compiled(small.model())
+        assert llcompile.load_levels(other, path) == 2
+        for mine, theirs in zip(llcompile.level_parameters(model), llcompile.level_parameters(other), strict=True):
+            assert torch.equal(mine, theirs)
 
     def test_files_are_small(self, tmp_path: Path) -> None:
         model, path = with_levels(width=256), tmp_path / "levels.safetensors"

@@ -13,11 +13,14 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llcompile.arguments import at_least, check_device, in_a_line
 from llcompile.commands import hub
 from llcompile.errors import ExampleError, SpecError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Example = tuple[Any, tuple[Any, ...]]
 
@@ -112,14 +115,26 @@ def load(spec: str, changes: list[str], length: int, device: str) -> Example:
     return _from_config(lambda: _named_config(spec), changes, length, device)
 
 
+def load_model(spec: str, changes: list[str], device: str) -> nn.Module:
+    """The model that SPEC names, where nothing depends on example inputs: a factory may leave them out.
+
+    Raises:
+        SpecError: SPEC names nothing that can be found or built.
+    """
+    if not is_factory(spec) or changes:
+        model: nn.Module = load(spec, changes, _LENGTH, device)[0]
+        return model
+    made = _factory_result(spec)
+    found = made[0] if isinstance(made, tuple) and made else made
+    from torch import nn
+
+    if not isinstance(found, nn.Module):
+        raise SpecError(f"{spec} returned a {type(found).__name__}; expected an nn.Module, or (model, *inputs)")
+    return found
+
+
 def _from_factory(spec: str) -> Example:
-    module_name, _, name = spec.partition(":")
-    if not module_name or not name:
-        raise SpecError(f"{spec!r}: {_EXPECTED}")
-    if module_name.endswith(".py"):
-        written = ".".join(Path(module_name).with_suffix("").parts)
-        raise SpecError(f"{spec}: write the module as in an import statement, {written}:{name}")
-    made = _made(spec, _find(module_name, name))
+    made = _factory_result(spec)
     if not isinstance(made, tuple) or len(made) < 2:
         found = f"a tuple of {len(made)}" if isinstance(made, tuple) else type(made).__name__
         raise SpecError(f"{spec} returned {found}; expected a tuple (model, *example_inputs)")
@@ -130,6 +145,17 @@ def _from_factory(spec: str) -> Example:
             f"{spec} returned ({type(made[0]).__name__}, ...); expected (model, *example_inputs) with an nn.Module"
         )
     return made[0], made[1:]
+
+
+def _factory_result(spec: str) -> Any:
+    """What the function that SPEC names returns."""
+    module_name, _, name = spec.partition(":")
+    if not module_name or not name:
+        raise SpecError(f"{spec!r}: {_EXPECTED}")
+    if module_name.endswith(".py"):
+        written = ".".join(Path(module_name).with_suffix("").parts)
+        raise SpecError(f"{spec}: write the module as in an import statement, {written}:{name}")
+    return _made(spec, _find(module_name, name))
 
 
 def _find(module_name: str, name: str) -> Any:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from functools import cache
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llcompile.arguments import at_least, not_negative, positive
-from llcompile.commands.spec import SPEC_HELP, add_set_argument, load
+from llcompile.commands.spec import SPEC_HELP, add_set_argument, is_factory, load_model
 from llcompile.errors import TrialError
 
 if TYPE_CHECKING:
     from torch import nn
 
     from llcompile.trials.result import Trial
+    from llcompile.trials.sources import Cut
 
 DATA_HELP = """
 --data is one of:
@@ -22,6 +25,7 @@ DATA_HELP = """
   package.module:function                     function(split, seed) yields batches; split is "train" or "held out"
   any other file                              its bytes are the tokens (vocabulary 256)"""
 
+_OF_FILES = ("batch", "length", "held_length")
 _MOST_SEEDS, _MOST_WORKERS = 10_000, 1024
 _LARGEST_SEED = 2**32 - 1 - _MOST_SEEDS  # numpy's generators take 32 bits
 
@@ -55,8 +59,8 @@ def _add_amounts(parser: argparse.ArgumentParser) -> None:
         help="runs of each arm (default 5, at least 2)",
     )
     parser.add_argument("--first-seed", type=at_least(0, _LARGEST_SEED), default=0, help="the first seed (default 0)")
-    parser.add_argument("--batch", type=at_least(2), default=16, help="sequences in a batch (default 16)")
-    parser.add_argument("--length", type=at_least(2), default=128, help="tokens of a training sequence (default 128)")
+    parser.add_argument("--batch", type=at_least(2), help="sequences in a batch (default 16)")
+    parser.add_argument("--length", type=at_least(2), help="tokens of a training sequence (default 128)")
     parser.add_argument(
         "--held-length", type=at_least(2), help="tokens of a held-out sequence (default: 4 times --length)"
     )
@@ -112,11 +116,11 @@ def run(args: argparse.Namespace) -> int:
 
     files.check_folder(args.out)
     if args.checkpoint is not None and not Path(args.checkpoint).is_file():
-        raise TrialError(f"--checkpoint {args.checkpoint}: no such file; expected weights (.safetensors, .pt)")
-    source = sources.named(args.data, sources.Cut(args.batch, args.length, args.held_length))
+        what = "it is a folder, name the file in it" if Path(args.checkpoint).is_dir() else "no such file"
+        raise TrialError(f"--checkpoint {args.checkpoint}: {what}; expected weights (.safetensors, .pt)")
     result = trial(
-        Model(args.spec, tuple(args.set), args.checkpoint, args.length),
-        source,
+        Model(args.spec, tuple(args.set), args.checkpoint),
+        sources.named(args.data, _cut(args)),
         loss=sources.function(args.loss, "--loss") if args.loss else None,
         out=args.out,
         steps=args.steps,
@@ -138,6 +142,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _cut(args: argparse.Namespace) -> Cut:
+    """How a file is cut into sequences; a function of the user's has cut them itself."""
+    from llcompile.trials import sources
+
+    given = {name: value for name in _OF_FILES if (value := getattr(args, name)) is not None}
+    if given and sources.is_function(args.data):
+        flag = "--" + next(iter(given)).replace("_", "-")
+        raise TrialError(f"{flag} has no effect on {args.data}: change what the function yields")
+    return sources.Cut(**given)
+
+
 def _written(result: Trial, folder: Path) -> list[str]:
     from llcompile.trials.plot import available
 
@@ -156,7 +171,6 @@ class Model:
     spec: str
     changes: tuple[str, ...]
     checkpoint: str | None
-    length: int
 
     def __call__(self) -> nn.Module:
         """A new model.
@@ -165,10 +179,26 @@ class Model:
             SpecError: SPEC names nothing that can be found or built.
             TrialError: the checkpoint cannot be read, or belongs to another model.
         """
-        model: nn.Module = load(self.spec, list(self.changes), self.length, "cpu")[0]
+        model: nn.Module = load_model(self.spec, list(self.changes), "cpu")
         if self.checkpoint is not None:
             _restore(model, self.checkpoint)
+        elif not is_factory(self.spec) and parent_process() is None:
+            _say_random(self.spec)
         return model
+
+
+@cache
+def _say_random(spec: str) -> None:
+    """Once: a config has no weights. A folder of `save_pretrained` has them beside it."""
+    from llcompile.kernels import progress
+
+    folder = Path(spec) if Path(spec).is_dir() else Path(spec).parent
+    beside = sorted(folder.glob("*.safetensors")) if Path(spec).exists() else []
+    file = beside[0] if len(beside) == 1 else "FILE"
+    progress.on_stderr(
+        f"{spec} gives a model with random weights, so that all arms train from scratch; for trained ones, add "
+        f"--checkpoint {file}"
+    )
 
 
 def _restore(model: nn.Module, path: str) -> None:

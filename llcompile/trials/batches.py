@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -11,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llcompile.errors import TrialError
+from llcompile.arguments import in_a_line
+from llcompile.errors import LLCompileError, TrialError
 
 IGNORED = -100  # what cross_entropy leaves out
 TRAIN, HELD_OUT = "train", "held out"
@@ -99,7 +101,7 @@ def training(source: Source, seed: int, steps: int) -> Iterator[Batch]:
         TrialError: there are fewer than `steps`, or they differ in shape.
     """
     shape, count = None, 0
-    for count, given in enumerate(islice(source(TRAIN, seed), steps), 1):
+    for count, given in enumerate(_given(source, TRAIN, seed, steps), 1):
         batch = as_batch(given, f"training batch {count} of seed {seed}")
         shape = shape or batch.tokens.shape
         if batch.tokens.shape != shape:
@@ -118,7 +120,7 @@ def held_out(source: Source, count: int) -> list[Batch]:
     Raises:
         TrialError: there are none, they have fewer than two sequences, or they differ in length.
     """
-    batches = [as_batch(x, f"held-out batch {i}") for i, x in enumerate(islice(source(HELD_OUT, 0), count), 1)]
+    batches = [as_batch(x, f"held-out batch {i}") for i, x in enumerate(_given(source, HELD_OUT, 0, count), 1)]
     if not batches:
         raise TrialError(f"the data have no held-out batch: nothing came for the split {HELD_OUT!r}")
     lengths = sorted({batch.tokens.shape[1] for batch in batches})
@@ -129,3 +131,25 @@ def held_out(source: Source, count: int) -> list[Batch]:
             "a held-out batch has one sequence; expected 2 or more: half of them choose, half of them judge"
         )
     return batches
+
+
+def _given(source: Source, split: str, seed: int, count: int) -> Iterator[Any]:
+    """The first `count` things that a source yields.
+
+    Raises:
+        TrialError: the source raises something, or gives nothing that can be iterated over.
+    """
+    try:
+        yield from islice(source(split, seed), count)
+    except LLCompileError:
+        raise
+    except Exception as error:  # whatever the user's function raises
+        raise TrialError(
+            f"batches({split!r}, {seed}) raised {said(error)}; expected a function that yields batches"
+        ) from error
+
+
+def said(error: BaseException) -> str:
+    """What an error of the user's code says, and where it was raised: file, line and function."""
+    line = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {in_a_line(error):.400} ({line.filename}:{line.lineno} in {line.name})"

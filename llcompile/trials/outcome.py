@@ -75,7 +75,8 @@ class Outcome:
         bins: which of them are "inside" the training length, "beyond" it, and "all".
         trained: tokens of a training sequence.
         longest: tokens of a held-out sequence.
-        linear, loglinear: costs of the mixers before and after; None where none is converted.
+        linear, loglinear, routed: costs of the mixers before and after, and with routed level weights; None where none
+            is converted.
         folder: where finished runs are, if a folder was named.
     """
 
@@ -91,6 +92,7 @@ class Outcome:
     longest: int
     linear: Cost | None
     loglinear: Cost | None
+    routed: Cost | None
     folder: Path | None
 
     @property
@@ -130,7 +132,7 @@ class Outcome:
         runs = list(self.records[arm.name].values())
         diverged = tuple(record.seed for record in runs if record.diverged is not None)
         metric, part = self.plan.metric, self.bins[self.plan.part]
-        cost = self.loglinear if arm.converted else self.linear
+        cost = self.routed if arm.kind == "routed" else self.loglinear if arm.converted else self.linear
 
         def value(name: str, bins: Sequence[int], half: str = "judge") -> float | None:
             found = [_value(getattr(record, half), name, bins) for record in runs]

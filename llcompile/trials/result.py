@@ -57,6 +57,7 @@ class Trial(Outcome):
             yield str(self.report)
             return
         yield ""
+        yield str(self.report).splitlines()[0]
         yield self._table()
         for name, reason in self.left_out.items():
             yield f"not tried: {name}: {reason}"

@@ -153,6 +153,11 @@ def source(given: Any, cut: Cut) -> Source:
     )
 
 
+def is_function(spec: str) -> bool:
+    """Whether `--data` names a function, and not a file."""
+    return ":" in spec and not Path(spec).exists()
+
+
 def named(spec: str, cut: Cut) -> Source:
     """Batches from what `--data` names: a file of tokens, `module:function`, or else a file that is read as bytes.
 
@@ -160,13 +165,12 @@ def named(spec: str, cut: Cut) -> Source:
         TrialError: there is nothing of that name, or it does not serve.
     """
     path = Path(spec)
-    if not path.exists() and ":" in spec:
+    if is_function(spec):
         function(spec)  # fails now and not in the first batch
         return Named(spec)
     if not path.is_file():
-        raise TrialError(
-            f"--data {spec}: no such file; expected a text, tokens (.pt, .npy, .safetensors) or module:function"
-        )
+        what = "it is a folder" if path.is_dir() else "no such file"
+        raise TrialError(f"--data {spec}: {what}; expected a text, tokens (.pt, .npy, .safetensors) or module:function")
     reader = _READERS.get(path.suffix, _read_bytes)
     try:
         tokens = reader(path)

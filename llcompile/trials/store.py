@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,11 @@ class Store:
             torch.save(dict(state), self.folder / _CHECKPOINT)
             files.write_text(known, json.dumps(wanted, indent=2) + "\n")
             return state
-        _check_same(self.folder, json.loads(known.read_text()), wanted)
-        checkpoint: dict[str, Any] = torch.load(self.folder / _CHECKPOINT, map_location="cpu", weights_only=True)
+        with _reading(known, _OTHER):
+            held = json.loads(known.read_text())
+        _check_same(self.folder, held, wanted)
+        with _reading(self.folder / _CHECKPOINT, _OTHER):
+            checkpoint: dict[str, Any] = torch.load(self.folder / _CHECKPOINT, map_location="cpu", weights_only=True)
         shapes, given = ({name: tuple(x.shape) for name, x in held.items()} for held in (checkpoint, state))
         if shapes != given:
             name = sorted(shapes.items() ^ given.items())[0][0]
@@ -57,7 +61,10 @@ class Store:
     def record(self, arm: Arm, seed: int) -> Record | None:
         """The record of a finished run."""
         path = self._path(arm, seed)
-        return Record.of(json.loads(path.read_text())) if path.exists() else None
+        if not path.exists():
+            return None
+        with _reading(path, "remove it, and the run is made again"):
+            return Record.of(json.loads(path.read_text()))
 
     def keep(self, arm: Arm, record: Record) -> None:
         """Write the record of a finished run."""
@@ -71,6 +78,14 @@ class Store:
         # With the rate, which a name has only where there are several.
         name = re.sub("[^a-z0-9.]+", "-", f"{arm.what} {arm.kind} {'' if arm.rate is None else arm.rate}").strip("-")
         return self.folder / _RUNS / f"{name}-seed-{seed}.json"
+
+
+@contextmanager
+def _reading(path: Path, advice: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # of the file, of its text, or of a value in it
+        raise TrialError(f"{path} of this trial cannot be read ({type(error).__name__}: {error}); {advice}") from error
 
 
 _OTHER = "name another folder with --out (out=), or remove this one"

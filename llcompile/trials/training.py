@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
@@ -13,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llcompile.errors import TrialError
+from llcompile.errors import LLCompileError, TrialError
 from llcompile.trials import batches
-from llcompile.trials.batches import IGNORED, Batch, Source
+from llcompile.trials.batches import IGNORED, Batch, Source, said
 from llcompile.trials.measures import CHOOSE, JUDGE, Half, measure, measure_own
 from llcompile.trials.plan import Plan
 from llcompile.trials.running import OwnLoss, Runner, State
@@ -35,10 +36,17 @@ class Exam:
         try:
             if self.loss is not None:
                 loss = self.loss
-                return measure_own(lambda batch: loss(runner.run, batch), self.batches)
-            return measure(runner.logits, self.batches, self.bounds)
+                return measure_own(self._told(runner, lambda batch: loss(runner.run, batch)), self.batches)
+            return measure(self._told(runner, runner.logits), self.batches, self.bounds)
         finally:
             runner.model.train()
+
+    def _told(self, runner: Runner, function: Callable[[Batch], Tensor]) -> Callable[[Batch], Tensor]:
+        def run(batch: Batch) -> Tensor:
+            with told(f"{runner.arm.name!r} on held-out sequences", batch):
+                return function(batch)
+
+        return run
 
 
 @dataclass(frozen=True)
@@ -148,10 +156,15 @@ def train(
     parameters = [p for group in groups for p in group["params"]]
     for step, given in enumerate(batches.training(source, seed, plan.steps), 1):
         batch = given.to(plan.place)
-        loss = own(runner.run, batch) if own is not None else cross_entropy(runner.training_logits(batch), batch.labels)
-        # All of them: what is not trained stays in the graph, so that arms share it, and must not pile up.
-        runner.model.zero_grad(set_to_none=True)
-        loss.backward()
+        with told(f"step {step} of {runner.arm.name!r} with seed {seed}", batch):
+            loss = (
+                own(runner.run, batch)
+                if own is not None
+                else cross_entropy(runner.training_logits(batch), batch.labels)
+            )
+            # All of them: what is not trained stays in the graph, so that arms share it, and must not pile up.
+            runner.model.zero_grad(set_to_none=True)
+            loss.backward()
         nn.utils.clip_grad_norm_(parameters, plan.clip)
         value = loss.item()  # which also waits for a GPU
         if not math.isfinite(value):
@@ -160,6 +173,20 @@ def train(
         schedule.step()
         tick(step, value)
     return None
+
+
+@contextmanager
+def told(where: str, batch: Batch) -> Iterator[None]:
+    """What a model raises inside of a run becomes a TrialError that names the place and the batch."""
+    try:
+        yield
+    except LLCompileError:
+        raise
+    except Exception as error:  # whatever the user's model raises
+        raise TrialError(
+            f"{where}, on tokens {list(batch.tokens.shape)} from {int(batch.tokens.min())} to "
+            f"{int(batch.tokens.max())}: {said(error)}"
+        ) from error
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

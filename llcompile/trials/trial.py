@@ -9,18 +9,17 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from llcompile.errors import TrialError
 from llcompile.kernels.levels import level_count
 from llcompile.report import Report
 from llcompile.trials import batches as data
+from llcompile.trials import before
 from llcompile.trials.arms import LEVELS, Arm, arms
 from llcompile.trials.batches import Batch, Source
 from llcompile.trials.costs import costs
 from llcompile.trials.measures import bins_of, edges
-from llcompile.trials.outputs import inputs, logits_of
 from llcompile.trials.passing import refusal
 from llcompile.trials.plan import Plan
 from llcompile.trials.result import Trial
@@ -99,13 +98,16 @@ class _Preparation:
     ) -> None:
         self.model_fn, self.source, self.loss, self.plan, self.store = model_fn, source, loss, plan, store
         self.lines = lines
-        self.example = _first(source)
-        held = data.held_out(source, plan.held_out)
+        self.example = before.first(source)
+        self.held = held = data.held_out(source, plan.held_out)
+        before.check_splits(self.example, held[0])
         if loss is not None and len(held) < 2:
             raise TrialError(
                 "with your own loss, 2 or more held-out batches are needed: half of them choose, half judge"
             )
         self.trained, self.longest = self.example.tokens.shape[1], held[0].tokens.shape[1]
+        if loss is None:
+            before.check_part(held, plan.part, self.trained)
         self.bounds = (0, self.longest) if loss is not None else edges(self.trained, self.longest)
         self.levels = plan.levels or level_count(max(self.trained, self.longest))
         say(lines, f"{plan.steps} steps on batches {list(self.example.tokens.shape)}, held out: {_held(held)}")
@@ -114,7 +116,9 @@ class _Preparation:
         """Look, train what is missing, and judge."""
         model = made(self.model_fn)
         state = {name: x.detach().cpu().clone() for name, x in model.state_dict().items()}
-        _check_runs(model.to(self.plan.place), self.example.to(self.plan.place), self.loss)
+        before.check_runs(
+            model.to(self.plan.place), self.example.to(self.plan.place), self.held[0].to(self.plan.place), self.loss
+        )
         checkpoint = self.store.open(self._config(model, state), state)
         first = Arm(LEVELS, self.plan.kinds[0])
         say(self.lines, "converting the model")
@@ -124,8 +128,8 @@ class _Preparation:
             return self._result((), {}, report, Verdict(NOTHING, _nothing(report)), {}, kept)
         every, left_out = self._arms(model, report)
         setup = Setup(
-            self.model_fn, self.source, self.loss, self.plan, self.levels, self.bounds, self.store.folder, checkpoint,
-            self.lines,
+            self.model_fn, self.source, self.loss, self.plan, self.levels, self.bounds,
+            self._bins()[self.plan.part], self.store.folder, checkpoint, self.lines,
         )  # fmt: skip
         jobs = [(arm, [s for s in self.plan.seeds if self.store.record(arm, s) is None]) for arm in every]
         jobs = [(arm, seeds) for arm, seeds in jobs if seeds]
@@ -145,7 +149,8 @@ class _Preparation:
             say(self.lines, "model_fn() gives other weights at each call: all runs start from those of the first one")
         return {
             "training batch": list(self.example.tokens.shape),
-            "first training batch": digest({"tokens": self.example.tokens, "labels": self.example.labels}),
+            "first training batch": before.known([self.example]),
+            "held-out batches": before.known(self.held),
             **self.plan.of_runs(),
             "levels": self.levels,
             "bounds": list(self.bounds),
@@ -189,12 +194,12 @@ class _Preparation:
         left_out: dict[str, str],
         kept: bool,
     ) -> Trial:
-        linear = loglinear = None
+        linear = loglinear = routed = None
         if report.converted:
-            linear, loglinear = costs(report, self.levels, self.longest, self.plan.place)
+            linear, loglinear, routed = costs(report, self.levels, self.longest, self.plan.place)
         return Trial(
             verdict, report, tuple(every), left_out, records, self.plan, self.bounds, self._bins(), self.trained,
-            self.longest, linear, loglinear, self.store.folder if kept else None,
+            self.longest, linear, loglinear, routed, self.store.folder if kept else None,
         )  # fmt: skip
 
 
@@ -202,42 +207,9 @@ def _refused(model: nn.Module, example: Batch, plan: Plan) -> str:
     return refusal(model.train(), example.to(plan.place).tokens, example.inputs)
 
 
-def _check_runs(model: nn.Module, example: Batch, loss: OwnLoss | None) -> None:
-    """Raises TrialError where the model does not run on the first batch, or gives logits of another shape."""
-    try:
-        with torch.no_grad():
-            output = loss(model, example) if loss is not None else model(example.tokens, **inputs(model, example))
-    except Exception as error:
-        raise TrialError(
-            f"the model does not run on the first training batch {list(example.tokens.shape)} (tokens from "
-            f"{int(example.tokens.min())} to {int(example.tokens.max())}): {type(error).__name__}: {error}"
-        ) from error
-    if loss is not None:
-        if not isinstance(output, Tensor) or output.numel() != 1:
-            raise TrialError(f"loss(model, batch) gave {output!r:.100}; expected a tensor with one number")
-        return
-    logits = logits_of(output)
-    if logits.shape[:2] != example.tokens.shape or logits.shape[2] <= int(example.labels.max()):
-        raise TrialError(
-            f"the model gave logits {list(logits.shape)} for tokens {list(example.tokens.shape)} with labels up to "
-            f"{int(example.labels.max())}; expected [B, T, vocabulary] with a larger vocabulary"
-        )
-
-
 def _nothing(report: Report) -> str:
     reasons = dict.fromkeys(f"{record.module or 'the model'}: {record.reason}" for record in report.declined)
     return "no mixer of the model can be converted" + (f" ({'; '.join(reasons)})" if reasons else "")
-
-
-def _first(source: Source) -> Batch:
-    """The first training batch of seed 0, by which a folder knows its data."""
-    first, again = (next(data.training(source, 0, 1)) for _ in range(2))
-    if not (torch.equal(first.tokens, again.tokens) and torch.equal(first.labels, again.labels)):
-        raise TrialError(
-            f"batches({data.TRAIN!r}, 0) gives other batches at each call, so arms could not be compared; draw them "
-            "with a generator that the seed determines"
-        )
-    return first
 
 
 def _held(held: Sequence[Batch]) -> str:

@@ -56,7 +56,7 @@ def judge(arms: Sequence[Arm], records: Records, plan: Plan, bins: Bins) -> Verd
         return Verdict(OPEN, f"every {what} diverged with some seed; lower its learning rate")
     gain = crossed(controls, converted, records, plan, bins[plan.part])
     if gain is None:
-        return Verdict(OPEN, f"the held-out sequences have no labels {_WHERE[plan.part]}")
+        return Verdict(OPEN, f"the held-out sequences have no labels {WHERE[plan.part]}")
     arm, control = (_best(names, plan.seeds, records, plan, bins[plan.part]) for names in (converted, controls))
     beyond = crossed(controls, converted, records, plan, bins["beyond"]) if plan.part == "inside" else None
     decision = _decided(gain, plan.least)
@@ -106,7 +106,7 @@ def _decided(gain: Interval, least: float) -> str:
     return NOT if gain.high < least else OPEN
 
 
-_WHERE = {
+WHERE = {
     "inside": "up to the training length",
     "beyond": "beyond the training length",
     "all": "at any position",
@@ -122,7 +122,7 @@ def _said(arm: str, control: str, gain: Interval, plan: Plan) -> str:
         NOT: f"which lies below {limit}",
         OPEN: f"which contains {limit}",
     }[_decided(gain, plan.least)]
-    return f"with {arm} in place of {control} the gain {_WHERE[plan.part]} is {size}, {how}"
+    return f"with {arm} in place of {control} the gain {WHERE[plan.part]} is {size}, {how}"
 
 
 def _also(beyond: Interval | None, gain: Interval, plan: Plan) -> str:

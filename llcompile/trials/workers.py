@@ -29,7 +29,7 @@ _EVERY = 30.0  # seconds between two lines about the same run
 
 @dataclass(frozen=True)
 class Setup:
-    """What every run needs; it goes to other processes as it is."""
+    """What every run needs; it goes to other processes as it is. `judged` are the bins that the verdict is about."""
 
     model_fn: ModelFn
     source: Source
@@ -37,6 +37,7 @@ class Setup:
     plan: Plan
     levels: int
     bounds: tuple[int, ...]
+    judged: tuple[int, ...]
     folder: Path
     checkpoint: State
     lines: bool
@@ -106,7 +107,7 @@ def run_arm(setup: Setup, count: Count, arm: Arm, seeds: Sequence[int]) -> None:
             ticker = partial(_Ticker(setup.lines).tick, f"{arm.name}, seed {seed}", plan.steps)
             record = run(runner, setup.checkpoint, setup.source, exam, plan, seed, ticker)
             store.keep(arm, record)
-            say(setup.lines, _line(record, plan, count, count.done(store)))
+            say(setup.lines, _line(record, setup, count, count.done(store)))
 
 
 class _Ticker:
@@ -136,10 +137,10 @@ def say(lines: bool, line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def _line(record: Record, plan: Plan, count: Count, done: int) -> str:
-    half = record.judge
-    value = None if half is None else half.position.value(plan.metric)
-    result = f"diverged at step {record.diverged}" if value is None else f"{plan.metric} {value:.4f}"
+def _line(record: Record, setup: Setup, count: Count, done: int) -> str:
+    half, metric = record.judge, setup.plan.metric
+    value = None if half is None else half.position.value(metric, setup.judged)
+    result = f"diverged at step {record.diverged}" if value is None else f"{metric} {value:.4f}"
     where = f"{done} of {count.total}"
     return f"[{where}] {record.arm}, seed {record.seed}: {result} ({record.seconds:.0f} s{count.left(done)})"
 

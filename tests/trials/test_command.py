@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from llcompile.commands import cli
+from llcompile.commands.trial import Model
 from tests.trials.models import WIDTH
 
 MODULE = f"""
@@ -32,6 +33,15 @@ def model():
 
 def loss(model, batch):
     return model(batch.tokens).square().mean()
+
+def bare_model():
+    return model()[0]
+
+def number():
+    return 3
+
+def batches(split, seed):
+    yield torch.zeros(4, 8, dtype=torch.long)
 
 def random_model():
     return Model(), torch.zeros(1, 8, dtype=torch.long)
@@ -85,6 +95,22 @@ def test_a_loss_of_the_users_own(folder: Path) -> None:
     assert [row["accuracy"] for row in arms] == [None] * 3
 
 
+def test_a_bare_model_is_enough(folder: Path) -> None:
+    made = Model("a_trial_module:bare_model", (), None)()
+    assert torch.equal(made.head.weight, Model("a_trial_module:model", (), None)().head.weight)
+
+
+def test_a_config_has_no_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"hidden_size": 8, "num_heads": 2, "head_dim": 8, "state_size": 8, "n_groups": 1, "num_hidden_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba2", "vocab_size": 16, **sizes}))
+    (tmp_path / "model.safetensors").write_text("")
+    for _ in range(2):
+        Model(str(tmp_path), (), None)()
+    said = " ".join(capsys.readouterr().err.split())
+    hint = f"all arms train from scratch; for trained ones, add --checkpoint {tmp_path}/model.safetensors"
+    assert said.count(hint) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -96,6 +122,13 @@ def test_a_loss_of_the_users_own(folder: Path) -> None:
         ),
         (["a_trial_module:model", "--data", "text.txt", "--length", "999"], "held-out sequences of 3996 need"),
         (["a_trial_module:model", "--data", "text.txt", "--loss", "a_trial_module:nothing"], "--loss a_trial_module:"),
+        (
+            ["a_trial_module:number", "--data", "text.txt"],
+            "a_trial_module:number returned a int; expected an nn.Module",
+        ),
+        (["a_trial_module:model", "--data", "a_trial_module:batches"], "--batch has no effect on a_trial_module:"),
+        (["a_trial_module:model", "--data", "text.txt", "--checkpoint", "."], "--checkpoint .: it is a folder"),
+        (["a_trial_module:model", "--data", "."], "--data .: it is a folder"),
         (["a_trial_module:model", "--data", "text.txt", "--seeds", "1"], "expected an integer from 2 to 10000"),
         (["a_trial_module:model", "--data", "text.txt", "--rate", "0"], "is not one or more positive numbers"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -37,6 +38,40 @@ def tried(model_fn: Any = Model, data: Any = batches, **settings: Any) -> Trial:
 
 def unsteady(split: str, seed: int) -> Iterator[Tensor]:
     yield torch.randint(VOCABULARY, (4, LENGTH))
+
+
+def same_for_both_splits(split: str, seed: int) -> Iterator[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield torch.randint(VOCABULARY, (4, LENGTH), generator=generator)
+
+
+def others_held_out(split: str, seed: int) -> Iterator[dict[str, Tensor]]:
+    for batch in batches(split, seed):
+        yield batch if split == "train" else {name: x.flip(0) for name, x in batch.items()}
+
+
+def broken(split: str, seed: int) -> Iterator[Tensor]:
+    raise FileNotFoundError("part-0.bin")
+    yield
+
+
+def out_of_range(split: str, seed: int) -> Iterator[dict[str, Tensor]]:
+    for number, batch in enumerate(batches(split, seed)):
+        yield {"tokens": batch["tokens"] + (VOCABULARY if (split, number) == ("train", 2) else 0)}
+
+
+class Placed(Model):
+    """It has as many places as a training sequence has tokens."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(tokens) + torch.zeros(LENGTH, 1)[torch.arange(tokens.shape[1])]
+
+
+def not_a_number() -> Model:
+    model = Model()
+    nn.init.constant_(model.head.bias, torch.nan)
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +125,7 @@ def test_what_can_be_written(small: Trial, tmp_path: Path) -> None:
     text = str(small)
     assert text.startswith(small.verdict.decision.split(":")[0])
     assert all(row.arm in text for row in small.rows)
+    assert "1 of 1 linear-time mixers are log-linear" in text
     held = json.loads(small.to_json(tmp_path / "trial.json").read_text())
     assert held["verdict"]["decision"] == small.verdict.decision
     assert len(held["runs"]) == 2 * len(small.arms)
@@ -126,12 +162,33 @@ def test_a_second_start_goes_on(small: Trial, monkeypatch: pytest.MonkeyPatch) -
         ({"steps": 4}, "holds runs of another trial: steps was 3 and is 4 now"),
         ({"model_fn": partial(Model, seed=1)}, "holds runs of another trial: checkpoint was"),
         ({"data": torch.zeros(100, 128, dtype=torch.long)}, "trial: training batch was"),
+        ({"data": others_held_out}, "trial: held-out batches was"),
     ],
-    ids=["steps", "model", "data"],
+    ids=["steps", "model", "data", "held out"],
 )
 def test_another_trial_in_the_same_folder(small: Trial, changed: dict[str, Any], message: str) -> None:
     with pytest.raises(TrialError, match=message):
         tried(out=small.folder, **changed)
+
+
+@pytest.mark.parametrize("name", ["config.json", "checkpoint.pt", "runs/stay-0.001-seed-0.json"])
+def test_a_file_of_a_trial_that_is_damaged(small: Trial, tmp_path: Path, name: str) -> None:
+    assert small.folder is not None
+    folder = Path(shutil.copytree(small.folder, tmp_path / "copy"))
+    (folder / name).write_bytes((folder / name).read_bytes()[:40])
+    with pytest.raises(TrialError, match=rf"{name} of this trial cannot be read"):
+        tried(out=folder)
+
+
+def test_progress_shows_what_is_judged(small: Trial, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert small.folder is not None
+    folder = Path(shutil.copytree(small.folder, tmp_path / "copy"))
+    (folder / "runs" / "stay-0.001-seed-0.json").unlink()
+    again = tried(out=folder, progress=True)
+    record = again.records["stay"][0].judge
+    assert record is not None
+    assert f"stay, seed 0: loss {record.position.value('loss', again.bins['inside']):.4f} (" in capsys.readouterr().err
+    assert record.position.value("loss") != pytest.approx(record.position.value("loss", again.bins["inside"]), abs=1e-3)
 
 
 def test_a_model_without_a_mixer_is_not_trained(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,12 +271,27 @@ def test_a_loss_of_the_users_own() -> None:
         ({"loss": own_loss, "held_out": 1}, "2 or more held-out batches are needed"),
         ({"data": 3}, "batches is a int"),
         ({"data": unsteady}, "gives other batches at each call"),
+        (
+            {"data": torch.zeros(40, LENGTH, dtype=torch.long), "batch": 4, "length": LENGTH, "part": "beyond"},
+            "no held-out",
+        ),
+        ({"data": same_for_both_splits}, "first held-out batch is the first training batch of seed 0"),
+        ({"data": lambda split, seed: None}, r"batches\('train', 0\) raised TypeError"),
+        ({"data": broken}, r"raised FileNotFoundError: part-0.bin \(.*test_trial.py:\d+ in broken\)"),
+        ({"model_fn": Placed}, r"does not run on the first held-out batch \[4, 16\].*--held-length"),
+        ({"model_fn": not_a_number}, r"loss on the first training batch \[4, 8\] is nan before it is trained"),
     ],
     ids=lambda x: x if isinstance(x, str) else "-".join(x),
 )
 def test_what_is_refused(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(TrialError, match=message):
         tried(**changed)
+
+
+def test_a_batch_that_the_model_cannot_read_is_named() -> None:
+    where = r"step 3 of 'stay' with seed 0, on tokens \[4, 8\] from 1\d to 2\d: IndexError: .* in embedding\)"
+    with pytest.raises(TrialError, match=where):
+        tried(data=out_of_range)
 
 
 def test_a_converted_model_is_refused(fresh_dynamo: None) -> None:

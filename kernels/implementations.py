@@ -149,15 +149,19 @@ class Triton(Implementation):
         """On the device of the operands, which must be current for Triton."""
         from llcompile.kernels.triton import segments
 
-        with current(x.v):
+        with self.current(x.v):
             return segments.forward(x, scale, return_final_state, partial(self._rejection, x.v.device))
 
     def backward(self, x: Operands, scale: float, grad_o: Tensor, grad_state: Tensor | None) -> list[Tensor | None]:
         """Likewise."""
         from llcompile.kernels.triton import segments
 
-        with current(x.v):
+        with self.current(x.v):
             return segments.backward(x, scale, grad_o, grad_state, partial(self._rejection, x.v.device))
+
+    def current(self, x: Tensor) -> contextlib.AbstractContextManager[object]:
+        """As `limits.current`."""
+        return current(x)
 
     def _rejection(self, device: torch.device, d: Description, sweep: Sweep) -> str | None:
         """Why kernels that a call takes besides those of its own description must not run."""
@@ -168,7 +172,7 @@ class Triton(Implementation):
         from llcompile.kernels.triton import step as kernels
 
         check_positions(token.state, 1, "state")
-        with current(token.v):
+        with self.current(token.v):
             return kernels.step(token, routing)
 
     def step_in_place(self, token: Token, routing: Tensor | None = None) -> Tensor:
@@ -178,7 +182,7 @@ class Triton(Implementation):
         if token.decay_rate is not None or token.state.dtype != torch.float32 or not token.state.is_contiguous():
             return super().step_in_place(token, routing)
         check_positions(token.state, 1, "state")
-        with current(token.v):
+        with self.current(token.v):
             return kernels.step_in_place(token, routing)
 
     def replay(self, x: Operands, occupied: Tensor | None, scale: float) -> Tensor:
@@ -187,7 +191,7 @@ class Triton(Implementation):
 
         if x.q.shape[1] != 1 or x.decay_rate is not None:
             return super().replay(x, occupied, scale)
-        with current(x.v):
+        with self.current(x.v):
             return kernels.replay(x, occupied, scale)
 
     def readouts(self) -> ReadoutForm:

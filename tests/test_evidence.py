@@ -241,8 +241,11 @@ def test_each_machine_says_what_it_ran() -> None:
     here, there = ({"machine": name, "date": "2026-11-27T10:00", "versions": {"torch": "2"}} for name in ("a", "b"))
     files = [{"share": share, "environment": here} for share in ("gdn-0", "gdn-1")]
     assert show._where(files) == "\n\n(a; 2026-11-27; torch 2.)"
-    files += [{"share": share, "environment": there} for share in ("gdn_longer-0", "mamba2")]
-    assert show._where(files) == ("\n\n(gdn: a; 2026-11-27; torch 2.)\n\n(gdn_longer, mamba2: b; 2026-11-27; torch 2.)")
+    later = {**there, "date": "2026-11-28T01:00"}
+    files += [{"share": "gdn_longer-0", "environment": there}, {"share": "mamba2", "environment": later}]
+    assert show._where(files) == (
+        "\n\n(gdn: a; 2026-11-27; torch 2.)\n\n(gdn_longer, mamba2: b; 2026-11-27 to 2026-11-28; torch 2.)"
+    )
 
 
 def test_show_wants_its_marks(tmp_path: Path) -> None:

@@ -52,11 +52,17 @@ _PLOTS: dict[str, Callable[[Found, Path], bool]] = {
 
 def _where(found: Found) -> str:
     """On which machine and when; of which series, where there are several machines."""
-    series: dict[str, dict[str, None]] = {}
+    series: dict[tuple[str, str], dict[str, None]] = {}
+    dates: dict[tuple[str, str], set[str]] = {}
     for file in found:
         seen = file["environment"]
         versions = ", ".join(f"{name} {version}" for name, version in seen["versions"].items())
-        where = f"{seen['machine'].partition(', load')[0]}; {seen['date'][:10]}; {versions}"
+        where = seen["machine"].partition(", load")[0], versions
         series.setdefault(where, {})[re.sub(r"-\d+$", "", file["share"])] = None
-    of = (f"{', '.join(names)}: {where}" if len(series) > 1 else where for where, names in series.items())
-    return "".join(f"\n\n({text}.)" for text in of)
+        dates.setdefault(where, set()).add(seen["date"][:10])
+    lines = []
+    for where, names in series.items():
+        days = " to ".join(sorted({min(dates[where]), max(dates[where])}))
+        of = f"{', '.join(names)}: " if len(series) > 1 else ""
+        lines.append(f"\n\n({of}{where[0]}; {days}; {where[1]}.)")
+    return "".join(lines)

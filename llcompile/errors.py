@@ -154,5 +154,9 @@ class OptimizerWarning(LLCompileWarning):
     """An optimizer trains a converted model without its level weights."""
 
 
+class TrialDataWarning(LLCompileWarning):
+    """A trial is judged on sequences that it also trains on."""
+
+
 class UntestedVersionWarning(LLCompileWarning):
     """torch or another library is newer than every release that llcompile was tested with."""

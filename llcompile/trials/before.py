@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from llcompile.errors import LLCompileError, TrialError
+from llcompile.errors import LLCompileError, TrialDataWarning, TrialError
 from llcompile.trials import batches
 from llcompile.trials.batches import HELD_OUT, IGNORED, TRAIN, Batch, Source, said
 from llcompile.trials.outputs import inputs, logits_of
@@ -33,12 +34,15 @@ def first(source: Source) -> Batch:
     return found
 
 
-def check_splits(example: Batch, held: Batch) -> None:
-    """Raises TrialError where the held-out batches are those of a training, as of a function that ignores its split."""
+def warn_of_splits(example: Batch, held: Batch) -> None:
+    """Warn where the held-out batches are those of a training, as of a function that ignores its split."""
     if torch.equal(example.tokens, held.tokens) and bool((example.tokens != example.tokens[0, 0]).any()):
-        raise TrialError(
-            f"the first held-out batch is the first training batch of seed 0; for the split {HELD_OUT!r}, give "
-            "sequences that no training has"
+        warnings.warn(
+            TrialDataWarning(
+                "the first held-out batch is the first training batch of seed 0, so that this seed is judged on what "
+                f"it was trained on; for the split {HELD_OUT!r}, give sequences that no training has"
+            ),
+            stacklevel=2,
         )
 
 

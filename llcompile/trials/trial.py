@@ -100,7 +100,7 @@ class _Preparation:
         self.lines = lines
         self.example = before.first(source)
         self.held = held = data.held_out(source, plan.held_out)
-        before.check_splits(self.example, held[0])
+        before.warn_of_splits(self.example, held[0])
         if loss is not None and len(held) < 2:
             raise TrialError(
                 "with your own loss, 2 or more held-out batches are needed: half of them choose, half judge"

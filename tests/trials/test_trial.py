@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 import llcompile
-from llcompile.errors import TrialError
-from llcompile.trials import workers
+from llcompile.errors import TrialDataWarning, TrialError
+from llcompile.trials import before, workers
+from llcompile.trials.batches import as_batch
 from llcompile.trials.result import Trial
 from llcompile.trials.verdict import NOTHING
 from llcompile.weights.level_kinds import KINDS
@@ -275,7 +277,6 @@ def test_a_loss_of_the_users_own() -> None:
             {"data": torch.zeros(40, LENGTH, dtype=torch.long), "batch": 4, "length": LENGTH, "part": "beyond"},
             "no held-out",
         ),
-        ({"data": same_for_both_splits}, "first held-out batch is the first training batch of seed 0"),
         ({"data": lambda split, seed: None}, r"batches\('train', 0\) raised TypeError"),
         ({"data": broken}, r"raised FileNotFoundError: part-0.bin \(.*test_trial.py:\d+ in broken\)"),
         ({"model_fn": Placed}, r"does not run on the first held-out batch \[4, 16\].*--held-length"),
@@ -286,6 +287,16 @@ def test_a_loss_of_the_users_own() -> None:
 def test_what_is_refused(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(TrialError, match=message):
         tried(**changed)
+
+
+def test_data_that_ignore_the_split_are_named() -> None:
+    """Seed 0 would be judged on what it was trained on; the same data with a split of its own are not."""
+    train, held = (as_batch(next(same_for_both_splits(split, 0)), split) for split in ("train", "held out"))
+    with pytest.warns(TrialDataWarning, match=r"training batch of seed 0.*give sequences that no training has"):
+        before.warn_of_splits(train, held)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        before.warn_of_splits(train, as_batch(next(same_for_both_splits("held out", 1)), "held out"))
 
 
 def test_a_batch_that_the_model_cannot_read_is_named() -> None:

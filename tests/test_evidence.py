@@ -267,7 +267,8 @@ def test_the_command_starts_the_shares_of_an_experiment(monkeypatch: pytest.Monk
     assert given[0][0].small
     assert given[0][0].folder.name == "language"
     assert given[0][1] == ["mamba2", "gdn"]
-    assert recall.shares(small=False)[:4] == ["mamba2-0", "gdn-0", "gdn_longer-0", "mamba2-1"]
+    series = ["mamba2-0", "gdn-0", "gdn_longer-0", "mamba2_longer-0"]
+    assert recall.shares(small=False)[:5] == [*series, "mamba2-1"]
     assert json.dumps(typeseg.shares(small=False)) == '["seed-0", "seed-1", "seed-2", "seed-3", "seed-4"]'
 
 

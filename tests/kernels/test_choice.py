@@ -38,8 +38,9 @@ class Engine(SimpleNamespace):
     def backward(self, *arguments):
         return self._run(sequence.backward, arguments)
 
-    def step(self, *arguments):
-        return self._run(aten_step, arguments)
+    def step(self, token, routing):
+        assert routing is None
+        return self._run(aten_step, (token,))
 
 
 @pytest.fixture(autouse=True)

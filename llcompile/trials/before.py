@@ -9,13 +9,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from llcompile.errors import LLCompileError, TrialDataWarning, TrialError
+from llcompile.errors import TrialDataWarning, TrialError
 from llcompile.trials import batches
-from llcompile.trials.batches import HELD_OUT, IGNORED, TRAIN, Batch, Source, said
+from llcompile.trials.batches import HELD_OUT, IGNORED, TRAIN, Batch, Source
 from llcompile.trials.outputs import inputs, logits_of
 from llcompile.trials.running import OwnLoss
 from llcompile.trials.store import digest
-from llcompile.trials.training import cross_entropy
+from llcompile.trials.training import cross_entropy, told
 from llcompile.trials.verdict import WHERE
 
 
@@ -73,21 +73,13 @@ def known(given: Sequence[Batch]) -> str:
 
 @torch.no_grad()
 def _check_batch(model: nn.Module, batch: Batch, loss: OwnLoss | None, what: str, hint: str) -> None:
-    where = f"{what} {list(batch.tokens.shape)}"
-    try:
+    with told(f"the model does not run on {what}", batch, hint):
         output = loss(model, batch) if loss is not None else model(batch.tokens, **inputs(model, batch))
-    except LLCompileError:
-        raise
-    except Exception as error:  # whatever the user's model raises
-        raise TrialError(
-            f"the model does not run on {where} (tokens from {int(batch.tokens.min())} to {int(batch.tokens.max())}): "
-            f"{said(error)}{'; ' if hint else ''}{hint}"
-        ) from error
     value = _own(output) if loss is not None else _of_logits(logits_of(output), batch)
     if not math.isfinite(value):
         raise TrialError(
-            f"the model's loss on {where} is {value} before it is trained, so that nothing can be compared; check its "
-            "weights, and whether its dtype is too small for them"
+            f"the model's loss on {what} {list(batch.tokens.shape)} is {value} before it is trained, so that nothing "
+            "can be compared; check its weights, and whether its dtype is too small for them"
         )
 
 

@@ -176,8 +176,8 @@ def train(
 
 
 @contextmanager
-def told(where: str, batch: Batch) -> Iterator[None]:
-    """What a model raises inside of a run becomes a TrialError that names the place and the batch."""
+def told(where: str, batch: Batch, cure: str = "") -> Iterator[None]:
+    """What a user's model raises inside becomes a TrialError that names the place and the batch, and ends in `cure`."""
     try:
         yield
     except LLCompileError:
@@ -185,7 +185,7 @@ def told(where: str, batch: Batch) -> Iterator[None]:
     except Exception as error:  # whatever the user's model raises
         raise TrialError(
             f"{where}, on tokens {list(batch.tokens.shape)} from {int(batch.tokens.min())} to "
-            f"{int(batch.tokens.max())}: {said(error)}"
+            f"{int(batch.tokens.max())}: {said(error)}{'; ' if cure else ''}{cure}"
         ) from error
 
 

@@ -279,7 +279,10 @@ def test_a_loss_of_the_users_own() -> None:
         ),
         ({"data": lambda split, seed: None}, r"batches\('train', 0\) raised TypeError"),
         ({"data": broken}, r"raised FileNotFoundError: part-0.bin \(.*test_trial.py:\d+ in broken\)"),
-        ({"model_fn": Placed}, r"does not run on the first held-out batch \[4, 16\].*--held-length"),
+        (
+            {"model_fn": Placed},
+            r"does not run on the first held-out batch, on tokens \[4, 16\] from \d+ to \d+: .*--held-length",
+        ),
         ({"model_fn": not_a_number}, r"loss on the first training batch \[4, 8\] is nan before it is trained"),
     ],
     ids=lambda x: x if isinstance(x, str) else "-".join(x),

@@ -19,7 +19,7 @@ from llcompile.passes.names import CodePlace
 from llcompile.torch_internals.dtensors import is_dtensor
 from llcompile.weights import SECTION, attachment, tensor_files, wrapped
 from llcompile.weights.held import held
-from llcompile.weights.inner_names import COMPILED, inner_name
+from llcompile.weights.inner_names import COMPILED, inner_modules, inner_name
 from llcompile.weights.level_kinds import Sizes
 from llcompile.weights.level_weights import LevelWeights
 
@@ -252,7 +252,7 @@ def _places(
             f"llcompile ({__version__}) reads {VERSION}. Install the version that wrote it: "
             f"{section.get('llcompile')}"
         )
-    modules = {_plain(name): module for name, module in model.named_modules()}
+    modules = inner_modules(model)
     for path, entry in section["mixers"].items():
         parent, _, name = _plain(path).rpartition(".")
         owner = modules.get(parent, modules.get(parent.removeprefix(prefix)) if prefix else None)

@@ -13,7 +13,7 @@ from llcompile.errors import CheckpointError, LevelWeightsError
 from llcompile.torch_internals.dtensors import first_of_mesh, like, whole
 from llcompile.weights import SECTION, attachment, checkpoint, tensor_files, wrapped
 from llcompile.weights.held import active
-from llcompile.weights.inner_names import COMPILED, inner_name
+from llcompile.weights.inner_names import inner_modules
 from llcompile.weights.level_weights import LevelWeights
 
 
@@ -41,7 +41,7 @@ def save_levels(model: nn.Module, path: str | PathLike[str]) -> int:
             f"llcompile.save_levels: {type(model).__name__} has no level weights to write. Call "
             "llcompile.convert(model, *inputs) first, or load a checkpoint that has them."
         )
-    modules = _modules(model)
+    modules = inner_modules(model)
     found: dict[str, Tensor] = {}
     for name in section["mixers"]:
         owner, _, attribute = name.rpartition(".")
@@ -103,11 +103,6 @@ def _in_use(owner: nn.Module, attribute: str, name: str) -> LevelWeights:
     return weights
 
 
-def _modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules by the names that files have: those that torch.compile holds stand for its wrappers, which come first."""
-    return {inner_name(name, COMPILED): module for name, module in model.named_modules()}
-
-
 _Place = tuple[nn.Module, str]  # a module, and the name of level weights there
 
 
@@ -125,7 +120,7 @@ def _read(path: str | PathLike[str]) -> tuple[Mapping[str, Any], dict[str, Tenso
 
 def _owners(model: nn.Module, section: Mapping[str, Any], path: str | PathLike[str]) -> dict[str, _Place]:
     """Name in the file -> where it belongs in the model."""
-    modules = _modules(model)
+    modules = inner_modules(model)
     names = list(section["mixers"])
     places = {name: name.rpartition(".")[::2] for name in names}
     change = _prefixes([owner for owner, _ in places.values()], modules)

@@ -11,7 +11,7 @@ constants, and the settings of its compiler.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import Any
 
 from llcompile.kernels.triton.buffers import BUFFERS
@@ -63,25 +63,32 @@ class Kinds:
         return (*types, *addresses, *values, *words)
 
 
-class Direct:
-    """A kernel whose launch parameters never change, and which may be run directly from its second launch on."""
+class Code:
+    """Triton's function of a kernel, and what is compiled of it: both depend on the kernel's text alone."""
 
-    def __init__(self, function: Any, buffers: Collection[str], warps: int) -> None:
-        """`function` is Triton's, and `buffers` those of its parameters that are pointers, as in `Kinds`."""
-        self._function, self._warps = function, warps
-        parameters = tuple(inspect.signature(function.fn).parameters)
-        self._kinds = Kinds(parameters, getattr(function, "do_not_specialize", ()), buffers)
-        self._compiled: dict[tuple[Any, ...], Any] | None = None if interpreted() else {}
+    def __init__(self, function: Any, buffers: Collection[str] = BUFFERS) -> None:
+        """`buffers` are those of its parameters that are pointers, as in `Kinds`."""
+        self.function = function
+        found = tuple(inspect.signature(function.fn).parameters)
+        self.tiled = "VALUE_TILE" in found
+        self.parameters = tuple(n for n in found if n != "VALUE_TILE")
+        self.kinds = Kinds(self.parameters, getattr(function, "do_not_specialize", ()), buffers)
+        # By launch parameters and kind of arguments. Triton's interpreter compiles nothing.
+        self.compiled: dict[tuple[Any, ...], Any] | None = None if interpreted() else {}
 
-    def __call__(self, grid: tuple[int, int, int], *arguments: Any) -> None:
-        """Launch it."""
-        if self._compiled is None:
-            self._function[grid](*arguments, num_warps=self._warps)
+    def run(
+        self, grid: tuple[int, int, int], arguments: Sequence[Any], chosen: Hashable, options: Mapping[str, int]
+    ) -> None:
+        """Launch it with `options`, of which `chosen` is another way to say them, to look up by."""
+        if self.compiled is None:
+            self.function[grid](*arguments, **options)
             return
-        kind = self._kinds.of(arguments)
-        found = self._compiled.get(kind)
+        kind = (chosen, *self.kinds.of(arguments))
+        found = self.compiled.get(kind)
         if found is None:
-            self._compiled[kind] = self._function[grid](*arguments, num_warps=self._warps)
+            self.compiled[kind] = self.function[grid](*arguments, **options)
+        elif self.tiled:
+            found[grid](*arguments, options["VALUE_TILE"])
         else:
             found[grid](*arguments)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from functools import lru_cache
 from types import ModuleType
@@ -12,7 +11,7 @@ from llcompile.kernels import cache
 from llcompile.kernels.triton.buffers import BUFFERS
 from llcompile.kernels.triton.chips import Chip
 from llcompile.kernels.triton.description import Description
-from llcompile.kernels.triton.direct import Kinds
+from llcompile.kernels.triton.direct import Code
 from llcompile.kernels.triton.limits import interpreted
 from llcompile.kernels.triton.schedule import KERNELS
 from llcompile.kernels.triton.source import generate, kernel_text
@@ -23,22 +22,6 @@ from llcompile.kernels.triton.tuning import Tuning, tuning
 def module_of(d: Description) -> ModuleType:
     """The imported file with the kernels of `d`; raises KernelCacheError if it cannot be written."""
     return cache.load(cache.file_of(generate(d), d.family))
-
-
-class Code:
-    """Triton's function of a kernel, and what is compiled of it.
-
-    It depends on the kernel's text alone, so all descriptions that give the same text have the same object.
-    """
-
-    def __init__(self, function: Any) -> None:
-        self.function = function
-        found = tuple(inspect.signature(function.fn).parameters)
-        self.tiled = "VALUE_TILE" in found
-        self.parameters = tuple(n for n in found if n != "VALUE_TILE")
-        self.kinds = Kinds(self.parameters, getattr(function, "do_not_specialize", ()))
-        # By launch parameters and kind of arguments. Triton's interpreter compiles nothing.
-        self.compiled: dict[tuple[Any, ...], Any] | None = None if interpreted() else {}
 
 
 # By name and text.
@@ -59,9 +42,7 @@ class Kernel:
 
     def __init__(self, d: Description, name: str, chip: Chip) -> None:
         self.d, self.name, self.code = d, name, code_of(d, name)
-        # Every launch takes these, so they are looked up here.
-        self.function, self.compiled = self.code.function, self.code.compiled
-        self.tiled, self.parameters, self.kinds = self.code.tiled, self.code.parameters, self.code.kinds
+        self.tiled, self.parameters = self.code.tiled, self.code.parameters
         # Columns of transitions, whose tiles follow those of the values.
         self.passing = d.key_dim if KERNELS[name].passing else 0
         self.default: Tuning = tuning(name, d, chip)
@@ -111,27 +92,22 @@ class Launch:
 
     def __call__(self, chosen: Tuning) -> None:
         """Run it."""
-        kernel, grid, arguments = self.kernel, self._grid(chosen), self.arguments
-        if kernel.compiled is None:
-            kernel.function[grid](*arguments, **self._options(chosen))
-            return
-        kind = (chosen, *kernel.kinds.of(arguments))
-        found = kernel.compiled.get(kind)
-        if found is None:
-            kernel.compiled[kind] = kernel.function[grid](*arguments, **self._options(chosen))
-        elif kernel.tiled:
-            found[grid](*arguments, chosen.value_tile)
-        else:
-            found[grid](*arguments)
+        code = self.kernel.code
+        code.run(self._grid(chosen), self.arguments, chosen, options_of(chosen, code.tiled))
 
     def compiled(self, chosen: Tuning) -> Any:
         """Triton's compiled kernel for these arguments, without a run."""
-        return self.kernel.function.warmup(*self.arguments, grid=self._grid(chosen), **self._options(chosen))
+        code = self.kernel.code
+        options = options_of(chosen, code.tiled)
+        return code.function.warmup(*self.arguments, grid=self._grid(chosen), **options)
 
     def _grid(self, chosen: Tuning) -> tuple[int, int, int]:
         tiles = -(-self.columns // chosen.value_tile) + -(-self.kernel.passing // chosen.value_tile)
         return self.programs, max(1, tiles), 1
 
-    def _options(self, chosen: Tuning) -> dict[str, int]:
-        tile = {"VALUE_TILE": chosen.value_tile} if self.kernel.tiled else {}
-        return {**tile, "num_warps": chosen.warps, "num_stages": chosen.stages}
+
+@lru_cache(maxsize=512)
+def options_of(chosen: Tuning, tiled: bool) -> dict[str, int]:
+    """Launch parameters as Triton calls them."""
+    tile = {"VALUE_TILE": chosen.value_tile} if tiled else {}
+    return {**tile, "num_warps": chosen.warps, "num_stages": chosen.stages}

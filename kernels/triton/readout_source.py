@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from types import ModuleType
+from typing import Any
 
 from llcompile.kernels import cache, header
 from llcompile.kernels.description import ReadoutDescription
 from llcompile.kernels.triton.description import BACKEND, tile
-from llcompile.kernels.triton.direct import Direct
+from llcompile.kernels.triton.direct import Code
 from llcompile.kernels.triton.source import template
 
+Run = Callable[[tuple[int, int, int], Sequence[Any]], None]  # (grid, arguments)
 # Tokens of a chunk: inside, a product of matrices makes a score for each pair of them.
 CHUNK = 32
 # Chunks whose nodes a program makes, and the most channels of them: Triton 3.9 crashes on 128. At once it reads 16
@@ -63,7 +66,10 @@ def module_of(d: ReadoutDescription) -> ModuleType:
 
 
 @lru_cache(maxsize=64)
-def kernels_of(d: ReadoutDescription) -> dict[str, Direct]:
-    """The kernels of `d` by name; raises KernelCacheError if their file cannot be written."""
+def kernels_of(d: ReadoutDescription) -> dict[str, Run]:
+    """How to launch each kernel of `d`, by name; raises KernelCacheError if their file cannot be written."""
     module = module_of(d)
-    return {name: Direct(getattr(module, name), _BUFFERS, warps) for name, warps in KERNELS.items()}
+    return {
+        name: partial(Code(getattr(module, name), _BUFFERS).run, chosen=warps, options={"num_warps": warps})
+        for name, warps in KERNELS.items()
+    }

@@ -68,7 +68,7 @@ def step(x: ReadoutToken) -> tuple[Tensor, Tensor]:
     with current(x.query):
         where = routing_state.layout(x.state, sets, x.levels * channels)
         grid = (batch * sets, 1, 1)
-        kernels_of(describe(x))["readouts_step"](grid, *operands, *old, new, readouts, sets, *where)
+        kernels_of(describe(x))["readouts_step"](grid, [*operands, *old, new, readouts, sets, *where])
     return readouts, new
 
 
@@ -99,7 +99,7 @@ class Call:
             return readouts, x.query.new_empty(0, dtype=x.dtype)
         state = self._empty(x.rows, self.sets, routing_state.size(x.levels, self.channels))
         grid = (x.rows * self.sets, 1, 1)
-        self.kernels["final_state"](grid, *self.key, *more, state, *self.sizes, self.depth)
+        self.kernels["final_state"](grid, [*self.key, *more, state, *self.sizes, self.depth])
         return readouts, state
 
     def backward(self, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,7 +130,7 @@ class Call:
     def _launch(self, name: str, size: int, *arguments: Any, second: int = 1) -> None:
         """Run a kernel over all parts of `size` tokens."""
         rows = self.x.rows if self.x.starts is None else 1
-        self.kernels[name]((rows * self._parts(size) * self.sets, second, 1), *arguments)
+        self.kernels[name]((rows * self._parts(size) * self.sets, second, 1), arguments)
 
 
 def _dense(x: Tensor) -> Tensor:

@@ -256,7 +256,7 @@ class Seen(TorchDispatchMode):
 
 @pytest.mark.parametrize("delta", [False, True])
 @pytest.mark.parametrize("levels", [None, 9])
-def test_a_call_only_allocates_and_launches(delta, levels):
+def test_a_call_only_allocates_and_launches(delta, levels, monkeypatch):
     """No table is built and no operand is copied: between launches of the forward pass there is nothing but room."""
     q, k, v = (torch.empty(1, 500, 2, 64, device="meta", dtype=torch.bfloat16) for _ in range(3))
     w = None if levels is None else torch.empty(1, 500, 2, levels, device="meta")
@@ -264,7 +264,7 @@ def test_a_call_only_allocates_and_launches(delta, levels):
     x = Operands(q, k, v, w, g, beta=b if delta else None)
     d = Description.of(describe(x, False))
     for name in kernel_names(d):
-        kernels_of(d, DEFAULT)[name].function = Nothing()
+        monkeypatch.setattr(kernels_of(d, DEFAULT)[name].code, "function", Nothing())
     with Seen() as seen:
         engine.forward(x, 1.0, False)
     assert set(seen.names) <= {"aten.empty", "aten.new_empty"}

@@ -70,7 +70,7 @@ def test_kinds_are_at_least_as_fine_as_tritons(sizes):
         kinds, keys = defaultdict(set), set()
         for one in variants(by_name[name]):
             key = key_of(one)
-            kinds[one.kernel.kinds.of(one.arguments)].add(key)
+            kinds[one.kernel.code.kinds.of(one.arguments)].add(key)
             keys.add(key)
         assert all(len(found) == 1 for found in kinds.values())
         assert len(kinds) >= len(keys) > 10
@@ -80,7 +80,7 @@ def test_another_device_is_another_kind():
     """Triton loads a kernel once for each."""
     (one, *_) = launches()
     elsewhere = [x.to("meta") if isinstance(x, torch.Tensor) else x for x in one.arguments]
-    kinds = one.kernel.kinds
+    kinds = one.kernel.code.kinds
     assert kinds.of(one.arguments) != kinds.of(elsewhere)
 
 
@@ -113,8 +113,8 @@ def one(monkeypatch):
     """A launch whose kernel compiles nothing, and its function."""
     launch = next(x for x in launches() if x.kernel.tiled)
     function = Function()
-    monkeypatch.setattr(launch.kernel, "function", function)
-    monkeypatch.setattr(launch.kernel, "compiled", {})
+    monkeypatch.setattr(launch.kernel.code, "function", function)
+    monkeypatch.setattr(launch.kernel.code, "compiled", {})
     return launch, function
 
 
@@ -136,7 +136,7 @@ def test_lengths_make_no_kinds(monkeypatch):
     found = defaultdict(set)
     for tokens in (1, 2, 15, 16, 17, 63, 64, 65, 128, 1000, 1024, 1025):
         for launch in launches(tokens):
-            found[launch.kernel.name].add(launch.kernel.kinds.of(launch.arguments))
+            found[launch.kernel.name].add(launch.kernel.code.kinds.of(launch.arguments))
     assert found.keys() >= {"chunk_state", "tree_up"}
     assert max(map(len, found.values())) == 1
 
@@ -158,13 +158,13 @@ def test_threads(one):
         thread.join()
     assert len(function.looked_up) + len(function.ran) == 8 * 50
     assert len(function.looked_up) <= 8
-    assert len(launch.kernel.compiled) == 1
+    assert len(launch.kernel.code.compiled) == 1
 
 
 def test_the_interpreter_keeps_nothing(monkeypatch, one):
     """It compiles nothing."""
     launch, function = one
-    monkeypatch.setattr(launch.kernel, "compiled", None)
+    monkeypatch.setattr(launch.kernel.code, "compiled", None)
     launch(launch.kernel.default)
     launch(launch.kernel.default)
     assert len(function.looked_up) == 2

@@ -44,7 +44,7 @@ def count(monkeypatch: pytest.MonkeyPatch) -> Count:
     found: list[str] = []
 
     def recorded(name: str) -> Any:
-        return lambda grid, *arguments: found.append(name)
+        return lambda grid, arguments: found.append(name)
 
     kernels = {name: recorded(name) for name in readout_source.KERNELS}
     monkeypatch.setattr(readouts, "kernels_of", lambda d: kernels)

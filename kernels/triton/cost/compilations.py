@@ -10,7 +10,7 @@ from typing import Any
 from llcompile.errors import KernelError
 from llcompile.kernels.triton.cost.around import around
 from llcompile.kernels.triton.cost.case import Case
-from llcompile.kernels.triton.launch import Kernel, Launch
+from llcompile.kernels.triton.launch import Kernel, Launch, options_of
 from llcompile.kernels.triton.limits import interpreted
 
 # Lengths that differ in all that Triton looks at: 1, multiples of 16 and odd numbers of tokens, chunks and pairs.
@@ -38,7 +38,8 @@ def compilations(case: Case, lengths: Iterable[int] = LENGTHS) -> dict[str, int]
 
 def key_of(launch: Launch) -> tuple[Any, ...]:
     """What Triton knows of each argument when it compiles: its type, and whether it is 1 or a multiple of 16."""
-    _, specialization, _ = _binder(launch.kernel)(*launch.arguments, **launch._options(launch.kernel.default))
+    kernel = launch.kernel
+    _, specialization, _ = _binder(kernel)(*launch.arguments, **options_of(kernel.default, kernel.tiled))
     return tuple(specialization)
 
 
@@ -50,6 +51,6 @@ def _binder(kernel: Kernel) -> Callable[..., Any]:
     from triton.runtime.jit import create_function_from_signature
 
     backend = make_backend(GPUTarget("cuda", 90, 32))
-    function = kernel.function
+    function = kernel.code.function
     binder: Callable[..., Any] = create_function_from_signature(function.signature, function.params, backend)
     return binder

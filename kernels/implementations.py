@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from functools import lru_cache, partial
-from typing import ClassVar, Literal, Protocol
+from functools import lru_cache
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -150,22 +150,18 @@ class Triton(Implementation):
         from llcompile.kernels.triton import segments
 
         with self.current(x.v):
-            return segments.forward(x, scale, return_final_state, partial(self._rejection, x.v.device))
+            return segments.forward(x, scale, return_final_state, _Tests(self, x.v.device))
 
     def backward(self, x: Operands, scale: float, grad_o: Tensor, grad_state: Tensor | None) -> list[Tensor | None]:
         """Likewise."""
         from llcompile.kernels.triton import segments
 
         with self.current(x.v):
-            return segments.backward(x, scale, grad_o, grad_state, partial(self._rejection, x.v.device))
+            return segments.backward(x, scale, grad_o, grad_state, _Tests(self, x.v.device))
 
     def current(self, x: Tensor) -> contextlib.AbstractContextManager[object]:
         """As `limits.current`."""
         return current(x)
-
-    def _rejection(self, device: torch.device, d: Description, sweep: Sweep) -> str | None:
-        """Why kernels that a call takes besides those of its own description must not run."""
-        return self.reason(d, device) or self.rejection(d, device, sweep)
 
     def step(self, token: Token, routing: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Likewise."""
@@ -199,6 +195,21 @@ class Triton(Implementation):
         from llcompile.kernels.triton import readouts
 
         return readouts
+
+
+class _Tests(NamedTuple):
+    """The tests of kernels that a call takes besides those of its own description (`segments.Tests`)."""
+
+    of: Triton
+    device: torch.device
+
+    def rejection(self, d: Description, sweep: Sweep) -> str | None:
+        """Why they must not run; None if they may."""
+        return self.of.reason(d, self.device) or self.of.rejection(d, self.device, sweep)
+
+    def watched(self, d: Description, sweep: Sweep) -> contextlib.AbstractContextManager[None]:
+        """As `Implementation.watched`."""
+        return self.of.watched(d, self.device, sweep)
 
 
 class Cpp(Implementation):

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -25,10 +25,20 @@ from llcompile.kernels.triton import blocks, engine, segment_plan
 from llcompile.kernels.triton.description import Description as Kernels
 from llcompile.kernels.triton.segment_call import Next, aligned, begin, empty, gradient_of_initial, maker
 
-# Why kernels of a description must not run a pass; None if they may.
-Rejection = Callable[[Description, Literal["forward", "backward"]], str | None]
+Sweep = Literal["forward", "backward"]
+Tested = tuple[Description, Sweep]
 _log = logging.getLogger("llcompile.kernels")
 _always: ContextVar[int | None] = ContextVar("segments_of", default=None)
+
+
+class Tests(Protocol):
+    """The tests of kernels that a call takes besides those of its own description."""
+
+    def rejection(self, d: Description, sweep: Sweep) -> str | None:
+        """Why kernels of a description must not run a pass; None if they may."""
+
+    def watched(self, d: Description, sweep: Sweep) -> AbstractContextManager[None]:
+        """Around a pass that may run: what must be known of it while it does."""
 
 
 class Segment(NamedTuple):
@@ -39,62 +49,72 @@ class Segment(NamedTuple):
     end: int
 
 
-def forward(
-    x: Operands, scale: float, return_final_state: bool, rejection: Rejection | None = None
-) -> tuple[Tensor, Tensor]:
-    """As `engine.forward`, in segments where the memory asks for it; kernels that `rejection` names run no segment.
+def forward(x: Operands, scale: float, return_final_state: bool, tests: Tests | None = None) -> tuple[Tensor, Tensor]:
+    """As `engine.forward`, in segments where the memory asks for it; kernels that `tests` reject run no segment.
 
     Raises:
         KernelMemoryError: the buffers do not fit.
         OptionError: `LLCOMPILE_WORKSPACE_GB` is no number of GB.
     """
-    tokens = None if _in_blocks(x, return_final_state) else _length(x, return_final_state, "forward", rejection)
+    tokens = None if _in_blocks(x, return_final_state) else _length(x, return_final_state, "forward", tests)
     if tokens is None:
         return engine.forward(x, scale, return_final_state)
-    return forward_by(x, scale, return_final_state, tokens)
+    return forward_by(x, scale, return_final_state, tokens, tests)
 
 
 def backward(
-    x: Operands, scale: float, grad_o: Tensor, grad_state: Tensor | None, rejection: Rejection | None = None
+    x: Operands, scale: float, grad_o: Tensor, grad_state: Tensor | None, tests: Tests | None = None
 ) -> list[Tensor | None]:
     """As `engine.backward`, likewise; raises what `forward` does."""
-    tokens = _length(x, grad_state is not None, "backward", rejection)
+    tokens = _length(x, grad_state is not None, "backward", tests)
     if tokens is None:
         return engine.backward(x, scale, grad_o, grad_state)
-    return backward_by(x, scale, grad_o, grad_state, tokens)
+    return backward_by(x, scale, grad_o, grad_state, tokens, tests)
 
 
-def forward_by(x: Operands, scale: float, return_final_state: bool, tokens: int) -> tuple[Tensor, Tensor]:
+def forward_by(
+    x: Operands, scale: float, return_final_state: bool, tokens: int, tests: Tests | None = None
+) -> tuple[Tensor, Tensor]:
     """As `engine.forward`, in segments of `tokens`, a power of two."""
     state, o = begin(x, tokens), x.v.new_empty(x.v.shape)
-    # A Python loop: the memory is that of a turn, and turns are few, whatever the length (`segment_plan`).
-    for part in cut(x, tokens):
-        make = maker(x, tokens, part.first, _next(x, part, return_final_state))
-        o[:, part.first : part.end], state = engine.forward(_after(part, state), scale, True, make)
+    with _watched(tests, _tested(x, return_final_state, "forward", tokens)[-1]):
+        # A Python loop: the memory is that of a turn, and turns are few, whatever the length (`segment_plan`).
+        for part in cut(x, tokens):
+            make = maker(x, tokens, part.first, _next(x, part, return_final_state))
+            o[:, part.first : part.end], state = engine.forward(_after(part, state), scale, True, make)
     return o, state if return_final_state else x.v.new_empty(0, dtype=state.dtype)
 
 
 def backward_by(
-    x: Operands, scale: float, grad_o: Tensor, grad_state: Tensor | None, tokens: int
+    x: Operands, scale: float, grad_o: Tensor, grad_state: Tensor | None, tokens: int, tests: Tests | None = None
 ) -> list[Tensor | None]:
     """As `engine.backward`, in segments of `tokens`, a power of two."""
-    parts, states = list(cut(x, tokens)), [begin(x, tokens)]
-    for part in parts[:-1]:
-        make = maker(x, tokens, part.first, "segment")
-        states.append(engine.final_state(_after(part, states[-1]), scale, make))
+    tested = _tested(x, grad_state is not None, "backward", tokens)
+    parts = list(cut(x, tokens))
+    with _watched(tests, tested[0]):
+        states = _states(x, scale, parts, tokens)
     grad = grad_state
     if grad is None and not aligned(x):
         # One description for all segments, so that each kernel is compiled once: the last one has a final state, too.
         grad = empty(x, tokens, parts[-1].end)
     found = Gradients(x)
-    for part in reversed(parts):
-        make = maker(x, tokens, part.first, _next(x, part, grad_state is not None))
-        given = grad_o[:, part.first : part.end]
-        *grads, of_state = engine.backward(_after(part, states.pop()), scale, given, grad, make)
-        grad = of_state
-        found.put(part, grads)
+    with _watched(tests, tested[-1]):
+        for part in reversed(parts):
+            make = maker(x, tokens, part.first, _next(x, part, grad_state is not None))
+            given = grad_o[:, part.first : part.end]
+            *grads, grad = engine.backward(_after(part, states.pop()), scale, given, grad, make)
+            found.put(part, grads)
     assert grad is not None
     return [*found.all, gradient_of_initial(x, grad)]
+
+
+def _states(x: Operands, scale: float, parts: list[Segment], tokens: int) -> list[Tensor]:
+    """The state before each segment."""
+    states = [begin(x, tokens)]
+    for part in parts[:-1]:
+        make = maker(x, tokens, part.first, "segment")
+        states.append(engine.final_state(_after(part, states[-1]), scale, make))
+    return states
 
 
 class Gradients:
@@ -166,32 +186,32 @@ def always(tokens: int) -> Iterator[None]:
         _always.reset(before)
 
 
-def _length(x: Operands, final: bool, sweep: Literal["forward", "backward"], rejection: Rejection | None) -> int | None:
+def _length(x: Operands, final: bool, sweep: Sweep, tests: Tests | None) -> int | None:
     """Tokens of a segment of `x`; None if it is taken whole. `final`: a final state is asked for."""
     if (tokens := _always.get()) is not None:
         return tokens
     tokens = segment_plan.length(x, sweep)
-    if tokens is None or rejection is None:
+    if tokens is None or tests is None:
         return tokens
     for d, needed in _tested(x, final, sweep, tokens):
-        reason = rejection(d, needed)
+        reason = tests.rejection(d, needed)
         if reason is not None:
             _tell(reason)
             return None
     return tokens
 
 
-def _tested(
-    x: Operands, final: bool, sweep: Literal["forward", "backward"], tokens: int
-) -> Iterator[tuple[Description, Literal["forward", "backward"]]]:
-    """What must have been tested before `x` goes in segments: descriptions and passes."""
+def _tested(x: Operands, final: bool, sweep: Sweep, tokens: int) -> list[Tested]:
+    """What must have been tested before `x` goes in segments: for the states before them, then for the pass itself."""
     if aligned(x):  # such a test is in segments, too, and makes the states before them
-        yield dataclasses.replace(describe(x, final), initial_state="linear"), sweep
-        return
+        return [(dataclasses.replace(describe(x, final), initial_state="linear"), sweep)]
     d = describe(x._replace(initial_state=begin(x, tokens)), True)
-    yield d, "forward"  # the states before segments
-    if sweep == "backward":
-        yield d, "backward"
+    return [(d, "forward")] if sweep == "forward" else [(d, "forward"), (d, "backward")]
+
+
+def _watched(tests: Tests | None, tested: Tested) -> AbstractContextManager[None]:
+    """Kernels of segments are not those of the whole call, whose test would not run them."""
+    return nullcontext() if tests is None or _always.get() is not None else tests.watched(*tested)
 
 
 @lru_cache(maxsize=64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import logging
@@ -241,16 +242,27 @@ def test_kernels_of_segments_are_tested_first(state, monkeypatch, caplog):
     x = x if state == "none" else x._replace(initial_state=torch.zeros(1, 2, *levels, 16, 16))
     asked = []
 
-    def rejection(d, sweep):
-        asked.append((d.initial_state, d.final_state, sweep))
-        return "the gradient of q is not finite" if sweep == "backward" else None
+    class Rejects(Accepts):
+        def rejection(self, d, sweep):
+            asked.append((d.initial_state, d.final_state, sweep))
+            return "the gradient of q is not finite" if sweep == "backward" else None
 
     segments._tell.cache_clear()
     with caplog.at_level(logging.WARNING, "llcompile.kernels"):
-        found = recorded(lambda: segments.backward(x, 1.0, x.v, None, rejection))
+        found = recorded(lambda: segments.backward(x, 1.0, x.v, None, Rejects()))
     continued = [("level", True, "forward"), ("level", True, "backward")]
     assert asked == (continued if state == "level" else [("linear", False, "backward")])
     assert "taken whole" in caplog.text
     whole = recorded(lambda: engine.backward(x, 1.0, x.v, None))
     assert [launch.kernel.name for launch in found] == [launch.kernel.name for launch in whole]
-    assert len(recorded(lambda: segments.backward(x, 1.0, x.v, None, lambda d, sweep: None))) > len(whole)
+    assert len(recorded(lambda: segments.backward(x, 1.0, x.v, None, Accepts()))) > len(whole)
+
+
+class Accepts:
+    """Tests of kernels that find nothing wrong."""
+
+    def rejection(self, d, sweep):
+        return None
+
+    def watched(self, d, sweep):
+        return contextlib.nullcontext()

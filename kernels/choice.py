@@ -114,14 +114,26 @@ def replay(x: Operands, occupied: Tensor | None, scale: float) -> Tensor:
     Raises:
         DistributedError: the sequence is spread over processes.
     """
+    _expect_whole(x)
+    # What has no kernel of its own is read by a whole pass.
+    sweep: Sweep = "replay" if x.q.shape[1] == 1 and x.decay_rate is None else "forward"
+    return _run(sweep, lambda: describe(x, False), x.v.device, lambda one: one.replay(x, occupied, scale))
+
+
+def fold(x: Operands, occupied: Tensor | None, merged: bool) -> Tensor:
+    """As `Implementation.fold`, by the implementation that is chosen; raises as `replay`."""
+    _expect_whole(x)
+    rated = x.decay_rate is not None  # a whole pass, likewise
+    sweep: Sweep = "forward" if rated else "fold"
+    return _run(sweep, lambda: describe(x, rated), x.v.device, lambda one: one.fold(x, occupied, merged))
+
+
+def _expect_whole(x: Operands) -> None:
     if spread.current() is not None:
         raise DistributedError(
             f"a ReplayState holds whole sequences (values {list(x.v.shape)} here), and this one is spread over "
             "processes; leave the context to decode"
         )
-    # What has no kernel of its own is read by a whole pass.
-    sweep: Sweep = "replay" if x.q.shape[1] == 1 and x.decay_rate is None else "forward"
-    return _run(sweep, lambda: describe(x, False), x.v.device, lambda one: one.replay(x, occupied, scale))
 
 
 def readouts(x: Readouts, return_final_state: bool) -> tuple[Tensor, Tensor]:

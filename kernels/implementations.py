@@ -20,11 +20,11 @@ from llcompile.kernels.header import DIGITS
 from llcompile.kernels.operands import COMPUTE_DTYPES, Operands, Token
 from llcompile.kernels.readouts import Readouts, ReadoutToken
 from llcompile.kernels.replay import with_silent_queries
-from llcompile.kernels.state import check_positions, is_level_state
+from llcompile.kernels.state import check_positions, is_level_state, merged_state
 from llcompile.kernels.triton.limits import current
 
 Described = Description | ReadoutDescription
-Sweep = Literal["forward", "backward", "step", "step in place", "replay"]
+Sweep = Literal["forward", "backward", "step", "step in place", "replay", "fold"]
 
 
 class ReadoutForm(Protocol):
@@ -108,6 +108,14 @@ class Implementation(ABC):
         o, _ = self.forward(with_silent_queries(x), scale, False)
         return o[:, x.v.shape[1] - x.q.shape[1] :].contiguous()
 
+    def fold(self, x: Operands, occupied: Tensor | None, merged: bool) -> Tensor:
+        """The state after all tokens of `x`, whose levels the last of them names; with `merged`, the one after it.
+
+        `x` has no queries, and its state the levels that its first token sees; `occupied` as for `replay`.
+        """
+        _, state = self.forward(with_silent_queries(x), 1.0, True)
+        return merged_state(state) if merged and is_level_state(state) else state
+
     @abstractmethod
     def readouts(self) -> ReadoutForm:
         """How it runs per-level readouts."""
@@ -189,6 +197,15 @@ class Triton(Implementation):
             return super().replay(x, occupied, scale)
         with self.current(x.v):
             return kernels.replay(x, occupied, scale)
+
+    def fold(self, x: Operands, occupied: Tensor | None, merged: bool) -> Tensor:
+        """Likewise a kernel, but for decays by rates."""
+        from llcompile.kernels.triton import replay as kernels
+
+        if x.decay_rate is not None:
+            return super().fold(x, occupied, merged)
+        with self.current(x.v):
+            return kernels.fold(x, occupied, merged)
 
     def readouts(self) -> ReadoutForm:
         """As `triton.readouts` has them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable, Set
 from typing import NamedTuple
 
 import torch
@@ -39,15 +40,15 @@ def first_base(state: Tensor) -> Base:
 
 
 def next_base(base: Base, state: Tensor, tokens: int) -> Base:
-    """Take the state, `tokens` further, that an operator made of `base`; it is changed in place, nothing waits."""
+    """Take the state, `tokens` further, that was made of `base`, with the levels that the next token sees."""
     if not base.positions:
         return Base(state)
-    last, held = state.shape[2] - 2, []
-    for position, before in zip(base.positions, base.held, strict=True):
-        end = position + tokens - 1  # the last query, whose levels these are
+    last, positions = state.shape[2] - 2, tuple(position + tokens for position in base.positions)
+    held = []
+    for position, end, before in zip(base.positions, positions, base.held, strict=True):
         old = {min(max(level(end, bucket_start(position, i)), i), last) for i in before}
-        held.append(old | {min(level(end, s), last) for s in range(position, position + tokens)})
-    return _merged(state, [position + tokens for position in base.positions], held)
+        held.append(frozenset(old | {min(level(end, s), last) for s in range(position, end)}))
+    return Base(state, positions, tuple(held), _occupied(held, state))
 
 
 def _merged(state: Tensor, positions: list[int], held: list[set[int]]) -> Base:
@@ -66,8 +67,19 @@ def _merged(state: Tensor, positions: list[int], held: list[set[int]]) -> Base:
             state[rows] = whole
         for row in rows:
             held[row] = {i for i in held[row] if i > full} | ({full} if any(i <= full for i in held[row]) else set())
-    occupied = torch.tensor([[i in row for i in range(last + 1)] for row in held], dtype=torch.float32)
-    return Base(state, tuple(positions), tuple(map(frozenset, held)), occupied.to(state.device))
+    return Base(state, tuple(positions), tuple(map(frozenset, held)), _occupied(held, state))
+
+
+def _occupied(held: Iterable[Set[int]], state: Tensor) -> Tensor:
+    """As `Base` has it, of levels `held` in each row."""
+    levels = range(state.shape[2] - 1)
+    return torch.tensor([[i in row for i in levels] for row in held], dtype=torch.float32).to(state.device)
+
+
+def without_queries(x: Operands) -> Operands:
+    """The same tokens, none of which is read."""
+    weights = None if x.level_weights is None else x.level_weights[:, :0]
+    return x._replace(q=x.q[:, :0], level_weights=weights)
 
 
 def with_silent_queries(x: Operands) -> Operands:

@@ -1,4 +1,4 @@
-"""The operator that reads tokens of a state and of the tokens since, in the namespace `llcompile`."""
+"""The operators of a `ReplayState`: tokens read of a state and of those since, and the state after these."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from llcompile.kernels import choice, torch_operator
 from llcompile.kernels.operands import Operands, weights_per_head
 from llcompile.kernels.operators import plain
-from llcompile.kernels.state import state_dtype
+from llcompile.kernels.state import is_level_state, state_dtype
 
 
 def _replay(*inputs: Any) -> Tensor:
@@ -34,4 +34,30 @@ torch_operator.define(
     'float scale, str revision="") -> Tensor',
     _replay,
     _shapes,
+)
+
+
+def _fold(*inputs: Any) -> Tensor:
+    k, v, decay, rate, beta, erase_query, erase_key, state, occupied, merged, _ = inputs
+    state, weights = state.to(state_dtype(v.dtype)), None
+    if is_level_state(state):
+        weights = v.new_empty(v.shape[0], 0, v.shape[2], state.shape[2] - 1)
+    x = Operands(k[:, :0], k, v, weights, decay, rate, beta, erase_query, erase_key, state)
+    with plain(v):
+        return choice.fold(x, occupied, merged)
+
+
+def _state_like(k: Tensor, v: Tensor, *others: Any) -> Tensor:
+    state: Tensor = others[5]
+    return state.new_empty(state.shape, dtype=state_dtype(v.dtype))
+
+
+# The state after n tokens, with levels as the last of them sees them, or, with `merged`, as the next one will. The
+# state before must have those that the first of them sees.
+torch_operator.define(
+    "loglinear_attention_fold(Tensor k, Tensor v, Tensor? log_decay, Tensor? decay_rate, Tensor? beta, "
+    "Tensor? erase_query, Tensor? erase_key, Tensor state, Tensor? occupied, bool merged, "
+    'str revision="") -> Tensor',
+    _fold,
+    _state_like,
 )

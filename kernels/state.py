@@ -110,6 +110,12 @@ def merge(states: Tensor, position: Tensor) -> Tensor:
     return torch.where(below, 0, states) + torch.where(index == full, moved, 0)
 
 
+def merged_state(state: Tensor) -> Tensor:
+    """A level state `[B, H, 1 + L, K, V]` with the levels that its next token sees."""
+    levels, position = unpack_state(state)
+    return pack_state(merge(levels, position), position)
+
+
 def check_state(
     state: Tensor, batch: int, heads: int, key_dim: int, value_dim: int, levels: int | None, name: str = "initial_state"
 ) -> None:

@@ -160,7 +160,7 @@ class ReplayState:
 
         After a whole chunk those levels are merged in it that the next token sees as one, which changes nothing then.
         """
-        return self._folded(self._count) if self._count else self._base.state.clone()
+        return self._folded(self._count, merged=False) if self._count else self._base.state.clone()
 
     def fork(self) -> ReplayState:
         """A copy that goes its own way. The state is shared, since it is never written to; the ring is copied."""
@@ -207,7 +207,7 @@ class ReplayState:
         self._count += tokens
         if self._count == self._length(self._chunks):
             self._previous = self._base
-            self._base = next_base(self._base, self._folded(self._count), self._count)
+            self._base = next_base(self._base, self._folded(self._count, merged=True), self._count)
             self._half, self._chunks, self._count = 1 - self._half, self._chunks + 1, 0
         if self._count >= self.window:
             self._previous = None
@@ -227,14 +227,15 @@ class ReplayState:
         assert isinstance(o, Tensor)
         return o
 
-    def _folded(self, tokens: int) -> Tensor:
-        """The state after the first `tokens` of the ring's half."""
-        ring, levels = self._tokens(tokens), None
-        if is_level_state(self._base.state):
-            levels = ring.k.new_zeros(()).expand(*ring.k.shape[:2], 1, self._base.state.shape[2] - 1)
+    def _folded(self, tokens: int, merged: bool) -> Tensor:
+        """The state after the first `tokens` of the ring's half; `merged`: with the levels that the next token sees."""
+        ring = self._tokens(tokens)
+        decay, beta, erase_query, erase_key = ring[2:]
         with torch.no_grad():
-            _, state = torch.ops.llcompile.loglinear_attention.default(
-                *self._operands(torch.zeros_like(ring.k), levels, ring), self._base.state, 1.0, True, revision=_REVISION
+            state = torch.ops.llcompile.loglinear_attention_fold.default(
+                *(ring.k, ring.v, decay, self._rate, beta, erase_query, erase_key),
+                *(self._base.state, self._base.occupied, merged),
+                revision=_REVISION,
             )
         assert isinstance(state, Tensor)
         return state

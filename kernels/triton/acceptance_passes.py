@@ -11,12 +11,12 @@ from torch import Tensor
 from llcompile.kernels.description import Description, ReadoutDescription
 from llcompile.kernels.operands import DIFFERENTIABLE, Operands, Token
 from llcompile.kernels.readouts import Readouts, ReadoutToken
-from llcompile.kernels.replay import first_base
+from llcompile.kernels.replay import first_base, without_queries
 from llcompile.kernels.state import state_dtype
 from llcompile.kernels.triton import acceptance_cases, blocks, segments
 from llcompile.kernels.triton import description as triton
 
-Sweep = Literal["forward", "backward", "step", "step in place", "replay"]
+Sweep = Literal["forward", "backward", "step", "step in place", "replay", "fold"]
 Described = Description | ReadoutDescription
 Results = dict[str, Tensor | None]
 POSITION = "the position"
@@ -42,6 +42,9 @@ class Passes(Protocol):
     def replay(self, x: Operands, occupied: Tensor | None, scale: float, /) -> Tensor:
         """What the last tokens read."""
 
+    def fold(self, x: Operands, occupied: Tensor | None, merged: bool, /) -> Tensor:
+        """The state after the last tokens."""
+
     def readouts(self) -> Any:
         """The same for readouts."""
 
@@ -65,8 +68,8 @@ def cases(trusted: Passes, d: Described, device: torch.device, sweep: Sweep) -> 
     """The calls of one pass; `trusted` makes the states and the shapes of gradients."""
     if isinstance(d, ReadoutDescription):
         return _readouts(trusted, d, device, sweep)
-    if sweep == "replay":
-        return _replays(trusted, d, device)
+    if sweep in ("replay", "fold"):
+        return _replays(trusted, d, device, sweep)
     steps = {"step": _step, "step in place": _step_in_place}
     if sweep in steps:
         return _steps(trusted, d, device, steps[sweep])
@@ -139,8 +142,8 @@ def _steps(
         state = trusted.step(exact)[1].float()
 
 
-def _replays(trusted: Passes, d: Description, device: torch.device) -> Iterator[Case]:
-    """The last of some tokens: with all levels read, and with those alone that hold something."""
+def _replays(trusted: Passes, d: Description, device: torch.device, sweep: Sweep) -> Iterator[Case]:
+    """The last of some tokens, or the state after them: with all levels read, and with those that hold something."""
     x = acceptance_cases.moved(acceptance_cases.replayed(d, trusted.forward), device)
     assert x.initial_state is not None
     base = first_base(x.initial_state)
@@ -150,7 +153,10 @@ def _replays(trusted: Passes, d: Description, device: torch.device) -> Iterator[
         def replay(who: Passes, x: Operands, occupied: Tensor | None = occupied) -> Results:
             return {"the output": who.replay(x, occupied, _SCALE)}
 
-        yield Case(replay, x, acceptance_cases.in_double(x))
+        def fold(who: Passes, x: Operands, occupied: Tensor | None = occupied) -> Results:
+            return _of_state(who.fold(without_queries(x), occupied, occupied is None))
+
+        yield Case(replay if sweep == "replay" else fold, x, acceptance_cases.in_double(x))
 
 
 def _of_state(state: Tensor) -> Results:

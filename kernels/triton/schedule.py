@@ -15,7 +15,8 @@ class Entry(NamedTuple):
     """One kernel.
 
     `over` is what has a program each: a chunk, a pair of blocks (level by level, up the tree or down it), a head of a
-    sequence, a level of a head's initial state, or a run of a sequence's heads that share query and weights (`scan`).
+    sequence, a level of a head's initial state, a slot of a head's state (its header or a level), or a run of a
+    sequence's heads that share query and weights (`scan`).
     In `BLOCKS`, "chunks" are blocks of chunks, and "walked chunks" the chunks of all blocks.
     With `tiles`, each value tile has a program of its own; other kernels loop over them. It finds in `changes` what
     others have left there and leaves something else: run again, it would not find that. `launch` is the widest value
@@ -25,13 +26,17 @@ class Entry(NamedTuple):
     With `passing`, tiles of the K columns of a transition follow those of the values.
     """
 
-    over: Literal["chunks", "walked chunks", "pairs, up", "pairs, down", "heads", "old levels", "units"]
+    over: Literal["chunks", "walked chunks", "pairs, up", "pairs, down", "heads", "old levels", "slots", "units"]
     launch: tuple[int, int, int]
     when: Callable[[Description], bool] = lambda d: True
     tiles: bool = False
     fast_tiles: bool = False
     passing: bool = False
     changes: tuple[str, ...] = ()
+
+
+def _of_a_ring(d: Description) -> bool:
+    return d.initial_state == "none" and not (d.final_state or d.padded or d.packed)
 
 
 # In the order in which they run: what every call computes first, then its output, or its gradients.
@@ -105,13 +110,9 @@ DECODE = {
     "decode_in_place": Entry("heads", (32, 4, 1), tiles=True, changes=("states",)),
     # A launch of its own: `decode_in_place` reads the position in all of a head's value tiles.
     "count": Entry("heads", (32, 1, 1), lambda d: d.weighted, changes=("states",)),
-    # The tokens that it replays come without a final state, and one for each row.
-    "replay": Entry(
-        "heads",
-        (32, 4, 1),
-        lambda d: d.initial_state == "none" and not (d.final_state or d.padded or d.packed),
-        tiles=True,
-    ),
+    # The tokens that these two replay come without a final state, and one for each row.
+    "replay": Entry("heads", (32, 4, 1), _of_a_ring, tiles=True, fast_tiles=True),
+    "fold": Entry("slots", (32, 4, 1), _of_a_ring, tiles=True, fast_tiles=True),
 }
 # Instead of `STATES` and `OUTPUT`, where a program walks over a block of chunks (`blocks`): the tree is over blocks.
 BLOCKS = {

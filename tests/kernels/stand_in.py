@@ -7,7 +7,8 @@ import torch
 from llcompile.kernels import choice
 from llcompile.kernels.implementations import ATEN, Triton
 from llcompile.kernels.operands import Operands, Token
-from llcompile.kernels.state import empty_state
+from llcompile.kernels.replay import without_queries
+from llcompile.kernels.state import empty_state, is_level_state
 from tests.kernels.kernel_cases import operands
 
 
@@ -45,6 +46,13 @@ class StandIn(Triton):
         (found,) = self._changed("replay", [ATEN.replay(x, occupied, scale)])
         return found
 
+    def fold(self, x, occupied, merged):
+        state = ATEN.fold(x, occupied, merged)
+        levels = state[:, :, 1:] if is_level_state(state) else state
+        (found,) = self._changed("fold", [levels.contiguous()])
+        levels.copy_(found)
+        return state
+
     def readouts(self):
         plain, changed = ATEN.readouts(), self._changed
 
@@ -74,4 +82,5 @@ def calls():
         "step": lambda: choice.step(Token(*token))[0],
         "step in place": lambda: choice.step_in_place(Token(*token)._replace(state=state.clone())),
         "replay": lambda: choice.replay(last, None, 1.0),
+        "fold": lambda: choice.fold(without_queries(last), None, True),
     }

@@ -21,7 +21,7 @@ from tests.kernels.stand_in import StandIn, calls, one_number
 
 pytestmark = pytest.mark.usefixtures("fresh_kernels")
 CPU = torch.device("cpu")
-SWEEPS = ("forward", "backward", "step", "step in place", "replay")
+SWEEPS = ("forward", "backward", "step", "step in place", "replay", "fold")
 OF_READOUTS = SWEEPS[:3]
 
 
@@ -156,6 +156,7 @@ def test_what_is_right_is_accepted(decay, correction):
         if decay != "rate":  # which has no kernel for it
             replayed = dataclasses.replace(d, initial_state="linear" if levels is None else "level", final_state=False)
             assert acceptance.test(StandIn(), ATEN, replayed, CPU, "replay") is None, d
+            assert acceptance.test(StandIn(), ATEN, replayed, CPU, "fold") is None, d
 
 
 @pytest.mark.parametrize("sweep", OF_READOUTS)

@@ -273,6 +273,17 @@ def test_replay(worker, cell):
         assert max(errors) < 1e-5, errors
 
 
+@sampled("cell", cell=[*CELLS, ("head", False), RATE, ("token", "erase"), ERASE])
+def test_fold(worker, cell):
+    """The state after some tokens, from positions that merge levels and from others: as the definition."""
+    decay, delta = cell
+    for levels, state, tokens in ((7, "level", 9), (2, "level", 3), (5, "level", 40), (None, "linear", 4)):
+        case = {"decay": decay, "delta": delta, "levels": levels, "state": state, "dtype": torch.float32, "heads": 2}
+        case |= {"groups": 1, "batch": 2, "value_dim": 17}
+        errors = worker.submit(triton_cases.fold_errors, case, tokens).result()
+        assert max(errors) < 1e-5, errors
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("cell", [("token", True), RATE])
 def test_replay_over_chunks(worker, cell):

@@ -6,6 +6,7 @@ The interpreter has to be chosen before Triton is imported, and other tests need
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -19,7 +20,8 @@ from llcompile.kernels.header import DIGITS
 from llcompile.kernels.implementations import ATEN, IMPLEMENTATIONS, Sweep
 from llcompile.kernels.operands import Operands
 from llcompile.kernels.reference import reference_attention
-from llcompile.kernels.state import is_level_state
+from llcompile.kernels.replay import first_base, without_queries
+from llcompile.kernels.state import is_level_state, merged_state
 from llcompile.kernels.triton import acceptance, autotune, blocks, engine, interpreter, launch
 from llcompile.kernels.triton.cost.counter import counting
 from llcompile.kernels.triton.launch import Launch
@@ -328,6 +330,28 @@ def replay_errors(case: dict[str, object], calls: list[int], window: int, chunk:
             o = replayed.step(**some, scale=SCALE)  # type: ignore[arg-type]
             found.append(relative_error(o, want[:, done : done + count]))
             done += count
+    return found
+
+
+def fold_errors(case: dict[str, object], tokens: int) -> list[float]:
+    """Relative errors of the state after some tokens, levels as the last and as the next one sees them, against the
+    definition; a position that is wrong, or levels that hold something elsewhere, are infinite ones."""
+    x = Operands(*operands(length=tokens, **case).values())  # type: ignore[arg-type]
+    assert x.initial_state is not None
+    base, found = first_base(x.initial_state.clone()), []
+    given = without_queries(x._replace(initial_state=base.state))
+    wide = {n: t if t is None else t.double() for n, t in zip(x._fields[:9], x, strict=False)}
+    _, last = reference_attention(**wide, initial_state=base.state.double(), scale=SCALE)  # type: ignore[arg-type]
+    for merged, occupied in itertools.product((False, True), (None, base.occupied)):
+        want = merged_state(last) if merged and is_level_state(last) else last
+        with choice.use("triton"):
+            ours = choice.fold(given, occupied, merged)
+        assert ours.shape == want.shape
+        if is_level_state(want):
+            right = torch.equal(ours[:, :, 0].double(), want[:, :, 0]) and torch.equal(ours.ne(0), want.ne(0))
+            ours, want = ours[:, :, 1:], want[:, :, 1:]
+            found.append(0.0 if right else float("inf"))
+        found.append(relative_error(ours, want))
     return found
 
 

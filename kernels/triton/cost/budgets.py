@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
+from llcompile.kernels.description import CHUNK
 from llcompile.kernels.levels import level_count
 from llcompile.kernels.triton.cost.case import Case
 from llcompile.kernels.triton.cost.compilations import LENGTHS, compilations
@@ -32,6 +33,7 @@ def _taken_whole(case: Case) -> list[int]:
 MEASURES: dict[str, Callable[[Cost], float]] = {
     "moved, KB a chunk": lambda c: c.moved / c.chunks / 1e3,
     "moved, MB a step": lambda c: c.moved / 1e6,  # on average over positions
+    "moved, MB a token": lambda c: c.moved / CHUNK / 1e6,  # of what is done once a chunk
     "moved at most, MB a step": lambda c: (c.most["read"] + c.most["written"] + c.around.moved) / 1e6,
     "workspace, GB": lambda c: c.around.workspace / 1e9,
     "launches": lambda c: len(c.around.launches),
@@ -46,7 +48,10 @@ _DELTA, _DELTA_BACK = (Case("scalar/delta", p, levels=_L) for p in ("forward", "
 # Long calls that go in no segments yet.
 _SCALAR_WHOLE, _DELTA_WHOLE = (replace(c, length=n) for c, n in ((_SCALAR_BACK, 8192), (_DELTA_BACK, 2048)))
 _STEPS = {f: Case(f, "step", length=131_072, levels=level_count(131_073)) for f in ("scalar/none", "scalar/delta")}
-_IN_PLACE = [replace(case, operation="step in place") for case in _STEPS.values()]
+_IN_PLACE, _REPLAY, _FOLD = (
+    [replace(case, operation=operation) for case in _STEPS.values()]  # type: ignore[arg-type]
+    for operation in ("step in place", "replay", "fold")
+)
 BUDGETS = (
     Budget("moved, KB a chunk", _SCALAR, 94, 100),
     # In segments: of the one that reads most levels, so the mean is lower.
@@ -61,6 +66,9 @@ BUDGETS = (
     Budget("moved, MB a step", _STEPS["scalar/delta"], 82, 25),
     *(Budget("moved, MB a step", case, 52, 25) for case in _IN_PLACE),
     *(Budget("moved at most, MB a step", case, 80, 25) for case in _IN_PLACE),
+    *(Budget("moved, MB a step", case, 14, 25) for case in _REPLAY),
+    *(Budget("moved at most, MB a step", case, 25, 25) for case in _REPLAY),
+    *(Budget("moved, MB a token", case, 1) for case in _FOLD),
     Budget("compilations, whole calls", _DELTA_BACK, 14, 15),
     Budget("compilations", _DELTA_BACK, 15, 15),
 )

@@ -14,6 +14,7 @@ from llcompile.kernels.description import CHUNK, Decay, describe
 from llcompile.kernels.implementations import IMPLEMENTATIONS
 from llcompile.kernels.operands import DIFFERENTIABLE, Operands, Token
 from llcompile.kernels.operators import as_input
+from llcompile.kernels.replay import without_queries
 from llcompile.kernels.state import pack_state
 from llcompile.kernels.triton import blocks, engine, segment_plan, segments, step
 from llcompile.kernels.triton.cost.families import FAMILIES, Pass
@@ -80,6 +81,12 @@ class Case:
         if self.operation == "step in place":
             token = token_of(self, device)
             return lambda: IMPLEMENTATIONS["triton"].step_in_place(token)
+        if self.operation == "replay":
+            ring, occupied = replayed_of(self, device)
+            return lambda: IMPLEMENTATIONS["triton"].replay(ring, occupied, SCALE)
+        if self.operation == "fold":
+            chunk, occupied = folded_of(self, device)
+            return lambda: IMPLEMENTATIONS["triton"].fold(chunk, occupied, True)
         x, grad = operands_of(self, device), self._tensor(device, self.length, self.heads, self.value_dim)
         if self.segment is not None:
             return partial(_segment, x, grad, self.operation, self.segment)
@@ -144,9 +151,37 @@ def operands_of(case: Case, device: str, tokens: int | None = None) -> Operands:
 def token_of(case: Case, device: str) -> Token:
     """Operands of a step, after `case.length` tokens."""
     x = operands_of(case, device, 1)
+    one = x.map_tokens(lambda t: t[:, 0])
+    return Token(*one[:4], _state(case, device, case.length), *one[4:9], SCALE)
+
+
+def replayed_of(case: Case, device: str) -> tuple[Operands, Tensor | None]:
+    """Operands of a replayed token after `case.length` others, those since the last whole chunk beside the state, and
+    which levels of the state hold something."""
+    since = case.length % CHUNK
+    x = operands_of(case, device, since + 1)
+    weights = None if x.level_weights is None else x.level_weights[:, -1:]
+    x = x._replace(q=x.q[:, -1:], level_weights=weights, initial_state=_state(case, device, case.length - since))
+    return x, _occupied(case, device, case.length - since)
+
+
+def folded_of(case: Case, device: str) -> tuple[Operands, Tensor | None]:
+    """Likewise, of a chunk of tokens on the state after the whole chunks of `case.length` tokens."""
+    position = case.length - case.length % CHUNK
+    x = operands_of(case, device, CHUNK)._replace(initial_state=_state(case, device, position))
+    return without_queries(x), _occupied(case, device, position)
+
+
+def _occupied(case: Case, device: str, position: int) -> Tensor | None:
+    """As `replay.Base` has it: a level for each bit of the position, and the last one for what is higher."""
+    if case.levels is None:
+        return None
+    held = [position << 1 >> level & 1 for level in range(case.levels - 1)]
+    held.append(int(position >> (case.levels - 2) > 0) if case.levels > 1 else 1)
+    return torch.tensor([held] * case.batch, dtype=torch.float32).to(device)
+
+
+def _state(case: Case, device: str, position: int) -> Tensor:
     shape = (case.batch, case.heads, *(() if case.levels is None else (case.levels,)), case.key_dim, case.value_dim)
     state = torch.zeros(shape, device=device)
-    if case.levels is not None:
-        state = pack_state(state, torch.full((case.batch,), case.length, device=device))
-    one = x.map_tokens(lambda t: t[:, 0])
-    return Token(*one[:4], state, *one[4:9], SCALE)
+    return state if case.levels is None else pack_state(state, torch.full((case.batch,), position, device=device))

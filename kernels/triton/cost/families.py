@@ -6,9 +6,11 @@ from typing import Literal, NamedTuple, get_args
 
 from llcompile.kernels.description import Correction, Decay
 
-Pass = Literal["forward", "backward", "step", "step in place"]
+Pass = Literal["forward", "backward", "step", "step in place", "replay", "fold"]
 PASSES: tuple[Pass, ...] = get_args(Pass)
-STEPS: tuple[Pass, ...] = ("step", "step in place")
+# One token after those before it. A `ReplayState` has two: "replay" reads a token, and once a chunk "fold" makes the
+# next state of that chunk's tokens.
+STEPS: tuple[Pass, ...] = ("step", "step in place", "replay", "fold")
 
 
 class Family(NamedTuple):

@@ -70,7 +70,8 @@ class Record:
             self._take(found)
 
     def _take(self, found: dict[str, Any]) -> None:
-        self.attempts = int(found.get("attempts", 0))
+        attempts = found.get("attempts")
+        self.attempts = attempts if isinstance(attempts, int) else 0
         if found.get("result") in ("passed", "failed"):
             self.settled = True
             self.failure = self._words(str(found["found"])) if found["result"] == "failed" else None

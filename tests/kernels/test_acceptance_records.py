@@ -118,6 +118,9 @@ def test_a_kernel_that_takes_its_process_down():
     right = StandIn()
     assert "2 processes ended while they ran it" in ask(right)
     assert right.calls == 0
+    _, failed, tests = doctor.tests_of(CPU)
+    assert "2 processes ended while they ran it" in failed.found
+    assert "1 failed" in tests.found
 
 
 def test_an_interrupt_is_no_failure():

@@ -158,7 +158,8 @@ class ReplayState:
     def state(self) -> Tensor:
         """The state with all tokens in it, as the operators take it; a new tensor.
 
-        After a whole chunk those levels are merged in it that the next token sees as one, which changes nothing then.
+        From the first call on, and after each whole chunk, those levels are merged in it that the next token sees as
+        one, which changes nothing then.
         """
         return self._folded(self._count, merged=False) if self._count else self._base.state.clone()
 

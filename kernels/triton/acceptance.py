@@ -8,7 +8,9 @@ time. What was found is kept on disk (`records`): a process pays for it once, a 
 from __future__ import annotations
 
 import contextlib
+import subprocess
 import threading
+import traceback
 from collections.abc import Mapping
 
 import torch
@@ -97,9 +99,21 @@ def _settle(
         except Exception as error:
             if isinstance(error, KernelCacheError) or ours.refusal(error, d, device) is not None:
                 raise
+            if _of_the_machine(error):
+                record.failure = f"they could not be tested here: {type(error).__name__}: {_line(error)}"
+                return None
             record.settle(f"{type(error).__name__}: {_line(error)}")
             _check_device(device, record, error)
     return None
+
+
+def _of_the_machine(error: BaseException) -> bool:
+    """Whether what Triton needs is missing, which says nothing of a kernel and can be mended: files that cannot be
+    written, or a C compiler for its launchers. It is remembered for this process, and not kept on disk.
+    """
+    frames = traceback.walk_tb(error.__traceback__)
+    builds = any(frame.f_globals.get("__name__") == "triton.runtime.build" for frame, _ in frames)
+    return builds or isinstance(error, (OSError, subprocess.SubprocessError))
 
 
 def test(ours: Passes, trusted: Passes, d: Described, device: torch.device, sweep: Sweep) -> str | None:

@@ -2,10 +2,10 @@
 the host.
 
 Triton looks a compiled kernel up by what it knows of each argument: its type and, of a pointer or a number that it
-specialises on, whether it is 1 or a multiple of 16. `Kinds` is at least as fine, so launches of one kind have one
-compiled kernel. The first goes through Triton, and what that returns is kept; later ones run it in the public way,
-`compiled[grid](*arguments)`. What else Triton looks at in each launch does not change for generated code: the module's
-constants, and the settings of its compiler.
+specialises on, whether it is 1 or a multiple of 16; for AMD's chips also whether 32 bits reach all of the memory behind
+a pointer. `Kinds` is at least as fine, so launches of one kind have one compiled kernel. The first goes through Triton,
+and what that returns is kept; later ones run it in the public way, `compiled[grid](*arguments)`. What else Triton looks
+at in each launch does not change for generated code: the module's constants, and the settings of its compiler.
 """
 
 from __future__ import annotations
@@ -15,21 +15,32 @@ from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import Any
 
 from llcompile.kernels.triton.buffers import BUFFERS
+from llcompile.kernels.triton.description import BACKEND
 from llcompile.kernels.triton.limits import interpreted
 
 # What Triton compiles a kernel anew for, besides 1: multiples of this.
 _MULTIPLE = 16
 _WORD = 32
+# Bytes that Triton's backend for AMD lets offsets of 32 bits reach.
+_REACH = (1 << (_WORD - 1)) - 1
 
 
 class Kinds:
     """Says of what kind the arguments of a kernel are. There are few kinds, whatever lengths and strides are."""
 
-    def __init__(self, parameters: Sequence[str], plain: Collection[str], buffers: Collection[str] = BUFFERS) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[str],
+        plain: Collection[str],
+        buffers: Collection[str] = BUFFERS,
+        measured: bool = BACKEND == "hip",
+    ) -> None:
         """`parameters` are the kernel's, `plain` those of which Triton looks at the type alone.
 
-        A parameter whose name is one of `buffers` or ends in `_ptr` is a pointer, and any other a number.
+        A parameter whose name is one of `buffers` or ends in `_ptr` is a pointer, and any other a number. `measured`:
+        Triton looks at the size of the memory behind a pointer.
         """
+        self._measured = measured
         pointers = [i for i, name in enumerate(parameters) if name.endswith("_ptr") or name in buffers]
         numbers = [i for i, name in enumerate(parameters) if i not in pointers and name != "scale"]
         self._first = pointers[0]  # always there; those that may be None come late
@@ -47,6 +58,9 @@ class Kinds:
             else:
                 types.append(x.dtype)
                 multiples |= x.data_ptr()
+        if self._measured:
+            given = (arguments[i] for i in self._pointers)
+            types += (x is not None and x.untyped_storage().nbytes() > _REACH for x in given)
         for i in self._plain_pointers:
             x = arguments[i]
             types.append(None if x is None else x.dtype)

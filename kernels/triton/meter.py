@@ -9,6 +9,7 @@ import torch
 
 from llcompile.kernels.triton.launch import Launch
 from llcompile.kernels.triton.limits import refusals
+from llcompile.kernels.triton.toolchain import toolchain_of
 from llcompile.kernels.triton.tuning import Tuning
 
 
@@ -21,14 +22,13 @@ def meter_of(index: int) -> Meter:
 class Meter:
     """Compiles launches to see what they take, and times them with events on the device.
 
-    What is chosen under one `name`, of the device and of Triton, holds for no other.
+    What is chosen under one `name`, of the device, of Triton and of ptxas, holds for no other: it was tested with them.
     """
 
     def __init__(self, index: int) -> None:
-        import triton
-
+        found = toolchain_of(torch.device("cuda", index))
         major, minor = torch.cuda.get_device_capability(index)
-        self.name = f"{torch.cuda.get_device_name(index)} ({major}.{minor}), triton {triton.__version__}"
+        self.name = f"{torch.cuda.get_device_name(index)} ({major}.{minor}), {found}"
 
     def ready(self) -> bool:
         """Whether there can be a measurement now: timing waits for the device, which no capture of a graph allows."""

@@ -70,13 +70,9 @@ class Record:
             self._take(found)
 
     def _take(self, found: dict[str, Any]) -> None:
-        self.attempts = int(found.get("attempts", 0))
-        if found.get("result") in ("passed", "failed"):
-            self.settled = True
-            self.failure = self._words(str(found["found"])) if found["result"] == "failed" else None
-        elif self.attempts >= ATTEMPTS:
-            self.settled = True
-            self.failure = self._words(f"{self.attempts} processes ended while they ran it")
+        self.attempts = _attempts(found)
+        self.settled, failure = outcome(found)
+        self.failure = None if failure is None else self._words(failure)
 
     def _words(self, found: str) -> str:
         return f"their test on this device failed: {found} (kept in {self.path}; remove it to test them again)"
@@ -139,11 +135,26 @@ def read(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
+def outcome(found: dict[str, Any]) -> tuple[bool, str | None]:
+    """Whether the test of a record is settled, and what is wrong, if anything."""
+    if found.get("result") in ("passed", "failed"):
+        return True, str(found.get("found")) if found["result"] == "failed" else None
+    attempts = _attempts(found)
+    return (True, f"{attempts} processes ended while they ran it") if attempts >= ATTEMPTS else (False, None)
+
+
+def _attempts(found: dict[str, Any]) -> int:
+    attempts = found.get("attempts")
+    return attempts if isinstance(attempts, int) else 0
+
+
 def every(device: torch.device) -> Iterator[dict[str, Any]]:
     """The records of this device, and of what makes kernels for it now."""
     here = machine(device)
     for path in sorted(folder().glob("*.json")):
         found = read(path)
         asked = None if found is None else found.get("question")
-        if found is not None and isinstance(asked, dict) and here.items() <= asked.items():
+        if found is None or not isinstance(asked, dict) or not {"pass", "description"} <= asked.keys():
+            continue
+        if here.items() <= asked.items():
             yield {**found, "path": str(path)}

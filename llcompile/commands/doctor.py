@@ -115,20 +115,19 @@ def tests_of(device: Any) -> Iterator[Finding]:
         known = [str(fault) for fault in faults.known(found)]
         suspects = f"; known faults, looked for in each test: {'; '.join(known)}" if known else ""
         yield Finding(topic, f"{found}{suspects}")
-    done = list(records.every(device))
-    failed = [record for record in done if record.get("result") == "failed"]
-    for record in failed:
-        asked = record["question"]
-        launch = f", {asked['kernel']} launched as {asked['launch']}," if "kernel" in asked else ""
+    done, failed = list(records.every(device)), 0
+    for record in done:
+        asked, wrong = record["question"], records.outcome(record)[1]
+        if wrong is None:
+            continue
+        failed += 1
+        launch = f", {asked['kernel']} launched as {asked.get('launch')}," if "kernel" in asked else ""
         instead = "other launch parameters are used" if launch else "ATen runs"
         advice = f"{instead} instead; please report it. To test again, remove {record['path']}"
-        yield Finding(
-            topic, f"{asked['pass']} of {asked['description']}{launch} failed its test: {record['found']}", None, advice
-        )
+        said = f"{asked['pass']} of {asked['description']}{launch} failed its test: {wrong}"
+        yield Finding(topic, said, None, advice)
     passed = sum(record.get("result") == "passed" for record in done)
-    yield Finding(
-        f"{topic}: tests", f"{passed} passed, {len(failed)} failed; kernels are tested before their first use"
-    )
+    yield Finding(f"{topic}: tests", f"{passed} passed, {failed} failed; kernels are tested before their first use")
 
 
 def _python() -> Iterator[Finding]:

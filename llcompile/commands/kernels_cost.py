@@ -55,8 +55,11 @@ def add_parser(kinds: Any) -> None:
         "--levels", metavar="L", type=at_least(1, MOST_LEVELS), help="level weights per token (default: what T needs)"
     )
     form.add_argument("--linear", action="store_true", help="use the linear operator, without level weights")
-    add("--budgets", action="store_true", help="count what has a ceiling or a goal instead, and print both")
-    add(
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument(
+        "--budgets", action="store_true", help="count what has a ceiling or a goal instead, and print both"
+    )
+    other.add_argument(
         "--calls",
         action="store_true",
         help="count instead what one eager call asks of the host (torch's operators and launches), by pass and family",
@@ -73,6 +76,7 @@ def _cost(args: argparse.Namespace) -> int:
         raise KernelError("unset TRITON_INTERPRET: counting starts the interpreter in a process of its own")
     from llcompile.kernels.triton.cost import budgets, compilations, count, table
 
+    _check_given(args)
     if args.budgets:
         print("\n".join(budgets.lines()))
         return 0
@@ -100,6 +104,33 @@ def _cost(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_given(args: argparse.Namespace) -> None:
+    """Raise SpecError for what would have no effect, and for a file that cannot be written after minutes of work."""
+    whole = "budgets" if args.budgets else "calls" if args.calls else None
+    usual = {"json": None, "compilations": False}
+    if args.budgets:
+        usual |= {"family": None, "passes": None}
+    for name, default in usual.items():
+        if whole and getattr(args, name) != default:
+            raise SpecError(f"--{name.replace('passes', 'pass')} has no effect with --{whole}: leave it out")
+    if args.json is not None and not args.json.absolute().parent.is_dir():
+        raise SpecError(f"--json {args.json}: cannot be written (no folder {args.json.parent}); name another file")
+
+
+def _check_kernels(case: Any) -> None:
+    """Raise SpecError where the operator would run such calls on ATen."""
+    import torch
+
+    from llcompile.kernels.description import Description
+    from llcompile.kernels.triton.chips import DEFAULT
+    from llcompile.kernels.triton.limits import beyond
+
+    row, dtype = FAMILIES[case.family], getattr(torch, case.dtype)
+    d = Description(row.decay, row.correction, case.key_dim, case.value_dim, dtype=dtype)
+    if reason := beyond(d, DEFAULT):
+        raise SpecError(f"--key-dim {d.key_dim}: there are no Triton kernels for it: {reason}; ATen runs such calls")
+
+
 def _case(args: argparse.Namespace, family: str, operation: Any) -> Any:
     from llcompile.kernels.levels import level_count
     from llcompile.kernels.triton.cost.case import Case
@@ -108,7 +139,9 @@ def _case(args: argparse.Namespace, family: str, operation: Any) -> Any:
     sizes = {name: getattr(args, name) or default for name, default in usual.items()}
     levels = None if args.linear else args.levels or level_count(args.length + (operation in STEPS))
     sizes["groups"] = sizes["groups"] or sizes["heads"]
-    return Case(family, operation, batch=args.batch, length=args.length, dtype=args.dtype, levels=levels, **sizes)
+    case = Case(family, operation, batch=args.batch, length=args.length, dtype=args.dtype, levels=levels, **sizes)
+    _check_kernels(case)
+    return case
 
 
 def _write(path: Path, records: list[dict[str, Any]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import multiprocessing
 import os
@@ -12,6 +13,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+
+from triton.runtime import build
 
 from llcompile.commands import doctor
 from llcompile.errors import KernelCacheError, KernelTestError
@@ -52,15 +55,45 @@ def test_a_failure_is_kept_for_what_it_was_found_with(monkeypatch):
 
 
 def test_damaged_records_are_tested_again():
-    """A file that is no JSON, or that answers another question."""
+    """A file that is no JSON, that answers another question, or that has no answer."""
     right = StandIn()
     assert ask(right) is None
     (path,) = records.folder().glob("*.json")
-    for text in ("{", "[]", json.dumps({"question": {}, "result": "failed", "found": "x"})):
+    kept = json.loads(path.read_text())
+    other, unanswered = (
+        kept | {"question": {}, "result": "failed", "found": "x"},
+        kept | {"attempts": None, "result": 1},
+    )
+    for text in ("{", "[]", json.dumps(other), json.dumps(unanswered)):
         path.write_text(text)
         before = right.calls
         assert ask(right) is None
         assert right.calls > before
+
+
+def without_a_compiler(found):
+    """What Triton says where it cannot build its launchers."""
+    build._build("launcher", "launcher.c", ".", [], [], [], [])
+
+
+def without_room(found):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("missing", [without_a_compiler, without_room])
+def test_what_the_machine_lacks_is_not_kept(monkeypatch, missing):
+    """It says nothing of the kernels: this process remembers it, and the next one tests them."""
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    if hasattr(build, "_find_compiler"):  # Triton 3.9 remembers what it found
+        build._find_compiler.cache_clear()
+    found = ask(StandIn("forward", missing))
+    assert "they could not be tested here: " in found
+    right = StandIn()
+    d = dataclasses.replace(Description("none", "none", 8, 8, dtype=torch.float32))
+    assert acceptance.rejection(right, ATEN, d, CPU, "forward") == found
+    assert not list(records.folder().glob("*.json"))
+    assert ask(right) is None
 
 
 def die(one):
@@ -85,6 +118,9 @@ def test_a_kernel_that_takes_its_process_down():
     right = StandIn()
     assert "2 processes ended while they ran it" in ask(right)
     assert right.calls == 0
+    _, failed, tests = doctor.tests_of(CPU)
+    assert "2 processes ended while they ran it" in failed.found
+    assert "1 failed" in tests.found
 
 
 def test_an_interrupt_is_no_failure():

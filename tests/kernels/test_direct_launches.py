@@ -12,7 +12,9 @@ pytest.importorskip("triton")
 
 from llcompile.kernels.operands import Operands
 from llcompile.kernels.triton import engine
+from llcompile.kernels.triton.chips import CHIPS
 from llcompile.kernels.triton.cost.compilations import key_of
+from llcompile.kernels.triton.direct import Kinds
 from llcompile.kernels.triton.launch import Launch
 from tests.kernels.kernel_cases import operands
 from tests.kernels.launches import recorded
@@ -74,6 +76,25 @@ def test_kinds_are_at_least_as_fine_as_tritons(sizes):
             keys.add(key)
         assert all(len(found) == 1 for found in kinds.values())
         assert len(kinds) >= len(keys) > 10
+
+
+@pytest.mark.parametrize("chip", ["gfx942", "sm_90"])
+def test_memory_that_offsets_of_32_bits_do_not_reach(chip):
+    """For AMD's chips, Triton compiles a kernel anew for a buffer of 2 GB: the one before would not reach its end."""
+    one = next(launch for launch in launches() if launch.kernel.name == "chunk_state")
+    plain, found = one.kernel.code.function.do_not_specialize, set()
+    kinds = Kinds(one.kernel.parameters, plain, measured=chip == "gfx942")
+    for i, x in enumerate(one.arguments):
+        if not isinstance(x, torch.Tensor):
+            continue
+        keys = {}
+        for numbers in (2**29 - 1, 2**29):  # of 4 bytes
+            changed = list(one.arguments)
+            changed[i] = torch.empty(numbers, dtype=x.dtype if x.element_size() == 4 else torch.float32, device="meta")
+            keys.setdefault(kinds.of(changed), set()).add(key_of(with_arguments(one, changed), CHIPS[chip]))
+        assert all(len(key) == 1 for key in keys.values())
+        found.add(len(keys))
+    assert (2 in found) == (chip == "gfx942")
 
 
 def test_another_device_is_another_kind():

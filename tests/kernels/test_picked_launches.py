@@ -15,7 +15,7 @@ from llcompile.commands import doctor
 from llcompile.kernels import choice
 from llcompile.kernels.description import Description
 from llcompile.kernels.implementations import ATEN, Triton
-from llcompile.kernels.triton import acceptance, autotune, records
+from llcompile.kernels.triton import acceptance, autotune, meter, records, toolchain
 from llcompile.kernels.triton import description as triton
 from llcompile.kernels.triton.acceptance_passes import cases
 from llcompile.kernels.triton.chips import DEFAULT
@@ -145,3 +145,15 @@ def launched(d: Description, sweep: Any) -> set[str]:
         for case in cases(ATEN, d, CPU, sweep):
             case(Triton(), case.given)
     return names
+
+
+def test_picks_hold_for_the_ptxas_that_they_were_tested_with(monkeypatch):
+    """What lies on disk is not tested again, so another assembler asks another question."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a card")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    found = toolchain.Toolchain(DEFAULT, (3, 6, 0), (12, 8))
+    names = set()
+    for here in (found, found._replace(ptxas=(13, 3)), found._replace(triton=(3, 7, 1))):
+        monkeypatch.setattr(meter, "toolchain_of", lambda device, here=here: here)
+        names.add(meter.Meter(0).name)
+    assert len(names) == 3

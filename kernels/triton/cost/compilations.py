@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 from llcompile.errors import KernelError
+from llcompile.kernels.triton.chips import DEFAULT, Chip
 from llcompile.kernels.triton.cost.around import around
 from llcompile.kernels.triton.cost.case import Case
 from llcompile.kernels.triton.launch import Kernel, Launch, options_of
@@ -36,21 +37,21 @@ def compilations(case: Case, lengths: Iterable[int] = LENGTHS) -> dict[str, int]
     return {name: names.count(name) for name in sorted(set(names))}
 
 
-def key_of(launch: Launch) -> tuple[Any, ...]:
+def key_of(launch: Launch, chip: Chip = DEFAULT) -> tuple[Any, ...]:
     """What Triton knows of each argument when it compiles: its type, and whether it is 1 or a multiple of 16."""
     kernel = launch.kernel
-    _, specialization, _ = _binder(kernel)(*launch.arguments, **options_of(kernel.default, kernel.tiled))
+    _, specialization, _ = _binder(kernel, chip)(*launch.arguments, **options_of(kernel.default, kernel.tiled))
     return tuple(specialization)
 
 
 @cache
-def _binder(kernel: Kernel) -> Callable[..., Any]:
+def _binder(kernel: Kernel, chip: Chip) -> Callable[..., Any]:
     """As `JITFunction.create_binder` makes it, which asks for the device that is there."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
 
-    backend = make_backend(GPUTarget("cuda", 90, 32))
+    backend = make_backend(GPUTarget(chip.backend, chip.arch, chip.warp))
     function = kernel.code.function
     binder: Callable[..., Any] = create_function_from_signature(function.signature, function.params, backend)
     return binder

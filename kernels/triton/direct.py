@@ -100,7 +100,9 @@ class Code:
         kind = (chosen, *self.kinds.of(arguments))
         found = self.compiled.get(kind)
         if found is None:
-            self.compiled[kind] = self.function[grid](*arguments, **options)
+            made = self.function[grid](*arguments, **options)
+            # Inside of `triton.AsyncCompileMode` it is a promise, which the launch has waited for.
+            self.compiled[kind] = made.result() if hasattr(made, "result") else made
         elif self.tiled:
             found[grid](*arguments, options["VALUE_TILE"])
         else:

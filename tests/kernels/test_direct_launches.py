@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -150,6 +151,25 @@ def test_the_first_launch_goes_through_triton(one):
     assert function.ran == [(grid, (*arguments, default.value_tile))] * 2
     launch(default._replace(warps=2))
     assert len(function.looked_up) == 2
+
+
+def test_promises_are_kept(one):
+    """What Triton gives back inside of its `AsyncCompileMode` cannot be launched; its result can."""
+    launch, function = one
+
+    class Later(Function):
+        def __getitem__(self, grid):
+            def launch(*arguments, **options):
+                future = Future()
+                future.set_result(Compiled(function))
+                return future
+
+            return launch
+
+    launch.kernel.code.function = Later()
+    for _ in range(3):
+        launch(launch.kernel.default)
+    assert len(function.ran) == 2
 
 
 def test_lengths_make_no_kinds(monkeypatch):

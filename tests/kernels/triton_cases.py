@@ -341,7 +341,7 @@ def fold_errors(case: dict[str, object], tokens: int) -> list[float]:
     base, found = first_base(x.initial_state.clone()), []
     given = without_queries(x._replace(initial_state=base.state))
     wide = {n: t if t is None else t.double() for n, t in zip(x._fields[:9], x, strict=False)}
-    _, last = reference_attention(**wide, initial_state=base.state.double(), scale=SCALE)  # type: ignore[arg-type]
+    _, last = reference_attention(**wide, initial_state=base.state.double(), scale=SCALE, return_final_state=True)  # type: ignore[arg-type]
     for merged, occupied in itertools.product((False, True), (None, base.occupied)):
         want = merged_state(last) if merged and is_level_state(last) else last
         with choice.use("triton"):

@@ -47,8 +47,9 @@ def _fold(*inputs: Any) -> Tensor:
         return choice.fold(x, occupied, merged)
 
 
-def _state_like(k: Tensor, v: Tensor, *others: Any) -> Tensor:
-    state: Tensor = others[5]
+def _state_like(
+    k: Tensor, v: Tensor, decay: Any, rate: Any, beta: Any, erase_query: Any, erase_key: Any, state: Tensor, *_: Any
+) -> Tensor:
     return state.new_empty(state.shape, dtype=state_dtype(v.dtype))
 
 

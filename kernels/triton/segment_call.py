@@ -55,7 +55,7 @@ def empty(x: Operands, segment: int, first: int) -> Tensor:
     if not aligned(x):
         return torch.zeros_like(begin(x, segment))
     assert x.level_weights is not None
-    held = _held(x.level_weights.shape[-1], segment, first, x.initial_state is not None)
+    held = held_levels(x.level_weights.shape[-1], segment, first, x.initial_state is not None)
     return x.v.new_zeros(*_heads(x), len(held), *_sizes(x), dtype=torch.float32)
 
 
@@ -66,7 +66,7 @@ def gradient_of_initial(x: Operands, grad: Tensor) -> Tensor | None:
     return grad[:, :, -1] if aligned(x) else in_kind_of(x.initial_state, grad)
 
 
-def _held(levels: int, segment: int, first: int, started: bool) -> list[int]:
+def held_levels(levels: int, segment: int, first: int, started: bool) -> list[int]:
     """Levels that hold anything at `first`, a multiple of `segment`, a power of two.
 
     `started`: the last one also holds what was before token 0.
@@ -74,7 +74,7 @@ def _held(levels: int, segment: int, first: int, started: bool) -> list[int]:
     last = levels - 1
     least = min(segment.bit_length(), last)
     found = [level for level in range(least, last) if first >> (level - 1) & 1]
-    return found + [last] * (started or first >> (last - 1) > 0)
+    return found + [last] * (started or first >> max(last - 1, 0) > 0)
 
 
 def _heads(x: Operands) -> tuple[int, int]:
@@ -125,7 +125,7 @@ class AlignedCall(Call):
 
     def _levels_held(self) -> list[int]:
         assert self.levels is not None
-        return _held(self.levels, self.segment, self.first, self.started)
+        return held_levels(self.levels, self.segment, self.first, self.started)
 
     def _old_slots(self) -> range:
         return range(len(self._levels_held()))

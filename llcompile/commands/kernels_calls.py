@@ -46,7 +46,7 @@ def _cases(levels: int | None) -> Iterator[Case]:
     for family in FAMILIES:
         sizes = (16, 1, 1536, 1) if family.startswith("rate") else (128, 128, 32, 32)
         for operation in PASSES:
-            if operation in ("replay", "fold"):  # no public functions
+            if operation in ("replay", "fold"):  # of a `ReplayState`, which is no function
                 continue
             if (family, operation) != ("rate/none", "step in place"):  # the step, and a copy
                 yield Case(family, operation, *sizes, length=1024, levels=levels)

@@ -11,6 +11,7 @@ from torch import Tensor
 from llcompile.errors import DerivativeError, DistributedError, OperandError, StateError
 from llcompile.kernels import spread
 from llcompile.kernels.reference import reference_attention
+from llcompile.kernels.state import merged_state
 from llcompile.ops import ReplayState, level_readouts, loglinear_attention, loglinear_attention_step
 from tests.kernels.kernel_cases import Operands, operands, relative_error
 
@@ -255,6 +256,22 @@ def test_opcheck(occupied):
     torch.library.opcheck(operator, given)
     want, _ = loglinear_attention(q=q, **x, level_weights=w, initial_state=state, scale=SCALE)
     assert relative_error(operator(*given), want[:, -2:]) <= 1e-6
+
+
+@pytest.mark.parametrize("levels", [None, 6])
+@pytest.mark.parametrize("merged", [False, True])
+def test_opcheck_of_fold(levels, merged):
+    """Likewise of the state after 7 tokens: the operator's final state, merged for the next token or not."""
+    x = operands(7, "token", True, levels, "level" if levels else "linear", dtype=torch.float32)
+    state = start(x)
+    given = (x["k"], x["v"], x["log_decay"], None, x["beta"], None, None, state, None, merged)
+    operator = torch.ops.llcompile.loglinear_attention_fold.default
+    torch.library.opcheck(operator, given)
+    _, want = loglinear_attention(**x, initial_state=state, scale=SCALE, return_final_state=True)
+    if levels is not None and merged:
+        assert not torch.equal(want, merged_state(want))
+        want = merged_state(want)
+    assert torch.equal(operator(*given), want)
 
 
 def test_not_on_a_sequence_in_pieces():

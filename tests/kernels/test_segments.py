@@ -69,6 +69,12 @@ def test_definition(check):
     assert check(64, forget="gradients", **case).keys() == {"k", "v", "log_decay"}
 
 
+@pytest.mark.parametrize("state", [None, "linear"])
+def test_one_level_weight(check, state):
+    """A single level is the last one, too."""
+    assert not check(64, length=140, decay="token", levels=1, state=state)
+
+
 def test_delta_from_state_to_state(check):
     """The delta rule from a linear state to a final one, whose gradient reaches the first segment."""
     assert not check(64, length=140, decay="token", delta=True, levels=9, state="linear", final=True)

@@ -19,7 +19,7 @@ from llcompile.kernels.state import pack_state
 from llcompile.kernels.triton import blocks, engine, segment_plan, segments, step
 from llcompile.kernels.triton.cost.families import FAMILIES, Pass
 from llcompile.kernels.triton.description import Description
-from llcompile.kernels.triton.segment_call import Next, empty, maker
+from llcompile.kernels.triton.segment_call import Next, empty, held_levels, maker
 
 SCALE = 0.5
 
@@ -173,12 +173,11 @@ def folded_of(case: Case, device: str) -> tuple[Operands, Tensor | None]:
 
 
 def _occupied(case: Case, device: str, position: int) -> Tensor | None:
-    """As `replay.Base` has it: a level for each bit of the position, and the last one for what is higher."""
+    """As `replay.Base` has it, after whole chunks."""
     if case.levels is None:
         return None
-    held = [position << 1 >> level & 1 for level in range(case.levels - 1)]
-    held.append(int(position >> (case.levels - 2) > 0) if case.levels > 1 else 1)
-    return torch.tensor([held] * case.batch, dtype=torch.float32).to(device)
+    held = held_levels(case.levels, CHUNK, position, False)
+    return torch.tensor([[i in held for i in range(case.levels)]] * case.batch, dtype=torch.float32).to(device)
 
 
 def _state(case: Case, device: str, position: int) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from llcompile.kernels import choice, torch_operator
 from llcompile.kernels.operands import Operands, weights_per_head
 from llcompile.kernels.operators import plain
-from llcompile.kernels.state import is_level_state, state_dtype
+from llcompile.kernels.state import check_positions, is_level_state, state_dtype
 
 
 def _replay(*inputs: Any) -> Tensor:
@@ -39,6 +39,7 @@ torch_operator.define(
 
 def _fold(*inputs: Any) -> Tensor:
     k, v, decay, rate, beta, erase_query, erase_key, state, occupied, merged, _ = inputs
+    check_positions(state, v.shape[1], "state")
     state, weights = state.to(state_dtype(v.dtype)), None
     if is_level_state(state):
         weights = v.new_empty(v.shape[0], 0, v.shape[2], state.shape[2] - 1)

@@ -120,7 +120,7 @@ class ReplayState:
 
         Raises:
             OperandError: an operand is wrong, or differs in kind from those of the call before.
-            StateError: the state belongs to an operator of another size.
+            StateError: the state belongs to an operator of another size, or counts no further.
             DerivativeError: an operand requires a gradient.
         """
         x = Operands(q, k, v, level_weights, log_decay, decay_rate, beta, erase_query, erase_key)
@@ -204,12 +204,12 @@ class ReplayState:
         for buffer, given in zip(self._ring, _of_ring(x), strict=True):
             if buffer is not None and given is not None:
                 buffer[:, self._half, first : first + tokens].copy_(given)
-        o = self._read(x, scale)
-        self._count += tokens
-        if self._count == self._length(self._chunks):
-            self._previous = self._base
-            self._base = next_base(self._base, self._folded(self._count, merged=True), self._count)
-            self._half, self._chunks, self._count = 1 - self._half, self._chunks + 1, 0
+        o, count = self._read(x, scale), self._count + tokens
+        if count == self._length(self._chunks):
+            after = next_base(self._base, self._folded(count, merged=True), count)
+            self._previous, self._base = self._base, after
+            self._half, self._chunks, count = 1 - self._half, self._chunks + 1, 0
+        self._count = count
         if self._count >= self.window:
             self._previous = None
         return o

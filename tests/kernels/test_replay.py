@@ -11,7 +11,7 @@ from torch import Tensor
 from llcompile.errors import DerivativeError, DistributedError, OperandError, StateError
 from llcompile.kernels import spread
 from llcompile.kernels.reference import reference_attention
-from llcompile.kernels.state import merged_state
+from llcompile.kernels.state import merged_state, pack_state
 from llcompile.ops import ReplayState, level_readouts, loglinear_attention, loglinear_attention_step
 from tests.kernels.kernel_cases import Operands, operands, relative_error
 
@@ -272,6 +272,19 @@ def test_opcheck_of_fold(levels, merged):
         assert not torch.equal(want, merged_state(want))
         want = merged_state(want)
     assert torch.equal(operator(*given), want)
+
+
+def test_a_position_that_counts_no_further():
+    """An error when the chunk's state would be made, which leaves the tokens out, and again with the next try."""
+    x = operands(5, "token", False, 6, "level", batch=1, dtype=torch.float32, key_dim=8, value_dim=8)
+    state = pack_state(torch.zeros_like(start(x)[:, :, 1:]), torch.tensor([2**24 - 4]))
+    replayed = ReplayState(state, 2, 4)
+    replayed.step(**tokens(x, 0, 4), scale=SCALE)
+    replayed.step(**tokens(x, 0, 3), scale=SCALE)
+    for _ in range(2):
+        with pytest.raises(StateError, match=f"is at position {2**24} in row 0 and 4 more tokens come in"):
+            replayed.step(**tokens(x, 0, 1), scale=SCALE)
+        assert replayed.absorbed == 7
 
 
 def test_not_on_a_sequence_in_pieces():

@@ -14,6 +14,7 @@ from llcompile.kernels.levels import level_count
 from llcompile.kernels.triton.cost.case import Case
 from llcompile.kernels.triton.cost.compilations import LENGTHS, compilations
 from llcompile.kernels.triton.cost.count import Cost, costs
+from llcompile.kernels.triton.cost.families import Pass
 
 
 class Budget(NamedTuple):
@@ -48,10 +49,8 @@ _DELTA, _DELTA_BACK = (Case("scalar/delta", p, levels=_L) for p in ("forward", "
 # Long calls that go in no segments yet.
 _SCALAR_WHOLE, _DELTA_WHOLE = (replace(c, length=n) for c, n in ((_SCALAR_BACK, 8192), (_DELTA_BACK, 2048)))
 _STEPS = {f: Case(f, "step", length=131_072, levels=level_count(131_073)) for f in ("scalar/none", "scalar/delta")}
-_IN_PLACE, _REPLAY, _FOLD = (
-    [replace(case, operation=operation) for case in _STEPS.values()]  # type: ignore[arg-type]
-    for operation in ("step in place", "replay", "fold")
-)
+_OTHERS: tuple[Pass, ...] = ("step in place", "replay", "fold")
+_IN_PLACE, _REPLAY, _FOLD = ([replace(case, operation=o) for case in _STEPS.values()] for o in _OTHERS)
 BUDGETS = (
     Budget("moved, KB a chunk", _SCALAR, 94, 100),
     # In segments: of the one that reads most levels, so the mean is lower.
